@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This process's place among the workers, and work that one process of a host does for all."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+POLL_SECONDS = 0.1
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def leave_world_of_one() -> None:
+    """Forget torchrun's variables where this worker is alone: DDP over one process costs time and gains nothing."""
+    if world_size() == 1:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+
+
+def once_per_host(done: Path, work: Callable[[], None]) -> None:
+    """Let the host's first worker do the work while the others wait for it to create the file `done`.
+
+    A file and not a collective: tokenizing terabytes must not run into NCCL's time-out. If the first worker fails,
+    torchrun ends the waiting ones.
+    """
+    if local_rank() == 0 and not done.exists():  # it exists after a restart in place
+        work()
+        done.touch()
+    while not done.exists():
+        time.sleep(POLL_SECONDS)

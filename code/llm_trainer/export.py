@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the job leaves in /opt/ml/model: an adapter or whole weights, tokenizer, chat template, manifest."""
+
+import gc
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_trainer.errors import UserError
+from llm_trainer.launch import Job
+from llm_trainer.model import load_model
+
+STAGING = ".llm-trainer-export"  # beside the result, so that moving a finished file there is a rename
+MANIFEST = "training_manifest.json"
+CHECKED_TOKENS = 256
+# Largest difference of logits that rounding explains, relative to the largest logit.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def export(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    base: str,
+    job: Job,
+    dtype: torch.dtype,
+    train_data: Dataset,
+    manifest: dict[str, Any],
+) -> None:
+    """Write the result whole or not at all, by way of a staging folder. Only global rank 0 calls this."""
+    model_dir = job.inputs.model_dir
+    staging = model_dir / STAGING
+    shutil.rmtree(staging, ignore_errors=True)  # of a job that was killed here
+    staging.mkdir(parents=True)
+    try:
+        if isinstance(model, PeftModel) and job.settings.merge_weights:
+            model.save_pretrained(staging / "adapter")
+            merged, manifest["merge"] = merge(model, staging / "adapter", base, job, dtype, train_data)
+            shutil.rmtree(staging / "adapter")
+            save_whole(merged, staging, dtype)
+        elif isinstance(model, PeftModel):
+            model.save_pretrained(staging)
+        else:
+            save_whole(model, staging, dtype)
+        tokenizer.save_pretrained(staging)
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for file in staging.iterdir():
+            make_readable(file)
+            file.replace(model_dir / file.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    print(f"Wrote {', '.join(sorted(file.name for file in model_dir.iterdir()))} to {model_dir}", flush=True)
+
+
+def make_readable(path: Path) -> None:
+    """safetensors writes files that only their owner can read, and the owner is often the container's root."""
+    for file in [path, *path.rglob("*")]:
+        file.chmod(0o755 if file.is_dir() else 0o644)
+
+
+def save_whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    model.to(dtype)
+    model.config.use_cache = True  # switched off for training, and a serving container reads it
+    model.save_pretrained(folder)
+
+
+def merge(
+    model: PeftModel, adapter: Path, base: str, job: Job, dtype: torch.dtype, train_data: Dataset
+) -> tuple[PreTrainedModel, dict[str, float]]:
+    """The base with the adapter folded in, and by how much its logits differ from those of the adapter on the base.
+
+    Quantized weights cannot take an adapter without rounding it away, so a quantized base is loaded anew, whole.
+    Raises UserError when the difference is more than rounding.
+    """
+    if getattr(model.get_base_model(), "is_loaded_in_4bit", False):
+        model.to("meta")
+        gc.collect()
+        model = PeftModel.from_pretrained(load_model(base, job.settings, None, dtype), str(adapter))
+    model.eval()
+    tokens = torch.tensor([train_data[0]["input_ids"][:CHECKED_TOKENS]], device=model.device)
+    before = logits(model, tokens)
+    merged = model.merge_and_unload()
+    after = logits(merged, tokens)
+    difference = ((after - before).abs().max() / before.abs().max()).item()
+    if not difference <= TOLERANCE[dtype]:  # not-a-number fails too
+        raise UserError(
+            f"The merged model's logits differ from the trained model's by {difference:.2e} of their range, more than "
+            f"{TOLERANCE[dtype]:.0e}: train again with merge_weights=false and torch_dtype=float32."
+        )
+    return merged, {"relative_logit_difference": difference, "tolerance": TOLERANCE[dtype]}
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """(sequence, vocabulary), in float32."""
+    return model(input_ids=tokens).logits[0].float()

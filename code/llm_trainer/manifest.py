@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""training_manifest.json: what made this model. Versions, settings, data, metrics and where the time went."""
+
+import os
+import platform
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llm_trainer import __version__
+from llm_trainer.data import DataReport
+from llm_trainer.distributed import world_size
+from llm_trainer.launch import Job
+from llm_trainer.settings import redact
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
+
+
+class Timeline(TrainerCallback):
+    """Seconds that each phase of the job took, from the container's start."""
+
+    def __init__(self, started: float) -> None:
+        self.last = started
+        self.seconds: dict[str, float] = {}
+
+    def mark(self, phase: str) -> None:
+        """The phase ends now."""
+        now = time.time()
+        self.seconds[phase] = round(now - self.last, 2)
+        self.last = now
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if "first_step" in self.seconds:
+            return
+        self.mark("first_step")
+        if state.is_world_process_zero:
+            phases = ", ".join(f"{phase} {seconds} s" for phase, seconds in self.seconds.items())
+            print(f"First step done {sum(self.seconds.values()):.1f} s after the start: {phases}", flush=True)
+
+
+def build_manifest(
+    job: Job, trainer: Trainer, reports: dict[str, DataReport], totals: dict[str, float], timeline: Timeline
+) -> dict[str, Any]:
+    """Ready for JSON, without secrets."""
+    return {
+        "llm_trainer": __version__,
+        "training_job_name": os.environ.get("TRAINING_JOB_NAME"),
+        "model": job.inputs.model,
+        "settings": redact(job.settings),
+        "training_arguments": {
+            name: getattr(trainer.args, name)
+            for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed", "bf16", "fp16")
+        },
+        "data": {name: asdict(report) for name, report in reports.items()},
+        "metrics": {**totals, **last_metrics(trainer.state.log_history)},
+        "num_steps": trainer.state.global_step,
+        "world_size": world_size(),
+        "phase_seconds": timeline.seconds,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def last_metrics(history: list[dict[str, float]]) -> dict[str, float]:
+    """The newest value of every metric that training and evaluation logged."""
+    newest: dict[str, float] = {}
+    for entry in history:
+        newest |= {key: value for key, value in entry.items() if key == "loss" or key.startswith("eval_")}
+    return newest

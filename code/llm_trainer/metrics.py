@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metric line: `train_loss=0.5123; step=20; ...`, which SageMaker's metric definitions read, one regex a key."""
+
+import time
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+# Transformers' names -> ours. The others keep their name.
+RENAMED = {"loss": "train_loss", "mean_token_accuracy": "train_token_accuracy", "num_tokens": "tokens"}
+LEFT_OUT = ("total_flos", "entropy", "eval_entropy", "eval_num_tokens")
+
+
+def format_line(metrics: dict[str, float]) -> str:
+    return "; ".join(f"{key}={format_number(value)}" for key, value in metrics.items())
+
+
+def format_number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
+class MetricLines(TrainerCallback):
+    """Prints every set of metrics on one flushed line, with the speed since the last one."""
+
+    def __init__(self) -> None:
+        self.last_seconds = 0.0
+        self.last_tokens = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.last_seconds = time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return  # the totals at the end are in the manifest
+        metrics = {RENAMED.get(key, key): value for key, value in logs.items() if key not in LEFT_OUT}
+        metrics |= {"step": state.global_step, "total_steps": state.max_steps}
+        if "loss" in logs and "num_tokens" in logs:
+            metrics["tokens_per_second"] = self.measure_speed(logs["num_tokens"])
+        print(format_line(metrics), flush=True)
+
+    def measure_speed(self, num_tokens: float) -> float:
+        """Tokens a second over all ranks since the last training line."""
+        now = time.monotonic()
+        speed = (num_tokens - self.last_tokens) / max(now - self.last_seconds, 1e-9)
+        self.last_seconds, self.last_tokens = now, num_tokens
+        return speed

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base model and its tokenizer, as the settings ask for them: weights, type, attention kernel, quantization."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    Mxfp4Config,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llm_trainer.distributed import local_rank, once_per_host
+from llm_trainer.errors import UserError
+from llm_trainer.settings import Settings
+
+# What a causal language model needs; a repository may hold the same weights in other formats besides.
+MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken"]
+
+
+def fetch_model(model: str, settings: Settings, scratch_dir: Path) -> str:
+    """The folder of the model's files: a Hub model is downloaded once a host. Raises UserError when it cannot be."""
+    if Path(model).is_dir() or not settings.use_snapshot_download:
+        return model
+    place = scratch_dir / "model_folder"
+
+    def download() -> None:
+        try:
+            folder = snapshot_download(model, revision=settings.model_revision, allow_patterns=MODEL_FILES)
+        except GatedRepoError as error:
+            raise UserError(
+                f"model_id={model!r} is gated: accept its licence on its Hub page and give a token that may read it "
+                "as HF_TOKEN in the job's Environment."
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise UserError(
+                f"model_id={model!r} is not on the Hugging Face Hub, or is private: check the name, and give a token "
+                "as HF_TOKEN in the job's Environment."
+            ) from error
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            raise UserError(
+                f"model_id={model!r} could not be downloaded ({first_line(error)}): give the container a network, "
+                "or the model's files as channel 'model'."
+            ) from error
+        place.write_text(folder, encoding="utf-8")
+
+    once_per_host(scratch_dir / "model.done", download)
+    return place.read_text(encoding="utf-8")
+
+
+def load_tokenizer(model: str, settings: Settings) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a chat template if the settings name one and a pad token that is not the EOS.
+
+    Collators that mask by pad id would otherwise mask the EOS too, and the model would never learn to stop.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, **source_options(settings))
+    except (OSError, ValueError) as error:
+        raise UserError(f"The tokenizer of {model} could not be loaded ({first_line(error)}).") from error
+    if settings.chat_template_path:
+        tokenizer.chat_template = read_chat_template(settings.chat_template_path)
+    if settings.eos_token:
+        tokenizer.eos_token = known_token(tokenizer, "eos_token", settings.eos_token)
+    if tokenizer.eos_token is None:
+        raise UserError(f"The tokenizer of {model} has no end-of-sequence token: name one with eos_token.")
+    if settings.pad_token:
+        tokenizer.pad_token = known_token(tokenizer, "pad_token", settings.pad_token)
+    elif tokenizer.pad_token in (None, tokenizer.eos_token):
+        tokenizer.pad_token = choose_pad_token(tokenizer)
+    if tokenizer.pad_token == tokenizer.eos_token:
+        raise UserError(f"pad_token={tokenizer.pad_token!r} is the end-of-sequence token: name another special token.")
+    return tokenizer
+
+
+def source_options(settings: Settings) -> dict[str, Any]:
+    return {"revision": settings.model_revision or "main", "trust_remote_code": settings.trust_remote_code}
+
+
+def read_chat_template(path: str) -> str:
+    """A Jinja file's text, or the chat template of another tokenizer's folder or Hub id."""
+    try:
+        if Path(path).is_file():
+            return Path(path).read_text(encoding="utf-8")
+        template = AutoTokenizer.from_pretrained(path).chat_template
+    except (OSError, ValueError) as error:
+        raise UserError(f"chat_template_path={path!r} could not be read ({first_line(error)}).") from error
+    if not isinstance(template, str):
+        raise UserError(f"chat_template_path={path!r} has no chat template: give a .jinja file.")
+    return template
+
+
+def known_token(tokenizer: PreTrainedTokenizerBase, setting: str, token: str) -> str:
+    if token not in tokenizer.get_vocab():
+        raise UserError(f"{setting}={token!r} is not in the model's vocabulary: name a token that is.")
+    return token
+
+
+def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A special token that ends nothing. It is never trained on, so that its meaning does not matter."""
+    vocabulary = tokenizer.get_vocab()
+    named_pad = [token for token in vocabulary if "pad" in token.lower() and token in tokenizer.all_special_tokens]
+    candidates = [*named_pad, tokenizer.unk_token, *tokenizer.all_special_tokens, tokenizer.bos_token]
+    for token in candidates:
+        if token and token != tokenizer.eos_token:
+            return token
+    raise UserError(
+        "The tokenizer has no special token but EOS to pad with: name a token of its vocabulary: pad_token."
+    )
+
+
+def find_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> frozenset[int]:
+    """Token ids at which generation stops: the tokenizer's EOS and those of the model's generation config."""
+    try:
+        stop = GenerationConfig.from_pretrained(model, revision=settings.model_revision or "main").eos_token_id
+    except OSError:  # many models have no generation_config.json
+        stop = None
+    stops = stop if isinstance(stop, list) else [stop] if stop is not None else []
+    return frozenset([*stops, tokenizer.eos_token_id])
+
+
+def choose_dtype(settings: Settings) -> torch.dtype:
+    """The type of the computation, and of what is exported."""
+    if settings.torch_dtype != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[settings.torch_dtype]
+    on_gpu = torch.cuda.is_available() and not settings.use_cpu and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if on_gpu else torch.float32
+
+
+def choose_weights_dtype(settings: Settings) -> torch.dtype:
+    """The type of the weights in memory: full fine-tuning keeps them in float32, where small updates are not lost."""
+    if settings.torch_dtype == "auto" and not settings.use_peft:
+        return torch.float32
+    return choose_dtype(settings)
+
+
+def choose_device(settings: Settings) -> torch.device:
+    if settings.use_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank())
+
+
+def build_quantization(model: str, settings: Settings) -> BitsAndBytesConfig | Mxfp4Config | None:
+    """How the base is quantized while it loads. Raises UserError where that cannot work, before anything is loaded."""
+    if settings.use_mxfp4:
+        config = AutoConfig.from_pretrained(model, **source_options(settings))
+        if (getattr(config, "quantization_config", None) or {}).get("quant_method") != "mxfp4":
+            raise UserError(f"use_mxfp4=true but {model} is not an MXFP4 checkpoint: set use_mxfp4=false.")
+        return Mxfp4Config(dequantize=True)
+    if settings.load_in_4bit:
+        try_bitsandbytes(choose_device(settings))
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=choose_dtype(settings),
+        )
+    return None
+
+
+def try_bitsandbytes(device: torch.device) -> None:
+    """Quantize a few numbers: the package imports even where its native library cannot run."""
+    try:
+        from bitsandbytes.functional import quantize_4bit
+
+        quantize_4bit(torch.ones(64, device=device), quant_type="nf4")
+    except (ImportError, OSError, RuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"load_in_4bit=true: bitsandbytes cannot run here ({first_line(error)}): "
+            "set load_in_4bit=false, or use the image on a GPU that bitsandbytes supports."
+        ) from error
+
+
+def load_model(
+    model: str, settings: Settings, quantization: BitsAndBytesConfig | Mxfp4Config | None, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The base model on this rank's device. Raises UserError when its files are broken or of an unknown kind."""
+    options: dict[str, Any] = {
+        **source_options(settings),
+        "dtype": dtype,
+        "device_map": {"": choose_device(settings)},
+        "use_safetensors": True,
+        "quantization_config": quantization,
+    }
+    if settings.attn_implementation != "auto":
+        options["attn_implementation"] = settings.attn_implementation
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, **{**options, **(settings.model_init_kwargs or {})})
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise UserError(f"The model {model} could not be loaded: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of what the settings point at: the model's files, the channels, the place for the result. No torch."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_trainer import formats
+from llm_trainer.environment import Environment
+from llm_trainer.settings import Settings
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+TRAIN_CHANNELS = ("train", "training")
+VALIDATION_CHANNELS = ("validation", "val")
+WEIGHTS_INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a job reads and where it writes, resolved from settings and channels."""
+
+    model: str  # a folder, or a Hub id
+    train_files: list[Path]
+    validation_files: list[Path]
+    model_dir: Path
+    checkpoint_dir: Path
+
+
+def find_inputs(settings: Settings, environment: Environment) -> tuple[Inputs, list[str]]:
+    """The job's inputs, and a sentence for every one that is missing or unusable."""
+    problems: list[str] = []
+    model = settings.model_id or find_model_channel(environment)
+    if model is None:
+        problems.append("model_id is missing: give a Hugging Face model id, or the model's files as channel 'model'.")
+    else:
+        problems += check_model(model)
+    train = find_data(settings.train_dataset_path, "train_dataset_path", TRAIN_CHANNELS, environment, problems)
+    validation = find_data(settings.val_dataset_path, "val_dataset_path", VALIDATION_CHANNELS, environment, problems)
+    problems += check_evaluation(settings, has_validation=bool(validation))
+    inputs = Inputs(
+        model=model or "",
+        train_files=train,
+        validation_files=validation,
+        model_dir=Path(settings.output_dir) if settings.output_dir else environment.model_dir,
+        checkpoint_dir=Path(settings.checkpoint_dir) if settings.checkpoint_dir else environment.checkpoint_dir,
+    )
+    problems += check_writable(inputs.model_dir, "output_dir")
+    return inputs, problems
+
+
+def find_model_channel(environment: Environment) -> str | None:
+    channel = environment.channels.get("model")
+    return str(channel) if channel else None
+
+
+def find_data(
+    path: str | None, setting: str, channels: tuple[str, ...], environment: Environment, problems: list[str]
+) -> list[Path]:
+    """The data files of a setting or, without it, of the first channel there is. Empty ones become problems."""
+    if path:
+        place, name = Path(path), f"{setting}={path!r}"
+    else:
+        channel = next((channel for channel in channels if channel in environment.channels), None)
+        if channel is None:
+            if channels is TRAIN_CHANNELS:
+                problems.append(
+                    "Training data is missing: give a channel 'train' with .json or .jsonl files, "
+                    "or set train_dataset_path."
+                )
+            return []
+        place, name = environment.channels[channel], f"Channel {channel!r}"
+    if not place.exists():
+        problems.append(
+            f"{name} does not exist in the container ({place}): check the path and the channel's S3 prefix."
+        )
+        return []
+    files = formats.find_files(place)
+    if not files:
+        found = sorted(entry.name for entry in place.iterdir())[:5] if place.is_dir() else []
+        problems.append(
+            f"{name} has no .json or .jsonl file in {place} (found: {', '.join(found) or 'nothing'}): "
+            "put the data there."
+        )
+    return files
+
+
+def check_model(model: str) -> Iterator[str]:
+    """Sentences about a model folder whose files are incomplete, or a name that can be neither folder nor Hub id."""
+    folder = Path(model)
+    if not folder.is_dir():
+        if not HUB_ID.fullmatch(model):
+            yield (
+                f"model_id={model!r} is neither a folder in the container nor a Hugging Face id: "
+                "give an id such as 'Qwen/Qwen3-0.6B' or the folder of a channel."
+            )
+        return
+    if not (folder / "config.json").is_file():
+        yield f"Model folder {folder} has no config.json: give the folder that holds the model's files itself."
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        yield f"Model folder {folder} has no tokenizer ({TOKENIZER_FILES[0]}): put the tokenizer beside the weights."
+    yield from check_weights(folder)
+
+
+def check_weights(folder: Path) -> Iterator[str]:
+    index = folder / WEIGHTS_INDEX
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            yield f"{index} is not a weights index ({error!r}): download the model again."
+            return
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if missing:
+            yield f"Model folder {folder} lacks {len(missing)} weight files of its index, first {missing[0]}: add them."
+    elif not any(folder.glob("*.safetensors")):
+        others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        found = f" (found {', '.join(others[:3])}, which is not read)" if others else ""
+        yield f"Model folder {folder} has no weights{found}: put the model's .safetensors files there."
+
+
+def check_evaluation(settings: Settings, has_validation: bool) -> Iterator[str]:
+    if has_validation:
+        return
+    for name, off in (("early_stopping", False), ("load_best_model_at_end", False), ("eval_strategy", "no")):
+        value = getattr(settings, name)
+        if value != off:
+            yield f"{name}={value!r} needs validation data and there is none: give a channel 'validation'."
+
+
+def check_writable(model_dir: Path, setting: str) -> Iterator[str]:
+    """The nearest folder there is must be writable: an unwritable one would lose the result after hours."""
+    nearest = next(folder for folder in (model_dir, *model_dir.parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        yield f"{setting}: user {os.getuid()} cannot write to {nearest}: mount it writable, or run as another user."

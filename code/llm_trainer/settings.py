@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the user asked for: defaults, then YAML file, then hyperparameters, then command line; the last one wins.
+
+One pydantic model holds our own settings and every field of `trl.SFTConfig`. Every mistake is found before any of
+them is reported.
+"""
+
+import difflib
+import math
+import types as pytypes
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError, create_model
+from pydantic.fields import FieldInfo
+
+from llm_trainer.decoding import decode
+from llm_trainer.environment import Environment
+from llm_trainer.training_arguments import Argument, read_snapshot
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Attention = Literal["auto", "flash_attention_2", "flash_attention_3", "flex_attention", "sdpa", "eager"]
+
+
+class OwnSettings(BaseModel):
+    """The settings that are this project's own; SFTConfig's fields join them in `Settings`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), coerce_numbers_to_str=True)
+
+    config: str | None = Field(None, description="YAML file with settings; default: the one in channel `config`.")
+    # Model
+    model_id: str | None = Field(None, description="Hub id or model folder; default: the folder of channel `model`.")
+    model_revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
+    use_snapshot_download: bool = Field(True, description="Download a Hub model once a host, before any rank loads it.")
+    token: SecretStr | None = Field(None, description="Hugging Face token; better given as HF_TOKEN in Environment.")
+    torch_dtype: Dtype = Field("auto", description="Type of the weights; auto: bfloat16 on a GPU, float32 on a CPU.")
+    attn_implementation: Attention = Field("auto", description="Attention kernel; auto: what Transformers chooses.")
+    load_in_4bit: bool = Field(False, description="QLoRA: load the base in 4 bit (nf4, double quantization).")
+    use_mxfp4: bool = Field(False, description="Train an MXFP4 checkpoint (gpt-oss), dequantized to `torch_dtype`.")
+    # Adapter
+    use_peft: bool = Field(True, description="Train a LoRA adapter; false: fine-tune all weights.")
+    lora_r: int = Field(8, ge=1, description="LoRA rank.")
+    lora_alpha: float = Field(16, gt=0, description="LoRA scale; the adapter's output is multiplied by alpha / rank.")
+    lora_dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: str | list[str] = Field("all-linear", description="Modules that get an adapter: names, or a regex.")
+    merge_weights: bool = Field(False, description="Write the merged model instead of the adapter.")
+    # Data
+    train_dataset_path: str | None = Field(None, description="Training file or folder; default: channel `train`.")
+    val_dataset_path: str | None = Field(
+        None, description="Validation file or folder; default: channel `validation` or `val`, if there is one."
+    )
+    dataset_format: Literal["auto", "messages", "text"] = Field("auto", description="Kind of rows; auto: by field.")
+    text_field: str = Field("text", min_length=1, description="Field that holds a row's text.")
+    messages_field: str = Field("messages", min_length=1, description="Field that holds a row's conversation.")
+    max_length: int | None = Field(
+        2048, ge=2, description="Longest row in tokens; `null`: no limit. Tokens, not characters."
+    )
+    apply_truncation: bool = Field(True, description="Cut rows longer than `max_length`; false: leave them out.")
+    # Run
+    output_dir: str | None = Field(None, description="Where the final artefacts go; default: /opt/ml/model.")
+    checkpoint_dir: str | None = Field(None, description="Where checkpoints go; default: /opt/ml/checkpoints.")
+    use_checkpoints: bool = Field(False, description="Save a checkpoint an epoch, and resume from the newest.")
+    early_stopping: bool = Field(False, description="Stop when eval_loss no longer falls, and keep the best weights.")
+    early_stopping_patience: int = Field(3, ge=1, description="Evaluations without a fall before stopping.")
+    gradient_checkpointing: bool | None = Field(
+        None, description="Recompute activations in the backward pass, to save memory; default: on a GPU only."
+    )
+    nproc_per_node: int | None = Field(
+        None, ge=1, description="Worker processes a host; default: one a GPU, or one on a CPU."
+    )
+    # Tracking
+    mlflow_uri: str | None = Field(None, description="MLflow tracking server; switches MLflow on.")
+    mlflow_experiment_name: str | None = Field(None, description="MLflow experiment.")
+    wandb_project: str | None = Field(None, description="Weights & Biases project; switches it on.")
+    wandb_token: SecretStr | None = Field(None, description="W&B key; better given as WANDB_API_KEY in Environment.")
+
+
+# The field's other spellings of the same thing.
+ALIASES = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "dataset_text_field": "text_field",
+    "dtype": "torch_dtype",
+    "evaluation_strategy": "eval_strategy",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+    "lora_target_modules": "target_modules",
+    "max_seq_length": "max_length",
+    "model_name_or_path": "model_id",
+    "warmup_ratio": "warmup_steps",  # a share below 1 in both, since Transformers 5
+}
+
+# Names from other tools that no spelling distance finds.
+SYNONYMS = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "lora_rank": "lora_r",
+    "rank": "lora_r",
+    "dataset": "train_dataset_path",
+    "base_model": "model_id",
+    "micro_batch_size": "per_device_train_batch_size",
+}
+
+# SFTConfig states no ranges; these would otherwise fail late, or never.
+RANGES: dict[str, dict[str, Any]] = {
+    "learning_rate": {"gt": 0},
+    "num_train_epochs": {"gt": 0},
+    "per_device_train_batch_size": {"ge": 1},
+    "per_device_eval_batch_size": {"ge": 1},
+    "gradient_accumulation_steps": {"ge": 1},
+    "warmup_steps": {"ge": 0},
+    "weight_decay": {"ge": 0},
+    "adam_beta1": {"ge": 0, "lt": 1},
+    "adam_beta2": {"ge": 0, "lt": 1},
+    "adam_epsilon": {"gt": 0},
+    "max_grad_norm": {"ge": 0},
+    "label_smoothing_factor": {"ge": 0, "lt": 1},
+    "logging_steps": {"gt": 0},
+    "eval_steps": {"gt": 0},
+    "save_steps": {"gt": 0},
+    "save_total_limit": {"ge": 1},
+    "dataloader_num_workers": {"ge": 0},
+    "ddp_timeout": {"ge": 1},
+    "seed": {"ge": 0},
+}
+
+SECRETS = ("token", "wandb_token", "hub_token")
+REDACTED = "***"
+PLAIN_TYPES: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str, "dict": dict, "list": list}
+
+
+def build_settings_model() -> type[OwnSettings]:
+    """OwnSettings plus every field of SFTConfig that is not among them, by its own name and type."""
+    fields: dict[str, Any] = {
+        name: (field_type(name, argument), Field(argument.default, description=argument.help, **RANGES.get(name, {})))
+        for name, argument in read_snapshot().items()
+        if name not in OwnSettings.model_fields and name not in ALIASES
+    }
+    return create_model("Settings", __base__=OwnSettings, **fields)
+
+
+def field_type(name: str, argument: Argument) -> Any:
+    if name in SECRETS:
+        return SecretStr | None
+    if argument.choices:
+        kinds: list[Any] = [Literal[tuple(argument.choices)]]
+    else:
+        kinds = [PLAIN_TYPES[kind] for kind in argument.types]
+    if argument.nullable:
+        kinds.append(None)
+    return typing.Union[tuple(kinds)]  # noqa: UP007 - built from a list
+
+
+if typing.TYPE_CHECKING:
+
+    class Settings(OwnSettings):
+        """OwnSettings, with SFTConfig's fields as attributes."""
+
+        def __getattr__(self, name: str) -> Any: ...
+else:
+    Settings = build_settings_model()
+
+
+def plain_types(name: str) -> tuple[frozenset[str], bool]:
+    """The names of the plain types that a setting takes, and whether it takes null."""
+    names: set[str] = set()
+    nullable = False
+    for part in union_parts(Settings.model_fields[name].annotation):
+        origin = typing.get_origin(part) or part
+        if part is type(None):
+            nullable = True
+        else:
+            names.add("str" if origin in (Literal, SecretStr) else origin.__name__)
+    return frozenset(names), nullable
+
+
+def union_parts(annotation: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(annotation) in (typing.Union, pytypes.UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)
+
+
+def read_settings(environment: Environment, arguments: Mapping[str, str]) -> tuple[Settings, list[str]]:
+    """The settings, and a sentence for every mistake in them; a mistaken setting is left at its default.
+
+    `arguments` are the settings given on the command line.
+    """
+    problems: list[str] = []
+    given = {**environment.hyperparameters, **arguments}
+    asked = rename(read_yaml(find_config_file(environment, given), problems), "YAML key", problems)
+    asked |= rename(given, "Hyperparameter", problems)
+    values = {}
+    for name, raw in asked.items():
+        types, nullable = plain_types(name)
+        value = decode(raw, types, nullable) if isinstance(raw, str) else raw
+        if value is None and not nullable:
+            continue  # null asks for the default
+        problem = find_problem(name, value, raw)
+        if problem:
+            problems.append(problem)
+        else:
+            values[name] = value
+    settings = Settings(**values)
+    return settings, problems + list(find_contradictions(settings, environment))
+
+
+def find_config_file(environment: Environment, given: Mapping[str, Any]) -> Path | None:
+    """The YAML file that `config` names, or the one in the channel of that name."""
+    if given.get("config"):
+        return Path(decode(str(given["config"]), frozenset({"str"}), nullable=True))
+    return environment.channels.get("config")
+
+
+def read_yaml(path: Path | None, problems: list[str]) -> dict[str, Any]:
+    """The settings in a YAML file, or in the only YAML file of a folder."""
+    if path is None:
+        return {}
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".yaml", ".yml"))
+        if len(files) != 1:
+            names = ", ".join(file.name for file in files) or "none"
+            problems.append(
+                f"config: {path} must hold exactly one .yaml file but has {names}: name one with config=PATH."
+            )
+            return {}
+        path = files[0]
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problems.append(f"config={str(path)!r} does not exist: give the path of a YAML file in a channel.")
+        return {}
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        problems.append(
+            f"{path} is not readable YAML ({' '.join(str(error).split())}): write it as `key: value` lines."
+        )
+        return {}
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{path} holds a YAML {type(value).__name__}: write it as `key: value` lines.")
+        return {}
+    return value
+
+
+def rename(given: Mapping[Any, Any], source: str, problems: list[str]) -> dict[str, Any]:
+    """The given values under the settings' own names. Unknown names and clashing aliases become problems."""
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        key = str(key)
+        if key.startswith("sagemaker_") or key == "_tuning_objective_metric":
+            continue  # SageMaker's own
+        name = ALIASES.get(key, key)
+        if name not in Settings.model_fields:
+            problems.append(f"{source} {key!r} is not a setting: {nearest(key, valid_names())}")
+        elif name != key and name in given:
+            problems.append(f"{source}s {key!r} and {name!r} are the same setting given twice: remove {key!r}.")
+        else:
+            values[name] = value
+    return values
+
+
+def valid_names() -> list[str]:
+    return [*Settings.model_fields, *ALIASES]
+
+
+def nearest(key: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    name = SYNONYMS.get(key.lower()) or (close[0] if close else None)
+    if name:
+        return f"the nearest valid name is {name!r}."
+    return "remove it (`llm-trainer train --help` lists the valid names)."
+
+
+def find_problem(name: str, value: Any, raw: Any) -> str | None:
+    """One sentence when the value breaks the field's rule: key, value as it was given, rule, fix."""
+    field = Settings.model_fields[name]
+    adapter = TypeAdapter[Any](Annotated[field.annotation, field], config=Settings.model_config)  # type: ignore[arg-type]
+    is_stray_bool = isinstance(value, bool) and "bool" not in plain_types(name)[0]
+    is_infinite = isinstance(value, float) and not math.isfinite(value)
+    try:
+        adapter.validate_python(value)
+    except ValidationError:
+        pass
+    else:
+        if not (is_stray_bool or is_infinite):
+            return None
+    shown = REDACTED if name in SECRETS else repr(raw)
+    return f"{name}={shown} is not valid: it must be {describe_rule(field)}; {suggest(field, value)}"
+
+
+def describe_rule(field: FieldInfo) -> str:
+    """What the field takes, e.g. "a number, at least 0 and below 1"."""
+    words = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
+    words |= {"dict": "a JSON object", "list": "a list"}
+    kinds = []
+    for part in union_parts(field.annotation):
+        origin = typing.get_origin(part) or part
+        if origin is Literal:
+            kinds.append("one of " + ", ".join(typing.get_args(part)))
+        elif part is type(None):
+            kinds.append("null")
+        else:
+            kinds.append("a text" if origin is SecretStr else words[origin.__name__])
+    comparisons = {"ge": "at least", "gt": "above", "lt": "below", "min_length": "of a length of at least"}
+    bounds = [
+        f"{phrase} {getattr(constraint, key):g}"
+        for constraint in field.metadata
+        for key, phrase in comparisons.items()
+        if getattr(constraint, key, None) is not None
+    ]
+    rule = " or ".join(kinds)
+    return f"{rule}, {' and '.join(bounds)}" if bounds else rule
+
+
+def suggest(field: FieldInfo, value: Any) -> str:
+    choices = [str(choice) for part in union_parts(field.annotation) for choice in typing.get_args(part)]
+    longer = [choice for choice in choices if choice.startswith(str(value))]
+    close = longer or difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    if close and value != "":
+        return f"the nearest is {close[0]!r}."
+    return "leave it out for none." if field.default is None else f"its default is {field.default!r}."
+
+
+def find_contradictions(settings: Settings, environment: Environment) -> typing.Iterator[str]:
+    """Settings that are each valid but cannot hold together, or not on this machine."""
+    if settings.load_in_4bit and not settings.use_peft:
+        yield "load_in_4bit=true with use_peft=false: 4-bit weights cannot be trained themselves; set use_peft=true."
+    if settings.load_in_4bit and settings.use_mxfp4:
+        yield "load_in_4bit=true with use_mxfp4=true: a base has one quantization; set one of them to false."
+    if settings.merge_weights and not settings.use_peft:
+        yield "merge_weights=true with use_peft=false: full fine-tuning has no adapter to merge; remove merge_weights."
+    if settings.torch_dtype == "float16" and not settings.use_peft:
+        yield "torch_dtype=float16 with use_peft=false: float16 weights overflow in training; use bfloat16 or float32."
+    if settings.bf16 and settings.fp16:
+        yield "bf16=true with fp16=true: mixed precision has one type; set one of them to false."
+    if settings.packing and settings.max_length is None:
+        yield "packing=true with max_length=null: rows are packed into sequences of max_length tokens; give it."
+    if settings.completion_only_loss:
+        yield "completion_only_loss=true needs prompt and completion rows, and rows are text or messages: remove it."
+    if settings.attn_implementation.startswith("flash_attention") and not environment.num_gpus:
+        yield (
+            f"attn_implementation={settings.attn_implementation} runs only on an NVIDIA GPU and there is none here: "
+            "use sdpa."
+        )
+    if environment.num_gpus and (settings.nproc_per_node or 0) > environment.num_gpus and not settings.use_cpu:
+        yield (
+            f"nproc_per_node={settings.nproc_per_node} is more than this host's {environment.num_gpus} GPUs: "
+            "leave it out to use them all."
+        )
+
+
+def redact(settings: Settings) -> dict[str, Any]:
+    """The settings that were asked for and our own defaults, fit for a log or a manifest."""
+    names = [name for name in Settings.model_fields if name in OwnSettings.model_fields or is_given(settings, name)]
+    return {name: redact_value(name, getattr(settings, name)) for name in names}
+
+
+def redact_value(name: str, value: Any) -> Any:
+    return REDACTED if name in SECRETS and value is not None else value
+
+
+def is_given(settings: Settings, name: str) -> bool:
+    """Whether the user set this, as opposed to it being at its default."""
+    return name in settings.model_fields_set

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The SFTTrainer of a job. The only module that names TRL's and Transformers' training arguments."""
+
+from typing import Any
+
+import torch
+from accelerate import ParallelismConfig
+from datasets import Dataset
+from peft import PeftConfig
+from pydantic import SecretStr
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from llm_trainer.errors import UserError
+from llm_trainer.metrics import MetricLines
+from llm_trainer.model import first_line
+from llm_trainer.preflight import Inputs
+from llm_trainer.settings import Settings, is_given
+from llm_trainer.tracking import choose_trackers
+from llm_trainer.training_arguments import read_snapshot
+
+# Fields of SFTConfig that data.py and model.py have acted on already.
+ACTED_ON = frozenset(
+    {"output_dir", "max_length", "truncation_mode", "dataset_text_field", "assistant_only_loss"}
+    | {"completion_only_loss", "model_init_kwargs", "chat_template_path", "pad_token", "trust_remote_code"}
+    | {"resume_from_checkpoint", "report_to", "gradient_checkpointing"}
+)
+LORA_LEARNING_RATE = 2e-4  # ten times full fine-tuning's, as TRL's documentation advises for adapters
+FULL_LEARNING_RATE = 2e-5
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    peft_config: PeftConfig | None,
+    train_data: Dataset,
+    validation_data: Dataset | None,
+    arguments: SFTConfig,
+    settings: Settings,
+) -> SFTTrainer:
+    """A trainer of tokenized data. Raises UserError for a combination of arguments that TRL or PEFT refuses."""
+    try:
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train_data,
+            eval_dataset=validation_data,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(first_line(error)) from error
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(MetricLines())
+    if settings.early_stopping:
+        trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
+    return trainer
+
+
+def build_arguments(
+    settings: Settings, inputs: Inputs, device: torch.device, dtype: torch.dtype, can_evaluate: bool
+) -> SFTConfig:
+    """SFTConfig from our defaults and every field of it that the user set, which wins."""
+    given = {
+        name: reveal(getattr(settings, name))
+        for name in read_snapshot()
+        if name not in ACTED_ON and is_given(settings, name)
+    }
+    if isinstance(given.get("parallelism_config"), dict):
+        given["parallelism_config"] = ParallelismConfig(**given["parallelism_config"])
+    packs = settings.packing or bool(settings.eval_packing)
+    try:
+        return SFTConfig(
+            output_dir=str(inputs.checkpoint_dir),
+            report_to=choose_trackers(settings),
+            max_length=settings.max_length if packs else None,  # rows are cut already
+            **{**choose_defaults(settings, device, dtype, can_evaluate), **given},
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(first_line(error)) from error
+
+
+def choose_defaults(settings: Settings, device: torch.device, dtype: torch.dtype, can_evaluate: bool) -> dict[str, Any]:
+    """Where we choose otherwise than TRL."""
+    on_cpu = device.type == "cpu"
+    precision = not (is_given(settings, "bf16") or is_given(settings, "fp16"))
+    defaults: dict[str, Any] = {
+        "learning_rate": LORA_LEARNING_RATE if settings.use_peft else FULL_LEARNING_RATE,
+        "bf16": precision and dtype == torch.bfloat16,
+        "fp16": precision and dtype == torch.float16,
+        "use_cpu": on_cpu,
+        "ddp_backend": "gloo" if on_cpu else None,
+        "dataloader_pin_memory": not on_cpu,
+        "activation_checkpointing": choose_checkpointing(settings, on_cpu),
+        "ddp_find_unused_parameters": False,  # the search costs a pass over the graph a step and finds nothing
+        "disable_tqdm": True,  # its carriage returns spoil a log; metric lines show the progress
+        "prediction_loss_only": True,
+        "eval_strategy": "epoch" if can_evaluate else "no",
+        "save_strategy": "epoch" if settings.use_checkpoints else "no",
+    }
+    if is_given(settings, "save_steps"):
+        defaults["save_strategy"] = "steps"
+    if is_given(settings, "eval_steps") and can_evaluate:
+        defaults["eval_strategy"] = "steps"
+    if settings.early_stopping:
+        evaluates = settings.eval_strategy if is_given(settings, "eval_strategy") else defaults["eval_strategy"]
+        defaults |= {
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+            "save_strategy": evaluates,
+        }
+        if is_given(settings, "eval_steps"):
+            defaults["save_steps"] = settings.eval_steps
+    return defaults
+
+
+def choose_checkpointing(settings: Settings, on_cpu: bool) -> bool:
+    """Recomputing activations trades time for memory, and a CPU run is short of time."""
+    return not on_cpu if settings.gradient_checkpointing is None else settings.gradient_checkpointing
+
+
+def reveal(value: Any) -> Any:
+    return value.get_secret_value() if isinstance(value, SecretStr) else value
