@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the job leaves in /opt/ml/model: an adapter or whole weights, tokenizer, chat template, manifest."""
 
-import gc
 import json
 import shutil
 from pathlib import Path
@@ -39,9 +38,9 @@ def export(
     staging.mkdir(parents=True)
     try:
         if isinstance(model, PeftModel) and job.settings.merge_weights:
-            model.save_pretrained(staging / "adapter")
-            merged, manifest["merge"] = merge(model, staging / "adapter", base, job, dtype, train_data)
-            shutil.rmtree(staging / "adapter")
+            adapter = job.environment.output_dir / "data" / "adapter"
+            model.save_pretrained(adapter)  # first, so that a merge that fails loses nothing
+            merged, manifest["merge"] = merge(model, adapter, base, job, dtype, train_data)
             save_whole(merged, staging, dtype)
         elif isinstance(model, PeftModel):
             model.save_pretrained(staging)
@@ -74,13 +73,13 @@ def merge(
 ) -> tuple[PreTrainedModel, dict[str, float]]:
     """The base with the adapter folded in, and by how much its logits differ from those of the adapter on the base.
 
-    Quantized weights cannot take an adapter without rounding it away, so a quantized base is loaded anew, whole.
+    Quantized weights cannot take an adapter without rounding it away, so a quantized base is loaded anew, whole, on
+    the CPU, since the GPU still holds the quantized one.
     Raises UserError when the difference is more than rounding.
     """
     if getattr(model.get_base_model(), "is_loaded_in_4bit", False):
-        model.to("meta")
-        gc.collect()
-        model = PeftModel.from_pretrained(load_model(base, job.settings, None, dtype), str(adapter))
+        whole_base = load_model(base, job.settings, None, dtype, torch.device("cpu"))
+        model = PeftModel.from_pretrained(whole_base, str(adapter))
     model.eval()
     tokens = torch.tensor([train_data[0]["input_ids"][:CHECKED_TOKENS]], device=model.device)
     before = logits(model, tokens)
@@ -90,7 +89,7 @@ def merge(
     if not difference <= TOLERANCE[dtype]:  # not-a-number fails too
         raise UserError(
             f"The merged model's logits differ from the trained model's by {difference:.2e} of their range, more than "
-            f"{TOLERANCE[dtype]:.0e}: train again with merge_weights=false and torch_dtype=float32."
+            f"{TOLERANCE[dtype]:.0e}: the adapter is in output/data/adapter; train in float32."
         )
     return merged, {"relative_logit_difference": difference, "tolerance": TOLERANCE[dtype]}
 

@@ -180,13 +180,17 @@ def try_bitsandbytes(device: torch.device) -> None:
 
 
 def load_model(
-    model: str, settings: Settings, quantization: BitsAndBytesConfig | Mxfp4Config | None, dtype: torch.dtype
+    model: str,
+    settings: Settings,
+    quantization: BitsAndBytesConfig | Mxfp4Config | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> PreTrainedModel:
-    """The base model on this rank's device. Raises UserError when its files are broken or of an unknown kind."""
+    """The base model on the device. Raises UserError when its files are broken or of an unknown kind."""
     options: dict[str, Any] = {
         **source_options(settings),
         "dtype": dtype,
-        "device_map": {"": choose_device(settings)},
+        "device_map": {"": device},
         "use_safetensors": True,
         "quantization_config": quantization,
     }

@@ -40,7 +40,7 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
             say(f"Data {name}: {reports[name]}")
     timeline.mark("data")
 
-    base = model.load_model(folder, settings, quantization, model.choose_weights_dtype(settings))
+    base = model.load_model(folder, settings, quantization, model.choose_weights_dtype(settings), device)
     timeline.mark("model")
 
     peft_config = adapters.build_lora(settings) if settings.use_peft else None

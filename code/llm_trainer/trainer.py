@@ -11,6 +11,7 @@ from pydantic import SecretStr
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from llm_trainer.distributed import world_size
 from llm_trainer.errors import UserError
 from llm_trainer.metrics import MetricLines
 from llm_trainer.model import first_line
@@ -49,7 +50,7 @@ def build_trainer(
             peft_config=peft_config,
         )
     except (ValueError, ImportError) as error:
-        raise UserError(first_line(error)) from error
+        raise UserError(f"TRL refuses these settings: {first_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(MetricLines())
     if settings.early_stopping:
@@ -77,7 +78,7 @@ def build_arguments(
             **{**choose_defaults(settings, device, dtype, can_evaluate), **given},
         )
     except (ValueError, ImportError) as error:
-        raise UserError(first_line(error)) from error
+        raise UserError(f"Transformers refuses these settings: {first_line(error)}") from error
 
 
 def choose_defaults(settings: Settings, device: torch.device, dtype: torch.dtype, can_evaluate: bool) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def choose_defaults(settings: Settings, device: torch.device, dtype: torch.dtype
         "bf16": precision and dtype == torch.bfloat16,
         "fp16": precision and dtype == torch.float16,
         "use_cpu": on_cpu,
-        "ddp_backend": "gloo" if on_cpu else None,
+        "ddp_backend": "gloo" if on_cpu and world_size() > 1 else None,
         "dataloader_pin_memory": not on_cpu,
         "activation_checkpointing": choose_checkpointing(settings, on_cpu),
         "ddp_find_unused_parameters": False,  # the search costs a pass over the graph a step and finds nothing
