@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Llama of 100,000 random weights with a byte-level tokenizer and a ChatML template: real files, trained in seconds."""
+"""A Llama of 35,000 random weights with a byte-level tokenizer and a ChatML template: real files, fast training."""
 
 from pathlib import Path
 

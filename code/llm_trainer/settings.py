@@ -126,6 +126,7 @@ RANGES: dict[str, dict[str, Any]] = {
     "seed": {"ge": 0},
 }
 
+TRACKERS = ("mlflow", "wandb", "none")  # those that the image carries
 SECRETS = ("token", "wandb_token", "hub_token")
 REDACTED = "***"
 PLAIN_TYPES: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str, "dict": dict, "list": list}
@@ -336,6 +337,9 @@ def find_contradictions(settings: Settings, environment: Environment) -> typing.
         yield "bf16=true with fp16=true: mixed precision has one type; set one of them to false."
     if settings.packing and settings.max_length is None:
         yield "packing=true with max_length=null: rows are packed into sequences of max_length tokens; give it."
+    trackers = settings.report_to if isinstance(settings.report_to, list) else [settings.report_to or "none"]
+    if not set(trackers) <= set(TRACKERS):
+        yield f"report_to={settings.report_to!r} is not valid: it must be among {', '.join(TRACKERS)}; leave it out."
     if settings.completion_only_loss:
         yield "completion_only_loss=true needs prompt and completion rows, and rows are text or messages: remove it."
     if settings.attn_implementation.startswith("flash_attention") and not environment.num_gpus:

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole jobs in real processes, from a SageMaker tree to what lies in /opt/ml/model."""
+
+import json
+import stat
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sagemaker_tree import metrics_of
+
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+# Run by every Python process that finds it on its path: leaves a list of what each worker imported.
+RECORD_IMPORTS = """
+import atexit, os, pathlib, sys
+if "RANK" in os.environ:
+    atexit.register(lambda: pathlib.Path(__file__).with_name("imports").write_text(" ".join(sys.modules)))
+"""
+
+
+def logits_of(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 40).unsqueeze(0)).logits.float()
+
+
+@pytest.fixture(scope="module")
+def lora_job(make_tree):
+    """A finished job with nothing but defaults and two clients' encodings in its hyperparameters."""
+    tree = make_tree()
+    tree.change(token="hf_secret", per_device_train_batch_size='"8"', use_peft="True", report_to="None")
+    tree.write("sitecustomize.py", RECORD_IMPORTS)
+    tree.environment["PYTHONPATH"] = str(tree.base_dir)
+    tree.result = tree.run()
+    return tree
+
+
+def test_a_job_ends_with_an_adapter_and_nothing_else(lora_job):
+    assert lora_job.result.returncode == 0, lora_job.result.stdout
+    assert not (lora_job.base_dir / "output/failure").exists()
+    assert lora_job.model_files == ADAPTER_FILES | TOKENIZER_FILES | {"training_manifest.json", "README.md"}
+    for file in (lora_job.base_dir / "model").iterdir():
+        assert not file.is_symlink()
+        assert stat.S_IMODE(file.stat().st_mode) == 0o644
+    assert not (lora_job.base_dir / "checkpoints").exists()
+
+
+def test_the_adapter_loads_on_its_base_and_has_learned(lora_job):
+    base = lora_job.base_dir / "input/data/model"
+    before = logits_of(AutoModelForCausalLM.from_pretrained(base))
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), lora_job.base_dir / "model")
+    assert (logits_of(adapted) - before).abs().max() > 0.01
+    losses = metrics_of(lora_job.result.stdout, "train_loss")
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    assert metrics_of(lora_job.result.stdout, "eval_loss")
+    assert all(speed > 0 for speed in metrics_of(lora_job.result.stdout, "tokens_per_second"))
+
+
+def test_the_saved_tokenizer_renders_the_same_chat(lora_job):
+    messages = [{"role": "user", "content": "hi"}]
+    base, saved = (AutoTokenizer.from_pretrained(lora_job.base_dir / path) for path in ("input/data/model", "model"))
+    assert saved.chat_template == base.chat_template
+    assert saved.apply_chat_template(messages) == base.apply_chat_template(messages)
+    assert saved.pad_token != saved.eos_token
+
+
+def test_the_manifest_tells_what_made_the_model(lora_job):
+    manifest = lora_job.manifest
+    assert manifest["settings"]["learning_rate"] == 0.01
+    assert manifest["data"]["train"]["num_rows"] == 32
+    assert manifest["data"]["train"]["files"][0]["sha256"]
+    assert manifest["num_steps"] == 4
+    assert manifest["metrics"]["eval_loss"] == pytest.approx(
+        metrics_of(lora_job.result.stdout, "eval_loss")[-1], rel=1e-4
+    )
+    assert manifest["versions"]["trl"]
+    assert set(manifest["phase_seconds"]) == {"imports", "tokenizer", "data", "model", "first_step", "training"}
+
+
+def test_secrets_are_in_no_file_and_no_log(lora_job):
+    texts = [lora_job.result.stdout, *(file.read_text() for file in (lora_job.base_dir / "model").glob("*.json"))]
+    assert not any("hf_secret" in text for text in texts)
+    assert lora_job.manifest["settings"]["token"] == "***"
+
+
+def test_trackers_that_are_not_used_are_not_imported(lora_job):
+    imported = set((lora_job.base_dir / "imports").read_text().split())
+    assert "torch" in imported
+    assert not imported & {"mlflow", "wandb"}
+
+
+@pytest.mark.parametrize("quantization", [{}, {"load_in_4bit": "true"}])
+def test_merged_weights_compute_what_the_adapter_does_on_the_base(tree, quantization):
+    tree.change(merge_weights="true", **quantization)
+    result = tree.run()
+    assert result.returncode == 0, result.stdout
+    assert {"config.json", "model.safetensors", "training_manifest.json"} | TOKENIZER_FILES <= tree.model_files
+    assert not ADAPTER_FILES & tree.model_files
+    base = AutoModelForCausalLM.from_pretrained(tree.base_dir / "input/data/model")
+    trained = logits_of(PeftModel.from_pretrained(base, tree.base_dir / "output/data/adapter"))
+    merged = AutoModelForCausalLM.from_pretrained(tree.base_dir / "model")
+    assert merged.dtype == torch.float32
+    torch.testing.assert_close(logits_of(merged), trained, rtol=1e-3, atol=1e-4)
+    assert tree.manifest["merge"]["relative_logit_difference"] < 1e-4
+
+
+def test_full_fine_tuning_writes_whole_weights_in_the_asked_type(tree):
+    tree.change(use_peft="false", torch_dtype="bfloat16")
+    result = tree.run()
+    assert result.returncode == 0, result.stdout
+    model = AutoModelForCausalLM.from_pretrained(tree.base_dir / "model")
+    assert model.dtype == torch.bfloat16
+    assert not ADAPTER_FILES & tree.model_files
+
+
+def test_two_ranks_train_as_one_with_twice_the_accumulation(make_tree):
+    def losses(**hyperparameters):
+        tree = make_tree()
+        tree.change(per_device_train_batch_size="4", **hyperparameters)
+        result = tree.run()
+        assert result.returncode == 0, result.stdout
+        return metrics_of(result.stdout, "train_loss"), metrics_of(result.stdout, "eval_loss")
+
+    two_train, two_eval = losses(nproc_per_node="2")
+    one_train, one_eval = losses(gradient_accumulation_steps="2")
+    assert len(two_train) == 4
+    assert two_train == pytest.approx(one_train, rel=1e-4)
+    assert two_eval == pytest.approx(one_eval, rel=1e-4)
+
+
+def test_a_yaml_channel_text_rows_and_the_command_line(tree):
+    tree.write("input/data/config/args.yaml", "learning_rate: 1e-2\nlora_r: 2\nmax_steps: 2\nlogging_steps: 1\n")
+    tree.write("input/config/hyperparameters.json", {})
+    tree.write("input/data/train/train.jsonl", "".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(8)))
+    result = tree.run("--lora_alpha=4", "--per_device_train_batch_size", "4")
+    assert result.returncode == 0, result.stdout
+    config = json.loads((tree.base_dir / "model/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 4)
+    assert len(metrics_of(result.stdout, "train_loss")) == 2
+
+
+def test_checkpoints_resume_and_the_best_weights_are_kept(tree):
+    tree.change(use_checkpoints="true")
+    assert tree.run().returncode == 0
+    assert [folder.name for folder in (tree.base_dir / "checkpoints").iterdir()] == ["checkpoint-4"]
+    tree.change(num_train_epochs="2", early_stopping="true")
+    result = tree.run()
+    assert result.returncode == 0, result.stdout
+    assert metrics_of(result.stdout, "step")[0] == 5
+    assert tree.manifest["num_steps"] == 8
+
+
+def test_mlflow_switches_itself_on_and_learns_no_secret(tree):
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tree.base_dir}/mlflow.db"
+    tree.change(mlflow_uri=uri, mlflow_experiment_name="trial", hub_token="hf_secret")
+    result = tree.run()
+    assert result.returncode == 0, result.stdout
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("trial").experiment_id])
+    assert run.data.metrics["loss"] > 0
+    assert "hf_secret" not in (tree.base_dir / "mlflow.db").read_bytes().decode("latin-1")
