@@ -108,7 +108,7 @@ def torchrun_command(job: Job, arguments: Sequence[str]) -> list[str]:
             f"--master-addr={environment.hosts[0]}",
             f"--master-port={MASTER_PORT}",
         ]
-    return [*command, "--module", "llm_trainer.train", *arguments]
+    return [*command, "--module", "llm_trainer.worker", *arguments]
 
 
 def worker_variables(job: Job, scratch_dir: Path, started: float) -> dict[str, str]:

@@ -3,42 +3,20 @@
 
 import os
 import platform
-import time
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer
 
 from llm_trainer import __version__
 from llm_trainer.data import DataReport
 from llm_trainer.distributed import world_size
 from llm_trainer.launch import Job
 from llm_trainer.settings import redact
+from llm_trainer.timeline import Timeline
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
-
-
-class Timeline(TrainerCallback):
-    """Seconds that each phase of the job took, from the container's start."""
-
-    def __init__(self, started: float) -> None:
-        self.last = started
-        self.seconds: dict[str, float] = {}
-
-    def mark(self, phase: str) -> None:
-        """The phase ends now."""
-        now = time.time()
-        self.seconds[phase] = round(now - self.last, 2)
-        self.last = now
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if "first_step" in self.seconds:
-            return
-        self.mark("first_step")
-        if state.is_world_process_zero:
-            phases = ", ".join(f"{phase} {seconds} s" for phase, seconds in self.seconds.items())
-            print(f"First step done {sum(self.seconds.values()):.1f} s after the start: {phases}", flush=True)
 
 
 def build_manifest(

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llm_trainer.timeline import Timeline
+
 # Transformers' names -> ours. The others keep their name.
 RENAMED = {"loss": "train_loss", "mean_token_accuracy": "train_token_accuracy", "num_tokens": "tokens"}
 LEFT_OUT = ("total_flos", "entropy", "eval_entropy", "eval_num_tokens")
@@ -20,9 +22,10 @@ def format_number(value: float) -> str:
 
 
 class MetricLines(TrainerCallback):
-    """Prints every set of metrics on one flushed line, with the speed since the last one."""
+    """Prints every set of metrics on one flushed line with the speed since the last, and how long the start took."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeline: Timeline) -> None:
+        self.timeline = timeline
         self.last_seconds = 0.0
         self.last_tokens = 0.0
 
@@ -30,6 +33,11 @@ class MetricLines(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.last_seconds = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and "first_step" not in self.timeline.seconds:
+            self.timeline.mark("first_step")
+            print(f"First step done {self.timeline}", flush=True)
 
     def on_log(
         self,

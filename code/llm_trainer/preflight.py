@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llm_trainer import formats
 from llm_trainer.environment import Environment
-from llm_trainer.settings import Settings
+from llm_trainer.settings import Settings, show
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 TRAIN_CHANNELS = ("train", "training")
@@ -128,7 +128,7 @@ def check_evaluation(settings: Settings, has_validation: bool) -> Iterator[str]:
     for name, off in (("early_stopping", False), ("load_best_model_at_end", False), ("eval_strategy", "no")):
         value = getattr(settings, name)
         if value != off:
-            yield f"{name}={value!r} needs validation data and there is none: give a channel 'validation'."
+            yield f"{name}={show(value)} needs validation data and there is none: give a channel 'validation'."
 
 
 def check_writable(model_dir: Path, setting: str) -> Iterator[str]:

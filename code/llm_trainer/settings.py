@@ -320,7 +320,12 @@ def suggest(field: FieldInfo, value: Any) -> str:
     close = longer or difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
     if close and value != "":
         return f"the nearest is {close[0]!r}."
-    return "leave it out for none." if field.default is None else f"its default is {field.default!r}."
+    return "leave it out for none." if field.default is None else f"its default is {show(field.default)}."
+
+
+def show(value: Any) -> str:
+    """A value the way a user writes it."""
+    return str(value).lower() if isinstance(value, bool) or value is None else repr(value)
 
 
 def find_contradictions(settings: Settings, environment: Environment) -> typing.Iterator[str]:

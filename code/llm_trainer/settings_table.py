@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from llm_trainer.settings import ALIASES, OwnSettings, Settings, describe_rule
+from llm_trainer.settings import ALIASES, OwnSettings, Settings, describe_rule, show
 
 BEGIN, END = "<!-- settings:{} -->\n", "<!-- end of settings -->"
 
@@ -38,14 +38,14 @@ def as_help() -> str:
 
 def describe_setting(name: str) -> str:
     field = Settings.model_fields[name]
-    return f"  --{name}  ({describe_rule(field)}; default {field.default!r})\n      {field.description}"
+    return f"  --{name}  ({describe_rule(field)}; default {show(field.default)})\n      {field.description}"
 
 
 def as_markdown(names: Iterable[str]) -> str:
     rows = ["| setting | takes | default | meaning |", "|---|---|---|---|"]
     for name in names:
         field = Settings.model_fields[name]
-        default = "" if field.default is None else f"`{field.default}`" if field.default != "" else "empty"
+        default = "" if field.default is None else f"`{show(field.default)}`"
         cells = (f"`{name}`", describe_rule(field), default, field.description or "")
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"

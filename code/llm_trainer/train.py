@@ -1,29 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One worker, top to bottom: the story of a job. torchrun starts it once a device; read `train` first."""
+"""One worker, top to bottom: the story of a job. Read `train` first."""
 
-import os
-import sys
-import traceback
 from pathlib import Path
 
-import datasets
 import torch
 import transformers
 from transformers.trainer_utils import get_last_checkpoint
 
 from llm_trainer import adapters, data, export, model
-from llm_trainer.distributed import leave_world_of_one, rank, world_size
-from llm_trainer.environment import find_base_dir
-from llm_trainer.errors import UserError, write_failure
-from llm_trainer.launch import Job, read_job
-from llm_trainer.manifest import Timeline, build_manifest
-from llm_trainer.tracking import configure_trackers
+from llm_trainer.distributed import rank, world_size
+from llm_trainer.launch import Job
+from llm_trainer.manifest import build_manifest
+from llm_trainer.metrics import MetricLines
+from llm_trainer.timeline import Timeline
 from llm_trainer.trainer import build_arguments, build_trainer
 
 
 def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     settings, inputs = job.settings, job.inputs
-    configure_trackers(settings)
+    transformers.utils.logging.disable_progress_bar()  # carriage returns spoil a log
     device, dtype = model.choose_device(settings), model.choose_dtype(settings)
     arguments = build_arguments(settings, inputs, device, dtype, can_evaluate=bool(inputs.validation_files))
 
@@ -47,7 +42,7 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     trainer = build_trainer(
         base, tokenizer, peft_config, splits["train"], splits.get("validation"), arguments, settings
     )
-    trainer.add_callback(timeline)
+    trainer.add_callback(MetricLines(timeline))
     describe_run(trainer)
     result = trainer.train(resume_from_checkpoint=find_checkpoint(job))
     timeline.mark("training")
@@ -56,6 +51,8 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
         manifest = build_manifest(job, trainer, reports, result.metrics, timeline)
         export.export(trainer.model, tokenizer, folder, job, dtype, splits["train"], manifest)
     trainer.accelerator.wait_for_everyone()  # no host leaves while another still writes
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def find_checkpoint(job: Job) -> str | None:
@@ -85,31 +82,3 @@ def describe_run(trainer: "transformers.Trainer") -> None:
 def say(text: str) -> None:
     if rank() == 0:
         print(text, flush=True)
-
-
-def main() -> int:
-    timeline = Timeline(started=float(os.environ["LLM_TRAINER_STARTED"]))
-    timeline.mark("imports")
-    leave_world_of_one()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        train(read_job(sys.argv[1:]), Path(os.environ["LLM_TRAINER_SCRATCH"]), timeline)
-    except UserError as error:
-        print(error, file=sys.stderr, flush=True)
-        write_failure(find_base_dir() / "output", str(error))
-        return 1
-    except Exception as error:  # the last frame of the process: whatever it was, SageMaker must learn of it
-        traceback.print_exc()
-        write_failure(
-            find_base_dir() / "output", f"Rank {rank()} failed: {type(error).__name__}: {error} (traceback in the log)"
-        )
-        return 1
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

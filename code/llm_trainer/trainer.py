@@ -13,7 +13,6 @@ from trl import SFTConfig, SFTTrainer
 
 from llm_trainer.distributed import world_size
 from llm_trainer.errors import UserError
-from llm_trainer.metrics import MetricLines
 from llm_trainer.model import first_line
 from llm_trainer.preflight import Inputs
 from llm_trainer.settings import Settings, is_given
@@ -52,7 +51,6 @@ def build_trainer(
     except (ValueError, ImportError) as error:
         raise UserError(f"TRL refuses these settings: {first_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(MetricLines())
     if settings.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
     return trainer

@@ -56,7 +56,7 @@ def test_everything_missing_is_told_at_once(tree, inputs_of):
     tree.write("input/config/inputdataconfig.json", {})
     tree.change(early_stopping="true")
     _, problems = inputs_of()
-    assert [problem.split(" ")[0] for problem in problems] == ["model_id", "Training", "early_stopping=True"]
+    assert [problem.split(" ")[0] for problem in problems] == ["model_id", "Training", "early_stopping=true"]
 
 
 def test_a_channel_without_data_files_is_told_with_what_is_there(tree, inputs_of):
