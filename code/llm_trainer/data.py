@@ -153,8 +153,7 @@ class Encoder:
         try:
             return self.tokenizer.apply_chat_template(example.messages, chat_template=self.template, **options)
         except TemplateError as error:
-            beginning = json.dumps(example.messages)[:200]
-            raise UserError(f"The chat template refuses a conversation ({error}): {beginning}") from error
+            raise UserError(f"{example.place}: the model's chat template refuses the conversation: {error}.") from error
 
     def finish(self, ids: list[int], mask: list[int]) -> tuple[list[int], list[int]]:
         """Remove a doubled BOS and make sure that a stop token ends the row; templates may put a newline after it."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mistakes that a user can mend, and the failure file in which SageMaker looks for the reason of a failed job."""
 
+import sys
 from pathlib import Path
 
 MAX_FAILURE_CHARACTERS = 1024  # SageMaker shows no more than this of output/failure as the job's FailureReason
@@ -27,10 +28,15 @@ def describe(problems: tuple[str, ...]) -> str:
 
 
 def write_failure(output_dir: Path, reason: str) -> None:
-    """Write output/failure, at most 1,024 characters. The first writer wins: its error caused the later ones."""
-    output_dir.mkdir(parents=True, exist_ok=True)
+    """Write output/failure, at most 1,024 characters. The first writer wins: its error caused the later ones.
+
+    Where it cannot be written, the log says so: the reason itself is in the log already.
+    """
     try:
+        output_dir.mkdir(parents=True, exist_ok=True)
         with open(output_dir / "failure", "x", encoding="utf-8") as file:
             file.write(reason[:MAX_FAILURE_CHARACTERS])
     except FileExistsError:
         return
+    except OSError as error:
+        print(f"The failure file could not be written: {error}", file=sys.stderr, flush=True)

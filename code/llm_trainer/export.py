@@ -47,13 +47,23 @@ def export(
         else:
             save_whole(model, staging, dtype)
         tokenizer.save_pretrained(staging)
+        manifest["files"] = sorted([MANIFEST, *(file.name for file in staging.iterdir())])
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        remove_earlier_result(model_dir)
         for file in staging.iterdir():
             make_readable(file)
             file.replace(model_dir / file.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    print(f"Wrote {', '.join(sorted(file.name for file in model_dir.iterdir()))} to {model_dir}", flush=True)
+    print(f"Wrote {', '.join(manifest['files'])} to {model_dir}", flush=True)
+
+
+def remove_earlier_result(model_dir: Path) -> None:
+    """What an earlier run in the same tree left, by its manifest: an adapter beside merged weights misleads servers."""
+    manifest = model_dir / MANIFEST
+    if manifest.is_file():
+        for name in json.loads(manifest.read_text(encoding="utf-8"))["files"]:
+            (model_dir / name).unlink(missing_ok=True)
 
 
 def make_readable(path: Path) -> None:

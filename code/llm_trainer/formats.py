@@ -24,8 +24,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Example:
-    """What a row trains on: a conversation, or a text."""
+    """What a row trains on: a conversation, or a text; and the row's place, for messages."""
 
+    place: str
     messages: list[dict[str, Any]] | None
     text: str | None
 
@@ -50,7 +51,7 @@ def read_examples(files: list[Path], settings: Settings) -> Iterator[Example]:
     """
     problems: list[str] = []
     for row in read_rows(files, problems):
-        found = parse_example(row.fields, settings)
+        found = parse_example(row, settings)
         if isinstance(found, Example):
             yield found
         else:
@@ -117,18 +118,19 @@ def check_row(value: Any, place: str, problems: list[str]) -> Iterator[Row]:
         problems.append(f"{place} is a JSON {type(value).__name__}: write each row as an object with named fields.")
 
 
-def parse_example(fields: dict[str, Any], settings: Settings) -> Example | str:
+def parse_example(row: Row, settings: Settings) -> Example | str:
     """The row's example, or what is wrong with it."""
+    fields = row.fields
     wants_messages = settings.dataset_format in ("auto", "messages")
     wants_text = settings.dataset_format in ("auto", "text")
     if wants_messages and fields.get(settings.messages_field) is not None:
         messages = fields[settings.messages_field]
         problem = find_message_problem(messages)
-        return f"field {settings.messages_field!r} {problem}" if problem else Example(messages, None)
+        return f"field {settings.messages_field!r} {problem}" if problem else Example(row.place, messages, None)
     if wants_text and fields.get(settings.text_field) is not None:
         text = fields[settings.text_field]
         if isinstance(text, str) and text.strip():
-            return Example(None, text)
+            return Example(row.place, None, text)
         return f"field {settings.text_field!r} is not a text with something in it: fill or remove the row."
     wanted = [settings.messages_field] * wants_messages + [settings.text_field] * wants_text
     return (

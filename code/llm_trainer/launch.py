@@ -19,7 +19,7 @@ from types import FrameType
 from llm_trainer.environment import Environment, find_base_dir, read_environment
 from llm_trainer.errors import UserError, write_failure
 from llm_trainer.preflight import Inputs, find_inputs
-from llm_trainer.settings import Settings, is_given, read_settings, redact
+from llm_trainer.settings import SECRETS, Settings, is_given, read_settings, redact, show
 
 MASTER_PORT = 7777  # what SageMaker's own toolkit uses between hosts
 
@@ -37,12 +37,15 @@ def launch(arguments: Sequence[str]) -> int:
     """Run the job that the input tree and the command line describe; the container's exit code, 0 or 1."""
     started = time.time()
     output_dir = find_base_dir() / "output"
-    (output_dir / "failure").unlink(missing_ok=True)  # of an earlier job in the same tree
     try:
+        (output_dir / "failure").unlink(missing_ok=True)  # of an earlier job in the same tree
         job = read_job(arguments)
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         write_failure(output_dir, str(error))
+        return 1
+    except PermissionError as error:
+        print(f"{error}: mount {output_dir.parent} so that user {os.getuid()} may read and write it.", file=sys.stderr)
         return 1
     describe_job(job)
     with tempfile.TemporaryDirectory(prefix="llm-trainer-") as scratch_dir:
@@ -88,7 +91,9 @@ def describe_job(job: Job) -> None:
     print(f"Model {job.inputs.model}; training files: {', '.join(map(str, job.inputs.train_files))}")
     for name, value in redact(job.settings).items():
         if is_given(job.settings, name):
-            print(f"Setting {name}={value!r}")
+            print(f"Setting {name}={show(value)}")
+            if name in SECRETS:
+                print(f"Warning: everyone who may describe the job can read {name}: give it in the job's Environment.")
     sys.stdout.flush()
 
 

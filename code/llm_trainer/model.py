@@ -58,7 +58,7 @@ def fetch_model(model: str, settings: Settings, scratch_dir: Path) -> str:
 
 
 def load_tokenizer(model: str, settings: Settings) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a chat template if the settings name one and a pad token that is not the EOS.
+    """The tokenizer, with a chat template if the settings name one and a pad token that is not the EOS if it can be.
 
     Collators that mask by pad id would otherwise mask the EOS too, and the model would never learn to stop.
     """
@@ -74,10 +74,10 @@ def load_tokenizer(model: str, settings: Settings) -> PreTrainedTokenizerBase:
         raise UserError(f"The tokenizer of {model} has no end-of-sequence token: name one with eos_token.")
     if settings.pad_token:
         tokenizer.pad_token = known_token(tokenizer, "pad_token", settings.pad_token)
+        if tokenizer.pad_token == tokenizer.eos_token:
+            raise UserError(f"pad_token={settings.pad_token!r} is the end-of-sequence token: name another one.")
     elif tokenizer.pad_token in (None, tokenizer.eos_token):
         tokenizer.pad_token = choose_pad_token(tokenizer)
-    if tokenizer.pad_token == tokenizer.eos_token:
-        raise UserError(f"pad_token={tokenizer.pad_token!r} is the end-of-sequence token: name another special token.")
     return tokenizer
 
 
@@ -105,16 +105,13 @@ def known_token(tokenizer: PreTrainedTokenizerBase, setting: str, token: str) ->
 
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A special token that ends nothing. It is never trained on, so that its meaning does not matter."""
-    vocabulary = tokenizer.get_vocab()
-    named_pad = [token for token in vocabulary if "pad" in token.lower() and token in tokenizer.all_special_tokens]
-    candidates = [*named_pad, tokenizer.unk_token, *tokenizer.all_special_tokens, tokenizer.bos_token]
-    for token in candidates:
-        if token and token != tokenizer.eos_token:
-            return token
-    raise UserError(
-        "The tokenizer has no special token but EOS to pad with: name a token of its vocabulary: pad_token."
-    )
+    """A special token that ends nothing; the EOS itself only where there is no other.
+
+    Its meaning does not matter here: TRL's collator masks padding by length, so that it is never trained on.
+    """
+    special = tokenizer.all_special_tokens
+    candidates = [*(token for token in special if "pad" in token.lower()), tokenizer.unk_token, *special]
+    return next((token for token in candidates if token and token != tokenizer.eos_token), tokenizer.eos_token)
 
 
 def find_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> frozenset[int]:

@@ -16,7 +16,7 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 TRAIN_CHANNELS = ("train", "training")
 VALIDATION_CHANNELS = ("validation", "val")
 WEIGHTS_INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "vocab.*", "*.model", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def check_model(model: str) -> Iterator[str]:
         return
     if not (folder / "config.json").is_file():
         yield f"Model folder {folder} has no config.json: give the folder that holds the model's files itself."
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         yield f"Model folder {folder} has no tokenizer ({TOKENIZER_FILES[0]}): put the tokenizer beside the weights."
     yield from check_weights(folder)
 

@@ -345,6 +345,8 @@ def find_contradictions(settings: Settings, environment: Environment) -> typing.
     trackers = settings.report_to if isinstance(settings.report_to, list) else [settings.report_to or "none"]
     if not set(trackers) <= set(TRACKERS):
         yield f"report_to={settings.report_to!r} is not valid: it must be among {', '.join(TRACKERS)}; leave it out."
+    if settings.packing and settings.packing_strategy == "wrapped":
+        yield "packing_strategy=wrapped with packing=true: it lets rows see each other's tokens; use bfd or bfd_split."
     if settings.completion_only_loss:
         yield "completion_only_loss=true needs prompt and completion rows, and rows are text or messages: remove it."
     if settings.attn_implementation.startswith("flash_attention") and not environment.num_gpus:

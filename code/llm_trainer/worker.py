@@ -4,6 +4,7 @@
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 from llm_trainer.distributed import leave_world_of_one, rank
@@ -19,6 +20,7 @@ def main() -> int:
     output_dir = find_base_dir() / "output"
     timeline = Timeline(started=float(os.environ["LLM_TRAINER_STARTED"]))
     leave_world_of_one()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' words to each other, not to the user
     try:
         job = read_job(sys.argv[1:])
         configure_trackers(job.settings)

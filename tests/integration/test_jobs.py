@@ -166,3 +166,13 @@ def test_mlflow_switches_itself_on_and_learns_no_secret(tree):
     (run,) = client.search_runs([client.get_experiment_by_name("trial").experiment_id])
     assert run.data.metrics["loss"] > 0
     assert "hf_secret" not in (tree.base_dir / "mlflow.db").read_bytes().decode("latin-1")
+
+
+def test_a_second_run_in_the_same_tree_replaces_the_first_ones_result(tree):
+    assert tree.run().returncode == 0
+    kept = tree.write("model/mine.txt", "not the job's")
+    tree.change(merge_weights="true")
+    assert tree.run().returncode == 0
+    assert not ADAPTER_FILES & tree.model_files
+    assert "model.safetensors" in tree.model_files
+    assert kept.exists()

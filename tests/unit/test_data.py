@@ -4,6 +4,9 @@
 import json
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llm_trainer import data
 from llm_trainer.data import IGNORED, DataReport, Encoder, load_split
@@ -31,11 +34,11 @@ def encode(*examples, tokenizer=None, stop_ids=None, **settings):
 
 
 def chat(messages=CHAT):
-    return Example(messages, None)
+    return Example("rows.json row 1", messages, None)
 
 
 def text(content):
-    return Example(None, content)
+    return Example("rows.json row 1", None, content)
 
 
 def test_a_conversation_is_rendered_by_the_chat_template_and_trained_on_whole():
@@ -129,7 +132,9 @@ def test_messages_without_a_chat_template_are_refused():
 def test_a_template_that_refuses_a_conversation_says_why():
     tokenizer = build_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(UserError, match=r"refuses a conversation \(roles must alternate\)"):
+    with pytest.raises(
+        UserError, match=r"rows.json row 1: the model.s chat template refuses the conversation: roles must alternate"
+    ):
         encode(chat(), tokenizer=tokenizer)
 
 
@@ -177,3 +182,22 @@ def test_the_pad_token_is_not_the_eos():
     assert choose_pad_token(tokenizer) == "<|endoftext|>"
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|finetune_right_pad_id|>"]})
     assert choose_pad_token(tokenizer) == "<|finetune_right_pad_id|>"
+
+
+def test_a_tokenizer_with_nothing_but_eos_pads_with_it():
+    tokenizer = build_tokenizer()
+    tokenizer.bos_token = tokenizer.unk_token = tokenizer.pad_token = tokenizer.eos_token
+    assert choose_pad_token(tokenizer) == tokenizer.eos_token
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_do_not_see_each_other(tiny_model, attention):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention)
+    first, second = list(range(3, 30)), list(range(40, 80))
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    lengths = {"seq_lengths": [len(first), len(second)]}
+    batch = collate([{"input_ids": first + second, "labels": first + second, **lengths}])
+    with torch.no_grad():
+        packed = model(**batch, use_cache=False).logits[0, len(first) :]
+        alone = model(input_ids=torch.tensor([second])).logits[0]
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-6)

@@ -186,6 +186,7 @@ def test_null_asks_for_the_default():
         {"torch_dtype": "float16", "use_peft": "false"},
         {"bf16": "true", "fp16": "true"},
         {"packing": "true", "max_length": "null"},
+        {"packing": "true", "packing_strategy": "wrapped"},
         {"attn_implementation": "flash_attention_2"},
     ],
 )
