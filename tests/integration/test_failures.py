@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 
+import psutil
 import pytest
 
 from sagemaker_tree import LLM_TRAINER
@@ -129,17 +130,16 @@ def running_job(tree):
     process.wait()
 
 
-def workers_of(pid: int) -> list[int]:
+def workers_of(pid: int) -> list[psutil.Process]:
     """The processes below torchrun's, which is the launcher's child."""
-    found = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    parents = dict(map(int, line.split()) for line in found.splitlines())
-    return [child for child, parent in parents.items() if parents.get(parent) == pid]
+    (torchrun,) = psutil.Process(pid).children()
+    return torchrun.children()
 
 
 def test_a_killed_worker_is_told_with_its_rank_and_cause(running_job):
     tree, process = running_job
     (worker,) = workers_of(process.pid)
-    os.kill(worker, signal.SIGKILL)
+    worker.kill()
     process.stdout.read()
     assert process.wait(60) == 1
     assert tree.failure.startswith("Rank 0 was killed by signal 9, most likely because the host ran out of memory")
@@ -154,5 +154,5 @@ def test_sigterm_ends_the_job_and_every_process_of_it(running_job):
     assert process.wait(60) == 1
     assert time.monotonic() - started < 40
     assert tree.failure.startswith("Training was stopped by SIGTERM")
-    assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+    assert not any(worker.is_running() for worker in workers)
     assert not tree.model_files

@@ -132,9 +132,7 @@ def test_messages_without_a_chat_template_are_refused():
 def test_a_template_that_refuses_a_conversation_says_why():
     tokenizer = build_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(
-        UserError, match=r"rows.json row 1: the model.s chat template refuses the conversation: roles must alternate"
-    ):
+    with pytest.raises(UserError, match=r"^rows.json row 1: .* refuses the conversation: roles must alternate"):
         encode(chat(), tokenizer=tokenizer)
 
 
