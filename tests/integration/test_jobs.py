@@ -86,6 +86,7 @@ def test_secrets_are_in_no_file_and_no_log(lora_job):
     texts = [lora_job.result.stdout, *(file.read_text() for file in (lora_job.base_dir / "model").glob("*.json"))]
     assert not any("hf_secret" in text for text in texts)
     assert lora_job.manifest["settings"]["token"] == "***"
+    assert lora_job.result.stdout.count("can read token: give it in the job's Environment") == 1
 
 
 def test_trackers_that_are_not_used_are_not_imported(lora_job):

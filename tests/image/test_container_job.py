@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job in a real container: a SageMaker input tree goes in, a trained adapter comes out."""
+
+import math
+import subprocess
+import time
+
+import pytest
+
+from sagemaker_tree import metrics_of
+
+ARTEFACTS = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training_manifest.json",
+}
+RANDOM_USER = "--user=12345:12345"
+READ_ONLY = ("--read-only", "--tmpfs=/tmp")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        pytest.param(["train"], [], id="as-the-service-starts-it"),
+        pytest.param([], ["--network=none"], id="without-argument-as-local-mode-starts-it-and-without-network"),
+        pytest.param(["train"], [RANDOM_USER], id="as-a-random-user"),
+        pytest.param(["train"], READ_ONLY, id="on-a-read-only-root"),
+    ],
+)
+def test_the_job_trains_an_adapter(image, tree, arguments, options):
+    result = image.run_job(tree.base_dir, *arguments, options=options)
+    assert result.returncode == 0, result.stdout
+    assert tree.model_files >= ARTEFACTS
+    assert not (tree.base_dir / "output/failure").exists()
+    losses = metrics_of(result.stdout, "train_loss")
+    assert losses, result.stdout
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_two_ranks_train_together_without_network_and_with_little_shared_memory(image, tree):
+    tree.change(nproc_per_node="2", per_device_train_batch_size="4")
+    result = image.run_job(tree.base_dir, "train", options=["--network=none", "--shm-size=64m"])
+    assert result.returncode == 0, result.stdout
+    assert tree.model_files >= ARTEFACTS
+
+
+@pytest.mark.parametrize("options", [[], [RANDOM_USER, *READ_ONLY]], ids=["root", "random-user-on-a-read-only-root"])
+def test_a_job_without_a_model_fails_with_one_sentence(image, tree, options):
+    (tree.base_dir / "input/data/model").rename(tree.base_dir / "elsewhere")
+    tree.write_job({}, ("train",))
+    result = image.run_job(tree.base_dir, "train", options=options)
+    assert result.returncode == 1
+    assert tree.failure.startswith("model_id is missing")
+    assert "Traceback" not in result.stdout + tree.failure
+    assert not tree.model_files
+
+
+def test_hyperparameters_that_are_not_json_fail_with_one_sentence(image, tree):
+    tree.write("input/config/hyperparameters.json", '{"model_id": "x"')
+    result = image.run_job(tree.base_dir, "train")
+    assert result.returncode == 1
+    assert "hyperparameters.json is not valid JSON" in tree.failure.splitlines()[0]
+    assert "Traceback" not in result.stdout + tree.failure
+    assert not tree.model_files
+
+
+def test_a_stop_ends_the_job_before_it_is_killed(image, tree):
+    tree.change(num_train_epochs="10000")
+    container = f"llm-trainer-stop-{tree.base_dir.name}"
+    volume = f"--volume={tree.base_dir}:/opt/ml"
+    subprocess.run(
+        [image.docker, "run", "--detach", "--name", container, volume, image.name, "train"],
+        check=True,
+        capture_output=True,
+    )
+    try:
+        wait_for_training(image.docker, container)
+        subprocess.run([image.docker, "stop", "--time=60", container], check=True, capture_output=True)
+        state = subprocess.run(
+            [image.docker, "inspect", "--format={{.State.ExitCode}}", container],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert int(state.stdout) not in (130, 137), "130 reads as success in local mode, 137 is a kill"
+    finally:
+        subprocess.run([image.docker, "rm", "--force", container], check=False, capture_output=True)
+
+
+def wait_for_training(docker: str, container: str) -> None:
+    """Return at the first metric line of a container's log."""
+    log = ""
+    for _ in range(120):
+        logs = subprocess.run([docker, "logs", container], check=True, capture_output=True, text=True)
+        log = logs.stdout + logs.stderr
+        if metrics_of(log, "train_loss"):
+            return
+        time.sleep(1)
+    pytest.fail(f"no training step in two minutes:\n{log}")
