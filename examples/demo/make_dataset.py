@@ -90,7 +90,7 @@ def write(folder: Path, files: dict[str, list[dict[str, Any]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "dataset")
-    parser.add_argument("--train", type=int, default=200, help="rows to train on")
+    parser.add_argument("--train", type=int, default=240, help="rows to train on")
     parser.add_argument("--validation", type=int, default=25, help="rows for eval_loss")
     parser.add_argument("--heldout", type=int, default=100, help="rows for the accuracy")
     arguments = parser.parse_args()

@@ -17,7 +17,7 @@ from unpack_model import unpack
 DATASET = Path(__file__).parent / "dataset"
 # A learning rate this high suits an adapter that has one short epoch to learn a format in.
 HYPERPARAMETERS = {
-    "learning_rate": "0.004",
+    "learning_rate": "0.003",
     "lr_scheduler_type": "cosine",
     "warmup_ratio": "0.1",
     "num_train_epochs": "1",
