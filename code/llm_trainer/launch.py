@@ -113,6 +113,8 @@ def torchrun_command(job: Job, arguments: Sequence[str]) -> list[str]:
             f"--master-addr={environment.hosts[0]}",
             f"--master-port={MASTER_PORT}",
         ]
+    else:
+        command += ["--local-addr=127.0.0.1"]  # else torchrun looks up its own name, for seconds where nobody answers
     return [*command, "--module", "llm_trainer.worker", *arguments]
 
 
