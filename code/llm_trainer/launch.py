@@ -45,7 +45,9 @@ def launch(arguments: Sequence[str]) -> int:
         write_failure(output_dir, str(error))
         return 1
     except PermissionError as error:
-        print(f"{error}: mount {output_dir.parent} so that user {os.getuid()} may read and write it.", file=sys.stderr)
+        reason = f"{error}: mount {output_dir.parent} so that user {os.getuid()} may read and write it."
+        print(reason, file=sys.stderr, flush=True)
+        write_failure(output_dir, reason)
         return 1
     describe_job(job)
     with tempfile.TemporaryDirectory(prefix="llm-trainer-") as scratch_dir:

@@ -103,6 +103,9 @@ def check_model(model: str) -> Iterator[str]:
     if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         yield f"Model folder {folder} has no tokenizer ({TOKENIZER_FILES[0]}): put the tokenizer beside the weights."
     yield from check_weights(folder)
+    for file in folder.glob("*.*"):
+        if not os.access(file, os.R_OK):
+            yield f"Model file {file} cannot be read by user {os.getuid()}: make it readable, or run as another user."
 
 
 def check_weights(folder: Path) -> Iterator[str]:

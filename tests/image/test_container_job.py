@@ -100,3 +100,13 @@ def wait_for_training(docker: str, container: str) -> None:
             return
         time.sleep(1)
     pytest.fail(f"no training step in two minutes:\n{log}")
+
+
+@pytest.mark.parametrize(("path", "mode"), [("model.safetensors", 0o600), (".", 0o700)], ids=["weights", "folder"])
+def test_a_model_that_the_user_cannot_read_fails_with_one_sentence(image, tree, path, mode):
+    (tree.base_dir / "input/data/model" / path).chmod(mode)
+    result = image.run_job(tree.base_dir, "train", options=[RANDOM_USER])
+    assert result.returncode == 1
+    assert "user 12345" in tree.failure.splitlines()[0]
+    assert "Traceback" not in result.stdout + tree.failure
+    assert not tree.model_files
