@@ -28,11 +28,11 @@ venv: .venv/.made ## Create .venv from the hash-locked requirements
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 		|| { echo "$(PYTHON) is not Python 3.11: name one with PYTHON=."; exit 1; }
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --require-hashes -r $(REQUIREMENTS)/build.txt
-	.venv/bin/pip install --quiet --require-hashes --no-deps -r $(REQUIREMENTS)/torch-cpu.txt \
+	.venv/bin/pip install --quiet --no-compile --require-hashes -r $(REQUIREMENTS)/build.txt
+	.venv/bin/pip install --quiet --no-compile --require-hashes --no-deps -r $(REQUIREMENTS)/torch-cpu.txt \
 		|| { echo $(NO_CPU_TORCH); exit 1; }
-	.venv/bin/pip install --quiet --require-hashes --no-build-isolation -r $(REQUIREMENTS)/dev.txt
-	.venv/bin/pip install --quiet --no-deps --no-build-isolation -e .
+	.venv/bin/pip install --quiet --no-compile --require-hashes --no-build-isolation -r $(REQUIREMENTS)/dev.txt
+	.venv/bin/pip install --quiet --no-compile --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: venv .demo/download ## Fine-tune SmolLM2-135M on this machine's CPU, and measure it before and after
