@@ -21,6 +21,17 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def local_world_size() -> int:
+    """Ranks on each host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def describe_rank(number: int) -> str:
+    """What a message calls a rank; the launcher names the host where there are several."""
+    host = os.environ.get("LLM_TRAINER_HOST")
+    return f"Rank {number} on host {host}" if host else f"Rank {number}"
+
+
 def leave_world_of_one() -> None:
     """Forget torchrun's variables where this worker is alone: DDP over one process costs time and gains nothing."""
     if world_size() == 1:

@@ -1,40 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchrun, called from Python: a worker that dies ends in one sentence of ours in place of torchrun's traceback."""
+"""torchrun, called from Python: a worker that dies ends in a sentence of ours in place of torchrun's traceback."""
 
+import os
 import sys
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from llm_trainer.environment import find_base_dir
-from llm_trainer.errors import write_failure
+from llm_trainer.distributed import describe_rank
+from llm_trainer.errors import report_failure
+from llm_trainer.processes import die_with_parent
 
 
 def main() -> int:
+    die_with_parent()
     try:
         run(parse_args(sys.argv[1:]))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        write_failure(find_base_dir() / "output", describe_death(rank, failure))  # a worker's own reason came first
+        from llm_trainer.failures import explain_death
+
+        folder = Path(os.environ["LLM_TRAINER_SCRATCH"]) / "failures"
+        for rank, failure in error.failures.items():
+            if not (folder / f"rank-{rank}.json").exists():  # else it said itself why
+                death = explain_death(describe_rank(rank), failure.exitcode, failure.timestamp)
+                report_failure(folder, f"rank-{rank}", death)
         return 1
     except SignalException as error:
-        write_failure(
-            find_base_dir() / "output", f"Training was stopped by {error.sigval.name} before it was finished."
-        )
+        print(f"torchrun was ended by {error.sigval.name}", file=sys.stderr)
         return 1
     return 0
-
-
-def describe_death(rank: int, failure: ProcessFailure) -> str:
-    if failure.exitcode == -9:
-        return (
-            f"Rank {rank} was killed by signal 9, most likely because the host ran out of memory: "
-            "use an instance with more memory, or fewer worker processes (nproc_per_node)."
-        )
-    if failure.exitcode < 0:
-        return f"Rank {rank} was killed by {failure.signal_name()}: the log above holds its last lines."
-    return f"Rank {rank} ended with exit code {failure.exitcode}: the log above holds its error."
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Source: "How Amazon SageMaker AI provides training information", the developer g
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from llm_trainer.errors import UserError
 
 DEFAULT_BASE_DIR = "/opt/ml"
+# EC2 names instances with NVIDIA GPUs p... and g...; a host cannot look for the devices of another group's hosts.
+GPU_INSTANCE = re.compile(r"(ml\.)?[pg]\d")
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,17 @@ class Environment:
     base_dir: Path
     hyperparameters: dict[str, Any]  # as SageMaker wrote them: nearly always strings
     channels: dict[str, Path]
-    hosts: tuple[str, ...]  # a host's position is its node rank
+    hosts: tuple[str, ...]  # those that train; a host's position is its node rank
+    other_hosts: tuple[str, ...]  # of a heterogeneous cluster's other groups: they wait
     current_host: str
     network_interface: str | None
     num_gpus: int
     num_cpus: int
+    checkpoint_dir: Path
+
+    @property
+    def trains(self) -> bool:
+        return self.current_host in self.hosts
 
     @property
     def model_dir(self) -> Path:
@@ -35,10 +44,6 @@ class Environment:
     @property
     def output_dir(self) -> Path:
         return self.base_dir / "output"
-
-    @property
-    def checkpoint_dir(self) -> Path:
-        return self.base_dir / "checkpoints"
 
     @property
     def node_rank(self) -> int:
@@ -58,23 +63,49 @@ def read_environment() -> Environment:
     base_dir = find_base_dir()
     config_dir = base_dir / "input" / "config"
     resources = read_json_object(config_dir / "resourceconfig.json")
-    hosts = tuple(resources.get("hosts", ["localhost"]))
-    current_host = resources.get("current_host", hosts[0])
-    if current_host not in hosts:
-        raise UserError(
-            f"resourceconfig.json names current_host={current_host!r}, which is not one of its hosts {list(hosts)}: "
-            "list every host of the job under 'hosts'."
-        )
+    all_hosts = read_hosts(resources)
+    hosts = pick_group(resources.get("instance_groups") or [], all_hosts)
     return Environment(
         base_dir=base_dir,
         hyperparameters=read_json_object(config_dir / "hyperparameters.json"),
-        channels=find_channels(base_dir, read_json_object(config_dir / "inputdataconfig.json")),
+        channels=find_channels(base_dir, read_json_object(config_dir / "inputdataconfig.json"), len(hosts)),
         hosts=hosts,
-        current_host=current_host,
+        other_hosts=tuple(host for host in all_hosts if host not in hosts),
+        current_host=resources.get("current_host", all_hosts[0]),
         network_interface=resources.get("network_interface_name"),
         num_gpus=count_gpus(),
         num_cpus=len(os.sched_getaffinity(0)),
+        checkpoint_dir=find_checkpoint_dir(base_dir, read_json_object(config_dir / "checkpointconfig.json")),
     )
+
+
+def read_hosts(resources: dict[str, Any]) -> list[str]:
+    """All hosts of the job, in the order that resourceconfig.json gives them."""
+    hosts = resources.get("hosts") or ["localhost"]
+    if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
+        raise UserError(f"resourceconfig.json has hosts={hosts!r}: write a list of host names.")
+    current_host = resources.get("current_host", hosts[0])
+    if current_host not in hosts:
+        raise UserError(
+            f"resourceconfig.json names current_host={current_host!r}, which is not one of its hosts {hosts}: "
+            "list every host of the job under 'hosts'."
+        )
+    return hosts
+
+
+def pick_group(groups: list[dict[str, Any]], all_hosts: list[str]) -> tuple[str, ...]:
+    """The hosts that train: the largest group with GPUs of a heterogeneous cluster, the first if equally large."""
+    with_gpus = [group for group in groups if GPU_INSTANCE.match(group.get("instance_type", ""))]
+    candidates: list[list[str]] = [group["hosts"] for group in with_gpus or groups if group.get("hosts")]
+    if len(groups) < 2 or not candidates:
+        return tuple(all_hosts)
+    return tuple(max(candidates, key=len))  # type: ignore[arg-type]
+
+
+def find_checkpoint_dir(base_dir: Path, checkpoint_config: dict[str, Any]) -> Path:
+    """The folder that SageMaker synchronizes with S3: its default, or the job's CheckpointConfig.LocalPath."""
+    local_path = checkpoint_config.get("LocalPath")
+    return Path(local_path) if local_path else base_dir / "checkpoints"
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -90,23 +121,33 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def find_channels(base_dir: Path, input_data_config: dict[str, Any]) -> dict[str, Path]:
+def find_channels(base_dir: Path, input_data_config: dict[str, Any], num_hosts: int) -> dict[str, Path]:
     """Channel name -> its folder: the channels SageMaker lists, or the folders there are when it lists none."""
     data_dir = base_dir / "input" / "data"
     names = set(input_data_config)
     if data_dir.is_dir():
         names |= {entry.name for entry in data_dir.iterdir() if entry.is_dir()}
-    piped = sorted(
-        name
-        for name, channel in input_data_config.items()
-        if isinstance(channel, dict) and channel.get("TrainingInputMode") == "Pipe"
-    )
-    if piped:
-        raise UserError(
-            f"Channel {', '.join(piped)} uses TrainingInputMode=Pipe, which cannot be read twice: "
-            "use File or FastFile mode."
+    problems = []
+    if piped := find_with(input_data_config, "TrainingInputMode", "Pipe"):
+        problems.append(
+            f"Channel {piped} uses TrainingInputMode=Pipe, which cannot be read twice: use File or FastFile mode."
         )
+    if num_hosts > 1 and (shards := find_with(input_data_config, "S3DistributionType", "ShardedByS3Key")):
+        problems.append(
+            f"Channel {shards} uses S3DistributionType=ShardedByS3Key, which gives every host other rows, and the "
+            "rows are shared out among the hosts anyway: use FullyReplicated."
+        )
+    if problems:
+        raise UserError(*problems)
     return {name: data_dir / name for name in sorted(names)}
+
+
+def find_with(input_data_config: dict[str, Any], key: str, value: str) -> str:
+    """The names of the channels whose configuration has this value, for a message."""
+    channels = input_data_config.items()
+    return ", ".join(
+        sorted(name for name, channel in channels if isinstance(channel, dict) and channel.get(key) == value)
+    )
 
 
 def count_gpus() -> int:

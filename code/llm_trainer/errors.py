@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes that a user can mend, and the failure file in which SageMaker looks for the reason of a failed job."""
+"""Mistakes that a user can mend, why a job failed, and the failure file in which SageMaker looks for that."""
 
+import json
 import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 MAX_FAILURE_CHARACTERS = 1024  # SageMaker shows no more than this of output/failure as the job's FailureReason
 MAX_LISTED_PROBLEMS = 20
@@ -14,6 +18,33 @@ class UserError(Exception):
     def __init__(self, *problems: str) -> None:
         self.problems = problems
         super().__init__(describe(problems))
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a process or a host failed, in a sentence for the user."""
+
+    reason: str
+    # mistake: would happen again; fault: may not; lost: a host no longer answers; peer: the echo of a failure elsewhere
+    kind: Literal["mistake", "fault", "lost", "peer"]
+    time: float  # seconds since the epoch
+
+
+def choose_cause(failures: Iterable[Failure]) -> Failure | None:
+    """The failure that caused the others: the first that is not an echo of one elsewhere."""
+    weights = {"mistake": 0, "fault": 0, "lost": 1, "peer": 2}
+    return min(failures, key=lambda failure: (weights[failure.kind], failure.time), default=None)
+
+
+def report_failure(folder: Path, name: str, failure: Failure) -> None:
+    """Leave a process's failure for the launcher, which alone writes output/failure."""
+    unfinished = folder / f".{name}"
+    unfinished.write_text(json.dumps(asdict(failure)), encoding="utf-8")
+    unfinished.rename(folder / f"{name}.json")
+
+
+def read_failures(folder: Path) -> list[Failure]:
+    return [Failure(**json.loads(file.read_text(encoding="utf-8"))) for file in folder.glob("*.json")]
 
 
 def describe(problems: tuple[str, ...]) -> str:

@@ -30,6 +30,7 @@ def export(
     dtype: torch.dtype,
     train_data: Dataset,
     manifest: dict[str, Any],
+    merges: bool,
 ) -> None:
     """Write the result whole or not at all, by way of a staging folder. Only global rank 0 calls this."""
     model_dir = job.inputs.model_dir
@@ -37,7 +38,7 @@ def export(
     shutil.rmtree(staging, ignore_errors=True)  # of a job that was killed here
     staging.mkdir(parents=True)
     try:
-        if isinstance(model, PeftModel) and job.settings.merge_weights:
+        if isinstance(model, PeftModel) and merges:
             adapter = job.environment.output_dir / "data" / "adapter"
             model.save_pretrained(adapter)  # first, so that a merge that fails loses nothing
             merged, manifest["merge"] = merge(model, adapter, base, job, dtype, train_data)

@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from llm_trainer import checkpoints
 from llm_trainer.environment import Environment, find_base_dir, read_environment
-from llm_trainer.errors import UserError, write_failure
+from llm_trainer.errors import Failure, UserError, write_failure
+from llm_trainer.hosts import Hosts
 from llm_trainer.preflight import Inputs, find_inputs
 from llm_trainer.settings import SECRETS, Settings, is_given, read_settings, redact, show
+from llm_trainer.supervisor import Supervisor, meet, wait_for_trainers
 
 MASTER_PORT = 7777  # what SageMaker's own toolkit uses between hosts
 
@@ -39,29 +42,99 @@ def launch(arguments: Sequence[str]) -> int:
     output_dir = find_base_dir() / "output"
     try:
         (output_dir / "failure").unlink(missing_ok=True)  # of an earlier job in the same tree
-        job = read_job(arguments)
+        failure = run(read_environment(), arguments, started)
     except UserError as error:
-        print(error, file=sys.stderr, flush=True)
-        write_failure(output_dir, str(error))
-        return 1
+        failure = Failure(str(error), "mistake", started)
     except PermissionError as error:
-        reason = f"{error}: mount {output_dir.parent} so that user {os.getuid()} may read and write it."
-        print(reason, file=sys.stderr, flush=True)
-        write_failure(output_dir, reason)
-        return 1
-    describe_job(job)
-    with tempfile.TemporaryDirectory(prefix="llm-trainer-") as scratch_dir:
-        variables = worker_variables(job, Path(scratch_dir), started)
-        exit_code = run_to_end(torchrun_command(job, arguments), variables)
-    if exit_code != 0:
-        write_failure(output_dir, f"The worker processes ended with exit code {exit_code}: the log above says why.")
-        return 1
-    return 0
+        fix = f"mount {output_dir.parent} so that user {os.getuid()} may read and write it."
+        failure = Failure(f"{error}: {fix}", "mistake", started)
+    if failure is None:
+        return 0
+    print(failure.reason, file=sys.stderr, flush=True)
+    write_failure(output_dir, failure.reason)
+    return 1
+
+
+def run(environment: Environment, arguments: Sequence[str], started: float) -> Failure | None:
+    """This host's part in the job, from the check of the job to the end of all hosts; why it failed, if it did."""
+    with (
+        tempfile.TemporaryDirectory(prefix="llm-trainer-") as folder,
+        Stop(Path(folder) / "stop") as stop,
+        Hosts([*environment.hosts, *environment.other_hosts], environment.current_host) as hosts,
+    ):
+        mistake = None
+        try:
+            job = check_job(environment, arguments)
+        except UserError as error:
+            mistake = Failure(str(error), "mistake", started)
+        failure = meet(hosts, mistake, job.settings.host_timeout_seconds if mistake is None else 0)
+        if failure:
+            return failure
+        if not environment.trains:
+            print(f"Host {environment.current_host} does not train: it waits for {', '.join(environment.hosts)}.")
+            return wait_for_trainers(hosts)
+        describe_job(job)
+        failure = supervise(job, arguments, hosts, Path(folder), stop.file, started)
+        stop.describe_end()
+        return failure
+
+
+def supervise(
+    job: Job, arguments: Sequence[str], hosts: Hosts, scratch_dir: Path, stop_file: Path, started: float
+) -> Failure | None:
+    """Run the workers, torchrun above them, to the end of the job on all hosts."""
+    failures_dir = scratch_dir / "failures"
+    failures_dir.mkdir()
+    command, variables = torchrun_command(job, arguments), worker_variables(job, scratch_dir, started)
+
+    def start() -> "subprocess.Popen[bytes]":
+        checkpoints.clean(job.inputs.checkpoint_dir)
+        # A session of its own: a terminal's Ctrl-C is for the launcher alone, which then stops the job in order.
+        return subprocess.Popen(command, env=variables, start_new_session=True)
+
+    supervisor = Supervisor(hosts, job.environment.hosts, start, failures_dir, stop_file, job.settings.max_restarts)
+    return supervisor.run()
+
+
+class Stop:
+    """SIGTERM and SIGINT to this process, turned into a file that the workers look for after each step.
+
+    As PID 1 this process has no default handlers: without ours a stop would be ignored until SIGKILL. The signal is not
+    passed on: torchrun would kill the workers 30 s after it.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.asked_at: float | None = None
+
+    def __enter__(self) -> "Stop":
+        self.previous = {signum: signal.signal(signum, self.receive) for signum in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def receive(self, signum: int, frame: FrameType | None) -> None:
+        if self.asked_at is None:
+            self.asked_at = time.time()
+            self.file.touch()
+            # Not print: the signal may have come in the middle of one.
+            text = f"Received {signal.Signals(signum).name}: after this step, save a checkpoint, export and end.\n"
+            os.write(sys.stdout.fileno(), text.encode())
+
+    def describe_end(self) -> None:
+        if self.asked_at is not None:
+            print(f"All processes ended {time.time() - self.asked_at:.1f} s after the signal.", flush=True)
 
 
 def read_job(arguments: Sequence[str]) -> Job:
+    """The job of the tree, checked, as a worker needs it."""
+    return check_job(read_environment(), arguments)
+
+
+def check_job(environment: Environment, arguments: Sequence[str]) -> Job:
     """The job, checked. Raises UserError with every mistake there is."""
-    environment = read_environment()
     settings, problems = read_settings(environment, parse_arguments(arguments))
     inputs, missing = find_inputs(settings, environment)
     if problems or missing:
@@ -96,6 +169,8 @@ def describe_job(job: Job) -> None:
             print(f"Setting {name}={show(value)}")
             if name in SECRETS:
                 print(f"Warning: everyone who may describe the job can read {name}: give it in the job's Environment.")
+    if job.settings.ignore_data_skip:
+        print("Warning: ignore_data_skip=true: a resumed run sees rows of this epoch twice and others not at all.")
     sys.stdout.flush()
 
 
@@ -115,8 +190,8 @@ def torchrun_command(job: Job, arguments: Sequence[str]) -> list[str]:
             f"--master-addr={environment.hosts[0]}",
             f"--master-port={MASTER_PORT}",
         ]
-    else:
-        command += ["--local-addr=127.0.0.1"]  # else torchrun looks up its own name, for seconds where nobody answers
+    # Told its own name, torchrun does not look it up, which takes minutes where nobody answers.
+    command += [f"--local-addr={environment.current_host if len(environment.hosts) > 1 else '127.0.0.1'}"]
     return [*command, "--module", "llm_trainer.worker", *arguments]
 
 
@@ -133,6 +208,8 @@ def worker_variables(job: Job, scratch_dir: Path, started: float) -> dict[str, s
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         **cache_variables(os.environ),
     }
+    if len(job.environment.hosts) > 1:
+        variables["LLM_TRAINER_HOST"] = job.environment.current_host
     interface = job.environment.network_interface
     if interface and interface in {name for _, name in socket.if_nameindex()}:
         variables |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
@@ -153,22 +230,3 @@ def cache_variables(variables: Mapping[str, str]) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(root / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"),
     }
-
-
-def run_to_end(command: Sequence[str], variables: Mapping[str, str]) -> int:
-    """Run a command, hand SIGTERM and SIGINT on to it, and return its exit code.
-
-    As PID 1 this process has no default handlers, so without ours a stop would be ignored until SIGKILL.
-    """
-    child = subprocess.Popen(command, env=variables)
-
-    def forward(signum: int, frame: FrameType | None) -> None:
-        print(f"Received {signal.Signals(signum).name}: ending the worker processes.", flush=True)
-        child.send_signal(signum)
-
-    previous = {signum: signal.signal(signum, forward) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        return child.wait()
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)

@@ -7,12 +7,11 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from transformers import Trainer
-
 from llm_trainer import __version__
 from llm_trainer.data import DataReport
 from llm_trainer.distributed import world_size
 from llm_trainer.launch import Job
+from llm_trainer.resumable_trainer import ResumableTrainer
 from llm_trainer.settings import redact
 from llm_trainer.timeline import Timeline
 
@@ -20,7 +19,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "b
 
 
 def build_manifest(
-    job: Job, trainer: Trainer, reports: dict[str, DataReport], totals: dict[str, float], timeline: Timeline
+    job: Job, trainer: ResumableTrainer, reports: dict[str, DataReport], totals: dict[str, float], timeline: Timeline
 ) -> dict[str, Any]:
     """Ready for JSON, without secrets."""
     return {
@@ -35,6 +34,8 @@ def build_manifest(
         "data": {name: asdict(report) for name, report in reports.items()},
         "metrics": {**totals, **last_metrics(trainer.state.log_history)},
         "num_steps": trainer.state.global_step,
+        "total_steps": trainer.state.max_steps,
+        "stopped": trainer.stopped,
         "world_size": world_size(),
         "phase_seconds": timeline.seconds,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},

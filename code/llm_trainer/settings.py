@@ -62,7 +62,16 @@ class OwnSettings(BaseModel):
     # Run
     output_dir: str | None = Field(None, description="Where the final artefacts go; default: /opt/ml/model.")
     checkpoint_dir: str | None = Field(None, description="Where checkpoints go; default: /opt/ml/checkpoints.")
-    use_checkpoints: bool = Field(False, description="Save a checkpoint an epoch, and resume from the newest.")
+    use_checkpoints: bool = Field(
+        True, description="Save checkpoints, ten times a run unless `save_steps` says otherwise, and resume from them."
+    )
+    max_run_seconds: int | None = Field(
+        None, ge=1, description="Save, export and end before this time is over; give the job's MaxRuntimeInSeconds."
+    )
+    max_restarts: int = Field(0, ge=0, description="Restarts from the newest checkpoint after a worker has died.")
+    host_timeout_seconds: int = Field(
+        900, ge=1, description="How long to wait at the start for the other hosts of the job."
+    )
     early_stopping: bool = Field(False, description="Stop when eval_loss no longer falls, and keep the best weights.")
     early_stopping_patience: int = Field(3, ge=1, description="Evaluations without a fall before stopping.")
     gradient_checkpointing: bool | None = Field(
@@ -80,6 +89,7 @@ class OwnSettings(BaseModel):
 
 # The field's other spellings of the same thing.
 ALIASES = {
+    "MaxRuntimeInSeconds": "max_run_seconds",
     "activation_checkpointing": "gradient_checkpointing",
     "dataset_text_field": "text_field",
     "dtype": "torch_dtype",
@@ -340,6 +350,10 @@ def find_contradictions(settings: Settings, environment: Environment) -> typing.
         yield "torch_dtype=float16 with use_peft=false: float16 weights overflow in training; use bfloat16 or float32."
     if settings.bf16 and settings.fp16:
         yield "bf16=true with fp16=true: mixed precision has one type; set one of them to false."
+    if settings.enable_jit_checkpoint:
+        yield "enable_jit_checkpoint=true: a stop is saved anyway, by all ranks at the same step; remove it."
+    if settings.save_only_model:
+        yield "save_only_model=true: such checkpoints cannot be resumed from; remove it."
     if settings.packing and settings.max_length is None:
         yield "packing=true with max_length=null: rows are packed into sequences of max_length tokens; give it."
     trackers = settings.report_to if isinstance(settings.report_to, list) else [settings.report_to or "none"]

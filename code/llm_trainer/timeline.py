@@ -8,7 +8,7 @@ class Timeline:
     """Seconds that each phase took."""
 
     def __init__(self, started: float) -> None:
-        self.last = started  # seconds since the epoch, since the start lies in another process
+        self.started = self.last = started  # seconds since the epoch, since the start lies in another process
         self.seconds: dict[str, float] = {}
 
     def mark(self, phase: str) -> None:

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers.trainer_utils import get_last_checkpoint
 
 from llm_trainer import adapters, data, export, model
 from llm_trainer.distributed import rank, world_size
 from llm_trainer.launch import Job
 from llm_trainer.manifest import build_manifest
 from llm_trainer.metrics import MetricLines
+from llm_trainer.resumable_trainer import SaveAndStop
+from llm_trainer.resume import find_checkpoint, identify_run
+from llm_trainer.settings import is_given
+from llm_trainer.stopping import Agreement, StopRequest
 from llm_trainer.timeline import Timeline
 from llm_trainer.trainer import build_arguments, build_trainer
 
@@ -21,6 +24,8 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     transformers.utils.logging.disable_progress_bar()  # carriage returns spoil a log
     device, dtype = model.choose_device(settings), model.choose_dtype(settings)
     arguments = build_arguments(settings, inputs, device, dtype, can_evaluate=bool(inputs.validation_files))
+    request = StopRequest(scratch_dir / "stop", timeline.started, settings.max_run_seconds)
+    agreement = Agreement()
 
     folder = model.fetch_model(inputs.model, settings, scratch_dir)
     quantization = model.build_quantization(folder, settings)
@@ -33,6 +38,8 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
         if files:
             splits[name], reports[name] = data.load_split(name, files, tokenizer, stop_ids, settings, scratch_dir)
             say(f"Data {name}: {reports[name]}")
+    run = identify_run(job, arguments, folder, reports["train"])
+    checkpoint = find_checkpoint(job, run, agreement.group)
     timeline.mark("data")
 
     base = model.load_model(folder, settings, quantization, model.choose_weights_dtype(settings), device)
@@ -42,28 +49,31 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     trainer = build_trainer(
         base, tokenizer, peft_config, splits["train"], splits.get("validation"), arguments, settings
     )
+    trainer.agreement, trainer.run, trainer.keeps_checkpoints = agreement, run, settings.use_checkpoints
+    has_interval = is_given(settings, "save_steps") or is_given(settings, "save_strategy")
     trainer.add_callback(MetricLines(timeline))
+    trainer.add_callback(SaveAndStop(trainer, request, has_interval))
     describe_run(trainer)
-    result = trainer.train(resume_from_checkpoint=find_checkpoint(job))
+    say(f"Resuming from {checkpoint}" if checkpoint else "Starting from the base model")
+    result = trainer.resume(checkpoint)
+    agreement.settle()
     timeline.mark("training")
+    if trainer.stopped:
+        say(
+            f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}: all ranks agreed "
+            f"{trainer.agreed_seconds:.1f} s after the signal, the checkpoint took {trainer.checkpoint_seconds:.1f} s"
+        )
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # the other ranks leave while rank 0 exports, however long it takes
 
     if rank() == 0:
         manifest = build_manifest(job, trainer, reports, result.metrics, timeline)
-        export.export(trainer.model, tokenizer, folder, job, dtype, splits["train"], manifest)
-    trainer.accelerator.wait_for_everyone()  # no host leaves while another still writes
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def find_checkpoint(job: Job) -> str | None:
-    """The checkpoint that the user names, or the newest where use_checkpoints=true."""
-    settings = job.settings
-    if settings.resume_from_checkpoint and settings.resume_from_checkpoint.lower() not in ("true", "false"):
-        return settings.resume_from_checkpoint
-    wants_newest = settings.use_checkpoints or (settings.resume_from_checkpoint or "").lower() == "true"
-    if not wants_newest or not job.inputs.checkpoint_dir.is_dir():
-        return None
-    return get_last_checkpoint(str(job.inputs.checkpoint_dir))
+        merges = settings.merge_weights and not trainer.stopped  # a merge may take longer than the platform waits
+        export.export(trainer.model, tokenizer, folder, job, dtype, splits["train"], manifest, merges)
+        if trainer.stopped:
+            say(f"Exported {request.age_seconds():.1f} s after the signal")
+        elif settings.use_checkpoints:
+            trainer.rotate()
 
 
 def describe_run(trainer: "transformers.Trainer") -> None:

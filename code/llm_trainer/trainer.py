@@ -9,12 +9,13 @@ from datasets import Dataset
 from peft import PeftConfig
 from pydantic import SecretStr
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from llm_trainer.distributed import world_size
 from llm_trainer.errors import UserError
 from llm_trainer.model import first_line
 from llm_trainer.preflight import Inputs
+from llm_trainer.resumable_trainer import ResumableTrainer
 from llm_trainer.settings import Settings, is_given
 from llm_trainer.tracking import choose_trackers
 from llm_trainer.training_arguments import read_snapshot
@@ -37,10 +38,10 @@ def build_trainer(
     validation_data: Dataset | None,
     arguments: SFTConfig,
     settings: Settings,
-) -> SFTTrainer:
+) -> ResumableTrainer:
     """A trainer of tokenized data. Raises UserError for a combination of arguments that TRL or PEFT refuses."""
     try:
-        trainer = SFTTrainer(
+        trainer = ResumableTrainer(
             model=model,
             args=arguments,
             train_dataset=train_data,
@@ -95,9 +96,9 @@ def choose_defaults(settings: Settings, device: torch.device, dtype: torch.dtype
         "disable_tqdm": True,  # its carriage returns spoil a log; metric lines show the progress
         "prediction_loss_only": True,
         "eval_strategy": "epoch" if can_evaluate else "no",
-        "save_strategy": "epoch" if settings.use_checkpoints else "no",
+        "save_strategy": "no",  # SaveAndStop finds an interval
     }
-    if is_given(settings, "save_steps"):
+    if is_given(settings, "save_steps") and settings.use_checkpoints:
         defaults["save_strategy"] = "steps"
     if is_given(settings, "eval_steps") and can_evaluate:
         defaults["eval_strategy"] = "steps"

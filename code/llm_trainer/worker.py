@@ -1,43 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that torchrun starts once a device: runs the training, and tells SageMaker why when it fails."""
+"""The process that torchrun starts once a device: runs the training, and tells the launcher why when it fails."""
 
 import os
 import sys
-import traceback
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
-from llm_trainer.distributed import leave_world_of_one, rank
-from llm_trainer.environment import find_base_dir
-from llm_trainer.errors import UserError, write_failure
-from llm_trainer.launch import read_job
+from llm_trainer import checkpoints
+from llm_trainer.distributed import describe_rank, leave_world_of_one, rank
+from llm_trainer.errors import UserError, report_failure
+from llm_trainer.failures import explain, hide_secrets, write_traceback
+from llm_trainer.launch import Job, read_job
+from llm_trainer.processes import die_with_parent
 from llm_trainer.timeline import Timeline
 from llm_trainer.tracking import configure_trackers
 
 
 def main() -> int:
     """The worker's exit code."""
-    output_dir = find_base_dir() / "output"
+    die_with_parent()
+    scratch_dir = Path(os.environ["LLM_TRAINER_SCRATCH"])
     timeline = Timeline(started=float(os.environ["LLM_TRAINER_STARTED"]))
     leave_world_of_one()
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' words to each other, not to the user
+    job = read_job(sys.argv[1:])
     try:
-        job = read_job(sys.argv[1:])
         configure_trackers(job.settings)
         timeline.mark("launch")
         from llm_trainer.train import train  # torch and the rest, after the trackers are configured
 
         timeline.mark("imports")
-        train(job, Path(os.environ["LLM_TRAINER_SCRATCH"]), timeline)
-    except UserError as error:
-        print(error, file=sys.stderr, flush=True)
-        write_failure(output_dir, str(error))
-        return 1
+        train(job, scratch_dir, timeline)
     except Exception as error:  # the last frame of the process: whatever it was, SageMaker must learn of it
-        traceback.print_exc()
-        write_failure(output_dir, f"Rank {rank()} failed with {type(error).__name__}: {error} (traceback in the log)")
+        tell(error, job, scratch_dir)
         return 1
     return 0
+
+
+def tell(error: Exception, job: Job, scratch_dir: Path) -> None:
+    """Leave the reason for the launcher, and the traceback, unless it is a user's mistake, in the log and a file."""
+    environment, inputs = job.environment, job.inputs
+    failure = explain(error, describe_rank(rank()), job.settings, [inputs.checkpoint_dir, inputs.model_dir])
+    failure = replace(failure, reason=hide_secrets(failure.reason, job.settings))
+    if rank() == 0:
+        checkpoints.clean(inputs.checkpoint_dir)  # half a checkpoint may be what filled the disk
+    report_failure(scratch_dir / "failures", f"rank-{rank()}", failure)
+    if not isinstance(error, UserError):
+        name = f"{environment.current_host}-rank-{rank()}.txt"
+        text = write_traceback(error, environment.output_dir / "data" / "failures" / name, job.settings)
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

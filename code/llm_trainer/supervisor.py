@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a job's worker processes to their end, in step with the other hosts, and again after a fault if allowed.
+
+The first training host decides, when it knows how all others are: to go on, to begin another attempt, or that the job
+has failed, and why. The others report and follow.
+"""
+
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from llm_trainer.errors import Failure, choose_cause, read_failures
+from llm_trainer.hosts import Hosts, State
+
+POLL_SECONDS = 0.1
+SETTLE_SECONDS = 10.0  # the cause of a failure may come after its echo
+INTRODUCTION_SECONDS = 20.0  # containers of a job start within this of each other, when all is well
+LEAVE_SECONDS = 120.0  # when all is written, the first host waits no longer than this for the others
+KILL_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an attempt ended, for all hosts."""
+
+    what: Literal["done", "again", "failed"]
+    failure: Failure | None = None
+
+
+class Supervisor:
+    """The life of this host's workers; `start` begins an attempt and returns torchrun's process."""
+
+    def __init__(
+        self,
+        hosts: Hosts,
+        trainers: Sequence[str],
+        start: Callable[[], "subprocess.Popen[bytes]"],
+        failures_dir: Path,
+        stop_file: Path,
+        max_restarts: int,
+    ) -> None:
+        self.hosts = hosts
+        self.others = [name for name in trainers if name != hosts.own]
+        self.start = start
+        self.failures_dir = failures_dir
+        self.stop_file = stop_file
+        self.restarts_left = max_restarts
+
+    def run(self) -> Failure | None:
+        """Attempt after attempt, until the job is done (None) or has failed for good."""
+        attempt = 1
+        while True:
+            for file in self.failures_dir.iterdir():
+                file.unlink()
+            self.hosts.publish(State("running", attempt))
+            child = self.start()
+            try:
+                verdict = (self.lead if self.hosts.own == self.hosts.hub else self.follow)(child, attempt)
+            finally:
+                end_processes(child)
+            if verdict.what != "again":
+                self.hosts.publish(State(verdict.what, attempt, verdict.failure))
+                return verdict.failure
+            attempt += 1
+            self.restarts_left -= 1
+            cause = f"{verdict.failure.reason}\n" if verdict.failure else ""
+            print(f"{cause}Attempt {attempt}: the workers start again from the newest checkpoint.", flush=True)
+
+    def lead(self, child: "subprocess.Popen[bytes]", attempt: int) -> Verdict:
+        done_at = None
+        while True:
+            states = self.states_of_others()
+            exit_code = child.poll()
+            if exit_code or any(state.phase in ("failed", "lost") for state in states.values()):
+                return self.judge(self.find_cause(child, attempt))
+            if exit_code == 0:
+                done_at = done_at or time.monotonic()
+                if all(state.phase == "done" for state in states.values()):
+                    return Verdict("done")
+                if time.monotonic() - done_at > LEAVE_SECONDS:
+                    print("Warning: a host has not ended, though all is written: leaving without it.", flush=True)
+                    return Verdict("done")
+            time.sleep(POLL_SECONDS)
+
+    def follow(self, child: "subprocess.Popen[bytes]", attempt: int) -> Verdict:
+        own: Failure | None = None
+        has_reported = False
+        while True:
+            hub = self.hosts.states()[self.hosts.hub]
+            if child.poll() is not None and not has_reported:
+                has_reported = True
+                own = self.own_failure(child)
+                self.hosts.publish(State("failed" if own else "done", attempt, own))
+            if hub.phase == "lost":
+                return Verdict("failed", choose_cause(filter(None, [own, describe_loss(self.hosts.hub)])))
+            if hub.phase == "failed":
+                return Verdict("failed", hub.failure)
+            if hub.phase == "running" and hub.attempt > attempt:
+                return Verdict("again")
+            if hub.phase == "done":
+                return Verdict("failed", own) if own else Verdict("done")
+            time.sleep(POLL_SECONDS)
+
+    def states_of_others(self) -> dict[str, State]:
+        states = self.hosts.states()
+        return {name: states[name] for name in self.others}
+
+    def find_cause(self, child: "subprocess.Popen[bytes]", attempt: int) -> Failure:
+        """Why the attempt failed. Echoes of a failure elsewhere come first: they are given time to be explained."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while True:
+            states = self.states_of_others()
+            known = [state.failure for state in states.values() if state.failure and state.attempt == attempt]
+            known += [describe_loss(name) for name, state in states.items() if state.phase == "lost"]
+            if child.poll() is not None:
+                known += filter(None, [self.own_failure(child)])
+            cause = choose_cause(known)
+            if cause and (cause.kind != "peer" or not self.others or time.monotonic() > deadline):
+                return cause
+            time.sleep(POLL_SECONDS)
+
+    def own_failure(self, child: "subprocess.Popen[bytes]") -> Failure | None:
+        """Why this host's workers failed; None if they did not."""
+        if child.returncode == 0:
+            return None
+        reason = f"The worker processes ended with exit code {child.returncode}: the log above says why."
+        return choose_cause(read_failures(self.failures_dir)) or Failure(reason, "fault", time.time())
+
+    def judge(self, cause: Failure) -> Verdict:
+        """A mistake would be made again, a lost host does not come back, and who asked for a stop wants no restart."""
+        is_repairable = cause.kind in ("fault", "peer") and not self.stop_file.exists()
+        return Verdict("again" if is_repairable and self.restarts_left > 0 else "failed", cause)
+
+
+def meet(hosts: Hosts, own_failure: Failure | None, timeout: float) -> Failure | None:
+    """Wait until every host is there. The failure of one of them, this one included, or of those that never came."""
+    hosts.publish(State("failed", failure=own_failure) if own_failure else State("ready"))
+    deadline = time.monotonic() + (INTRODUCTION_SECONDS if own_failure else timeout)
+    while time.monotonic() < deadline:
+        states = hosts.states()
+        if all(state.phase != "absent" for state in states.values()):
+            return choose_cause(state.failure for state in states.values() if state.failure)
+        if not own_failure and any(state.failure for state in states.values()):
+            return choose_cause(state.failure for state in states.values() if state.failure)
+        time.sleep(POLL_SECONDS)
+    return own_failure or describe_absence(hosts, timeout)
+
+
+def wait_for_trainers(hosts: Hosts) -> Failure | None:
+    """A host that does not train stays until those that do are at their end."""
+    while True:
+        hub = hosts.states()[hosts.hub]
+        if hub.phase == "lost":
+            return describe_loss(hosts.hub)
+        if hub.is_final:
+            return hub.failure
+        time.sleep(POLL_SECONDS)
+
+
+def describe_absence(hosts: Hosts, timeout: float) -> Failure:
+    absent = [name for name, state in hosts.states().items() if state.phase == "absent"]
+    missing = [hosts.hub] if hosts.hub in absent else absent
+    why = f" ({hosts.error.strerror or hosts.error})" if hosts.error else ""
+    return Failure(
+        f"Host {', '.join(missing)} could not be reached from {hosts.own} within {timeout:.0f} s{why}: see its log; "
+        "and let the hosts reach each other on every port (the job's security groups).",
+        "lost",
+        time.time(),
+    )
+
+
+def describe_loss(host: str) -> Failure:
+    return Failure(
+        f"Host {host} no longer answers: its container was killed or its machine failed. Start the job again; "
+        "it goes on from the newest checkpoint.",
+        "lost",
+        time.time(),
+    )
+
+
+def end_processes(child: "subprocess.Popen[bytes]") -> None:
+    """Kill torchrun and its workers, and wait until they are gone, since they hold the GPUs."""
+    if child.poll() is None:
+        workers = psutil.Process(child.pid).children(recursive=True)
+        child.kill()
+        child.wait()
+        for worker in workers:
+            if worker.is_running():
+                worker.kill()
+        psutil.wait_procs(workers, timeout=KILL_SECONDS)
