@@ -6,7 +6,6 @@ Never imports torch: a mistake is reported within a second, before any process h
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from types import FrameType
 
 from llm_trainer.environment import Environment, find_base_dir, read_environment
 from llm_trainer.errors import UserError, write_failure
+from llm_trainer.network import network_variables
 from llm_trainer.preflight import Inputs, find_inputs
 from llm_trainer.settings import SECRETS, Settings, is_given, read_settings, redact, show
 
@@ -133,9 +133,7 @@ def worker_variables(job: Job, scratch_dir: Path, started: float) -> dict[str, s
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         **cache_variables(os.environ),
     }
-    interface = job.environment.network_interface
-    if interface and interface in {name for _, name in socket.if_nameindex()}:
-        variables |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
+    variables |= network_variables(job.environment)
     variables |= os.environ  # what the user sets in the job's Environment wins
     if Path(job.inputs.model).is_dir():
         variables["HF_HUB_OFFLINE"] = "1"  # nothing to fetch: look-ups would only wait for a network
