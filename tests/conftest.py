@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny model made once, and an /opt/ml tree of links to it for every test."""
+"""A tiny model and a fake NVML made once, and an /opt/ml tree with the model for every test."""
 
 import json
+import os
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,3 +37,26 @@ def make_tree(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path):
 @pytest.fixture
 def tree(make_tree) -> SageMakerTree:
     return make_tree()
+
+
+@pytest.fixture(scope="session")
+def fake_nvml(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, str]]:
+    """Makes the environment variables with which a child process finds `gpus` GPUs and a driver that are not there."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler `cc` here to build tests/fake_nvml/nvml.c with")
+    folder = tmp_path_factory.mktemp("fake-nvml")
+    source = Path(__file__).parent / "fake_nvml/nvml.c"
+    library = folder / "libnvidia-ml.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-o", library, source], check=True)
+
+    def make(gpus: int = 1, driver: str = "580.95.05", cuda: str = "13.0") -> dict[str, str]:
+        earlier = os.environ.get("LD_LIBRARY_PATH")
+        return {
+            "LD_LIBRARY_PATH": f"{folder}:{earlier}" if earlier else str(folder),
+            "FAKE_NVML_GPUS": str(gpus),
+            "FAKE_NVML_DRIVER": driver,
+            "FAKE_NVML_CUDA": cuda,
+        }
+
+    return make

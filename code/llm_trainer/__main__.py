@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `llm-trainer train`, which is what SageMaker starts."""
+"""The command line: `llm-trainer train`, which is what SageMaker starts, and the commands around it."""
 
 import sys
 
@@ -7,9 +7,11 @@ from llm_trainer import __version__
 
 USAGE = """usage: llm-trainer train [--SETTING VALUE ...]
        llm-trainer train --help
+       llm-trainer doctor [--SETTING VALUE ...]
        llm-trainer --version
 
-Fine-tunes the model and data of the SageMaker tree under /opt/ml (or SAGEMAKER_BASE_DIR).
+train fine-tunes the model and data of the SageMaker tree under /opt/ml (or SAGEMAKER_BASE_DIR).
+doctor tells whether such a job would run well on this machine.
 """
 
 
@@ -27,8 +29,13 @@ def main() -> int:
         from llm_trainer.launch import launch
 
         return launch(arguments)
-    print(USAGE, end="", file=sys.stdout if command in ("--help", "-h") else sys.stderr)
-    return 0 if command in ("--help", "-h") else 2
+    if command == "doctor" and "--help" not in arguments and "-h" not in arguments:
+        from llm_trainer.doctor import diagnose
+
+        return diagnose(arguments)
+    is_asked = command in ("doctor", "--help", "-h")
+    print(USAGE, end="", file=sys.stdout if is_asked else sys.stderr)
+    return 0 if is_asked else 2
 
 
 if __name__ == "__main__":

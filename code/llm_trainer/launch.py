@@ -6,7 +6,6 @@ Never imports torch: a mistake is reported within a second, before any process h
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,10 @@ from types import FrameType
 from llm_trainer import checkpoints
 from llm_trainer.environment import Environment, find_base_dir, read_environment
 from llm_trainer.errors import Failure, UserError, write_failure
+from llm_trainer.gpu_driver import driver_variables
 from llm_trainer.hosts import Hosts
+from llm_trainer.machine import inspect_machine
+from llm_trainer.network import network_variables
 from llm_trainer.preflight import Inputs, find_inputs
 from llm_trainer.settings import SECRETS, Settings, is_given, read_settings, redact, show
 from llm_trainer.supervisor import Supervisor, meet, wait_for_trainers
@@ -74,6 +76,7 @@ def run(environment: Environment, arguments: Sequence[str], started: float) -> F
             print(f"Host {environment.current_host} does not train: it waits for {', '.join(environment.hosts)}.")
             return wait_for_trainers(hosts)
         describe_job(job)
+        check_machine(job)
         failure = supervise(job, arguments, hosts, Path(folder), stop.file, started)
         stop.describe_end()
         return failure
@@ -174,6 +177,17 @@ def describe_job(job: Job) -> None:
     sys.stdout.flush()
 
 
+def check_machine(job: Job) -> None:
+    """Say what the host offers, one line each. Raises UserError for what would end the job after it has begun."""
+    findings = inspect_machine(job.environment)
+    for finding in findings:
+        print(f"Machine: {finding.verdict}: {finding.subject}: {finding.text}")
+    sys.stdout.flush()
+    errors = [f"{finding.subject}: {finding.text}" for finding in findings if finding.verdict == "error"]
+    if errors and not job.settings.use_cpu:
+        raise UserError(*errors)
+
+
 def num_processes(job: Job) -> int:
     """Worker processes on this host: one a GPU, or one on a CPU, unless the user says otherwise."""
     num_gpus = 0 if job.settings.use_cpu else job.environment.num_gpus
@@ -210,10 +224,9 @@ def worker_variables(job: Job, scratch_dir: Path, started: float) -> dict[str, s
     }
     if len(job.environment.hosts) > 1:
         variables["LLM_TRAINER_HOST"] = job.environment.current_host
-    interface = job.environment.network_interface
-    if interface and interface in {name for _, name in socket.if_nameindex()}:
-        variables |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
+    variables |= network_variables(job.environment)
     variables |= os.environ  # what the user sets in the job's Environment wins
+    variables |= driver_variables(variables)
     if Path(job.inputs.model).is_dir():
         variables["HF_HUB_OFFLINE"] = "1"  # nothing to fetch: look-ups would only wait for a network
     for name, secret in (("HF_TOKEN", job.settings.token), ("WANDB_API_KEY", job.settings.wandb_token)):

@@ -237,7 +237,8 @@ def read_yaml(path: Path | None, problems: list[str]) -> dict[str, Any]:
             return {}
         path = files[0]
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            value = yaml.safe_load(file)  # given the text itself, its errors would quote a line, which can hold a token
     except FileNotFoundError:
         problems.append(f"config={str(path)!r} does not exist: give the path of a YAML file in a channel.")
         return {}

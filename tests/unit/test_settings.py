@@ -217,6 +217,14 @@ def test_a_bad_yaml_file_is_told_with_its_name(tmp_path, text):
     assert "key: value" in problem
 
 
+def test_a_bad_yaml_file_is_not_quoted_because_a_line_can_hold_a_token(tmp_path):
+    file = tmp_path / "args.yaml"
+    file.write_text("token: hunter2: x\n")
+    (problem,) = problems_of({"config": str(file)})
+    assert "line 1" in problem
+    assert "hunter2" not in problem
+
+
 def test_a_missing_yaml_file_is_told():
     (problem,) = problems_of({"config": "/nowhere/args.yaml"})
     assert "config='/nowhere/args.yaml' does not exist" in problem
