@@ -8,6 +8,7 @@ object a line. A launcher has nothing else to do, so that silence means that its
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ HEARTBEAT_SECONDS = 2.0
 SILENCE_SECONDS = 30.0  # a host that says nothing for so long is lost
 RECONNECT_SECONDS = 5.0  # so is one whose connection broke and was not made again; a killed container's is not
 MAX_RETRY_SECONDS = 5.0
+FAREWELL_SECONDS = 0.5  # for the last word to be sent
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,13 @@ class Hosts:
         self.lines: dict[str, asyncio.StreamWriter] = {}
         self.error: OSError | None = None  # why the hub cannot be reached
         self.loop = asyncio.new_event_loop()
-        self.changed = asyncio.Event()
+        self.changed, self.closing = asyncio.Event(), asyncio.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
 
     def __enter__(self) -> Self:
         if len(self.names) > 1:
+            if self.own == self.hub:
+                self.server = socket.create_server(("", PORT))
             self.thread.start()
         return self
 
@@ -87,12 +91,13 @@ class Hosts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.thread.is_alive():
-            self.loop.call_soon_threadsafe(self.loop.stop)
+            time.sleep(FAREWELL_SECONDS)
+            self.loop.call_soon_threadsafe(self.closing.set)
             self.thread.join()
 
     def run(self) -> None:
-        with suppress(RuntimeError):  # says that the loop was stopped before its work was done, which has no end
-            self.loop.run_until_complete(self.keep_in_touch())
+        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+            runner.run(self.keep_in_touch_until_closed())
 
     def publish(self, state: State) -> None:
         """Tell all hosts how this one is."""
@@ -103,9 +108,14 @@ class Hosts:
     def states(self) -> dict[str, State]:
         return {name: contact.state if name == self.own else contact.judge() for name, contact in self.contacts.items()}
 
+    async def keep_in_touch_until_closed(self) -> None:
+        keeping_in_touch = asyncio.ensure_future(self.keep_in_touch())
+        await self.closing.wait()
+        keeping_in_touch.cancel()  # the runner cancels what else there is
+
     async def keep_in_touch(self) -> None:
         if self.own == self.hub:
-            server = await asyncio.start_server(self.listen, port=PORT)
+            server = await asyncio.start_server(self.listen, sock=self.server)
             async with server:
                 await self.repeat(self.tell_all)
         else:

@@ -24,7 +24,7 @@ from llm_trainer.machine import inspect_machine
 from llm_trainer.network import network_variables
 from llm_trainer.preflight import Inputs, find_inputs
 from llm_trainer.settings import SECRETS, Settings, is_given, read_settings, redact, show
-from llm_trainer.supervisor import Supervisor, meet, wait_for_trainers
+from llm_trainer.supervisor import INTRODUCTION_SECONDS, Supervisor, meet, wait_for_trainers
 
 MASTER_PORT = 7777  # what SageMaker's own toolkit uses between hosts
 
@@ -50,6 +50,8 @@ def launch(arguments: Sequence[str]) -> int:
     except PermissionError as error:
         fix = f"mount {output_dir.parent} so that user {os.getuid()} may read and write it."
         failure = Failure(f"{error}: {fix}", "mistake", started)
+    except OSError as error:
+        failure = Failure(f"The job could not be started: {error}.", "mistake", started)
     if failure is None:
         return 0
     print(failure.reason, file=sys.stderr, flush=True)
@@ -64,19 +66,23 @@ def run(environment: Environment, arguments: Sequence[str], started: float) -> F
         Stop(Path(folder) / "stop") as stop,
         Hosts([*environment.hosts, *environment.other_hosts], environment.current_host) as hosts,
     ):
-        mistake = None
+        if not environment.trains:
+            print(f"This host, {environment.current_host}, does not train: it waits for {hosts.hub}.", flush=True)
+            return wait_for_trainers(hosts, stop.file)
+        mistake, timeout = None, INTRODUCTION_SECONDS
         try:
             job = check_job(environment, arguments)
+            check_machine(job)
+            timeout = job.settings.host_timeout_seconds
         except UserError as error:
             mistake = Failure(str(error), "mistake", started)
-        failure = meet(hosts, mistake, job.settings.host_timeout_seconds if mistake is None else 0)
+        failure = meet(hosts, mistake, timeout, stop.file)
         if failure:
             return failure
-        if not environment.trains:
-            print(f"Host {environment.current_host} does not train: it waits for {', '.join(environment.hosts)}.")
-            return wait_for_trainers(hosts)
+        if stop.file.exists():
+            print("Stopped before the training began: there is nothing to save.", flush=True)
+            return None
         describe_job(job)
-        check_machine(job)
         failure = supervise(job, arguments, hosts, Path(folder), stop.file, started)
         stop.describe_end()
         return failure

@@ -137,11 +137,13 @@ class Supervisor:
         return Verdict("again" if is_repairable and self.restarts_left > 0 else "failed", cause)
 
 
-def meet(hosts: Hosts, own_failure: Failure | None, timeout: float) -> Failure | None:
+def meet(hosts: Hosts, own_failure: Failure | None, timeout: float, stop_file: Path) -> Failure | None:
     """Wait until every host is there. The failure of one of them, this one included, or of those that never came."""
     hosts.publish(State("failed", failure=own_failure) if own_failure else State("ready"))
-    deadline = time.monotonic() + (INTRODUCTION_SECONDS if own_failure else timeout)
+    deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
+        if stop_file.exists():
+            return own_failure
         states = hosts.states()
         if all(state.phase != "absent" for state in states.values()):
             return choose_cause(state.failure for state in states.values() if state.failure)
@@ -151,10 +153,13 @@ def meet(hosts: Hosts, own_failure: Failure | None, timeout: float) -> Failure |
     return own_failure or describe_absence(hosts, timeout)
 
 
-def wait_for_trainers(hosts: Hosts) -> Failure | None:
+def wait_for_trainers(hosts: Hosts, stop_file: Path) -> Failure | None:
     """A host that does not train stays until those that do are at their end."""
+    hosts.publish(State("done"))
     while True:
         hub = hosts.states()[hosts.hub]
+        if stop_file.exists() and hub.phase in ("absent", "ready"):
+            return None
         if hub.phase == "lost":
             return describe_loss(hosts.hub)
         if hub.is_final:
