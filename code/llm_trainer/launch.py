@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from llm_trainer.environment import Environment, find_base_dir, read_environment
+from llm_trainer.environment import Environment, find_base_dir, read_environment, read_json_object
 from llm_trainer.errors import UserError, write_failure
+from llm_trainer.own_script import names_a_script, run_script
 from llm_trainer.preflight import Inputs, find_inputs
 from llm_trainer.settings import SECRETS, Settings, is_given, read_settings, redact, show
 
@@ -39,6 +40,9 @@ def launch(arguments: Sequence[str]) -> int:
     output_dir = find_base_dir() / "output"
     try:
         (output_dir / "failure").unlink(missing_ok=True)  # of an earlier job in the same tree
+        hyperparameters = read_json_object(find_base_dir() / "input" / "config" / "hyperparameters.json")
+        if names_a_script(hyperparameters):
+            return run_script(find_base_dir(), hyperparameters, {**cache_variables(os.environ), **os.environ})
         job = read_job(arguments)
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
