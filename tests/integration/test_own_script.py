@@ -33,6 +33,11 @@ signal.signal(signal.SIGTERM, save)
 print("training", flush=True)
 time.sleep(60)
 """
+TRAP = """#!/bin/bash
+trap 'echo saved >"$2/saved"; kill $!; exit 0' TERM
+echo training
+sleep 60 & wait
+"""
 
 
 @pytest.fixture
@@ -126,9 +131,7 @@ def test_an_end_that_the_toolkit_could_not_report_is_no_success(script_job):
         ("train.sh", {"save.py": SAVE_WHEN_STOPPED, "train.sh": f'#!/bin/bash\n"{sys.executable}" save.py "$@"\n'}),
         (
             "train.sh",
-            {
-                "train.sh": "#!/bin/bash\ntrap 'echo saved >\"$2/saved\"; kill $!; exit 0' TERM\necho training\nsleep 60 & wait\n"
-            },
+            {"train.sh": TRAP},
         ),
     ],
     ids=["python", "python-below-a-shell-without-a-trap", "shell-with-a-trap"],
