@@ -30,10 +30,11 @@ TOOLKIT = [sys.executable, "-P", "-m", "sagemaker_training.cli.train"]
 SHELLS = ("bash", "dash", "sh", "busybox")
 KEPT_STDERR_BYTES = 16384
 MAX_LATE_OUTPUT_SECONDS = 5
-# How Python, pip, and Python without its script end: "ValueError: no rows", also with torchrun's rank before it.
-ERROR_LINE = re.compile(
-    r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception): .*\S|ERROR: .*\S|.*: can't open file .*\S)", re.MULTILINE
+# How Python ends, also with torchrun's rank before it and without its script: "ValueError: no rows".
+PYTHON_ERROR = re.compile(
+    r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception): .*\S|.*: can't open file .*\S)", re.MULTILINE
 )
+PIP_ERROR = re.compile(r"^(ERROR: .*\S)", re.MULTILINE)
 
 
 def names_a_script(hyperparameters: Mapping[str, Any]) -> bool:
@@ -163,24 +164,25 @@ def explain_failure(output_dir: Path, script: str, exit_code: int, last_errors: 
     failure = output_dir / "failure"
     report = failure.read_text(encoding="utf-8", errors="replace") if failure.exists() else ""
     ended = re.match(r"(Execute|Install)\w+Error:\nExitCode (-?\d+)\n", report)
-    if ended:
-        what = script if ended[1] == "Execute" else f"Installing what {script} needs"
-        reason = describe_end(what, int(ended[2]), last_errors)
+    if ended and ended[1] == "Install":
+        reason = describe_end(f"Installing what {script} needs", int(ended[2]), PIP_ERROR.findall(last_errors))
+    elif ended:
+        reason = describe_end(script, int(ended[2]), PYTHON_ERROR.findall(last_errors))
     elif report.startswith("Framework Error:"):  # a traceback of the toolkit's, with the cause at its end
         reason = f"{script} could not be started: {report.splitlines()[-1]}"
     elif report:
         return
     else:
-        reason = describe_end(f"SageMaker's training toolkit, which runs {script},", exit_code, last_errors)
+        errors = PYTHON_ERROR.findall(last_errors)
+        reason = describe_end(f"SageMaker's training toolkit, which runs {script},", exit_code, errors)
     print(reason, file=sys.stderr, flush=True)
     failure.unlink(missing_ok=True)
     write_failure(output_dir, reason)
 
 
-def describe_end(what: str, exit_code: int, last_errors: str) -> str:
+def describe_end(what: str, exit_code: int, errors: list[str]) -> str:
     if exit_code == -signal.SIGKILL:
         return f"{what} was killed by SIGKILL, most likely because the host ran out of memory."
     if exit_code < 0:
         return f"{what} was stopped by {signal.Signals(-exit_code).name}."
-    errors = ERROR_LINE.findall(last_errors)
     return f"{what} ended with exit code {exit_code}: {errors[-1] if errors else 'the log above says why.'}"
