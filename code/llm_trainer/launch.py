@@ -16,12 +16,13 @@ from pathlib import Path
 from types import FrameType
 
 from llm_trainer import checkpoints
-from llm_trainer.environment import Environment, find_base_dir, read_environment
+from llm_trainer.environment import Environment, find_base_dir, read_environment, read_json_object
 from llm_trainer.errors import Failure, UserError, write_failure
 from llm_trainer.gpu_driver import driver_variables
 from llm_trainer.hosts import Hosts
 from llm_trainer.machine import inspect_machine
 from llm_trainer.network import network_variables
+from llm_trainer.own_script import names_a_script, run_script
 from llm_trainer.preflight import Inputs, find_inputs
 from llm_trainer.settings import SECRETS, Settings, is_given, read_settings, redact, show
 from llm_trainer.supervisor import INTRODUCTION_SECONDS, Supervisor, meet, wait_for_trainers
@@ -44,6 +45,9 @@ def launch(arguments: Sequence[str]) -> int:
     output_dir = find_base_dir() / "output"
     try:
         (output_dir / "failure").unlink(missing_ok=True)  # of an earlier job in the same tree
+        hyperparameters = read_json_object(find_base_dir() / "input" / "config" / "hyperparameters.json")
+        if names_a_script(hyperparameters):
+            return run_script(find_base_dir(), hyperparameters, {**cache_variables(os.environ), **os.environ})
         failure = run(read_environment(), arguments, started)
     except UserError as error:
         failure = Failure(str(error), "mistake", started)
