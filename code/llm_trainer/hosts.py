@@ -2,11 +2,10 @@
 """The launchers of a job's hosts, in touch: they start together, learn of each other's end, and leave together.
 
 A host that vanishes leaves the others in a collective that nobody answers, and whose time-out names nobody. So each
-launcher keeps a connection to the first host's, says every two seconds how it is, and hears how all are: one JSON
-object a line. A launcher has nothing else to do, so that silence means that its host is gone.
+launcher keeps a connection to the first host's, the hub, says every two seconds how it is, and hears how the hub is:
+one JSON object a line. A launcher has nothing else to do, so that silence means that its host is gone.
 """
 
-import asyncio
 import json
 import socket
 import threading
@@ -14,7 +13,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from types import TracebackType
 from typing import Any, Self
 
 from llm_trainer.errors import Failure
@@ -23,13 +21,13 @@ PORT = 7778
 HEARTBEAT_SECONDS = 2.0
 SILENCE_SECONDS = 30.0  # a host that says nothing for so long is lost
 RECONNECT_SECONDS = 5.0  # so is one whose connection broke and was not made again; a killed container's is not
+CONNECT_SECONDS = 5.0
 MAX_RETRY_SECONDS = 5.0
-FAREWELL_SECONDS = 0.5  # for the last word to be sent
 
 
 @dataclass(frozen=True)
 class State:
-    """How a host is: `ready`, then `running` its nth attempt, at last `done` or `failed`; `lost` is said by others."""
+    """How a host is: `absent`, `ready`, `running` its nth attempt, `done` or `failed`; or `lost`, which others say."""
 
     phase: str = "absent"
     attempt: int = 0
@@ -50,7 +48,7 @@ class Contact:
     """What is known of a host, and since when."""
 
     state: State = field(default_factory=State)
-    heard_at: float = field(default_factory=time.monotonic)
+    heard_at: float = 0.0  # time.monotonic()
     broken_at: float | None = None
 
     def hear(self, state: State) -> None:
@@ -67,116 +65,119 @@ class Contact:
 
 
 class Hosts:
-    """All hosts of a job as one of them sees them. The first one's launcher is the hub; alone, nothing is opened."""
+    """All hosts of a job as one of them sees them: the hub hears every host, the others hear the hub.
+
+    A host alone opens nothing. Raises OSError on entry where the hub cannot listen.
+    """
 
     def __init__(self, names: Sequence[str], own: str) -> None:
         self.names = names
         self.own = own
         self.hub = names[0]
         self.contacts = {name: Contact() for name in names}
-        self.lines: dict[str, asyncio.StreamWriter] = {}
+        self.absent: list[str] = [name for name in names if name != own]  # as the hub sees it
         self.error: OSError | None = None  # why the hub cannot be reached
-        self.loop = asyncio.new_event_loop()
-        self.changed, self.closing = asyncio.Event(), asyncio.Event()
-        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.lines: dict[str, socket.socket] = {}
+        self.changed = threading.Event()
+        self.is_closing = False
+        self.threads: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
         if len(self.names) > 1:
             if self.own == self.hub:
                 self.server = socket.create_server(("", PORT))
-            self.thread.start()
+                threading.Thread(target=self.accept, daemon=True).start()
+            else:
+                threading.Thread(target=self.stay_connected, daemon=True).start()
+            self.speaker = threading.Thread(target=self.speak, daemon=True)
+            self.speaker.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.thread.is_alive():
-            time.sleep(FAREWELL_SECONDS)
-            self.loop.call_soon_threadsafe(self.closing.set)
-            self.thread.join()
-
-    def run(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
-            runner.run(self.keep_in_touch_until_closed())
+    def __exit__(self, *exception: object) -> None:
+        if len(self.names) > 1:
+            self.is_closing = True
+            self.changed.set()
+            self.speaker.join(CONNECT_SECONDS)  # the last word is said
+            if self.own == self.hub:
+                self.server.shutdown(socket.SHUT_RDWR)  # ends the wait in accept, which closing would not
+                self.server.close()
+            for line in list(self.lines.values()):
+                with suppress(OSError):
+                    line.shutdown(socket.SHUT_RDWR)
 
     def publish(self, state: State) -> None:
-        """Tell all hosts how this one is."""
+        """Let the others know how this host is."""
         self.contacts[self.own].hear(state)
-        if self.thread.is_alive():
-            self.loop.call_soon_threadsafe(self.changed.set)
+        self.changed.set()
 
-    def states(self) -> dict[str, State]:
-        return {name: contact.state if name == self.own else contact.judge() for name, contact in self.contacts.items()}
+    def state(self, name: str) -> State:
+        """How a host is, by what this one has heard; the hub alone has heard all."""
+        contact = self.contacts[name]
+        return contact.state if name == self.own else contact.judge()
 
-    async def keep_in_touch_until_closed(self) -> None:
-        keeping_in_touch = asyncio.ensure_future(self.keep_in_touch())
-        await self.closing.wait()
-        keeping_in_touch.cancel()  # the runner cancels what else there is
-
-    async def keep_in_touch(self) -> None:
+    def find_absent(self) -> list[str]:
+        """The hosts that are not there yet."""
         if self.own == self.hub:
-            server = await asyncio.start_server(self.listen, sock=self.server)
-            async with server:
-                await self.repeat(self.tell_all)
-        else:
-            await self.report()
+            return [name for name, contact in self.contacts.items() if contact.state.phase == "absent"]
+        return [self.hub] if self.contacts[self.hub].state.phase == "absent" else self.absent
 
-    async def repeat(self, speak: Any) -> None:
-        """Speak at every change, and at every heartbeat."""
+    def speak(self) -> None:
+        """Say how this host is, at every change and every heartbeat, and once more at the end."""
         while True:
+            is_last = self.is_closing
+            words = {"host": self.own, "state": asdict(self.contacts[self.own].state)}
+            if self.own == self.hub:
+                words["absent"] = self.find_absent()
+            for line in list(self.lines.values()):
+                with suppress(OSError):  # its listener notes that it broke
+                    line.sendall(json.dumps(words).encode() + b"\n")
+            if is_last:
+                return
+            self.changed.wait(HEARTBEAT_SECONDS)
             self.changed.clear()
-            await speak()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self.changed.wait(), HEARTBEAT_SECONDS)
 
-    async def tell_all(self) -> None:
-        table = {name: asdict(state) for name, state in self.states().items()}
-        for line in list(self.lines.values()):
-            with suppress(ConnectionError):  # the reader of that line notes it
-                line.write(json.dumps(table).encode() + b"\n")
-
-    async def listen(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """The hub's side of one connection."""
+    def listen(self, line: socket.socket) -> None:
+        """Hear a host out, until its connection ends."""
         name = None
-        with suppress(ConnectionError):
-            async for text in reader:
-                message = json.loads(text)
-                name = message.pop("host")
+        with suppress(OSError, ValueError), line, line.makefile(encoding="utf-8") as texts:
+            for text in texts:
+                words = json.loads(text)
+                name = words["host"]
                 if name not in self.contacts:
-                    break
-                self.lines[name] = writer
-                before = self.contacts[name].state
-                self.contacts[name].hear(parse_state(message))
-                if self.contacts[name].state != before:
+                    return
+                self.lines[name] = line
+                self.absent = words.get("absent", self.absent)
+                state = parse_state(words["state"])
+                if state.phase != self.contacts[name].state.phase:
                     self.changed.set()
-        writer.close()
-        if name in self.contacts and self.lines.get(name) is writer:
+                self.contacts[name].hear(state)
+        if name is not None and self.lines.get(name) is line:
             del self.lines[name]
             self.contacts[name].broken_at = time.monotonic()
 
-    async def report(self) -> None:
-        """The other hosts' side: keep a connection to the hub, whose name may take minutes to resolve."""
-        wait = 0.1
-        while True:
+    def accept(self) -> None:
+        """The hub's part: a thread for every host that calls."""
+        while not self.is_closing:
             try:
-                reader, writer = await asyncio.open_connection(self.hub, PORT)
+                line, _ = self.server.accept()
+            except OSError:
+                return  # closed
+            threading.Thread(target=self.listen, args=[line], daemon=True).start()
+
+    def stay_connected(self) -> None:
+        """The others' part: keep a connection to the hub, whose name may take minutes to resolve."""
+        wait = 0.1
+        while not self.is_closing:
+            try:
+                line = socket.create_connection((self.hub, PORT), timeout=CONNECT_SECONDS)
             except OSError as error:
                 self.error = error
-                await asyncio.sleep(wait)
+                time.sleep(wait)
                 wait = min(2 * wait, MAX_RETRY_SECONDS)
                 continue
             wait, self.error = 0.1, None
-            speaking = asyncio.ensure_future(self.repeat(lambda writer=writer: self.tell_hub(writer)))
-            with suppress(ConnectionError):
-                async for text in reader:
-                    for name, state in json.loads(text).items():
-                        if name != self.own:
-                            self.contacts[name].hear(parse_state(state))
-            speaking.cancel()
-            writer.close()
-            self.contacts[self.hub].broken_at = time.monotonic()
-
-    async def tell_hub(self, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError):
-            writer.write(json.dumps({"host": self.own, **asdict(self.contacts[self.own].state)}).encode() + b"\n")
-            await writer.drain()
+            line.settimeout(None)
+            self.lines[self.hub] = line
+            self.changed.set()
+            self.listen(line)
+            time.sleep(wait)

@@ -91,7 +91,7 @@ class Supervisor:
         own: Failure | None = None
         has_reported = False
         while True:
-            hub = self.hosts.states()[self.hosts.hub]
+            hub = self.hosts.state(self.hosts.hub)
             if child.poll() is not None and not has_reported:
                 has_reported = True
                 own = self.own_failure(child)
@@ -107,8 +107,7 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
 
     def states_of_others(self) -> dict[str, State]:
-        states = self.hosts.states()
-        return {name: states[name] for name in self.others}
+        return {name: self.hosts.state(name) for name in self.others}
 
     def find_cause(self, child: "subprocess.Popen[bytes]", attempt: int) -> Failure:
         """Why the attempt failed. Echoes of a failure elsewhere come first: they are given time to be explained."""
@@ -140,39 +139,38 @@ class Supervisor:
 def meet(hosts: Hosts, own_failure: Failure | None, timeout: float, stop_file: Path) -> Failure | None:
     """Wait until every host is there. The failure of one of them, this one included, or of those that never came."""
     hosts.publish(State("failed", failure=own_failure) if own_failure else State("ready"))
+    failure = own_failure
     deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if stop_file.exists():
-            return own_failure
-        states = hosts.states()
-        if all(state.phase != "absent" for state in states.values()):
-            return choose_cause(state.failure for state in states.values() if state.failure)
-        if not own_failure and any(state.failure for state in states.values()):
-            return choose_cause(state.failure for state in states.values() if state.failure)
+    while not stop_file.exists() and (absent := hosts.find_absent()) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-    return own_failure or describe_absence(hosts, timeout)
+    if not stop_file.exists() and absent and failure is None:
+        failure = describe_absence(hosts, absent, timeout)
+    if hosts.own == hosts.hub:
+        states = [hosts.state(name) for name in hosts.names]
+        failure = choose_cause(filter(None, [failure, *(state.failure for state in states)]))
+        if failure:
+            hosts.publish(State("failed", failure=failure))
+    return failure
 
 
 def wait_for_trainers(hosts: Hosts, stop_file: Path) -> Failure | None:
     """A host that does not train stays until those that do are at their end."""
     hosts.publish(State("done"))
     while True:
-        hub = hosts.states()[hosts.hub]
-        if stop_file.exists() and hub.phase in ("absent", "ready"):
-            return None
+        hub = hosts.state(hosts.hub)
         if hub.phase == "lost":
             return describe_loss(hosts.hub)
         if hub.is_final:
             return hub.failure
+        if stop_file.exists() and hub.phase in ("absent", "ready"):
+            return None
         time.sleep(POLL_SECONDS)
 
 
-def describe_absence(hosts: Hosts, timeout: float) -> Failure:
-    absent = [name for name, state in hosts.states().items() if state.phase == "absent"]
-    missing = [hosts.hub] if hosts.hub in absent else absent
+def describe_absence(hosts: Hosts, absent: list[str], timeout: float) -> Failure:
     why = f" ({hosts.error.strerror or hosts.error})" if hosts.error else ""
     return Failure(
-        f"Host {', '.join(missing)} could not be reached from {hosts.own} within {timeout:.0f} s{why}: see its log; "
+        f"Host {', '.join(absent)} could not be reached from {hosts.own} within {timeout:.0f} s{why}: see its log; "
         "and let the hosts reach each other on every port (the job's security groups).",
         "lost",
         time.time(),
