@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sagemaker_tree import HYPERPARAMETERS, ROWS, SageMakerTree
+from sagemaker_tree import HYPERPARAMETERS, ROWS, RunningJob, SageMakerTree
 from tiny_model import build_tiny_model
 
 
@@ -32,6 +32,22 @@ def make_tree(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path):
         return tree
 
     return make
+
+
+@pytest.fixture
+def start():
+    """Starts the jobs of trees, and ends what a failed test leaves running."""
+    jobs = []
+
+    def start_job(tree: SageMakerTree, *arguments: str) -> RunningJob:
+        jobs.append(tree.start(*arguments))
+        return jobs[-1]
+
+    yield start_job
+    for job in jobs:
+        job.process.kill()
+        job.process.wait()
+        job.process.stdout.close()
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 LLM_TRAINER = Path(sys.executable).with_name("llm-trainer")
 ROWS = [
     {
@@ -92,6 +94,22 @@ class SageMakerTree:
             check=False,
         )
 
+    def start(self, *arguments: str) -> "RunningJob":
+        """Start the job as the container would."""
+        process = subprocess.Popen(
+            [str(LLM_TRAINER), "train", *arguments],
+            env={**os.environ, "SAGEMAKER_BASE_DIR": str(self.base_dir), **self.environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return RunningJob(process)
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """The steps of the checkpoints there are, in order."""
+        return sorted(int(folder.name.split("-")[1]) for folder in (self.base_dir / "checkpoints").glob("checkpoint-*"))
+
     @property
     def failure(self) -> str:
         return (self.base_dir / "output/failure").read_text(encoding="utf-8")
@@ -104,6 +122,33 @@ class SageMakerTree:
     @property
     def manifest(self) -> dict[str, Any]:
         return json.loads((self.base_dir / "model/training_manifest.json").read_text())
+
+
+class RunningJob:
+    """A job's process, and its log as far as it was read."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self.process = process
+        self.log = ""
+
+    def wait_for(self, text: str) -> None:
+        """Return when a line of the log holds the text."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.log += line
+            if text in line:
+                return
+        raise AssertionError(f"the job ended before it said {text!r}:\n{self.log}")
+
+    def end(self) -> int:
+        """Read the log to its end; the exit code."""
+        self.log += self.process.communicate(timeout=200)[0]
+        return self.process.returncode
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes below torchrun's, which is the launcher's child."""
+        (torchrun,) = psutil.Process(self.process.pid).children()
+        return torchrun.children()
 
 
 def metrics_of(log: str, key: str) -> list[float]:

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A job that is stopped, killed and started again ends as if nothing had happened. Real processes and signals."""
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from sagemaker_tree import metrics_of
+
+# Eight steps in two epochs, with dropout and accumulation. One thread: the order of sums is part of a result.
+HYPERPARAMETERS = {
+    "num_train_epochs": "2",
+    "per_device_train_batch_size": "4",
+    "gradient_accumulation_steps": "2",
+    "lora_dropout": "0.3",
+    "save_steps": "1",
+    "save_total_limit": "99",
+}
+
+
+def adapter_of(tree):
+    return {
+        name: tensor.tolist() for name, tensor in load_file(tree.base_dir / "model/adapter_model.safetensors").items()
+    }
+
+
+def run(tree):
+    result = tree.run()
+    assert result.returncode == 0, result.stdout
+    assert not (tree.base_dir / "output/failure").exists()
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def make_job(make_tree):
+    def make(**hyperparameters):
+        tree = make_tree()
+        tree.environment["OMP_NUM_THREADS"] = "1"
+        tree.change(**{**HYPERPARAMETERS, **hyperparameters})
+        return tree
+
+    return make
+
+
+@pytest.fixture(scope="module", params=["rows", "packed"])
+def finished(request, make_job):
+    """A job that nothing interrupted, and all of its checkpoints."""
+    packing = {"packing": "true", "max_length": "50", "per_device_train_batch_size": "2"}
+    tree = make_job(**(packing if request.param == "packed" else {}))
+    run(tree)
+    return tree
+
+
+def steps_an_epoch(tree):
+    return tree.manifest["num_steps"] // 2
+
+
+@pytest.mark.parametrize("steps_before_the_epochs_end", [1, 0], ids=["within-an-epoch", "at-its-end"])
+def test_a_resumed_run_ends_with_the_very_same_weights(finished, make_job, steps_before_the_epochs_end):
+    step = steps_an_epoch(finished) - steps_before_the_epochs_end
+    tree = make_job()
+    shutil.copy(finished.base_dir / "input/config/hyperparameters.json", tree.base_dir / "input/config")
+    shutil.copytree(
+        finished.base_dir / f"checkpoints/checkpoint-{step}", tree.base_dir / f"checkpoints/checkpoint-{step}"
+    )
+    log = run(tree)
+    assert f"Resuming from {tree.base_dir}/checkpoints/checkpoint-{step}" in log
+    assert metrics_of(log, "step")[0] == step + 1
+    assert adapter_of(tree) == adapter_of(finished)
+    assert tree.manifest["metrics"]["eval_loss"] == finished.manifest["metrics"]["eval_loss"]
+
+
+def test_a_stop_with_two_ranks_saves_and_exports_and_the_next_start_goes_on(make_job, start):
+    settings = {"nproc_per_node": "2", "num_train_epochs": "20", "save_steps": None, "save_total_limit": None}
+    whole, stopped = make_job(**settings), make_job(**settings)
+    run(whole)
+    job = start(stopped)
+    job.wait_for("step=5;")
+    started = time.monotonic()
+    job.process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 0, job.log
+    assert time.monotonic() - started < 60
+    assert job.log.count("Received SIGTERM: after this step, save a checkpoint, export and end.") == 1
+    assert "all ranks agreed" in job.log
+    assert "All processes ended" in job.log
+    manifest = stopped.manifest
+    assert manifest["stopped"]
+    assert stopped.checkpoints[-1] == manifest["num_steps"]
+    assert 5 <= manifest["num_steps"] < manifest["total_steps"]
+    assert "adapter_model.safetensors" in stopped.model_files
+    assert not (stopped.base_dir / "output/failure").exists()
+    run(stopped)
+    assert stopped.manifest["num_steps"] == whole.manifest["num_steps"]
+    assert adapter_of(stopped) == adapter_of(whole)
+
+
+def test_a_run_ends_by_itself_before_its_time_is_over(make_job):
+    tree = make_job(num_train_epochs="100000", MaxRuntimeInSeconds="20", merge_weights="true", save_steps="100000")
+    started = time.monotonic()
+    log = run(tree)
+    assert time.monotonic() - started < 60
+    assert "Stopped after step" in log
+    assert tree.manifest["stopped"]
+    assert len(tree.checkpoints) == 1
+    assert "adapter_model.safetensors" in tree.model_files  # a merge may take longer than there is time
+
+
+def test_a_stop_during_evaluation_does_not_wait_for_its_end(make_job, start):
+    tree = make_job(num_train_epochs="1", per_device_eval_batch_size="1", eval_steps="2")
+    row = json.dumps(
+        {"messages": [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "y" * 200}]}
+    )
+    tree.write("input/data/validation/validation.json", f"{row}\n" * 20000)
+    job = start(tree)
+    job.wait_for("step=2;")
+    time.sleep(1)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 0, job.log
+    assert tree.checkpoints[-1] == tree.manifest["num_steps"] == 2
+    marker = json.loads((tree.base_dir / "checkpoints/checkpoint-2/complete.json").read_text())
+    assert marker["evaluation_due"]
+    tree.write("input/data/validation/validation.json", f"{row}\n" * 2)
+    log = run(tree)
+    assert metrics_of(log, "step")[0] == 2  # the evaluation that was put off comes first
+    assert "eval_loss" in log.split("train_loss")[0]
+
+
+def test_a_killed_worker_is_replaced_and_the_job_ends_as_if_it_had_lived(make_job, start):
+    settings = {"num_train_epochs": "20", "logging_steps": "10", "save_steps": "5"}
+    whole, killed = make_job(**settings), make_job(**settings, max_restarts="1")
+    run(whole)
+    job = start(killed)
+    job.wait_for("step=10;")
+    job.workers()[0].kill()
+    assert job.end() == 0, job.log
+    assert "Attempt 2: the workers start again from the newest checkpoint." in job.log
+    assert "Resuming from" in job.log
+    assert not (killed.base_dir / "output/failure").exists()
+    assert adapter_of(killed) == adapter_of(whole)
+
+
+def test_a_killed_launcher_takes_every_process_along(make_job, start):
+    tree = make_job(num_train_epochs="100000")
+    job = start(tree)
+    job.wait_for("step=2;")
+    workers = job.workers()
+    job.process.kill()
+    job.process.wait()
+    deadline = time.monotonic() + 10
+    while any(worker.is_running() and worker.status() != "zombie" for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_checkpoint_of_another_run_is_not_taken_up(finished, make_job):
+    tree = make_job()
+    shutil.copy(finished.base_dir / "input/config/hyperparameters.json", tree.base_dir / "input/config")
+    tree.change(lora_r="4", learning_rate="0.02")
+    shutil.copytree(finished.base_dir / "checkpoints", tree.base_dir / "checkpoints")
+    before = tree.checkpoints
+    assert tree.run().returncode == 1
+    assert "is a checkpoint of another run (lora_r was 8 and is 4; learning_rate was 0.01 and is 0.02)" in tree.failure
+    assert "resume_from_checkpoint=false to start anew" in tree.failure
+    assert tree.checkpoints == before
