@@ -38,9 +38,15 @@ class State:
         return self.phase in ("done", "failed", "lost")
 
 
-def parse_state(fields: dict[str, Any]) -> State:
-    failure = fields["failure"]
-    return State(fields["phase"], fields["attempt"], Failure(**failure) if failure else None)
+def parse(text: str) -> tuple[str, State, list[str]]:
+    """Who speaks, how it is, and whom it misses. Raises ValueError for what no launcher says."""
+    try:
+        words: dict[str, Any] = json.loads(text)
+        state, failure = words["state"], words["state"]["failure"]
+        told = State(state["phase"], state["attempt"], Failure(**failure) if failure else None)
+        return words["host"], told, words.get("absent", [])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a launcher's words: {text!r}") from error
 
 
 @dataclass
@@ -141,13 +147,10 @@ class Hosts:
         name = None
         with suppress(OSError, ValueError), line, line.makefile(encoding="utf-8") as texts:
             for text in texts:
-                words = json.loads(text)
-                name = words["host"]
+                name, state, self.absent = parse(text)
                 if name not in self.contacts:
                     return
                 self.lines[name] = line
-                self.absent = words.get("absent", self.absent)
-                state = parse_state(words["state"])
                 if state.phase != self.contacts[name].state.phase:
                     self.changed.set()
                 self.contacts[name].hear(state)

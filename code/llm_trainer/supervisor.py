@@ -76,7 +76,7 @@ class Supervisor:
         while True:
             states = self.states_of_others()
             exit_code = child.poll()
-            if exit_code or any(state.phase in ("failed", "lost") for state in states.values()):
+            if exit_code or any(has_failed(state, attempt) for state in states.values()):
                 return self.judge(self.find_cause(child, attempt))
             if exit_code == 0:
                 done_at = done_at or time.monotonic()
@@ -134,6 +134,11 @@ class Supervisor:
         """A mistake would be made again, a lost host does not come back, and who asked for a stop wants no restart."""
         is_repairable = cause.kind in ("fault", "peer") and not self.stop_file.exists()
         return Verdict("again" if is_repairable and self.restarts_left > 0 else "failed", cause)
+
+
+def has_failed(state: State, attempt: int) -> bool:
+    """A host that has yet to hear of this attempt still tells of the last one's failure."""
+    return state.phase == "lost" or (state.phase == "failed" and state.attempt == attempt)
 
 
 def meet(hosts: Hosts, own_failure: Failure | None, timeout: float, stop_file: Path) -> Failure | None:

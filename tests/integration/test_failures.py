@@ -1,16 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A job that cannot work ends with exit code 1, one sentence in output/failure and nothing in model/."""
 
-import os
 import shutil
-import signal
-import subprocess
-import time
-
-import psutil
-import pytest
-
-from sagemaker_tree import LLM_TRAINER
 
 
 def fail(tree, *arguments):
@@ -110,49 +101,10 @@ def test_an_error_of_the_program_itself_is_told_with_its_rank_and_logged_with_it
     assert tree.failure.startswith("Rank 0")
 
 
-@pytest.fixture
-def running_job(tree):
-    """A job that is in its first steps, and would last for minutes."""
+def test_a_killed_worker_is_told_with_its_rank_and_cause(tree, start):
     tree.change(num_train_epochs="10000")
-    process = subprocess.Popen(
-        [str(LLM_TRAINER), "train"],
-        env={**os.environ, "SAGEMAKER_BASE_DIR": str(tree.base_dir)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith("train_loss="):
-            break
-    yield tree, process
-    process.kill()
-    process.stdout.close()
-    process.wait()
-
-
-def workers_of(pid: int) -> list[psutil.Process]:
-    """The processes below torchrun's, which is the launcher's child."""
-    (torchrun,) = psutil.Process(pid).children()
-    return torchrun.children()
-
-
-def test_a_killed_worker_is_told_with_its_rank_and_cause(running_job):
-    tree, process = running_job
-    (worker,) = workers_of(process.pid)
-    worker.kill()
-    process.stdout.read()
-    assert process.wait(60) == 1
+    job = start(tree)
+    job.wait_for("train_loss=")
+    job.workers()[0].kill()
+    assert job.end() == 1
     assert tree.failure.startswith("Rank 0 was killed by signal 9, most likely because the host ran out of memory")
-
-
-def test_sigterm_ends_the_job_and_every_process_of_it(running_job):
-    tree, process = running_job
-    workers = workers_of(process.pid)
-    started = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    assert "Received SIGTERM" in process.stdout.read()
-    assert process.wait(60) == 1
-    assert time.monotonic() - started < 40
-    assert tree.failure.startswith("Training was stopped by SIGTERM")
-    assert not any(worker.is_running() for worker in workers)
-    assert not tree.model_files

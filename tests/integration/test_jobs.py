@@ -46,7 +46,8 @@ def test_a_job_ends_with_an_adapter_and_nothing_else(lora_job):
     for file in (lora_job.base_dir / "model").iterdir():
         assert not file.is_symlink()
         assert stat.S_IMODE(file.stat().st_mode) == 0o644
-    assert not any((lora_job.base_dir / "checkpoints").iterdir())
+    assert lora_job.checkpoints[-1] == 4
+    assert not any((lora_job.base_dir / "checkpoints").glob(".*"))
 
 
 def test_the_adapter_loads_on_its_base_and_has_learned(lora_job):
@@ -145,15 +146,23 @@ def test_a_yaml_channel_text_rows_and_the_command_line(tree):
     assert len(metrics_of(result.stdout, "train_loss")) == 2
 
 
-def test_checkpoints_resume_and_the_best_weights_are_kept(tree):
-    tree.change(use_checkpoints="true", early_stopping="true")
+def test_a_longer_run_goes_on_and_the_best_weights_are_kept(tree):
     assert tree.run().returncode == 0
-    assert [folder.name for folder in (tree.base_dir / "checkpoints").glob("checkpoint-*")] == ["checkpoint-4"]
-    tree.change(num_train_epochs="2")
+    tree.change(num_train_epochs="2", early_stopping="true", save_total_limit="1")
     result = tree.run()
     assert result.returncode == 0, result.stdout
     assert metrics_of(result.stdout, "step")[0] == 5
     assert tree.manifest["num_steps"] == 8
+    assert tree.checkpoints == [8]
+
+
+def test_without_checkpoints_none_is_written_and_none_is_taken_up(tree):
+    tree.change(use_checkpoints="false")
+    for _ in range(2):
+        result = tree.run()
+        assert result.returncode == 0, result.stdout
+        assert metrics_of(result.stdout, "step")[0] == 1
+    assert not tree.checkpoints
 
 
 def test_mlflow_switches_itself_on_and_learns_no_secret(tree):
@@ -173,7 +182,9 @@ def test_a_second_run_in_the_same_tree_replaces_the_first_ones_result(tree):
     assert tree.run().returncode == 0
     kept = tree.write("model/mine.txt", "not the job's")
     tree.change(merge_weights="true")
-    assert tree.run().returncode == 0
+    result = tree.run()
+    assert result.returncode == 0
+    assert not metrics_of(result.stdout, "train_loss")  # all steps were made: only the export is new
     assert not ADAPTER_FILES & tree.model_files
     assert "model.safetensors" in tree.model_files
     assert kept.exists()

@@ -2,6 +2,7 @@
 """The container reads what SageMaker, its SDKs' local modes and a plain `docker run` put there."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -56,4 +57,65 @@ def test_a_configuration_file_that_is_no_json_object_is_named(base_dir, text):
 def test_a_host_that_is_not_listed_is_told(base_dir):
     write(base_dir, "resourceconfig.json", {"current_host": "algo-3", "hosts": ["algo-1", "algo-2"]})
     with pytest.raises(UserError, match="current_host='algo-3'"):
+        read_environment()
+
+
+def write_groups(base_dir, current_host, *groups):
+    """A heterogeneous cluster of (instance type, hosts) groups."""
+    named = [
+        {"instance_group_name": f"group-{number}", "instance_type": kind, "hosts": hosts}
+        for number, (kind, hosts) in enumerate(groups)
+    ]
+    hosts = sorted(host for _, group in groups for host in group)
+    resources = {"current_host": current_host, "hosts": hosts, "instance_groups": named}
+    write(base_dir, "resourceconfig.json", resources)
+
+
+def test_the_gpu_group_of_a_heterogeneous_cluster_trains_in_its_own_order(base_dir):
+    write_groups(base_dir, "algo-1", ("ml.c5.18xlarge", ["algo-2"]), ("ml.p4d.24xlarge", ["algo-3", "algo-1"]))
+    environment = read_environment()
+    assert environment.hosts == ("algo-3", "algo-1")
+    assert environment.node_rank == 1
+    assert environment.other_hosts == ("algo-2",)
+
+
+def test_a_host_of_another_group_does_not_train(base_dir):
+    write_groups(base_dir, "algo-2", ("ml.c5.18xlarge", ["algo-2"]), ("ml.g6e.2xlarge", ["algo-3", "algo-1"]))
+    assert not read_environment().trains
+
+
+def test_without_gpus_the_first_of_the_largest_groups_trains(base_dir):
+    write_groups(base_dir, "algo-1", ("ml.c5.xlarge", ["algo-1"]), ("ml.m5.xlarge", ["algo-2"]))
+    assert read_environment().hosts == ("algo-1",)
+
+
+def test_one_group_is_all_hosts_in_the_order_of_hosts(base_dir):
+    group = {
+        "instance_group_name": "homogeneousCluster",
+        "instance_type": "ml.c5.xlarge",
+        "hosts": ["algo-2", "algo-1"],
+    }
+    resources = {"current_host": "algo-1", "hosts": ["algo-1", "algo-2"], "instance_groups": [group]}
+    write(base_dir, "resourceconfig.json", resources)
+    assert read_environment().hosts == ("algo-1", "algo-2")
+
+
+@pytest.mark.parametrize("hosts", ["algo-1", [1], {"a": 1}])
+def test_hosts_that_are_no_list_of_names_are_told(base_dir, hosts):
+    write(base_dir, "resourceconfig.json", {"hosts": hosts})
+    with pytest.raises(UserError, match=r"hosts=.*write a list of host names"):
+        read_environment()
+
+
+def test_the_checkpoint_folder_is_the_one_that_is_synchronized(base_dir):
+    assert read_environment().checkpoint_dir == base_dir / "checkpoints"
+    write(base_dir, "checkpointconfig.json", {"S3Uri": "s3://bucket/prefix", "LocalPath": "/opt/ml/elsewhere"})
+    assert read_environment().checkpoint_dir == Path("/opt/ml/elsewhere")
+
+
+def test_rows_that_differ_from_host_to_host_are_refused(base_dir):
+    write(base_dir, "inputdataconfig.json", {"train": {"S3DistributionType": "ShardedByS3Key"}})
+    assert read_environment().channels
+    write(base_dir, "resourceconfig.json", {"current_host": "algo-1", "hosts": ["algo-1", "algo-2"]})
+    with pytest.raises(UserError, match=r"train uses S3DistributionType=ShardedByS3Key.*use FullyReplicated"):
         read_environment()

@@ -15,10 +15,12 @@ def environment_of(hyperparameters: dict[str, str], num_gpus: int = 0, channels=
         hyperparameters=hyperparameters,
         channels=channels or {},
         hosts=("algo-1",),
+        other_hosts=(),
         current_host="algo-1",
         network_interface=None,
         num_gpus=num_gpus,
         num_cpus=2,
+        checkpoint_dir=Path("/opt/ml/checkpoints"),
     )
 
 

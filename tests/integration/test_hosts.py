@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One job on several hosts. Here two addresses of the loopback interface stand for them; tests/image has containers."""
+
+import json
+import signal
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+HOSTS = ["127.0.0.1", "127.0.0.2"]
+HYPERPARAMETERS = {"per_device_train_batch_size": "4", "host_timeout_seconds": "60"}
+
+
+@pytest.fixture
+def make_hosts(make_tree):
+    """Trees of the hosts of one job."""
+
+    def make(hosts=HOSTS, groups=None, **hyperparameters):
+        trees = []
+        for host in hosts:
+            tree = make_tree()
+            tree.environment["OMP_NUM_THREADS"] = "1"
+            tree.change(**{**HYPERPARAMETERS, **hyperparameters})
+            resources = {"current_host": host, "hosts": hosts, "network_interface_name": "lo"}
+            tree.write("input/config/resourceconfig.json", resources | ({"instance_groups": groups} if groups else {}))
+            trees.append(tree)
+        return trees
+
+    return make
+
+
+def adapter_of(tree):
+    return load_file(tree.base_dir / "model/adapter_model.safetensors")
+
+
+def test_a_killed_worker_of_one_host_is_replaced_and_all_end_with_one_adapter(make_hosts, make_tree, start):
+    first, second = make_hosts(num_train_epochs="20", logging_steps="10", save_steps="5", max_restarts="1")
+    jobs = [start(tree) for tree in (first, second)]
+    jobs[0].wait_for("step=10;")
+    jobs[1].workers()[0].kill()
+    for job in jobs:
+        assert job.end() == 0, job.log
+        assert "Attempt 2: the workers start again from the newest checkpoint." in job.log
+    assert "Rank 1 on host 127.0.0.2 was killed by signal 9" in jobs[0].log
+    assert "adapter_model.safetensors" in first.model_files
+    assert not second.model_files
+    # The same job with its two ranks on one host, never interrupted.
+    alone = make_tree()
+    alone.environment["OMP_NUM_THREADS"] = "1"
+    alone.change(per_device_train_batch_size="4", num_train_epochs="20", nproc_per_node="2")
+    assert alone.run().returncode == 0
+    for name, tensor in adapter_of(alone).items():
+        assert tensor.equal(adapter_of(first)[name])
+
+
+def test_a_lost_host_ends_the_others_with_its_name(make_hosts, start):
+    first, second = make_hosts(num_train_epochs="10000", max_restarts="1")
+    jobs = [start(tree) for tree in (first, second)]
+    jobs[0].wait_for("step=2;")
+    killed = time.monotonic()
+    jobs[1].process.kill()
+    assert jobs[0].end() == 1
+    assert time.monotonic() - killed < 40
+    assert first.failure.startswith("Host 127.0.0.2 no longer answers: its container was killed or its machine failed.")
+
+
+def test_a_stop_of_one_host_stops_all_after_the_same_step(make_hosts, start):
+    first, second = make_hosts(num_train_epochs="10000")
+    jobs = [start(tree) for tree in (first, second)]
+    jobs[0].wait_for("step=2;")
+    jobs[1].process.send_signal(signal.SIGTERM)
+    for job in jobs:
+        assert job.end() == 0, job.log
+    assert first.manifest["stopped"]
+    assert first.checkpoints[-1] == first.manifest["num_steps"]
+    assert not second.checkpoints
+
+
+@pytest.mark.parametrize("present", [0, 1])
+def test_a_host_that_never_comes_is_named(make_hosts, present):
+    tree = make_hosts(host_timeout_seconds="3")[present]
+    result = tree.run()
+    assert result.returncode == 1
+    assert tree.failure.startswith(f"Host {HOSTS[1 - present]} could not be reached from {HOSTS[present]} within 3 s")
+
+
+def test_a_host_whose_name_is_unknown_is_named_with_the_reason(make_hosts):
+    tree = make_hosts(["no-such-host.invalid", "127.0.0.2"], host_timeout_seconds="3")[1]
+    assert tree.run().returncode == 1
+    assert tree.failure.startswith("Host no-such-host.invalid could not be reached from 127.0.0.2 within 3 s (")
+
+
+def test_one_hosts_mistake_ends_all_with_its_reason(make_hosts, start):
+    first, second = make_hosts()
+    second.change(lora_rnak="8")
+    jobs = [start(tree) for tree in (first, second)]
+    for job, tree in zip(jobs, (first, second), strict=True):
+        assert job.end() == 1
+        assert tree.failure.startswith("Hyperparameter 'lora_rnak' is not a setting")
+
+
+def test_the_host_of_another_group_waits_for_those_that_train(make_hosts, start):
+    groups = [
+        {"instance_group_name": "data", "instance_type": "ml.c5.xlarge", "hosts": ["127.0.0.1"]},
+        {"instance_group_name": "gpu", "instance_type": "ml.g5.xlarge", "hosts": ["127.0.0.2"]},
+    ]
+    waiting, training = make_hosts(groups=groups)
+    waits = start(waiting)
+    waits.wait_for("This host, 127.0.0.1, does not train: it waits for 127.0.0.2.")
+    result = training.run()
+    assert result.returncode == 0, result.stdout
+    assert json.loads((training.base_dir / "model/training_manifest.json").read_text())["world_size"] == 1
+    assert waits.end() == 0
+    assert not waiting.model_files
