@@ -12,7 +12,7 @@ from llm_trainer.distributed import describe_rank, leave_world_of_one, rank
 from llm_trainer.errors import UserError, report_failure
 from llm_trainer.failures import explain, hide_secrets, write_traceback
 from llm_trainer.launch import Job, read_job
-from llm_trainer.processes import die_with_parent
+from llm_trainer.processes import die_with_parent, leave
 from llm_trainer.timeline import Timeline
 from llm_trainer.tracking import configure_trackers
 
@@ -53,4 +53,4 @@ def tell(error: Exception, job: Job, scratch_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
