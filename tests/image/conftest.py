@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the image that `make test-image` has built: whole jobs over a mounted /opt/ml, and single commands."""
 
+import contextlib
 import json
 import os
 import subprocess
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,37 @@ from typing import Any
 import pytest
 
 CONTAINER_TIMEOUT_SECONDS = 180
+
+
+@dataclass(frozen=True)
+class Container:
+    """A job that runs, or has ended and is not removed yet."""
+
+    docker: str
+    name: str
+
+    def call(self, *arguments: str) -> str:
+        command = [self.docker, *arguments, self.name]
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+
+    def log(self) -> str:
+        return self.call("logs")
+
+    def wait_for(self, text: str) -> None:
+        """Return when the log holds the text."""
+        deadline = time.monotonic() + CONTAINER_TIMEOUT_SECONDS
+        while text not in self.log():
+            assert time.monotonic() < deadline, f"the job did not say {text!r}:\n{self.log()}"
+            time.sleep(0.5)
+
+    def end(self) -> int:
+        """Wait for the job's end; its exit code."""
+        return int(self.call("wait"))
+
+    def stop(self, grace_seconds: int) -> int:
+        """Stop it as SageMaker does; its exit code."""
+        self.call("stop", f"--time={grace_seconds}")
+        return self.end()
 
 
 @dataclass(frozen=True)
@@ -44,6 +77,18 @@ class Image:
     def run_job(self, base_dir: Path, *arguments: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
         """Run the job of a tree, mounted where SageMaker mounts it."""
         return self.run(*arguments, options=[f"--volume={base_dir}:/opt/ml", *options])
+
+    @contextlib.contextmanager
+    def start(self, base_dir: Path, *arguments: str, options: Sequence[str] = ()) -> Iterator["Container"]:
+        """A running job, which is removed at the end."""
+        name = f"llm-trainer-test-{uuid.uuid4().hex[:12]}"
+        volume = f"--volume={base_dir}:/opt/ml"
+        command = [self.docker, "run", "--detach", "--name", name, volume, *options, self.name, *arguments]
+        subprocess.run(command, check=True, capture_output=True)
+        try:
+            yield Container(self.docker, name)
+        finally:
+            subprocess.run([self.docker, "rm", "--force", name], check=False, capture_output=True)
 
     def run_bash(self, script: str, options: Sequence[str] = ()) -> str:
         """The output of a shell script in the image; it has to succeed."""

@@ -2,8 +2,6 @@
 """The main job in a real container: a SageMaker input tree goes in, a trained adapter comes out."""
 
 import math
-import subprocess
-import time
 
 import pytest
 
@@ -67,39 +65,20 @@ def test_hyperparameters_that_are_not_json_fail_with_one_sentence(image, tree):
     assert not tree.model_files
 
 
-def test_a_stop_ends_the_job_before_it_is_killed(image, tree):
-    tree.change(num_train_epochs="10000")
-    container = f"llm-trainer-stop-{tree.base_dir.name}"
-    volume = f"--volume={tree.base_dir}:/opt/ml"
-    subprocess.run(
-        [image.docker, "run", "--detach", "--name", container, volume, image.name, "train"],
-        check=True,
-        capture_output=True,
-    )
-    try:
-        wait_for_training(image.docker, container)
-        subprocess.run([image.docker, "stop", "--time=60", container], check=True, capture_output=True)
-        state = subprocess.run(
-            [image.docker, "inspect", "--format={{.State.ExitCode}}", container],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        assert int(state.stdout) not in (130, 137), "130 reads as success in local mode, 137 is a kill"
-    finally:
-        subprocess.run([image.docker, "rm", "--force", container], check=False, capture_output=True)
-
-
-def wait_for_training(docker: str, container: str) -> None:
-    """Return at the first metric line of a container's log."""
-    log = ""
-    for _ in range(120):
-        logs = subprocess.run([docker, "logs", container], check=True, capture_output=True, text=True)
-        log = logs.stdout + logs.stderr
-        if metrics_of(log, "train_loss"):
-            return
-        time.sleep(1)
-    pytest.fail(f"no training step in two minutes:\n{log}")
+def test_a_stop_saves_exports_and_succeeds_and_the_next_start_goes_on(image, tree):
+    tree.change(num_train_epochs="10000", nproc_per_node="2")
+    with image.start(tree.base_dir, "train") as container:
+        container.wait_for("train_loss=")
+        assert container.stop(grace_seconds=120) == 0, container.log()
+    stopped_at = tree.manifest["num_steps"]
+    assert tree.manifest["stopped"]
+    assert tree.model_files >= ARTEFACTS
+    assert tree.checkpoints[-1] == stopped_at
+    tree.change(num_train_epochs=None, max_steps=str(stopped_at + 2))
+    result = image.run_job(tree.base_dir, "train")
+    assert result.returncode == 0, result.stdout
+    assert f"Resuming from /opt/ml/checkpoints/checkpoint-{stopped_at}" in result.stdout
+    assert tree.manifest["num_steps"] == stopped_at + 2
 
 
 @pytest.mark.parametrize(("path", "mode"), [("model.safetensors", 0o600), (".", 0o700)], ids=["weights", "folder"])
