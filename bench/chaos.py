@@ -8,7 +8,6 @@ Each is a SIGTERM to the launcher, as SageMaker stops a job, a SIGKILL to it, as
 a worker. Prints a line a kill and a summary; the exit code is 0 only if the weights are the very same in the end.
 """
 
-import os
 import random
 import shutil
 import signal
@@ -32,10 +31,10 @@ SETTINGS = {
     "nproc_per_node": str(RANKS),
     "per_device_train_batch_size": "2",
     "gradient_accumulation_steps": "2",
-    "num_train_epochs": "500",
+    "num_train_epochs": "300",
     "lora_dropout": "0.2",
     "save_steps": "3",
-    "logging_steps": "10",
+    "logging_steps": "50",
     "eval_strategy": "no",
 }
 START_SECONDS = 12.0
@@ -60,7 +59,7 @@ def wait_for_moment(kind: str, tree: SageMakerTree, job: RunningJob, chance: ran
     partial = tree.base_dir / "checkpoints/.partial"
     while job.process.poll() is None and set(tree.checkpoints) <= before:
         time.sleep(0.01)
-    time.sleep(chance.uniform(0, 3))
+    time.sleep(chance.uniform(0, 2))
     if kind == "writing":
         while job.process.poll() is None and not partial.exists():
             pass
@@ -79,9 +78,10 @@ def kill(how: str, job: RunningJob) -> None:
 
 
 def run_to_end(tree: SageMakerTree) -> None:
-    result = tree.run()
-    if result.returncode != 0:
-        sys.exit(f"the job failed:\n{result.stdout}")
+    job = tree.start()
+    log = "".join(job.process.stdout)
+    if job.process.wait() != 0:
+        sys.exit(f"the job failed:\n{log}")
 
 
 def adapters_are_equal(first: SageMakerTree, second: SageMakerTree) -> bool:
@@ -100,7 +100,6 @@ def main(num_kills: int, seed: int) -> int:
             kind = chance.choice(["any time", "training", "writing"])
             how = chance.choice(["TERM", "KILL", "KILL to a worker"])
             job = killed.start()
-            os.set_blocking(job.process.stdout.fileno(), True)
             wait_for_moment(kind, killed, job, chance)
             if job.process.poll() is not None:
                 print(f"kill {number}: the job ended before it, with {job.end()}: give it more epochs")

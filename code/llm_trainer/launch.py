@@ -101,7 +101,8 @@ def supervise(
     command, variables = torchrun_command(job, arguments), worker_variables(job, scratch_dir, started)
 
     def start() -> "subprocess.Popen[bytes]":
-        checkpoints.clean(job.inputs.checkpoint_dir)
+        if job.environment.node_rank == 0:  # who writes them; the folder may be one for all hosts
+            checkpoints.clean(job.inputs.checkpoint_dir)
         # A session of its own: a terminal's Ctrl-C is for the launcher alone, which then stops the job in order.
         return subprocess.Popen(command, env=variables, start_new_session=True)
 

@@ -109,6 +109,8 @@ def share(checkpoint: Path, group: dist.ProcessGroup) -> None:
     if all(markers[host] == markers[0] for host in hosts):
         return
     lacks_it = local_rank() == 0 and mine != markers[0]
+    if lacks_it:
+        checkpoints.clean(checkpoint.parent)
     partial = checkpoints.partial_dir(checkpoint.parent) / checkpoint.name
     names = [sorted(str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file())]
     dist.broadcast_object_list(names, src=0, group=group)
@@ -116,6 +118,7 @@ def share(checkpoint: Path, group: dist.ProcessGroup) -> None:
         send_file(checkpoint / name, partial / name if lacks_it else None, group)
     if lacks_it:
         checkpoints.move_into_place(partial)
+        checkpoints.clean(checkpoint.parent)
     dist.barrier(group=group)
 
 

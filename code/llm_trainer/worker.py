@@ -2,6 +2,7 @@
 """The process that torchrun starts once a device: runs the training, and tells the launcher why when it fails."""
 
 import os
+import re
 import sys
 import warnings
 from dataclasses import replace
@@ -27,6 +28,8 @@ def main() -> int:
     job = read_job(sys.argv[1:])
     try:
         configure_trackers(job.settings)
+        if not may_need_bitsandbytes(job):
+            sys.modules["bitsandbytes"] = None  # type: ignore[assignment] # PEFT would import it, for seconds
         timeline.mark("launch")
         from llm_trainer.train import train  # torch and the rest, after the trackers are configured
 
@@ -36,6 +39,17 @@ def main() -> int:
         tell(error, job, scratch_dir)
         return 1
     return 0
+
+
+def may_need_bitsandbytes(job: Job) -> bool:
+    """Whether the job quantizes, has an optimizer of that package, or a model that may be quantized already."""
+    config = Path(job.inputs.model) / "config.json"
+    return (
+        job.settings.load_in_4bit
+        or re.search("bnb|bit|paged|lion|ademamix", job.settings.optim) is not None
+        or not config.is_file()
+        or "quantization_config" in config.read_text(encoding="utf-8")
+    )
 
 
 def tell(error: Exception, job: Job, scratch_dir: Path) -> None:

@@ -64,20 +64,33 @@ def test_a_resumed_run_ends_with_the_very_same_weights(finished, make_job, steps
     step = steps_an_epoch(finished) - steps_before_the_epochs_end
     tree = make_job()
     shutil.copy(finished.base_dir / "input/config/hyperparameters.json", tree.base_dir / "input/config")
-    shutil.copytree(
-        finished.base_dir / f"checkpoints/checkpoint-{step}", tree.base_dir / f"checkpoints/checkpoint-{step}"
-    )
+    folder = tree.base_dir / "synchronized"
+    tree.write("input/config/checkpointconfig.json", {"S3Uri": "s3://bucket/prefix", "LocalPath": str(folder)})
+    for number in (step, step + 1):
+        shutil.copytree(finished.base_dir / f"checkpoints/checkpoint-{number}", folder / f"checkpoint-{number}")
+    cut_short = folder / f"checkpoint-{step + 1}/optimizer.pt"
+    cut_short.write_bytes(cut_short.read_bytes()[:1000])
     log = run(tree)
-    assert f"Resuming from {tree.base_dir}/checkpoints/checkpoint-{step}" in log
+    assert f"Warning: {cut_short.parent} is left out, optimizer.pt has 1000 of" in log
+    assert f"Resuming from {folder}/checkpoint-{step}" in log
     assert metrics_of(log, "step")[0] == step + 1
     assert adapter_of(tree) == adapter_of(finished)
     assert tree.manifest["metrics"]["eval_loss"] == finished.manifest["metrics"]["eval_loss"]
+    assert not (tree.base_dir / "checkpoints").exists()
 
 
-def test_a_stop_with_two_ranks_saves_and_exports_and_the_next_start_goes_on(make_job, start):
-    settings = {"nproc_per_node": "2", "num_train_epochs": "20", "save_steps": None, "save_total_limit": None}
-    whole, stopped = make_job(**settings), make_job(**settings)
-    run(whole)
+TWO_RANKS = {"nproc_per_node": "2", "num_train_epochs": "20", "save_total_limit": None}
+
+
+@pytest.fixture(scope="module")
+def finished_by_two_ranks(make_job):
+    tree = make_job(**TWO_RANKS, use_checkpoints="false")
+    run(tree)
+    return tree
+
+
+def test_a_stop_with_two_ranks_saves_and_exports_and_the_next_start_goes_on(finished_by_two_ranks, make_job, start):
+    stopped = make_job(**TWO_RANKS, save_steps=None)
     job = start(stopped)
     job.wait_for("step=5;")
     started = time.monotonic()
@@ -96,8 +109,8 @@ def test_a_stop_with_two_ranks_saves_and_exports_and_the_next_start_goes_on(make
     assert "adapter_model.safetensors" in stopped.model_files
     assert not (stopped.base_dir / "output/failure").exists()
     run(stopped)
-    assert stopped.manifest["num_steps"] == whole.manifest["num_steps"]
-    assert adapter_of(stopped) == adapter_of(whole)
+    assert stopped.manifest["num_steps"] == finished_by_two_ranks.manifest["num_steps"]
+    assert adapter_of(stopped) == adapter_of(finished_by_two_ranks)
 
 
 def test_a_run_ends_by_itself_before_its_time_is_over(make_job):
@@ -131,18 +144,16 @@ def test_a_stop_during_evaluation_does_not_wait_for_its_end(make_job, start):
     assert "eval_loss" in log.split("train_loss")[0]
 
 
-def test_a_killed_worker_is_replaced_and_the_job_ends_as_if_it_had_lived(make_job, start):
-    settings = {"num_train_epochs": "20", "logging_steps": "10", "save_steps": "5"}
-    whole, killed = make_job(**settings), make_job(**settings, max_restarts="1")
-    run(whole)
+def test_a_killed_worker_is_replaced_and_the_job_ends_as_if_it_had_lived(finished_by_two_ranks, make_job, start):
+    killed = make_job(**TWO_RANKS, save_steps="5", max_restarts="1")
     job = start(killed)
     job.wait_for("step=10;")
-    job.workers()[0].kill()
+    job.workers()[1].kill()
     assert job.end() == 0, job.log
     assert "Attempt 2: the workers start again from the newest checkpoint." in job.log
     assert "Resuming from" in job.log
     assert not (killed.base_dir / "output/failure").exists()
-    assert adapter_of(killed) == adapter_of(whole)
+    assert adapter_of(killed) == adapter_of(finished_by_two_ranks)
 
 
 def test_a_killed_launcher_takes_every_process_along(make_job, start):
@@ -156,15 +167,3 @@ def test_a_killed_launcher_takes_every_process_along(make_job, start):
     while any(worker.is_running() and worker.status() != "zombie" for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-
-
-def test_a_checkpoint_of_another_run_is_not_taken_up(finished, make_job):
-    tree = make_job()
-    shutil.copy(finished.base_dir / "input/config/hyperparameters.json", tree.base_dir / "input/config")
-    tree.change(lora_r="4", learning_rate="0.02")
-    shutil.copytree(finished.base_dir / "checkpoints", tree.base_dir / "checkpoints")
-    before = tree.checkpoints
-    assert tree.run().returncode == 1
-    assert "is a checkpoint of another run (lora_r was 8 and is 4; learning_rate was 0.01 and is 0.02)" in tree.failure
-    assert "resume_from_checkpoint=false to start anew" in tree.failure
-    assert tree.checkpoints == before
