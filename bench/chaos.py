@@ -102,8 +102,7 @@ def main(num_kills: int, seed: int) -> int:
             job = killed.start()
             wait_for_moment(kind, killed, job, chance)
             if job.process.poll() is not None:
-                print(f"kill {number}: the job ended before it, with {job.end()}: give it more epochs")
-                return 1
+                sys.exit(f"kill {number}: the job ended before it, with {job.end()}:\n{job.log}")
             steps = killed.checkpoints
             started = time.monotonic()
             kill(how, job)
