@@ -13,7 +13,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakeHub:
-    """Serves a folder as `tiny/model`. Each of `refusals` answers one request, the last of them all further ones."""
+    """Serves a folder as `tiny/model`. Each of `refusals` answers one request, or the only one all of them."""
 
     def __init__(self, folder: Path) -> None:
         self.files = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -37,7 +37,7 @@ class FakeHub:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def refuse(self, status: int, times: int = 0, **headers: str) -> None:
         """Answer with the status from now on, or only so many times."""
@@ -51,20 +51,19 @@ class FakeHub:
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         path = request.path.partition("?")[0]
+        if MODEL not in path:  # other models, and what huggingface_hub asks for on its own behalf
+            return send(request, 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         self.requests.append(f"{request.command} {path}")
         self.tokens.add(request.headers.get("Authorization"))
         if self.refusals:
             status, headers = self.refusals[0] if self.for_good else self.refusals.pop(0)
-            send(request, status, {"error": "no"}, headers)
-        elif path in (f"/api/models/{MODEL}/revision/main", f"/api/models/{MODEL}"):
+            return send(request, status, {"error": "no"}, headers)
+        if path in (f"/api/models/{MODEL}/revision/main", f"/api/models/{MODEL}"):
             siblings = [{"rfilename": name} for name in self.files]
-            send(request, 200, {"id": MODEL, "modelId": MODEL, "sha": COMMIT, "siblings": siblings, "tags": []})
-        elif path.startswith(f"/api/models/{MODEL}/tree/"):
-            send(request, 200, [self.describe_file(name) for name in self.files])
-        elif path.startswith(f"/{MODEL}/resolve/"):
-            self.send_file(request, path.rpartition("/")[2])
-        else:
-            send(request, 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+            return send(request, 200, {"id": MODEL, "modelId": MODEL, "sha": COMMIT, "siblings": siblings, "tags": []})
+        if path.startswith(f"/api/models/{MODEL}/tree/"):
+            return send(request, 200, [self.describe_file(name) for name in self.files])
+        return self.send_file(request, path.rpartition("/")[2])
 
     def describe_file(self, name: str) -> dict[str, Any]:
         content = self.files[name]

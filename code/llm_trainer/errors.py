@@ -91,7 +91,7 @@ def summarize(error: BaseException) -> str:
     """The line of an error's text that says what happened, short enough to stand inside a sentence."""
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
-    return shorten(lines[-1] if QUOTES_A_WORKER in text else lines[0]).rstrip(".:")
+    return shorten((lines[-1] if QUOTES_A_WORKER in text else lines[0]).rstrip(".:"))
 
 
 def write_failure(output_dir: Path, reason: str) -> None:

@@ -20,7 +20,7 @@ from llm_trainer.hub import find_refusal
 from llm_trainer.settings import SECRETS, Settings, redact_value
 
 SHARED_MEMORY_DIR = Path("/dev/shm")
-FULL_DISK_BYTES = 64 << 20  # with no more than this left, a write that failed without a reason failed for that
+NEARLY_FULL_BYTES = 16 << 20  # with no more than this left, a write that failed without a reason failed for that
 
 GPU_MEMORY = re.compile(r"CUDA error: out of memory|Cuda failure 2 'out of memory'|CUBLAS_STATUS_ALLOC_FAILED")
 HOST_MEMORY = re.compile(r"DefaultCPUAllocator: can't allocate|Cannot allocate memory|killed by signal: Killed")
@@ -66,10 +66,8 @@ def diagnose(error: BaseException, settings: Settings | None, folders: Mapping[s
         return "mistake", SMALL_SHARED_MEMORY
     if is_disk_full(error) or FAILED_WRITE.search(text):
         folder = find_written_folder(error, folders)
-        if folder == SHARED_MEMORY_DIR:
-            return "mistake", SMALL_SHARED_MEMORY
-        if is_disk_full(error) or shutil.disk_usage(folder).free <= FULL_DISK_BYTES:
-            return "mistake", describe_full_disk(folder)
+        if is_disk_full(error) or is_nearly_full(folder):
+            return "mistake", SMALL_SHARED_MEMORY if folder == SHARED_MEMORY_DIR else describe_full_disk(folder)
     if OLD_DRIVER.search(text):
         return "mistake", f"found an NVIDIA driver that is older than the image's CUDA: {UPDATE_DRIVER}"
     refusal = find_refusal(error, "a file that it asked for")
@@ -142,8 +140,14 @@ def find_written_folder(error: BaseException, folders: Mapping[str, Path]) -> Pa
     for function, folder in folders.items():
         if is_raised_in(error, function) and folder.is_dir():
             return folder
-    candidates = [*folders.values(), Path(tempfile.gettempdir()), SHARED_MEMORY_DIR]
-    return min((folder for folder in candidates if folder.is_dir()), key=lambda folder: shutil.disk_usage(folder).free)
+    candidates = [folder for folder in (*folders.values(), Path(tempfile.gettempdir())) if folder.is_dir()]
+    if is_nearly_full(SHARED_MEMORY_DIR):  # it is small in any case
+        candidates.append(SHARED_MEMORY_DIR)
+    return min(candidates, key=lambda folder: shutil.disk_usage(folder).free)
+
+
+def is_nearly_full(folder: Path) -> bool:
+    return folder.is_dir() and shutil.disk_usage(folder).free <= NEARLY_FULL_BYTES
 
 
 def is_raised_in(error: BaseException, function: str) -> bool:
