@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder that is soon full: a small tmpfs, where this process may mount one."""
+"""A folder or a /dev/shm that is soon full: a small tmpfs, where this process may mount one."""
 
 import subprocess
 from collections.abc import Iterator
@@ -25,3 +25,13 @@ def small_disk(folder: Path, size_kib: int) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def with_shared_memory(size: str, used_bytes: int = 0) -> list[str]:
+    """The beginning of a command that runs the rest of it with a /dev/shm of this size. Skips the test likewise."""
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm && head -c {used_bytes} /dev/zero > /dev/shm/used"
+    command = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh"]
+    tried = subprocess.run([*command, "true"], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"a small /dev/shm needs root and the right to mount: {tried.stderr.strip()}")
+    return command
