@@ -13,7 +13,7 @@ from llm_trainer.distributed import describe_rank, leave_world_of_one, rank
 from llm_trainer.errors import UserError, report_failure, reserve_failure
 from llm_trainer.failures import explain, write_traceback
 from llm_trainer.launch import Job, read_job
-from llm_trainer.processes import die_with_parent, leave
+from llm_trainer.processes import die_of_lost_batches, die_with_parent, leave
 from llm_trainer.timeline import Timeline
 from llm_trainer.tracking import configure_trackers
 
@@ -21,6 +21,7 @@ from llm_trainer.tracking import configure_trackers
 def main() -> int:
     """The worker's exit code."""
     die_with_parent()
+    die_of_lost_batches()
     scratch_dir = Path(os.environ["LLM_TRAINER_SCRATCH"])
     timeline = Timeline(started=float(os.environ["LLM_TRAINER_STARTED"]))
     leave_world_of_one()

@@ -3,9 +3,11 @@
 
 import os
 import re
+import subprocess
 
 from fake_hub import MODEL, FakeHub
-from small_disk import small_disk
+from sagemaker_tree import LLM_TRAINER
+from small_disk import small_disk, with_shared_memory
 
 
 def fail(tree, *arguments: str) -> tuple[str, str]:
@@ -78,3 +80,21 @@ def test_an_error_of_the_program_leaves_its_traceback_with_the_output(tree):
     assert traceback.startswith("Traceback (most recent call last)")
     assert "RuntimeError: disk on fire, says ***" in traceback
     assert "hf_secretOfTheTest" not in log
+
+
+def test_a_small_shared_memory_under_data_loader_workers_is_no_endless_wait(tree):
+    tree.change(dataloader_num_workers="2")
+    result = subprocess.run(
+        [*with_shared_memory("64k"), str(LLM_TRAINER), "train"],
+        env={**os.environ, "SAGEMAKER_BASE_DIR": str(tree.base_dir)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 1, result.stdout
+    assert tree.failure == (
+        "Rank 0 ran out of shared memory (/dev/shm): set dataloader_num_workers=0; under docker run add --shm-size=8g "
+        "(SageMaker has no setting for it)."
+    )
