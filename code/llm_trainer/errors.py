@@ -3,13 +3,19 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+# mistake: would happen again; fault: may not; lost: a host no longer answers; peer: the echo of a failure elsewhere
+Kind = Literal["mistake", "fault", "lost", "peer"]
+
 MAX_FAILURE_CHARACTERS = 1024  # SageMaker shows no more than this of output/failure as the job's FailureReason
 MAX_LISTED_PROBLEMS = 20
+MAX_QUOTED_CHARACTERS = 300  # of a library's text or a user's value, so that the rest of the sentence fits too
+RESERVED_BYTES = 16384
+QUOTES_A_WORKER = "Original Traceback (most recent call last)"  # PyTorch's, about a DataLoader's process
 
 
 class UserError(Exception):
@@ -25,8 +31,7 @@ class Failure:
     """Why a process or a host failed, in a sentence for the user."""
 
     reason: str
-    # mistake: would happen again; fault: may not; lost: a host no longer answers; peer: the echo of a failure elsewhere
-    kind: Literal["mistake", "fault", "lost", "peer"]
+    kind: Kind
     time: float  # seconds since the epoch
 
 
@@ -36,11 +41,22 @@ def choose_cause(failures: Iterable[Failure]) -> Failure | None:
     return min(failures, key=lambda failure: (weights[failure.kind], failure.time), default=None)
 
 
+def reserve_failure(folder: Path, name: str) -> None:
+    """Take the disk space of a failure now: when there is one to report, the disk may be full."""
+    (folder / f".{name}").write_bytes(bytes(RESERVED_BYTES))
+
+
 def report_failure(folder: Path, name: str, failure: Failure) -> None:
-    """Leave a process's failure for the launcher, which alone writes output/failure."""
+    """Leave a process's failure for the launcher, which alone writes output/failure, in the space reserved for it."""
     unfinished = folder / f".{name}"
-    unfinished.write_text(json.dumps(asdict(failure)), encoding="utf-8")
-    unfinished.rename(folder / f"{name}.json")
+    try:
+        unfinished.touch()
+        with unfinished.open("r+", encoding="utf-8") as file:
+            json.dump(asdict(failure), file)
+            file.truncate()
+        unfinished.rename(folder / f"{name}.json")
+    except OSError as error:
+        print(f"{failure.reason}\nThis could not be left for the launcher: {error}", file=sys.stderr, flush=True)
 
 
 def read_failures(folder: Path) -> list[Failure]:
@@ -56,6 +72,26 @@ def describe(problems: tuple[str, ...]) -> str:
     if unlisted > 0:
         listed.append(f"- and {unlisted} more.")
     return "\n".join([f"{problems[0]} ({len(problems)} problems in all, the others below.)", *listed])
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those that it was raised from."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= MAX_QUOTED_CHARACTERS else f"{text[:MAX_QUOTED_CHARACTERS]}..."
+
+
+def summarize(error: BaseException) -> str:
+    """The line of an error's text that says what happened, short enough to stand inside a sentence."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    return shorten((lines[-1] if QUOTES_A_WORKER in text else lines[0]).rstrip(".:"))
 
 
 def write_failure(output_dir: Path, reason: str) -> None:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an exception, or a signal that killed a worker, to a sentence that says what happened and what to change."""
+"""From an exception, or a signal that killed a worker, to a sentence that says what happened and what to change.
+
+Libraries tell the same thing in many ways. An exception's class decides where it says enough, its text elsewhere.
+"""
 
 import errno
 import os
@@ -9,144 +12,170 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
-from llm_trainer.errors import Failure, UserError
+from llm_trainer.errors import Failure, Kind, UserError, chain, summarize
+from llm_trainer.hub import find_refusal
 from llm_trainer.settings import SECRETS, Settings, redact_value
 
-FULL_DISK_BYTES = 64 << 20
-SHARED_MEMORY = re.compile(r"shared memory|/dev/shm|Bus error|unable to (open|write to) file </torch_", re.IGNORECASE)
-HOST_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|Cannot allocate memory", re.IGNORECASE)
-PEER = re.compile(
-    r"closed by peer|reset by peer|Broken pipe|NCCL (error|communicator)|ncclRemoteError|Socket Timeout|timed out|"
-    r"Timed out waiting|Connection refused|Watchdog caught collective",
-    re.IGNORECASE,
-)
-OLD_DRIVER = re.compile(r"driver .{0,60}(too old|insufficient)", re.IGNORECASE)
-NO_ACCESS = re.compile(
-    r"gated repo|\b401\b|\b403\b|Unauthorized|Invalid (user )?token|Access to model .* is restricted"
-)
-WRITE_FAILED = re.compile(
-    r"No space left|PytorchStreamWriter|inline_container|unexpected pos|Disk quota", re.IGNORECASE
-)
+SHARED_MEMORY_DIR = Path("/dev/shm")
+NEARLY_FULL_BYTES = 16 << 20  # with no more than this left, a write that failed without a reason failed for that
 
+GPU_MEMORY = re.compile(r"CUDA error: out of memory|Cuda failure 2 'out of memory'|CUBLAS_STATUS_ALLOC_FAILED")
+HOST_MEMORY = re.compile(r"DefaultCPUAllocator: can't allocate|Cannot allocate memory|killed by signal: Killed")
+SHARED_MEMORY = re.compile(r"file </torch_|shared memory segment|/dev/shm|Bus error")
+NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded")
+FAILED_WRITE = re.compile(r"inline_container|PytorchStreamWriter|iostream error")  # torch.save does not say why
+OLD_DRIVER = re.compile(r"driver on your system is too old|driver version is insufficient")
+GLOO = re.compile(r"/gloo/|monitoredBarrier|Gloo connect")  # its errors are plain RuntimeErrors
+OWN_NCCL_ERROR = re.compile(r"ncclInvalid|ncclUnhandledCudaError")
+
+WHERE = "the traceback is in the log and in output/data/failures"
 SMALL_SHARED_MEMORY = (
     "ran out of shared memory (/dev/shm): set dataloader_num_workers=0; under docker run add --shm-size=8g "
     "(SageMaker has no setting for it)."
 )
-
-
-def explain(error: BaseException, who: str, settings: Settings | None, folders: list[Path]) -> Failure:
-    """`who` is the failed process, such as "Rank 0"; `folders` are those that a job writes to."""
-    now = time.time()
-    if isinstance(error, UserError):
-        return Failure(str(error), "mistake", now)
-    text = " | ".join(f"{type(link).__name__}: {link}" for link in chain(error))
-    links = {type(link).__name__ for link in chain(error)}
-    if "OutOfMemoryError" in links:
-        return Failure(
-            f"{who} ran out of GPU memory ({first_sentence(error)}): {save_memory(settings)}", "mistake", now
-        )
-    if "MemoryError" in links or HOST_MEMORY.search(text):
-        return Failure(f"{who} ran out of the host's memory: {save_host_memory()}", "mistake", now)
-    if SHARED_MEMORY.search(text):
-        return Failure(f"{who} {SMALL_SHARED_MEMORY}", "mistake", now)
-    full = find_full_disk(error, text, folders)
-    if full:
-        return Failure(f"{who} found the disk full: {full}", "mistake", now)
-    if OLD_DRIVER.search(text):
-        return Failure(f"{who}: the NVIDIA driver is older than the image's CUDA: {UPDATE_DRIVER}", "mistake", now)
-    if NO_ACCESS.search(text):
-        return Failure(
-            f"{who} may not read a file of the Hugging Face Hub ({shorten(error)}): {GIVE_TOKEN}", "mistake", now
-        )
-    if "DistBackendError" in links or "DistNetworkError" in links or "DistStoreError" in links or PEER.search(text):
-        return Failure(
-            f"{who} lost its connection to the other ranks ({shorten(error)}): the rank that failed first, in the log, "
-            "says why; where none did, a step took longer than ddp_timeout.",
-            "peer",
-            now,
-        )
-    return Failure(f"{who} failed with {type(error).__name__}: {error} ({WHERE})", "fault", now)
-
-
-WHERE = "traceback in the log and in output/data/failures"
+SAVE_HOST_MEMORY = (
+    "use an instance with more memory, or fewer processes (nproc_per_node, dataloader_num_workers) on this one."
+)
 UPDATE_DRIVER = "use a newer instance type or AMI, or an image for an older CUDA."
-GIVE_TOKEN = "accept the model's licence on its Hub page, and give a token that may read it as HF_TOKEN in Environment."
+DEATHS = {
+    signal.SIGKILL: f"most likely because the host ran out of memory: {SAVE_HOST_MEMORY}",
+    signal.SIGBUS: f"most likely because it {SMALL_SHARED_MEMORY}",
+    signal.SIGABRT: "by a library's own check or, after ddp_timeout, by NCCL's watchdog: the log holds its last lines.",
+}
+
+
+def explain(error: BaseException, who: str, settings: Settings | None, folders: Mapping[str, Path]) -> Failure:
+    """`who` is the failed process, such as "Rank 0"; `folders` says where the functions of ours that write do so."""
+    if isinstance(error, UserError) and not is_disk_full(error):
+        return Failure(hide_secrets(str(error), settings), "mistake", time.time())
+    kind, sentence = diagnose(error, settings, folders)
+    return Failure(hide_secrets(f"{who} {sentence}", settings), kind, time.time())
+
+
+def diagnose(error: BaseException, settings: Settings | None, folders: Mapping[str, Path]) -> tuple[Kind, str]:
+    """What happened, as the end of a sentence. The order matters: a full /dev/shm is also no space left."""
+    text = "\n".join(str(link) for link in chain(error))
+    if is_a(error, "torch.OutOfMemoryError") or GPU_MEMORY.search(text):
+        return "mistake", f"ran out of GPU memory ({describe_allocation(error)}): {save_gpu_memory(error, settings)}"
+    if is_a(error, "builtins.MemoryError") or HOST_MEMORY.search(text):
+        return "mistake", f"ran out of the host's memory ({summarize(error)}): {SAVE_HOST_MEMORY}"
+    if SHARED_MEMORY.search(text):
+        return "mistake", SMALL_SHARED_MEMORY
+    if is_disk_full(error) or FAILED_WRITE.search(text):
+        folder = find_written_folder(error, folders)
+        if is_disk_full(error) or is_nearly_full(folder):
+            return "mistake", SMALL_SHARED_MEMORY if folder == SHARED_MEMORY_DIR else describe_full_disk(folder)
+    if OLD_DRIVER.search(text):
+        return "mistake", f"found an NVIDIA driver that is older than the image's CUDA: {UPDATE_DRIVER}"
+    refusal = find_refusal(error, "a file that it asked for")
+    if refusal:
+        return "mistake", f"got no answer of use from the network: {refusal}"
+    if is_peer_lost(error, text):
+        return "peer", describe_lost_peer(error, settings)
+    return "fault", f"failed with {type(error).__name__}: {summarize(error)} ({WHERE})."
 
 
 def explain_death(who: str, exit_code: int, timestamp: float) -> Failure:
     """Of a worker that could not say anything itself."""
-    if exit_code == -signal.SIGKILL:
-        return Failure(
-            f"{who} was killed by signal 9, most likely because the host ran out of memory: {save_host_memory()}",
-            "fault",
-            timestamp,
-        )
-    if exit_code == -signal.SIGBUS:
-        return Failure(f"{who} was killed by SIGBUS, most likely because it {SMALL_SHARED_MEMORY}", "fault", timestamp)
     if exit_code < 0:
-        name = signal.Signals(-exit_code).name
-        return Failure(f"{who} was killed by {name}: the log above holds its last lines.", "fault", timestamp)
-    return Failure(f"{who} ended with exit code {exit_code}: the log above holds its error.", "fault", timestamp)
+        killer = signal.Signals(-exit_code)
+        name = "signal 9" if killer is signal.SIGKILL else killer.name
+        reason = f"{who} was killed by {name}, {DEATHS.get(killer, 'the log holds its last lines.')}"
+    else:
+        reason = f"{who} ended with exit code {exit_code}: its error is in the log above."
+    return Failure(reason, "fault", timestamp)
 
 
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it was raised from."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
+def is_a(error: BaseException, name: str) -> bool:
+    """Whether the error, or one that it was raised from, is of the class, named so that nothing is imported for it."""
+    classes = [kind for link in chain(error) for kind in type(link).__mro__]
+    return name in {f"{kind.__module__}.{kind.__qualname__}" for kind in classes}
 
 
-def save_host_memory() -> str:
-    return "use an instance with more memory, or fewer worker processes (nproc_per_node)."
+def describe_allocation(error: BaseException) -> str:
+    """The first sentences of CUDA's allocator, e.g. how much it was asked for, and how much there is."""
+    sentences = re.split(r"(?<=\w)\.\s+", summarize(error))
+    return "; ".join(sentences[:3])
 
 
-def save_memory(settings: Settings | None) -> str:
+def save_gpu_memory(error: BaseException, settings: Settings | None) -> str:
     """The settings that reduce GPU memory and are not used yet."""
-    if settings is None:
-        return "use a GPU with more memory."
     ways = []
-    if settings.per_device_train_batch_size > 1:
-        ways.append(
-            f"lower per_device_train_batch_size (now {settings.per_device_train_batch_size}) and raise "
-            "gradient_accumulation_steps as much"
-        )
-    ways.append(f"lower max_length (now {settings.max_length})")
-    if settings.gradient_checkpointing is False:
-        ways.append("set gradient_checkpointing=true")
-    if not settings.use_peft:
-        ways.append("train an adapter (use_peft=true)")
-    elif not settings.load_in_4bit:
-        ways.append("set load_in_4bit=true")
-    return ", ".join(ways) + ", or use a GPU with more memory."
+    if settings is not None:
+        if is_raised_in(error, "evaluation_loop") and settings.per_device_eval_batch_size > 1:
+            ways.append(f"lower per_device_eval_batch_size (now {settings.per_device_eval_batch_size})")
+        elif settings.per_device_train_batch_size > 1:
+            ways.append(
+                f"lower per_device_train_batch_size (now {settings.per_device_train_batch_size}) and raise "
+                f"gradient_accumulation_steps (now {settings.gradient_accumulation_steps}) as much"
+            )
+        ways.append(f"lower max_length (now {settings.max_length})" if settings.max_length else "set max_length")
+        if settings.gradient_checkpointing is False:
+            ways.append("set gradient_checkpointing=true")
+        if not settings.use_peft:
+            ways.append("train an adapter (use_peft=true)")
+        elif not settings.load_in_4bit:
+            ways.append("set load_in_4bit=true")
+    return ", or ".join([*ways, "use a GPU with more memory."])
 
 
-def find_full_disk(error: BaseException, text: str, folders: list[Path]) -> str | None:
-    """Which disk is full, if that is what the error is about: libraries report it in many ways."""
+def is_disk_full(error: BaseException) -> bool:
     numbers = {getattr(link, "errno", None) for link in chain(error)}
-    if not numbers & {errno.ENOSPC, errno.EDQUOT} and not WRITE_FAILED.search(text):
-        return None
-    existing = [folder for folder in [*folders, Path(tempfile.gettempdir())] if folder.is_dir()]
-    free = {folder: shutil.disk_usage(folder).free for folder in existing}
-    fullest = min(free, key=lambda folder: free[folder], default=None)
-    if fullest is None or (free[fullest] > FULL_DISK_BYTES and not numbers & {errno.ENOSPC, errno.EDQUOT}):
-        return None
+    texts = [str(link) for link in chain(error)]
+    return bool(numbers & {errno.ENOSPC, errno.EDQUOT}) or any(NO_SPACE.search(text) for text in texts)
+
+
+def find_written_folder(error: BaseException, folders: Mapping[str, Path]) -> Path:
+    """Where the write failed: in the file that the error names, in the folder of the function, or where it is fullest.
+
+    Space alone does not tell: some libraries remove what they could not finish.
+    """
+    for link in chain(error):
+        name = getattr(link, "filename", None)
+        if isinstance(name, str) and Path(name).is_absolute():
+            return next(folder for folder in Path(name).parents if folder.is_dir())
+    for function, folder in folders.items():
+        if is_raised_in(error, function) and folder.is_dir():
+            return folder
+    candidates = [folder for folder in (*folders.values(), Path(tempfile.gettempdir())) if folder.is_dir()]
+    if is_nearly_full(SHARED_MEMORY_DIR):  # it is small in any case
+        candidates.append(SHARED_MEMORY_DIR)
+    return min(candidates, key=lambda folder: shutil.disk_usage(folder).free)
+
+
+def is_nearly_full(folder: Path) -> bool:
+    return folder.is_dir() and shutil.disk_usage(folder).free <= NEARLY_FULL_BYTES
+
+
+def is_raised_in(error: BaseException, function: str) -> bool:
+    frames = [frame for link in chain(error) for frame, _ in traceback.walk_tb(link.__traceback__)]
+    return function in {frame.f_code.co_name for frame in frames}
+
+
+def describe_full_disk(folder: Path) -> str:
+    disk = shutil.disk_usage(folder)
     return (
-        f"{fullest} has {free[fullest] / 1e9:.2f} GB left: raise the job's VolumeSizeInGB, or lower save_total_limit."
+        f"found no space on the disk of {folder}, of which {disk.free / 1e9:.2f} of {disk.total / 1e9:.2f} GB are "
+        "free: raise the job's VolumeSizeInGB, or keep fewer checkpoints (save_total_limit)."
     )
 
 
-def first_sentence(error: BaseException) -> str:
-    return re.split(r"(?<=[a-z])\. ", str(error).strip().splitlines()[0])[0] if str(error).strip() else ""
+def is_peer_lost(error: BaseException, text: str) -> bool:
+    """Whether another rank broke off or did not answer. A download's time-out, say, is none of that."""
+    if is_a(error, "torch.distributed.DistError"):
+        return not OWN_NCCL_ERROR.search(text)
+    return bool(GLOO.search(text))
 
 
-def shorten(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
+def describe_lost_peer(error: BaseException, settings: Settings | None) -> str:
+    limit = "" if settings is None else f" (now {settings.ddp_timeout} s)"
+    return (
+        f"lost the other ranks ({summarize(error)}): the log of the rank that failed first says why; where none did, "
+        f"a step took longer than ddp_timeout{limit}: raise it."
+    )
 
 
 def hide_secrets(text: str, settings: Settings | None) -> str:

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -20,11 +18,9 @@ from transformers import (
 )
 
 from llm_trainer.distributed import local_rank, once_per_host
-from llm_trainer.errors import UserError
+from llm_trainer.errors import UserError, summarize
+from llm_trainer.hub import download_model, find_refusal
 from llm_trainer.settings import Settings
-
-# What a causal language model needs; a repository may hold the same weights in other formats besides.
-MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken"]
 
 
 def fetch_model(model: str, settings: Settings, scratch_dir: Path) -> str:
@@ -34,24 +30,7 @@ def fetch_model(model: str, settings: Settings, scratch_dir: Path) -> str:
     place = scratch_dir / "model_folder"
 
     def download() -> None:
-        try:
-            folder = snapshot_download(model, revision=settings.model_revision, allow_patterns=MODEL_FILES)
-        except GatedRepoError as error:
-            raise UserError(
-                f"model_id={model!r} is gated: accept its licence on its Hub page and give a token that may read it "
-                "as HF_TOKEN in the job's Environment."
-            ) from error
-        except RepositoryNotFoundError as error:
-            raise UserError(
-                f"model_id={model!r} is not on the Hugging Face Hub, or is private: check the name, and give a token "
-                "as HF_TOKEN in the job's Environment."
-            ) from error
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-            raise UserError(
-                f"model_id={model!r} could not be downloaded ({first_line(error)}): give the container a network, "
-                "or the model's files as channel 'model'."
-            ) from error
-        place.write_text(folder, encoding="utf-8")
+        place.write_text(download_model(model, settings.model_revision), encoding="utf-8")
 
     once_per_host(scratch_dir / "model.done", download)
     return place.read_text(encoding="utf-8")
@@ -65,7 +44,8 @@ def load_tokenizer(model: str, settings: Settings) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, **source_options(settings))
     except (OSError, ValueError) as error:
-        raise UserError(f"The tokenizer of {model} could not be loaded ({first_line(error)}).") from error
+        refusal = find_refusal(error, f"model_id={model!r}")
+        raise UserError(refusal or f"The tokenizer of {model} could not be loaded ({summarize(error)}).") from error
     if settings.chat_template_path:
         tokenizer.chat_template = read_chat_template(settings.chat_template_path)
     if settings.eos_token:
@@ -92,7 +72,8 @@ def read_chat_template(path: str) -> str:
             return Path(path).read_text(encoding="utf-8")
         template = AutoTokenizer.from_pretrained(path).chat_template
     except (OSError, ValueError) as error:
-        raise UserError(f"chat_template_path={path!r} could not be read ({first_line(error)}).") from error
+        refusal = find_refusal(error, f"chat_template_path={path!r}")
+        raise UserError(refusal or f"chat_template_path={path!r} could not be read ({summarize(error)}).") from error
     if not isinstance(template, str):
         raise UserError(f"chat_template_path={path!r} has no chat template: give a .jinja file.")
     return template
@@ -171,7 +152,7 @@ def try_bitsandbytes(device: torch.device) -> None:
         quantize_4bit(torch.ones(64, device=device), quant_type="nf4")
     except (ImportError, OSError, RuntimeError, NotImplementedError) as error:
         raise UserError(
-            f"load_in_4bit=true: bitsandbytes cannot run here ({first_line(error)}): "
+            f"load_in_4bit=true: bitsandbytes cannot run here ({summarize(error)}): "
             "set load_in_4bit=false, or use the image on a GPU that bitsandbytes supports."
         ) from error
 
@@ -196,9 +177,5 @@ def load_model(
     try:
         return AutoModelForCausalLM.from_pretrained(model, **{**options, **(settings.model_init_kwargs or {})})
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise UserError(f"The model {model} could not be loaded: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        refusal = find_refusal(error, f"model_id={model!r}")
+        raise UserError(refusal or f"The model {model} could not be loaded: {summarize(error)}.") from error

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from llm_trainer.decoding import decode
 from llm_trainer.environment import Environment
+from llm_trainer.errors import shorten
 from llm_trainer.training_arguments import Argument, read_snapshot
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -297,7 +298,7 @@ def find_problem(name: str, value: Any, raw: Any) -> str | None:
     else:
         if not (is_stray_bool or is_infinite):
             return None
-    shown = REDACTED if name in SECRETS else repr(raw)
+    shown = REDACTED if name in SECRETS else shorten(repr(raw))
     return f"{name}={shown} is not valid: it must be {describe_rule(field)}; {suggest(field, value)}"
 
 

@@ -12,8 +12,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 from trl import SFTConfig
 
 from llm_trainer.distributed import world_size
-from llm_trainer.errors import UserError
-from llm_trainer.model import first_line
+from llm_trainer.errors import UserError, summarize
 from llm_trainer.preflight import Inputs
 from llm_trainer.resumable_trainer import ResumableTrainer
 from llm_trainer.settings import Settings, is_given
@@ -50,7 +49,7 @@ def build_trainer(
             peft_config=peft_config,
         )
     except (ValueError, ImportError) as error:
-        raise UserError(f"TRL refuses these settings: {first_line(error)}") from error
+        raise UserError(f"TRL refuses these settings: {summarize(error)}.") from error
     trainer.remove_callback(PrinterCallback)
     if settings.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
@@ -77,7 +76,7 @@ def build_arguments(
             **{**choose_defaults(settings, device, dtype, can_evaluate), **given},
         )
     except (ValueError, ImportError) as error:
-        raise UserError(f"Transformers refuses these settings: {first_line(error)}") from error
+        raise UserError(f"Transformers refuses these settings: {summarize(error)}.") from error
 
 
 def choose_defaults(settings: Settings, device: torch.device, dtype: torch.dtype, can_evaluate: bool) -> dict[str, Any]:

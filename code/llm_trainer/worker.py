@@ -4,16 +4,16 @@
 import os
 import re
 import sys
+import tempfile
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 from llm_trainer import checkpoints
 from llm_trainer.distributed import describe_rank, leave_world_of_one, rank
-from llm_trainer.errors import UserError, report_failure
-from llm_trainer.failures import explain, hide_secrets, write_traceback
+from llm_trainer.errors import UserError, report_failure, reserve_failure
+from llm_trainer.failures import explain, write_traceback
 from llm_trainer.launch import Job, read_job
-from llm_trainer.processes import die_with_parent, leave
+from llm_trainer.processes import die_of_lost_batches, die_with_parent, leave
 from llm_trainer.timeline import Timeline
 from llm_trainer.tracking import configure_trackers
 
@@ -21,12 +21,14 @@ from llm_trainer.tracking import configure_trackers
 def main() -> int:
     """The worker's exit code."""
     die_with_parent()
+    die_of_lost_batches()
     scratch_dir = Path(os.environ["LLM_TRAINER_SCRATCH"])
     timeline = Timeline(started=float(os.environ["LLM_TRAINER_STARTED"]))
     leave_world_of_one()
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' words to each other, not to the user
     job = read_job(sys.argv[1:])
     try:
+        reserve_failure(scratch_dir / "failures", f"rank-{rank()}")
         configure_trackers(job.settings)
         if not may_need_bitsandbytes(job):
             sys.modules["bitsandbytes"] = None  # type: ignore[assignment] # PEFT would import it, for seconds
@@ -55,8 +57,13 @@ def may_need_bitsandbytes(job: Job) -> bool:
 def tell(error: Exception, job: Job, scratch_dir: Path) -> None:
     """Leave the reason for the launcher, and the traceback, unless it is a user's mistake, in the log and a file."""
     environment, inputs = job.environment, job.inputs
-    failure = explain(error, describe_rank(rank()), job.settings, [inputs.checkpoint_dir, inputs.model_dir])
-    failure = replace(failure, reason=hide_secrets(failure.reason, job.settings))
+    folders = {
+        "_save_checkpoint": inputs.checkpoint_dir,
+        "export": inputs.model_dir,
+        "fetch_model": Path(os.environ["HF_HOME"]),
+        "load_split": Path(tempfile.gettempdir()),
+    }
+    failure = explain(error, describe_rank(rank()), job.settings, folders)
     if rank() == 0:
         checkpoints.clean(inputs.checkpoint_dir)  # half a checkpoint may be what filled the disk
     report_failure(scratch_dir / "failures", f"rank-{rank()}", failure)
