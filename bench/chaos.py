@@ -31,7 +31,7 @@ SETTINGS = {
     "nproc_per_node": str(RANKS),
     "per_device_train_batch_size": "2",
     "gradient_accumulation_steps": "2",
-    "num_train_epochs": "300",
+    "num_train_epochs": "350",
     "lora_dropout": "0.2",
     "save_steps": "3",
     "logging_steps": "50",
@@ -51,7 +51,7 @@ def make_tree(folder: Path, model: Path) -> SageMakerTree:
 def wait_for_moment(kind: str, tree: SageMakerTree, job: RunningJob, chance: random.Random) -> None:
     """Return at a random moment of a kind, or when the job has ended."""
     if kind == "any time":
-        deadline = time.monotonic() + chance.uniform(0, 2 * START_SECONDS)
+        deadline = time.monotonic() + chance.uniform(0, 1.25 * START_SECONDS)
         while job.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         return

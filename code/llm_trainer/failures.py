@@ -80,13 +80,15 @@ def diagnose(error: BaseException, settings: Settings | None, folders: Mapping[s
 
 def explain_death(who: str, exit_code: int, timestamp: float) -> Failure:
     """Of a worker that could not say anything itself."""
+    # NCCL's watchdog aborts the ranks that wait for one that is gone.
+    kind: Kind = "peer" if exit_code == -signal.SIGABRT else "fault"
     if exit_code < 0:
         killer = signal.Signals(-exit_code)
         name = "signal 9" if killer is signal.SIGKILL else killer.name
         reason = f"{who} was killed by {name}, {DEATHS.get(killer, 'the log holds its last lines.')}"
     else:
         reason = f"{who} ended with exit code {exit_code}: its error is in the log above."
-    return Failure(reason, "fault", timestamp)
+    return Failure(reason, kind, timestamp)
 
 
 def is_a(error: BaseException, name: str) -> bool:

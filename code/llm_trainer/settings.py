@@ -356,6 +356,8 @@ def find_contradictions(settings: Settings, environment: Environment) -> typing.
         yield "enable_jit_checkpoint=true: a stop is saved anyway, by all ranks at the same step; remove it."
     if settings.save_only_model:
         yield "save_only_model=true: such checkpoints cannot be resumed from; remove it."
+    if settings.save_on_each_node:
+        yield "save_on_each_node=true: one host writes for all, and a host that lacks a checkpoint gets it; remove it."
     if settings.packing and settings.max_length is None:
         yield "packing=true with max_length=null: rows are packed into sequences of max_length tokens; give it."
     trackers = settings.report_to if isinstance(settings.report_to, list) else [settings.report_to or "none"]

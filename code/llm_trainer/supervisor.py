@@ -127,7 +127,8 @@ class Supervisor:
         """Why this host's workers failed; None if they did not."""
         if child.returncode == 0:
             return None
-        reason = f"The worker processes ended with exit code {child.returncode}: the log above says why."
+        how = f"was killed by signal {-child.returncode}" if child.returncode < 0 else "failed"
+        reason = f"torchrun, which starts the worker processes, {how}: the log above holds its last lines."
         return choose_cause(read_failures(self.failures_dir)) or Failure(reason, "fault", time.time())
 
     def judge(self, cause: Failure) -> Verdict:
