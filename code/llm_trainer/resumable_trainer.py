@@ -17,6 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from trl import SFTTrainer
 
@@ -44,6 +45,7 @@ class ResumableTrainer(SFTTrainer):
     run: dict[str, Any]  # what a run that goes on from one of our checkpoints has to share with this one
     keeps_checkpoints: bool
     evaluation_due = False  # the evaluation that belongs to the current step was put off by a stop
+    order = torch.Generator()  # of the rows, where they are grouped by length
     stopped = False
     agreed_seconds = 0.0  # from the signal to the step after which all ranks stop
     checkpoint_seconds = 0.0  # what the last checkpoint took
@@ -110,7 +112,15 @@ class ResumableTrainer(SFTTrainer):
                 callback.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
         return position
 
+    def _get_train_sampler(self, *args: Any) -> Any:
+        """The sampler, whose order depends on seed and epoch alone: a resumed epoch has to be the interrupted one."""
+        sampler = super()._get_train_sampler(*args)
+        if isinstance(sampler, LengthGroupedSampler):  # Transformers seeds the random one itself
+            sampler.generator = self.order
+        return sampler
+
     def _run_epoch(self, **kwargs: Any) -> None:
+        self.order.manual_seed(self.args.seed + kwargs["epoch"])
         names = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
         self.make_up_evaluation(**{name: kwargs[name] for name in names})
         if not self.control.should_training_stop:

@@ -46,11 +46,16 @@ def make_job(make_tree):
     return make
 
 
-@pytest.fixture(scope="module", params=["rows", "packed"])
+ORDERS = {
+    "grouped": {"train_sampling_strategy": "group_by_length"},
+    "packed": {"packing": "true", "max_length": "50", "per_device_train_batch_size": "2"},
+}
+
+
+@pytest.fixture(scope="module", params=list(ORDERS))
 def finished(request, make_job):
     """A job that nothing interrupted, and all of its checkpoints."""
-    packing = {"packing": "true", "max_length": "50", "per_device_train_batch_size": "2"}
-    tree = make_job(**(packing if request.param == "packed" else {}))
+    tree = make_job(**ORDERS[request.param])
     run(tree)
     return tree
 
