@@ -64,9 +64,9 @@ def steps_an_epoch(tree):
     return tree.manifest["num_steps"] // 2
 
 
-@pytest.mark.parametrize("steps_before_the_epochs_end", [1, 0], ids=["within-an-epoch", "at-its-end"])
-def test_a_resumed_run_ends_with_the_very_same_weights(finished, make_job, steps_before_the_epochs_end):
-    step = steps_an_epoch(finished) - steps_before_the_epochs_end
+@pytest.mark.parametrize("steps_into_the_second_epoch", [1, 0], ids=["within-an-epoch", "between-two"])
+def test_a_resumed_run_ends_with_the_very_same_weights(finished, make_job, steps_into_the_second_epoch):
+    step = steps_an_epoch(finished) + steps_into_the_second_epoch
     tree = make_job()
     shutil.copy(finished.base_dir / "input/config/hyperparameters.json", tree.base_dir / "input/config")
     folder = tree.base_dir / "synchronized"
