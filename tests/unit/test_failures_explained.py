@@ -283,15 +283,19 @@ import torch, torch.distributed as dist
 from llm_trainer.failures import explain
 rank, what = int(os.environ["RANK"]), sys.argv[1]
 try:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=1))
+    # Long enough for both to start on a busy machine; what is tested comes after, and has a second.
+    dist.init_process_group("gloo", timeout=timedelta(seconds=1 if what == "is alone" else 60))
+    hasty = dist.new_group(timeout=timedelta(seconds=1))
     dist.all_reduce(torch.ones(1))
     if rank == 1 and what != "store":
         os._exit(1) if what == "dies" else time.sleep(3)
         os._exit(0)
     if what == "store":
-        dist.distributed_c10d._get_default_store().get("nothing")
+        store = dist.distributed_c10d._get_default_store()
+        store.set_timeout(timedelta(seconds=1))
+        store.get("nothing")
     else:
-        dist.all_reduce(torch.ones(1))
+        dist.all_reduce(torch.ones(1), group=hasty)
 except Exception as error:
     failure = explain(error, f"Rank {rank}", None, {})
     print(failure.kind, failure.reason, flush=True)
