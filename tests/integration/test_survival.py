@@ -149,16 +149,17 @@ def test_a_stop_during_evaluation_does_not_wait_for_its_end(make_job, start):
     assert "eval_loss" in log.split("train_loss")[0]
 
 
-def test_a_killed_worker_is_replaced_and_the_job_ends_as_if_it_had_lived(finished_by_two_ranks, make_job, start):
-    killed = make_job(**TWO_RANKS, save_steps="5", max_restarts="1")
+def test_a_killed_worker_is_replaced_and_goes_on(make_job, start):
+    """That it ends with the same weights is tested with two hosts."""
+    killed = make_job(num_train_epochs="20", save_steps="5", max_restarts="1")
     job = start(killed)
     job.wait_for("step=10;")
-    job.workers()[1].kill()
+    job.workers()[0].kill()
     assert job.end() == 0, job.log
     assert "Attempt 2: the workers start again from the newest checkpoint." in job.log
     assert "Resuming from" in job.log
     assert not (killed.base_dir / "output/failure").exists()
-    assert adapter_of(killed) == adapter_of(finished_by_two_ranks)
+    assert killed.manifest["num_steps"] == killed.manifest["total_steps"]
 
 
 def test_a_killed_launcher_takes_every_process_along(make_job, start):
