@@ -24,7 +24,8 @@ def main() -> int:
         folder = Path(os.environ["LLM_TRAINER_SCRATCH"]) / "failures"
         for rank, failure in error.failures.items():
             if not (folder / f"rank-{rank}.json").exists():  # else it said itself why
-                death = explain_death(describe_rank(rank), failure.exitcode, failure.timestamp)
+                died_by = failure.timestamp + 1  # torchrun rounds down, and a rank's own words came before its death
+                death = explain_death(describe_rank(rank), failure.exitcode, died_by)
                 report_failure(folder, f"rank-{rank}", death)
         return 1
     except SignalException as error:

@@ -83,8 +83,8 @@ def diagnose(error: BaseException, settings: Settings | None, folders: Mapping[s
 
 def explain_death(who: str, exit_code: int, timestamp: float) -> Failure:
     """Of a worker that could not say anything itself."""
-    # NCCL's watchdog aborts the ranks that wait for one that is gone.
-    kind: Kind = "peer" if exit_code == -signal.SIGABRT else "fault"
+    # When one rank is gone, NCCL's watchdog aborts those that wait for it, and torchrun terminates the others.
+    kind: Kind = "peer" if exit_code in (-signal.SIGABRT, -signal.SIGTERM) else "fault"
     if exit_code < 0:
         killer = signal.Signals(-exit_code)
         name = "signal 9" if killer is signal.SIGKILL else killer.name

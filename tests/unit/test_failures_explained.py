@@ -25,6 +25,7 @@ from llm_trainer.errors import (
     MAX_FAILURE_CHARACTERS,
     Failure,
     UserError,
+    choose_cause,
     read_failures,
     report_failure,
     reserve_failure,
@@ -430,3 +431,9 @@ def test_no_secret_in_a_reason_or_a_traceback(tmp_path, monkeypatch):
         assert "Bearer *** and ***" in text
         assert "hf_fromEnvironment" not in text
     assert hide_secrets("nothing to hide", None) == "nothing to hide"
+
+
+@pytest.mark.parametrize("echo", [signal.SIGABRT, signal.SIGTERM])
+def test_what_ends_the_other_ranks_is_not_the_cause(echo):
+    cause = explain_death("Rank 0", -signal.SIGKILL, timestamp=2.0)
+    assert choose_cause([explain_death("Rank 1", -echo, timestamp=1.0), cause]) is cause
