@@ -1,209 +1,198 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples -> tokens and labels, on disk as Arrow, tokenized once a host and memory-mapped by every rank."""
+"""The job's data: prepared once a host, kept for the next job with the same, memory-mapped by every rank."""
 
 import hashlib
-import itertools
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, List, Value
-from datasets.arrow_writer import ArrowWriter
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+import numpy as np
+import transformers
+import trl
+from datasets import Dataset, concatenate_datasets
 
+from llm_trainer.containers import Chunk, DamagedFile
+from llm_trainer.data_report import DataReport
 from llm_trainer.distributed import once_per_host
+from llm_trainer.encoding import Encoder, Vocabulary
 from llm_trainer.errors import UserError
-from llm_trainer.formats import Example, read_examples
+from llm_trainer.launch import Job
+from llm_trainer.preparation import CHUNK_ROWS, prepare
 from llm_trainer.settings import Settings
+from llm_trainer.sources import Source
 
-FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
-IGNORED = -100  # the label of a token that is not trained on, PyTorch's cross_entropy default
-BATCH_ROWS = 1000
-
-
-@dataclass
-class DataReport:
-    """What became of the rows of one split; the manifest's data fingerprint."""
-
-    files: list[dict[str, Any]] = field(default_factory=list)  # name, bytes, sha256
-    num_rows: int = 0
-    num_tokens: int = 0
-    num_supervised_tokens: int = 0
-    num_supervised_eos: int = 0
-    num_truncated_rows: int = 0
-    num_dropped_rows: int = 0
-    longest_row_tokens: int = 0
-
-    def __str__(self) -> str:
-        share = self.num_supervised_tokens / max(1, self.num_tokens)
-        return (
-            f"{self.num_rows} rows, {self.num_tokens} tokens ({share:.1%} trained on), longest row "
-            f"{self.longest_row_tokens} tokens, {self.num_truncated_rows} rows cut, {self.num_dropped_rows} left out"
-        )
+ROWS, REJECTED, REPORT = "rows.arrow", "rejected_rows.jsonl", "report.json"
+# What decides how a row is read and tokenized.
+SETTINGS = (
+    *("dataset_format", "text_field", "messages_field", "max_length", "apply_truncation", "truncation_mode"),
+    *("assistant_only_loss", "completion_only_loss"),
+)
 
 
-def load_split(
-    name: str,
-    files: list[Path],
-    tokenizer: PreTrainedTokenizerBase,
-    stop_ids: frozenset[int],
-    settings: Settings,
-    scratch_dir: Path,
-) -> tuple[Dataset, DataReport]:
-    """The split's rows as `input_ids` and `labels`, with a report of them.
+@dataclass(frozen=True)
+class Data:
+    """What a job trains on and is measured with: `input_ids`, `labels` and `length` of each row."""
 
-    Raises UserError when rows are unusable, when none is left, or when the model could not learn from them.
-    """
-    arrow, report_file = scratch_dir / f"{name}.arrow", scratch_dir / f"{name}.json"
-
-    def tokenize() -> None:
-        encoder = Encoder(tokenizer, stop_ids, settings)
-        report = DataReport()
-        with ArrowWriter(path=str(arrow), features=FEATURES) as writer:
-            for rows in encoder.encode(read_examples(files, settings), report):
-                writer.write_batch({"input_ids": [row[0] for row in rows], "labels": [row[1] for row in rows]})
-            check(report, name)
-            writer.finalize()
-        report.files = [fingerprint(file) for file in files]
-        report_file.write_text(json.dumps(asdict(report)), encoding="utf-8")
-
-    once_per_host(scratch_dir / f"{name}.done", tokenize)
-    return Dataset.from_file(str(arrow)), DataReport(**json.loads(report_file.read_text(encoding="utf-8")))
+    train: Dataset
+    validation: Dataset | None
+    reports: dict[str, DataReport]  # of train, and of validation if there is one
 
 
-def check(report: DataReport, name: str) -> None:
-    """Fail on data that would train for hours and teach nothing, or teach the model never to stop."""
-    if not report.num_rows:
-        raise UserError(
-            f"The {name} data has no rows left ({report.num_dropped_rows} were longer than max_length): "
-            "raise max_length or set apply_truncation=true."
-        )
-    if not report.num_supervised_tokens:
-        raise UserError(
-            f"No token of the {name} data is trained on: with assistant_only_loss=true every row needs "
-            "an assistant message within max_length."
-        )
-    if not report.num_supervised_eos and report.num_truncated_rows < report.num_rows:
-        raise UserError(
-            f"No row of the {name} data trains the end-of-sequence token, so the model would never learn to stop: "
-            "set assistant_only_loss=false, or give a chat template whose assistant turns include it."
-        )
+def load_data(job: Job, vocabulary: Vocabulary, scratch_dir: Path) -> Data:
+    """The job's data. Raises UserError with everything that is wrong with any of them."""
+    settings, output_dir = job.settings, job.environment.output_dir
+    splits = {"train": job.inputs.train}
+    if job.inputs.validation:
+        splits["validation"] = job.inputs.validation
+    index = scratch_dir / "data.json"
+
+    def work() -> None:
+        index.write_text(json.dumps(prepare_splits(splits, vocabulary, settings, output_dir)), encoding="utf-8")
+
+    once_per_host(scratch_dir / "data.done", work)
+    prepared = json.loads(index.read_text(encoding="utf-8"))
+    reports = {name: DataReport.from_json(split["report"]) for name, split in prepared.items()}
+    datasets = {name: open_split(split["files"], splits[name]) for name, split in prepared.items()}
+    train = mix(datasets["train"], settings)
+    validation = concatenate_datasets(list(datasets["validation"].values())) if "validation" in datasets else None
+    return Data(train, validation, reports)
 
 
-def fingerprint(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"name": file.name, "bytes": file.stat().st_size, "sha256": digest}
+def open_split(files: list[str], sources: list[Source]) -> dict[str, Dataset]:
+    """Source -> its rows, memory-mapped."""
+    columns = ["input_ids", "labels", "length"]
+    return {
+        source.name: Dataset.from_file(file).select_columns(columns)
+        for file, source in zip(files, sources, strict=True)
+    }
 
 
-class Encoder:
-    """Turns examples into token ids and labels by the rules of one tokenizer and one job."""
+def mix(datasets: dict[str, Dataset], settings: Settings) -> Dataset:
+    """The rows of all sources: each once, or as often as gives every source its share without leaving a row out."""
+    everything = concatenate_datasets(list(datasets.values()))
+    if not settings.train_weights or len(datasets) == 1:
+        return everything
+    per_row = {name: settings.train_weights[name] / len(rows) for name, rows in datasets.items()}
+    random = np.random.default_rng(settings.seed)
+    indices, first = [], 0
+    for name, rows in datasets.items():
+        num_wanted = round(len(rows) * per_row[name] / min(per_row.values()))
+        whole, part = divmod(num_wanted, len(rows))
+        own = np.arange(first, first + len(rows))
+        indices += [np.tile(own, whole), np.sort(random.permutation(own)[:part])]
+        first += len(rows)
+    return everything.select(np.concatenate(indices))
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int], settings: Settings) -> None:
-        self.tokenizer = tokenizer
-        self.stop_ids = stop_ids  # ids at which generation stops; the tokenizer's EOS is one of them
-        self.settings = settings
-        self.template = find_training_template(tokenizer) if settings.assistant_only_loss else None
 
-    def encode(self, examples: Iterable[Example], report: DataReport) -> Iterator[list[tuple[list[int], list[int]]]]:
-        """Batches of (input_ids, labels) rows, each of its own length; counts them in the report."""
-        examples = iter(examples)
-        while batch := list(itertools.islice(examples, BATCH_ROWS)):
-            rows = [self.fit(ids, mask, report) for ids, mask in self.tokenize(batch)]
-            yield [row for row in rows if row]
+def prepare_splits(
+    splits: dict[str, list[Source]], vocabulary: Vocabulary, settings: Settings, output_dir: Path
+) -> dict[str, Any]:
+    """Each split's Arrow files and report, after the audit of all of them. Raises UserError with every problem."""
+    problems: list[str] = []
+    reports: dict[str, DataReport] = {}
+    folders: dict[str, list[Path]] = {}
+    rejected_rows = output_dir / "data" / "rejected_rows.jsonl"
+    rejected_rows.unlink(missing_ok=True)  # of an earlier job in the same tree
+    for name, sources in splits.items():
+        reports[name], folders[name] = DataReport(), []
+        for source in sources:
+            try:
+                folder, report = prepare_source(source, vocabulary, settings)
+            except UserError as error:
+                problems += error.problems
+                continue
+            reports[name].add(report)
+            folders[name].append(folder)
+            keep_rejected(folder / REJECTED, rejected_rows, name)
+    for name, report in reports.items():
+        problems += report.find_bad_rows(name, settings.max_bad_rows_fraction)
+    if not problems:
+        for name, report in reports.items():
+            problems += report.find_flaws(name)
+    if problems:
+        raise UserError(*problems)
+    count_duplicates(reports, folders)
+    return {
+        name: {"files": [str(folder / ROWS) for folder in folders[name]], "report": vars(report)}
+        for name, report in reports.items()
+    }
 
-    def tokenize(self, batch: list[Example]) -> list[tuple[list[int], list[int]]]:
-        """(input_ids, mask of the tokens to train on) of each example, whole, ending in a stop token."""
-        if self.settings.assistant_only_loss:
-            return [self.finish(*self.encode_turns(example)) for example in batch]
-        texts = [example.text or self.render(example) for example in batch]
-        wants_specials = [example.text is not None and not self.starts_with_bos(example.text) for example in batch]
-        encoded: list[list[int]] = [[]] * len(batch)
-        for special in set(wants_specials):
-            places = [place for place, wants in enumerate(wants_specials) if wants is special]
-            rows = self.tokenizer([texts[place] for place in places], add_special_tokens=special, verbose=False)
-            for place, ids in zip(places, rows["input_ids"], strict=True):
-                encoded[place] = ids
-        return [self.finish(ids, [1] * len(ids)) for ids in encoded]
 
-    def starts_with_bos(self, text: str) -> bool:
-        """Whether a text was rendered with its special tokens, which then must not be added again."""
-        return bool(self.tokenizer.bos_token) and text.lstrip().startswith(self.tokenizer.bos_token)
+def keep_rejected(own: Path, target: Path, split: str) -> None:
+    """Add a source's bad rows to those of the job."""
+    if not own.stat().st_size:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with own.open(encoding="utf-8") as rows, target.open("a", encoding="utf-8") as file:
+        for line in rows:
+            file.write(json.dumps({"split": split, **json.loads(line)}, ensure_ascii=False) + "\n")
 
-    def render(self, example: Example) -> str:
-        return self.apply_template(example, tokenize=False)
 
-    def encode_turns(self, example: Example) -> tuple[list[int], list[int]]:
-        """Token ids, and a mask that is 1 on what the assistant says."""
-        if example.messages is None:
-            raise UserError("assistant_only_loss=true needs conversations and the data has text rows: remove it.")
-        encoded = self.apply_template(example, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return encoded["input_ids"], encoded["assistant_masks"]
+def count_duplicates(reports: dict[str, DataReport], folders: dict[str, list[Path]]) -> None:
+    """Count rows that are there twice, and training rows that are in the validation data too."""
+    digests = {name: np.concatenate([read_digests(folder) for folder in own]) for name, own in folders.items()}
+    for name, own in digests.items():
+        reports[name].num_duplicate_rows = len(own) - len(np.unique(own))
+    if "validation" in digests:
+        reports["train"].num_rows_in_validation = int(np.isin(digests["train"], digests["validation"]).sum())
 
-    def apply_template(self, example: Example, **options: Any) -> Any:
-        if self.tokenizer.chat_template is None:
-            raise UserError(
-                "The data has messages but the model's tokenizer has no chat template: use an instruct model, "
-                "give a template with chat_template_path, or give rows with a text field."
-            )
+
+def read_digests(folder: Path) -> Any:
+    return Dataset.from_file(str(folder / ROWS)).data.column("digest").to_numpy()
+
+
+def prepare_source(source: Source, vocabulary: Vocabulary, settings: Settings) -> tuple[Path, DataReport]:
+    """The folder with a source's rows and its rejected ones, and its report: made now, or by an earlier job."""
+    files = source.fingerprint()
+    folder = cache_dir() / "data" / build_key(files, vocabulary, settings)
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
         try:
-            return self.tokenizer.apply_chat_template(example.messages, chat_template=self.template, **options)
-        except TemplateError as error:
-            raise UserError(f"{example.place}: the model's chat template refuses the conversation: {error}.") from error
-
-    def finish(self, ids: list[int], mask: list[int]) -> tuple[list[int], list[int]]:
-        """Remove a doubled BOS and make sure that a stop token ends the row; templates may put a newline after it."""
-        bos_id = self.tokenizer.bos_token_id
-        if bos_id is not None and ids[:2] == [bos_id, bos_id]:
-            ids, mask = ids[1:], mask[1:]
-        if self.find_stop(ids) is None:
-            ids, mask = [*ids, self.tokenizer.eos_token_id], [*mask, 1]
-        return ids, mask
-
-    def find_stop(self, ids: list[int]) -> int | None:
-        """The position of the stop token that ends the row, if nothing but white space comes after it."""
-        for position in range(len(ids) - 1, -1, -1):
-            if ids[position] in self.stop_ids:
-                return position
-            if self.tokenizer.decode([ids[position]]).strip():
-                return None
-        return None
-
-    def fit(self, ids: list[int], mask: list[int], report: DataReport) -> tuple[list[int], list[int]] | None:
-        """The row cut to max_length as (input_ids, labels), or None where it is left out."""
-        limit = self.settings.max_length
-        report.longest_row_tokens = max(report.longest_row_tokens, len(ids))
-        if limit is not None and len(ids) > limit:
-            if not self.settings.apply_truncation:
-                report.num_dropped_rows += 1
-                return None
-            report.num_truncated_rows += 1
-            kept = slice(-limit, None) if self.settings.truncation_mode == "keep_end" else slice(limit)
-            ids, mask = ids[kept], mask[kept]
-        labels = [token if trained else IGNORED for token, trained in zip(ids, mask, strict=True)]
-        stop = self.find_stop(ids)
-        report.num_rows += 1
-        report.num_tokens += len(ids)
-        report.num_supervised_tokens += len(labels) - labels.count(IGNORED)
-        report.num_supervised_eos += stop is not None and labels[stop] != IGNORED
-        return ids, labels
+            write_source(source, vocabulary, settings, unfinished)
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    report = DataReport.from_json(json.loads((folder / REPORT).read_text(encoding="utf-8")))
+    report.files = files
+    report.formats = {source.name: report.formats["rows"]}
+    report.loss_on = {source.name: report.loss_on["rows"]}
+    return folder, report
 
 
-def find_training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A chat template that marks the assistant's tokens; None where the tokenizer's own does.
+def write_source(source: Source, vocabulary: Vocabulary, settings: Settings, folder: Path) -> None:
+    """Prepare a source's rows into the folder. Raises UserError where no row of such data could be used."""
+    report = DataReport()
 
-    Raises UserError for a model family that TRL has no training template for.
-    """
-    if has_generation_markers(tokenizer.chat_template or ""):
-        return None
-    try:
-        return get_training_chat_template(tokenizer)
-    except ValueError as error:
-        raise UserError(
-            "assistant_only_loss=true needs a chat template with {% generation %} marks and the model's has none: "
-            "give one with chat_template_path, or set assistant_only_loss=false."
-        ) from error
+    def read() -> Iterator[Chunk]:
+        for chunks in source.read(CHUNK_ROWS):
+            try:
+                yield from chunks
+            except DamagedFile as error:
+                report.damage.append(str(error))
+
+    def build_encoder(row_format: str) -> Encoder:
+        encoder = Encoder(vocabulary, settings, row_format)
+        report.formats["rows"], report.loss_on["rows"] = row_format, encoder.loss_on
+        return encoder
+
+    num_processes = settings.dataset_num_proc or len(os.sched_getaffinity(0))
+    prepare(read(), settings, build_encoder, folder / ROWS, folder / REJECTED, num_processes, report)
+    (folder / REPORT).write_text(json.dumps(vars(report)), encoding="utf-8")
+
+
+def build_key(files: list[dict[str, Any]], vocabulary: Vocabulary, settings: Settings) -> str:
+    """A name for what these files become under these settings, with this version of our code."""
+    code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    chosen = {name: getattr(settings, name) for name in SETTINGS}
+    parts = (files, vocabulary.fingerprint(), chosen, transformers.__version__, trl.__version__)
+    return hashlib.sha256(repr(parts).encode() + b"".join(code)).hexdigest()[:32]
+
+
+def cache_dir() -> Path:
+    return Path(os.environ["LLM_TRAINER_CACHE"])

@@ -25,6 +25,7 @@ from llm_trainer.network import network_variables
 from llm_trainer.own_script import names_a_script, run_script
 from llm_trainer.preflight import Inputs, find_inputs
 from llm_trainer.settings import SECRETS, Settings, is_given, read_settings, redact, show
+from llm_trainer.sources import find_unread, find_unused
 from llm_trainer.supervisor import INTRODUCTION_SECONDS, Supervisor, meet, wait_for_trainers
 
 MASTER_PORT = 7777  # what SageMaker's own toolkit uses between hosts
@@ -177,7 +178,14 @@ def describe_job(job: Job) -> None:
         f"Host {environment.current_host} ({environment.node_rank + 1} of {len(environment.hosts)}): "
         f"{environment.num_gpus} GPUs, {environment.num_cpus} CPU cores, {num_processes(job)} worker processes"
     )
-    print(f"Model {job.inputs.model}; training files: {', '.join(map(str, job.inputs.train_files))}")
+    print(f"Model {job.inputs.model}")
+    for split, sources in (("Training", job.inputs.train), ("Validation", job.inputs.validation)):
+        for source in sources:
+            print(f"{split} data: {source.describe()}")
+            if unread := find_unread(source):
+                print(f"Warning: {source.name} holds files that are not read: {', '.join(unread[:5])}")
+    if unused := find_unused(job.environment):
+        print(f"Warning: nothing reads channel {', '.join(unused)}: see the README for the channels' names.")
     for name, value in redact(job.settings).items():
         if is_given(job.settings, name):
             print(f"Setting {name}={show(value)}")
@@ -251,6 +259,7 @@ def cache_variables(variables: Mapping[str, str]) -> dict[str, str]:
     root = Path(variables.get("SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY", tempfile.gettempdir()))
     return {
         "HF_HOME": str(root / "huggingface"),
+        "LLM_TRAINER_CACHE": str(root / f"llm-trainer-{os.getuid()}"),  # of one user: another may not write there
         "TRITON_CACHE_DIR": str(root / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"),
     }

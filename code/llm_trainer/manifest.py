@@ -3,12 +3,11 @@
 
 import os
 import platform
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 from llm_trainer import __version__
-from llm_trainer.data import DataReport
+from llm_trainer.data_report import DataReport
 from llm_trainer.distributed import world_size
 from llm_trainer.launch import Job
 from llm_trainer.resumable_trainer import ResumableTrainer
@@ -31,7 +30,7 @@ def build_manifest(
             name: getattr(trainer.args, name)
             for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed", "bf16", "fp16")
         },
-        "data": {name: asdict(report) for name, report in reports.items()},
+        "data": {name: report.summary() for name, report in reports.items()},
         "metrics": {**totals, **last_metrics(trainer.state.log_history)},
         "num_steps": trainer.state.global_step,
         "total_steps": trainer.state.max_steps,

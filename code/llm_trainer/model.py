@@ -105,6 +105,11 @@ def find_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, settings: Sett
     return frozenset([*stops, tokenizer.eos_token_id])
 
 
+def find_vocabulary_size(model: str, settings: Settings) -> int:
+    """The number of token ids that the model's embedding knows."""
+    return AutoConfig.from_pretrained(model, **source_options(settings)).get_text_config().vocab_size
+
+
 def choose_dtype(settings: Settings) -> torch.dtype:
     """The type of the computation, and of what is exported."""
     if settings.torch_dtype != "auto":

@@ -8,13 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_trainer import formats
 from llm_trainer.environment import Environment
 from llm_trainer.settings import Settings, show
+from llm_trainer.sources import Source, find_train, find_validation
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-TRAIN_CHANNELS = ("train", "training")
-VALIDATION_CHANNELS = ("validation", "val")
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "vocab.*", "*.model", "*.tiktoken")
 
@@ -24,8 +22,8 @@ class Inputs:
     """What a job reads and where it writes, resolved from settings and channels."""
 
     model: str  # a folder, or a Hub id
-    train_files: list[Path]
-    validation_files: list[Path]
+    train: list[Source]
+    validation: list[Source]
     model_dir: Path
     checkpoint_dir: Path
 
@@ -38,13 +36,14 @@ def find_inputs(settings: Settings, environment: Environment) -> tuple[Inputs, l
         problems.append("model_id is missing: give a Hugging Face model id, or the model's files as channel 'model'.")
     else:
         problems += check_model(model)
-    train = find_data(settings.train_dataset_path, "train_dataset_path", TRAIN_CHANNELS, environment, problems)
-    validation = find_data(settings.val_dataset_path, "val_dataset_path", VALIDATION_CHANNELS, environment, problems)
+    train, missing = find_train(settings, environment)
+    validation, missing_too = find_validation(settings, environment)
+    problems += missing + missing_too
     problems += check_evaluation(settings, has_validation=bool(validation))
     inputs = Inputs(
         model=model or "",
-        train_files=train,
-        validation_files=validation,
+        train=train,
+        validation=validation,
         model_dir=Path(settings.output_dir) if settings.output_dir else environment.model_dir,
         checkpoint_dir=Path(settings.checkpoint_dir) if settings.checkpoint_dir else environment.checkpoint_dir,
     )
@@ -55,37 +54,6 @@ def find_inputs(settings: Settings, environment: Environment) -> tuple[Inputs, l
 def find_model_channel(environment: Environment) -> str | None:
     channel = environment.channels.get("model")
     return str(channel) if channel else None
-
-
-def find_data(
-    path: str | None, setting: str, channels: tuple[str, ...], environment: Environment, problems: list[str]
-) -> list[Path]:
-    """The data files of a setting or, without it, of the first channel there is. Empty ones become problems."""
-    if path:
-        place, name = Path(path), f"{setting}={path!r}"
-    else:
-        channel = next((channel for channel in channels if channel in environment.channels), None)
-        if channel is None:
-            if channels is TRAIN_CHANNELS:
-                problems.append(
-                    "Training data is missing: give a channel 'train' with .json or .jsonl files, "
-                    "or set train_dataset_path."
-                )
-            return []
-        place, name = environment.channels[channel], f"Channel {channel!r}"
-    if not place.exists():
-        problems.append(
-            f"{name} does not exist in the container ({place}): check the path and the channel's S3 prefix."
-        )
-        return []
-    files = formats.find_files(place)
-    if not files:
-        found = sorted(entry.name for entry in place.iterdir())[:5] if place.is_dir() else []
-        problems.append(
-            f"{name} has no .json or .jsonl file in {place} (found: {', '.join(found) or 'nothing'}): "
-            "put the data there."
-        )
-    return files
 
 
 def check_model(model: str) -> Iterator[str]:

@@ -11,14 +11,15 @@ import torch.distributed as dist
 from trl import SFTConfig
 
 from llm_trainer import checkpoints
-from llm_trainer.data import DataReport
+from llm_trainer.data_report import DataReport
 from llm_trainer.distributed import local_rank, local_world_size, rank, world_size
 from llm_trainer.errors import UserError
 from llm_trainer.launch import Job
 
 CHUNK_BYTES = 1 << 26
 # What a checkpoint restores whatever the settings say, or what gives its step a meaning: it must not change.
-OWN_SETTINGS = ("use_peft", "load_in_4bit", "use_mxfp4", "torch_dtype", "max_length", "assistant_only_loss")
+OWN_SETTINGS = ("use_peft", "load_in_4bit", "use_mxfp4", "torch_dtype", "max_length")
+DATA_SETTINGS = ("assistant_only_loss", "completion_only_loss", "train_weights")
 ADAPTER_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
 TRAINING_ARGUMENTS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
@@ -30,7 +31,7 @@ TRAINING_ARGUMENTS = (
 def identify_run(job: Job, arguments: SFTConfig, model: str, report: DataReport) -> dict[str, Any]:
     """What two runs have in common of which one goes on where the other was interrupted; ready for JSON."""
     settings = job.settings
-    names = OWN_SETTINGS + (ADAPTER_SETTINGS if settings.use_peft else ())
+    names = OWN_SETTINGS + DATA_SETTINGS + (ADAPTER_SETTINGS if settings.use_peft else ())
     identity = {name: getattr(settings, name) for name in names}
     identity |= {name: getattr(arguments, name) for name in TRAINING_ARGUMENTS}
     identity["rows a step"] = (

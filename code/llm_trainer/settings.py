@@ -6,6 +6,7 @@ them is reported.
 """
 
 import difflib
+import json
 import math
 import types as pytypes
 import typing
@@ -23,6 +24,7 @@ from llm_trainer.errors import shorten
 from llm_trainer.training_arguments import Argument, read_snapshot
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+DatasetFormat = Literal["auto", "pretokenized", "messages", "sharegpt", "prompt_completion", "alpaca", "text"]
 Attention = Literal["auto", "flash_attention_2", "flash_attention_3", "flex_attention", "sdpa", "eager"]
 
 
@@ -49,17 +51,32 @@ class OwnSettings(BaseModel):
     target_modules: str | list[str] = Field("all-linear", description="Modules that get an adapter: names, or a regex.")
     merge_weights: bool = Field(False, description="Write the merged model instead of the adapter.")
     # Data
-    train_dataset_path: str | None = Field(None, description="Training file or folder; default: channel `train`.")
-    val_dataset_path: str | None = Field(
-        None, description="Validation file or folder; default: channel `validation` or `val`, if there is one."
+    train_dataset_path: str | None = Field(
+        None, description="Training file, folder or Hub data set; default: channel `train`, or all named `train_...`."
     )
-    dataset_format: Literal["auto", "messages", "text"] = Field("auto", description="Kind of rows; auto: by field.")
+    val_dataset_path: str | None = Field(
+        None, description="The same for validation; default: channel `validation` or `val`, if there is one."
+    )
+    dataset_config: str | None = Field(None, description="Configuration of a Hub data set.")
+    dataset_train_split: str = Field("train", description="Split of a Hub data set that is trained on.")
+    dataset_test_split: str = Field("test", description="Split of a Hub data set that is evaluated on.")
+    dataset_format: DatasetFormat = Field("auto", description="Kind of rows; auto: by their fields.")
     text_field: str = Field("text", min_length=1, description="Field that holds a row's text.")
     messages_field: str = Field("messages", min_length=1, description="Field that holds a row's conversation.")
     max_length: int | None = Field(
         2048, ge=2, description="Longest row in tokens; `null`: no limit. Tokens, not characters."
     )
     apply_truncation: bool = Field(True, description="Cut rows longer than `max_length`; false: leave them out.")
+    assistant_only_loss: bool | None = Field(
+        None, description="Train on what the assistant says; default: in conversations whose template tells the turns."
+    )
+    train_weights: dict[str, float] | None = Field(
+        None, description="Share of each training channel in the rows of an epoch; default: each row once."
+    )
+    max_bad_rows_fraction: float = Field(
+        0, ge=0, lt=1, description="Rows that may be bad before the job stops; they are left out and listed."
+    )
+    dataset_num_proc: int | None = Field(None, ge=1, description="Processes a host to tokenize with; default: cores.")
     # Run
     output_dir: str | None = Field(None, description="Where the final artefacts go; default: /opt/ml/model.")
     checkpoint_dir: str | None = Field(None, description="Where checkpoints go; default: /opt/ml/checkpoints.")
@@ -92,6 +109,7 @@ class OwnSettings(BaseModel):
 ALIASES = {
     "MaxRuntimeInSeconds": "max_run_seconds",
     "activation_checkpointing": "gradient_checkpointing",
+    "dataset_name": "train_dataset_path",
     "dataset_text_field": "text_field",
     "dtype": "torch_dtype",
     "evaluation_strategy": "eval_strategy",
@@ -365,8 +383,9 @@ def find_contradictions(settings: Settings, environment: Environment) -> typing.
         yield f"report_to={settings.report_to!r} is not valid: it must be among {', '.join(TRACKERS)}; leave it out."
     if settings.packing and settings.packing_strategy == "wrapped":
         yield "packing_strategy=wrapped with packing=true: it lets rows see each other's tokens; use bfd or bfd_split."
-    if settings.completion_only_loss:
-        yield "completion_only_loss=true needs prompt and completion rows, and rows are text or messages: remove it."
+    weights = settings.train_weights or {}
+    if any(weight <= 0 for weight in weights.values()):
+        yield f"train_weights={json.dumps(weights)} is not valid: each weight must be above 0; leave the channel out."
     if settings.attn_implementation.startswith("flash_attention") and not environment.num_gpus:
         yield (
             f"attn_implementation={settings.attn_implementation} runs only on an NVIDIA GPU and there is none here: "

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """One worker, top to bottom: the story of a job. Read `train` first."""
 
+import sys
 from pathlib import Path
 
 import torch
 import transformers
 
-from llm_trainer import adapters, data, export, model
+from llm_trainer import adapters, export, model
+from llm_trainer.audit import describe_data
+from llm_trainer.data import load_data
 from llm_trainer.distributed import rank, world_size
+from llm_trainer.encoding import Vocabulary
 from llm_trainer.launch import Job
 from llm_trainer.manifest import build_manifest
 from llm_trainer.metrics import MetricLines
@@ -23,7 +27,7 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     settings, inputs = job.settings, job.inputs
     transformers.utils.logging.disable_progress_bar()  # carriage returns spoil a log
     device, dtype = model.choose_device(settings), model.choose_dtype(settings)
-    arguments = build_arguments(settings, inputs, device, dtype, can_evaluate=bool(inputs.validation_files))
+    arguments = build_arguments(settings, inputs, device, dtype, can_evaluate=bool(inputs.validation))
     request = StopRequest(scratch_dir / "stop", timeline.started, settings.max_run_seconds)
     agreement = Agreement()
 
@@ -33,12 +37,11 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     timeline.mark("tokenizer")
 
     stop_ids = model.find_stop_ids(folder, tokenizer, settings)
-    reports, splits = {}, {}
-    for name, files in (("train", inputs.train_files), ("validation", inputs.validation_files)):
-        if files:
-            splits[name], reports[name] = data.load_split(name, files, tokenizer, stop_ids, settings, scratch_dir)
-            say(f"Data {name}: {reports[name]}")
-    run = identify_run(job, arguments, folder, reports["train"])
+    vocabulary = Vocabulary(tokenizer, stop_ids, model.find_vocabulary_size(folder, settings))
+    data = load_data(job, vocabulary, scratch_dir)
+    for line in describe_data(data.reports, data.train, tokenizer, in_colour=sys.stdout.isatty()):
+        say(line)
+    run = identify_run(job, arguments, folder, data.reports["train"])
     checkpoint = find_checkpoint(job, run, agreement.group)
     timeline.mark("data")
 
@@ -46,9 +49,7 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     timeline.mark("model")
 
     peft_config = adapters.build_lora(settings) if settings.use_peft else None
-    trainer = build_trainer(
-        base, tokenizer, peft_config, splits["train"], splits.get("validation"), arguments, settings
-    )
+    trainer = build_trainer(base, tokenizer, peft_config, data.train, data.validation, arguments, settings)
     trainer.agreement, trainer.run, trainer.keeps_checkpoints = agreement, run, settings.use_checkpoints
     has_interval = is_given(settings, "save_steps") or is_given(settings, "save_strategy")
     trainer.add_callback(MetricLines(timeline))
@@ -67,9 +68,9 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
         torch.distributed.destroy_process_group()  # the other ranks leave while rank 0 exports, however long it takes
 
     if rank() == 0:
-        manifest = build_manifest(job, trainer, reports, result.metrics, timeline)
+        manifest = build_manifest(job, trainer, data.reports, result.metrics, timeline)
         merges = settings.merge_weights and not trainer.stopped  # a merge may take longer than the platform waits
-        export.export(trainer.model, tokenizer, folder, job, dtype, splits["train"], manifest, merges)
+        export.export(trainer.model, tokenizer, folder, job, dtype, data.train, manifest, merges)
         if trainer.stopped:
             say(f"Exported {request.age_seconds():.1f} s after the signal")
         elif settings.use_checkpoints:
