@@ -138,9 +138,9 @@ class Encoder:
         if bos_id is not None and len(input_ids) > 1 and input_ids[0] == input_ids[1] == bos_id:
             input_ids, labels = input_ids[1:], labels[1:]
         if not self.ends_in_stop(input_ids):
-            ends_trained = len(labels) > 0 and labels[-1] != IGNORED
             eos_id = self.tokenizer.eos_token_id
-            input_ids, labels = np.append(input_ids, eos_id), np.append(labels, eos_id if ends_trained else IGNORED)
+            label = eos_id if self.ends_trained(input_ids, labels) else IGNORED
+            input_ids, labels = np.append(input_ids, eos_id), np.append(labels, label)
         self.check_ids("input_ids", input_ids)
         return EncodedRow(input_ids.astype(np.int32, copy=False), labels.astype(np.int32, copy=False))
 
@@ -170,6 +170,11 @@ class Encoder:
             if not self.is_white(token):
                 return False
         return False
+
+    def ends_trained(self, input_ids: Ids, labels: Ids) -> bool:
+        """Whether the last token that is no white space is trained on, and with it what ends the row."""
+        pairs = zip(reversed(input_ids.tolist()), reversed(labels.tolist()), strict=True)
+        return next((label != IGNORED for token, label in pairs if label != IGNORED or not self.is_white(token)), False)
 
     def is_white(self, token: int) -> bool:
         if token not in self.white:
