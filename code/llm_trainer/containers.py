@@ -194,7 +194,7 @@ def explain(error: Exception, file: Path, name: str, place: str) -> str:
         codec = CODECS[file.suffix]
         return f"{name} ends in the middle of its {codec} stream ({place}): it was cut off; upload it again."
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{name} cannot be read {place} ({error.strerror}): check the file and who may read it."
+        return f"{name} cannot be read {place} ({error.strerror}): check that it is there and readable."
     return f"{name} is damaged {place} ({summarize(error)}): upload it again, or write it again."
 
 
@@ -281,7 +281,7 @@ def goes_on(head: bytes) -> bool:
     try:
         parse_json(head)
     except json.JSONDecodeError as error:
-        return error.msg == "Extra data" or (is_cut(error) and not is_in_string(error))
+        return error.msg == "Extra data" or is_cut(error)
     except ValueError:
         return False
     return False
@@ -443,7 +443,7 @@ def decode(text: str, position: int) -> tuple[Any, int]:
 
 def is_cut(error: json.JSONDecodeError) -> bool:
     """Whether nothing is wrong with a JSON text but that it ends too early."""
-    rest = error.doc[error.pos :].strip()
+    rest = error.doc[error.pos :]
     if error.msg == r"Invalid \uXXXX escape":
         return len(rest) < len("uXXXX")
     return is_in_string(error) or any(word.startswith(rest) for word in LITERALS)
