@@ -7,6 +7,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -194,7 +195,7 @@ def explain(error: Exception, file: Path, name: str, place: str) -> str:
         codec = CODECS[file.suffix]
         return f"{name} ends in the middle of its {codec} stream ({place}): it was cut off; upload it again."
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{name} cannot be read {place} ({error.strerror}): check that it is there and readable."
+        return f"{name} cannot be read {place} ({os.strerror(error.errno)}): check that it is there and readable."
     return f"{name} is damaged {place} ({summarize(error)}): upload it again, or write it again."
 
 
@@ -324,10 +325,8 @@ class JsonText:
         self.whole = whole  # what the file ends in the middle of where it was cut off
         self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # so that bad bytes mar only their row
         self.text = self.decoder.decode(head)
-        self.line, self.column = (
-            line,
-            0,
-        )  # where the text begins: the line from 1, the characters before it on that line
+        self.line = line  # on which the text begins, from 1
+        self.column = 0  # characters of that line before the text
         self.position = 0
         self.num_rows = 0
         self.ended = False
