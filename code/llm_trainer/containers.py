@@ -482,11 +482,11 @@ def read_csv(stream: io.BufferedReader, name: str) -> Iterator[Numbered]:
 
 
 def decode_lines(stream: io.BufferedReader, name: str) -> Iterator[str]:
-    lines = io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline="")
-    for number, line in enumerate(lines, start=1):
-        if not is_utf8(line):
-            raise DamagedFile(f"{name} line {number} is not UTF-8 text: save it as UTF-8.")
-        yield line
+    with io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline="") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not is_utf8(line):
+                raise DamagedFile(f"{name} line {number} is not UTF-8 text: save it as UTF-8.")
+            yield line
 
 
 def count_cells(cells: list[str], header: list[str]) -> str:
@@ -508,7 +508,7 @@ def read_parquet(file: Path, max_rows: int, max_bytes: int) -> Iterator[Any]:
         for index in range(table.num_row_groups):
             group = table.metadata.row_group(index)
             fitting = max_bytes * group.num_rows // max(1, group.total_byte_size)
-            yield from table.iter_batches(max(1, min(max_rows, fitting)), row_groups=[index])
+            yield from table.iter_batches(max(1, min(max_rows, fitting)), row_groups=[index], use_threads=False)
 
 
 def read_arrow(file: Path, name: str) -> Iterator[Any]:
