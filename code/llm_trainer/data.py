@@ -20,7 +20,8 @@ from llm_trainer.errors import UserError
 from llm_trainer.formats import Example, read_examples
 from llm_trainer.settings import Settings
 
-FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+# The length is there for samplers that group rows by it, so that they need not read the tokens.
+FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")})
 IGNORED = -100  # the label of a token that is not trained on, PyTorch's cross_entropy default
 BATCH_ROWS = 1000
 
@@ -54,7 +55,7 @@ def load_split(
     settings: Settings,
     scratch_dir: Path,
 ) -> tuple[Dataset, DataReport]:
-    """The split's rows as `input_ids` and `labels`, with a report of them.
+    """The split's rows as `input_ids`, `labels` and `length`, with a report of them.
 
     Raises UserError when rows are unusable, when none is left, or when the model could not learn from them.
     """
@@ -65,14 +66,18 @@ def load_split(
         report = DataReport()
         with ArrowWriter(path=str(arrow), features=FEATURES) as writer:
             for rows in encoder.encode(read_examples(files, settings), report):
-                writer.write_batch({"input_ids": [row[0] for row in rows], "labels": [row[1] for row in rows]})
+                ids, labels = [row[0] for row in rows], [row[1] for row in rows]
+                writer.write_batch({"input_ids": ids, "labels": labels, "length": [len(row) for row in ids]})
             check(report, name)
             writer.finalize()
         report.files = [fingerprint(file) for file in files]
         report_file.write_text(json.dumps(asdict(report)), encoding="utf-8")
 
     once_per_host(scratch_dir / f"{name}.done", tokenize)
-    return Dataset.from_file(str(arrow)), DataReport(**json.loads(report_file.read_text(encoding="utf-8")))
+    dataset = Dataset.from_file(str(arrow))
+    if settings.shuffle_dataset:
+        dataset = dataset.shuffle(seed=settings.seed, keep_in_memory=True)
+    return dataset, DataReport(**json.loads(report_file.read_text(encoding="utf-8")))
 
 
 def check(report: DataReport, name: str) -> None:

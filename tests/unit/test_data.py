@@ -4,9 +4,6 @@
 import json
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llm_trainer import data
 from llm_trainer.data import IGNORED, DataReport, Encoder, load_split
@@ -186,16 +183,3 @@ def test_a_tokenizer_with_nothing_but_eos_pads_with_it():
     tokenizer = build_tokenizer()
     tokenizer.bos_token = tokenizer.unk_token = tokenizer.pad_token = tokenizer.eos_token
     assert choose_pad_token(tokenizer) == tokenizer.eos_token
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_rows_do_not_see_each_other(tiny_model, attention):
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention)
-    first, second = list(range(3, 30)), list(range(40, 80))
-    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
-    lengths = {"seq_lengths": [len(first), len(second)]}
-    batch = collate([{"input_ids": first + second, "labels": first + second, **lengths}])
-    with torch.no_grad():
-        packed = model(**batch, use_cache=False).logits[0, len(first) :]
-        alone = model(input_ids=torch.tensor([second])).logits[0]
-    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-6)
