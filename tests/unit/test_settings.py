@@ -188,7 +188,10 @@ def test_null_asks_for_the_default():
         {"torch_dtype": "float16", "use_peft": "false"},
         {"bf16": "true", "fp16": "true"},
         {"packing": "true", "max_length": "null"},
+        {"eval_packing": "true", "max_length": "null"},
         {"packing": "true", "packing_strategy": "wrapped"},
+        {"packing": "false", "padding_free": "true"},
+        {"packing": "false", "eval_packing": "true"},
         {"attn_implementation": "flash_attention_2"},
     ],
 )
