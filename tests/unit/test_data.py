@@ -69,7 +69,7 @@ def problems_of(load, *splits, **settings):
 
 def test_rows_are_on_disk_in_their_order_with_a_fingerprint_of_their_files(load):
     data = load({"train": texts("a", "bb", "ccc")})
-    assert [len(row["input_ids"]) for row in data.train] == data.train["length"][:] == [2, 3, 4]
+    assert [len(row["input_ids"]) for row in data.splits["train"]] == data.splits["train"]["length"][:] == [2, 3, 4]
     report = data.reports["train"]
     assert (report.num_rows, report.num_tokens, report.num_supervised_eos) == (3, 9, 3)
     assert report.files[0]["name"] == "rows.jsonl"
@@ -84,7 +84,7 @@ def test_chunks_keep_their_order_however_many_processes_there_are(load, monkeypa
     rows = [{"text": "x" * (number % 50 + 1)} for number in range(200)]
     rows[123] = {"text": 5}
     data = load({"train": rows}, dataset_num_proc=num_processes, max_bad_rows_fraction=0.01)
-    assert data.train["length"][:] == [number % 50 + 2 for number in range(200) if number != 123]
+    assert data.splits["train"]["length"][:] == [number % 50 + 2 for number in range(200) if number != 123]
     assert data.reports["train"].num_bad_rows == 1
 
 
@@ -96,21 +96,21 @@ def test_the_same_data_is_prepared_once_and_other_settings_prepare_anew(load, tm
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(["ab"])
     data = load({"train": texts("abc")}, tokenizer=tokenizer)
-    assert data.train["length"][:] == [3]
+    assert data.splits["train"]["length"][:] == [3]
     assert len(list((tmp_path / "cache/data").iterdir())) == 4
 
 
 def test_long_rows_are_cut_or_left_out_and_counted(load):
     rows = texts("a" * 50, "b")
     data = load({"train": rows}, max_length=10)
-    assert data.train["length"][:] == [10, 2]
+    assert data.splits["train"]["length"][:] == [10, 2]
     report = data.reports["train"]
     assert (report.num_truncated_rows, report.num_dropped_rows, report.longest_row_tokens) == (1, 0, 51)
     data = load({"train": rows}, max_length=10, apply_truncation=False)
-    assert data.train["length"][:] == [2]
+    assert data.splits["train"]["length"][:] == [2]
     assert (data.reports["train"].num_truncated_rows, data.reports["train"].num_dropped_rows) == (0, 1)
-    assert load({"train": rows}, max_length=None).train["length"][:] == [51, 2]
-    assert load({"train": rows}, max_length=10, truncation_mode="keep_end").train[0]["input_ids"][-1] == 2
+    assert load({"train": rows}, max_length=None).splits["train"]["length"][:] == [51, 2]
+    assert load({"train": rows}, max_length=10, truncation_mode="keep_end").splits["train"][0]["input_ids"][-1] == 2
 
 
 def test_rows_of_which_the_cut_leaves_nothing_to_train_on_are_left_out_and_counted(load):
@@ -210,36 +210,34 @@ def test_ten_megabytes_in_one_row_are_cut_like_any_other(load):
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(["word " * 100])  # so that it is not as many tokens
     data = load({"train": texts("b", "word " * 2_000_000, "c")}, tokenizer=tokenizer)
-    assert data.train["length"][:] == [2, 2048, 2]
+    assert data.splits["train"]["length"][:] == [2, 2048, 2]
 
 
 def test_duplicates_are_counted_within_and_between(load):
     data = load({"train": texts("a", "b", "a", "c")}, {"val": texts("c", "d")})
     assert (data.reports["train"].num_duplicate_rows, data.reports["train"].num_rows_in_validation) == (1, 1)
-    lines = list(describe_data(data.reports, data.train, build_tokenizer(), in_colour=False))
+    lines = list(describe_data(data, build_tokenizer(), in_colour=False))
     assert "Warning: 1 rows of the train data are in the validation data too." in lines
 
 
 def test_channels_are_mixed_by_weight_without_losing_a_row(load):
     channels = {"train_a": texts(*"abcdef"), "train_b": texts("longer", "longest")}
     data = load(channels, train_weights={"train_a": 1, "train_b": 1})
-    lengths = sorted(data.train["length"][:])
+    lengths = sorted(data.splits["train"]["length"][:])
     assert lengths == [2] * 6 + [7] * 3 + [8] * 3
     data = load(channels, train_weights={"train_a": 3, "train_b": 2})
-    assert len(data.train) == 10
-    assert sorted(set(data.train["length"][:])) == [2, 7, 8]
-    assert load(channels).train["length"][:] == [2] * 6 + [7, 8]
+    assert len(data.splits["train"]) == 10
+    assert sorted(set(data.splits["train"]["length"][:])) == [2, 7, 8]
+    assert load(channels).splits["train"]["length"][:] == [2] * 6 + [7, 8]
 
 
 def test_the_sample_shows_what_is_trained_on(load):
     data = load({"train": [CHAT]})
-    plain, coloured = (
-        list(describe_data(data.reports, data.train, build_tokenizer(), in_colour))[-1] for in_colour in (False, True)
-    )
+    plain, coloured = (list(describe_data(data, build_tokenizer(), in_colour))[-1] for in_colour in (False, True))
     assert "assistant\n⟦yo<|im_end|>⟧\n" in plain
     assert "assistant\n\x1b[32myo<|im_end|>\x1b[0m\n" in coloured
     long = load({"train": texts("a" * 500)})
-    sample = list(describe_data(long.reports, long.train, build_tokenizer(), in_colour=False))[-1]
+    sample = list(describe_data(long, build_tokenizer(), in_colour=False))[-1]
     assert "\n[...]\n" in sample
     assert len(sample) < 400
 
