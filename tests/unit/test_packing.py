@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows that share a sequence are trained as if they were alone, and little of a sequence is padding."""
 
+import copy
 import itertools
 import random
 import shutil
@@ -78,6 +79,7 @@ LENGTHS = [40, 9, 21, 1, 13, 30]
 
 def build_model(config, attention="eager"):
     torch.manual_seed(0)
+    config = copy.deepcopy(config)  # else all models of a config get the kernel of the last one
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
@@ -133,8 +135,8 @@ def test_packed_rows_have_the_logits_that_they_have_alone(name, kernel):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="flex attention compiles its kernels and there is no g++ here")
 def test_flex_attention_keeps_packed_rows_apart():
-    """One shape only: for the second one, torch 2.13 compiles a kernel for all shapes, which is wrong on a CPU."""
-    config, rows = KEEP_APART["llama"], make_rows()
+    """One shape, heads of 64: for short heads or many shapes torch 2.13's CPU kernel is wrong, packed or not."""
+    config, rows = LlamaConfig(**{**BASE, "hidden_size": 256}), make_rows()
     check_logits(build_model(config, "flex_attention"), stack()(rows), rows, model_alone=build_model(config))
 
 
