@@ -19,7 +19,7 @@ from llm_trainer.formats import IGNORED
 from llm_trainer.leaks import find_leak
 from llm_trainer.settings import Settings
 
-SPARE_SHARE = 0.05  # of a batch's tokens that may be padding, for sequences that are shorter and attention cheaper
+SPARE_SHARE = 0.03  # of a batch's tokens that may be padding, for sequences that are shorter and attention cheaper
 BIN_ROWS = 10_000  # packed together: enough to fill the bins, and at most some hundred MB
 
 
