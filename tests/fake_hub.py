@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small HTTP server that plays the Hugging Face Hub: one model, served or refused as a test asks."""
+"""A small HTTP server that plays the Hugging Face Hub: one model or data set, served or refused as a test asks."""
 
 import hashlib
 import json
@@ -15,7 +15,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class FakeHub:
     """Serves a folder as `tiny/model`. Each of `refusals` answers one request, or the only one all of them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, repository: str = MODEL, kind: str = "models") -> None:
+        self.repository = repository
+        self.address = f"/api/{kind}/{repository}"
         self.files = {file.name: file.read_bytes() for file in folder.iterdir()}
         self.refusals: list[tuple[int, dict[str, str]]] = []
         self.for_good = False
@@ -51,17 +53,21 @@ class FakeHub:
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         path = request.path.partition("?")[0]
-        if MODEL not in path:  # other models, and what huggingface_hub asks for on its own behalf
+        if self.repository not in path:  # other models, and what huggingface_hub asks for on its own behalf
             return send(request, 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         self.requests.append(f"{request.command} {path}")
         self.tokens.add(request.headers.get("Authorization"))
         if self.refusals:
             status, headers = self.refusals[0] if self.for_good else self.refusals.pop(0)
             return send(request, status, {"error": "no"}, headers)
-        if path in (f"/api/models/{MODEL}/revision/main", f"/api/models/{MODEL}"):
+        if path in (f"{self.address}/revision/main", self.address):
             siblings = [{"rfilename": name} for name in self.files]
-            return send(request, 200, {"id": MODEL, "modelId": MODEL, "sha": COMMIT, "siblings": siblings, "tags": []})
-        if path.startswith(f"/api/models/{MODEL}/tree/"):
+            return send(request, 200, {"id": self.repository, "sha": COMMIT, "siblings": siblings, "tags": []})
+        if path.startswith(f"{self.address}/tree/{COMMIT}/"):
+            return send(
+                request, 404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"}
+            )  # it has no folders
+        if path.startswith(f"{self.address}/tree/"):
             return send(request, 200, [self.describe_file(name) for name in self.files])
         return self.send_file(request, path.rpartition("/")[2])
 

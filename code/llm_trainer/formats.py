@@ -71,19 +71,19 @@ def detect_format(fields: Fields, settings: Settings) -> str:
     """The format whose fields the row has, or the one that `dataset_format` forces. Raises RowError without any."""
     given = {name for name, value in fields.items() if value is not None}
     needs = {
-        "pretokenized": {"input_ids"},
-        "messages": {settings.messages_field},
-        "sharegpt": {"conversations"},
-        "prompt_completion": {"prompt", "completion"},
-        "alpaca": {"instruction", "output"},
-        "text": {settings.text_field},
+        "pretokenized": ("input_ids",),
+        "messages": (settings.messages_field,),
+        "sharegpt": ("conversations",),
+        "prompt_completion": ("prompt", "completion"),
+        "alpaca": ("instruction", "output"),
+        "text": (settings.text_field,),
     }
     if settings.dataset_format != "auto":
         needs = {settings.dataset_format: needs[settings.dataset_format]}
     for name, fields_needed in needs.items():
-        if fields_needed <= given:
+        if given.issuperset(fields_needed):
             return name
-    wanted = " or ".join("+".join(map(repr, sorted(names, reverse=True))) for names in needs.values())
+    wanted = " or ".join(" with ".join(map(repr, names)) for names in needs.values())
     found = ", ".join(f"{name} (null)" if value is None else name for name, value in fields.items())
     raise RowError(
         f"has no field {wanted} (found: {shorten(found) or 'none'}): rename the field, or name it with messages_field "

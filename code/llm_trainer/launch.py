@@ -25,7 +25,7 @@ from llm_trainer.network import network_variables
 from llm_trainer.own_script import names_a_script, run_script
 from llm_trainer.preflight import Inputs, find_inputs
 from llm_trainer.settings import SECRETS, Settings, is_given, read_settings, redact, show
-from llm_trainer.sources import find_unread, find_unused
+from llm_trainer.sources import HubSource, find_unread, find_unused
 from llm_trainer.supervisor import INTRODUCTION_SECONDS, Supervisor, meet, wait_for_trainers
 
 MASTER_PORT = 7777  # what SageMaker's own toolkit uses between hosts
@@ -246,7 +246,8 @@ def worker_variables(job: Job, scratch_dir: Path, started: float) -> dict[str, s
     variables |= network_variables(job.environment)
     variables |= os.environ  # what the user sets in the job's Environment wins
     variables |= driver_variables(variables)
-    if Path(job.inputs.model).is_dir():
+    sources = [*job.inputs.train, *job.inputs.validation]
+    if Path(job.inputs.model).is_dir() and not any(isinstance(source, HubSource) for source in sources):
         variables["HF_HUB_OFFLINE"] = "1"  # nothing to fetch: look-ups would only wait for a network
     for name, secret in (("HF_TOKEN", job.settings.token), ("WANDB_API_KEY", job.settings.wandb_token)):
         if secret is not None:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,8 +189,10 @@ def prepare(
     with (
         ArrowWriter(path=str(arrow), features=FEATURES) as writer,
         rejected_rows.open("w", encoding="utf-8") as rejected,
+        # Closed in any case: processes that wait for more would keep this one from ending.
+        closing(run(preparer, itertools.chain(seen, chunks), num_processes)) as chunks_done,
     ):
-        for prepared in run(preparer, itertools.chain(seen, chunks), num_processes):
+        for prepared in chunks_done:
             report.add(prepared.report)
             if len(prepared.table):
                 writer.write_table(prepared.table)

@@ -5,6 +5,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class HubSource:
         return f"split {self.split!r} of {self.name} from the Hugging Face Hub"
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        rows = self.load()
+        rows = load_hub_data(self.name, self.config, self.split)
         name = f"{self.name} {self.config or ''} {self.split}"
         return [{"name": " ".join(name.split()), "bytes": rows.size_in_bytes, "sha256": rows._fingerprint}]
 
@@ -72,25 +73,26 @@ class HubSource:
 
     def read_chunks(self, max_rows: int) -> Iterator[Chunk]:
         first = 1
-        for rows in self.load().iter(max_rows):
+        for rows in load_hub_data(self.name, self.config, self.split).iter(max_rows):
             columns = list(rows.values())
             own = [dict(zip(rows, values, strict=True)) for values in zip(*columns, strict=True)]
             yield Chunk(f"{self.name} {self.split}", list(range(first, first + len(own))), own)
             first += len(own)
 
-    def load(self) -> Any:
-        """The split, downloaded unless it was before. Raises UserError when the Hub does not have or give it."""
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetNotFoundError
 
-        try:
-            return load_dataset(self.name, name=self.config, split=self.split)
-        except (DatasetNotFoundError, ValueError, OSError) as error:
-            raise UserError(
-                f"{self.name!r} is neither a file or folder in the container, nor can it be read from the Hugging Face "
-                f"Hub ({summarize(error)}): check the path, the id, dataset_config and the split; a private one needs "
-                "HF_TOKEN."
-            ) from error
+@cache
+def load_hub_data(name: str, config: str | None, split: str) -> Any:
+    """The split, downloaded unless it was before. Raises UserError when the Hub does not have or give it."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        return load_dataset(name, name=config, split=split)
+    except (DatasetNotFoundError, ValueError, OSError) as error:
+        raise UserError(
+            f"{name!r} is neither a file or folder in the container, nor can it be read from the Hugging Face Hub "
+            f"({summarize(error)}): check the path, the id, dataset_config and the split; a private one needs HF_TOKEN."
+        ) from error
 
 
 Source = FileSource | HubSource
