@@ -26,6 +26,7 @@ from llm_trainer.network import network_variables
 from llm_trainer.own_script import names_a_script, run_script
 from llm_trainer.preflight import Inputs, find_inputs, find_lack_of_weights, find_oddities
 from llm_trainer.settings import Settings, is_given, read_settings, redact, show
+from llm_trainer.sources import HubSource
 from llm_trainer.supervisor import INTRODUCTION_SECONDS, Supervisor, meet, wait_for_trainers
 
 MASTER_PORT = 7777  # what SageMaker's own toolkit uses between hosts
@@ -260,12 +261,19 @@ def library_variables(settings: Settings, inputs: Inputs) -> dict[str, str]:
         **cache_variables(os.environ),
         **os.environ,  # what the user sets in the job's Environment wins
     }
-    if Path(inputs.model).is_dir():
+    if not needs_hub(settings, inputs):
         variables["HF_HUB_OFFLINE"] = "1"  # nothing to fetch: look-ups would only wait for a network
     for name, secret in (("HF_TOKEN", settings.token), ("WANDB_API_KEY", settings.wandb_token)):
         if secret is not None:
             variables[name] = secret.get_secret_value()
     return variables
+
+
+def needs_hub(settings: Settings, inputs: Inputs) -> bool:
+    """Whether the model, its chat template or data come from the Hugging Face Hub."""
+    places = (inputs.model, settings.chat_template_path)
+    has_hub_data = any(isinstance(source, HubSource) for source in (*inputs.train, *inputs.validation))
+    return has_hub_data or any(place and not Path(place).exists() for place in places)
 
 
 def cache_variables(variables: Mapping[str, str]) -> dict[str, str]:
