@@ -2,10 +2,10 @@
 """What a person should see of the data before the first step: counts, warnings, and one row as it is trained on."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from llm_trainer.data import Data
 from llm_trainer.data_report import DataReport
 from llm_trainer.formats import IGNORED
 
@@ -14,17 +14,16 @@ COLOURED = ("\x1b[32m", "\x1b[0m")  # green
 PLAIN = ("⟦", "⟧")
 
 
-def describe_data(
-    reports: dict[str, DataReport], train: Any, tokenizer: PreTrainedTokenizerBase, in_colour: bool
-) -> Iterator[str]:
-    """Lines for the log about what is trained on; `train` gives rows by their position."""
-    for name, report in reports.items():
+def describe_data(data: Data, tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> Iterator[str]:
+    """Lines for the log about what is trained on."""
+    for name, report in data.reports.items():
         lengths = ", ".join(f"{key} {tokens}" for key, tokens in report.length_percentiles().items())
         yield f"Data {name}: {report}; lengths: {lengths}"
         for source, row_format in report.formats.items():
             yield f"Data {name}: {source} has {row_format} rows; trained on: {report.loss_on[source]}"
         yield from (f"Warning: {text}" for text in find_data_oddities(name, report))
-    yield f"Data train, the first row ({describe_marks(in_colour)}):\n{mark_sample(train[0], tokenizer, in_colour)}"
+    sample = mark_sample(data.splits["train"][0], tokenizer, in_colour)
+    yield f"Data train, the first row ({describe_marks(in_colour)}):\n{sample}"
 
 
 def find_data_oddities(name: str, report: DataReport) -> Iterator[str]:

@@ -121,7 +121,7 @@ class ChatTemplate:
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise RowError(f"is refused by the model's chat template: {summarize(error)}.") from error
-        return text, [tuple(span) for span in spans[0]] if spans else []
+        return text, join_spans(spans[0]) if spans else []
 
     def find_turns(self, conversation: Conversation, text: str) -> list[Span]:
         """The span of each assistant turn with its end."""
@@ -179,6 +179,16 @@ class ChatTemplate:
         calls = any(message.get("tool_calls") or message["role"] == "tool" for message in conversation.messages)
         if calls and not self.renders_tool_calls:
             raise RowError(f"has tool calls or results, and the model's chat template does not render them: {fix}")
+
+
+def join_spans(spans: list[Span]) -> list[Span]:
+    """Spans that touch as one: some templates mark a turn and its end apart."""
+    joined: list[Span] = []
+    for start, end in spans:
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        joined.append((start, end))
+    return joined
 
 
 def check_messages(messages: list[Fields], text: str) -> None:

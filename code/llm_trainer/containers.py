@@ -7,6 +7,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -194,7 +195,7 @@ def explain(error: Exception, file: Path, name: str, place: str) -> str:
         codec = CODECS[file.suffix]
         return f"{name} ends in the middle of its {codec} stream ({place}): it was cut off; upload it again."
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{name} cannot be read {place} ({error.strerror}): check the file and who may read it."
+        return f"{name} cannot be read {place} ({os.strerror(error.errno)}): check that it is there and readable."
     return f"{name} is damaged {place} ({summarize(error)}): upload it again, or write it again."
 
 
@@ -281,7 +282,7 @@ def goes_on(head: bytes) -> bool:
     try:
         parse_json(head)
     except json.JSONDecodeError as error:
-        return error.msg == "Extra data" or (is_cut(error) and not is_in_string(error))
+        return error.msg == "Extra data" or is_cut(error)
     except ValueError:
         return False
     return False
@@ -324,10 +325,8 @@ class JsonText:
         self.whole = whole  # what the file ends in the middle of where it was cut off
         self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # so that bad bytes mar only their row
         self.text = self.decoder.decode(head)
-        self.line, self.column = (
-            line,
-            0,
-        )  # where the text begins: the line from 1, the characters before it on that line
+        self.line = line  # on which the text begins, from 1
+        self.column = 0  # characters of that line before the text
         self.position = 0
         self.num_rows = 0
         self.ended = False
@@ -443,7 +442,7 @@ def decode(text: str, position: int) -> tuple[Any, int]:
 
 def is_cut(error: json.JSONDecodeError) -> bool:
     """Whether nothing is wrong with a JSON text but that it ends too early."""
-    rest = error.doc[error.pos :].strip()
+    rest = error.doc[error.pos :]
     if error.msg == r"Invalid \uXXXX escape":
         return len(rest) < len("uXXXX")
     return is_in_string(error) or any(word.startswith(rest) for word in LITERALS)
@@ -483,11 +482,11 @@ def read_csv(stream: io.BufferedReader, name: str) -> Iterator[Numbered]:
 
 
 def decode_lines(stream: io.BufferedReader, name: str) -> Iterator[str]:
-    lines = io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline="")
-    for number, line in enumerate(lines, start=1):
-        if not is_utf8(line):
-            raise DamagedFile(f"{name} line {number} is not UTF-8 text: save it as UTF-8.")
-        yield line
+    with io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline="") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not is_utf8(line):
+                raise DamagedFile(f"{name} line {number} is not UTF-8 text: save it as UTF-8.")
+            yield line
 
 
 def count_cells(cells: list[str], header: list[str]) -> str:
@@ -509,7 +508,7 @@ def read_parquet(file: Path, max_rows: int, max_bytes: int) -> Iterator[Any]:
         for index in range(table.num_row_groups):
             group = table.metadata.row_group(index)
             fitting = max_bytes * group.num_rows // max(1, group.total_byte_size)
-            yield from table.iter_batches(max(1, min(max_rows, fitting)), row_groups=[index])
+            yield from table.iter_batches(max(1, min(max_rows, fitting)), row_groups=[index], use_threads=False)
 
 
 def read_arrow(file: Path, name: str) -> Iterator[Any]:

@@ -39,9 +39,8 @@ SETTINGS = (
 class Data:
     """What a job trains on and is measured with: `input_ids`, `labels` and `length` of each row."""
 
-    train: Dataset
-    validation: Dataset | None
-    reports: dict[str, DataReport]  # of train, and of validation if there is one
+    splits: dict[str, Dataset]  # train, and validation if there is one
+    reports: dict[str, DataReport]  # of each split
 
 
 def load_data(job: Job, vocabulary: Vocabulary, scratch_dir: Path) -> Data:
@@ -61,9 +60,12 @@ def load_data(job: Job, vocabulary: Vocabulary, scratch_dir: Path) -> Data:
     reports = {name: DataReport.from_json(split["report"]) for name, split in prepared.items()}
     sources = {"train": inputs.train, "validation": inputs.validation}
     datasets = {name: open_split(split["files"], sources[name]) for name, split in prepared.items()}
-    train = mix(datasets["train"], settings)
-    validation = concatenate_datasets(list(datasets["validation"].values())) if "validation" in datasets else None
-    return Data(train, validation, reports)
+    rows = {name: concatenate_datasets(list(own.values())) for name, own in datasets.items()}
+    if settings.train_weights:
+        rows["train"] = rows["train"].select(choose_rows(datasets["train"], settings.train_weights, settings.seed))
+    if settings.shuffle_dataset:
+        rows["train"] = rows["train"].shuffle(seed=settings.seed, keep_in_memory=True)
+    return Data(rows, reports)
 
 
 @dataclass
@@ -89,21 +91,21 @@ def first_row(split: Split) -> dict[str, list[int]] | None:
     return next((rows[0] for rows in datasets if len(rows)), None)
 
 
-def mix(datasets: dict[str, Dataset], settings: Settings) -> Dataset:
-    """The rows of all sources: each once, or as often as gives every source its share without leaving a row out."""
-    everything = concatenate_datasets(list(datasets.values()))
-    if not settings.train_weights or len(datasets) == 1:
-        return everything
-    per_row = {name: settings.train_weights[name] / len(rows) for name, rows in datasets.items()}
-    random = np.random.default_rng(settings.seed)
-    indices, first = [], 0
+def choose_rows(datasets: dict[str, Dataset], weights: dict[str, float], seed: int) -> Any:
+    """The places of an epoch's rows: each source has its share of them, and none of its rows is left out.
+
+    A source whose weight is large for its size repeats: whole times, and a random part.
+    """
+    per_row = {name: weights[name] / len(rows) for name, rows in datasets.items()}
+    random = np.random.default_rng(seed)
+    places, first = [], 0
     for name, rows in datasets.items():
         num_wanted = round(len(rows) * per_row[name] / min(per_row.values()))
         whole, part = divmod(num_wanted, len(rows))
         own = np.arange(first, first + len(rows))
-        indices += [np.tile(own, whole), np.sort(random.permutation(own)[:part])]
+        places += [np.tile(own, whole), np.sort(random.permutation(own)[:part])]
         first += len(rows)
-    return everything.select(np.concatenate(indices))
+    return np.concatenate(places)
 
 
 def prepare_splits(

@@ -104,7 +104,16 @@ class Encoder:
         return rows  # type: ignore[return-value]
 
     def write(self, example: Conversation | Text) -> tuple[str, list[Span] | None]:
-        """The example's text, and the spans of it to train on, None for all."""
+        """The example's text, and the spans of it to train on, None for all. Raises RowError."""
+        text, spans = self.compose(example)
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:  # a lone \ud83d, which JSON allows
+                raise RowError(f"has half a character ({text[error.start]!a}): write the whole one.") from error
+        return text, spans
+
+    def compose(self, example: Conversation | Text) -> tuple[str, list[Span] | None]:
         if isinstance(example, Conversation):
             return self.template.apply(example)
         start = example.num_prompt_characters
@@ -164,7 +173,7 @@ class Encoder:
 
     def ends_in_stop(self, input_ids: Ids) -> bool:
         """Whether a stop token ends the row; templates may put a newline after it."""
-        for token in reversed(input_ids.tolist()):
+        for token in map(int, input_ids[::-1]):
             if token in self.vocabulary.stop_ids:
                 return True
             if not self.is_white(token):
@@ -173,7 +182,7 @@ class Encoder:
 
     def ends_trained(self, input_ids: Ids, labels: Ids) -> bool:
         """Whether the last token that is no white space is trained on, and with it what ends the row."""
-        pairs = zip(reversed(input_ids.tolist()), reversed(labels.tolist()), strict=True)
+        pairs = zip(map(int, input_ids[::-1]), labels[::-1], strict=True)
         return next((label != IGNORED for token, label in pairs if label != IGNORED or not self.is_white(token)), False)
 
     def is_white(self, token: int) -> bool:

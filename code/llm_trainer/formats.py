@@ -138,7 +138,7 @@ def describe(value: Any) -> str:
     """What a value is, in the words of JSON."""
     names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
     if isinstance(value, str):
-        return "white space" if value else "an empty text"
+        return "a text" if value.strip() else "white space" if value else "an empty text"
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
@@ -192,7 +192,8 @@ def parse_messages(value: Any, name: str) -> list[Fields]:
     """Messages with role and content, from OpenAI's or ShareGPT's habits, or from JSON text."""
     messages = from_json_text(value)
     if not isinstance(messages, list) or not messages:
-        raise RowError(f"field {name!r} is {describe(messages)} and not a list of at least one message.")
+        kind = "an empty list" if messages == [] else describe(messages)
+        raise RowError(f"field {name!r} is {kind} and not a list of at least one message.")
     parsed = []
     for number, message in enumerate(messages, start=1):
         try:

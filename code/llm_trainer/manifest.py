@@ -10,6 +10,7 @@ from llm_trainer import __version__
 from llm_trainer.data_report import DataReport
 from llm_trainer.distributed import world_size
 from llm_trainer.launch import Job
+from llm_trainer.packing import Packing
 from llm_trainer.resumable_trainer import ResumableTrainer
 from llm_trainer.settings import redact
 from llm_trainer.timeline import Timeline
@@ -18,7 +19,12 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "b
 
 
 def build_manifest(
-    job: Job, trainer: ResumableTrainer, reports: dict[str, DataReport], totals: dict[str, float], timeline: Timeline
+    job: Job,
+    trainer: ResumableTrainer,
+    reports: dict[str, DataReport],
+    packing: Packing,
+    totals: dict[str, float],
+    timeline: Timeline,
 ) -> dict[str, Any]:
     """Ready for JSON, without secrets."""
     return {
@@ -31,6 +37,7 @@ def build_manifest(
             for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed", "bf16", "fp16")
         },
         "data": {name: report.summary() for name, report in reports.items()},
+        "packing": packing.describe(),
         "metrics": {**totals, **last_metrics(trainer.state.log_history)},
         "num_steps": trainer.state.global_step,
         "total_steps": trainer.state.max_steps,

@@ -127,7 +127,7 @@ def parse_fields(raw: Any, number: int) -> Fields:
     """The fields of a row as it stands in its file. Raises RowError; one that begins with "line" names the place."""
     if isinstance(raw, bytes):
         try:
-            raw = parse_json(raw)
+            raw = parse_json(raw.rstrip(b"\r\n"))
         except json.JSONDecodeError as error:
             raise RowError(
                 f"line {number} is not valid JSON ({error.msg} at column {error.colno}): "
@@ -138,7 +138,7 @@ def parse_fields(raw: Any, number: int) -> Fields:
         except ValueError as error:
             raise RowError(f"{error}: keep one of them.") from error
     if isinstance(raw, BadRow):
-        raise RowError(raw.reason)
+        raise RowError(f"{raw.reason}: mend or remove the row.")
     if not isinstance(raw, dict):
         raise RowError(f"is a JSON {type(raw).__name__}: write each row as an object with named fields.")
     return raw

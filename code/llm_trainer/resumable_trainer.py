@@ -45,6 +45,7 @@ class ResumableTrainer(SFTTrainer):
     run: dict[str, Any]  # what a run that goes on from one of our checkpoints has to share with this one
     keeps_checkpoints: bool
     evaluation_due = False  # the evaluation that belongs to the current step was put off by a stop
+    _signature_columns: Any  # a list, or None at first
     order = torch.Generator()  # of the rows, where they are grouped by length
     stopped = False
     agreed_seconds = 0.0  # from the signal to the step after which all ranks stop
@@ -112,11 +113,17 @@ class ResumableTrainer(SFTTrainer):
                 callback.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
         return position
 
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the rows' lengths too, which samplers ask for after all other columns have been removed."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, self.args.length_column_name])]
+
     def _get_train_sampler(self, *args: Any) -> Any:
         """The sampler, whose order depends on seed and epoch alone: a resumed epoch has to be the interrupted one."""
         sampler = super()._get_train_sampler(*args)
         if isinstance(sampler, LengthGroupedSampler):  # Transformers seeds the random one itself
             sampler.generator = self.order
+            sampler.lengths = sampler.lengths[:]  # a list of a column, which would be read from disk for every row
         return sampler
 
     def _run_epoch(self, **kwargs: Any) -> None:
@@ -139,6 +146,15 @@ class ResumableTrainer(SFTTrainer):
             self.control.should_evaluate = True
             self.control.should_save = self.args.load_best_model_at_end  # the best one has to be on disk
             self._maybe_log_save_evaluate(self._tr_loss, None, model, trial, epoch, ignore_keys_for_eval, start_time)
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss, and the tokens of packed rows counted, of which TRL would count the slots of one sequence."""
+        num_tokens, before = inputs.pop("num_tokens", None), self._total_train_tokens
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if num_tokens is not None and self.model.training:
+            self._total_train_tokens = before + int(self.accelerator.reduce(num_tokens.sum()))
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return loss
 
     def _maybe_log_save_evaluate(
         self, tr_loss: torch.Tensor, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any

@@ -15,6 +15,7 @@ from llm_trainer.data_report import DataReport
 from llm_trainer.distributed import local_rank, local_world_size, rank, world_size
 from llm_trainer.errors import UserError
 from llm_trainer.launch import Job
+from llm_trainer.packing import Packing
 
 CHUNK_BYTES = 1 << 26
 # What a checkpoint restores whatever the settings say, or what gives its step a meaning: it must not change.
@@ -23,17 +24,18 @@ DATA_SETTINGS = ("assistant_only_loss", "completion_only_loss", "train_weights")
 ADAPTER_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
 TRAINING_ARGUMENTS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "seed", "data_seed", "packing", "packing_strategy"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "seed", "data_seed"),
     *("train_sampling_strategy", "shuffle_dataset", "truncation_mode"),
 )
 
 
-def identify_run(job: Job, arguments: SFTConfig, model: str, report: DataReport) -> dict[str, Any]:
+def identify_run(job: Job, arguments: SFTConfig, model: str, report: DataReport, packing: Packing) -> dict[str, Any]:
     """What two runs have in common of which one goes on where the other was interrupted; ready for JSON."""
     settings = job.settings
     names = OWN_SETTINGS + DATA_SETTINGS + (ADAPTER_SETTINGS if settings.use_peft else ())
     identity = {name: getattr(settings, name) for name in names}
     identity |= {name: getattr(arguments, name) for name in TRAINING_ARGUMENTS}
+    identity |= {"packing": packing.mode, "packing_strategy": settings.packing_strategy}
     identity["rows a step"] = (
         arguments.per_device_train_batch_size * world_size() * arguments.gradient_accumulation_steps
     )

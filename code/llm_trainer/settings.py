@@ -77,6 +77,11 @@ class OwnSettings(BaseModel):
         0, ge=0, lt=1, description="Rows that may be bad before the job stops; they are left out and listed."
     )
     dataset_num_proc: int | None = Field(None, ge=1, description="Processes a host to tokenize with; default: cores.")
+    packing: bool | None = Field(
+        None,
+        description="Rows share sequences instead of being padded; default: those of a batch, where the model keeps "
+        "them apart; true: those of the whole data set, and a batch counts sequences of `max_length` tokens.",
+    )
     # Run
     output_dir: str | None = Field(None, description="Where the final artefacts go; default: /opt/ml/model.")
     checkpoint_dir: str | None = Field(None, description="Where checkpoints go; default: /opt/ml/checkpoints.")
@@ -376,16 +381,20 @@ def find_contradictions(settings: Settings, environment: Environment) -> typing.
         yield "save_only_model=true: such checkpoints cannot be resumed from; remove it."
     if settings.save_on_each_node:
         yield "save_on_each_node=true: one host writes for all, and a host that lacks a checkpoint gets it; remove it."
-    if settings.packing and settings.max_length is None:
-        yield "packing=true with max_length=null: rows are packed into sequences of max_length tokens; give it."
+    if (settings.packing or settings.eval_packing) and settings.max_length is None:
+        name = "packing" if settings.packing else "eval_packing"
+        yield f"{name}=true with max_length=null: rows are packed into sequences of max_length tokens; give it."
     trackers = settings.report_to if isinstance(settings.report_to, list) else [settings.report_to or "none"]
     if not set(trackers) <= set(TRACKERS):
         yield f"report_to={settings.report_to!r} is not valid: it must be among {', '.join(TRACKERS)}; leave it out."
-    if settings.packing and settings.packing_strategy == "wrapped":
-        yield "packing_strategy=wrapped with packing=true: it lets rows see each other's tokens; use bfd or bfd_split."
     weights = settings.train_weights or {}
     if any(weight <= 0 for weight in weights.values()):
         yield f"train_weights={json.dumps(weights)} is not valid: each weight must be above 0; leave the channel out."
+    if settings.packing_strategy == "wrapped":
+        yield "packing_strategy=wrapped: it cuts rows and lets them see each other's tokens; use bfd or bfd_split."
+    if settings.packing is False and (settings.padding_free or settings.eval_packing):
+        other = "padding_free" if settings.padding_free else "eval_packing"
+        yield f"{other}=true with packing=false: rows are either packed or padded; remove one of them."
     if settings.attn_implementation.startswith("flash_attention") and not environment.num_gpus:
         yield (
             f"attn_implementation={settings.attn_implementation} runs only on an NVIDIA GPU and there is none here: "

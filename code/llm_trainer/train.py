@@ -4,6 +4,7 @@
 import sys
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
 
@@ -14,6 +15,7 @@ from llm_trainer.distributed import rank, world_size
 from llm_trainer.launch import Job
 from llm_trainer.manifest import build_manifest
 from llm_trainer.metrics import MetricLines
+from llm_trainer.packing import Packing, choose_packing
 from llm_trainer.resumable_trainer import SaveAndStop
 from llm_trainer.resume import find_checkpoint, identify_run
 from llm_trainer.settings import is_given
@@ -25,6 +27,7 @@ from llm_trainer.trainer import build_arguments, build_trainer
 def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     settings, inputs = job.settings, job.inputs
     transformers.utils.logging.disable_progress_bar()  # carriage returns spoil a log
+    datasets.disable_progress_bars()
     device, dtype = model.choose_device(settings), model.choose_dtype(settings)
     arguments = build_arguments(settings, inputs, device, dtype, can_evaluate=bool(inputs.validation))
     request = StopRequest(scratch_dir / "stop", timeline.started, settings.max_run_seconds)
@@ -36,22 +39,31 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     timeline.mark("tokenizer")
 
     data = load_data(job, model.read_vocabulary(folder, tokenizer, settings), scratch_dir)
-    for line in describe_data(data.reports, data.train, tokenizer, in_colour=sys.stdout.isatty()):
+    for line in describe_data(data, tokenizer, in_colour=sys.stdout.isatty()):
         say(line)
-    run = identify_run(job, arguments, folder, data.reports["train"])
-    checkpoint = find_checkpoint(job, run, agreement.group)
     timeline.mark("data")
 
     base = model.load_model(folder, settings, quantization, model.choose_weights_dtype(settings), device)
     timeline.mark("model")
 
+    packing = choose_packing(base, tokenizer, arguments, settings)
+    if packing.mode == "off" and not is_given(settings, "train_sampling_strategy"):
+        arguments.train_sampling_strategy = "group_by_length"
+    say(f"{packing}; train_sampling_strategy={arguments.train_sampling_strategy}")
+    sequences = packing.pack(data.splits, settings, scratch_dir)
+    for name, packed in packing.splits.items():
+        say(f"Data {name}: {packed}")
+    run = identify_run(job, arguments, folder, data.reports["train"], packing)
+    checkpoint = find_checkpoint(job, run, agreement.group)
+    timeline.mark("packing")
+
     peft_config = adapters.build_lora(settings) if settings.use_peft else None
-    trainer = build_trainer(base, tokenizer, peft_config, data.train, data.validation, arguments, settings)
+    trainer = build_trainer(base, tokenizer, peft_config, sequences, packing.collator, arguments, settings)
     trainer.agreement, trainer.run, trainer.keeps_checkpoints = agreement, run, settings.use_checkpoints
     has_interval = is_given(settings, "save_steps") or is_given(settings, "save_strategy")
     trainer.add_callback(MetricLines(timeline))
     trainer.add_callback(SaveAndStop(trainer, request, has_interval))
-    describe_run(trainer)
+    describe_run(trainer, packing)
     say(f"Resuming from {checkpoint}" if checkpoint else "Starting from the base model")
     result = trainer.resume(checkpoint)
     agreement.settle()
@@ -65,16 +77,16 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
         torch.distributed.destroy_process_group()  # the other ranks leave while rank 0 exports, however long it takes
 
     if rank() == 0:
-        manifest = build_manifest(job, trainer, data.reports, result.metrics, timeline)
+        manifest = build_manifest(job, trainer, data.reports, packing, result.metrics, timeline)
         merges = settings.merge_weights and not trainer.stopped  # a merge may take longer than the platform waits
-        export.export(trainer.model, tokenizer, folder, job, dtype, data.train, manifest, merges)
+        export.export(trainer.model, tokenizer, folder, job, dtype, data.splits["train"], manifest, merges)
         if trainer.stopped:
             say(f"Exported {request.age_seconds():.1f} s after the signal")
         elif settings.use_checkpoints:
             trainer.rotate()
 
 
-def describe_run(trainer: "transformers.Trainer") -> None:
+def describe_run(trainer: "transformers.Trainer", packing: Packing) -> None:
     arguments = trainer.args
     per_device, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -82,7 +94,7 @@ def describe_run(trainer: "transformers.Trainer") -> None:
     say(
         f"Training {trainable:,} of {total:,} weights ({trainable / total:.2%}) on {world_size()} x "
         f"{arguments.device.type}; "
-        f"global batch {per_device * world_size() * accumulation} rows "
+        f"global batch {per_device * world_size() * accumulation} {packing.unit} "
         f"= {per_device} a device x {world_size()} devices x {accumulation} accumulation steps"
     )
 

@@ -13,6 +13,7 @@ from trl import SFTConfig
 
 from llm_trainer.distributed import world_size
 from llm_trainer.errors import UserError, summarize
+from llm_trainer.packing import PackingCollator
 from llm_trainer.preflight import Inputs
 from llm_trainer.resumable_trainer import ResumableTrainer
 from llm_trainer.settings import Settings, is_given
@@ -24,6 +25,7 @@ ACTED_ON = frozenset(
     {"output_dir", "max_length", "truncation_mode", "dataset_text_field", "assistant_only_loss"}
     | {"completion_only_loss", "model_init_kwargs", "chat_template_path", "pad_token", "trust_remote_code"}
     | {"resume_from_checkpoint", "report_to", "gradient_checkpointing"}
+    | {"packing", "packing_strategy", "padding_free", "eval_packing", "dataset_kwargs"}
 )
 LORA_LEARNING_RATE = 2e-4  # ten times full fine-tuning's, as TRL's documentation advises for adapters
 FULL_LEARNING_RATE = 2e-5
@@ -33,18 +35,24 @@ def build_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     peft_config: PeftConfig | None,
-    train_data: Dataset,
-    validation_data: Dataset | None,
+    splits: dict[str, Dataset],
+    collator: PackingCollator | None,
     arguments: SFTConfig,
     settings: Settings,
 ) -> ResumableTrainer:
-    """A trainer of tokenized data. Raises UserError for a combination of arguments that TRL or PEFT refuses."""
+    """A trainer of tokenized data, which TRL's collator pads if there is no other.
+
+    Raises UserError for a combination of arguments that TRL or PEFT refuses.
+    """
+    for config in (model.config.get_text_config(), model.generation_config):
+        config.pad_token_id = tokenizer.pad_token_id  # they have to agree, and Transformers would say so every time
     try:
         trainer = ResumableTrainer(
             model=model,
             args=arguments,
-            train_dataset=train_data,
-            eval_dataset=validation_data,
+            data_collator=collator,
+            train_dataset=splits["train"],
+            eval_dataset=splits.get("validation"),
             processing_class=tokenizer,
             peft_config=peft_config,
         )
@@ -67,12 +75,12 @@ def build_arguments(
     }
     if isinstance(given.get("parallelism_config"), dict):
         given["parallelism_config"] = ParallelismConfig(**given["parallelism_config"])
-    packs = settings.packing or bool(settings.eval_packing)
     try:
         return SFTConfig(
             output_dir=str(inputs.checkpoint_dir),
             report_to=choose_trackers(settings),
-            max_length=settings.max_length if packs else None,  # rows are cut already
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenized, cut and labelled already
             **{**choose_defaults(settings, device, dtype, can_evaluate), **given},
         )
     except (ValueError, ImportError) as error:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sagemaker_tree import metrics_of
 
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
-PHASES = {"launch", "imports", "tokenizer", "data", "model", "first_step", "training"}
+PHASES = {"launch", "imports", "tokenizer", "data", "model", "packing", "first_step", "training"}
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 # Run by every Python process that finds it on its path: leaves a list of what each worker imported.
 RECORD_IMPORTS = """

@@ -73,13 +73,15 @@ def values_of_type(kind: Any, bounds: dict[str, float]) -> SearchStrategy[Any]:
     if origin is float:
         options = {"exclude_min": "gt" in bounds, "exclude_max": highest is not None}
         return st.floats(lowest, highest, allow_nan=False, allow_infinity=False, **options)
+    if origin is dict:
+        _, values = typing.get_args(kind) or (str, None)
+        return st.dictionaries(NAMES, values_of_type(values, {"gt": 0}) if values else JSON, max_size=3)
     return {
         bool: st.booleans(),
         str: TEXTS,
         SecretStr: TEXTS,
         type(None): st.none(),
         list: st.lists(NAMES, min_size=1, max_size=3),
-        dict: st.dictionaries(NAMES, JSON, max_size=3),
     }[origin]
 
 

@@ -117,7 +117,7 @@ def test_every_mistake_is_told_in_one_go():
         "torch_dtype='bf16' is not valid: it must be one of auto, bfloat16, float16, float32; "
         "the nearest is 'bfloat16'.",
         "learning_rate='fast' is not valid: it must be a number, above 0; its default is 2e-05.",
-        "packing='maybe' is not valid: it must be true or false; its default is false.",
+        "packing='maybe' is not valid: it must be true or false or null; leave it out for none.",
         problems[6],
         "lora_dropout='1.5' is not valid: it must be a number, at least 0 and below 1; its default is 0.1.",
     ]
@@ -188,7 +188,10 @@ def test_null_asks_for_the_default():
         {"torch_dtype": "float16", "use_peft": "false"},
         {"bf16": "true", "fp16": "true"},
         {"packing": "true", "max_length": "null"},
+        {"eval_packing": "true", "max_length": "null"},
         {"packing": "true", "packing_strategy": "wrapped"},
+        {"packing": "false", "padding_free": "true"},
+        {"packing": "false", "eval_packing": "true"},
         {"attn_implementation": "flash_attention_2"},
     ],
 )

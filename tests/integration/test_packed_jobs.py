@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packing in whole jobs: without padding the same steps as with it, or fewer and fuller ones."""
+
+import json
+import random
+
+import pytest
+
+from sagemaker_tree import metrics_of
+
+
+@pytest.fixture
+def make_job(make_tree):
+    def make(**hyperparameters):
+        tree = make_tree()
+        generator = random.Random(0)
+        rows = [{"text": "a" * round(generator.lognormvariate(3, 1) + 1)} for _ in range(29)]
+        for file in ("train/train.jsonl", "validation/validation.json"):
+            tree.write(f"input/data/{file}", "".join(f"{line}\n" for line in map(json.dumps, rows)))
+        tree.change(**hyperparameters)
+        tree.result = tree.run()
+        assert tree.result.returncode == 0, tree.result.stdout
+        return tree
+
+    return make
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_packing_the_rows_of_a_batch_changes_no_step(make_job, ranks):
+    shared = {"train_sampling_strategy": "random", "per_device_eval_batch_size": "8", "nproc_per_node": ranks}
+    packed, padded = make_job(**shared), make_job(**shared, packing="false")
+    assert "Packing: the rows of a batch share sequences (sdpa attention keeps them apart)" in packed.result.stdout
+    assert "Packing off: packing=false; train_sampling_strategy=random" in padded.result.stdout
+    for key in ("train_loss", "eval_loss", "train_token_accuracy", "tokens"):
+        values = metrics_of(packed.result.stdout, key)
+        assert values == pytest.approx(metrics_of(padded.result.stdout, key), rel=1e-4)
+    assert packed.manifest["packing"]["mode"] == "batch"
+
+
+def test_packing_the_data_set_takes_fewer_steps(make_job):
+    tree = make_job(packing="true", max_length="200", per_device_train_batch_size="2", eval_packing="false")
+    report = tree.manifest["packing"]["train"]
+    assert tree.manifest["packing"]["mode"] == "data set"
+    assert tree.manifest["num_steps"] == -(-report["num_sequences"] // 2) < 29 // 2
+    assert f"Data train: packed 29 rows into {report['num_sequences']} sequences" in tree.result.stdout
+    assert "Data validation: packed" not in tree.result.stdout
+    assert metrics_of(tree.result.stdout, "tokens")[-1] == tree.manifest["data"]["train"]["num_tokens"]
