@@ -7,20 +7,23 @@ from llm_trainer import __version__
 
 USAGE = """usage: llm-trainer train [--SETTING VALUE ...]
        llm-trainer train --help
+       llm-trainer validate [--SETTING VALUE ...] [--json]
        llm-trainer doctor [--SETTING VALUE ...]
        llm-trainer --version
 
 train fine-tunes the model and data of the SageMaker tree under /opt/ml (or SAGEMAKER_BASE_DIR).
+validate tells, without GPU or weights, whether that job would start, and what it would train on.
 doctor tells whether such a job would run well on this machine.
 """
 
 
 def main() -> int:
     command, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
+    wants_help = "--help" in arguments or "-h" in arguments
     if command == "--version":
         print(__version__)
         return 0
-    if command == "train" and ("--help" in arguments or "-h" in arguments):
+    if command == "train" and wants_help:
         from llm_trainer.settings_table import as_help
 
         print(as_help())
@@ -29,11 +32,15 @@ def main() -> int:
         from llm_trainer.launch import launch
 
         return launch(arguments)
-    if command == "doctor" and "--help" not in arguments and "-h" not in arguments:
+    if command == "validate" and not wants_help:
+        from llm_trainer.validate import validate
+
+        return validate(arguments)
+    if command == "doctor" and not wants_help:
         from llm_trainer.doctor import diagnose
 
         return diagnose(arguments)
-    is_asked = command in ("doctor", "--help", "-h")
+    is_asked = command in ("validate", "doctor", "--help", "-h")
     print(USAGE, end="", file=sys.stdout if is_asked else sys.stderr)
     return 0 if is_asked else 2
 

@@ -21,12 +21,12 @@ def describe_data(data: Data, tokenizer: PreTrainedTokenizerBase, in_colour: boo
         yield f"Data {name}: {report}; lengths: {lengths}"
         for source, row_format in report.formats.items():
             yield f"Data {name}: {source} has {row_format} rows; trained on: {report.loss_on[source]}"
-        yield from (f"Warning: {text}" for text in find_oddities(name, report))
-    legend = "green: trained on" if in_colour else f"between {' and '.join(PLAIN)}: trained on"
-    yield f"Data train, the first row ({legend}):\n{mark_sample(data.splits['train'][0], tokenizer, in_colour)}"
+        yield from (f"Warning: {text}" for text in find_data_oddities(name, report))
+    sample = mark_sample(data.splits["train"][0], tokenizer, in_colour)
+    yield f"Data train, the first row ({describe_marks(in_colour)}):\n{sample}"
 
 
-def find_oddities(name: str, report: DataReport) -> Iterator[str]:
+def find_data_oddities(name: str, report: DataReport) -> Iterator[str]:
     """What need not be wrong, and should be known."""
     if report.num_rows_in_validation:
         yield f"{report.num_rows_in_validation} rows of the {name} data are in the validation data too."
@@ -45,6 +45,10 @@ def find_oddities(name: str, report: DataReport) -> Iterator[str]:
         yield f"{report.num_bad_rows} bad rows of the {name} data are left out, see output/data/rejected_rows.jsonl."
     if not report.num_supervised_eos:
         yield f"no row of the {name} data trains the end-of-sequence token: all are cut before it."
+
+
+def describe_marks(in_colour: bool) -> str:
+    return "green: trained on" if in_colour else f"between {' and '.join(PLAIN)}: trained on"
 
 
 def mark_sample(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> str:

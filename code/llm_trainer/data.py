@@ -22,6 +22,7 @@ from llm_trainer.distributed import once_per_host
 from llm_trainer.encoding import Encoder, Vocabulary
 from llm_trainer.errors import UserError
 from llm_trainer.launch import Job
+from llm_trainer.preflight import Inputs
 from llm_trainer.preparation import CHUNK_ROWS, prepare
 from llm_trainer.settings import Settings
 from llm_trainer.sources import Source
@@ -44,25 +45,35 @@ class Data:
 
 def load_data(job: Job, vocabulary: Vocabulary, scratch_dir: Path) -> Data:
     """The job's data. Raises UserError with everything that is wrong with any of them."""
-    settings, output_dir = job.settings, job.environment.output_dir
-    splits = {"train": job.inputs.train}
-    if job.inputs.validation:
-        splits["validation"] = job.inputs.validation
-    index = scratch_dir / "data.json"
+    settings, inputs, index = job.settings, job.inputs, scratch_dir / "data.json"
+    rejected_rows = job.environment.output_dir / "data" / REJECTED
 
     def work() -> None:
-        index.write_text(json.dumps(prepare_splits(splits, vocabulary, settings, output_dir)), encoding="utf-8")
+        prepared, problems = prepare_splits(inputs, vocabulary, settings, rejected_rows)
+        if problems:
+            raise UserError(*problems)
+        values = {name: {"files": split.files, "report": vars(split.report)} for name, split in prepared.items()}
+        index.write_text(json.dumps(values), encoding="utf-8")
 
     once_per_host(scratch_dir / "data.done", work)
     prepared = json.loads(index.read_text(encoding="utf-8"))
     reports = {name: DataReport.from_json(split["report"]) for name, split in prepared.items()}
-    datasets = {name: open_split(split["files"], splits[name]) for name, split in prepared.items()}
+    sources = {"train": inputs.train, "validation": inputs.validation}
+    datasets = {name: open_split(split["files"], sources[name]) for name, split in prepared.items()}
     rows = {name: concatenate_datasets(list(own.values())) for name, own in datasets.items()}
     if settings.train_weights:
         rows["train"] = rows["train"].select(choose_rows(datasets["train"], settings.train_weights, settings.seed))
     if settings.shuffle_dataset:
         rows["train"] = rows["train"].shuffle(seed=settings.seed, keep_in_memory=True)
     return Data(rows, reports)
+
+
+@dataclass
+class Split:
+    """What became of one split's sources."""
+
+    report: DataReport
+    files: list[str]  # of Arrow, one a source that could be prepared
 
 
 def open_split(files: list[str], sources: list[Source]) -> dict[str, Dataset]:
@@ -72,6 +83,12 @@ def open_split(files: list[str], sources: list[Source]) -> dict[str, Dataset]:
         source.name: Dataset.from_file(file).select_columns(columns)
         for file, source in zip(files, sources, strict=True)
     }
+
+
+def first_row(split: Split) -> dict[str, list[int]] | None:
+    """The split's first row, if it has one."""
+    datasets = (Dataset.from_file(file) for file in split.files)
+    return next((rows[0] for rows in datasets if len(rows)), None)
 
 
 def choose_rows(datasets: dict[str, Dataset], weights: dict[str, float], seed: int) -> Any:
@@ -92,37 +109,37 @@ def choose_rows(datasets: dict[str, Dataset], weights: dict[str, float], seed: i
 
 
 def prepare_splits(
-    splits: dict[str, list[Source]], vocabulary: Vocabulary, settings: Settings, output_dir: Path
-) -> dict[str, Any]:
-    """Each split's Arrow files and report, after the audit of all of them. Raises UserError with every problem."""
+    inputs: Inputs, vocabulary: Vocabulary, settings: Settings, rejected_rows: Path
+) -> tuple[dict[str, Split], list[str]]:
+    """Each split that the job has, prepared, and a sentence for everything that is wrong with any of them."""
+    splits: dict[str, Split] = {}
     problems: list[str] = []
-    reports: dict[str, DataReport] = {}
-    folders: dict[str, list[Path]] = {}
-    rejected_rows = output_dir / "data" / "rejected_rows.jsonl"
     rejected_rows.unlink(missing_ok=True)  # of an earlier job in the same tree
-    for name, sources in splits.items():
-        reports[name], folders[name] = DataReport(), []
-        for source in sources:
-            try:
-                folder, report = prepare_source(source, vocabulary, settings)
-            except UserError as error:
-                problems += error.problems
-                continue
-            reports[name].add(report)
-            folders[name].append(folder)
-            keep_rejected(folder / REJECTED, rejected_rows, name)
-    for name, report in reports.items():
-        problems += report.find_bad_rows(name, settings.max_bad_rows_fraction)
-    if not problems:
-        for name, report in reports.items():
-            problems += report.find_flaws(name)
-    if problems:
-        raise UserError(*problems)
-    count_duplicates(reports, folders)
-    return {
-        name: {"files": [str(folder / ROWS) for folder in folders[name]], "report": vars(report)}
-        for name, report in reports.items()
-    }
+    for name, sources in (("train", inputs.train), ("validation", inputs.validation)):
+        if sources:
+            splits[name], own = prepare_split(name, sources, vocabulary, settings, rejected_rows)
+            problems += own
+    count_duplicates(splits)
+    return splits, problems
+
+
+def prepare_split(
+    name: str, sources: list[Source], vocabulary: Vocabulary, settings: Settings, rejected_rows: Path
+) -> tuple[Split, list[str]]:
+    split = Split(DataReport(), [])
+    problems: list[str] = []
+    for source in sources:
+        try:
+            folder, report = prepare_source(source, vocabulary, settings)
+        except UserError as error:
+            problems += error.problems
+            continue
+        split.report.add(report)
+        split.files.append(str(folder / ROWS))
+        keep_rejected(folder / REJECTED, rejected_rows, name)
+    problems += split.report.find_bad_rows(name, settings.max_bad_rows_fraction)
+    # Where rows are missing, the others' flaws may only come from that.
+    return split, problems or list(split.report.find_flaws(name))
 
 
 def keep_rejected(own: Path, target: Path, split: str) -> None:
@@ -135,17 +152,19 @@ def keep_rejected(own: Path, target: Path, split: str) -> None:
             file.write(json.dumps({"split": split, **json.loads(line)}, ensure_ascii=False) + "\n")
 
 
-def count_duplicates(reports: dict[str, DataReport], folders: dict[str, list[Path]]) -> None:
+def count_duplicates(splits: dict[str, Split]) -> None:
     """Count rows that are there twice, and training rows that are in the validation data too."""
-    digests = {name: np.concatenate([read_digests(folder) for folder in own]) for name, own in folders.items()}
+    digests = {name: read_digests(split.files) for name, split in splits.items()}
     for name, own in digests.items():
-        reports[name].num_duplicate_rows = len(own) - len(np.unique(own))
-    if "validation" in digests:
-        reports["train"].num_rows_in_validation = int(np.isin(digests["train"], digests["validation"]).sum())
+        splits[name].report.num_duplicate_rows = len(own) - len(np.unique(own))
+    if digests.keys() >= {"train", "validation"}:
+        num_shared = int(np.isin(digests["train"], digests["validation"]).sum())
+        splits["train"].report.num_rows_in_validation = num_shared
 
 
-def read_digests(folder: Path) -> Any:
-    return Dataset.from_file(str(folder / ROWS)).data.column("digest").to_numpy()
+def read_digests(files: list[str]) -> Any:
+    columns = [Dataset.from_file(file).data.column("digest").to_numpy() for file in files]
+    return np.concatenate([np.zeros(0, dtype=np.uint64), *columns])
 
 
 def prepare_source(source: Source, vocabulary: Vocabulary, settings: Settings) -> tuple[Path, DataReport]:

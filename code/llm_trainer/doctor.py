@@ -22,16 +22,16 @@ import psutil
 
 from llm_trainer.environment import Environment, read_environment
 from llm_trainer.errors import UserError
+from llm_trainer.findings import Finding, as_row
 from llm_trainer.gpu_driver import driver_variables, find_torch_cuda
-from llm_trainer.launch import parse_arguments
-from llm_trainer.machine import Finding, inspect_machine
+from llm_trainer.launch import collect_settings
+from llm_trainer.machine import inspect_machine
 from llm_trainer.network import find_efa_devices, network_variables
-from llm_trainer.settings import Settings, read_settings
+from llm_trainer.settings import Settings
 
 CONNECT_SECONDS = 5
 SELF_TEST_SECONDS = 120
 WANDB_URL = "https://api.wandb.ai"
-COLOURS = {"ok": "\033[32m", "warning": "\033[33m", "error": "\033[31m"}
 
 
 def diagnose(arguments: Sequence[str]) -> int:
@@ -50,18 +50,11 @@ def diagnose(arguments: Sequence[str]) -> int:
     return 1 if errors else 0
 
 
-def as_row(finding: Finding, in_colour: bool) -> str:
-    verdict = f"{finding.verdict:8}"
-    if in_colour:
-        verdict = f"{COLOURS[finding.verdict]}{verdict}\033[0m"
-    return f"{finding.subject:14} {verdict} {finding.text}"
-
-
 def examine(environment: Environment, arguments: Sequence[str]) -> Iterator[Finding]:
     yield from inspect_machine(environment)
     torch_cuda = find_torch_cuda()
     yield inspect_nccl(torch_cuda, os.environ, find_efa_devices())
-    settings, problems = read_lenient_settings(environment, arguments)
+    settings, problems = collect_settings(environment, arguments)
     if problems:
         yield Finding("settings", "warning", f"1 of {len(problems)} problems: {problems[0]}")
     yield from try_trackers(settings, os.environ)
@@ -91,16 +84,6 @@ def is_efa_plugin_present(variables: Mapping[str, str]) -> bool:
         ctypes.util.find_library(name) or any((folder / f"lib{name}.so").exists() for folder in folders)
         for name in ("nccl-net", "nccl-net-ofi")
     )
-
-
-def read_lenient_settings(environment: Environment, arguments: Sequence[str]) -> tuple[Settings, list[str]]:
-    """The settings as far as they are valid: the machine is examined even where a job's settings are wrong."""
-    try:
-        given, problems = parse_arguments(arguments), []
-    except UserError as error:
-        given, problems = {}, list(error.problems)
-    settings, others = read_settings(environment, given)
-    return settings, problems + others
 
 
 def try_trackers(settings: Settings, variables: Mapping[str, str]) -> Iterator[Finding]:

@@ -19,24 +19,26 @@ from huggingface_hub.utils import parse_ratelimit_headers
 from llm_trainer.errors import UserError, chain, summarize
 
 # What a causal language model needs; a repository may hold the same weights in other formats besides.
-MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken"]
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken"]
+WEIGHTS = ["*.safetensors"]
 FIRST_WAIT_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 60.0
 PATIENCE_SECONDS = 180.0  # no attempt begins later than this after the first
 BUSY = (408, 429, 500, 502, 503, 504)
 
 
-def download_model(model: str, revision: str | None) -> str:
+def download_model(model: str, revision: str | None, with_weights: bool) -> str:
     """The folder of the model's files in the cache. Raises UserError when the Hub does not deliver them.
 
     huggingface_hub repeats some of its requests itself, five times within half a minute, but not the first one, which
     asks for the repository, nor that for a file after a server error.
     """
+    files = SMALL_FILES + (WEIGHTS if with_weights else [])
     give_up_at = time.monotonic() + PATIENCE_SECONDS
     wait = FIRST_WAIT_SECONDS
     while True:
         try:
-            return snapshot_download(model, revision=revision, allow_patterns=MODEL_FILES)
+            return snapshot_download(model, revision=revision, allow_patterns=files)
         except (httpx2.HTTPError, LocalEntryNotFoundError, HFValidationError) as error:
             answer = find_answer(error)
             seconds = max(wait, asked_wait(answer)) * random.uniform(1, 1.5)  # apart from the other hosts

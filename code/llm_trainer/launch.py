@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from llm_trainer import checkpoints
+from llm_trainer.disk import inspect_need
 from llm_trainer.environment import Environment, find_base_dir, read_environment, read_json_object
 from llm_trainer.errors import Failure, UserError, write_failure
 from llm_trainer.gpu_driver import driver_variables
@@ -23,9 +24,9 @@ from llm_trainer.hosts import Hosts
 from llm_trainer.machine import inspect_machine
 from llm_trainer.network import network_variables
 from llm_trainer.own_script import names_a_script, run_script
-from llm_trainer.preflight import Inputs, find_inputs
-from llm_trainer.settings import SECRETS, Settings, is_given, read_settings, redact, show
-from llm_trainer.sources import HubSource, find_unread, find_unused
+from llm_trainer.preflight import Inputs, find_inputs, find_lack_of_weights, find_oddities
+from llm_trainer.settings import Settings, is_given, read_settings, redact, show
+from llm_trainer.sources import HubSource
 from llm_trainer.supervisor import INTRODUCTION_SECONDS, Supervisor, meet, wait_for_trainers
 
 MASTER_PORT = 7777  # what SageMaker's own toolkit uses between hosts
@@ -150,11 +151,22 @@ def read_job(arguments: Sequence[str]) -> Job:
 
 def check_job(environment: Environment, arguments: Sequence[str]) -> Job:
     """The job, checked. Raises UserError with every mistake there is."""
-    settings, problems = read_settings(environment, parse_arguments(arguments))
+    settings, problems = collect_settings(environment, arguments)
     inputs, missing = find_inputs(settings, environment)
+    missing += find_lack_of_weights(inputs.model)
     if problems or missing:
         raise UserError(*problems, *missing)
     return Job(environment, settings, inputs)
+
+
+def collect_settings(environment: Environment, arguments: Sequence[str]) -> tuple[Settings, list[str]]:
+    """The settings as far as they are valid, and a sentence for every mistake in them and in the command line."""
+    try:
+        given, problems = parse_arguments(arguments), []
+    except UserError as error:
+        given, problems = {}, list(error.problems)
+    settings, others = read_settings(environment, given)
+    return settings, problems + others
 
 
 def parse_arguments(arguments: Sequence[str]) -> dict[str, str]:
@@ -182,23 +194,18 @@ def describe_job(job: Job) -> None:
     for split, sources in (("Training", job.inputs.train), ("Validation", job.inputs.validation)):
         for source in sources:
             print(f"{split} data: {source.describe()}")
-            if unread := find_unread(source):
-                print(f"Warning: {source.name} holds files that are not read: {', '.join(unread[:5])}")
-    if unused := find_unused(job.environment):
-        print(f"Warning: nothing reads channel {', '.join(unused)}: see the README for the channels' names.")
     for name, value in redact(job.settings).items():
         if is_given(job.settings, name):
             print(f"Setting {name}={show(value)}")
-            if name in SECRETS:
-                print(f"Warning: everyone who may describe the job can read {name}: give it in the job's Environment.")
-    if job.settings.ignore_data_skip:
-        print("Warning: ignore_data_skip=true: a resumed run sees rows of this epoch twice and others not at all.")
+    for oddity in find_oddities(job.settings, environment, job.inputs):
+        print(f"Warning: {oddity}")
     sys.stdout.flush()
 
 
 def check_machine(job: Job) -> None:
     """Say what the host offers, one line each. Raises UserError for what would end the job after it has begun."""
-    findings = inspect_machine(job.environment)
+    cache_dir = Path(library_variables(job.settings, job.inputs)["LLM_TRAINER_CACHE"])
+    findings = [*inspect_machine(job.environment), *inspect_need(job.settings, job.inputs, cache_dir)]
     for finding in findings:
         print(f"Machine: {finding.verdict}: {finding.subject}: {finding.text}")
     sys.stdout.flush()
@@ -229,30 +236,44 @@ def torchrun_command(job: Job, arguments: Sequence[str]) -> list[str]:
 
 
 def worker_variables(job: Job, scratch_dir: Path, started: float) -> dict[str, str]:
-    """The workers' environment variables: caches off the small root disk, threads that share the cores, tokens."""
+    """The workers' environment variables: threads that share the cores, the network, and the libraries' own."""
     variables = {
         "PYTHONUNBUFFERED": "1",
         "LLM_TRAINER_SCRATCH": str(scratch_dir),
         "LLM_TRAINER_STARTED": str(started),
         # torchrun would set 1, which halves the speed of a single CPU rank
         "OMP_NUM_THREADS": str(max(1, job.environment.num_cpus // num_processes(job))),
+        **network_variables(job.environment),
+    }
+    if len(job.environment.hosts) > 1:
+        variables["LLM_TRAINER_HOST"] = job.environment.current_host
+    variables |= library_variables(job.settings, job.inputs)
+    return variables | driver_variables(variables)
+
+
+def library_variables(settings: Settings, inputs: Inputs) -> dict[str, str]:
+    """This process's variables, and what libraries of models and data are told: caches off the small root disk,
+    tokens, no needless talk."""
+    variables = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # carriage returns spoil CloudWatch's lines
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         **cache_variables(os.environ),
+        **os.environ,  # what the user sets in the job's Environment wins
     }
-    if len(job.environment.hosts) > 1:
-        variables["LLM_TRAINER_HOST"] = job.environment.current_host
-    variables |= network_variables(job.environment)
-    variables |= os.environ  # what the user sets in the job's Environment wins
-    variables |= driver_variables(variables)
-    sources = [*job.inputs.train, *job.inputs.validation]
-    if Path(job.inputs.model).is_dir() and not any(isinstance(source, HubSource) for source in sources):
+    if not needs_hub(settings, inputs):
         variables["HF_HUB_OFFLINE"] = "1"  # nothing to fetch: look-ups would only wait for a network
-    for name, secret in (("HF_TOKEN", job.settings.token), ("WANDB_API_KEY", job.settings.wandb_token)):
+    for name, secret in (("HF_TOKEN", settings.token), ("WANDB_API_KEY", settings.wandb_token)):
         if secret is not None:
             variables[name] = secret.get_secret_value()
     return variables
+
+
+def needs_hub(settings: Settings, inputs: Inputs) -> bool:
+    """Whether the model, its chat template or data come from the Hugging Face Hub."""
+    places = (inputs.model, settings.chat_template_path)
+    has_hub_data = any(isinstance(source, HubSource) for source in (*inputs.train, *inputs.validation))
+    return has_hub_data or any(place and not Path(place).exists() for place in places)
 
 
 def cache_variables(variables: Mapping[str, str]) -> dict[str, str]:

@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host offers a job, and what of it a job would suffer from. Reads the kernel's files and NVML, never torch.
-
-A finding is one line. A warning means a slower or less certain job, an error a job that fails.
-"""
+"""What this host offers a job, and what of it a job would suffer from. Reads kernel files and NVML, never torch."""
 
 import os
 import resource
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import psutil
 import pynvml
 
+from llm_trainer.disk import inspect_disk
 from llm_trainer.environment import Environment
+from llm_trainer.findings import GIB, Finding, show_bytes
 from llm_trainer.gpu_driver import (
     COMPAT_DIR,
     Driver,
@@ -26,24 +23,11 @@ from llm_trainer.gpu_driver import (
 )
 from llm_trainer.network import find_efa_devices, find_verbs_devices
 
-Verdict = Literal["ok", "warning", "error"]
-
-GIB = 2**30
-MIN_DISK_BYTES = 10 * GIB
 MIN_SHARED_MEMORY_BYTES = GIB
 MIN_MEMORY_BYTES = 4 * GIB
 MIN_OPEN_FILES = 4096
 SHARED_MEMORY_DIR = Path("/dev/shm")
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # v2, v1
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One fact about the machine. The text of a warning or an error ends with what to change."""
-
-    subject: str
-    verdict: Verdict
-    text: str
 
 
 def inspect_machine(environment: Environment) -> list[Finding]:
@@ -109,21 +93,6 @@ def judge_driver(driver: Driver, torch_cuda: str | None, compat_version: str | N
         "or an image that has its cuda-compat."
     )
     return Finding("driver", "error", text)
-
-
-def inspect_disk(subject: str, folder: Path) -> Finding:
-    """Free space where the folder is, or will be made."""
-    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    statistics = os.statvfs(nearest)
-    free_bytes = statistics.f_bavail * statistics.f_frsize
-    free = f"{show_bytes(free_bytes)} free on {folder}"
-    if free_bytes >= MIN_DISK_BYTES:
-        return Finding(subject, "ok", free)
-    text = (
-        f"{free}, and weights, checkpoints and caches soon take {show_bytes(MIN_DISK_BYTES)}: "
-        "raise VolumeSizeInGB on SageMaker, mount a larger disk there with docker."
-    )
-    return Finding(subject, "warning", text)
 
 
 def inspect_shared_memory(folder: Path) -> Finding:
@@ -192,10 +161,3 @@ def judge_efa(efa_devices: list[str], verbs_devices: list[str]) -> Finding:
         )
         return Finding("EFA", "warning", text)
     return Finding("EFA", "ok", ", ".join(efa_devices))
-
-
-def show_bytes(size_bytes: float) -> str:
-    """Such as 9.6 GiB, 80 GiB or 64 MiB."""
-    if size_bytes < GIB:
-        return f"{size_bytes / 2**20:.0f} MiB"
-    return f"{size_bytes / GIB:.1f}".removesuffix(".0") + " GiB"

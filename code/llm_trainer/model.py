@@ -18,19 +18,20 @@ from transformers import (
 )
 
 from llm_trainer.distributed import local_rank, once_per_host
+from llm_trainer.encoding import Vocabulary
 from llm_trainer.errors import UserError, summarize
 from llm_trainer.hub import download_model, find_refusal
 from llm_trainer.settings import Settings
 
 
-def fetch_model(model: str, settings: Settings, scratch_dir: Path) -> str:
+def fetch_model(model: str, settings: Settings, scratch_dir: Path, with_weights: bool = True) -> str:
     """The folder of the model's files: a Hub model is downloaded once a host. Raises UserError when it cannot be."""
     if Path(model).is_dir() or not settings.use_snapshot_download:
         return model
     place = scratch_dir / "model_folder"
 
     def download() -> None:
-        place.write_text(download_model(model, settings.model_revision), encoding="utf-8")
+        place.write_text(download_model(model, settings.model_revision, with_weights), encoding="utf-8")
 
     once_per_host(scratch_dir / "model.done", download)
     return place.read_text(encoding="utf-8")
@@ -105,9 +106,15 @@ def find_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, settings: Sett
     return frozenset([*stops, tokenizer.eos_token_id])
 
 
-def find_vocabulary_size(model: str, settings: Settings) -> int:
-    """The number of token ids that the model's embedding knows."""
-    return AutoConfig.from_pretrained(model, **source_options(settings)).get_text_config().vocab_size
+def read_vocabulary(model: str, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Vocabulary:
+    """What data have to agree on with the model. Raises UserError when its config cannot be read."""
+    try:
+        config = AutoConfig.from_pretrained(model, **source_options(settings))
+    except (OSError, ValueError) as error:
+        refusal = find_refusal(error, f"model_id={model!r}")
+        raise UserError(refusal or f"The config of {model} could not be loaded ({summarize(error)}).") from error
+    size = config.get_text_config().vocab_size
+    return Vocabulary(tokenizer, find_stop_ids(model, tokenizer, settings), size)
 
 
 def choose_dtype(settings: Settings) -> torch.dtype:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_trainer.environment import Environment
-from llm_trainer.settings import Settings, show
-from llm_trainer.sources import Source, find_train, find_validation
+from llm_trainer.errors import summarize
+from llm_trainer.settings import SECRETS, Settings, is_given, show
+from llm_trainer.sources import Source, find_train, find_unread, find_unused, find_validation
+from llm_trainer.weights import WEIGHTS_INDEX, check_weights, is_git_lfs_pointer, list_weights
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "vocab.*", "*.model", "*.tiktoken")
+POINTER = "is a Git LFS pointer and not the file itself: run `git lfs pull`, or download the model again."
 
 
 @dataclass(frozen=True)
@@ -66,31 +68,45 @@ def check_model(model: str) -> Iterator[str]:
                 "give an id such as 'Qwen/Qwen3-0.6B' or the folder of a channel."
             )
         return
-    if not (folder / "config.json").is_file():
-        yield f"Model folder {folder} has no config.json: give the folder that holds the model's files itself."
+    unreadable = [file for file in folder.glob("*.*") if not os.access(file, os.R_OK)]
+    for file in unreadable:
+        yield f"Model file {file} cannot be read by user {os.getuid()}: make it readable, or run as another user."
     if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         yield f"Model folder {folder} has no tokenizer ({TOKENIZER_FILES[0]}): put the tokenizer beside the weights."
-    yield from check_weights(folder)
-    for file in folder.glob("*.*"):
-        if not os.access(file, os.R_OK):
-            yield f"Model file {file} cannot be read by user {os.getuid()}: make it readable, or run as another user."
+    if not unreadable:
+        yield from check_config(folder / "config.json")
+        yield from check_tokenizer(folder / TOKENIZER_FILES[0])
+        yield from check_weights(folder)
 
 
-def check_weights(folder: Path) -> Iterator[str]:
-    index = folder / WEIGHTS_INDEX
-    if index.is_file():
+def check_config(file: Path) -> Iterator[str]:
+    if not file.is_file():
+        yield f"Model folder {file.parent} has no config.json: give the folder that holds the model's files itself."
+    elif is_git_lfs_pointer(file):
+        yield f"{file} {POINTER}"
+    else:
         try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            yield f"{index} is not a weights index ({error!r}): download the model again."
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            yield f"{file} is not valid JSON ({summarize(error)}): download the model again."
             return
-        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-        if missing:
-            yield f"Model folder {folder} lacks {len(missing)} weight files of its index, first {missing[0]}: add them."
-    elif not any(folder.glob("*.safetensors")):
-        others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".gguf"))
-        found = f" (found {', '.join(others[:3])}, which is not read)" if others else ""
-        yield f"Model folder {folder} has no weights{found}: put the model's .safetensors files there."
+        if not isinstance(config, dict) or not config.keys() & {"model_type", "auto_map"}:  # a map to code of its own
+            yield f"{file} has no model_type: give the config.json of a Transformers model."
+
+
+def check_tokenizer(file: Path) -> Iterator[str]:
+    if file.is_file() and is_git_lfs_pointer(file):
+        yield f"{file} {POINTER}"
+
+
+def find_lack_of_weights(model: str) -> Iterator[str]:
+    """A sentence where a model folder has no weights at all: training needs them, and a look at the data does not."""
+    folder = Path(model)
+    if not model or not folder.is_dir() or list_weights(folder) or (folder / WEIGHTS_INDEX).is_file():
+        return
+    others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".gguf"))
+    found = f" (found {', '.join(others[:3])}, which is not read)" if others else ""
+    yield f"Model folder {folder} has no weights{found}: put the model's .safetensors files there."
 
 
 def check_evaluation(settings: Settings, has_validation: bool) -> Iterator[str]:
@@ -104,6 +120,25 @@ def check_evaluation(settings: Settings, has_validation: bool) -> Iterator[str]:
 
 def check_writable(model_dir: Path, setting: str) -> Iterator[str]:
     """The nearest folder there is must be writable: an unwritable one would lose the result after hours."""
-    nearest = next(folder for folder in (model_dir, *model_dir.parents) if folder.exists())
+    nearest = find_nearest_folder(model_dir)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         yield f"{setting}: user {os.getuid()} cannot write to {nearest}: mount it writable, or run as another user."
+
+
+def find_nearest_folder(folder: Path) -> Path:
+    """The folder, or where it is not made yet, the nearest one above it that is there."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+
+
+def find_oddities(settings: Settings, environment: Environment, inputs: Inputs) -> Iterator[str]:
+    """Sentences about what a job may be asked for and is seldom meant."""
+    for source in (*inputs.train, *inputs.validation):
+        if unread := find_unread(source):
+            yield f"{source.name} holds files that are not read: {', '.join(unread[:5])}"
+    if unused := find_unused(environment):
+        yield f"nothing reads channel {', '.join(unused)}: see the README for the channels' names."
+    for name in SECRETS:
+        if is_given(settings, name):
+            yield f"everyone who may describe the job can read {name}: give it in the job's Environment."
+    if settings.ignore_data_skip:
+        yield "ignore_data_skip=true: a resumed run sees rows of this epoch twice and others not at all."

@@ -12,7 +12,6 @@ from llm_trainer import adapters, export, model
 from llm_trainer.audit import describe_data
 from llm_trainer.data import load_data
 from llm_trainer.distributed import rank, world_size
-from llm_trainer.encoding import Vocabulary
 from llm_trainer.launch import Job
 from llm_trainer.manifest import build_manifest
 from llm_trainer.metrics import MetricLines
@@ -39,9 +38,7 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     tokenizer = model.load_tokenizer(folder, settings)
     timeline.mark("tokenizer")
 
-    stop_ids = model.find_stop_ids(folder, tokenizer, settings)
-    vocabulary = Vocabulary(tokenizer, stop_ids, model.find_vocabulary_size(folder, settings))
-    data = load_data(job, vocabulary, scratch_dir)
+    data = load_data(job, model.read_vocabulary(folder, tokenizer, settings), scratch_dir)
     for line in describe_data(data, tokenizer, in_colour=sys.stdout.isatty()):
         say(line)
     timeline.mark("data")

@@ -54,7 +54,8 @@ def test_fields_may_have_other_names():
 def test_a_row_of_no_format_is_told_with_its_fields():
     assert problem_of({"question": "a", "answer": None}) == (
         "has no field 'input_ids' or 'messages' or 'conversations' or 'prompt' with 'completion' or 'instruction' with "
-        "'output' or 'text' (found: question, answer (null)): rename the field, or name it with messages_field or text_field."
+        "'output' or 'text' (found: question, answer (null)): rename the field, or name it with messages_field or "
+        "text_field."
     )
     assert "(found: none)" in problem_of({})
 

@@ -8,7 +8,10 @@ from huggingface_hub import constants
 
 from fake_hub import MODEL, FakeHub
 from llm_trainer import hub, model
+from llm_trainer.environment import read_environment
 from llm_trainer.errors import UserError
+from llm_trainer.launch import needs_hub
+from llm_trainer.preflight import find_inputs
 from llm_trainer.settings import Settings
 
 TOKEN = "hf_secretOfTheTest"
@@ -123,3 +126,19 @@ def test_no_network(fake_hub, tmp_path, monkeypatch):
     fake_hub.close()
     sentence = refuse(model.fetch_model, MODEL, Settings(), tmp_path)
     assert "Connection refused): give the container a network, or give the model's files" in sentence
+
+
+@pytest.mark.parametrize(
+    ("settings", "needs"),
+    [
+        ({}, False),
+        ({"model_id": MODEL}, True),
+        ({"train_dataset_path": "org/rows"}, True),
+        ({"val_dataset_path": "org/rows"}, True),
+        ({"chat_template_path": "org/other"}, True),
+    ],
+)
+def test_the_hub_is_left_alone_only_by_a_job_that_takes_nothing_from_it(tree, monkeypatch, settings, needs):
+    monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(tree.base_dir))
+    inputs, _ = find_inputs(Settings(**settings), read_environment())
+    assert needs_hub(Settings(**settings), inputs) is needs

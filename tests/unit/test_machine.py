@@ -11,7 +11,6 @@ import pytest
 from llm_trainer.environment import read_environment
 from llm_trainer.gpu_driver import Driver, Gpu
 from llm_trainer.machine import (
-    inspect_disk,
     inspect_locked_memory,
     inspect_machine,
     inspect_memory,
@@ -95,12 +94,6 @@ def test_small_or_missing_shared_memory_is_told_with_the_docker_flag(tmp_path):
         assert finding.verdict == "warning"
         assert "--shm-size=8g" in finding.text
         assert finding.text.endswith("set dataloader_num_workers=0 there.")
-
-
-def test_a_full_disk_is_told():
-    finding = inspect_disk("disk", Path("/proc"))
-    assert finding.verdict == "warning"
-    assert finding.text.startswith("0 MiB free on /proc")
 
 
 def test_few_open_files_are_told(limit):

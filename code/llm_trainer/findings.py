@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One fact that `doctor`, `validate` or the launcher tells, with its verdict, and how it looks on a line."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Verdict = Literal["ok", "warning", "error"]
+
+GIB = 2**30
+COLOURS = {"ok": "\033[32m", "warning": "\033[33m", "error": "\033[31m"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A warning means a slower or less certain job, an error a job that fails; their text ends with what to change."""
+
+    subject: str
+    verdict: Verdict
+    text: str
+
+
+def as_row(finding: Finding, in_colour: bool) -> str:
+    verdict = f"{finding.verdict:8}"
+    if in_colour:
+        verdict = f"{COLOURS[finding.verdict]}{verdict}\033[0m"
+    return f"{finding.subject:14} {verdict} {finding.text}"
+
+
+def show_bytes(size_bytes: float) -> str:
+    """Such as 9.6 GiB, 80 GiB or 64 MiB."""
+    if size_bytes < GIB:
+        return f"{size_bytes / 2**20:.0f} MiB"
+    return f"{size_bytes / GIB:.1f}".removesuffix(".0") + " GiB"

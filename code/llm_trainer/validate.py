@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`llm-trainer validate`: all that is wrong with a job, and what it would train on, without a GPU or weights.
+
+Writes only what `train` writes at its start too: tokenized data into the cache, and rejected_rows.jsonl.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llm_trainer.data_report import DataReport
+from llm_trainer.disk import inspect_need
+from llm_trainer.environment import Environment, read_environment
+from llm_trainer.errors import MAX_LISTED_PROBLEMS, UserError
+from llm_trainer.findings import Finding, Verdict, as_row
+from llm_trainer.launch import collect_settings, library_variables
+from llm_trainer.own_script import names_a_script
+from llm_trainer.preflight import Inputs, check_writable, find_inputs, find_lack_of_weights, find_oddities
+from llm_trainer.settings import Settings, is_given, redact
+
+
+@dataclass
+class Validation:
+    """What is known of a job before it starts."""
+
+    findings: list[Finding] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)  # those given, without secrets
+    reports: dict[str, DataReport] = field(default_factory=dict)  # of each split
+    sample: str = ""  # a training row, what is trained on marked
+
+    def tell(self, subject: str, verdict: Verdict, texts: Iterable[str]) -> None:
+        self.findings += [Finding(subject, verdict, text) for text in texts]
+
+    def list_texts(self, verdict: Verdict) -> list[str]:
+        return [finding.text for finding in self.findings if finding.verdict == verdict]
+
+
+def validate(arguments: Sequence[str]) -> int:
+    """Print what is found out about the job of the tree; the exit code, 1 when it would fail."""
+    wants_json = "--json" in arguments
+    in_colour = not wants_json and sys.stdout.isatty()
+    # A library, or a wait for the Hub, may print too.
+    with contextlib.redirect_stdout(sys.stderr if wants_json else sys.stdout):
+        validation = examine([word for word in arguments if word != "--json"], in_colour)
+    lines = [as_json(validation)] if wants_json else as_text(validation, in_colour)
+    print(*lines, sep="\n")
+    return 1 if validation.list_texts("error") else 0
+
+
+def examine(arguments: Sequence[str], in_colour: bool) -> Validation:
+    validation = Validation()
+    try:
+        environment = read_environment()
+    except UserError as error:
+        validation.tell("tree", "error", error.problems)
+        return validation
+    if names_a_script(environment.hyperparameters):
+        validation.tell("script", "warning", ["the job runs a script of your own, of which nothing can be checked."])
+        return validation
+    settings, problems = collect_settings(environment, arguments)
+    given = {name: value for name, value in redact(settings).items() if is_given(settings, name)}
+    validation.settings = given
+    validation.tell("settings", "error", problems)
+    if not problems:
+        validation.tell("settings", "ok", [f"{len(given)} given"])
+    inputs, problems = find_inputs(settings, environment)
+    validation.tell("inputs", "error", problems)
+    if not problems:
+        validation.tell("inputs", "ok", [inputs.model])
+        validation.tell("inputs", "ok", [source.describe() for source in (*inputs.train, *inputs.validation)])
+    lack = [f"{text} Only train needs them." for text in find_lack_of_weights(inputs.model)]
+    validation.tell("weights", "warning", lack)
+    validation.tell("job", "warning", find_oddities(settings, environment, inputs))
+    os.environ.update(library_variables(settings, inputs))  # libraries read them when they are imported
+    validation.findings += inspect_need(settings, inputs, Path(os.environ["LLM_TRAINER_CACHE"]))
+    if inputs.model and inputs.train:
+        examine_data(settings, inputs, environment, validation, in_colour)
+    return validation
+
+
+def examine_data(
+    settings: Settings, inputs: Inputs, environment: Environment, validation: Validation, in_colour: bool
+) -> None:
+    """Prepare the data as the job would, and tell what becomes of them."""
+    from llm_trainer import model  # Transformers takes seconds to import, and has to find the variables set
+    from llm_trainer.audit import find_data_oddities, mark_sample
+    from llm_trainer.data import first_row, prepare_splits
+
+    unwritable = list(check_writable(environment.output_dir, "output"))
+    validation.tell("output", "warning", [f"{text} Bad rows are not listed there." for text in unwritable])
+    with tempfile.TemporaryDirectory(prefix="llm-trainer-") as scratch_dir:
+        rejected_rows = Path(scratch_dir if unwritable else environment.output_dir / "data") / "rejected_rows.jsonl"
+        try:
+            folder = model.fetch_model(inputs.model, settings, Path(scratch_dir), with_weights=False)
+            tokenizer = model.load_tokenizer(folder, settings)
+            vocabulary = model.read_vocabulary(folder, tokenizer, settings)
+            splits, problems = prepare_splits(inputs, vocabulary, settings, rejected_rows)
+        except UserError as error:
+            validation.tell("tokenizer", "error", error.problems)
+            return
+        except OSError as error:
+            validation.tell("data", "error", [f"The data could not be prepared: {error}."])
+            return
+    validation.tell("data", "error", problems)
+    for name, split in splits.items():
+        validation.reports[name] = split.report
+        formats = split.report.formats.items()
+        texts = [f"{key}: {rows} rows, trained on: {split.report.loss_on[key]}" for key, rows in formats]
+        validation.tell(name, "ok", texts)
+        if not problems:
+            validation.tell(name, "warning", find_data_oddities(name, split.report))
+    row = first_row(splits["train"])
+    validation.sample = mark_sample(row, tokenizer, in_colour) if row else ""
+
+
+def as_json(validation: Validation) -> str:
+    problems = validation.list_texts("error")
+    values = {
+        "ok": not problems,
+        "problems": problems,
+        "warnings": validation.list_texts("warning"),
+        "data": {name: report.summary() for name, report in validation.reports.items()},
+        "sample": validation.sample,
+        "settings": validation.settings,
+    }
+    return json.dumps(values, default=str)
+
+
+def as_text(validation: Validation, in_colour: bool) -> Iterator[str]:
+    errors = [finding for finding in validation.findings if finding.verdict == "error"]
+    unlisted = errors[MAX_LISTED_PROBLEMS:]
+    for finding in validation.findings:
+        if finding not in unlisted:
+            yield as_row(finding, in_colour)
+    if unlisted:
+        yield f"and {len(unlisted)} more errors, which --json lists."
+    if validation.reports:
+        yield from ("", *as_table({name: count(report) for name, report in validation.reports.items()}))
+    if validation.sample:
+        from llm_trainer.audit import describe_marks
+
+        yield from ("", f"The first training row ({describe_marks(in_colour)}):", validation.sample)
+    num_warnings = len(validation.list_texts("warning"))
+    yield f"errors: {len(errors)}, warnings: {num_warnings}; this job would {'fail' if errors else 'start'}."
+
+
+def count(report: DataReport) -> dict[str, str]:
+    counts = {
+        "rows": report.num_rows,
+        "tokens": report.num_tokens,
+        "trained on": f"{report.supervised_share:.1%}",
+        **report.length_percentiles(),
+        "cut": report.num_truncated_rows,
+        "left out": report.num_dropped_rows + report.num_unsupervised_rows,
+        "bad": report.num_bad_rows,
+        "duplicates": report.num_duplicate_rows,
+        "in validation": report.num_rows_in_validation,
+    }
+    return {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in counts.items()}
+
+
+def as_table(rows: dict[str, dict[str, str]]) -> Iterator[str]:
+    """A line a row below a line of the columns' names, right-aligned."""
+    for name, cells in ("data", {column: column for row in rows.values() for column in row}), *rows.items():
+        widths = {column: max(len(column), *(len(row.get(column, "")) for row in rows.values())) for column in cells}
+        yield f"{name:10}" + "".join(f"  {cells[column]:>{width}}" for column, width in widths.items())

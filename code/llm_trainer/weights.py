@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The .safetensors files of a model folder: whether they are whole, and how large. Reads their headers only, no torch.
+
+A file is 8 bytes with the header's length, the header, a JSON object of tensors, and the tensors' bytes.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+WEIGHTS_INDEX = "model.safetensors.index.json"
+GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec"
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+def list_weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def is_git_lfs_pointer(file: Path) -> bool:
+    """Whether the file is what `git clone` leaves in its place without Git LFS."""
+    with file.open("rb") as stream:
+        return stream.read(len(GIT_LFS_POINTER)) == GIT_LFS_POINTER
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """Tensor -> dtype, shape and offsets. Raises ValueError with what is wrong with the file."""
+    if is_git_lfs_pointer(file):
+        raise ValueError("is a Git LFS pointer and not the weights: run `git lfs pull`, or download the model again.")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        header = stream.read(header_bytes) if header_bytes <= MAX_HEADER_BYTES else b""
+    if size < 8 or (header_bytes <= MAX_HEADER_BYTES and len(header) < header_bytes):
+        raise ValueError(f"ends after {size:,} bytes, within its header: it was cut off; download the model again.")
+    try:
+        tensors = {name: tensor for name, tensor in json.loads(header).items() if name != "__metadata__"}
+        whole = 8 + header_bytes + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError("has no header of the safetensors format: download the model again.") from error
+    if size != whole:
+        fault = "was cut off" if size < whole else "is damaged"
+        raise ValueError(f"is {size:,} bytes of {whole:,}: it {fault}; download the model again.")
+    return tensors
+
+
+def check_weights(folder: Path) -> Iterator[str]:
+    """Sentences about weights that are there and not whole; that there are none at all is for the caller to judge."""
+    try:
+        tensors = read_index(folder / WEIGHTS_INDEX) or {file.name: set() for file in list_weights(folder)}
+    except ValueError as error:
+        yield str(error)
+        return
+    missing = sorted(name for name in tensors if not (folder / name).is_file())
+    if missing:
+        yield f"Model folder {folder} lacks {len(missing)} weight files of its index, first {missing[0]}: add them."
+    for name in sorted(tensors.keys() - missing):
+        try:
+            absent = sorted(tensors[name] - read_header(folder / name).keys())
+        except ValueError as error:
+            yield f"{folder / name} {error}"
+            continue
+        if absent:
+            yield (
+                f"{folder / name} lacks {len(absent)} tensors that {WEIGHTS_INDEX} says it holds, first {absent[0]}: "
+                "download the model again."
+            )
+
+
+def read_index(index: Path) -> dict[str, set[str]]:
+    """File -> the tensors in it; nothing where there is no index. Raises ValueError with what is wrong with it."""
+    if not index.is_file():
+        return {}
+    tensors: dict[str, set[str]] = {}
+    try:
+        for tensor, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            tensors.setdefault(file, set()).add(tensor)
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index} is not a weights index ({error!r}): download the model again.") from error
+    return tensors
+
+
+def list_shapes(folder: Path) -> list[list[int]]:
+    """The shape of every tensor in the files that can be read."""
+    shapes = []
+    for file in list_weights(folder):
+        with contextlib.suppress(ValueError, OSError):  # which the check of the model tells
+            shapes += [tensor["shape"] for tensor in read_header(file).values()]
+    return shapes

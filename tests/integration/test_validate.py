@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`llm-trainer validate` tells all that is wrong with a job at once, and what the job would train on."""
+
+import json
+import os
+import re
+import subprocess
+from unittest.mock import patch
+
+import pytest
+
+from fake_hub import MODEL, FakeHub
+from llm_trainer.validate import as_json, as_text, examine
+from sagemaker_tree import LLM_TRAINER
+
+PRETOKENIZED = {"input_ids": [1, 50, 51, 2], "labels": [-100, 50, 51, 2]}
+FORGETFUL_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% generation %}{{ message['content'] }}{% endgeneration %}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.fixture
+def run_validate(tree, tmp_path):
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        places = {"SAGEMAKER_BASE_DIR": str(tree.base_dir), "LLM_TRAINER_CACHE": str(tmp_path)}
+        return subprocess.run(
+            [str(LLM_TRAINER), "validate", *arguments],
+            env={**os.environ, **places, **variables},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def examine_tree(tree, tmp_path):
+    """What the command finds out, in this process, whose environment it changes."""
+    places = {"SAGEMAKER_BASE_DIR": str(tree.base_dir), "LLM_TRAINER_CACHE": str(tmp_path / "cache")}
+    with patch.dict(os.environ, places):
+        yield lambda *arguments, in_colour=False: examine(arguments, in_colour)
+
+
+def write_rows(tree, *rows):
+    tree.write("input/data/train/train.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def test_a_good_job_is_shown_to_a_person(tree, run_validate):
+    result = run_validate()
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert "settings ok 5 given" in lines
+    assert "train ok train: messages rows, trained on: assistant turns" in lines
+    assert "train warning 4 rows of the train data are in the validation data too." in lines
+    assert "train 32 1,249 5.2% 39 39 39 40 40 0 0 0 0 4" in lines
+    assert "⟦0<|im_end|>⟧" in lines
+    assert lines[-1] == "errors: 0, warnings: 1; this job would start."
+    assert "\033" not in result.stdout
+    assert not (tree.base_dir / "model").exists()
+    assert not (tree.base_dir / "output").exists()
+
+
+def test_several_mistakes_are_told_at_once_to_a_machine_and_no_secret_is(tree, run_validate):
+    weights = tree.base_dir / "input/data/model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with (tree.base_dir / "input/data/train/train.jsonl").open("a") as file:
+        file.write("{\n")
+    tree.write("input/data/validation/validation.json", [{**PRETOKENIZED, "labels": [-100] * 4}])
+    tree.change(lora_dropout="1.5", lora_rnak="8", wandb_token="hunter2")
+    result = run_validate("--json", "--token", "hunter2", "stray", HF_TOKEN="hunter2")
+    assert result.returncode == 1
+    assert "hunter2" not in result.stdout + result.stderr
+    values = json.loads(result.stdout)
+    assert not values["ok"]
+    words = [
+        "stray",
+        "lora_rnak",
+        "lora_dropout='1.5'",
+        "it was cut off",
+        "train.jsonl line 33",
+        "No token of the valid",
+    ]
+    for word in words:
+        assert any(word in problem for problem in values["problems"]), word
+    assert len(values["problems"]) == len(words)
+    assert values["data"]["train"]["num_rows"] == 32
+    assert values["data"]["train"]["length_percentiles"]["p50"] == 39
+    assert "⟦0<|im_end|>⟧" in values["sample"]
+    assert values["settings"]["wandb_token"] == "***"
+    assert (tree.base_dir / "output/data/rejected_rows.jsonl").exists()
+
+
+def test_a_hub_model_is_judged_without_its_weights(tree, tiny_model, run_validate, tmp_path):
+    server = FakeHub(tiny_model)
+    server.refuse(429, times=1)  # the wait is told, and not on stdout
+    try:
+        arguments = ("--json", "--model_id", MODEL)
+        result = run_validate(*arguments, HF_ENDPOINT=server.endpoint, HF_HOME=str(tmp_path / "hub"))
+    finally:
+        server.close()
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads(result.stdout)["data"]["train"]["num_rows"] == 32
+    assert any(request.endswith("tokenizer.json") for request in server.requests)
+    assert not any("safetensors" in request for request in server.requests)
+
+
+def test_weights_and_gpu_are_not_needed(tree, examine_tree):
+    (tree.base_dir / "input/data/model/model.safetensors").unlink()
+    validation = examine_tree()
+    assert not validation.list_texts("error")
+    assert any("has no weights" in text for text in validation.list_texts("warning"))
+    assert validation.reports["train"].num_rows == 32
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({**PRETOKENIZED, "labels": [-100] * 4}, "No token of the train data is trained on"),
+        ({**PRETOKENIZED, "labels": [-100, 50, 51, -100]}, "train on a turn without the end-of-sequence token"),
+        ({"input_ids": [1, 9999, 2]}, "has the token id 9999 among its input_ids and the model's vocabulary ends"),
+        ({"input_ids": [1, 1, 50, 2]}, "begins with two BOS tokens"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_told(tree, examine_tree, row, problem):
+    write_rows(tree, row)
+    (told,) = examine_tree().list_texts("error")
+    assert problem in told
+
+
+def test_a_template_that_leaves_the_end_of_a_turn_out_is_told(tree, examine_tree):
+    template = tree.write("template.jinja", FORGETFUL_TEMPLATE)
+    problems = examine_tree("--chat_template_path", str(template)).list_texts("error")
+    assert [problem.partition(" data")[0] for problem in problems] == [
+        "32 of 32 rows of the train",
+        "4 of 4 rows of the validation",
+    ]
+
+
+def test_a_missing_template_is_told(tree, examine_tree):
+    (tree.base_dir / "input/data/model/chat_template.jinja").unlink()
+    problems = examine_tree().list_texts("error")
+    assert problems
+    assert all("the model's tokenizer has no chat template" in problem for problem in problems)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told(tree, examine_tree):
+    tree.write("input/data/model/tokenizer.json", "{")
+    validation = examine_tree()
+    assert any("could not be loaded" in problem for problem in validation.list_texts("error"))
+    assert not validation.reports
+
+
+def test_an_empty_tree_is_told(tree, examine_tree):
+    for channel in ("model", "train", "validation"):
+        (tree.base_dir / "input/data" / channel).rename(tree.base_dir / channel)
+    tree.write("input/config/inputdataconfig.json", {})
+    validation = examine_tree()
+    assert [problem.split(":")[0] for problem in validation.list_texts("error")] == [
+        "model_id is missing",
+        "Training data is missing",
+    ]
+    assert not json.loads(as_json(validation))["ok"]
+
+
+def test_a_tree_that_cannot_be_read_is_told(tree, examine_tree):
+    tree.write("input/config/hyperparameters.json", "{'a': 1}")
+    (problem,) = examine_tree().list_texts("error")
+    assert "hyperparameters.json is not valid JSON" in problem
+
+
+def test_a_script_of_the_users_is_left_to_the_user(tree, examine_tree):
+    tree.change(sagemaker_program="train.py")
+    validation = examine_tree()
+    assert [finding.subject for finding in validation.findings] == ["script"]
+    assert list(as_text(validation, in_colour=False))[-1] == "errors: 0, warnings: 1; this job would start."
+
+
+def test_the_first_errors_are_shown_and_the_others_counted(tree, examine_tree):
+    tree.change(**{f"unknown_{number}": "1" for number in range(25)})
+    lines = list(as_text(examine_tree(), in_colour=False))
+    assert len([line for line in lines if re.match(r"settings +error", line)]) == 20
+    assert "and 5 more errors, which --json lists." in lines
+    assert lines[-1].startswith("errors: 25,")
+
+
+def test_a_terminal_shows_in_colour_what_is_trained_on(examine_tree):
+    text = "\n".join(as_text(examine_tree(in_colour=True), in_colour=True))
+    assert "\033[32m0<|im_end|>\033[0m" in text
+    assert "green: trained on" in text
+
+
+def test_an_output_folder_that_cannot_be_written_is_no_hindrance(tree, examine_tree):
+    write_rows(tree, {"messages": 1})
+    tree.write("output", "a file where the folder should be")
+    validation = examine_tree()
+    assert any("train.jsonl row 1" in problem for problem in validation.list_texts("error"))
+    assert any("Bad rows are not listed there." in text for text in validation.list_texts("warning"))
