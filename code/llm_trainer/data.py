@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from datasets import Dataset, concatenate_datasets
 
 from llm_trainer.containers import Chunk, DamagedFile
 from llm_trainer.data_report import DataReport
-from llm_trainer.distributed import once_per_host
+from llm_trainer.distributed import local_rank, once_per_host
 from llm_trainer.encoding import Encoder, Vocabulary
 from llm_trainer.errors import UserError
+from llm_trainer.exchange import Leaders
 from llm_trainer.launch import Job
 from llm_trainer.preparation import CHUNK_ROWS, prepare
 from llm_trainer.settings import Settings
 from llm_trainer.sources import Source
+
+Files = dict[str, dict[str, list[Path]]]  # split -> source -> its Arrow files, in the order of the hosts
 
 ROWS, REJECTED, REPORT = "rows.arrow", "rejected_rows.jsonl", "report.json"
 # What decides how a row is read and tokenized.
@@ -49,26 +52,32 @@ def load_data(job: Job, vocabulary: Vocabulary, scratch_dir: Path) -> Data:
     splits = {"train": job.inputs.train}
     if job.inputs.validation:
         splits["validation"] = job.inputs.validation
-    index = scratch_dir / "data.json"
+    index, done = scratch_dir / "data.json", scratch_dir / "data.done"
+    leaders = None
+    if any(source.is_sharded for sources in splits.values() for source in sources):
+        if local_rank() == 0:
+            done.unlink(missing_ok=True)  # after a restart in place, all hosts exchange again or none
+        leaders = Leaders(job.environment.hosts)  # which waits for all ranks
 
     def work() -> None:
-        index.write_text(json.dumps(prepare_splits(splits, vocabulary, settings, output_dir)), encoding="utf-8")
+        prepared = prepare_splits(splits, vocabulary, settings, output_dir, leaders, scratch_dir / "shards")
+        index.write_text(json.dumps(prepared), encoding="utf-8")
 
-    once_per_host(scratch_dir / "data.done", work)
+    once_per_host(done, work)
     prepared = json.loads(index.read_text(encoding="utf-8"))
     reports = {name: DataReport.from_json(split["report"]) for name, split in prepared.items()}
-    datasets = {name: open_split(split["files"], splits[name]) for name, split in prepared.items()}
+    datasets = {name: open_split(split["files"]) for name, split in prepared.items()}
     train = mix(datasets["train"], settings)
     validation = concatenate_datasets(list(datasets["validation"].values())) if "validation" in datasets else None
     return Data(train, validation, reports)
 
 
-def open_split(files: list[str], sources: list[Source]) -> dict[str, Dataset]:
+def open_split(files: dict[str, list[str]]) -> dict[str, Dataset]:
     """Source -> its rows, memory-mapped."""
     columns = ["input_ids", "labels", "length"]
     return {
-        source.name: Dataset.from_file(file).select_columns(columns)
-        for file, source in zip(files, sources, strict=True)
+        name: concatenate_datasets([Dataset.from_file(file).select_columns(columns) for file in own])
+        for name, own in files.items()
     }
 
 
@@ -90,25 +99,24 @@ def mix(datasets: dict[str, Dataset], settings: Settings) -> Dataset:
 
 
 def prepare_splits(
-    splits: dict[str, list[Source]], vocabulary: Vocabulary, settings: Settings, output_dir: Path
+    splits: dict[str, list[Source]],
+    vocabulary: Vocabulary,
+    settings: Settings,
+    output_dir: Path,
+    leaders: Leaders | None,
+    shards_dir: Path,
 ) -> dict[str, Any]:
-    """Each split's Arrow files and report, after the audit of all of them. Raises UserError with every problem."""
-    problems: list[str] = []
-    reports: dict[str, DataReport] = {}
-    folders: dict[str, list[Path]] = {}
-    rejected_rows = output_dir / "data" / "rejected_rows.jsonl"
-    rejected_rows.unlink(missing_ok=True)  # of an earlier job in the same tree
-    for name, sources in splits.items():
-        reports[name], folders[name] = DataReport(), []
-        for source in sources:
-            try:
-                folder, report = prepare_source(source, vocabulary, settings)
-            except UserError as error:
-                problems += error.problems
-                continue
-            reports[name].add(report)
-            folders[name].append(folder)
-            keep_rejected(folder / REJECTED, rejected_rows, name)
+    """Each split's Arrow files and report, after the audit of all of them. Raises UserError with every problem.
+
+    With `leaders` some sources are sharded: those of all hosts are audited, and come to `shards_dir`.
+    """
+    files, parts, problems = prepare_sources(splits, vocabulary, settings, output_dir)
+    sharded = [(name, source.name) for name, sources in splits.items() for source in sources if source.is_sharded]
+    if leaders:
+        for name, source_name in sharded:
+            parts[name][source_name] = leaders.merge_reports(source_name, parts[name].get(source_name), problems)
+        problems = leaders.merge_problems(problems)
+    reports = {name: add_up(own.values()) for name, own in parts.items()}
     for name, report in reports.items():
         problems += report.find_bad_rows(name, settings.max_bad_rows_fraction)
     if not problems:
@@ -116,11 +124,43 @@ def prepare_splits(
             problems += report.find_flaws(name)
     if problems:
         raise UserError(*problems)
-    count_duplicates(reports, folders)
+    if leaders:
+        for number, (name, source_name) in enumerate(sharded):
+            (own_file,) = files[name][source_name]
+            files[name][source_name] = leaders.exchange_file(own_file, shards_dir / str(number))
+    count_duplicates(reports, files)
     return {
-        name: {"files": [str(folder / ROWS) for folder in folders[name]], "report": vars(report)}
+        name: {"files": {source: list(map(str, own)) for source, own in files[name].items()}, "report": vars(report)}
         for name, report in reports.items()
     }
+
+
+def prepare_sources(
+    splits: dict[str, list[Source]], vocabulary: Vocabulary, settings: Settings, output_dir: Path
+) -> tuple[Files, dict[str, dict[str, DataReport]], list[str]]:
+    """What this host has of each source of each split: its Arrow file, its report; and every problem with them."""
+    files: Files = {name: {} for name in splits}
+    reports: dict[str, dict[str, DataReport]] = {name: {} for name in splits}
+    problems: list[str] = []
+    rejected_rows = output_dir / "data" / "rejected_rows.jsonl"
+    rejected_rows.unlink(missing_ok=True)  # of an earlier job in the same tree
+    for name, sources in splits.items():
+        for source in sources:
+            try:
+                folder, reports[name][source.name] = prepare_source(source, vocabulary, settings)
+            except UserError as error:
+                problems += error.problems
+                continue
+            files[name][source.name] = [folder / ROWS]
+            keep_rejected(folder / REJECTED, rejected_rows, name)
+    return files, reports, problems
+
+
+def add_up(parts: Iterable[DataReport]) -> DataReport:
+    total = DataReport()
+    for part in parts:
+        total.add(part)
+    return total
 
 
 def keep_rejected(own: Path, target: Path, split: str) -> None:
@@ -133,17 +173,20 @@ def keep_rejected(own: Path, target: Path, split: str) -> None:
             file.write(json.dumps({"split": split, **json.loads(line)}, ensure_ascii=False) + "\n")
 
 
-def count_duplicates(reports: dict[str, DataReport], folders: dict[str, list[Path]]) -> None:
+def count_duplicates(reports: dict[str, DataReport], files: Files) -> None:
     """Count rows that are there twice, and training rows that are in the validation data too."""
-    digests = {name: np.concatenate([read_digests(folder) for folder in own]) for name, own in folders.items()}
+    digests = {
+        name: np.concatenate([read_digests(file) for shards in own.values() for file in shards])
+        for name, own in files.items()
+    }
     for name, own in digests.items():
         reports[name].num_duplicate_rows = len(own) - len(np.unique(own))
     if "validation" in digests:
         reports["train"].num_rows_in_validation = int(np.isin(digests["train"], digests["validation"]).sum())
 
 
-def read_digests(folder: Path) -> Any:
-    return Dataset.from_file(str(folder / ROWS)).data.column("digest").to_numpy()
+def read_digests(file: Path) -> Any:
+    return Dataset.from_file(str(file)).data.column("digest").to_numpy()
 
 
 def prepare_source(source: Source, vocabulary: Vocabulary, settings: Settings) -> tuple[Path, DataReport]:
@@ -160,8 +203,9 @@ def prepare_source(source: Source, vocabulary: Vocabulary, settings: Settings) -
             shutil.rmtree(unfinished, ignore_errors=True)
     report = DataReport.from_json(json.loads((folder / REPORT).read_text(encoding="utf-8")))
     report.files = files
-    report.formats = {source.name: report.formats["rows"]}
-    report.loss_on = {source.name: report.loss_on["rows"]}
+    if report.formats:  # an empty shard has none
+        report.formats = {source.name: report.formats["rows"]}
+        report.loss_on = {source.name: report.loss_on["rows"]}
     return folder, report
 
 

@@ -183,13 +183,16 @@ def prepare(
     """
     chunks = iter(chunks)
     seen, row_format, first_place = find_format(chunks, settings)
-    # Without a row to tell the format, every row is bad, and any format will find out why.
-    preparer = Preparer(build_encoder(row_format or "messages"), settings, row_format or "messages", first_place)
+    prepared_chunks: Iterable[PreparedChunk] = ()
+    if seen:  # a host's shard may be empty
+        # Without a row to tell the format, every row is bad, and any format will find out why.
+        preparer = Preparer(build_encoder(row_format or "messages"), settings, row_format or "messages", first_place)
+        prepared_chunks = run(preparer, itertools.chain(seen, chunks), num_processes)
     with (
         ArrowWriter(path=str(arrow), features=FEATURES) as writer,
         rejected_rows.open("w", encoding="utf-8") as rejected,
     ):
-        for prepared in run(preparer, itertools.chain(seen, chunks), num_processes):
+        for prepared in prepared_chunks:
             report.add(prepared.report)
             if len(prepared.table):
                 writer.write_table(prepared.table)
