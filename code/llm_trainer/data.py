@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import transformers
 import trl
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from llm_trainer.containers import Chunk, DamagedFile
 from llm_trainer.data_report import DataReport
@@ -26,6 +26,7 @@ from llm_trainer.launch import Job
 from llm_trainer.preparation import CHUNK_ROWS, prepare
 from llm_trainer.settings import Settings
 from llm_trainer.sources import Source
+from llm_trainer.streaming import Head, open_stream
 
 Files = dict[str, dict[str, list[Path]]]  # split -> source -> its Arrow files, in the order of the hosts
 
@@ -41,7 +42,8 @@ SETTINGS = (
 class Data:
     """What a job trains on and is measured with: `input_ids`, `labels` and `length` of each row."""
 
-    train: Dataset
+    train: Dataset | IterableDataset
+    sample: Dataset  # training rows to look at: all, or the audited ones of a stream
     validation: Dataset | None
     reports: dict[str, DataReport]  # of train, and of validation if there is one
 
@@ -49,7 +51,9 @@ class Data:
 def load_data(job: Job, vocabulary: Vocabulary, scratch_dir: Path) -> Data:
     """The job's data. Raises UserError with everything that is wrong with any of them."""
     settings, output_dir = job.settings, job.environment.output_dir
-    splits = {"train": job.inputs.train}
+    splits: dict[str, Sequence[Source | Head]] = {"train": job.inputs.train}
+    if settings.streaming:
+        splits["train"] = [Head(source) for source in job.inputs.train]
     if job.inputs.validation:
         splits["validation"] = job.inputs.validation
     index, done = scratch_dir / "data.json", scratch_dir / "data.done"
@@ -67,9 +71,13 @@ def load_data(job: Job, vocabulary: Vocabulary, scratch_dir: Path) -> Data:
     prepared = json.loads(index.read_text(encoding="utf-8"))
     reports = {name: DataReport.from_json(split["report"]) for name, split in prepared.items()}
     datasets = {name: open_split(split["files"]) for name, split in prepared.items()}
-    train = mix(datasets["train"], settings)
+    if settings.streaming:
+        sample = concatenate_datasets(list(datasets["train"].values()))
+        train = open_stream(job, vocabulary, reports["train"].formats)
+    else:
+        train = sample = mix(datasets["train"], settings)
     validation = concatenate_datasets(list(datasets["validation"].values())) if "validation" in datasets else None
-    return Data(train, validation, reports)
+    return Data(train, sample, validation, reports)
 
 
 def open_split(files: dict[str, list[str]]) -> dict[str, Dataset]:
@@ -99,7 +107,7 @@ def mix(datasets: dict[str, Dataset], settings: Settings) -> Dataset:
 
 
 def prepare_splits(
-    splits: dict[str, list[Source]],
+    splits: Mapping[str, Sequence[Source | Head]],
     vocabulary: Vocabulary,
     settings: Settings,
     output_dir: Path,
@@ -136,7 +144,7 @@ def prepare_splits(
 
 
 def prepare_sources(
-    splits: dict[str, list[Source]], vocabulary: Vocabulary, settings: Settings, output_dir: Path
+    splits: Mapping[str, Sequence[Source | Head]], vocabulary: Vocabulary, settings: Settings, output_dir: Path
 ) -> tuple[Files, dict[str, dict[str, DataReport]], list[str]]:
     """What this host has of each source of each split: its Arrow file, its report; and every problem with them."""
     files: Files = {name: {} for name in splits}
@@ -189,7 +197,7 @@ def read_digests(file: Path) -> Any:
     return Dataset.from_file(str(file)).data.column("digest").to_numpy()
 
 
-def prepare_source(source: Source, vocabulary: Vocabulary, settings: Settings) -> tuple[Path, DataReport]:
+def prepare_source(source: Source | Head, vocabulary: Vocabulary, settings: Settings) -> tuple[Path, DataReport]:
     """The folder with a source's rows and its rejected ones, and its report: made now, or by an earlier job."""
     files = source.fingerprint()
     folder = cache_dir() / "data" / build_key(files, vocabulary, settings)
@@ -209,7 +217,7 @@ def prepare_source(source: Source, vocabulary: Vocabulary, settings: Settings) -
     return folder, report
 
 
-def write_source(source: Source, vocabulary: Vocabulary, settings: Settings, folder: Path) -> None:
+def write_source(source: Source | Head, vocabulary: Vocabulary, settings: Settings, folder: Path) -> None:
     """Prepare a source's rows into the folder. Raises UserError where no row of such data could be used."""
     report = DataReport()
 

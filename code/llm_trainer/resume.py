@@ -36,8 +36,10 @@ def identify_run(job: Job, arguments: SFTConfig, model: str, report: DataReport)
     identity["rows a step"] = (
         arguments.per_device_train_batch_size * world_size() * arguments.gradient_accumulation_steps
     )
+    if settings.streaming:  # each rank, or process of a DataLoader, reads a stream of its own
+        identity["streams"] = world_size() * max(1, settings.dataloader_num_workers)
     identity["model"] = hashlib.sha256((Path(model) / "config.json").read_bytes()).hexdigest()[:12]
-    files = sorted(file["sha256"] for file in report.files)
+    files = sorted(file.get("sha256") or f"{file['name']} {file['bytes']}" for file in report.files)
     identity["training data"] = f"{report.num_rows} rows {hashlib.sha256(''.join(files).encode()).hexdigest()[:12]}"
     return json.loads(json.dumps(identity, default=str))
 

@@ -76,6 +76,9 @@ class OwnSettings(BaseModel):
     max_bad_rows_fraction: float = Field(
         0, ge=0, lt=1, description="Rows that may be bad before the job stops; they are left out and listed."
     )
+    streaming: bool = Field(
+        False, description="Tokenize while training, without a copy on disk; needs `max_steps`, and takes no `packing`."
+    )
     dataset_num_proc: int | None = Field(None, ge=1, description="Processes a host to tokenize with; default: cores.")
     # Run
     output_dir: str | None = Field(None, description="Where the final artefacts go; default: /opt/ml/model.")
@@ -383,6 +386,8 @@ def find_contradictions(settings: Settings, environment: Environment) -> typing.
         yield f"report_to={settings.report_to!r} is not valid: it must be among {', '.join(TRACKERS)}; leave it out."
     if settings.packing and settings.packing_strategy == "wrapped":
         yield "packing_strategy=wrapped with packing=true: it lets rows see each other's tokens; use bfd or bfd_split."
+    if settings.streaming:
+        yield from find_stream_contradictions(settings)
     weights = settings.train_weights or {}
     if any(weight <= 0 for weight in weights.values()):
         yield f"train_weights={json.dumps(weights)} is not valid: each weight must be above 0; leave the channel out."
@@ -396,6 +401,20 @@ def find_contradictions(settings: Settings, environment: Environment) -> typing.
             f"nproc_per_node={settings.nproc_per_node} is more than this host's {environment.num_gpus} GPUs: "
             "leave it out to use them all."
         )
+
+
+def find_stream_contradictions(settings: Settings) -> typing.Iterator[str]:
+    if settings.max_steps <= 0:
+        yield "streaming=true needs max_steps: how many rows there are is not known before they are read; set it."
+    if settings.packing:
+        yield "packing=true with streaming=true: packing needs the lengths of all rows first; set one of them to false."
+    if settings.train_sampling_strategy != "random":
+        yield (
+            f"train_sampling_strategy={settings.train_sampling_strategy} with streaming=true: rows come as they are "
+            "read, shuffled in a buffer; leave it out."
+        )
+    if settings.shuffle_dataset:
+        yield "shuffle_dataset=true with streaming=true: rows are shuffled in a buffer anyway; remove shuffle_dataset."
 
 
 def redact(settings: Settings) -> dict[str, Any]:

@@ -159,7 +159,8 @@ def find_files_at(
         return [], [
             f"{what} has no {KINDS} file in {place} (found: {', '.join(found) or 'nothing'}): put the data there."
         ]
-    return [FileSource(name, place if place.is_dir() else place.parent, tuple(files), prefix, is_sharded)], []
+    folder = place.parent if place.is_file() else place
+    return [FileSource(name, folder, tuple(files), prefix, is_sharded)], []
 
 
 def check_weights(settings: Settings, channels: list[str]) -> Iterator[str]:

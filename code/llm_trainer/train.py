@@ -19,6 +19,7 @@ from llm_trainer.resumable_trainer import SaveAndStop
 from llm_trainer.resume import find_checkpoint, identify_run
 from llm_trainer.settings import is_given
 from llm_trainer.stopping import Agreement, StopRequest
+from llm_trainer.streaming import AUDITED_ROWS
 from llm_trainer.timeline import Timeline
 from llm_trainer.trainer import build_arguments, build_trainer
 
@@ -39,7 +40,9 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     stop_ids = model.find_stop_ids(folder, tokenizer, settings)
     vocabulary = Vocabulary(tokenizer, stop_ids, model.find_vocabulary_size(folder, settings))
     data = load_data(job, vocabulary, scratch_dir)
-    for line in describe_data(data.reports, data.train, tokenizer, in_colour=sys.stdout.isatty()):
+    if settings.streaming:
+        say(f"Data train: streamed; what follows is of the first {AUDITED_ROWS} rows of each source")
+    for line in describe_data(data.reports, data.sample, tokenizer, in_colour=sys.stdout.isatty()):
         say(line)
     run = identify_run(job, arguments, folder, data.reports["train"])
     checkpoint = find_checkpoint(job, run, agreement.group)
@@ -70,7 +73,7 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     if rank() == 0:
         manifest = build_manifest(job, trainer, data.reports, result.metrics, timeline)
         merges = settings.merge_weights and not trainer.stopped  # a merge may take longer than the platform waits
-        export.export(trainer.model, tokenizer, folder, job, dtype, data.train, manifest, merges)
+        export.export(trainer.model, tokenizer, folder, job, dtype, data.sample, manifest, merges)
         if trainer.stopped:
             say(f"Exported {request.age_seconds():.1f} s after the signal")
         elif settings.use_checkpoints:

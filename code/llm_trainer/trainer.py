@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import ParallelismConfig
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from pydantic import SecretStr
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
@@ -33,7 +33,7 @@ def build_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     peft_config: PeftConfig | None,
-    train_data: Dataset,
+    train_data: Dataset | IterableDataset,
     validation_data: Dataset | None,
     arguments: SFTConfig,
     settings: Settings,
