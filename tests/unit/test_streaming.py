@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from llm_trainer.encoding import Vocabulary
 from llm_trainer.environment import read_environment
 from llm_trainer.errors import UserError
+from llm_trainer.failures import explain
 from llm_trainer.launch import Job
 from llm_trainer.preflight import Inputs
 from llm_trainer.settings import Settings, find_contradictions
@@ -121,6 +122,15 @@ def test_a_bad_row_ends_the_stream_or_is_listed_where_some_are_allowed(make_sour
     assert len(read([source], AUDITED_ROWS + 99, max_bad_rows_fraction=0.01)) == AUDITED_ROWS + 99
     *_, last = (environment.output_dir / "data/rejected_rows.jsonl").read_text().splitlines()
     assert json.loads(last)["content"].strip() == '{"txet": "a"}'
+
+
+def test_a_process_of_a_dataloader_tells_the_bad_row_as_a_rank_does(make_source, read):
+    source = make_source("train", lines=['{"txet": "a"}'])
+    with pytest.raises(UserError) as raised:
+        read([source], 1, dataloader_num_workers=1)
+    failure = explain(raised.value, "Rank 0", None, {})
+    assert failure.kind == "mistake"
+    assert failure.reason.startswith("train.jsonl row 1 has no field")
 
 
 def test_a_damaged_file_ends_the_stream_with_its_name(make_source, read, tmp_path):
