@@ -82,8 +82,8 @@ def open_stream(job: Job, vocabulary: Vocabulary, formats: dict[str, str]) -> It
     """
     settings = job.settings
     for source in job.inputs.train:
-        if source.name not in formats:
-            raise UserError(describe_emptiness(source))
+        if source.name not in formats or (isinstance(source, FileSource) and not source.files):
+            raise UserError(describe_emptiness(source, job.environment))
     encoders = {name: Encoder(vocabulary, settings, row_format) for name, row_format in formats.items()}
     preparers = {
         name: Preparer(encoders[name], settings, row_format, f"the first row of {name!r}")
@@ -134,7 +134,7 @@ class Stream:
                 continue
             num_empty_passes += 1
             if num_empty_passes == num_sharing:  # all chunks were this place's own
-                raise self.mistake(source, describe_emptiness(source))
+                raise UserError(describe_emptiness(source, self.environment))
 
     def read_pass(self, source: Source, own: int, num_sharing: int, number: int) -> Iterator[Row]:
         """The rows of every chunk that is this place's own. Raises UserError where too many are bad."""
@@ -190,10 +190,10 @@ def shuffle(rows: Iterator[Row], size: int, chance: random.Random) -> Iterator[R
     yield from buffer
 
 
-def describe_emptiness(source: Source) -> str:
+def describe_emptiness(source: Source, environment: Environment) -> str:
     if source.is_sharded:
         return (
-            f"{source.name!r} has no row to train on in the shard of this host: with streaming=true each host needs "
-            "some, so give it more files than hosts, or use FullyReplicated."
+            f"{source.name!r} has no row to train on in the shard of host {environment.current_host}: with "
+            "streaming=true each host needs some, so give it more files than hosts, or use FullyReplicated."
         )
     return f"{source.name!r} has no row to train on: put rows there."

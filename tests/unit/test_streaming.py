@@ -111,8 +111,9 @@ def test_ranks_of_a_host_share_its_shard_alone(make_source, read):
 
 def test_a_shard_without_a_row_to_train_on_is_told_with_its_host(make_source, read):
     source = make_source("train", is_sharded=True)
-    with pytest.raises(UserError, match=r"Host algo-1: 'train' has no row to train on in the shard of this host"):
-        read([source], 1, places=2, hosts=("algo-1", "algo-2"))
+    for shard in (source, dataclasses.replace(source, files=())):
+        with pytest.raises(UserError, match="'train' has no row to train on in the shard of host algo-1"):
+            read([shard], 1, places=2, hosts=("algo-1", "algo-2"))
 
 
 def test_a_bad_row_ends_the_stream_or_is_listed_where_some_are_allowed(make_source, read, environment):
