@@ -22,7 +22,7 @@ def describe_data(data: Data, tokenizer: PreTrainedTokenizerBase, in_colour: boo
         for source, row_format in report.formats.items():
             yield f"Data {name}: {source} has {row_format} rows; trained on: {report.loss_on[source]}"
         yield from (f"Warning: {text}" for text in find_data_oddities(name, report))
-    sample = mark_sample(data.splits["train"][0], tokenizer, in_colour)
+    sample = mark_sample(data.sample[0], tokenizer, in_colour)
     yield f"Data train, the first row ({describe_marks(in_colour)}):\n{sample}"
 
 

@@ -16,6 +16,7 @@ from llm_trainer.errors import UserError
 DEFAULT_BASE_DIR = "/opt/ml"
 # EC2 names instances with NVIDIA GPUs p... and g...; a host cannot look for the devices of another group's hosts.
 GPU_INSTANCE = re.compile(r"(ml\.)?[pg]\d")
+WHOLE_CHANNELS = ("model", "config")  # of which every host needs every file
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Environment:
     base_dir: Path
     hyperparameters: dict[str, Any]  # as SageMaker wrote them: nearly always strings
     channels: dict[str, Path]
+    sharded_channels: frozenset[str]  # of whose files every host has others
     hosts: tuple[str, ...]  # those that train; a host's position is its node rank
     other_hosts: tuple[str, ...]  # of a heterogeneous cluster's other groups: they wait
     current_host: str
@@ -65,10 +67,12 @@ def read_environment() -> Environment:
     resources = read_json_object(config_dir / "resourceconfig.json")
     all_hosts = read_hosts(resources)
     hosts = pick_group(resources.get("instance_groups") or [], all_hosts)
+    input_data_config = read_json_object(config_dir / "inputdataconfig.json")
     return Environment(
         base_dir=base_dir,
         hyperparameters=read_json_object(config_dir / "hyperparameters.json"),
-        channels=find_channels(base_dir, read_json_object(config_dir / "inputdataconfig.json"), len(hosts)),
+        channels=find_channels(base_dir, input_data_config),
+        sharded_channels=find_sharded(input_data_config, len(hosts)),
         hosts=hosts,
         other_hosts=tuple(host for host in all_hosts if host not in hosts),
         current_host=resources.get("current_host", all_hosts[0]),
@@ -121,33 +125,37 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def find_channels(base_dir: Path, input_data_config: dict[str, Any], num_hosts: int) -> dict[str, Path]:
+def find_channels(base_dir: Path, input_data_config: dict[str, Any]) -> dict[str, Path]:
     """Channel name -> its folder: the channels SageMaker lists, or the folders there are when it lists none."""
     data_dir = base_dir / "input" / "data"
     names = set(input_data_config)
     if data_dir.is_dir():
         names |= {entry.name for entry in data_dir.iterdir() if entry.is_dir()}
-    problems = []
     if piped := find_with(input_data_config, "TrainingInputMode", "Pipe"):
-        problems.append(
-            f"Channel {piped} uses TrainingInputMode=Pipe, which cannot be read twice: use File or FastFile mode."
+        raise UserError(
+            f"Channel {', '.join(piped)} uses TrainingInputMode=Pipe, which cannot be read twice: use File or FastFile "
+            "mode."
         )
-    if num_hosts > 1 and (shards := find_with(input_data_config, "S3DistributionType", "ShardedByS3Key")):
-        problems.append(
-            f"Channel {shards} uses S3DistributionType=ShardedByS3Key, which gives every host other rows, and the "
-            "rows are shared out among the hosts anyway: use FullyReplicated."
-        )
-    if problems:
-        raise UserError(*problems)
     return {name: data_dir / name for name in sorted(names)}
 
 
-def find_with(input_data_config: dict[str, Any], key: str, value: str) -> str:
-    """The names of the channels whose configuration has this value, for a message."""
+def find_sharded(input_data_config: dict[str, Any], num_hosts: int) -> frozenset[str]:
+    """The channels whose files SageMaker shares out among the hosts."""
+    if num_hosts == 1:  # which has them all
+        return frozenset()
+    sharded = find_with(input_data_config, "S3DistributionType", "ShardedByS3Key")
+    if broken := [name for name in sharded if name in WHOLE_CHANNELS]:
+        raise UserError(
+            f"Channel {', '.join(broken)} uses S3DistributionType=ShardedByS3Key, and every host needs all of its "
+            "files: use FullyReplicated; only channels with data may be sharded."
+        )
+    return frozenset(sharded)
+
+
+def find_with(input_data_config: dict[str, Any], key: str, value: str) -> list[str]:
+    """The names of the channels whose configuration has this value."""
     channels = input_data_config.items()
-    return ", ".join(
-        sorted(name for name, channel in channels if isinstance(channel, dict) and channel.get(key) == value)
-    )
+    return sorted(name for name, channel in channels if isinstance(channel, dict) and channel.get(key) == value)
 
 
 def count_gpus() -> int:

@@ -51,7 +51,9 @@ DEATHS = {
 def explain(error: BaseException, who: str, settings: Settings | None, folders: Mapping[str, Path]) -> Failure:
     """`who` is the failed process, such as "Rank 0"; `folders` says where the functions of ours that write do so."""
     if isinstance(error, UserError) and not is_disk_full(error):
-        return Failure(hide_secrets(str(error), settings), "mistake", time.time())
+        # After what PyTorch puts before it where it was raised in a process of a DataLoader.
+        sentence = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]
+        return Failure(hide_secrets(sentence, settings), "mistake", time.time())
     kind, sentence = diagnose(error, settings, folders)
     return Failure(hide_secrets(f"{who} {sentence}", settings), kind, time.time())
 

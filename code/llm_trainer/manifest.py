@@ -13,6 +13,7 @@ from llm_trainer.launch import Job
 from llm_trainer.packing import Packing
 from llm_trainer.resumable_trainer import ResumableTrainer
 from llm_trainer.settings import redact
+from llm_trainer.streaming import AUDITED_ROWS
 from llm_trainer.timeline import Timeline
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
@@ -36,6 +37,7 @@ def build_manifest(
             name: getattr(trainer.args, name)
             for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed", "bf16", "fp16")
         },
+        "audited_rows_of_each_train_source": AUDITED_ROWS if job.settings.streaming else "all",
         "data": {name: report.summary() for name, report in reports.items()},
         "packing": packing.describe(),
         "metrics": {**totals, **last_metrics(trainer.state.log_history)},

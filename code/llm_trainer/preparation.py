@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -184,15 +184,16 @@ def prepare(
     """
     chunks = iter(chunks)
     seen, row_format, first_place = find_format(chunks, settings)
-    # Without a row to tell the format, every row is bad, and any format will find out why.
-    preparer = Preparer(build_encoder(row_format or "messages"), settings, row_format or "messages", first_place)
+    # Without a row to tell the format, every row is bad, and any format will find out why. A host's shard may be empty.
+    known_format = row_format or "messages"
+    preparer = Preparer(build_encoder(known_format), settings, known_format, first_place) if seen else None
     with (
         ArrowWriter(path=str(arrow), features=FEATURES) as writer,
         rejected_rows.open("w", encoding="utf-8") as rejected,
         # Closed in any case: processes that wait for more would keep this one from ending.
-        closing(run(preparer, itertools.chain(seen, chunks), num_processes)) as chunks_done,
+        closing(run(preparer, itertools.chain(seen, chunks), num_processes)) as prepared_chunks,
     ):
-        for prepared in chunks_done:
+        for prepared in prepared_chunks:
             report.add(prepared.report)
             if len(prepared.table):
                 writer.write_table(prepared.table)
@@ -215,8 +216,10 @@ def find_format(chunks: Iterator[Chunk], settings: Settings) -> tuple[list[Chunk
     return seen, None, ""
 
 
-def run(preparer: Preparer, chunks: Iterator[Chunk], num_processes: int) -> Iterator[PreparedChunk]:
-    """The chunks prepared, in their order; in this process if there is but one."""
+def run(preparer: Preparer | None, chunks: Iterator[Chunk], num_processes: int) -> Generator[PreparedChunk, None, None]:
+    """The chunks prepared, in their order; in this process if there is but one. Without a preparer there is none."""
+    if preparer is None:
+        return
     first_two = list(itertools.islice(chunks, 2))
     chunks = itertools.chain(first_two, chunks)
     if num_processes == 1 or len(first_two) < 2:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from trl import SFTConfig
 
@@ -14,10 +13,10 @@ from llm_trainer import checkpoints
 from llm_trainer.data_report import DataReport
 from llm_trainer.distributed import local_rank, local_world_size, rank, world_size
 from llm_trainer.errors import UserError
+from llm_trainer.exchange import send_file
 from llm_trainer.launch import Job
 from llm_trainer.packing import Packing
 
-CHUNK_BYTES = 1 << 26
 # What a checkpoint restores whatever the settings say, or what gives its step a meaning: it must not change.
 OWN_SETTINGS = ("use_peft", "load_in_4bit", "use_mxfp4", "torch_dtype", "max_length")
 DATA_SETTINGS = ("assistant_only_loss", "completion_only_loss", "train_weights")
@@ -39,8 +38,10 @@ def identify_run(job: Job, arguments: SFTConfig, model: str, report: DataReport,
     identity["rows a step"] = (
         arguments.per_device_train_batch_size * world_size() * arguments.gradient_accumulation_steps
     )
+    if settings.streaming:  # each rank, or process of a DataLoader, reads a stream of its own
+        identity["streams"] = world_size() * max(1, settings.dataloader_num_workers)
     identity["model"] = hashlib.sha256((Path(model) / "config.json").read_bytes()).hexdigest()[:12]
-    files = sorted(file["sha256"] for file in report.files)
+    files = sorted(file.get("sha256") or f"{file['name']} {file['bytes']}" for file in report.files)
     identity["training data"] = f"{report.num_rows} rows {hashlib.sha256(''.join(files).encode()).hexdigest()[:12]}"
     return json.loads(json.dumps(identity, default=str))
 
@@ -118,27 +119,8 @@ def share(checkpoint: Path, group: dist.ProcessGroup) -> None:
     names = [sorted(str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file())]
     dist.broadcast_object_list(names, src=0, group=group)
     for name in names[0]:
-        send_file(checkpoint / name, partial / name if lacks_it else None, group)
+        send_file(checkpoint / name, partial / name if lacks_it else None, 0, group)
     if lacks_it:
         checkpoints.move_into_place(partial)
         checkpoints.clean(checkpoint.parent)
     dist.barrier(group=group)
-
-
-def send_file(source: Path, target: Path | None, group: dist.ProcessGroup) -> None:
-    """Broadcast a file of rank 0 in pieces; a rank with a target writes it there."""
-    size = [source.stat().st_size if rank() == 0 else 0]
-    dist.broadcast_object_list(size, src=0, group=group)
-    if target:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(b"")
-    for start in range(0, size[0], CHUNK_BYTES):
-        piece = torch.empty(min(CHUNK_BYTES, size[0] - start), dtype=torch.uint8)
-        if rank() == 0:
-            with source.open("rb") as stream:
-                stream.seek(start)
-                piece = torch.frombuffer(bytearray(stream.read(len(piece))), dtype=torch.uint8)
-        dist.broadcast(piece, src=0, group=group)
-        if target:
-            with target.open("ab") as stream:
-                stream.write(piece.numpy().tobytes())

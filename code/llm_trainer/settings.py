@@ -76,6 +76,9 @@ class OwnSettings(BaseModel):
     max_bad_rows_fraction: float = Field(
         0, ge=0, lt=1, description="Rows that may be bad before the job stops; they are left out and listed."
     )
+    streaming: bool = Field(
+        False, description="Tokenize while training, without a copy on disk; needs `max_steps`, and takes no `packing`."
+    )
     dataset_num_proc: int | None = Field(None, ge=1, description="Processes a host to tokenize with; default: cores.")
     packing: bool | None = Field(
         None,
@@ -387,6 +390,8 @@ def find_contradictions(settings: Settings, environment: Environment) -> typing.
     trackers = settings.report_to if isinstance(settings.report_to, list) else [settings.report_to or "none"]
     if not set(trackers) <= set(TRACKERS):
         yield f"report_to={settings.report_to!r} is not valid: it must be among {', '.join(TRACKERS)}; leave it out."
+    if settings.streaming:
+        yield from find_stream_contradictions(settings)
     weights = settings.train_weights or {}
     if any(weight <= 0 for weight in weights.values()):
         yield f"train_weights={json.dumps(weights)} is not valid: each weight must be above 0; leave the channel out."
@@ -405,6 +410,20 @@ def find_contradictions(settings: Settings, environment: Environment) -> typing.
             f"nproc_per_node={settings.nproc_per_node} is more than this host's {environment.num_gpus} GPUs: "
             "leave it out to use them all."
         )
+
+
+def find_stream_contradictions(settings: Settings) -> typing.Iterator[str]:
+    if settings.max_steps <= 0:
+        yield "streaming=true needs max_steps: how many rows there are is not known before they are read; set it."
+    if settings.packing:
+        yield "packing=true with streaming=true: packing needs the lengths of all rows first; set one of them to false."
+    if settings.train_sampling_strategy != "random":
+        yield (
+            f"train_sampling_strategy={settings.train_sampling_strategy} with streaming=true: rows come as they are "
+            "read, shuffled in a buffer; leave it out."
+        )
+    if settings.shuffle_dataset:
+        yield "shuffle_dataset=true with streaming=true: rows are shuffled in a buffer anyway; remove shuffle_dataset."
 
 
 def redact(settings: Settings) -> dict[str, Any]:

@@ -29,9 +29,11 @@ class FileSource:
     folder: Path  # of the files
     files: tuple[Path, ...]
     prefix: str = ""  # of the files' names in messages, where there are several sources
+    is_sharded: bool = False  # the other hosts have other files of it, and this one may have none
 
     def describe(self) -> str:
-        return f"{self.name}: {self.folder}, {len(self.files)} file{'s'[: len(self.files) - 1]}"
+        files = f"{len(self.files)} file{'' if len(self.files) == 1 else 's'}"
+        return f"{self.name}: {self.folder}, {files}{', a shard of this host alone' if self.is_sharded else ''}"
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Name, size and digest of each file."""
@@ -59,6 +61,7 @@ class HubSource:
     name: str  # the data set's id
     config: str | None
     split: str
+    is_sharded: bool = False  # every host downloads it whole
 
     def describe(self) -> str:
         return f"split {self.split!r} of {self.name} from the Hugging Face Hub"
@@ -102,7 +105,7 @@ def find_train(settings: Settings, environment: Environment) -> tuple[list[Sourc
     """The sources of the training data, and a sentence for each that is missing or empty."""
     path = settings.train_dataset_path
     if path:
-        return find_at_path(path, "train_dataset_path", settings.dataset_train_split, settings)
+        return find_at_path(path, "train_dataset_path", settings.dataset_train_split, settings, environment)
     channels = [name for name in environment.channels if TRAIN_CHANNEL.fullmatch(name)]
     if not channels:
         return [], [f"Training data is missing: give a channel 'train' with {KINDS} files, or set train_dataset_path."]
@@ -114,15 +117,17 @@ def find_validation(settings: Settings, environment: Environment) -> tuple[list[
     """The same of the validation data, of which there may be none."""
     path = settings.val_dataset_path
     if path:
-        return find_at_path(path, "val_dataset_path", settings.dataset_test_split, settings)
+        return find_at_path(path, "val_dataset_path", settings.dataset_test_split, settings, environment)
     channels = [name for name in environment.channels if VALIDATION_CHANNEL.fullmatch(name)]
     return find_in_channels(channels, ("validation", "val", "test"), environment)
 
 
-def find_at_path(path: str, setting: str, split: str, settings: Settings) -> tuple[list[Source], list[str]]:
+def find_at_path(
+    path: str, setting: str, split: str, settings: Settings, environment: Environment
+) -> tuple[list[Source], list[str]]:
     if not Path(path).exists() and HUB_DATA_ID.fullmatch(path):
         return [HubSource(path, settings.dataset_config, split)], []
-    return find_files_at(Path(path), f"{setting}={path!r}", path, "", (split,))
+    return find_files_at(Path(path), f"{setting}={path!r}", path, "", (split,), environment)
 
 
 def find_in_channels(
@@ -132,29 +137,32 @@ def find_in_channels(
     problems: list[str] = []
     for channel in channels:
         prefix = f"{channel}/" if len(channels) > 1 else ""
-        found, missing = find_files_at(environment.channels[channel], f"Channel {channel!r}", channel, prefix, splits)
+        folder = environment.channels[channel]
+        found, missing = find_files_at(folder, f"Channel {channel!r}", channel, prefix, splits, environment)
         sources += found
         problems += missing
     return sources, problems
 
 
 def find_files_at(
-    place: Path, what: str, name: str, prefix: str, splits: tuple[str, ...]
+    place: Path, what: str, name: str, prefix: str, splits: tuple[str, ...], environment: Environment
 ) -> tuple[list[Source], list[str]]:
     """The source of a file or a folder; `what` is what a message calls it."""
-    if not place.exists():
+    is_sharded = any(place.is_relative_to(environment.channels[shard]) for shard in environment.sharded_channels)
+    if not place.exists() and not is_sharded:
         fix = "check the path and the channel's S3 prefix."
         return [], [f"{what} does not exist in the container ({place}): {fix}"]
     try:
         files = find_files(place, splits)
     except UserError as error:
         return [], list(error.problems)
-    if not files:
+    if not files and not is_sharded:
         found = sorted(entry.name for entry in place.iterdir())[:5] if place.is_dir() else []
         return [], [
             f"{what} has no {KINDS} file in {place} (found: {', '.join(found) or 'nothing'}): put the data there."
         ]
-    return [FileSource(name, place if place.is_dir() else place.parent, tuple(files), prefix)], []
+    folder = place.parent if place.is_file() else place
+    return [FileSource(name, folder, tuple(files), prefix, is_sharded)], []
 
 
 def check_weights(settings: Settings, channels: list[str]) -> Iterator[str]:

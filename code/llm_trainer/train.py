@@ -20,6 +20,7 @@ from llm_trainer.resumable_trainer import SaveAndStop
 from llm_trainer.resume import find_checkpoint, identify_run
 from llm_trainer.settings import is_given
 from llm_trainer.stopping import Agreement, StopRequest
+from llm_trainer.streaming import AUDITED_ROWS
 from llm_trainer.timeline import Timeline
 from llm_trainer.trainer import build_arguments, build_trainer
 
@@ -39,6 +40,8 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     timeline.mark("tokenizer")
 
     data = load_data(job, model.read_vocabulary(folder, tokenizer, settings), scratch_dir)
+    if settings.streaming:
+        say(f"Data train: streamed; what follows is of the first {AUDITED_ROWS} rows of each source")
     for line in describe_data(data, tokenizer, in_colour=sys.stdout.isatty()):
         say(line)
     timeline.mark("data")
@@ -79,7 +82,7 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     if rank() == 0:
         manifest = build_manifest(job, trainer, data.reports, packing, result.metrics, timeline)
         merges = settings.merge_weights and not trainer.stopped  # a merge may take longer than the platform waits
-        export.export(trainer.model, tokenizer, folder, job, dtype, data.splits["train"], manifest, merges)
+        export.export(trainer.model, tokenizer, folder, job, dtype, data.sample, manifest, merges)
         if trainer.stopped:
             say(f"Exported {request.age_seconds():.1f} s after the signal")
         elif settings.use_checkpoints:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import ParallelismConfig
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from pydantic import SecretStr
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
@@ -35,7 +35,7 @@ def build_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     peft_config: PeftConfig | None,
-    splits: dict[str, Dataset],
+    splits: dict[str, Dataset | IterableDataset],
     collator: PackingCollator | None,
     arguments: SFTConfig,
     settings: Settings,

@@ -90,7 +90,7 @@ def examine_data(
     """Prepare the data as the job would, and tell what becomes of them."""
     from llm_trainer import model  # Transformers takes seconds to import, and has to find the variables set
     from llm_trainer.audit import find_data_oddities, mark_sample
-    from llm_trainer.data import first_row, prepare_splits
+    from llm_trainer.splits import prepare_splits
 
     unwritable = list(check_writable(environment.output_dir, "output"))
     validation.tell("output", "warning", [f"{text} Bad rows are not listed there." for text in unwritable])
@@ -115,7 +115,7 @@ def examine_data(
         validation.tell(name, "ok", texts)
         if not problems:
             validation.tell(name, "warning", find_data_oddities(name, split.report))
-    row = first_row(splits["train"])
+    row = splits["train"].first_row()
     validation.sample = mark_sample(row, tokenizer, in_colour) if row else ""
 
 

@@ -8,6 +8,8 @@ import time
 import pytest
 from safetensors.torch import load_file
 
+from sagemaker_tree import ROWS
+
 HOSTS = ["127.0.0.1", "127.0.0.2"]
 HYPERPARAMETERS = {"per_device_train_batch_size": "4", "host_timeout_seconds": "60"}
 
@@ -113,3 +115,42 @@ def test_the_host_of_another_group_waits_for_those_that_train(make_hosts, start)
     assert json.loads((training.base_dir / "model/training_manifest.json").read_text())["world_size"] == 1
     assert waits.end() == 0
     assert not waiting.model_files
+
+
+@pytest.fixture
+def make_shards(make_hosts):
+    """Trees of two hosts, the first with 25 and the second with 7 of the rows, of which all are validated with."""
+
+    def make():
+        trees = make_hosts()
+        for tree, rows in zip(trees, (ROWS[:25], ROWS[25:]), strict=True):
+            channels = {"model": {}, "train": {"S3DistributionType": "ShardedByS3Key"}, "validation": {}}
+            tree.write("input/config/inputdataconfig.json", channels)
+            tree.write("input/data/train/train.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+        return trees
+
+    return make
+
+
+def test_hosts_with_uneven_shards_train_as_if_each_had_all_rows(make_shards, make_tree, start):
+    trees = make_shards()
+    jobs = [start(tree) for tree in trees]
+    for job in jobs:
+        assert job.end() == 0, job.log
+    assert trees[0].manifest["data"]["train"]["num_rows"] == len(ROWS)
+    alone = make_tree()
+    alone.environment["OMP_NUM_THREADS"] = "1"
+    alone.change(per_device_train_batch_size="4", nproc_per_node="2")
+    assert alone.run().returncode == 0
+    for name, tensor in adapter_of(alone).items():
+        assert tensor.equal(adapter_of(trees[0])[name])
+
+
+def test_a_bad_row_in_the_shard_of_one_host_is_told_by_all(make_shards, start):
+    trees = make_shards()
+    trees[1].write("input/data/train/worse.jsonl", '{"messages": 5}\n')
+    for job in [start(tree) for tree in trees]:
+        assert job.end() == 1
+    for tree in trees:
+        assert tree.failure.startswith("Host 127.0.0.2: worse.jsonl row 1 ")
+    assert "worse.jsonl" in (trees[1].base_dir / "output/data/rejected_rows.jsonl").read_text()

@@ -9,7 +9,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from sagemaker_tree import metrics_of
+from sagemaker_tree import ROWS, metrics_of
 
 # Eight steps in two epochs, with dropout and accumulation. One thread: the order of sums is part of a result.
 HYPERPARAMETERS = {
@@ -173,3 +173,32 @@ def test_a_killed_launcher_takes_every_process_along(make_job, start):
     while any(worker.is_running() and worker.status() != "zombie" for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+STREAMING = {"streaming": "true", "max_steps": "12", "nproc_per_node": "2", "save_steps": "6"}
+
+
+@pytest.fixture(scope="module")
+def make_streaming_job(make_job):
+    def make(**hyperparameters):
+        tree = make_job(**STREAMING, **hyperparameters)
+        for number, num_rows in enumerate((150, 3)):  # three chunks for two ranks, again and again
+            rows = [ROWS[(7 * row + number) % len(ROWS)] for row in range(num_rows)]
+            tree.write(f"input/data/train/{number}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+        (tree.base_dir / "input/data/train/train.jsonl").unlink()
+        return tree
+
+    return make
+
+
+def test_a_stream_ends_after_its_steps_and_resumes_to_the_very_same_weights(make_streaming_job):
+    finished, resumed = make_streaming_job(learning_rate="0.03"), make_streaming_job(learning_rate="0.03")
+    log = run(finished)
+    losses = metrics_of(log, "train_loss")
+    assert len(losses) == finished.manifest["num_steps"] == 12
+    assert losses[-1] < losses[0]
+    assert finished.manifest["metrics"]["eval_loss"] > 0
+    shutil.copytree(finished.base_dir / "checkpoints/checkpoint-6", resumed.base_dir / "checkpoints/checkpoint-6")
+    log = run(resumed)
+    assert metrics_of(log, "step")[0] == 7
+    assert adapter_of(resumed) == adapter_of(finished)

@@ -113,9 +113,15 @@ def test_the_checkpoint_folder_is_the_one_that_is_synchronized(base_dir):
     assert read_environment().checkpoint_dir == Path("/opt/ml/elsewhere")
 
 
-def test_rows_that_differ_from_host_to_host_are_refused(base_dir):
-    write(base_dir, "inputdataconfig.json", {"train": {"S3DistributionType": "ShardedByS3Key"}})
-    assert read_environment().channels
+def test_a_channel_is_sharded_where_several_hosts_share_its_files(base_dir):
+    write(base_dir, "inputdataconfig.json", {"train": {"S3DistributionType": "ShardedByS3Key"}, "validation": {}})
+    assert read_environment().sharded_channels == frozenset()
     write(base_dir, "resourceconfig.json", {"current_host": "algo-1", "hosts": ["algo-1", "algo-2"]})
-    with pytest.raises(UserError, match=r"train uses S3DistributionType=ShardedByS3Key.*use FullyReplicated"):
+    assert read_environment().sharded_channels == {"train"}
+
+
+def test_a_model_of_which_every_host_has_other_files_is_refused(base_dir):
+    write(base_dir, "inputdataconfig.json", {"model": {"S3DistributionType": "ShardedByS3Key"}})
+    write(base_dir, "resourceconfig.json", {"current_host": "algo-1", "hosts": ["algo-1", "algo-2"]})
+    with pytest.raises(UserError, match=r"Channel model uses S3DistributionType=ShardedByS3Key.*use FullyReplicated"):
         read_environment()

@@ -43,6 +43,7 @@ ENVIRONMENT = Environment(
     base_dir=Path("/opt/ml"),
     hyperparameters={},
     channels={},
+    sharded_channels=frozenset(),
     hosts=("algo-1",),
     other_hosts=(),
     current_host="algo-1",

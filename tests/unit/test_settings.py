@@ -14,6 +14,7 @@ def environment_of(hyperparameters: dict[str, str], num_gpus: int = 0, channels=
         base_dir=Path("/opt/ml"),
         hyperparameters=hyperparameters,
         channels=channels or {},
+        sharded_channels=frozenset(),
         hosts=("algo-1",),
         other_hosts=(),
         current_host="algo-1",

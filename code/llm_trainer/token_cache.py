@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A source's tokens on disk: made now, or by an earlier job with the same files, model and settings."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+import trl
+
+from llm_trainer.containers import Chunk, DamagedFile
+from llm_trainer.data_report import DataReport
+from llm_trainer.encoding import Encoder, Vocabulary
+from llm_trainer.preparation import CHUNK_ROWS, prepare
+from llm_trainer.settings import Settings
+from llm_trainer.sources import Source
+from llm_trainer.streaming import Head
+
+ROWS, REJECTED, REPORT = "rows.arrow", "rejected_rows.jsonl", "report.json"
+# What decides how a row is read and tokenized.
+SETTINGS = (
+    *("dataset_format", "text_field", "messages_field", "max_length", "apply_truncation", "truncation_mode"),
+    *("assistant_only_loss", "completion_only_loss"),
+)
+
+
+def prepare_source(source: Source | Head, vocabulary: Vocabulary, settings: Settings) -> tuple[Path, DataReport]:
+    """The folder with a source's rows and its rejected ones, and its report: made now, or by an earlier job."""
+    files = source.fingerprint()
+    folder = cache_dir() / "data" / build_key(files, vocabulary, settings)
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+        try:
+            write_source(source, vocabulary, settings, unfinished)
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    report = DataReport.from_json(json.loads((folder / REPORT).read_text(encoding="utf-8")))
+    report.files = files
+    if report.formats:  # an empty shard has none
+        report.formats = {source.name: report.formats["rows"]}
+        report.loss_on = {source.name: report.loss_on["rows"]}
+    return folder, report
+
+
+def write_source(source: Source | Head, vocabulary: Vocabulary, settings: Settings, folder: Path) -> None:
+    """Prepare a source's rows into the folder. Raises UserError where no row of such data could be used."""
+    report = DataReport()
+
+    def read() -> Iterator[Chunk]:
+        for chunks in source.read(CHUNK_ROWS):
+            try:
+                yield from chunks
+            except DamagedFile as error:
+                report.damage.append(str(error))
+
+    def build_encoder(row_format: str) -> Encoder:
+        encoder = Encoder(vocabulary, settings, row_format)
+        report.formats["rows"], report.loss_on["rows"] = row_format, encoder.loss_on
+        return encoder
+
+    num_processes = settings.dataset_num_proc or len(os.sched_getaffinity(0))
+    prepare(read(), settings, build_encoder, folder / ROWS, folder / REJECTED, num_processes, report)
+    (folder / REPORT).write_text(json.dumps(vars(report)), encoding="utf-8")
+
+
+def build_key(files: list[dict[str, Any]], vocabulary: Vocabulary, settings: Settings) -> str:
+    """A name for what these files become under these settings, with this version of our code."""
+    code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    chosen = {name: getattr(settings, name) for name in SETTINGS}
+    parts = (files, vocabulary.fingerprint(), chosen, transformers.__version__, trl.__version__)
+    return hashlib.sha256(repr(parts).encode() + b"".join(code)).hexdigest()[:32]
+
+
+def cache_dir() -> Path:
+    return Path(os.environ["LLM_TRAINER_CACHE"])
