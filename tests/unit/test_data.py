@@ -79,8 +79,7 @@ def test_rows_are_on_disk_in_their_order_with_a_fingerprint_of_their_files(load)
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_chunks_keep_their_order_however_many_processes_there_are(load, monkeypatch, num_processes):
-    monkeypatch.setattr(preparation, "CHUNK_ROWS", 7)
-    monkeypatch.setattr("llm_trainer.data.CHUNK_ROWS", 7)
+    monkeypatch.setattr("llm_trainer.token_cache.CHUNK_ROWS", 7)
     rows = [{"text": "x" * (number % 50 + 1)} for number in range(200)]
     rows[123] = {"text": 5}
     data = load({"train": rows}, dataset_num_proc=num_processes, max_bad_rows_fraction=0.01)
@@ -246,7 +245,7 @@ def test_a_killed_process_is_told(load, monkeypatch):
     import os
     import signal
 
-    monkeypatch.setattr("llm_trainer.data.CHUNK_ROWS", 2)
+    monkeypatch.setattr("llm_trainer.token_cache.CHUNK_ROWS", 2)
     parent = os.getpid()
 
     def die(self, chunk):

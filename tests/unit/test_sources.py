@@ -99,6 +99,7 @@ def test_of_saved_splits_each_channel_takes_its_own(tree, find):
 
 READ_HUB = """
 import json
+from llm_trainer.errors import UserError
 from llm_trainer.sources import HubSource
 for source in (HubSource("tiny/data", None, "train"), HubSource("tiny/data", None, "test"),
                HubSource("tiny/none", None, "train"), HubSource("tiny/data", None, "dev"),
