@@ -60,7 +60,7 @@ class FakeHub:
         if self.refusals:
             status, headers = self.refusals[0] if self.for_good else self.refusals.pop(0)
             return send(request, status, {"error": "no"}, headers)
-        if path in (f"{self.address}/revision/main", self.address):
+        if path in (f"{self.address}/revision/main", f"{self.address}/revision/{COMMIT}", self.address):
             siblings = [{"rfilename": name} for name in self.files]
             return send(request, 200, {"id": self.repository, "sha": COMMIT, "siblings": siblings, "tags": []})
         if path.startswith(f"{self.address}/tree/{COMMIT}/"):

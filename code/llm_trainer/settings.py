@@ -8,6 +8,7 @@ them is reported.
 import difflib
 import json
 import math
+import re
 import types as pytypes
 import typing
 from collections.abc import Mapping
@@ -166,6 +167,7 @@ RANGES: dict[str, dict[str, Any]] = {
 TRACKERS = ("mlflow", "wandb", "none")  # those that the image carries
 SECRETS = ("token", "wandb_token", "hub_token")
 REDACTED = "***"
+URL_PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # a tracking server's, say, with the user's name
 PLAIN_TYPES: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str, "dict": dict, "list": list}
 
 
@@ -433,7 +435,9 @@ def redact(settings: Settings) -> dict[str, Any]:
 
 
 def redact_value(name: str, value: Any) -> Any:
-    return REDACTED if name in SECRETS and value is not None else value
+    if name in SECRETS and value is not None:
+        return REDACTED
+    return URL_PASSWORD.sub(REDACTED, value) if isinstance(value, str) else value
 
 
 def is_given(settings: Settings, name: str) -> bool:

@@ -239,3 +239,10 @@ def test_a_missing_yaml_file_is_told():
 def test_a_config_channel_needs_one_yaml_file(tmp_path):
     _, problems = read_settings(environment_of({}, channels={"config": tmp_path}), {})
     assert "must hold exactly one .yaml file but has none" in problems[0]
+
+
+def test_a_password_in_a_url_is_not_shown():
+    settings = settings_of({"mlflow_uri": "https://me:secret@mlflow.example/x", "model_id": "org/name@x"})
+    shown = redact(settings)
+    assert shown["mlflow_uri"] == f"https://{REDACTED}@mlflow.example/x"
+    assert shown["model_id"] == "org/name@x"
