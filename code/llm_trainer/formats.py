@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from llm_trainer.containers import parse_json
 from llm_trainer.errors import shorten
+from llm_trainer.json_rows import parse_json
 from llm_trainer.settings import Settings
 
 IGNORED = -100  # the label of a token that is not trained on, PyTorch's cross_entropy default

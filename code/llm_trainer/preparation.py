@@ -23,12 +23,13 @@ import xxhash
 from datasets import Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
-from llm_trainer.containers import BadRow, Chunk, parse_json
 from llm_trainer.data_report import DataReport
 from llm_trainer.encoding import EncodedRow, Encoder, Ids
 from llm_trainer.errors import UserError
 from llm_trainer.formats import IGNORED, Example, Fields, RowError, detect_format, parse_example
+from llm_trainer.json_rows import parse_json
 from llm_trainer.processes import die_with_parent
+from llm_trainer.raw_rows import BadRow, Chunk
 from llm_trainer.settings import Settings
 
 CHUNK_ROWS = 500

@@ -9,9 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llm_trainer.containers import Chunk, find_files, find_ignored, read_chunks
+from llm_trainer.containers import read_chunks
+from llm_trainer.data_files import find_files, find_ignored
 from llm_trainer.environment import Environment
 from llm_trainer.errors import UserError, summarize
+from llm_trainer.raw_rows import Chunk
 from llm_trainer.settings import Settings, show
 
 TRAIN_CHANNEL = re.compile(r"train(ing)?([._-].+)?")

@@ -15,7 +15,6 @@ from typing import Any
 
 from datasets import Features, IterableDataset, List, Value
 
-from llm_trainer.containers import Chunk, DamagedFile
 from llm_trainer.data_report import DataReport
 from llm_trainer.distributed import world_size
 from llm_trainer.encoding import Encoder, Ids, Vocabulary
@@ -23,6 +22,7 @@ from llm_trainer.environment import Environment
 from llm_trainer.errors import UserError
 from llm_trainer.launch import Job
 from llm_trainer.preparation import PreparedChunk, Preparer
+from llm_trainer.raw_rows import Chunk, DamagedFile
 from llm_trainer.settings import Settings
 from llm_trainer.sources import FileSource, Source
 

@@ -13,10 +13,10 @@ from typing import Any
 import transformers
 import trl
 
-from llm_trainer.containers import Chunk, DamagedFile
 from llm_trainer.data_report import DataReport
 from llm_trainer.encoding import Encoder, Vocabulary
 from llm_trainer.preparation import CHUNK_ROWS, prepare
+from llm_trainer.raw_rows import Chunk, DamagedFile
 from llm_trainer.settings import Settings
 from llm_trainer.sources import Source
 from llm_trainer.streaming import Head

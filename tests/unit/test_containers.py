@@ -18,9 +18,12 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_trainer import containers
-from llm_trainer.containers import BadRow, DamagedFile, DuplicateKey, find_files, find_ignored, parse_json, read_chunks
+from llm_trainer import containers, json_rows
+from llm_trainer.containers import read_chunks
+from llm_trainer.data_files import find_files, find_ignored
 from llm_trainer.errors import UserError
+from llm_trainer.json_rows import DuplicateKey, parse_json
+from llm_trainer.raw_rows import BadRow, DamagedFile
 
 ROWS = [{"text": "a"}, {"text": "b\u00e9\U0001f600"}, {"text": "c", "n": [1, 2.5, None, True]}]
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
@@ -132,7 +135,7 @@ def test_empty_arrays_have_no_rows(tmp_path):
 def test_damaged_json_is_told_with_its_place_after_the_rows_before_it(
     tmp_path, monkeypatch, content, num_rows, sentence, read_bytes
 ):
-    monkeypatch.setattr(containers, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(json_rows, "READ_BYTES", read_bytes)
     rows, text = damage_of(write(tmp_path, "a.json", content))
     assert len(rows) == num_rows
     assert text.startswith(f"a.json {sentence}")
@@ -417,8 +420,9 @@ def test_what_was_written_is_read_however_small_the_buffers(rows, white, is_asci
     lines = "".join(text + "\n" * (1 + white[0].count("\n")) for text in texts)
     steps = 1 + white[0].count("\n")
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        for name, size in zip(("READ_BYTES", "BUFFER_BYTES", "PIECE_BYTES"), sizes, strict=True):
-            patch.setattr(containers, name, size)
+        places = ((json_rows, "READ_BYTES"), (containers, "BUFFER_BYTES"), (containers, "PIECE_BYTES"))
+        for (module, name), size in zip(places, sizes, strict=True):
+            patch.setattr(module, name, size)
         for name, text, numbers in [
             ("array.json", array, [1 + number for number in range(len(rows))]),
             ("lines.jsonl", lines, [1 + number * steps for number in range(len(rows))]),
@@ -473,8 +477,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
 
 def test_long_rows_of_an_array_do_not_pile_up_and_are_not_parsed_over_and_over(tmp_path, monkeypatch):
     parsed = []
-    decode = containers.decode
-    monkeypatch.setattr(containers, "decode", lambda text, at: (parsed.append(len(text) - at), decode(text, at))[1])
+    decode = json_rows.decode
+    monkeypatch.setattr(json_rows, "decode", lambda text, at: (parsed.append(len(text) - at), decode(text, at))[1])
     row = json.dumps({"text": "x" * 10_000_000})
     file = write(tmp_path, "a.json", f"[{row},\n{row}]".encode())
     assert [len(chunk.rows) for chunk in read_chunks(file, "a.json", 1000)] == [1, 1]

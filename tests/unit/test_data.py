@@ -9,8 +9,8 @@ import pytest
 
 from llm_trainer import preparation
 from llm_trainer.audit import describe_data
-from llm_trainer.containers import find_files
 from llm_trainer.data import load_data
+from llm_trainer.data_files import find_files
 from llm_trainer.encoding import Vocabulary
 from llm_trainer.errors import MAX_FAILURE_CHARACTERS, UserError
 from llm_trainer.formats import IGNORED
