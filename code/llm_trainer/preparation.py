@@ -243,7 +243,7 @@ def run(preparer: Preparer | None, chunks: Iterator[Chunk], num_processes: int) 
                 f"dataset_num_proc (now {num_processes}), or use an instance with more memory."
             ) from error
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # and wait: at this process's end nobody would tell the others to end
 
 
 current: Preparer  # of a process of the pool

@@ -60,7 +60,7 @@ def tell(error: Exception, job: Job, scratch_dir: Path) -> None:
         "_save_checkpoint": inputs.checkpoint_dir,
         "export": inputs.model_dir,
         "fetch_model": Path(os.environ["HF_HOME"]),
-        "write_source": Path(os.environ["LLM_TRAINER_CACHE"]),
+        "write_source": Path(os.environ["LLM_TRAINER_CACHE"]).parent,
     }
     failure = explain(error, describe_rank(rank()), job.settings, folders)
     if rank() == 0:

@@ -217,7 +217,7 @@ def write_arrow(folder: Path) -> None:
 WRITERS = {
     "_save_checkpoint": lambda folder: torch.save({"state": torch.zeros(10**6)}, folder / "optimizer.pt"),
     "export": lambda folder: save_file({"weight": torch.zeros(10**6)}, folder / "adapter_model.safetensors"),
-    "load_split": write_arrow,
+    "write_source": write_arrow,
     "write_text": lambda folder: (folder / "trainer_state.json").write_text("x" * 10**7),
 }
 
