@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.generic import is_flash_attention_requested
@@ -156,9 +157,13 @@ class Packing:
 
 
 def choose_packing(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: SFTConfig, settings: Settings
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: SFTConfig,
+    settings: Settings,
+    group: dist.ProcessGroup | None,
 ) -> Packing:
-    """What the settings ask for, if the model keeps the rows of a sequence apart.
+    """What the settings ask for, if the model keeps the rows of a sequence apart. Every rank must call this.
 
     Raises UserError where it does not and the settings name packing; where they leave it open, it is off.
     """
@@ -169,7 +174,7 @@ def choose_packing(
     if arguments.parallelism_config is not None:
         reason: str | None = "parallelism_config may split a sequence over devices"
     else:
-        reason = find_leak(model, replace(collator, max_length=None))
+        reason = find_first(find_leak(model, replace(collator, max_length=None)), group)
     if reason is None:
         mode: Literal["data set", "batch"] = "data set" if settings.packing else "batch"
         return Packing(mode, f"{model.config._attn_implementation} attention keeps them apart", collator)
@@ -177,6 +182,15 @@ def choose_packing(
         if getattr(settings, name):
             raise UserError(f"{name}=true: {reason}: leave it out, and rows are padded.")
     return Packing("off", reason)
+
+
+def find_first(reason: str | None, group: dist.ProcessGroup | None) -> str | None:
+    """The first rank's reason that has one: what a GPU rounds must not have the ranks train in different ways."""
+    reasons: list[str | None] = [reason]
+    if group is not None:
+        reasons = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, reason, group=group)
+    return next(filter(None, reasons), None)
 
 
 def pack_split(name: str, rows: Dataset, settings: Settings, scratch_dir: Path) -> Dataset:

@@ -49,8 +49,8 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     base = model.load_model(folder, settings, quantization, model.choose_weights_dtype(settings), device)
     timeline.mark("model")
 
-    packing = choose_packing(base, tokenizer, arguments, settings)
-    if packing.mode == "off" and not is_given(settings, "train_sampling_strategy"):
+    packing = choose_packing(base, tokenizer, arguments, settings, agreement.group)
+    if packing.mode == "off" and not (settings.streaming or is_given(settings, "train_sampling_strategy")):
         arguments.train_sampling_strategy = "group_by_length"
     say(f"{packing}; train_sampling_strategy={arguments.train_sampling_strategy}")
     sequences = packing.pack(data.splits, settings, scratch_dir)

@@ -262,7 +262,7 @@ def test_a_data_set_is_packed_into_full_sequences_once_a_host(tmp_path):
 
 def choose(config, **settings):
     arguments = SimpleNamespace(pad_to_multiple_of=None, parallelism_config=settings.get("parallelism_config"))
-    return choose_packing(build_model(config), build_tokenizer(), arguments, Settings(**settings))
+    return choose_packing(build_model(config), build_tokenizer(), arguments, Settings(**settings), None)
 
 
 def test_rows_are_packed_by_default_where_the_model_keeps_them_apart():
