@@ -25,7 +25,7 @@ MEMORY_ROWS = (100_000, 1_000_000)
 
 
 def main() -> None:
-    model, num_rows, rounds = Path(sys.argv[1]), *map(int, [*sys.argv[2:], "20000", "5"][:2])
+    model, num_rows, rounds = Path(sys.argv[1]), *map(int, [*sys.argv[2:], "40000", "5"][:2])
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
         rows = write_rows(Path(folder) / "rows.jsonl", model, num_rows, median_words=60)
         measure_rate(rows, model, rounds, Path(folder))
@@ -150,10 +150,10 @@ def encode_raw(rows: Path, tokenizer: Any) -> tuple[float, int]:
 
 
 def prepare_here(rows: Path, tokenizer: Any) -> tuple[float, int]:
-    from llm_trainer.data import prepare_source
     from llm_trainer.encoding import Vocabulary
     from llm_trainer.settings import Settings
     from llm_trainer.sources import FileSource
+    from llm_trainer.token_cache import prepare_source
 
     vocabulary = Vocabulary(tokenizer, frozenset({tokenizer.eos_token_id}), len(tokenizer))
     source = FileSource("train", rows.parent, (rows,))

@@ -98,7 +98,7 @@ class ChatTemplate:
         Raises RowError when the template refuses the conversation or leaves out a part of it.
         """
         self.check_tools(conversation)
-        if not self.renders_reasoning:
+        if has_reasoning(conversation) and not self.renders_reasoning:
             conversation = fold_reasoning(conversation)
         text, marked = self.render(conversation.messages, conversation.tools)
         check_messages(conversation.messages, text)
@@ -125,7 +125,7 @@ class ChatTemplate:
 
     def find_turns(self, conversation: Conversation, text: str) -> list[Span]:
         """The span of each assistant turn with its end."""
-        turns = [number for number, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        turns = conversation.assistant_turns
         # Only where nothing else looks like the start of a turn: a user may quote one.
         is_plain = bool(self.turn_start) and text.count(self.turn_start) == len(turns)
         spans: list[Span] = []
@@ -158,7 +158,7 @@ class ChatTemplate:
 
     def pick_turns(self, conversation: Conversation, spans: list[Span]) -> list[Span]:
         """The spans to train on: not those of the prompt, nor those of messages with `weight` 0, as OpenAI has it."""
-        turns = [number for number, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        turns = conversation.assistant_turns
         first = conversation.num_prompt_messages or 0
         trained = [number >= first and conversation.messages[number].get("weight") != 0 for number in turns]
         if all(trained):
@@ -199,6 +199,10 @@ def check_messages(messages: list[Fields], text: str) -> None:
                 f"has a message {number} with the role {message['role']!r}, which the model's chat template leaves "
                 "out: use a role that it knows, or another template with chat_template_path."
             )
+
+
+def has_reasoning(conversation: Conversation) -> bool:
+    return any(key in message for message in conversation.messages for key in REASONING_FIELDS)
 
 
 def fold_reasoning(conversation: Conversation) -> Conversation:

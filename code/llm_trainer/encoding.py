@@ -149,9 +149,10 @@ class Encoder:
         if not self.ends_in_stop(input_ids):
             eos_id = self.tokenizer.eos_token_id
             label = eos_id if self.ends_trained(input_ids, labels) else IGNORED
-            input_ids, labels = np.append(input_ids, eos_id), np.append(labels, label)
+            input_ids = np.append(input_ids, np.int32(eos_id))
+            labels = np.append(labels, np.int32(label))
         self.check_ids("input_ids", input_ids)
-        return EncodedRow(input_ids.astype(np.int32, copy=False), labels.astype(np.int32, copy=False))
+        return EncodedRow(input_ids, labels)
 
     def check(self, tokens: Tokens) -> EncodedRow:
         """A row that somebody else tokenized. Raises RowError where the model would not know it, or for two BOS."""
@@ -173,7 +174,8 @@ class Encoder:
 
     def ends_in_stop(self, input_ids: Ids) -> bool:
         """Whether a stop token ends the row; templates may put a newline after it."""
-        for token in map(int, input_ids[::-1]):
+        for place in range(len(input_ids) - 1, -1, -1):
+            token = int(input_ids[place])
             if token in self.vocabulary.stop_ids:
                 return True
             if not self.is_white(token):

@@ -12,6 +12,7 @@ Formats, by what a row has (sources: TRL's "Dataset formats", ShareGPT's export,
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from llm_trainer.errors import shorten
@@ -45,6 +46,11 @@ class Conversation:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     num_prompt_messages: int | None = None  # of a prompt with a completion; None: any assistant's turn is trained on
+
+    @cached_property
+    def assistant_turns(self) -> list[int]:
+        """The places of the assistant's messages."""
+        return [place for place, message in enumerate(self.messages) if message["role"] == "assistant"]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 This process reads the files and writes the result; others parse, render and tokenize the chunks between.
 """
 
+import gc
 import itertools
 import json
 import multiprocessing
@@ -253,6 +254,7 @@ def begin(preparer: Preparer) -> None:
     """Set up a process of the pool."""
     global current
     die_with_parent()
+    gc.freeze()  # what was there before is neither searched for garbage nor, by that, copied
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is all the parallelism there is to have
     current = preparer
 
