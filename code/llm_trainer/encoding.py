@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from tokenizers import Encoding, Tokenizer
+from transformers import PreTrainedTokenizerBase
 
 from llm_trainer.chat_template import ChatTemplate, Span
 from llm_trainer.errors import UserError
@@ -96,9 +97,9 @@ class Encoder:
         for add_special_tokens, batch in texts.items():
             if batch:
                 encoded = self.tokenize([text for _, text, _ in batch], add_special_tokens)
-                for number, (place, _, spans) in enumerate(batch):
+                for (place, _, spans), (ids, encoding) in zip(batch, encoded, strict=True):
                     try:
-                        rows[place] = self.label(encoded, number, spans)
+                        rows[place] = self.label(ids, encoding, spans)
                     except RowError as error:
                         rows[place] = error
         return rows  # type: ignore[return-value]
@@ -125,23 +126,33 @@ class Encoder:
         """Whether a text was rendered with its special tokens, which then must not be added again."""
         return bool(self.tokenizer.bos_token) and text.lstrip().startswith(self.tokenizer.bos_token)
 
-    def tokenize(self, texts: list[str], add_special_tokens: bool) -> BatchEncoding:
-        return self.tokenizer(
-            texts,
-            add_special_tokens=add_special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
+    def tokenize(self, texts: list[str], add_special_tokens: bool) -> list[tuple[list[int], Encoding | None]]:
+        """The ids of each text, and which characters each covers, where the tokenizer is one of the tokenizers library.
 
-    def label(self, encoded: BatchEncoding, number: int, spans: list[Span] | None) -> EncodedRow:
-        input_ids = np.array(encoded["input_ids"][number], dtype=np.int32)
-        if spans is None:
+        That library is asked itself: what Transformers makes of its answers takes a tenth as long again.
+        """
+        if self.tokenizer.is_fast:
+            encodings = self.backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+            return [(encoding.ids, encoding) for encoding in encodings]
+        encoded = self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)
+        return [(input_ids, None) for input_ids in encoded["input_ids"]]
+
+    @cached_property
+    def backend(self) -> Tokenizer:
+        """The tokenizer without the cutting and padding that its file may ask for."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    def label(self, ids: list[int], encoding: Encoding | None, spans: list[Span] | None) -> EncodedRow:
+        input_ids = np.array(ids, dtype=np.int32)
+        if spans is None or encoding is None:  # spans are looked for only where there is an encoding
             labels = input_ids.copy()
         else:
             labels = np.full_like(input_ids, IGNORED)
             for span in spans:
-                first, last = find_tokens(encoded, number, span)
+                first, last = find_tokens(encoding, span)
                 labels[first : last + 1] = input_ids[first : last + 1]
         bos_id = self.tokenizer.bos_token_id
         if bos_id is not None and len(input_ids) > 1 and input_ids[0] == input_ids[1] == bos_id:
@@ -200,13 +211,13 @@ class Encoder:
         return is_stop
 
 
-def find_tokens(encoded: BatchEncoding, number: int, span: Span) -> tuple[int, int]:
+def find_tokens(encoding: Encoding, span: Span) -> tuple[int, int]:
     """The first and the last token that cover a span's characters; white space between tokens is covered by none."""
     start, end = span
     characters = range(start, end)
-    covering = (encoded.char_to_token(number, character) for character in characters)
+    covering = (encoding.char_to_token(character) for character in characters)
     first = next((token for token in covering if token is not None), None)
-    covering = (encoded.char_to_token(number, character) for character in reversed(characters))
+    covering = (encoding.char_to_token(character) for character in reversed(characters))
     last = next((token for token in covering if token is not None), None)
     if first is None or last is None:
         raise RowError("has a turn to train on that leaves no token: fill it, or remove the row.")

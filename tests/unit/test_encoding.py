@@ -163,3 +163,11 @@ def test_conversations_need_a_chat_template():
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         encode(Conversation(CHAT), tokenizer=tokenizer)
+
+
+def test_what_a_tokenizers_file_says_of_cutting_and_padding_is_not_followed():
+    tokenizer = build_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=20)
+    _, _, [row] = encode(Text("abcdef"), tokenizer=tokenizer)
+    assert len(row.input_ids) == 7
