@@ -109,11 +109,12 @@ def measure_memory(model: Path, folder: Path) -> None:
 
 def measure_packing() -> None:
     """Useful tokens in all slots of a batch, on a log-normal length mix."""
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from trl import pack_dataset
 
     from llm_trainer.packing import BIN_ROWS, distribute
 
+    disable_progress_bars()
     generator = random.Random(0)
     lengths = [min(2048, 2 + int(generator.lognormvariate(5, 1))) for _ in range(50_000)]
     rows = Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})
