@@ -35,6 +35,7 @@ class Vocabulary:
     stop_ids: frozenset[int]  # ids at which generation stops; the tokenizer's EOS is one of them
     size: int  # of the model's embedding, which may have more rows than the tokenizer has tokens
 
+    @cached_property
     def fingerprint(self) -> str:
         """A digest of all that decides which ids a text becomes."""
         tokenizer = self.tokenizer

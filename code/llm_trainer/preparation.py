@@ -179,8 +179,8 @@ def prepare(
     rejected_rows: Path,
     num_processes: int,
     report: DataReport,
-) -> str | None:
-    """Write the rows of a source to an Arrow file and its bad ones to a JSON Lines file; the format that they have.
+) -> None:
+    """Write the rows of a source to an Arrow file and its bad ones to a JSON Lines file; counts them in the report.
 
     Raises UserError where no row could be used whatever it holds.
     """
@@ -202,7 +202,6 @@ def prepare(
             for row in prepared.rejected:
                 rejected.write(json.dumps(row, ensure_ascii=False) + "\n")
         writer.finalize()
-    return row_format
 
 
 def find_format(chunks: Iterator[Chunk], settings: Settings) -> tuple[list[Chunk], str | None, str]:

@@ -107,7 +107,10 @@ def find_train(settings: Settings, environment: Environment) -> tuple[list[Sourc
     """The sources of the training data, and a sentence for each that is missing or empty."""
     path = settings.train_dataset_path
     if path:
-        return find_at_path(path, "train_dataset_path", settings.dataset_train_split, settings, environment)
+        sources, problems = find_at_path(
+            path, "train_dataset_path", settings.dataset_train_split, settings, environment
+        )
+        return sources, problems + list(check_weights(settings, [path]))
     channels = [name for name in environment.channels if TRAIN_CHANNEL.fullmatch(name)]
     if not channels:
         return [], [f"Training data is missing: give a channel 'train' with {KINDS} files, or set train_dataset_path."]

@@ -74,7 +74,7 @@ def build_key(files: list[dict[str, Any]], vocabulary: Vocabulary, settings: Set
     """A name for what these files become under these settings, with this version of our code."""
     code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
     chosen = {name: getattr(settings, name) for name in SETTINGS}
-    parts = (files, vocabulary.fingerprint(), chosen, transformers.__version__, trl.__version__)
+    parts = (files, vocabulary.fingerprint, chosen, transformers.__version__, trl.__version__)
     return hashlib.sha256(repr(parts).encode() + b"".join(code)).hexdigest()[:32]
 
 
