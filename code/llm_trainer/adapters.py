@@ -23,6 +23,8 @@ def build_lora(settings: Settings) -> LoraConfig:
 
 def as_peft_targets(targets: str | list[str]) -> str | list[str]:
     """PEFT matches a string against whole module paths, so that a plain name must become a list to match its end."""
+    if targets == "auto":
+        return ALL_LINEAR
     if isinstance(targets, str) and targets != ALL_LINEAR and re.fullmatch(r"[\w.]+", targets):
         return [targets]
     return targets

@@ -26,7 +26,10 @@ from llm_trainer.training_arguments import Argument, read_snapshot
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 DatasetFormat = Literal["auto", "pretokenized", "messages", "sharegpt", "prompt_completion", "alpaca", "text"]
-Attention = Literal["auto", "flash_attention_2", "flash_attention_3", "flex_attention", "sdpa", "eager"]
+Attention = Literal[
+    "auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention", "sdpa", "eager"
+]
+AdapterInit = Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "loftq"]
 
 
 class OwnSettings(BaseModel):
@@ -40,16 +43,39 @@ class OwnSettings(BaseModel):
     model_revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
     use_snapshot_download: bool = Field(True, description="Download a Hub model once a host, before any rank loads it.")
     token: SecretStr | None = Field(None, description="Hugging Face token; better given as HF_TOKEN in Environment.")
-    torch_dtype: Dtype = Field("auto", description="Type of the weights; auto: bfloat16 on a GPU, float32 on a CPU.")
-    attn_implementation: Attention = Field("auto", description="Attention kernel; auto: what Transformers chooses.")
-    load_in_4bit: bool = Field(False, description="QLoRA: load the base in 4 bit (nf4, double quantization).")
-    use_mxfp4: bool = Field(False, description="Train an MXFP4 checkpoint (gpt-oss), dequantized to `torch_dtype`.")
+    torch_dtype: Dtype = Field(
+        "auto", description="Type of the weights and of the computation; auto: by the checkpoint and the device."
+    )
+    attn_implementation: Attention = Field(
+        "auto", description="Attention kernel; auto: the fastest one that is right for model, type and device."
+    )
+    use_liger_kernel: bool | None = Field(
+        None, description="Liger's fused kernels; default: on a GPU, where Liger knows the model."
+    )
+    load_in_4bit: bool = Field(False, description="QLoRA: load the base in 4 bit.")
+    load_in_8bit: bool = Field(False, description="Load the base in 8 bit (LLM.int8()).")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit type of `load_in_4bit`.")
+    bnb_4bit_use_double_quant: bool = Field(True, description="Quantize the scales of `load_in_4bit` too.")
+    use_mxfp4: bool | None = Field(
+        None, description="The base is an MXFP4 checkpoint (gpt-oss), dequantized for training; default: as it says."
+    )
     # Adapter
     use_peft: bool = Field(True, description="Train a LoRA adapter; false: fine-tune all weights.")
     lora_r: int = Field(8, ge=1, description="LoRA rank.")
     lora_alpha: float = Field(16, gt=0, description="LoRA scale; the adapter's output is multiplied by alpha / rank.")
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on the adapter's input.")
-    target_modules: str | list[str] = Field("all-linear", description="Modules that get an adapter: names, or a regex.")
+    target_modules: str | list[str] = Field(
+        "auto", description="Modules that get an adapter: names, or a regex; auto: all linear layers and all experts."
+    )
+    target_parameters: list[str] | None = Field(
+        None, description="Parameters that get an adapter, such as fused experts; default: with `auto`, all experts."
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA).")
+    use_dora: bool = Field(False, description="Learn magnitude and direction apart (DoRA).")
+    init_lora_weights: AdapterInit = Field("default", description="How the adapter begins; `loftq` quantizes the base.")
+    loraplus_lr_ratio: float | None = Field(
+        None, ge=1, description="Learning rate of the adapter's B over that of A (LoRA+); default: the same."
+    )
     merge_weights: bool = Field(False, description="Write the merged model instead of the adapter.")
     # Data
     train_dataset_path: str | None = Field(
@@ -101,8 +127,18 @@ class OwnSettings(BaseModel):
     )
     early_stopping: bool = Field(False, description="Stop when eval_loss no longer falls, and keep the best weights.")
     early_stopping_patience: int = Field(3, ge=1, description="Evaluations without a fall before stopping.")
+    distribution: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="A copy of the model a GPU (ddp) or shards of it (fsdp); auto: fsdp where a copy cannot fit.",
+    )
     gradient_checkpointing: bool | None = Field(
-        None, description="Recompute activations in the backward pass, to save memory; default: on a GPU only."
+        None, description="Recompute activations in the backward pass, to save memory; default: where it is needed."
+    )
+    activation_offloading: bool | None = Field(
+        None, description="Keep activations in the host's memory until the backward pass; default: where it is needed."
+    )
+    check_memory: bool = Field(
+        True, description="Stop before the weights load if the estimate says that the job cannot fit; false: try it."
     )
     nproc_per_node: int | None = Field(
         None, ge=1, description="Worker processes a host; default: one a GPU, or one on a CPU."
@@ -124,7 +160,9 @@ ALIASES = {
     "evaluation_strategy": "eval_strategy",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
     "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
     "max_seq_length": "max_length",
+    "use_bnb_nested_quant": "bnb_4bit_use_double_quant",
     "model_name_or_path": "model_id",
     "warmup_ratio": "warmup_steps",  # a share below 1 in both, since Transformers 5
 }

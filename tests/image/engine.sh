@@ -3,6 +3,8 @@
 # What the image's tests need around them on a bare machine:
 #   engine.sh start          answers when a Docker engine does; starts one, and installs it first, where none runs
 #   engine.sh base VARIANT   prints the base image to build on: the Dockerfile's own, or a stand-in made of packages
+#   engine.sh builder        prints the image to compile flash-attn in: the Dockerfile's own, or the stand-in with this
+#                            machine's CUDA toolkit in it
 #   engine.sh stop           ends the engine that `start` started, by its process id, and no other
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -55,24 +57,44 @@ stop() {
   rm -f "$state/dockerd.pid"
 }
 
+available() { "$docker" image inspect "$1" >/dev/null 2>&1 || "$docker" pull --quiet "$1" >/dev/null 2>&1; }
+
 base() { # base VARIANT
   local pinned
   pinned=$(awk -v stage="base-$1" '$1 == "FROM" && $4 == stage { print $2 }' docker/Dockerfile)
-  if "$docker" image inspect "$pinned" >/dev/null 2>&1 || "$docker" pull --quiet "$pinned" >/dev/null 2>&1; then
+  if available "$pinned"; then
     echo "$pinned"
-  elif [ "$1" = cpu ]; then
-    say "$pinned cannot be pulled: building on $stand_in"
-    "$docker" image inspect "$stand_in" >/dev/null 2>&1 || build_stand_in >&2
-    echo "$stand_in"
   else
-    say "$pinned cannot be pulled, and the $1 variant has no stand-in: name an image with BASE_IMAGE="
+    say "$pinned cannot be pulled: building on $stand_in"
+    "$docker" image inspect "$stand_in" >/dev/null 2>&1 || build_stand_in "$stand_in" >&2
+    echo "$stand_in"
+  fi
+}
+
+builder() {
+  local pinned toolkit
+  pinned=$(sed -n 's/^ARG BUILDER_IMAGE=//p' docker/Dockerfile)
+  if available "$pinned"; then
+    echo "$pinned"
+    return
+  fi
+  toolkit=$(readlink -f "${CUDA_HOME:-/usr/local/cuda}")
+  if [ ! -x "$toolkit/bin/nvcc" ]; then
+    say "$pinned cannot be pulled, and no CUDA toolkit is here to stand in for it: set CUDA_HOME, or name an image with BUILDER_IMAGE="
     exit 1
   fi
+  say "$pinned cannot be pulled: building on $stand_in-devel, with $toolkit in it"
+  "$docker" image inspect "$stand_in-devel" >/dev/null 2>&1 \
+    || build_stand_in "$stand_in-devel" --customize-hook="copy-in $toolkit /usr/local" \
+      --customize-hook="ln -sfn $(basename "$toolkit") \"\$1/usr/local/cuda\"" >&2
+  echo "$stand_in-devel"
 }
 
 # The same release and the same leaning of documents and translations as the official slim image; beside it only the
 # certificate authorities that this machine trusts, without which a build behind an inspecting proxy fetches nothing.
-build_stand_in() {
+build_stand_in() { # build_stand_in IMAGE [OPTION...]
+  local image=$1
+  shift
   install mmdebstrap mmdebstrap
   mkdir -p /usr/local/share/ca-certificates
   mmdebstrap --quiet --variant=minbase --include=ca-certificates \
@@ -80,11 +102,11 @@ build_stand_in() {
     --dpkgopt='path-exclude=/usr/share/info/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
     --customize-hook='copy-in /usr/local/share/ca-certificates /usr/local/share' \
     --customize-hook='chroot "$1" update-ca-certificates' \
-    bookworm - | "$docker" import - "$stand_in"
+    "$@" bookworm - | "$docker" import - "$image"
 }
 
 case ${1:-} in
-  start | stop) "$1" ;;
+  start | stop | builder) "$1" ;;
   base) base "${2:?VARIANT}" ;;
-  *) sed -n '3,6p' "$0"; exit 2 ;;
+  *) sed -n '3,8p' "$0"; exit 2 ;;
 esac
