@@ -16,8 +16,12 @@ CPU_TORCH = $(firstword $(wildcard docker/wheels/torch-*cpu*.whl))
 NO_CPU_TORCH := "Set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index, or PIP_FIND_LINKS to a folder that holds the wheel \
 named in $(REQUIREMENTS)/torch-cpu.txt."
 
+BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --build-arg VARIANT=$(VARIANT) \
+	$(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
+	$(if $(BUILDER_IMAGE),--build-arg BUILDER_IMAGE=$(BUILDER_IMAGE)) $(BUILD_OPTIONS)
+
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint image test-image engine lock
+.PHONY: help venv demo test test-gpu lint image flash-attn test-image engine lock
 
 help: ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -47,6 +51,9 @@ demo: venv .demo/download ## Fine-tune SmolLM2-135M on this machine's CPU, and m
 test: venv lint ## Lint, types, unit and integration tests; needs no Docker
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope
 
+test-gpu: venv ## Checks that need an NVIDIA GPU; without one they say so and skip
+	.venv/bin/pytest tests/gpu
+
 lint: venv ## Lint, formatting and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -57,17 +64,19 @@ ifeq ($(VARIANT),cpu)
 	$(if $(CPU_TORCH),,$(PYTHON) -m pip download --quiet --no-deps --require-hashes --only-binary :all: --python-version 3.11 \
 		--platform manylinux_2_28_x86_64 -r $(REQUIREMENTS)/torch-cpu.txt -d docker/wheels || { echo $(NO_CPU_TORCH); exit 1; })
 endif
-	DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --tag $(TAGGED_IMAGE) \
-		--build-arg VARIANT=$(VARIANT) \
-		$(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE) --label org.opencontainers.image.base.name=$(BASE_IMAGE)) \
-		$(if $(BUILDER_IMAGE),--build-arg BUILDER_IMAGE=$(BUILDER_IMAGE)) $(BUILD_OPTIONS) \
+	$(BUILD) --tag $(TAGGED_IMAGE) \
+		$(if $(BASE_IMAGE),--label org.opencontainers.image.base.name=$(BASE_IMAGE)) \
 		--build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
 		--build-arg REVISION=$$(git describe --always --dirty --abbrev=40 2>/dev/null || echo unknown) \
 		--build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) .
 
-test-image: venv engine ## Build the image, on a stand-in base where nothing can be pulled, and run jobs in it
+flash-attn: ## Compile flash-attn's wheel to docker/wheels/, where `make image VARIANT=cuda` takes it from
+	$(BUILD) --target flash-attn-wheel --output docker/wheels .
+
+test-image: venv engine ## Build the image, on stand-in bases where nothing can be pulled, and run jobs in it
 	base=$(BASE_IMAGE); base=$${base:-$$(tests/image/engine.sh base $(VARIANT))} \
-		&& $(MAKE) image VARIANT=$(VARIANT) BASE_IMAGE=$$base
+		&& builder=$(BUILDER_IMAGE); builder=$${builder:-$$(test $(VARIANT) = cpu || tests/image/engine.sh builder)} \
+		&& $(MAKE) image VARIANT=$(VARIANT) BASE_IMAGE=$$base BUILDER_IMAGE=$$builder
 	DOCKER=$(DOCKER) IMAGE=$(TAGGED_IMAGE) VARIANT=$(VARIANT) .venv/bin/pytest tests/image
 
 engine: # ends again with `tests/image/engine.sh stop`
