@@ -16,7 +16,7 @@ OF_THE_DRIVER = {"libcuda.so.1", "libnvidia-ml.so.1"}
 OF_OTHER_FABRICS = ("libfabric.", "libibverbs.", "libmlx5.", "libmpi.", "libpmix.", "librdmacm.", "libucp.", "libucs.")
 # Modules of every installed distribution, but for private ones and what runs on import.
 IMPORT_ALL = """
-import importlib, json
+import importlib, json, setuptools  # before whoever imports distutils
 from importlib.metadata import packages_distributions, version
 versions, failures = {}, []
 for module, distributions in sorted(packages_distributions().items()):
