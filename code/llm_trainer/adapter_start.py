@@ -20,10 +20,10 @@ from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from llm_trainer.distributed import local_rank
 from llm_trainer.errors import UserError
 from llm_trainer.weights import list_weights
 
-FOLDER = "initial_adapter"
 KEPT = "initial_adapter.safetensors"  # in a checkpoint: PEFT takes a folder with an adapter for another one to load
 ADAPTER = "default"  # PEFT's name of the only one
 MOVING = ("pissa", "pissa_niter_16", "olora")  # from the base into the adapter
@@ -35,7 +35,7 @@ def begin(model: PeftModel, init: str, base: str, scratch_dir: Path) -> Path | N
         begin_loftq(model, Path(base))
     elif init not in MOVING:
         return None
-    start = scratch_dir / FOLDER
+    start = scratch_dir / f"initial_adapter_{local_rank()}"
     model.save_pretrained(start)
     return start
 

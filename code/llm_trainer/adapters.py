@@ -7,7 +7,7 @@ All that can be wrong with it is found on the model's skeleton, before any weigh
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType
@@ -34,12 +34,6 @@ def build_skeleton(config: PreTrainedConfig, settings: Settings) -> PreTrainedMo
             return AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
     except (ValueError, ImportError) as error:
         raise UserError(f"The model {config.name_or_path} could not be built: {summarize(error)}.") from error
-
-
-def plan_lora(model: str, settings: Settings) -> LoraConfig:
-    """The same from the model's folder, of which only the config is read."""
-    config = AutoConfig.from_pretrained(model, **source_options(settings))
-    return build_lora(settings, build_skeleton(config, settings))
 
 
 def build_lora(settings: Settings, skeleton: PreTrainedModel) -> LoraConfig:
@@ -71,6 +65,12 @@ def build_lora(settings: Settings, skeleton: PreTrainedModel) -> LoraConfig:
     if config.target_parameters:
         config.lora_dropout = 0.0
     return config
+
+
+def plan_lora(model: str, settings: Settings) -> LoraConfig:
+    """The same for a model's folder, of which only the config is read."""
+    config = AutoConfig.from_pretrained(model, **source_options(settings))
+    return build_lora(settings, build_skeleton(config, settings))
 
 
 def choose_targets(settings: Settings, skeleton: PreTrainedModel) -> tuple[str | list[str], list[str] | None]:
@@ -177,7 +177,7 @@ def find_absent(config: LoraConfig, model: PreTrainedModel) -> Iterator[str]:
     """A sentence for each target of which the model has none."""
     modules = {name: module for name, module in model.named_modules() if name}
     parameters = [name for name, _ in model.named_parameters()]
-    existing = list_adaptable(modules.values(), modules)
+    existing = list_adaptable(modules)
     if isinstance(config.target_modules, str) and config.target_modules != ALL_LINEAR:
         if not any(re.fullmatch(config.target_modules, name) for name in modules):
             yield f"target_modules={config.target_modules!r} matches no module's path: {tell_existing(existing)}."
@@ -194,10 +194,10 @@ def find_absent(config: LoraConfig, model: PreTrainedModel) -> Iterator[str]:
             yield f"target_parameters: the model has no {target!r}; {tell_nearest(target, find_experts(model))}."
 
 
-def list_adaptable(modules: Iterable[nn.Module], names: Iterable[str]) -> list[str]:
+def list_adaptable(modules: dict[str, nn.Module]) -> list[str]:
     """The last parts of the names of those that take an adapter, e.g. q_proj."""
-    pairs = zip(names, modules, strict=True)
-    return list(dict.fromkeys(name.rpartition(".")[2] for name, module in pairs if isinstance(module, ADAPTABLE)))
+    names = [name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, ADAPTABLE)]
+    return list(dict.fromkeys(names))
 
 
 def ends_in(name: str, target: str) -> bool:
@@ -226,8 +226,7 @@ def find_impossible(config: LoraConfig, settings: Settings, model: PreTrainedMod
             yield f"use_dora=true with {subject}: PEFT has DoRA for modules only; set it to false, {fix}."
         if init not in ("default", "gaussian"):
             yield f"init_lora_weights={init} with {subject}: PEFT has only default and gaussian there; use one, {fix}."
-    matrices = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR)}
-    targets = {name: module for name, module in matrices.items() if is_target(config, name)}
+    targets = {name: module for name, module in model.named_modules() if is_linear_target(config, name, module, model)}
     if init == "olora" and any(isinstance(module, Conv1D) for module in targets.values()):
         yield f"init_lora_weights=olora: PEFT cannot decompose the Conv1D layers of {type(model).__name__}; use pissa."
     if init in DECOMPOSING:
@@ -240,10 +239,12 @@ def find_impossible(config: LoraConfig, settings: Settings, model: PreTrainedMod
             )
 
 
-def is_target(config: LoraConfig, name: str) -> bool:
+def is_linear_target(config: LoraConfig, name: str, module: nn.Module, model: PreTrainedModel) -> bool:
     targets = config.target_modules
+    if not isinstance(module, LINEAR):
+        return False
     if targets == ALL_LINEAR:
-        return not name.endswith("lm_head")
+        return module is not model.get_output_embeddings()
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(ends_in(name, target) for target in targets)

@@ -11,9 +11,8 @@ from sagemaker_tree import metrics_of
 
 
 def test_pissa_with_loraplus_is_resumed_exactly_and_its_adapter_is_the_bases_own(tree):
-    tree.change(
-        init_lora_weights="pissa_niter_16", loraplus_lr_ratio="4", lora_r="2", save_steps="2", merge_weights="true"
-    )
+    tree.change(init_lora_weights="pissa_niter_16", loraplus_lr_ratio="4", lora_r="2")
+    tree.change(nproc_per_node="2", per_device_train_batch_size="4", save_steps="2", merge_weights="true")
     model, checkpoints = tree.base_dir / "model", tree.base_dir / "checkpoints"
     result = tree.run()
     assert result.returncode == 0, result.stdout
