@@ -22,18 +22,18 @@ from safetensors.torch import load_file
 
 from llm_trainer.distributed import local_rank
 from llm_trainer.errors import UserError
+from llm_trainer.settings import MOVING_STARTS
 from llm_trainer.weights import list_weights
 
 KEPT = "initial_adapter.safetensors"  # in a checkpoint: PEFT takes a folder with an adapter for another one to load
 ADAPTER = "default"  # PEFT's name of the only one
-MOVING = ("pissa", "pissa_niter_16", "olora")  # from the base into the adapter
 
 
 def begin(model: PeftModel, init: str, base: str, scratch_dir: Path) -> Path | None:
     """Give the adapter its first values where PEFT has not, and keep them: the folder, None for one that adds zero."""
     if init == "loftq":
         begin_loftq(model, Path(base))
-    elif init not in MOVING:
+    elif init not in MOVING_STARTS:
         return None
     start = scratch_dir / f"initial_adapter_{local_rank()}"
     model.save_pretrained(start)
@@ -95,7 +95,7 @@ def return_to(checkpoint: Path, model: PeftModel, start: Path) -> None:
             "a checkpoint of this program, or set resume_from_checkpoint=false."
         )
     ours, theirs = load_file(start / SAFETENSORS_WEIGHTS_NAME), load_file(kept)
-    moved = model.peft_config[ADAPTER].init_lora_weights in MOVING
+    moved = model.peft_config[ADAPTER].init_lora_weights in MOVING_STARTS
     for name, layer in lora_layers(model):
         keys = [f"base_model.model.{name}.lora_{part}.weight" for part in "BA"]
         if moved and not all(torch.equal(ours[key], theirs[key]) for key in keys):

@@ -18,12 +18,12 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_trainer.errors import UserError, shorten, summarize
 from llm_trainer.model import source_options
-from llm_trainer.settings import Settings, is_given
+from llm_trainer.settings import MOVING_STARTS, Settings, is_given
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output layer
 LINEAR = (nn.Linear, Conv1D)
 ADAPTABLE = (*LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what PEFT has LoRA layers for
-DECOMPOSING = ("pissa", "pissa_niter_16", "olora", "loftq")  # begin with a part of a weight matrix, or of its error
+DECOMPOSING = (*MOVING_STARTS, "loftq")  # begin with a part of a weight matrix, or of its error
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 

@@ -213,6 +213,7 @@ ADAPTER_CHOICES = (
     "init_lora_weights",
     "loraplus_lr_ratio",
 )
+MOVING_STARTS = ("pissa", "pissa_niter_16", "olora")  # move a part of the base into the adapter
 OWN_PARAMETER_GROUPS = ("galore", "lomo", "adalomo", "apollo")  # optimizers that do not take the trainer's
 TRACKERS = ("mlflow", "wandb", "none")  # those that the image carries
 SECRETS = ("token", "wandb_token", "hub_token")
@@ -473,10 +474,10 @@ def find_adapter_contradictions(settings: Settings) -> typing.Iterator[str]:
                 value = getattr(settings, name)
                 yield f"{name}={show(value)} with use_peft=false: full fine-tuning has no adapter; remove {name}."
         return
-    if settings.use_dora and init in ("pissa", "pissa_niter_16", "olora", "loftq"):
+    if settings.use_dora and init in (*MOVING_STARTS, "loftq"):
         yield f"use_dora=true with init_lora_weights={init}: DoRA begins at the base as it is; use default."
     packed = "load_in_4bit" if settings.load_in_4bit else "load_in_8bit" if settings.load_in_8bit else None
-    if packed and init in ("pissa", "pissa_niter_16", "olora"):
+    if packed and init in MOVING_STARTS:
         yield f"init_lora_weights={init} with {packed}=true: it moves a part of the base, in full precision; use loftq."
     if init == "loftq" and not settings.load_in_4bit:
         yield "init_lora_weights=loftq begins with the error of 4-bit weights: set load_in_4bit=true, or use default."

@@ -166,6 +166,21 @@ def test_dropout_is_left_out_where_peft_has_none():
     assert plan(MIXTRAL, target_modules=["q_proj"]).lora_dropout > 0
 
 
+def test_experts_adapters_are_trained_alike_when_activations_are_recomputed(make_base):
+    """PEFT puts them into the parameters for the time of a forward pass alone."""
+    base = make_base(MODELS["qwen3-moe"])
+
+    def gradients(recomputes):
+        model = adapt(base, MODELS["qwen3-moe"]).train()
+        if recomputes:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+
+    torch.testing.assert_close(gradients(recomputes=True), gradients(recomputes=False))
+
+
 def test_routers_are_no_targets():
     skeleton = adapters.build_skeleton(MODELS["llama4"], Settings())
     assert set(adapters.find_routers(skeleton)) == {f"model.layers.{layer}.feed_forward.router" for layer in (0, 1)}
