@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llm_trainer.adapter_start import save_adapter
 from llm_trainer.errors import UserError
 from llm_trainer.launch import Job
 from llm_trainer.model import load_model
@@ -31,6 +32,7 @@ def export(
     train_data: Dataset,
     manifest: dict[str, Any],
     merges: bool,
+    adapter_start: Path | None,
 ) -> None:
     """Write the result whole or not at all, by way of a staging folder. Only global rank 0 calls this."""
     model_dir = job.inputs.model_dir
@@ -40,11 +42,11 @@ def export(
     try:
         if isinstance(model, PeftModel) and merges:
             adapter = job.environment.output_dir / "data" / "adapter"
-            model.save_pretrained(adapter)  # first, so that a merge that fails loses nothing
+            save_adapter(model, adapter, adapter_start)  # first, so that a merge that fails loses nothing
             merged, manifest["merge"] = merge(model, adapter, base, job, dtype, train_data)
             save_whole(merged, staging, dtype)
         elif isinstance(model, PeftModel):
-            model.save_pretrained(staging)
+            save_adapter(model, staging, adapter_start)
         else:
             save_whole(model, staging, dtype)
         tokenizer.save_pretrained(staging)

@@ -6,7 +6,11 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
+from peft import PeftModel
+from transformers import PreTrainedModel
+
 from llm_trainer import __version__
+from llm_trainer.adapters import count_parameters, count_targets
 from llm_trainer.data_report import DataReport
 from llm_trainer.distributed import world_size
 from llm_trainer.launch import Job
@@ -37,6 +41,7 @@ def build_manifest(
             name: getattr(trainer.args, name)
             for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed", "bf16", "fp16")
         },
+        **describe_weights(trainer.model),
         "audited_rows_of_each_train_source": AUDITED_ROWS if job.settings.streaming else "all",
         "data": {name: report.summary() for name, report in reports.items()},
         "packing": packing.describe(),
@@ -48,6 +53,18 @@ def build_manifest(
         "phase_seconds": timeline.seconds,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
+
+
+def describe_weights(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+    """How many are trained, and on what an adapter sits."""
+    trainable, total = count_parameters(model)
+    described: dict[str, Any] = {"trainable_parameters": trainable, "parameters": total}
+    if isinstance(model, PeftModel):
+        described["adapter"] = {
+            "targets": count_targets(model),
+            "lora_dropout": model.active_peft_config.lora_dropout,
+        }
+    return described
 
 
 def last_metrics(history: list[dict[str, float]]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft.optimizers import create_loraplus_optimizer
 from transformers import (
     EarlyStoppingCallback,
     Trainer,
@@ -21,7 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from trl import SFTTrainer
 
-from llm_trainer import checkpoints
+from llm_trainer import adapter_start, checkpoints
 from llm_trainer.stopping import SLOW_STEP_SECONDS, Agreement, StopRequest
 
 CHECKPOINTS_A_RUN = 10  # where the settings name no interval
@@ -44,7 +45,10 @@ class ResumableTrainer(SFTTrainer):
     agreement: Agreement
     run: dict[str, Any]  # what a run that goes on from one of our checkpoints has to share with this one
     keeps_checkpoints: bool
+    loraplus_lr_ratio: float | None = None  # of the adapter's B over A's
+    adapter_start: Path | None = None  # the values that the adapter began with, where a checkpoint needs them
     evaluation_due = False  # the evaluation that belongs to the current step was put off by a stop
+    optimizer: Any  # None at first
     _signature_columns: Any  # a list, or None at first
     order = torch.Generator()  # of the rows, where they are grouped by length
     stopped = False
@@ -68,6 +72,8 @@ class ResumableTrainer(SFTTrainer):
         if self.args.should_save:
             self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
             (partial / TRAINING_ARGS_NAME).unlink()  # a pickle that holds tokens, and nobody reads
+            if self.adapter_start:
+                adapter_start.keep(self.adapter_start, partial)
             checkpoints.complete(partial, self.run, int(self._total_train_tokens), self.evaluation_due)
             # One more than the only one: S3 may not have the new one yet, and mirrors the deletion of the old at once.
             self.rotate(at_least=2)
@@ -146,6 +152,22 @@ class ResumableTrainer(SFTTrainer):
             self.control.should_evaluate = True
             self.control.should_save = self.args.load_best_model_at_end  # the best one has to be on disk
             self._maybe_log_save_evaluate(self._tr_loss, None, model, trial, epoch, ignore_keys_for_eval, start_time)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Transformers' optimizer, with LoRA+'s learning rates (arXiv:2402.12354) where they are asked for."""
+        if self.loraplus_lr_ratio is None:
+            return super().create_optimizer(model)
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = create_loraplus_optimizer(
+                model,
+                kind,
+                loraplus_lr_ratio=self.loraplus_lr_ratio,
+                loraplus_weight_decay=self.args.weight_decay,
+                **options,
+            )
+        return self.optimizer
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss, and the tokens of packed rows counted, of which TRL would count the slots of one sequence."""

@@ -18,9 +18,15 @@ from llm_trainer.launch import Job
 from llm_trainer.packing import Packing
 
 # What a checkpoint restores whatever the settings say, or what gives its step a meaning: it must not change.
-OWN_SETTINGS = ("use_peft", "load_in_4bit", "use_mxfp4", "torch_dtype", "max_length")
+OWN_SETTINGS = (
+    *("use_peft", "torch_dtype", "max_length"),
+    *("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "use_mxfp4"),
+)
 DATA_SETTINGS = ("assistant_only_loss", "completion_only_loss", "train_weights")
-ADAPTER_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
+ADAPTER_SETTINGS = (
+    *("lora_r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters"),
+    *("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio"),
+)
 TRAINING_ARGUMENTS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "seed", "data_seed"),

@@ -72,7 +72,9 @@ class OwnSettings(BaseModel):
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA).")
     use_dora: bool = Field(False, description="Learn magnitude and direction apart (DoRA).")
-    init_lora_weights: AdapterInit = Field("default", description="How the adapter begins; `loftq` quantizes the base.")
+    init_lora_weights: AdapterInit = Field(
+        "default", description="How the adapter begins; loftq: with what 4 bit lose."
+    )
     loraplus_lr_ratio: float | None = Field(
         None, ge=1, description="Learning rate of the adapter's B over that of A (LoRA+); default: the same."
     )
@@ -202,6 +204,17 @@ RANGES: dict[str, dict[str, Any]] = {
     "seed": {"ge": 0},
 }
 
+# What asks for an adapter of a certain kind. Its sizes are no such thing: a recipe may hold them and switch it off.
+ADAPTER_CHOICES = (
+    "target_modules",
+    "target_parameters",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+    "loraplus_lr_ratio",
+)
+MOVING_STARTS = ("pissa", "pissa_niter_16", "olora")  # move a part of the base into the adapter
+OWN_PARAMETER_GROUPS = ("galore", "lomo", "adalomo", "apollo")  # optimizers that do not take the trainer's
 TRACKERS = ("mlflow", "wandb", "none")  # those that the image carries
 SECRETS = ("token", "wandb_token", "hub_token")
 REDACTED = "***"
@@ -414,6 +427,7 @@ def find_contradictions(settings: Settings, environment: Environment) -> typing.
         yield "load_in_4bit=true with use_mxfp4=true: a base has one quantization; set one of them to false."
     if settings.merge_weights and not settings.use_peft:
         yield "merge_weights=true with use_peft=false: full fine-tuning has no adapter to merge; remove merge_weights."
+    yield from find_adapter_contradictions(settings)
     if settings.torch_dtype == "float16" and not settings.use_peft:
         yield "torch_dtype=float16 with use_peft=false: float16 weights overflow in training; use bfloat16 or float32."
     if settings.bf16 and settings.fp16:
@@ -449,6 +463,30 @@ def find_contradictions(settings: Settings, environment: Environment) -> typing.
         yield (
             f"nproc_per_node={settings.nproc_per_node} is more than this host's {environment.num_gpus} GPUs: "
             "leave it out to use them all."
+        )
+
+
+def find_adapter_contradictions(settings: Settings) -> typing.Iterator[str]:
+    init = settings.init_lora_weights
+    if not settings.use_peft:
+        for name in ADAPTER_CHOICES:
+            if getattr(settings, name) != Settings.model_fields[name].default:
+                value = getattr(settings, name)
+                yield f"{name}={show(value)} with use_peft=false: full fine-tuning has no adapter; remove {name}."
+        return
+    if settings.use_dora and init in (*MOVING_STARTS, "loftq"):
+        yield f"use_dora=true with init_lora_weights={init}: DoRA begins at the base as it is; use default."
+    packed = "load_in_4bit" if settings.load_in_4bit else "load_in_8bit" if settings.load_in_8bit else None
+    if packed and init in MOVING_STARTS:
+        yield f"init_lora_weights={init} with {packed}=true: it moves a part of the base, in full precision; use loftq."
+    if init == "loftq" and not settings.load_in_4bit:
+        yield "init_lora_weights=loftq begins with the error of 4-bit weights: set load_in_4bit=true, or use default."
+    if init == "orthogonal" and settings.lora_r % 2:
+        yield f"init_lora_weights=orthogonal with lora_r={settings.lora_r}: the rank must be even; add 1."
+    if settings.loraplus_lr_ratio and settings.optim.startswith(OWN_PARAMETER_GROUPS):
+        yield (
+            f"loraplus_lr_ratio={settings.loraplus_lr_ratio:g} with optim={settings.optim}: it groups the weights by "
+            "itself; use adamw_torch_fused."
         )
 
 

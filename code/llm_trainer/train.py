@@ -7,8 +7,9 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from peft import PeftModel
 
-from llm_trainer import adapters, export, model
+from llm_trainer import adapter_start, adapters, export, model
 from llm_trainer.audit import describe_data
 from llm_trainer.data import load_data
 from llm_trainer.distributed import rank, world_size
@@ -39,7 +40,9 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     tokenizer = model.load_tokenizer(folder, settings)
     timeline.mark("tokenizer")
 
-    data = load_data(job, model.read_vocabulary(folder, tokenizer, settings), scratch_dir)
+    vocabulary = model.read_vocabulary(folder, tokenizer, settings)
+    lora = adapters.plan_lora(folder, settings) if settings.use_peft else None
+    data = load_data(job, vocabulary, scratch_dir)
     if settings.streaming:
         say(f"Data train: streamed; what follows is of the first {AUDITED_ROWS} rows of each source")
     for line in describe_data(data, tokenizer, in_colour=sys.stdout.isatty()):
@@ -60,14 +63,17 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     checkpoint = find_checkpoint(job, run, agreement.group)
     timeline.mark("packing")
 
-    peft_config = adapters.build_lora(settings) if settings.use_peft else None
-    trainer = build_trainer(base, tokenizer, peft_config, sequences, packing.collator, arguments, settings)
+    trainer = build_trainer(base, tokenizer, lora, sequences, packing.collator, arguments, settings)
+    if lora is not None:
+        trainer.adapter_start = adapter_start.begin(trainer.model, settings.init_lora_weights, folder, scratch_dir)
     trainer.agreement, trainer.run, trainer.keeps_checkpoints = agreement, run, settings.use_checkpoints
     has_interval = is_given(settings, "save_steps") or is_given(settings, "save_strategy")
     trainer.add_callback(MetricLines(timeline))
     trainer.add_callback(SaveAndStop(trainer, request, has_interval))
     describe_run(trainer, packing)
     say(f"Resuming from {checkpoint}" if checkpoint else "Starting from the base model")
+    if checkpoint and trainer.adapter_start:
+        adapter_start.return_to(checkpoint, trainer.model, trainer.adapter_start)
     result = trainer.resume(checkpoint)
     agreement.settle()
     timeline.mark("training")
@@ -82,7 +88,9 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     if rank() == 0:
         manifest = build_manifest(job, trainer, data.reports, packing, result.metrics, timeline)
         merges = settings.merge_weights and not trainer.stopped  # a merge may take longer than the platform waits
-        export.export(trainer.model, tokenizer, folder, job, dtype, data.sample, manifest, merges)
+        export.export(
+            trainer.model, tokenizer, folder, job, dtype, data.sample, manifest, merges, trainer.adapter_start
+        )
         if trainer.stopped:
             say(f"Exported {request.age_seconds():.1f} s after the signal")
         elif settings.use_checkpoints:
@@ -92,8 +100,9 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
 def describe_run(trainer: "transformers.Trainer", packing: Packing) -> None:
     arguments = trainer.args
     per_device, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in trainer.model.parameters())
+    trainable, total = adapters.count_parameters(trainer.model)
+    if isinstance(trainer.model, PeftModel):
+        say(adapters.describe(trainer.model))
     say(
         f"Training {trainable:,} of {total:,} weights ({trainable / total:.2%}) on {world_size()} x "
         f"{arguments.device.type}; "

@@ -8,7 +8,7 @@ from accelerate import ParallelismConfig
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from pydantic import SecretStr
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from trl import SFTConfig
 
 from llm_trainer.distributed import world_size
@@ -47,6 +47,7 @@ def build_trainer(
     """
     for config in (model.config.get_text_config(), model.generation_config):
         config.pad_token_id = tokenizer.pad_token_id  # they have to agree, and Transformers would say so every time
+    set_seed(arguments.seed)  # Transformers does so too, but after the adapter has drawn its first values
     try:
         trainer = ResumableTrainer(
             model=model,
@@ -59,6 +60,7 @@ def build_trainer(
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"TRL refuses these settings: {summarize(error)}.") from error
+    trainer.loraplus_lr_ratio = settings.loraplus_lr_ratio
     trainer.remove_callback(PrinterCallback)
     if settings.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))

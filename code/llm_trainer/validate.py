@@ -100,6 +100,7 @@ def examine_data(
             folder = model.fetch_model(inputs.model, settings, Path(scratch_dir), with_weights=False)
             tokenizer = model.load_tokenizer(folder, settings)
             vocabulary = model.read_vocabulary(folder, tokenizer, settings)
+            validation.tell("adapter", "error", find_adapter_problems(folder, settings))
             splits, problems = prepare_splits(inputs, vocabulary, settings, rejected_rows)
         except UserError as error:
             validation.tell("tokenizer", "error", error.problems)
@@ -117,6 +118,18 @@ def examine_data(
             validation.tell(name, "warning", find_data_oddities(name, split.report))
     row = splits["train"].first_row()
     validation.sample = mark_sample(row, tokenizer, in_colour) if row else ""
+
+
+def find_adapter_problems(folder: str, settings: Settings) -> Sequence[str]:
+    if not settings.use_peft:
+        return ()
+    from llm_trainer.adapters import plan_lora
+
+    try:
+        plan_lora(folder, settings)
+    except UserError as error:
+        return error.problems
+    return ()
 
 
 def as_json(validation: Validation) -> str:

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each attention kernel that is there computes what eager attention in float32 does, forward and backward."""
+
+import importlib.util
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+
+BASE = {
+    "vocab_size": 512,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "head_dim": 64,
+}
+CONFIGS = {
+    "causal": LlamaConfig(**BASE, num_key_value_heads=8),
+    "grouped-query": LlamaConfig(**BASE, num_key_value_heads=2),
+    "sliding-window": MistralConfig(**BASE, num_key_value_heads=2, sliding_window=64),
+}
+PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+KERNELS = ("eager", "sdpa", "flex_attention", *PACKAGES)
+SHAPE = (2, 300)  # no multiple of a kernel's block
+# Share of the reference's norm. bfloat16 rounds to 0.4 %, and each of some ten operations of a layer rounds.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
+
+
+def find_lack(kernel: str, device: torch.device) -> str | None:
+    """Why a kernel cannot run here."""
+    if kernel in PACKAGES and importlib.util.find_spec(PACKAGES[kernel]) is None:
+        return f"{PACKAGES[kernel]} is not installed here"
+    if kernel not in ("eager", "sdpa") and device.type != "cuda":
+        return f"{kernel} is meant for a GPU"
+    return None
+
+
+def run(config, kernel: str, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, and the gradient of the embeddings, in float32."""
+    torch.manual_seed(0)
+    config = type(config)(**config.to_dict())  # a model writes its kernel into its config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kernel)
+    model = model.to(device=device, dtype=dtype)
+    tokens = torch.randint(config.vocab_size, SHAPE, generator=torch.Generator().manual_seed(1)).to(device)
+    output = model(input_ids=tokens, labels=tokens, use_cache=False)
+    output.loss.backward()
+    return output.logits.detach().float(), model.get_input_embeddings().weight.grad.float()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_gradients_are_those_of_eager_attention_in_float32(name, kernel, device):
+    if lack := find_lack(kernel, device):
+        pytest.skip(lack)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    found, expected = run(CONFIGS[name], kernel, dtype, device), run(CONFIGS[name], "eager", torch.float32, device)
+    for subject, ours, reference in zip(("logits", "gradient"), found, expected, strict=True):
+        distance = ((ours - reference).norm() / reference.norm()).item()
+        print(f"{name} {kernel} {dtype}: {subject} off by {distance:.2g}")
+        assert distance <= TOLERANCE[dtype]
+
+
+def test_a_sliding_window_is_told_from_none(device):
+    """What the comparison above could not fail by: the window changes the logits of the tokens beyond it."""
+    sliding, _ = run(CONFIGS["sliding-window"], "eager", torch.float32, device)
+    config = MistralConfig(**{**CONFIGS["sliding-window"].to_dict(), "sliding_window": None})
+    whole, _ = run(config, "eager", torch.float32, device)
+    torch.testing.assert_close(sliding[:, :64], whole[:, :64], rtol=1e-3, atol=1e-3)
+    assert (sliding - whole)[:, 64:].norm() / whole[:, 64:].norm() > TOLERANCE[torch.bfloat16]

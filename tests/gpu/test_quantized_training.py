@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bf16 LoRA and nf4 QLoRA learn, and take the memory that was estimated for them."""
+
+import pytest
+import torch
+
+import gpu
+
+MAX_DEVIATION = 0.10  # of the estimate from the measured peak
+
+
+def make_plan(size: str, method: str) -> gpu.Plan:
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
+    return gpu.Plan(size, method, tokens=64 if size == "tiny" else 2048)
+
+
+@pytest.mark.parametrize("method", gpu.METHODS)
+def test_a_few_steps_reduce_the_loss(method, size, device):
+    measurement = gpu.train(make_plan(size, method), device, num_steps=4, warm_up=1)
+    print(
+        f"{size} {method}: losses {[round(loss, 3) for loss in measurement.losses]}, {measurement.peak_bytes:,} bytes"
+    )
+    assert measurement.losses[-1] < measurement.losses[0] - 0.05
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
+@pytest.mark.parametrize("method", gpu.METHODS)
+def test_the_peak_is_the_estimated_one(method, checkpointing, size, device):
+    if device.type != "cuda":
+        pytest.skip("torch measures peaks on a GPU alone")
+    memory = pytest.importorskip("llm_trainer.memory", exc_type=ImportError)
+    from llm_trainer.model_shape import read_shape
+    from llm_trainer.step_trace import Step
+    from trl.trainer.utils import add_fused_lm_head
+
+    from llm_trainer.settings import Settings
+
+    def find_loss(model, batch):
+        """TRL's, which is what the estimate counts on."""
+        if not hasattr(model, "has_fused_head"):
+            add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+            model.has_fused_head = True
+        return -model(**batch, fused_lm_head=True).log_probs.sum() / batch["labels"].numel()
+
+    plan = gpu.Plan(**{**vars(make_plan(size, method)), "checkpointing": checkpointing, "rows": 1})
+    settings = Settings(
+        lora_r=gpu.LORA_RANK, load_in_4bit=method == "qlora", attn_implementation=plan.attention, lora_dropout=0
+    )
+    step = Step(
+        num_sequences=plan.sequences,
+        length=plan.tokens,
+        has_mask=False,
+        compute_dtype=torch.bfloat16,
+        checkpoints=checkpointing,
+        offloads=False,
+        sharded=False,
+        on_gpu=True,
+    )
+    setup = memory.Setup(step, world_size=1, optimizer="adamw_torch_fused", accumulates=False)
+    estimate = memory.estimate(read_shape(gpu.SIZES[size], settings, torch.bfloat16), setup).peak_bytes
+    measured = gpu.train(plan, device, num_steps=2, warm_up=1, find_loss=find_loss).peak_bytes
+    print(
+        f"{size} {method}: {estimate:,} bytes estimated, {measured:,} measured, off by {estimate / measured - 1:+.1%}"
+    )
+    assert abs(estimate / measured - 1) <= MAX_DEVIATION

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is made for a GPU runs here too: on the CPU with tiny models, and not at all, with the reason, without them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+FILES = [f"tests/gpu/test_{name}.py" for name in ("attention_kernels", "packing_parity", "quantized_training")]
+
+
+def run(*words: str, **variables: str) -> str:
+    result = subprocess.run(
+        [sys.executable, *words],
+        cwd=REPOSITORY,
+        env={**os.environ, **variables, "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def test_the_gpu_tests_pass_on_tiny_models():
+    pytest.importorskip("bitsandbytes")
+    printed = run("-m", "pytest", "-s", "-rs", *FILES, LLM_TRAINER_GPU_TEST_SIZE="tiny")
+    assert int(re.search(r"(\d+) passed", printed)[1]) >= 16
+    assert "logits move by" in printed
+    assert "flash_attn is not installed here" in printed or "flash_attention_2 is meant for a GPU" in printed
+
+
+def test_the_gpu_tests_skip_with_the_reason_where_there_is_no_gpu():
+    printed = run("-m", "pytest", "-rs", *FILES, LLM_TRAINER_GPU_TEST_SIZE="1B")
+    assert "no CUDA GPU here" in printed
+    assert "passed" not in printed
+
+
+def test_the_benchmark_prints_a_row_for_each_method():
+    printed = run("bench/gpu.py", "--tiny")
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| tiny ")]
+    assert [row[0] for row in rows] == ["| tiny lora", "| tiny qlora"]
+    assert all(float(row[3].replace(",", "")) > 0 and row[5].endswith("%") for row in rows)
