@@ -52,7 +52,7 @@ test: venv lint ## Lint, types, unit and integration tests; needs no Docker
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope
 
 test-gpu: venv ## Checks that need an NVIDIA GPU; without one they say so and skip
-	.venv/bin/pytest tests/gpu
+	.venv/bin/pytest -s tests/gpu
 
 lint: venv ## Lint, formatting and types
 	.venv/bin/ruff check .
