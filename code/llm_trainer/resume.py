@@ -18,7 +18,10 @@ from llm_trainer.launch import Job
 from llm_trainer.packing import Packing
 
 # What a checkpoint restores whatever the settings say, or what gives its step a meaning: it must not change.
-OWN_SETTINGS = ("use_peft", "load_in_4bit", "use_mxfp4", "torch_dtype", "max_length")
+OWN_SETTINGS = (
+    *("use_peft", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
+    *("torch_dtype", "max_length"),
+)
 DATA_SETTINGS = ("assistant_only_loss", "completion_only_loss", "train_weights")
 ADAPTER_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
 TRAINING_ARGUMENTS = (

@@ -15,6 +15,7 @@ from llm_trainer.distributed import world_size
 from llm_trainer.errors import UserError, summarize
 from llm_trainer.packing import PackingCollator
 from llm_trainer.preflight import Inputs
+from llm_trainer.quantization import keep_adapter_in_float32
 from llm_trainer.resumable_trainer import ResumableTrainer
 from llm_trainer.settings import Settings, is_given
 from llm_trainer.tracking import choose_trackers
@@ -59,6 +60,8 @@ def build_trainer(
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"TRL refuses these settings: {summarize(error)}.") from error
+    if getattr(model, "is_quantized", False):
+        keep_adapter_in_float32(trainer.model)
     trainer.remove_callback(PrinterCallback)
     if settings.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))

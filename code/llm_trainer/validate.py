@@ -90,6 +90,7 @@ def examine_data(
     """Prepare the data as the job would, and tell what becomes of them."""
     from llm_trainer import model  # Transformers takes seconds to import, and has to find the variables set
     from llm_trainer.audit import find_data_oddities, mark_sample
+    from llm_trainer.quantization import find_quantization_problems
     from llm_trainer.splits import prepare_splits
 
     unwritable = list(check_writable(environment.output_dir, "output"))
@@ -98,8 +99,10 @@ def examine_data(
         rejected_rows = Path(scratch_dir if unwritable else environment.output_dir / "data") / "rejected_rows.jsonl"
         try:
             folder = model.fetch_model(inputs.model, settings, Path(scratch_dir), with_weights=False)
+            config = model.read_config(folder, settings)
+            validation.tell("model", "error", find_quantization_problems(folder, config, settings))
             tokenizer = model.load_tokenizer(folder, settings)
-            vocabulary = model.read_vocabulary(folder, tokenizer, settings)
+            vocabulary = model.build_vocabulary(folder, config, tokenizer, settings)
             splits, problems = prepare_splits(inputs, vocabulary, settings, rejected_rows)
         except UserError as error:
             validation.tell("tokenizer", "error", error.problems)

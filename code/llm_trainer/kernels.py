@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Liger's fused Triton kernels (Hsu et al. 2024, arXiv:2410.10989) for RMSNorm, rotary embeddings and SwiGLU.
+
+The loss is TRL's: its chunked LM head never holds the logits of a whole batch either, and excludes Liger's.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from llm_trainer.device import Device
+from llm_trainer.errors import UserError
+from llm_trainer.settings import Settings
+
+# The loss is TRL's, and Liger's layer norm would take the place of PyTorch's own class in the whole process.
+LEFT_OUT = {"cross_entropy": False, "fused_linear_cross_entropy": False, "layer_norm": False}
+
+
+@dataclass(frozen=True)
+class Liger:
+    """Whether the model gets Liger's kernels, and why."""
+
+    is_on: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"Liger kernels: {'on' if self.is_on else 'off'} ({self.reason})"
+
+
+def choose_liger(config: PreTrainedConfig, settings: Settings, device: Device, known: frozenset[str] | None) -> Liger:
+    """On where they can be, unless the settings say no. `known`: model types with kernels; None: Liger is not there.
+
+    Raises UserError where the settings ask for them and they cannot be.
+    """
+    if settings.use_liger_kernel is False:
+        return Liger(False, "use_liger_kernel=false")
+    obstacle = None
+    if not device.is_gpu:
+        obstacle = "they need an NVIDIA GPU"
+    elif known is None:
+        obstacle = "liger-kernel is not installed"
+    elif config.model_type not in known:
+        obstacle = f"liger-kernel has none for model type {config.model_type}"
+    if obstacle and settings.use_liger_kernel:
+        raise UserError(f"use_liger_kernel=true: {obstacle}: leave it out.")
+    if obstacle:
+        return Liger(False, obstacle)
+    return Liger(True, "RMSNorm, rotary embeddings and SwiGLU; the loss is TRL's")
+
+
+def find_known_types(device: Device) -> frozenset[str] | None:
+    """The model types that the installed Liger has kernels for; None where it is not installed, or has no use."""
+    if not device.is_gpu or find_spec("liger_kernel") is None:
+        return None
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    return frozenset(MODEL_TYPE_TO_APPLY_LIGER_FN)
+
+
+def apply_liger(model: PreTrainedModel) -> None:
+    """Give this model the kernels, and no other one.
+
+    Liger also exchanges names of the model's module: for models built later, which here are merged on the CPU, where
+    Triton does not run, and for the functions that all models share. The former are put back; the latter go by device.
+    Transformers' use_liger_kernel would do neither, and TRL's warns that it is deprecated.
+    """
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    module = sys.modules[type(model).__module__]
+    before = dict(vars(module))
+    _apply_liger_kernel_to_instance(model=model, **LEFT_OUT)
+    for name, plain in before.items():
+        fused = getattr(module, name)
+        if fused is not plain:
+            setattr(module, name, plain if isinstance(plain, type) else dispatch(fused, plain))
+
+
+def dispatch(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The fused function for tensors on a GPU, the plain one elsewhere."""
+
+    @functools.wraps(plain)
+    def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (fused if tensor.is_cuda else plain)(tensor, *args, **kwargs)
+
+    return call
