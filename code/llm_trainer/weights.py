@@ -33,10 +33,8 @@ def read_header(file: Path) -> dict[str, Any]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
-        header = stream.read(header_bytes) if header_bytes <= MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"  # how the names of its tensors end
-MAX_HEADER_BYTES else b""
-    if size < 8 or (header_bytes <= MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"  # how the names of its tensors end
-MAX_HEADER_BYTES and len(header) < header_bytes):
+        header = stream.read(header_bytes) if header_bytes <= MAX_HEADER_BYTES else b""
+    if size < 8 or (header_bytes <= MAX_HEADER_BYTES and len(header) < header_bytes):
         raise ValueError(f"ends after {size:,} bytes, within its header: it was cut off; download the model again.")
     try:
         tensors = {name: tensor for name, tensor in json.loads(header).items() if name != "__metadata__"}
