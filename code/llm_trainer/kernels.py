@@ -40,6 +40,10 @@ def choose_liger(config: PreTrainedConfig, settings: Settings, device: Device, k
     """
     if settings.use_liger_kernel is False:
         return Liger(False, "use_liger_kernel=false")
+    asked = "use_liger_kernel=true" if settings.use_liger_kernel else "liger_kernel_config"
+    options = settings.liger_kernel_config or {}
+    if lost := [name for name in LEFT_OUT if options.get(name)]:
+        raise UserError(f"liger_kernel_config has {lost[0]}=true: the loss is TRL's, and layer norms stay: remove it.")
     obstacle = None
     if not device.is_gpu:
         obstacle = "they need an NVIDIA GPU"
@@ -47,8 +51,8 @@ def choose_liger(config: PreTrainedConfig, settings: Settings, device: Device, k
         obstacle = "liger-kernel is not installed"
     elif config.model_type not in known:
         obstacle = f"liger-kernel has none for model type {config.model_type}"
-    if obstacle and settings.use_liger_kernel:
-        raise UserError(f"use_liger_kernel=true: {obstacle}: leave it out.")
+    if obstacle and (settings.use_liger_kernel or options):
+        raise UserError(f"{asked}: {obstacle}: leave it out.")
     if obstacle:
         return Liger(False, obstacle)
     return Liger(True, "RMSNorm, rotary embeddings and SwiGLU; the loss is TRL's")
@@ -63,8 +67,8 @@ def find_known_types(device: Device) -> frozenset[str] | None:
     return frozenset(MODEL_TYPE_TO_APPLY_LIGER_FN)
 
 
-def apply_liger(model: PreTrainedModel) -> None:
-    """Give this model the kernels, and no other one.
+def apply_liger(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Give this model the kernels, and no other one; `options` are keywords of Liger's function for its type.
 
     Liger also exchanges names of the model's module: for models built later, which here are merged on the CPU, where
     Triton does not run, and for the functions that all models share. The former are put back; the latter go by device.
@@ -74,7 +78,7 @@ def apply_liger(model: PreTrainedModel) -> None:
 
     module = sys.modules[type(model).__module__]
     before = dict(vars(module))
-    _apply_liger_kernel_to_instance(model=model, **LEFT_OUT)
+    _apply_liger_kernel_to_instance(model=model, **{**options, **LEFT_OUT})
     for name, plain in before.items():
         fused = getattr(module, name)
         if fused is not plain:

@@ -158,10 +158,11 @@ def load_model(
         "dtype": dtype,
         "device_map": {"": device},
         "use_safetensors": True,
-        "quantization_config": quantization,
         "attn_implementation": attention,
         **(settings.model_init_kwargs or {}),
     }
+    if quantization is not None:  # None would hide how the checkpoint is stored
+        options["quantization_config"] = quantization
     try:
         return AutoModelForCausalLM.from_pretrained(model, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:

@@ -421,6 +421,11 @@ def show(value: Any) -> str:
 def find_contradictions(settings: Settings, environment: Environment) -> typing.Iterator[str]:
     """Settings that are each valid but cannot hold together, or not on this machine."""
     yield from find_quantization_contradictions(settings)
+    if settings.use_liger_kernel is False and settings.liger_kernel_config:
+        yield "liger_kernel_config with use_liger_kernel=false: it would do nothing; remove one of them."
+    for name, own in SETTING_OF_MODEL_OPTION.items():
+        if name in (settings.model_init_kwargs or {}):
+            yield f"model_init_kwargs has {name!r}, which is a setting of its own: give {own} instead."
     if settings.merge_weights and not settings.use_peft:
         yield "merge_weights=true with use_peft=false: full fine-tuning has no adapter to merge; remove merge_weights."
     if settings.torch_dtype == "float16" and not settings.use_peft:
@@ -471,9 +476,6 @@ def find_quantization_contradictions(settings: Settings) -> typing.Iterator[str]
     for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
         if is_given(settings, name) and not settings.load_in_4bit:
             yield f"{name} without load_in_4bit=true: it would do nothing; set load_in_4bit=true or remove it."
-    for name, own in SETTING_OF_MODEL_OPTION.items():
-        if name in (settings.model_init_kwargs or {}):
-            yield f"model_init_kwargs has {name!r}, which is a setting of its own: give {own} instead."
 
 
 def find_stream_contradictions(settings: Settings) -> typing.Iterator[str]:

@@ -62,7 +62,7 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
 
     base = model.load_model(folder, settings, quantization, precision.weights, device.torch, attention.name)
     if liger.is_on:
-        apply_liger(base)
+        apply_liger(base, settings.liger_kernel_config or {})
     timeline.mark("model")
 
     packing = choose_packing(base, tokenizer, arguments, settings, agreement.group)

@@ -26,7 +26,7 @@ ACTED_ON = frozenset(
     {"output_dir", "max_length", "truncation_mode", "dataset_text_field", "assistant_only_loss"}
     | {"completion_only_loss", "model_init_kwargs", "chat_template_path", "pad_token", "trust_remote_code"}
     | {"resume_from_checkpoint", "report_to", "gradient_checkpointing"}
-    | {"use_liger_kernel", "activation_offloading"}
+    | {"use_liger_kernel", "liger_kernel_config", "activation_offloading"}
     | {"packing", "packing_strategy", "padding_free", "eval_packing", "dataset_kwargs"}
 )
 LORA_LEARNING_RATE = 2e-4  # ten times full fine-tuning's, as TRL's documentation advises for adapters
