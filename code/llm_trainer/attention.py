@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedModel
 from transformers.utils.versions import require_version
 
 from llm_trainer.device import Device
@@ -129,13 +129,9 @@ def find_size_obstacle(kernel: str, needs: Needs, device: Device) -> str | None:
     return None
 
 
-def read_needs(config: PreTrainedConfig, settings: Settings) -> Needs:
-    """What the model of a config needs, read off the model itself, built without weights."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation="eager", trust_remote_code=settings.trust_remote_code
-        )
-    text = config.get_text_config()
+def read_needs(model: PreTrainedModel) -> Needs:
+    """What a model needs, read off itself; a skeleton without weights will do."""
+    text = model.config.get_text_config()
     sizes = [getattr(module, "qk_head_dim", getattr(module, "head_dim", None)) for module in model.modules()]
     supported = {"eager"}
     supported |= {"sdpa"} if model._supports_sdpa else set()

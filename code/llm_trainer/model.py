@@ -69,6 +69,17 @@ def explain(error: Exception, model: str, part: str) -> str:
     return find_refusal(error, what) or f"The {part} of {model} could not be loaded ({summarize(error)})."
 
 
+def build_skeleton(model: str, config: PreTrainedConfig, settings: Settings) -> PreTrainedModel:
+    """The model without its weights, on the meta device: for what its code alone tells."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager", trust_remote_code=settings.trust_remote_code
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(explain(error, model, "code")) from error
+
+
 def load_tokenizer(model: str, settings: Settings) -> PreTrainedTokenizerBase:
     """The tokenizer, with a chat template if the settings name one and a pad token that is not the EOS if it can be.
 

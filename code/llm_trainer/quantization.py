@@ -94,17 +94,24 @@ def try_bitsandbytes(settings: Settings, device: torch.device) -> None:
         ) from error
 
 
-def describe_quantization(model: str, quantization: Quantization, dtype: torch.dtype) -> str:
-    """A line for the log: what the base is held in, and what an MXFP4 checkpoint grows to."""
+def describe_quantization(folder: str, model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype) -> str:
+    """A line for the log: what an MXFP4 checkpoint grows to, or what of the model bitsandbytes quantizes."""
     if isinstance(quantization, Mxfp4Config):
-        stored = sum(file.stat().st_size for file in list_weights(Path(model)))
-        whole = sum(map(prod, list_shapes(Path(model)))) * dtype.itemsize
+        stored = sum(file.stat().st_size for file in list_weights(Path(folder)))
+        whole = sum(map(prod, list_shapes(Path(folder)))) * dtype.itemsize
         sizes = f": {show_bytes(stored)} on disk become {show_bytes(whole)} in memory" if stored else ""
         return f"Quantization: the checkpoint's MXFP4 is dequantized to {name_of(dtype)} for training{sizes}"
-    if quantization.load_in_8bit:
-        return "Quantization: LLM.int8()"
-    double = ", scales too" if quantization.bnb_4bit_use_double_quant else ""
-    return f"Quantization: {quantization.bnb_4bit_quant_type}{double}"
+    method = "LLM.int8()" if quantization.load_in_8bit else quantization.bnb_4bit_quant_type
+    double = ", its scales too" if quantization.load_in_4bit and quantization.bnb_4bit_use_double_quant else ""
+    share = measure_linear_share(model)
+    return f"Quantization: {method}{double}: {share:.0%} of the weights, as the others stay in {name_of(dtype)}"
+
+
+def measure_linear_share(model: PreTrainedModel) -> float:
+    """The share of the weights that bitsandbytes quantizes: linear layers' but the output's, and no fused experts'."""
+    linear = {module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    linear -= {module.weight for module in (model.get_output_embeddings(),) if module is not None}
+    return sum(weight.numel() for weight in linear) / model.num_parameters()
 
 
 def keep_adapter_in_float32(model: PreTrainedModel) -> None:

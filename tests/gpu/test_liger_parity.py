@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model with Liger's kernels has the loss and the gradients of the plain one. Needs an NVIDIA GPU and liger-kernel."""
+"""A model with Liger's kernels has the loss and the gradients of the plain one. Needs a GPU and liger-kernel."""
 
 import copy
 

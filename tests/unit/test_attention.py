@@ -21,6 +21,7 @@ from transformers import (
 from llm_trainer.attention import KERNELS, PACKAGES, choose_attention, find_faults, find_obstacle, read_needs
 from llm_trainer.device import Device
 from llm_trainer.errors import UserError
+from llm_trainer.model import build_skeleton
 from llm_trainer.settings import Settings
 
 GPU = torch.device("cuda", 0)
@@ -55,7 +56,7 @@ IMAGE = frozenset({"flash_attention_2", "flex_attention"})  # what the CUDA imag
 
 @cache
 def needs_of(model):
-    return read_needs(CONFIGS[model], Settings())
+    return read_needs(build_skeleton(model, CONFIGS[model], Settings()))
 
 
 def choose(model, device, installed, dtype=torch.bfloat16, **settings):

@@ -11,7 +11,7 @@ from transformers import dynamic_module_utils
 
 from llm_trainer.attention import read_needs
 from llm_trainer.errors import UserError
-from llm_trainer.model import load_model, load_tokenizer, read_config
+from llm_trainer.model import build_skeleton, load_model, load_tokenizer, read_config
 from llm_trainer.settings import Settings
 
 OWN_CODE = """
@@ -75,7 +75,7 @@ def test_a_model_with_code_of_its_own_is_refused_or_trusted(change):
     )
     settings = Settings(trust_remote_code=True)
     config = read_config(model, settings)
-    needs = read_needs(config, settings)
+    needs = read_needs(build_skeleton(model, config, settings))
     assert needs.model == "OwnForCausalLM"
     assert needs.supported == {"eager", "sdpa", "flex_attention"}
     assert load_model(model, settings, None, torch.float32, torch.device("cpu"), "sdpa").config.model_type == "own"

@@ -9,18 +9,19 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, BitsAndBytesConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Qwen3MoeConfig
 
 from llm_trainer.device import Device
 from llm_trainer.errors import UserError
 from llm_trainer.export import merge
-from llm_trainer.model import load_model, read_config
+from llm_trainer.model import build_skeleton, load_model, read_config
 from llm_trainer.quantization import (
     build_quantization,
     describe_quantization,
     find_quantization_problems,
     find_stored_method,
     keep_adapter_in_float32,
+    measure_linear_share,
 )
 from llm_trainer.settings import Settings
 from llm_trainer.weights import list_shapes
@@ -28,6 +29,14 @@ from tiny_gpt_oss import EXPERTS, build_tiny_gpt_oss, dequantize, quantize
 
 CPU = Device(torch.device("cpu"))
 TOKENS = torch.arange(3, 40)[None]
+SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
 BITSANDBYTES = {
     "nf4": {"load_in_4bit": True},
     "nf4, single": {"load_in_4bit": True, "bnb_4bit_use_double_quant": False},
@@ -116,6 +125,7 @@ def test_a_checkpoint_of_bitsandbytes_is_trained_as_it_is_and_merged_whole(tiny_
     config = read_config(stored, Settings())
     assert find_stored_method(config) == "bitsandbytes"
     assert build_quantization(stored, config, Settings(), torch.float32, CPU) is None
+    assert build_skeleton(stored, config, Settings()).num_parameters() > 0
     trained = add_adapter(load(stored))
     assert trained.get_base_model().is_quantized
     trained.save_pretrained(tmp_path / "adapter")
@@ -170,13 +180,36 @@ def test_an_mxfp4_checkpoint_is_loaded_as_the_numbers_that_it_holds(gpt_oss, ask
 def test_what_an_mxfp4_checkpoint_grows_to_is_said_before_it_is_loaded(gpt_oss):
     config = read_config(gpt_oss, Settings())
     quantization = build_quantization(gpt_oss, config, Settings(), torch.bfloat16, CPU)
-    line = describe_quantization(gpt_oss, quantization, torch.bfloat16)
+    skeleton = build_skeleton(gpt_oss, config, Settings())
+    line = describe_quantization(gpt_oss, skeleton, quantization, torch.bfloat16)
     assert line.startswith(
         "Quantization: the checkpoint's MXFP4 is dequantized to bfloat16 for training: 0 MiB on disk"
     )
     model = load(gpt_oss, torch.bfloat16)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     assert sum(torch.Size(shape).numel() for shape in list_shapes(Path(gpt_oss))) == numbers
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LlamaConfig(**SMALL), 2 * (4 * 64 * 64 + 3 * 64 * 256)),
+        (Qwen3MoeConfig(**SMALL, head_dim=16, num_experts=8, moe_intermediate_size=256), 2 * (4 * 64 * 64)),
+    ],
+)
+def test_the_share_that_bitsandbytes_quantizes_is_told(tmp_path, config, expected):
+    """Of a mixture of experts it is small: Transformers 5 keeps the experts in one parameter, which is no layer."""
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    settings = Settings(load_in_4bit=True)
+    model = load(str(tmp_path), load_in_4bit=True)
+    quantized = sum(weight.numel() * 2 for weight in model.parameters() if weight.dtype == torch.uint8)
+    assert quantized == expected
+    skeleton = build_skeleton("", config, settings)
+    assert measure_linear_share(skeleton) == pytest.approx(quantized / skeleton.num_parameters())
+    quantization = build_quantization("", config, settings, torch.float32, CPU)
+    line = describe_quantization("", skeleton, quantization, torch.float32)
+    assert line.startswith("Quantization: nf4, its scales too: ")
+    assert line.endswith("% of the weights, as the others stay in float32")
 
 
 def test_settings_that_contradict_the_checkpoint_are_refused(gpt_oss, tiny_model):
