@@ -121,6 +121,8 @@ def find_size_obstacle(kernel: str, needs: Needs, device: Device) -> str | None:
             return f"has no dropout and {needs.model} has attention_dropout={needs.dropout:g}"
         if min(needs.head_sizes, default=SMALLEST_FLEX_HEAD) < SMALLEST_FLEX_HEAD:
             return f"takes heads of at least {SMALLEST_FLEX_HEAD} and {needs.model} has {min(needs.head_sizes)}"
+    if kernel == "flash_attention_4" and any(size % 8 for size in needs.head_sizes):
+        return f"takes heads of a multiple of 8 and {needs.model} has {needs.largest_head}"
     if kernel == "flash_attention_4" and device.capability is not None and device.capability[0] > 9:
         if not all(size <= 128 or size == LARGEST_HEAD for size in needs.head_sizes):
             return f"takes heads of up to 128 or of 256 on {device} and {needs.model} has {needs.largest_head}"

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -76,10 +77,15 @@ def apply_liger(model: PreTrainedModel, options: dict[str, Any]) -> None:
     """
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-    module = sys.modules[type(model).__module__]
-    before = dict(vars(module))
+    modules = {type(part).__module__ for part in model.modules()}
+    before = [
+        (sys.modules[module], name, plain)
+        for module in modules
+        for name, plain in vars(sys.modules[module]).items()
+        if module.startswith("transformers.") and isinstance(plain, (type, FunctionType))
+    ]
     _apply_liger_kernel_to_instance(model=model, **{**options, **LEFT_OUT})
-    for name, plain in before.items():
+    for module, name, plain in before:
         fused = getattr(module, name)
         if fused is not plain:
             setattr(module, name, plain if isinstance(plain, type) else dispatch(fused, plain))
