@@ -9,15 +9,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-import torch
 from peft import LoraConfig, PeftModel, TaskType
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llm_trainer.errors import UserError, shorten, summarize
-from llm_trainer.model import source_options
 from llm_trainer.settings import MOVING_STARTS, Settings, is_given
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output layer
@@ -25,15 +23,6 @@ LINEAR = (nn.Linear, Conv1D)
 ADAPTABLE = (*LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what PEFT has LoRA layers for
 DECOMPOSING = (*MOVING_STARTS, "loftq")  # begin with a part of a weight matrix, or of its error
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-
-
-def build_skeleton(config: PreTrainedConfig, settings: Settings) -> PreTrainedModel:
-    """The model without weights: names and shapes, on the meta device."""
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"The model {config.name_or_path} could not be built: {summarize(error)}.") from error
 
 
 def build_lora(settings: Settings, skeleton: PreTrainedModel) -> LoraConfig:
@@ -65,12 +54,6 @@ def build_lora(settings: Settings, skeleton: PreTrainedModel) -> LoraConfig:
     if config.target_parameters:
         config.lora_dropout = 0.0
     return config
-
-
-def plan_lora(model: str, settings: Settings) -> LoraConfig:
-    """The same for a model's folder, of which only the config is read."""
-    config = AutoConfig.from_pretrained(model, **source_options(settings))
-    return build_lora(settings, build_skeleton(config, settings))
 
 
 def choose_targets(settings: Settings, skeleton: PreTrainedModel) -> tuple[str | list[str], list[str] | None]:

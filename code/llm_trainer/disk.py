@@ -60,7 +60,8 @@ def estimate(settings: Settings, inputs: Inputs, cache_dir: Path) -> Iterator[tu
     writes_model = settings.merge_weights or not settings.use_peft
     sources = [source for source in (*inputs.train, *inputs.validation) if isinstance(source, FileSource)]
     data_bytes = sum(file.stat().st_size for source in sources for file in source.files)
-    yield "result", inputs.model_dir, weights_bytes if writes_model else adapter_bytes
+    whole_bytes = max(weights_bytes, 2 * sum(map(math.prod, shapes)))  # written in 16 bits, where it was in 4
+    yield "result", inputs.model_dir, whole_bytes if writes_model else adapter_bytes
     yield "checkpoints", inputs.checkpoint_dir, num_checkpoints * 3 * trained_bytes
     yield "tokenized data", cache_dir, 2 * data_bytes
 

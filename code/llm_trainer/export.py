@@ -87,11 +87,13 @@ def merge(
     """The base with the adapter folded in, and by how much its logits differ from those of the adapter on the base.
 
     Quantized weights cannot take an adapter without rounding it away, so a quantized base is loaded anew, whole, on
-    the CPU, since the GPU still holds the quantized one.
+    the CPU, since the GPU still holds the quantized one; what is stored quantized itself is dequantized there.
     Raises UserError when the difference is more than rounding.
     """
-    if getattr(model.get_base_model(), "is_loaded_in_4bit", False):
-        whole_base = load_model(base, job.settings, None, dtype, torch.device("cpu"))
+    if getattr(model.get_base_model(), "is_quantized", False):
+        whole_base = load_model(base, job.settings, None, dtype, torch.device("cpu"), attention="eager")
+        if getattr(whole_base, "is_quantized", False):
+            whole_base = whole_base.dequantize(dtype)
         model = PeftModel.from_pretrained(whole_base, str(adapter))
     model.eval()
     tokens = torch.tensor([train_data[0]["input_ids"][:CHECKED_TOKENS]], device=model.device)

@@ -125,7 +125,7 @@ def save_gpu_memory(error: BaseException, settings: Settings | None) -> str:
         if not settings.use_peft:
             ways.append("train an adapter (use_peft=true)")
         elif not settings.load_in_4bit:
-            ways.append("set load_in_4bit=true")
+            ways.append(f"set load_in_4bit=true{' instead of load_in_8bit' if settings.load_in_8bit else ''}")
     return ", or ".join([*ways, "use a GPU with more memory."])
 
 

@@ -1,27 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base model and its tokenizer, as the settings ask for them: weights, type, attention kernel, quantization."""
+"""The base model, its config and its tokenizer, loaded as the settings ask for."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     GenerationConfig,
-    Mxfp4Config,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from llm_trainer.distributed import local_rank, once_per_host
+from llm_trainer.distributed import once_per_host
 from llm_trainer.encoding import Vocabulary
 from llm_trainer.errors import UserError, summarize
 from llm_trainer.hub import download_model, find_refusal
+from llm_trainer.quantization import Quantization
 from llm_trainer.settings import Settings
+
+UNKNOWN_TYPE = re.compile(r"model type `(.+?)` but Transformers does not recognize")
 
 
 def fetch_model(model: str, settings: Settings, scratch_dir: Path, with_weights: bool = True) -> str:
@@ -37,6 +41,45 @@ def fetch_model(model: str, settings: Settings, scratch_dir: Path, with_weights:
     return place.read_text(encoding="utf-8")
 
 
+def read_config(model: str, settings: Settings) -> PreTrainedConfig:
+    """The config of a causal language model. Raises UserError when it cannot be read, or is of another kind."""
+    try:
+        options = {**source_options(settings), **(settings.model_init_kwargs or {})}
+        config = AutoConfig.from_pretrained(model, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(explain(error, model, "config")) from error
+    is_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})  # code that comes with the model
+    if not is_own and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(
+            f"model_id={model!r} is of type {config.model_type}, which is no causal language model: give one that is."
+        )
+    return config
+
+
+def explain(error: Exception, model: str, part: str) -> str:
+    """The sentence for a part of the model that could not be loaded."""
+    what = f"model_id={model!r}"
+    if "trust_remote_code=True" in str(error):
+        return f"{what} needs code of its own and trust_remote_code is false: set it to true if you trust that code."
+    if unknown := UNKNOWN_TYPE.search(str(error)):
+        return (
+            f"{what} is of type {unknown[1]}, which Transformers {transformers.__version__} does not know: "
+            "give a model of a type that it knows."
+        )
+    return find_refusal(error, what) or f"The {part} of {model} could not be loaded ({summarize(error)})."
+
+
+def build_skeleton(model: str, config: PreTrainedConfig, settings: Settings) -> PreTrainedModel:
+    """The model without its weights, on the meta device: for what its code alone tells."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager", trust_remote_code=settings.trust_remote_code
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(explain(error, model, "code")) from error
+
+
 def load_tokenizer(model: str, settings: Settings) -> PreTrainedTokenizerBase:
     """The tokenizer, with a chat template if the settings name one and a pad token that is not the EOS if it can be.
 
@@ -45,8 +88,7 @@ def load_tokenizer(model: str, settings: Settings) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, **source_options(settings))
     except (OSError, ValueError) as error:
-        refusal = find_refusal(error, f"model_id={model!r}")
-        raise UserError(refusal or f"The tokenizer of {model} could not be loaded ({summarize(error)}).") from error
+        raise UserError(explain(error, model, "tokenizer")) from error
     if settings.chat_template_path:
         tokenizer.chat_template = read_chat_template(settings.chat_template_path)
     if settings.eos_token:
@@ -106,88 +148,33 @@ def find_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, settings: Sett
     return frozenset([*stops, tokenizer.eos_token_id])
 
 
-def read_vocabulary(model: str, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Vocabulary:
-    """What data have to agree on with the model. Raises UserError when its config cannot be read."""
-    try:
-        config = AutoConfig.from_pretrained(model, **source_options(settings))
-    except (OSError, ValueError) as error:
-        refusal = find_refusal(error, f"model_id={model!r}")
-        raise UserError(refusal or f"The config of {model} could not be loaded ({summarize(error)}).") from error
-    size = config.get_text_config().vocab_size
-    return Vocabulary(tokenizer, find_stop_ids(model, tokenizer, settings), size)
-
-
-def choose_dtype(settings: Settings) -> torch.dtype:
-    """The type of the computation, and of what is exported."""
-    if settings.torch_dtype != "auto":
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[settings.torch_dtype]
-    on_gpu = torch.cuda.is_available() and not settings.use_cpu and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if on_gpu else torch.float32
-
-
-def choose_weights_dtype(settings: Settings) -> torch.dtype:
-    """The type of the weights in memory: full fine-tuning keeps them in float32, where small updates are not lost."""
-    if settings.torch_dtype == "auto" and not settings.use_peft:
-        return torch.float32
-    return choose_dtype(settings)
-
-
-def choose_device(settings: Settings) -> torch.device:
-    if settings.use_cpu or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank())
-
-
-def build_quantization(model: str, settings: Settings) -> BitsAndBytesConfig | Mxfp4Config | None:
-    """How the base is quantized while it loads. Raises UserError where that cannot work, before anything is loaded."""
-    if settings.use_mxfp4:
-        config = AutoConfig.from_pretrained(model, **source_options(settings))
-        if (getattr(config, "quantization_config", None) or {}).get("quant_method") != "mxfp4":
-            raise UserError(f"use_mxfp4=true but {model} is not an MXFP4 checkpoint: set use_mxfp4=false.")
-        return Mxfp4Config(dequantize=True)
-    if settings.load_in_4bit:
-        try_bitsandbytes(choose_device(settings))
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=choose_dtype(settings),
-        )
-    return None
-
-
-def try_bitsandbytes(device: torch.device) -> None:
-    """Quantize a few numbers: the package imports even where its native library cannot run."""
-    try:
-        from bitsandbytes.functional import quantize_4bit
-
-        quantize_4bit(torch.ones(64, device=device), quant_type="nf4")
-    except (ImportError, OSError, RuntimeError, NotImplementedError) as error:
-        raise UserError(
-            f"load_in_4bit=true: bitsandbytes cannot run here ({summarize(error)}): "
-            "set load_in_4bit=false, or use the image on a GPU that bitsandbytes supports."
-        ) from error
+def build_vocabulary(
+    model: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> Vocabulary:
+    """What data have to agree on with the model."""
+    return Vocabulary(tokenizer, find_stop_ids(model, tokenizer, settings), config.get_text_config().vocab_size)
 
 
 def load_model(
     model: str,
     settings: Settings,
-    quantization: BitsAndBytesConfig | Mxfp4Config | None,
+    quantization: Quantization | None,
     dtype: torch.dtype,
     device: torch.device,
+    attention: str,
 ) -> PreTrainedModel:
-    """The base model on the device. Raises UserError when its files are broken or of an unknown kind."""
+    """The base model on the device. Raises UserError when its files are broken."""
     options: dict[str, Any] = {
         **source_options(settings),
         "dtype": dtype,
         "device_map": {"": device},
         "use_safetensors": True,
-        "quantization_config": quantization,
+        "attn_implementation": attention,
+        **(settings.model_init_kwargs or {}),
     }
-    if settings.attn_implementation != "auto":
-        options["attn_implementation"] = settings.attn_implementation
+    if quantization is not None:  # None would hide how the checkpoint is stored
+        options["quantization_config"] = quantization
     try:
-        return AutoModelForCausalLM.from_pretrained(model, **{**options, **(settings.model_init_kwargs or {})})
+        return AutoModelForCausalLM.from_pretrained(model, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        refusal = find_refusal(error, f"model_id={model!r}")
-        raise UserError(refusal or f"The model {model} could not be loaded: {summarize(error)}.") from error
+        raise UserError(explain(error, model, "weights")) from error

@@ -174,7 +174,8 @@ def choose_packing(
     if arguments.parallelism_config is not None:
         reason: str | None = "parallelism_config may split a sequence over devices"
     else:
-        reason = find_first(find_leak(model, replace(collator, max_length=None)), group)
+        with computing_as(arguments):
+            reason = find_first(find_leak(model, replace(collator, max_length=None)), group)
     if reason is None:
         mode: Literal["data set", "batch"] = "data set" if settings.packing else "batch"
         return Packing(mode, f"{model.config._attn_implementation} attention keeps them apart", collator)
@@ -182,6 +183,12 @@ def choose_packing(
         if getattr(settings, name):
             raise UserError(f"{name}=true: {reason}: leave it out, and rows are padded.")
     return Packing("off", reason)
+
+
+def computing_as(arguments: SFTConfig) -> torch.autocast:
+    """Mixed precision as in training: flash attention takes no float32, in which full fine-tuning keeps the weights."""
+    dtype = torch.float16 if arguments.fp16 else torch.bfloat16
+    return torch.autocast(arguments.device.type, dtype, enabled=arguments.fp16 or arguments.bf16)
 
 
 def find_first(reason: str | None, group: dist.ProcessGroup | None) -> str | None:

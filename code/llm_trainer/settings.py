@@ -215,6 +215,18 @@ ADAPTER_CHOICES = (
 )
 MOVING_STARTS = ("pissa", "pissa_niter_16", "olora")  # move a part of the base into the adapter
 OWN_PARAMETER_GROUPS = ("galore", "lomo", "adalomo", "apollo")  # optimizers that do not take the trainer's
+# What Transformers' from_pretrained calls it, and we choose.
+SETTING_OF_MODEL_OPTION = {
+    "attn_implementation": "attn_implementation",
+    "dtype": "torch_dtype",
+    "torch_dtype": "torch_dtype",
+    "quantization_config": "load_in_4bit, load_in_8bit or use_mxfp4",
+    "load_in_4bit": "load_in_4bit",
+    "load_in_8bit": "load_in_8bit",
+    "revision": "model_revision",
+    "trust_remote_code": "trust_remote_code",
+}
+
 TRACKERS = ("mlflow", "wandb", "none")  # those that the image carries
 SECRETS = ("token", "wandb_token", "hub_token")
 REDACTED = "***"
@@ -421,10 +433,12 @@ def show(value: Any) -> str:
 
 def find_contradictions(settings: Settings, environment: Environment) -> typing.Iterator[str]:
     """Settings that are each valid but cannot hold together, or not on this machine."""
-    if settings.load_in_4bit and not settings.use_peft:
-        yield "load_in_4bit=true with use_peft=false: 4-bit weights cannot be trained themselves; set use_peft=true."
-    if settings.load_in_4bit and settings.use_mxfp4:
-        yield "load_in_4bit=true with use_mxfp4=true: a base has one quantization; set one of them to false."
+    yield from find_quantization_contradictions(settings)
+    if settings.use_liger_kernel is False and settings.liger_kernel_config:
+        yield "liger_kernel_config with use_liger_kernel=false: it would do nothing; remove one of them."
+    for name, own in SETTING_OF_MODEL_OPTION.items():
+        if name in (settings.model_init_kwargs or {}):
+            yield f"model_init_kwargs has {name!r}, which is a setting of its own: give {own} instead."
     if settings.merge_weights and not settings.use_peft:
         yield "merge_weights=true with use_peft=false: full fine-tuning has no adapter to merge; remove merge_weights."
     yield from find_adapter_contradictions(settings)
@@ -454,10 +468,10 @@ def find_contradictions(settings: Settings, environment: Environment) -> typing.
     if settings.packing is False and (settings.padding_free or settings.eval_packing):
         other = "padding_free" if settings.padding_free else "eval_packing"
         yield f"{other}=true with packing=false: rows are either packed or padded; remove one of them."
-    if settings.attn_implementation.startswith("flash_attention") and not environment.num_gpus:
+    if settings.attn_implementation not in ("auto", "sdpa", "eager") and not environment.num_gpus:
         yield (
             f"attn_implementation={settings.attn_implementation} runs only on an NVIDIA GPU and there is none here: "
-            "use sdpa."
+            "leave it out."
         )
     if environment.num_gpus and (settings.nproc_per_node or 0) > environment.num_gpus and not settings.use_cpu:
         yield (
@@ -488,6 +502,18 @@ def find_adapter_contradictions(settings: Settings) -> typing.Iterator[str]:
             f"loraplus_lr_ratio={settings.loraplus_lr_ratio:g} with optim={settings.optim}: it groups the weights by "
             "itself; use adamw_torch_fused."
         )
+
+
+def find_quantization_contradictions(settings: Settings) -> typing.Iterator[str]:
+    asked = [name for name in ("load_in_4bit", "load_in_8bit", "use_mxfp4") if getattr(settings, name)]
+    if len(asked) > 1:
+        yield f"{asked[0]}=true with {asked[1]}=true: a base has one quantization; set one of them to false."
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if name in asked and not settings.use_peft:
+            yield f"{name}=true with use_peft=false: quantized weights cannot be trained themselves; set use_peft=true."
+    for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+        if is_given(settings, name) and not settings.load_in_4bit:
+            yield f"{name} without load_in_4bit=true: it would do nothing; set load_in_4bit=true or remove it."
 
 
 def find_stream_contradictions(settings: Settings) -> typing.Iterator[str]:

@@ -10,13 +10,18 @@ import transformers
 from peft import PeftModel
 
 from llm_trainer import adapter_start, adapters, export, model
+from llm_trainer.attention import choose_attention, find_faults, read_needs
 from llm_trainer.audit import describe_data
 from llm_trainer.data import load_data
+from llm_trainer.device import find_device
 from llm_trainer.distributed import rank, world_size
+from llm_trainer.kernels import apply_liger, choose_liger, find_known_types
 from llm_trainer.launch import Job
 from llm_trainer.manifest import build_manifest
 from llm_trainer.metrics import MetricLines
 from llm_trainer.packing import Packing, choose_packing
+from llm_trainer.precision import choose_precision, find_stored_type
+from llm_trainer.quantization import build_quantization, describe_quantization
 from llm_trainer.resumable_trainer import SaveAndStop
 from llm_trainer.resume import find_checkpoint, identify_run
 from llm_trainer.settings import is_given
@@ -30,18 +35,28 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     settings, inputs = job.settings, job.inputs
     transformers.utils.logging.disable_progress_bar()  # carriage returns spoil a log
     datasets.disable_progress_bars()
-    device, dtype = model.choose_device(settings), model.choose_dtype(settings)
-    arguments = build_arguments(settings, inputs, device, dtype, can_evaluate=bool(inputs.validation))
+    device = find_device(settings)
+    precision = choose_precision(settings, device)
+    dtype = precision.compute
+    arguments = build_arguments(settings, inputs, device.torch, dtype, can_evaluate=bool(inputs.validation))
     request = StopRequest(scratch_dir / "stop", timeline.started, settings.max_run_seconds)
     agreement = Agreement()
 
     folder = model.fetch_model(inputs.model, settings, scratch_dir)
-    quantization = model.build_quantization(folder, settings)
+    config = model.read_config(folder, settings)
+    quantization = build_quantization(folder, config, settings, dtype, device)
+    skeleton = model.build_skeleton(folder, config, settings)
+    attention = choose_attention(read_needs(skeleton), settings, dtype, device, find_faults(device))
+    liger = choose_liger(config, settings, device, find_known_types(device))
+    say(precision.describe(find_stored_type(folder, config)))
+    if quantization is not None:
+        say(describe_quantization(folder, skeleton, quantization, precision.weights))
+    say(f"{attention}\n{liger}")
     tokenizer = model.load_tokenizer(folder, settings)
     timeline.mark("tokenizer")
 
-    vocabulary = model.read_vocabulary(folder, tokenizer, settings)
-    lora = adapters.plan_lora(folder, settings) if settings.use_peft else None
+    vocabulary = model.build_vocabulary(folder, config, tokenizer, settings)
+    lora = adapters.build_lora(settings, skeleton) if settings.use_peft else None
     data = load_data(job, vocabulary, scratch_dir)
     if settings.streaming:
         say(f"Data train: streamed; what follows is of the first {AUDITED_ROWS} rows of each source")
@@ -49,7 +64,9 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
         say(line)
     timeline.mark("data")
 
-    base = model.load_model(folder, settings, quantization, model.choose_weights_dtype(settings), device)
+    base = model.load_model(folder, settings, quantization, precision.weights, device.torch, attention.name)
+    if liger.is_on:
+        apply_liger(base, settings.liger_kernel_config or {})
     timeline.mark("model")
 
     packing = choose_packing(base, tokenizer, arguments, settings, agreement.group)

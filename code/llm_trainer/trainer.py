@@ -15,6 +15,7 @@ from llm_trainer.distributed import world_size
 from llm_trainer.errors import UserError, summarize
 from llm_trainer.packing import PackingCollator
 from llm_trainer.preflight import Inputs
+from llm_trainer.quantization import keep_adapter_in_float32
 from llm_trainer.resumable_trainer import ResumableTrainer
 from llm_trainer.settings import Settings, is_given
 from llm_trainer.tracking import choose_trackers
@@ -25,7 +26,7 @@ ACTED_ON = frozenset(
     {"output_dir", "max_length", "truncation_mode", "dataset_text_field", "assistant_only_loss"}
     | {"completion_only_loss", "model_init_kwargs", "chat_template_path", "pad_token", "trust_remote_code"}
     | {"resume_from_checkpoint", "report_to", "gradient_checkpointing"}
-    | {"use_liger_kernel", "activation_offloading"}
+    | {"use_liger_kernel", "liger_kernel_config", "activation_offloading"}
     | {"packing", "packing_strategy", "padding_free", "eval_packing", "dataset_kwargs"}
 )
 LORA_LEARNING_RATE = 2e-4  # ten times full fine-tuning's, as TRL's documentation advises for adapters
@@ -61,6 +62,8 @@ def build_trainer(
     except (ValueError, ImportError) as error:
         raise UserError(f"TRL refuses these settings: {summarize(error)}.") from error
     trainer.loraplus_lr_ratio = settings.loraplus_lr_ratio
+    if getattr(model, "is_quantized", False):
+        keep_adapter_in_float32(trainer.model)
     trainer.remove_callback(PrinterCallback)
     if settings.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))

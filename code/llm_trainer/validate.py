@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_trainer.data_report import DataReport
 from llm_trainer.disk import inspect_need
@@ -23,6 +23,9 @@ from llm_trainer.launch import collect_settings, library_variables
 from llm_trainer.own_script import names_a_script
 from llm_trainer.preflight import Inputs, check_writable, find_inputs, find_lack_of_weights, find_oddities
 from llm_trainer.settings import Settings, is_given, redact
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass
@@ -90,6 +93,7 @@ def examine_data(
     """Prepare the data as the job would, and tell what becomes of them."""
     from llm_trainer import model  # Transformers takes seconds to import, and has to find the variables set
     from llm_trainer.audit import find_data_oddities, mark_sample
+    from llm_trainer.quantization import find_quantization_problems
     from llm_trainer.splits import prepare_splits
 
     unwritable = list(check_writable(environment.output_dir, "output"))
@@ -98,9 +102,11 @@ def examine_data(
         rejected_rows = Path(scratch_dir if unwritable else environment.output_dir / "data") / "rejected_rows.jsonl"
         try:
             folder = model.fetch_model(inputs.model, settings, Path(scratch_dir), with_weights=False)
+            config = model.read_config(folder, settings)
+            validation.tell("model", "error", find_quantization_problems(folder, config, settings))
             tokenizer = model.load_tokenizer(folder, settings)
-            vocabulary = model.read_vocabulary(folder, tokenizer, settings)
-            validation.tell("adapter", "error", find_adapter_problems(folder, settings))
+            vocabulary = model.build_vocabulary(folder, config, tokenizer, settings)
+            validation.tell("adapter", "error", find_adapter_problems(folder, config, settings))
             splits, problems = prepare_splits(inputs, vocabulary, settings, rejected_rows)
         except UserError as error:
             validation.tell("tokenizer", "error", error.problems)
@@ -120,13 +126,14 @@ def examine_data(
     validation.sample = mark_sample(row, tokenizer, in_colour) if row else ""
 
 
-def find_adapter_problems(folder: str, settings: Settings) -> Sequence[str]:
+def find_adapter_problems(folder: str, config: "PreTrainedConfig", settings: Settings) -> Sequence[str]:
     if not settings.use_peft:
         return ()
-    from llm_trainer.adapters import plan_lora
+    from llm_trainer.adapters import build_lora
+    from llm_trainer.model import build_skeleton
 
     try:
-        plan_lora(folder, settings)
+        build_lora(settings, build_skeleton(folder, config, settings))
     except UserError as error:
         return error.problems
     return ()

@@ -12,6 +12,7 @@ from typing import Any
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec"
+MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"  # how the names of its tensors end
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -83,9 +84,20 @@ def read_index(index: Path) -> dict[str, set[str]]:
 
 
 def list_shapes(folder: Path) -> list[list[int]]:
-    """The shape of every tensor in the files that can be read."""
+    """The shape of every tensor in the files that can be read; of MXFP4 blocks, that of the numbers in them."""
     shapes = []
     for file in list_weights(folder):
         with contextlib.suppress(ValueError, OSError):  # which the check of the model tells
-            shapes += [tensor["shape"] for tensor in read_header(file).values()]
+            tensors = read_header(file)
+            shapes += [
+                unpack_shape(tensor["shape"]) if name.endswith(MXFP4_BLOCKS) else tensor["shape"]
+                for name, tensor in tensors.items()
+                if not (name.endswith(MXFP4_SCALES) and name.removesuffix(MXFP4_SCALES) + MXFP4_BLOCKS in tensors)
+            ]
     return shapes
+
+
+def unpack_shape(shape: list[int]) -> list[int]:
+    """[..., groups, bytes] as the [..., columns] numbers of MXFP4 that they hold: two in a byte (OCP MX 1.0)."""
+    *rows, groups, size_bytes = shape
+    return [*rows, 2 * groups * size_bytes]

@@ -47,6 +47,7 @@ def may_need_bitsandbytes(job: Job) -> bool:
     config = Path(job.inputs.model) / "config.json"
     return (
         job.settings.load_in_4bit
+        or job.settings.load_in_8bit
         or re.search("bnb|bit|paged|lion|ademamix", job.settings.optim) is not None
         or not config.is_file()
         or "quantization_config" in config.read_text(encoding="utf-8")

@@ -20,6 +20,7 @@ from trl import SFTConfig
 
 from llm_trainer import adapter_start, adapters
 from llm_trainer.errors import UserError
+from llm_trainer.model import build_skeleton
 from llm_trainer.resumable_trainer import ResumableTrainer
 from llm_trainer.settings import Settings
 
@@ -116,7 +117,7 @@ def load(folder, in_4bit=False):
 
 def plan(config, **settings):
     settings = Settings(**{"lora_r": 4, **settings})
-    return adapters.build_lora(settings, adapters.build_skeleton(config, settings))
+    return adapters.build_lora(settings, build_skeleton("", config, settings))
 
 
 def adapt(base, config, in_4bit=False, **settings):
@@ -182,17 +183,15 @@ def test_experts_adapters_are_trained_alike_when_activations_are_recomputed(make
 
 
 def test_routers_are_no_targets():
-    skeleton = adapters.build_skeleton(MODELS["llama4"], Settings())
+    skeleton = build_skeleton("", MODELS["llama4"], Settings())
     assert set(adapters.find_routers(skeleton)) == {f"model.layers.{layer}.feed_forward.router" for layer in (0, 1)}
-    skeleton = adapters.build_skeleton(MODELS["qwen2-moe"], Settings())
+    skeleton = build_skeleton("", MODELS["qwen2-moe"], Settings())
     assert set(adapters.find_routers(skeleton)) == {f"model.layers.{layer}.mlp.shared_expert_gate" for layer in (0, 1)}
 
 
 def test_targets_by_name_pattern_and_parameter(make_base):
     def hit(config, **settings):
-        return adapters.count_targets(
-            get_peft_model(adapters.build_skeleton(config, Settings()), plan(config, **settings))
-        )
+        return adapters.count_targets(get_peft_model(build_skeleton("", config, Settings()), plan(config, **settings)))
 
     assert hit(LLAMA, target_modules="q_proj") == {"self_attn.q_proj": 2}
     assert hit(LLAMA, target_modules=["layers.1.mlp.up_proj"]) == {"mlp.up_proj": 1}

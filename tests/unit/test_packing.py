@@ -261,7 +261,13 @@ def test_a_data_set_is_packed_into_full_sequences_once_a_host(tmp_path):
 
 
 def choose(config, **settings):
-    arguments = SimpleNamespace(pad_to_multiple_of=None, parallelism_config=settings.get("parallelism_config"))
+    arguments = SimpleNamespace(
+        pad_to_multiple_of=None,
+        parallelism_config=settings.get("parallelism_config"),
+        device=torch.device("cpu"),
+        fp16=False,
+        bf16=settings.pop("bf16", False),
+    )
     return choose_packing(build_model(config), build_tokenizer(), arguments, Settings(**settings), None)
 
 
@@ -273,6 +279,7 @@ def test_rows_are_packed_by_default_where_the_model_keeps_them_apart():
     assert choose(LEAK["mamba"]).mode == "off"
     assert choose(LEAK["mamba"]).collator is None
     assert choose(KEEP_APART["llama"], packing=False).mode == "off"
+    assert choose(KEEP_APART["llama"], bf16=True).mode == "batch"
     assert "may split a sequence" in str(choose(KEEP_APART["llama"], parallelism_config={"cp_size": 2}))
 
 

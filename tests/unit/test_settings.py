@@ -184,7 +184,15 @@ def test_null_asks_for_the_default():
     "hyperparameters",
     [
         {"load_in_4bit": "true", "use_peft": "false"},
+        {"load_in_8bit": "true", "use_peft": "false"},
+        {"load_in_4bit": "true", "load_in_8bit": "true"},
         {"load_in_4bit": "true", "use_mxfp4": "true"},
+        {"load_in_8bit": "true", "use_mxfp4": "true"},
+        {"bnb_4bit_quant_type": "fp4"},
+        {"bnb_4bit_use_double_quant": "true"},
+        {"use_liger_kernel": "false", "liger_kernel_config": '{"rope": false}'},
+        {"model_init_kwargs": '{"attn_implementation": "eager"}'},
+        {"model_init_kwargs": '{"quantization_config": {"load_in_4bit": true}}'},
         {"merge_weights": "true", "use_peft": "false"},
         {"torch_dtype": "float16", "use_peft": "false"},
         {"use_dora": "true", "use_peft": "false"},
@@ -203,6 +211,7 @@ def test_null_asks_for_the_default():
         {"packing": "false", "padding_free": "true"},
         {"packing": "false", "eval_packing": "true"},
         {"attn_implementation": "flash_attention_2"},
+        {"attn_implementation": "flex_attention"},
     ],
 )
 def test_settings_that_cannot_hold_together_are_refused(hyperparameters):
