@@ -174,20 +174,28 @@ def load_model(
     settings: Settings,
     quantization: BitsAndBytesConfig | Mxfp4Config | None,
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | None,
 ) -> PreTrainedModel:
-    """The base model on the device. Raises UserError when its files are broken or of an unknown kind."""
-    options: dict[str, Any] = {
-        **source_options(settings),
-        "dtype": dtype,
-        "device_map": {"": device},
-        "use_safetensors": True,
-        "quantization_config": quantization,
-    }
+    """The base model on the device; without one it has no weights, for a rank that is sent its share of them.
+
+    Raises UserError when its files are broken or of an unknown kind.
+    """
+    extra = settings.model_init_kwargs or {}
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": settings.trust_remote_code}
     if settings.attn_implementation != "auto":
         options["attn_implementation"] = settings.attn_implementation
     try:
-        return AutoModelForCausalLM.from_pretrained(model, **{**options, **(settings.model_init_kwargs or {})})
+        if device is None:
+            config, _ = AutoConfig.from_pretrained(
+                model, **{**source_options(settings), **extra}, return_unused_kwargs=True
+            )
+            if hasattr(config, "quantization_config"):  # what is sent has been dequantized
+                del config.quantization_config
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, **options)
+        options |= {**source_options(settings), "device_map": {"": device}, "use_safetensors": True}
+        options |= {"quantization_config": quantization, **extra}
+        return AutoModelForCausalLM.from_pretrained(model, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         refusal = find_refusal(error, f"model_id={model!r}")
         raise UserError(refusal or f"The model {model} could not be loaded: {summarize(error)}.") from error

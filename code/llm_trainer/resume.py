@@ -28,13 +28,16 @@ TRAINING_ARGUMENTS = (
 )
 
 
-def identify_run(job: Job, arguments: SFTConfig, model: str, report: DataReport, packing: Packing) -> dict[str, Any]:
+def identify_run(
+    job: Job, arguments: SFTConfig, sharded: bool, model: str, report: DataReport, packing: Packing
+) -> dict[str, Any]:
     """What two runs have in common of which one goes on where the other was interrupted; ready for JSON."""
     settings = job.settings
     names = OWN_SETTINGS + DATA_SETTINGS + (ADAPTER_SETTINGS if settings.use_peft else ())
     identity = {name: getattr(settings, name) for name in names}
     identity |= {name: getattr(arguments, name) for name in TRAINING_ARGUMENTS}
     identity |= {"packing": packing.mode, "packing_strategy": settings.packing_strategy}
+    identity["distribution"] = "fsdp" if sharded else "ddp"  # their files are of different kinds
     identity["rows a step"] = (
         arguments.per_device_train_batch_size * world_size() * arguments.gradient_accumulation_steps
     )

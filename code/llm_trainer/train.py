@@ -8,11 +8,12 @@ import datasets
 import torch
 import transformers
 
-from llm_trainer import adapters, export, model
+from llm_trainer import adapters, export, model, sharding
 from llm_trainer.audit import describe_data
 from llm_trainer.data import load_data
 from llm_trainer.distributed import rank, world_size
 from llm_trainer.launch import Job
+from llm_trainer.leaks import build_sibling
 from llm_trainer.manifest import build_manifest
 from llm_trainer.metrics import MetricLines
 from llm_trainer.packing import Packing, choose_packing
@@ -30,7 +31,8 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     transformers.utils.logging.disable_progress_bar()  # carriage returns spoil a log
     datasets.disable_progress_bars()
     device, dtype = model.choose_device(settings), model.choose_dtype(settings)
-    arguments = build_arguments(settings, inputs, device, dtype, can_evaluate=bool(inputs.validation))
+    sharded = settings.distribution == "fsdp"
+    arguments = build_arguments(settings, inputs, device, dtype, can_evaluate=bool(inputs.validation), sharded=sharded)
     request = StopRequest(scratch_dir / "stop", timeline.started, settings.max_run_seconds)
     agreement = Agreement()
 
@@ -46,17 +48,25 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
         say(line)
     timeline.mark("data")
 
-    base = model.load_model(folder, settings, quantization, model.choose_weights_dtype(settings), device)
+    weights_dtype = model.choose_weights_dtype(settings)
+    if sharded:
+        sharding.store_as_float(quantization, arguments, dtype)
+        place = torch.device("cpu") if sharding.needs_weights(settings) else None
+        base = model.load_model(folder, settings, quantization, weights_dtype, place)
+        sharding.fill_in(base, agreement.group)
+    else:
+        base = model.load_model(folder, settings, quantization, weights_dtype, device)
     timeline.mark("model")
 
-    packing = choose_packing(base, tokenizer, arguments, settings, agreement.group)
+    subject = build_sibling(base, device) if sharded else base
+    packing = choose_packing(subject, tokenizer, arguments, settings, agreement.group)
     if packing.mode == "off" and not (settings.streaming or is_given(settings, "train_sampling_strategy")):
         arguments.train_sampling_strategy = "group_by_length"
     say(f"{packing}; train_sampling_strategy={arguments.train_sampling_strategy}")
     sequences = packing.pack(data.splits, settings, scratch_dir)
     for name, packed in packing.splits.items():
         say(f"Data {name}: {packed}")
-    run = identify_run(job, arguments, folder, data.reports["train"], packing)
+    run = identify_run(job, arguments, sharded, folder, data.reports["train"], packing)
     checkpoint = find_checkpoint(job, run, agreement.group)
     timeline.mark("packing")
 
@@ -76,13 +86,14 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
             f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}: all ranks agreed "
             f"{trainer.agreed_seconds:.1f} s after the signal, the checkpoint took {trainer.checkpoint_seconds:.1f} s"
         )
+    weights = sharding.gather_weights(trainer.model) if sharded else None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # the other ranks leave while rank 0 exports, however long it takes
 
     if rank() == 0:
         manifest = build_manifest(job, trainer, data.reports, packing, result.metrics, timeline)
         merges = settings.merge_weights and not trainer.stopped  # a merge may take longer than the platform waits
-        export.export(trainer.model, tokenizer, folder, job, dtype, data.sample, manifest, merges)
+        export.export(trainer.model, weights, tokenizer, folder, job, dtype, data.sample, manifest, merges)
         if trainer.stopped:
             say(f"Exported {request.age_seconds():.1f} s after the signal")
         elif settings.use_checkpoints:
