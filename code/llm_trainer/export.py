@@ -107,8 +107,8 @@ def merge(
 ) -> tuple[PreTrainedModel, dict[str, float]]:
     """The base with the adapter folded in, and by how much its logits differ from those of the adapter on the base.
 
-    Quantized weights cannot take an adapter without rounding it away, and a shard no whole one, so such a base is loaded
-    anew, whole, on the CPU, since the GPU still holds the other one.
+    Quantized weights cannot take an adapter without rounding it away, and shards no whole one, so such a base is
+    loaded anew, whole, on the CPU, since the GPU still holds the other one.
     Raises UserError when the difference is more than rounding.
     """
     if weights is not None or getattr(model.get_base_model(), "is_loaded_in_4bit", False):

@@ -49,10 +49,9 @@ def build_sibling(model: PreTrainedModel, device: torch.device) -> PreTrainedMod
             setattr(text, name, min(getattr(text, name), SIBLING_WIDTH))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
-        sibling = AutoModelForCausalLM.from_config(
+        return AutoModelForCausalLM.from_config(
             config, dtype=model.dtype, attn_implementation=config._attn_implementation
         )
-    return sibling
 
 
 def find_leak(model: PreTrainedModel, collate: Collator) -> str | None:

@@ -94,7 +94,9 @@ def build_arguments(
         raise UserError(f"Transformers refuses these settings: {summarize(error)}.") from error
 
 
-def choose_defaults(settings: Settings, device: torch.device, dtype: torch.dtype, can_evaluate: bool, sharded: bool) -> dict[str, Any]:
+def choose_defaults(
+    settings: Settings, device: torch.device, dtype: torch.dtype, can_evaluate: bool, sharded: bool
+) -> dict[str, Any]:
     """Where we choose otherwise than TRL."""
     on_cpu = device.type == "cpu"
     precision = not (is_given(settings, "bf16") or is_given(settings, "fp16"))

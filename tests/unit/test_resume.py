@@ -17,7 +17,9 @@ def folder(tmp_path):
         partial = checkpoints.partial_dir(tmp_path) / f"checkpoint-{step}"
         partial.mkdir(parents=True)
         (partial / "trainer_state.json").write_text("{}")
-        checkpoints.complete(partial, RUN, num_tokens=0, evaluation_due=False)
+        checkpoints.complete(
+            partial, RUN, 0, False, checkpoints.describe_files(partial, checkpoints.list_files(partial))
+        )
     return tmp_path
 
 
