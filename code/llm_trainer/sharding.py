@@ -19,17 +19,20 @@ from llm_trainer.settings import Settings
 DRAWN_INITS = ("default", "gaussian", "orthogonal")  # adapters that begin without a look at the weights
 
 
-def choose_arguments(settings: Settings, recomputes: bool) -> dict[str, Any]:
-    """SFTConfig's arguments for a sharded run."""
+def choose_arguments(settings: Settings) -> dict[str, Any]:
+    """SFTConfig's arguments for a sharded run.
+
+    Not Accelerate's activation checkpointing, though Transformers recommends it: its layers drop out other numbers when
+    they are computed again than before, which falsifies the gradients, and PEFT no longer finds the adapter in them,
+    and saves none.
+    """
     config = {
         "version": 2,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",  # a unit is a decoder layer
         "state_dict_type": "SHARDED_STATE_DICT",  # each rank writes its shard; no rank holds a whole optimizer
         "cpu_ram_efficient_loading": not settings.load_in_4bit,  # of 4-bit weights Accelerate sends none
-        # Its own, as the argument would gather each layer's weights once more in the backward pass.
-        "activation_checkpointing": recomputes,
     }
-    return {"fsdp": True, "fsdp_config": {**config, **(settings.fsdp_config or {})}, "activation_checkpointing": False}
+    return {"fsdp": True, "fsdp_config": {**config, **(settings.fsdp_config or {})}}
 
 
 def allow_cpu_ranks() -> None:

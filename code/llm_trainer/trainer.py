@@ -62,9 +62,6 @@ def build_trainer(
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"TRL refuses these settings: {summarize(error)}.") from error
-    if arguments.fsdp:
-        plugin = trainer.accelerator.state.fsdp_plugin
-        plugin.activation_checkpointing_offload = bool(settings.activation_offloading)  # no training argument names it
     trainer.remove_callback(PrinterCallback)
     if settings.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
@@ -82,16 +79,23 @@ def build_arguments(
     }
     if isinstance(given.get("parallelism_config"), dict):
         given["parallelism_config"] = ParallelismConfig(**given["parallelism_config"])
+    defaults = choose_defaults(settings, device, dtype, can_evaluate, sharded)
+    values = {**defaults, **given}
+    recomputes = values.pop("activation_checkpointing")
     try:
-        return SFTConfig(
+        arguments = SFTConfig(
             output_dir=str(inputs.checkpoint_dir),
             report_to=choose_trackers(settings),
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenized, cut and labelled already
-            **{**choose_defaults(settings, device, dtype, can_evaluate, sharded), **given},
+            activation_checkpointing=recomputes and not sharded,
+            **values,
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"Transformers refuses these settings: {summarize(error)}.") from error
+    # Only now, as Transformers warns that layers are gathered once more in the backward pass: not those of FSDP2.
+    arguments.activation_checkpointing = arguments.gradient_checkpointing = recomputes
+    return arguments
 
 
 def choose_defaults(
@@ -117,7 +121,7 @@ def choose_defaults(
         "save_strategy": "no",  # SaveAndStop finds an interval
     }
     if sharded:
-        defaults |= sharding.choose_arguments(settings, defaults["activation_checkpointing"])
+        defaults |= sharding.choose_arguments(settings)
     if is_given(settings, "save_steps") and settings.use_checkpoints:
         defaults["save_strategy"] = "steps"
     if is_given(settings, "eval_steps") and can_evaluate:
