@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FSDP2 over CPU ranks: what one process would have learned, saved in shards, resumed on other ranks, exported whole."""
+"""FSDP2 over CPU ranks learns what one process would have, saves shards, resumes on other ranks, exports it whole."""
 
 import signal
 
