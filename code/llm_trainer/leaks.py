@@ -40,7 +40,7 @@ def build_sibling(model: PreTrainedModel, device: torch.device) -> PreTrainedMod
     kinds = getattr(text, "layer_types", None)
     number = max(kinds.index(kind) for kind in set(kinds)) + 1 if kinds else SIBLING_LAYERS
     text.num_hidden_layers = min(number, text.num_hidden_layers)
-    if kinds:
+    if "layer_types" in vars(text):  # else they follow from other numbers
         text.layer_types = kinds[:number]
     text.vocab_size, text.pad_token_id = SIBLING_VOCABULARY, None
     text.initializer_range = text.hidden_size**-0.5

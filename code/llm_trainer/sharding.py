@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from trl import SFTConfig
 
 from llm_trainer.distributed import rank
+from llm_trainer.model import load_model
 from llm_trainer.settings import Settings
 
 DRAWN_INITS = ("default", "gaussian", "orthogonal")  # adapters that begin without a look at the weights
@@ -61,6 +62,16 @@ def store_as_float(quantization: object, arguments: SFTConfig, dtype: torch.dtyp
     if isinstance(quantization, BitsAndBytesConfig):
         mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else dtype
         quantization.bnb_4bit_quant_storage = mixed
+
+
+def load_base(
+    folder: str, settings: Settings, quantization: Any, dtype: torch.dtype, group: dist.ProcessGroup
+) -> PreTrainedModel:
+    """The base on the CPU, from where Accelerate shards it layer by layer. Every rank must call this."""
+    device = torch.device("cpu") if needs_weights(settings) else None
+    base = load_model(folder, settings, quantization, dtype, device)
+    fill_in(base, group)
+    return base
 
 
 def fill_in(model: PreTrainedModel, group: dist.ProcessGroup) -> None:

@@ -38,6 +38,8 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
 
     folder = model.fetch_model(inputs.model, settings, scratch_dir)
     quantization = model.build_quantization(folder, settings)
+    if sharded:
+        sharding.store_as_float(quantization, arguments, dtype)
     tokenizer = model.load_tokenizer(folder, settings)
     timeline.mark("tokenizer")
 
@@ -50,10 +52,7 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
 
     weights_dtype = model.choose_weights_dtype(settings)
     if sharded:
-        sharding.store_as_float(quantization, arguments, dtype)
-        place = torch.device("cpu") if sharding.needs_weights(settings) else None
-        base = model.load_model(folder, settings, quantization, weights_dtype, place)
-        sharding.fill_in(base, agreement.group)
+        base = sharding.load_base(folder, settings, quantization, weights_dtype, agreement.group)
     else:
         base = model.load_model(folder, settings, quantization, weights_dtype, device)
     timeline.mark("model")
