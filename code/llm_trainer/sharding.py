@@ -96,6 +96,14 @@ def fill_in(model: PreTrainedModel, group: dist.ProcessGroup) -> None:
         model.get_submodule(module).register_buffer(own_name, buffer, persistent=False)
 
 
+def make_uniform(model: PreTrainedModel | PeftModel) -> None:
+    """Give all trained weights one type, as FSDP2 needs within a layer: TRL leaves DoRA's magnitudes in float32."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if len({parameter.dtype for parameter in trained}) > 1:
+        for parameter in trained:
+            parameter.data = parameter.data.float()
+
+
 def gather_weights(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
     """What was trained, whole, in rank 0's memory: the adapter, or all weights; nothing on the other ranks.
 

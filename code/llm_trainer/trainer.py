@@ -62,6 +62,8 @@ def build_trainer(
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"TRL refuses these settings: {summarize(error)}.") from error
+    if arguments.fsdp:
+        sharding.make_uniform(trainer.model)
     trainer.remove_callback(PrinterCallback)
     if settings.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
