@@ -37,7 +37,7 @@ def build_sibling(model: PreTrainedModel, device: torch.device) -> PreTrainedMod
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
+    kinds: list[str] = getattr(text, "layer_types", None) or []
     number = max(kinds.index(kind) for kind in set(kinds)) + 1 if kinds else SIBLING_LAYERS
     text.num_hidden_layers = min(number, text.num_hidden_layers)
     if "layer_types" in vars(text):  # else they follow from other numbers
