@@ -113,8 +113,9 @@ def keep(start: Path, checkpoint: Path) -> None:
     shutil.copyfile(start / SAFETENSORS_WEIGHTS_NAME, checkpoint / KEPT)
 
 
-def save_adapter(model: PeftModel, folder: Path, start: Path | None) -> None:
-    """Write the adapter as one of the base as it is stored."""
+def save_adapter(model: PeftModel, weights: dict[str, torch.Tensor] | None, folder: Path, start: Path | None) -> None:
+    """Write the adapter as one of the base as it is stored; `weights` are its own where the model holds but shards."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # PEFT advises to convert, in the course of the conversion
-        model.save_pretrained(folder, path_initial_model_for_weight_conversion=None if start is None else str(start))
+        initial = None if start is None else str(start)
+        model.save_pretrained(folder, state_dict=weights, path_initial_model_for_weight_conversion=initial)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_trainer.adapter_start import save_adapter
@@ -25,6 +26,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 def export(
     model: PreTrainedModel | PeftModel,
+    weights: dict[str, torch.Tensor] | None,
     tokenizer: PreTrainedTokenizerBase,
     base: str,
     job: Job,
@@ -34,7 +36,10 @@ def export(
     merges: bool,
     adapter_start: Path | None,
 ) -> None:
-    """Write the result whole or not at all, by way of a staging folder. Only global rank 0 calls this."""
+    """Write the result whole or not at all, by way of a staging folder. Only global rank 0 calls this.
+
+    `weights` are what was trained where the model holds but shards of it.
+    """
     model_dir = job.inputs.model_dir
     staging = model_dir / STAGING
     shutil.rmtree(staging, ignore_errors=True)  # of a job that was killed here
@@ -42,13 +47,14 @@ def export(
     try:
         if isinstance(model, PeftModel) and merges:
             adapter = job.environment.output_dir / "data" / "adapter"
-            save_adapter(model, adapter, adapter_start)  # first, so that a merge that fails loses nothing
-            merged, manifest["merge"] = merge(model, adapter, base, job, dtype, train_data)
+            # first, so that a merge that fails loses nothing
+            save_adapter(model, weights, adapter, adapter_start)
+            merged, manifest["merge"] = merge(model, weights, adapter, base, job, dtype, train_data)
             save_whole(merged, staging, dtype)
         elif isinstance(model, PeftModel):
-            save_adapter(model, staging, adapter_start)
+            save_adapter(model, weights, staging, adapter_start)
         else:
-            save_whole(model, staging, dtype)
+            save_whole(rebuild(model, weights) if weights else model, staging, dtype)
         tokenizer.save_pretrained(staging)
         manifest["files"] = sorted([MANIFEST, *(file.name for file in staging.iterdir())])
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -75,6 +81,18 @@ def make_readable(path: Path) -> None:
         file.chmod(0o755 if file.is_dir() else 0o644)
 
 
+def rebuild(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """The sharded model as a plain one, of the same tensors."""
+    sharded_class, plain_class = type(model), type(model).__mro__[2]  # `fully_shard` put FSDPModule between them
+    assert issubclass(sharded_class, FSDPModule)
+    with torch.device("meta"):
+        plain = plain_class(model.config)
+    plain.load_state_dict(weights, assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
+
+
 def save_whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
     model.to(dtype)
     model.config.use_cache = True  # switched off for training, and a serving container reads it
@@ -82,15 +100,21 @@ def save_whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None
 
 
 def merge(
-    model: PeftModel, adapter: Path, base: str, job: Job, dtype: torch.dtype, train_data: Dataset
+    model: PeftModel,
+    weights: dict[str, torch.Tensor] | None,
+    adapter: Path,
+    base: str,
+    job: Job,
+    dtype: torch.dtype,
+    train_data: Dataset,
 ) -> tuple[PreTrainedModel, dict[str, float]]:
     """The base with the adapter folded in, and by how much its logits differ from those of the adapter on the base.
 
-    Quantized weights cannot take an adapter without rounding it away, so a quantized base is loaded anew, whole, on
-    the CPU, since the GPU still holds the quantized one; what is stored quantized itself is dequantized there.
-    Raises UserError when the difference is more than rounding.
+    Quantized weights cannot take an adapter without rounding it away, and shards no whole one, so such a base is
+    loaded anew, whole, on the CPU, since the GPU still holds the other one; what is stored quantized itself is
+    dequantized there. Raises UserError when the difference is more than rounding.
     """
-    if getattr(model.get_base_model(), "is_quantized", False):
+    if weights is not None or getattr(model.get_base_model(), "is_quantized", False):
         whole_base = load_model(base, job.settings, None, dtype, torch.device("cpu"), attention="eager")
         if getattr(whole_base, "is_quantized", False):
             whole_base = whole_base.dequantize(dtype)

@@ -25,7 +25,7 @@ from llm_trainer.machine import inspect_machine
 from llm_trainer.network import network_variables
 from llm_trainer.own_script import names_a_script, run_script
 from llm_trainer.preflight import Inputs, find_inputs, find_lack_of_weights, find_oddities
-from llm_trainer.settings import Settings, is_given, read_settings, redact, show
+from llm_trainer.settings import Settings, count_processes, is_given, read_settings, redact, show
 from llm_trainer.sources import HubSource
 from llm_trainer.supervisor import INTRODUCTION_SECONDS, Supervisor, meet, wait_for_trainers
 
@@ -215,9 +215,7 @@ def check_machine(job: Job) -> None:
 
 
 def num_processes(job: Job) -> int:
-    """Worker processes on this host: one a GPU, or one on a CPU, unless the user says otherwise."""
-    num_gpus = 0 if job.settings.use_cpu else job.environment.num_gpus
-    return job.settings.nproc_per_node or num_gpus or 1
+    return count_processes(job.settings, job.environment)
 
 
 def torchrun_command(job: Job, arguments: Sequence[str]) -> list[str]:

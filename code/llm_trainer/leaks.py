@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does a model keep the rows of a packed sequence apart? An experiment on the model itself, not a list of classes."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llm_trainer.errors import summarize
 
@@ -20,6 +21,37 @@ WATCHED = slice(2, None)  # the rows that come after others in their sequence
 # leak moved the least token by 0.2 and the middle one by 1.
 MOVED_BY_OTHERS = {torch.float32: 1e-6, torch.float16: 0.005, torch.bfloat16: 0.03}
 MOVED_BY_COMPANY = {torch.float32: 0.05, torch.float16: 0.05, torch.bfloat16: 0.1}
+
+SIBLING_VOCABULARY = 512
+SIBLING_WIDTH = 128  # of its layers' inner parts, be they one or 256 experts
+SIBLING_LAYERS = 2  # where the config does not tell the layers' kinds
+
+
+def build_sibling(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """A small model with the same attention, for the experiment where this one's weights are shards, or elsewhere.
+
+    As wide, and of as few layers as have each kind of layer that the model has. Its weights are random, the same on
+    every rank, and so large that attention tells positions apart.
+    """
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    text = config.get_text_config()
+    kinds: list[str] = getattr(text, "layer_types", None) or []
+    number = max(kinds.index(kind) for kind in set(kinds)) + 1 if kinds else SIBLING_LAYERS
+    text.num_hidden_layers = min(number, text.num_hidden_layers)
+    if "layer_types" in vars(text):  # else they follow from other numbers
+        text.layer_types = kinds[:number]
+    text.vocab_size, text.pad_token_id = SIBLING_VOCABULARY, None
+    text.initializer_range = text.hidden_size**-0.5
+    for name in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
+        if getattr(text, name, None):
+            setattr(text, name, min(getattr(text, name), SIBLING_WIDTH))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=model.dtype, attn_implementation=config._attn_implementation
+        )
 
 
 def find_leak(model: PreTrainedModel, collate: Collator) -> str | None:

@@ -160,21 +160,29 @@ def load_model(
     settings: Settings,
     quantization: Quantization | None,
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | None,
     attention: str,
 ) -> PreTrainedModel:
-    """The base model on the device. Raises UserError when its files are broken."""
+    """The base model on the device; without one it has no weights, for a rank that is sent its share of them.
+
+    Raises UserError when its files are broken.
+    """
     options: dict[str, Any] = {
-        **source_options(settings),
         "dtype": dtype,
-        "device_map": {"": device},
-        "use_safetensors": True,
+        "trust_remote_code": settings.trust_remote_code,
         "attn_implementation": attention,
-        **(settings.model_init_kwargs or {}),
     }
-    if quantization is not None:  # None would hide how the checkpoint is stored
-        options["quantization_config"] = quantization
     try:
+        if device is None:
+            config = read_config(model, settings)
+            if hasattr(config, "quantization_config"):  # what is sent has been dequantized
+                del config.quantization_config
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, **options)
+        options |= {**source_options(settings), "device_map": {"": device}, "use_safetensors": True}
+        options |= settings.model_init_kwargs or {}
+        if quantization is not None:  # None would hide how the checkpoint is stored
+            options["quantization_config"] = quantization
         return AutoModelForCausalLM.from_pretrained(model, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(explain(error, model, "weights")) from error

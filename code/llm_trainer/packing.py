@@ -175,7 +175,7 @@ def choose_packing(
         reason: str | None = "parallelism_config may split a sequence over devices"
     else:
         with computing_as(arguments):
-            reason = find_first(find_leak(model, replace(collator, max_length=None)), group)
+            reason = find_first(find_leak(model, replace(collator, pad_token_id=0, max_length=None)), group)
     if reason is None:
         mode: Literal["data set", "batch"] = "data set" if settings.packing else "batch"
         return Packing(mode, f"{model.config._attn_implementation} attention keeps them apart", collator)

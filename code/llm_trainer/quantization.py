@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
+from peft import PeftModel
 from transformers import BitsAndBytesConfig, Mxfp4Config, PreTrainedConfig, PreTrainedModel
 
 from llm_trainer.device import Device
@@ -20,11 +21,10 @@ Quantization: TypeAlias = BitsAndBytesConfig | Mxfp4Config
 
 
 def build_quantization(
-    model: str, config: PreTrainedConfig, settings: Settings, dtype: torch.dtype, device: Device, sharded: bool = False
+    model: str, config: PreTrainedConfig, settings: Settings, dtype: torch.dtype, device: Device
 ) -> Quantization | None:
     """How the base is quantized while it loads; None: not at all, or as it is stored. Computed in `dtype`.
 
-    `sharded`: 4-bit weights are kept in tensors of the computation's type, since FSDP2 shards no integers.
     Raises UserError where that cannot work, before anything is loaded.
     """
     if problems := list(find_quantization_problems(model, config, settings)):
@@ -43,7 +43,6 @@ def build_quantization(
         bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
     )
 
 
@@ -70,6 +69,8 @@ def find_quantization_problems(model: str, config: PreTrainedConfig, settings: S
         yield f"use_mxfp4=false: {model} is an MXFP4 checkpoint and can only be read as one: remove use_mxfp4."
     if stored == "bitsandbytes" and not settings.use_peft:
         yield f"use_peft=false: {model} is stored in bitsandbytes, whose weights cannot be trained: set use_peft=true."
+    if stored == "bitsandbytes" and settings.distribution == "fsdp":
+        yield f"distribution=fsdp: {model} is stored in bitsandbytes, and such weights cannot be sharded: use ddp."
     if stored not in (None, "mxfp4", "bitsandbytes"):
         yield (
             f"model_id: {model} is stored in {stored}, which cannot be trained on here: give the model as it was "
@@ -114,7 +115,7 @@ def measure_linear_share(model: PreTrainedModel) -> float:
     return sum(weight.numel() for weight in linear) / model.num_parameters()
 
 
-def keep_adapter_in_float32(model: PreTrainedModel) -> None:
+def keep_adapter_in_float32(model: PeftModel) -> None:
     """Undo TRL's rounding of a quantized model's adapter to bfloat16.
 
     An adapter is a few MB, small updates are lost in bfloat16, and loss scaling (float16) refuses its gradients.

@@ -23,6 +23,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from trl import SFTTrainer
 
 from llm_trainer import adapter_start, checkpoints
+from llm_trainer.distributed import local_rank
+from llm_trainer.resume import gather_over, share
 from llm_trainer.stopping import SLOW_STEP_SECONDS, Agreement, StopRequest
 
 CHECKPOINTS_A_RUN = 10  # where the settings name no interval
@@ -59,26 +61,58 @@ class ResumableTrainer(SFTTrainer):
         return str(checkpoints.partial_dir(Path(self.args.output_dir)))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Write everything under another name, then mark and rename it. Rank 0 alone writes."""
+        """Write everything under another name, then mark and rename it. Only rank 0 writes what is not sharded."""
         started = time.monotonic()
         folder = Path(self.args.output_dir)
         partial = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
+        if self.keeps_house(partial):
             checkpoints.clean(folder)
+        self.await_shards()
         # Trainer's and not SFTTrainer's, which writes a model card beside the checkpoints every time.
         Trainer._save_checkpoint(self, model, trial)
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(folder / partial.name)  # Transformers noted the temporary name
         if self.args.should_save:
             self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
-            (partial / TRAINING_ARGS_NAME).unlink()  # a pickle that holds tokens, and nobody reads
+            (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that holds tokens, and nobody reads
             if self.adapter_start:
                 adapter_start.keep(self.adapter_start, partial)
-            checkpoints.complete(partial, self.run, int(self._total_train_tokens), self.evaluation_due)
+        self.await_shards()
+        files = self.describe_files(partial)
+        keeps_house = self.keeps_house(partial)
+        if keeps_house:
+            checkpoints.complete(partial, self.run, int(self._total_train_tokens), self.evaluation_due, files)
+        self.await_shards()  # no host may delete an old one before all have the new one
+        if keeps_house:
             # One more than the only one: S3 may not have the new one yet, and mirrors the deletion of the old at once.
             self.rotate(at_least=2)
             checkpoints.clean(folder)
         self.checkpoint_seconds = time.monotonic() - started
+
+    def keeps_house(self, partial: Path) -> bool:
+        """Whether this rank renames and deletes checkpoints: the one that writes, or for a sharded model one a host.
+
+        What rank 0 alone writes is seen by another host only where both have one folder.
+        """
+        return self.args.should_save or (
+            self.is_fsdp_enabled and local_rank() == 0 and not (partial / TRAINER_STATE_NAME).exists()
+        )
+
+    def await_shards(self) -> None:
+        if self.is_fsdp_enabled:
+            dist.barrier(group=self.agreement.group)
+
+    def describe_files(self, partial: Path) -> checkpoints.Files:
+        """The files of a written checkpoint, of all hosts if several wrote it."""
+        if not self.is_fsdp_enabled:
+            return checkpoints.describe_files(partial, checkpoints.list_files(partial)) if self.args.should_save else {}
+        own = checkpoints.describe_files(partial, checkpoints.my_share(checkpoints.list_files(partial)))
+        return {name: file for files in gather_over(self.agreement.group)(own) for name, file in sorted(files.items())}
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled and self.agreement.group is not None:
+            share(Path(str(self.state.best_model_checkpoint)), self.agreement.group)
+        super()._load_best_model()
 
     def rotate(self, at_least: int = 1) -> None:
         """Delete the checkpoints beyond save_total_limit, but keep the best and the newest ones."""
@@ -129,6 +163,7 @@ class ResumableTrainer(SFTTrainer):
         sampler = super()._get_train_sampler(*args)
         if isinstance(sampler, LengthGroupedSampler):  # Transformers seeds the random one itself
             sampler.generator = self.order
+            sampler.batch_size *= self.args.world_size  # the rows of a step: their order is the same on any ranks
             sampler.lengths = sampler.lengths[:]  # a list of a column, which would be read from disk for every row
         return sampler
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig
 
 from llm_trainer import checkpoints
+from llm_trainer.checkpoints import Gather, Marker
 from llm_trainer.data_report import DataReport
 from llm_trainer.distributed import local_rank, local_world_size, rank, world_size
 from llm_trainer.errors import UserError
@@ -34,13 +36,16 @@ TRAINING_ARGUMENTS = (
 )
 
 
-def identify_run(job: Job, arguments: SFTConfig, model: str, report: DataReport, packing: Packing) -> dict[str, Any]:
+def identify_run(
+    job: Job, arguments: SFTConfig, sharded: bool, model: str, report: DataReport, packing: Packing
+) -> dict[str, Any]:
     """What two runs have in common of which one goes on where the other was interrupted; ready for JSON."""
     settings = job.settings
     names = OWN_SETTINGS + DATA_SETTINGS + (ADAPTER_SETTINGS if settings.use_peft else ())
     identity = {name: getattr(settings, name) for name in names}
     identity |= {name: getattr(arguments, name) for name in TRAINING_ARGUMENTS}
     identity |= {"packing": packing.mode, "packing_strategy": settings.packing_strategy}
+    identity["distribution"] = "fsdp" if sharded else "ddp"  # their files are of different kinds
     identity["rows a step"] = (
         arguments.per_device_train_batch_size * world_size() * arguments.gradient_accumulation_steps
     )
@@ -53,48 +58,57 @@ def identify_run(job: Job, arguments: SFTConfig, model: str, report: DataReport,
 
 
 def find_checkpoint(job: Job, run: dict[str, Any], group: dist.ProcessGroup | None) -> Path | None:
-    """The checkpoint to go on from, on this host's disk, or None to start anew. Every rank must call this.
+    """The checkpoint to go on from, whole on this host's disk, or None to start anew. Every rank must call this.
 
-    Rank 0 decides; a host that lacks what rank 0 has gets it, as after a restart in place, when S3 sends nothing.
+    It is judged by what all hosts have of it, and a host that lacks files gets them: of a sharded one each has but what
+    its ranks wrote, and after a restart in place S3 sends nothing.
     Raises UserError for a checkpoint that is broken by name or belongs to another run.
     """
-    choice: list[Path | None] = [choose_checkpoint(job, run) if rank() == 0 else None]
-    if group is not None:
-        dist.broadcast_object_list(choice, src=0, group=group)
-        if choice[0] is not None:
-            share(choice[0], group)
-    return choice[0]
+    checkpoint = choose_checkpoint(job, run, gather_over(group))
+    if checkpoint is not None and group is not None:
+        share(checkpoint, group)
+    return checkpoint
 
 
-def choose_checkpoint(job: Job, run: dict[str, Any]) -> Path | None:
+def gather_over(group: dist.ProcessGroup | None) -> Gather:
+    def gather(own: Any) -> list[Any]:
+        objects: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(objects, own, group=group)
+        return objects
+
+    return checkpoints.alone if group is None else gather
+
+
+def choose_checkpoint(job: Job, run: dict[str, Any], gather: Gather = checkpoints.alone) -> Path | None:
     wish = job.settings.resume_from_checkpoint
     folder = job.inputs.checkpoint_dir
     if (not job.settings.use_checkpoints and wish is None) or (wish or "").lower() == "false":
         return None
-    newest, warnings = checkpoints.find_newest(folder)
-    for warning in warnings:
-        print(warning, flush=True)
+    newest, warnings = checkpoints.find_newest(folder, gather)
+    if rank() == 0:
+        for warning in warnings:
+            print(warning, flush=True)
     if wish and wish.lower() != "true" and (newest is None or Path(wish).parent == folder):
-        newest = check_named(Path(wish))
+        newest = check_named(Path(wish), gather)
     if newest is not None:
-        check_run(newest, run)
+        check_run(newest, checkpoints.agree_on_marker(newest, gather), run)
     return newest
 
 
-def check_named(checkpoint: Path) -> Path:
+def check_named(checkpoint: Path, gather: Gather) -> Path:
     """The checkpoint that the user names; one of another tool has no marker, and is taken as it is."""
-    fault = checkpoints.find_fault(checkpoint) if checkpoints.read_marker(checkpoint) else None
-    if fault or not (checkpoint / "trainer_state.json").is_file():
+    has_marker = checkpoints.agree_on_marker(checkpoint, gather) is not None
+    fault = checkpoints.find_fault(checkpoint, gather) if has_marker else None
+    if fault or not any(gather((checkpoint / TRAINER_STATE_NAME).is_file())):
         raise UserError(
             f"resume_from_checkpoint={str(checkpoint)!r} is not a complete checkpoint "
-            f"({fault or 'it has no trainer_state.json'}): name another one, or leave it out to take the newest."
+            f"({fault or f'it has no {TRAINER_STATE_NAME}'}): name another one, or leave it out to take the newest."
         )
     return checkpoint
 
 
-def check_run(checkpoint: Path, run: dict[str, Any]) -> None:
+def check_run(checkpoint: Path, marker: Marker | None, run: dict[str, Any]) -> None:
     """Refuse to go on from another run's checkpoint: what it restores would silently win over what was asked for."""
-    marker = checkpoints.read_marker(checkpoint)
     if marker is None:
         return
     changes = [
@@ -111,22 +125,27 @@ def check_run(checkpoint: Path, run: dict[str, Any]) -> None:
 
 
 def share(checkpoint: Path, group: dist.ProcessGroup) -> None:
-    """Copy rank 0's checkpoint to every host that does not have it."""
-    mine = checkpoints.read_marker(checkpoint) if local_rank() == 0 else None
-    markers: list[checkpoints.Marker | None] = [None] * world_size()
-    dist.all_gather_object(markers, mine, group=group)
-    hosts = range(0, world_size(), local_world_size())
-    if all(markers[host] == markers[0] for host in hosts):
+    """Send each host the files of a checkpoint that it lacks, from a host that has them. Every rank must call this.
+
+    Each goes to its place when it is whole, and the marker last, so that a checkpoint on several hosts is never less
+    than it was.
+    """
+    gather = gather_over(group)
+    marker = checkpoints.agree_on_marker(checkpoint, gather)
+    if world_size() == local_world_size() or marker is None:  # each host has its own copy of what another tool wrote
         return
-    lacks_it = local_rank() == 0 and mine != markers[0]
-    if lacks_it:
-        checkpoints.clean(checkpoint.parent)
+    faults = gather(checkpoints.find_faults(checkpoint, marker))
     partial = checkpoints.partial_dir(checkpoint.parent) / checkpoint.name
-    names = [sorted(str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file())]
-    dist.broadcast_object_list(names, src=0, group=group)
-    for name in names[0]:
-        send_file(checkpoint / name, partial / name if lacks_it else None, 0, group)
-    if lacks_it:
-        checkpoints.move_into_place(partial)
-        checkpoints.clean(checkpoint.parent)
+    for name in sorted(marker.files):
+        sound = {
+            place - place % local_world_size() for place, found in enumerate(faults) if found.get(name, "") is None
+        }
+        lacks_it = local_rank() == 0 and rank() not in sound
+        if len(sound) < world_size() // local_world_size():
+            send_file(checkpoint / name, partial / name if lacks_it else None, min(sound), group)
+            if lacks_it:
+                (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+                (partial / name).replace(checkpoint / name)
+    if local_rank() == 0 and checkpoints.read_marker(checkpoint) != marker:
+        checkpoints.write_marker(checkpoint, marker)
     dist.barrier(group=group)

@@ -226,6 +226,13 @@ SETTING_OF_MODEL_OPTION = {
     "revision": "model_revision",
     "trust_remote_code": "trust_remote_code",
 }
+# What may be changed of how FSDP2 shards; the rest is what checkpoints, loading and export rely on.
+REFINABLE = frozenset({"reshard_after_forward", "auto_wrap_policy", "transformer_layer_cls_to_wrap", "min_num_params"})
+OTHER_WAYS = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "version": "FSDP2, which is always used",
+    "state_dict_type": "sharded checkpoints, which are always written",
+}
 
 TRACKERS = ("mlflow", "wandb", "none")  # those that the image carries
 SECRETS = ("token", "wandb_token", "hub_token")
@@ -460,6 +467,7 @@ def find_contradictions(settings: Settings, environment: Environment) -> typing.
         yield f"report_to={settings.report_to!r} is not valid: it must be among {', '.join(TRACKERS)}; leave it out."
     if settings.streaming:
         yield from find_stream_contradictions(settings)
+    yield from find_distribution_contradictions(settings, environment)
     weights = settings.train_weights or {}
     if any(weight <= 0 for weight in weights.values()):
         yield f"train_weights={json.dumps(weights)} is not valid: each weight must be above 0; leave the channel out."
@@ -528,6 +536,55 @@ def find_stream_contradictions(settings: Settings) -> typing.Iterator[str]:
         )
     if settings.shuffle_dataset:
         yield "shuffle_dataset=true with streaming=true: rows are shuffled in a buffer anyway; remove shuffle_dataset."
+
+
+def count_processes(settings: Settings, environment: Environment) -> int:
+    """Worker processes on this host: one a GPU, or one on a CPU, unless the user says otherwise."""
+    num_gpus = 0 if settings.use_cpu else environment.num_gpus
+    return settings.nproc_per_node or num_gpus or 1
+
+
+def find_distribution_contradictions(settings: Settings, environment: Environment) -> typing.Iterator[str]:
+    if settings.deepspeed is not None:
+        yield "deepspeed is not part of this image: use distribution=fsdp, which shards a model as ZeRO does."
+    if settings.fsdp is not None:
+        yield f"fsdp={settings.fsdp}: write distribution=fsdp; fsdp_config may refine it."
+    if settings.fsdp_config is not None:
+        yield from find_fsdp_config_problems(settings)
+    if settings.activation_offloading and (settings.use_cpu or not environment.num_gpus):
+        yield "activation_offloading=true without a GPU: activations are in the host's memory anyway; remove it."
+    if settings.distribution != "fsdp":
+        return
+    num_ranks = count_processes(settings, environment) * len(environment.hosts)
+    if num_ranks == 1:
+        yield (
+            "distribution=fsdp with one process: there is nobody to share the model with; "
+            "remove it, or use more GPUs or hosts."
+        )
+    if settings.load_in_8bit:
+        yield "load_in_8bit=true with distribution=fsdp: 8-bit weights cannot be sharded; use load_in_4bit=true."
+    if settings.init_lora_weights in (*MOVING_STARTS, "loftq"):
+        yield (
+            f"init_lora_weights={settings.init_lora_weights} with distribution=fsdp: what such an adapter began with "
+            "cannot be taken off its shards; use default."
+        )
+    if settings.activation_offloading and settings.gradient_checkpointing is False:
+        yield (
+            "activation_offloading=true with distribution=fsdp and gradient_checkpointing=false would offload gathered "
+            "weights: set gradient_checkpointing=true."
+        )
+
+
+def find_fsdp_config_problems(settings: Settings) -> typing.Iterator[str]:
+    if settings.distribution == "ddp":
+        yield "fsdp_config with distribution=ddp does nothing: set distribution=fsdp, or remove it."
+    if not isinstance(settings.fsdp_config, dict):
+        yield f"fsdp_config={settings.fsdp_config!r} is not a JSON object: write what it is to refine into it."
+        return
+    for key in sorted(settings.fsdp_config.keys() - REFINABLE):
+        name = key.removeprefix("fsdp_")
+        fix = f"use {OTHER_WAYS[name]}." if name in OTHER_WAYS else f"it takes {', '.join(sorted(REFINABLE))}."
+        yield f"fsdp_config: {key!r} is not to be set: {fix}"
 
 
 def redact(settings: Settings) -> dict[str, Any]:

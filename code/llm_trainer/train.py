@@ -9,7 +9,7 @@ import torch
 import transformers
 from peft import PeftModel
 
-from llm_trainer import adapter_start, adapters, export, model
+from llm_trainer import adapter_start, adapters, export, model, sharding
 from llm_trainer.attention import choose_attention, find_faults, read_needs
 from llm_trainer.audit import describe_data
 from llm_trainer.data import load_data
@@ -17,6 +17,7 @@ from llm_trainer.device import find_device
 from llm_trainer.distributed import rank, world_size
 from llm_trainer.kernels import apply_liger, choose_liger, find_known_types
 from llm_trainer.launch import Job
+from llm_trainer.leaks import build_sibling
 from llm_trainer.manifest import build_manifest
 from llm_trainer.metrics import MetricLines
 from llm_trainer.packing import Packing, choose_packing
@@ -38,13 +39,17 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     device = find_device(settings)
     precision = choose_precision(settings, device)
     dtype = precision.compute
-    arguments = build_arguments(settings, inputs, device.torch, dtype, can_evaluate=bool(inputs.validation))
+    sharded = settings.distribution == "fsdp"
+    can_evaluate = bool(inputs.validation)
+    arguments = build_arguments(settings, inputs, device.torch, dtype, can_evaluate, sharded)
     request = StopRequest(scratch_dir / "stop", timeline.started, settings.max_run_seconds)
     agreement = Agreement()
 
     folder = model.fetch_model(inputs.model, settings, scratch_dir)
     config = model.read_config(folder, settings)
     quantization = build_quantization(folder, config, settings, dtype, device)
+    if sharded:
+        sharding.store_as_float(quantization, arguments, dtype)
     skeleton = model.build_skeleton(folder, config, settings)
     attention = choose_attention(read_needs(skeleton), settings, dtype, device, find_faults(device))
     liger = choose_liger(config, settings, device, find_known_types(device))
@@ -64,19 +69,23 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
         say(line)
     timeline.mark("data")
 
-    base = model.load_model(folder, settings, quantization, precision.weights, device.torch, attention.name)
+    if sharded:
+        base = sharding.load_base(folder, settings, quantization, precision.weights, attention.name, agreement.group)
+    else:
+        base = model.load_model(folder, settings, quantization, precision.weights, device.torch, attention.name)
     if liger.is_on:
         apply_liger(base, settings.liger_kernel_config or {})
     timeline.mark("model")
 
-    packing = choose_packing(base, tokenizer, arguments, settings, agreement.group)
+    subject = build_sibling(base, device.torch) if sharded else base
+    packing = choose_packing(subject, tokenizer, arguments, settings, agreement.group)
     if packing.mode == "off" and not (settings.streaming or is_given(settings, "train_sampling_strategy")):
         arguments.train_sampling_strategy = "group_by_length"
     say(f"{packing}; train_sampling_strategy={arguments.train_sampling_strategy}")
     sequences = packing.pack(data.splits, settings, scratch_dir)
     for name, packed in packing.splits.items():
         say(f"Data {name}: {packed}")
-    run = identify_run(job, arguments, folder, data.reports["train"], packing)
+    run = identify_run(job, arguments, sharded, folder, data.reports["train"], packing)
     checkpoint = find_checkpoint(job, run, agreement.group)
     timeline.mark("packing")
 
@@ -99,6 +108,7 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
             f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}: all ranks agreed "
             f"{trainer.agreed_seconds:.1f} s after the signal, the checkpoint took {trainer.checkpoint_seconds:.1f} s"
         )
+    weights = sharding.gather_weights(trainer.model) if sharded else None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # the other ranks leave while rank 0 exports, however long it takes
 
@@ -106,7 +116,7 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
         manifest = build_manifest(job, trainer, data.reports, packing, result.metrics, timeline)
         merges = settings.merge_weights and not trainer.stopped  # a merge may take longer than the platform waits
         export.export(
-            trainer.model, tokenizer, folder, job, dtype, data.sample, manifest, merges, trainer.adapter_start
+            trainer.model, weights, tokenizer, folder, job, dtype, data.sample, manifest, merges, trainer.adapter_start
         )
         if trainer.stopped:
             say(f"Exported {request.age_seconds():.1f} s after the signal")

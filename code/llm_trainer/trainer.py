@@ -11,6 +11,7 @@ from pydantic import SecretStr
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from trl import SFTConfig
 
+from llm_trainer import sharding
 from llm_trainer.distributed import world_size
 from llm_trainer.errors import UserError, summarize
 from llm_trainer.packing import PackingCollator
@@ -26,7 +27,7 @@ ACTED_ON = frozenset(
     {"output_dir", "max_length", "truncation_mode", "dataset_text_field", "assistant_only_loss"}
     | {"completion_only_loss", "model_init_kwargs", "chat_template_path", "pad_token", "trust_remote_code"}
     | {"resume_from_checkpoint", "report_to", "gradient_checkpointing"}
-    | {"use_liger_kernel", "liger_kernel_config", "activation_offloading"}
+    | {"use_liger_kernel", "liger_kernel_config", "activation_offloading", "fsdp", "fsdp_config"}
     | {"packing", "packing_strategy", "padding_free", "eval_packing", "dataset_kwargs"}
 )
 LORA_LEARNING_RATE = 2e-4  # ten times full fine-tuning's, as TRL's documentation advises for adapters
@@ -49,6 +50,8 @@ def build_trainer(
     for config in (model.config.get_text_config(), model.generation_config):
         config.pad_token_id = tokenizer.pad_token_id  # they have to agree, and Transformers would say so every time
     set_seed(arguments.seed)  # Transformers does so too, but after the adapter has drawn its first values
+    if arguments.fsdp:
+        sharding.allow_cpu_ranks()
     try:
         trainer = ResumableTrainer(
             model=model,
@@ -62,7 +65,7 @@ def build_trainer(
     except (ValueError, ImportError) as error:
         raise UserError(f"TRL refuses these settings: {summarize(error)}.") from error
     trainer.loraplus_lr_ratio = settings.loraplus_lr_ratio
-    if getattr(model, "is_quantized", False):
+    if settings.use_peft:
         keep_adapter_in_float32(trainer.model)
     trainer.remove_callback(PrinterCallback)
     if settings.early_stopping:
@@ -71,7 +74,7 @@ def build_trainer(
 
 
 def build_arguments(
-    settings: Settings, inputs: Inputs, device: torch.device, dtype: torch.dtype, can_evaluate: bool
+    settings: Settings, inputs: Inputs, device: torch.device, dtype: torch.dtype, can_evaluate: bool, sharded: bool
 ) -> SFTConfig:
     """SFTConfig from our defaults and every field of it that the user set, which wins."""
     given = {
@@ -81,19 +84,28 @@ def build_arguments(
     }
     if isinstance(given.get("parallelism_config"), dict):
         given["parallelism_config"] = ParallelismConfig(**given["parallelism_config"])
+    defaults = choose_defaults(settings, device, dtype, can_evaluate, sharded)
+    values = {**defaults, **given}
+    recomputes = values.pop("activation_checkpointing")
     try:
-        return SFTConfig(
+        arguments = SFTConfig(
             output_dir=str(inputs.checkpoint_dir),
             report_to=choose_trackers(settings),
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenized, cut and labelled already
-            **{**choose_defaults(settings, device, dtype, can_evaluate), **given},
+            activation_checkpointing=recomputes and not sharded,
+            **values,
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"Transformers refuses these settings: {summarize(error)}.") from error
+    # Only now, as Transformers warns that layers are gathered once more in the backward pass: not those of FSDP2.
+    arguments.activation_checkpointing = arguments.gradient_checkpointing = recomputes
+    return arguments
 
 
-def choose_defaults(settings: Settings, device: torch.device, dtype: torch.dtype, can_evaluate: bool) -> dict[str, Any]:
+def choose_defaults(
+    settings: Settings, device: torch.device, dtype: torch.dtype, can_evaluate: bool, sharded: bool
+) -> dict[str, Any]:
     """Where we choose otherwise than TRL."""
     on_cpu = device.type == "cpu"
     precision = not (is_given(settings, "bf16") or is_given(settings, "fp16"))
@@ -105,12 +117,16 @@ def choose_defaults(settings: Settings, device: torch.device, dtype: torch.dtype
         "ddp_backend": "gloo" if on_cpu and world_size() > 1 else None,
         "dataloader_pin_memory": not on_cpu,
         "activation_checkpointing": choose_checkpointing(settings, on_cpu),
+        "activation_checkpointing_kwargs": {"use_reentrant": False},  # the other kind loses gradients of frozen inputs
+        "activation_offloading": bool(settings.activation_offloading),
         "ddp_find_unused_parameters": False,  # the search costs a pass over the graph a step and finds nothing
         "disable_tqdm": True,  # its carriage returns spoil a log; metric lines show the progress
         "prediction_loss_only": True,
         "eval_strategy": "epoch" if can_evaluate else "no",
         "save_strategy": "no",  # SaveAndStop finds an interval
     }
+    if sharded:
+        defaults |= sharding.choose_arguments(settings)
     if is_given(settings, "save_steps") and settings.use_checkpoints:
         defaults["save_strategy"] = "steps"
     if is_given(settings, "eval_steps") and can_evaluate:

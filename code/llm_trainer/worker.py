@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 from llm_trainer import checkpoints
-from llm_trainer.distributed import describe_rank, leave_world_of_one, rank
+from llm_trainer.distributed import describe_rank, leave_world_of_one, local_rank, rank
 from llm_trainer.errors import UserError, report_failure, reserve_failure
 from llm_trainer.failures import explain, write_traceback
 from llm_trainer.launch import Job, read_job
@@ -64,7 +64,7 @@ def tell(error: Exception, job: Job, scratch_dir: Path) -> None:
         "write_source": Path(os.environ["LLM_TRAINER_CACHE"]).parent,
     }
     failure = explain(error, describe_rank(rank()), job.settings, folders)
-    if rank() == 0:
+    if local_rank() == 0:
         checkpoints.clean(inputs.checkpoint_dir)  # half a checkpoint may be what filled the disk
     report_failure(scratch_dir / "failures", f"rank-{rank()}", failure)
     if not isinstance(error, UserError):

@@ -8,13 +8,17 @@ from llm_trainer import checkpoints
 RUN = {"seed": 42}
 
 
+def describe(folder):
+    return checkpoints.describe_files(folder, checkpoints.list_files(folder))
+
+
 def write(folder, step, limit=None):
     """A checkpoint of two files, written the way the trainer does."""
     partial = checkpoints.partial_dir(folder) / f"checkpoint-{step}"
     (partial / "below").mkdir(parents=True)
     (partial / "weights").write_bytes(b"w" * 100)
     (partial / "below/state").write_bytes(b"s" * 100)
-    final = checkpoints.complete(partial, RUN, num_tokens=step * 10, evaluation_due=False)
+    final = checkpoints.complete(partial, RUN, step * 10, False, describe(partial))
     if limit:
         checkpoints.rotate(final, limit, None)
     return final

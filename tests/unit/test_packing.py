@@ -32,7 +32,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llm_trainer.errors import UserError
 from llm_trainer.formats import IGNORED
-from llm_trainer.leaks import find_leak
+from llm_trainer.leaks import build_sibling, find_leak
 from llm_trainer.packing import SPARE_SHARE, Packing, PackingCollator, choose_packing, distribute
 from llm_trainer.preparation import FEATURES
 from llm_trainer.settings import Settings
@@ -144,6 +144,22 @@ def test_flex_attention_keeps_packed_rows_apart():
 def test_a_model_that_lets_rows_see_each_other_is_found_out(name):
     reason = find_leak(build_model(LEAK[name]), stack())
     assert "ForCausalLM with eager attention lets a row see the one before it" in reason
+
+
+@pytest.mark.parametrize("name", [*KEEP_APART, *LEAK])
+def test_a_small_sibling_tells_what_the_model_would(name):
+    """Twelve layers, of which the last kind comes late; and none of its weights may be needed."""
+    config = copy.deepcopy((KEEP_APART | LEAK)[name])
+    if kinds := vars(config).get("layer_types"):
+        config.layer_types = [kinds[0]] * 3 + kinds[1:] + [kinds[0]] * 8
+    config.num_hidden_layers = 12
+    with torch.device("meta"):
+        model = build_model(config)
+    sibling = build_sibling(model, torch.device("cpu"))
+    assert len(sibling.base_model.layers if hasattr(sibling.base_model, "layers") else sibling.base_model.h) <= 4
+    assert type(sibling) is type(model)
+    reason = find_leak(sibling, stack(max_length=None))
+    assert (reason is None) == (name in KEEP_APART), reason
 
 
 def test_a_leak_in_the_batch_itself_is_found_out():

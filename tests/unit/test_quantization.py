@@ -52,7 +52,9 @@ def gpt_oss(tmp_path_factory):
 
 def load(model, dtype=torch.float32, sharded=False, **settings):
     settings = Settings(**settings)
-    quantization = build_quantization(model, read_config(model, settings), settings, dtype, CPU, sharded)
+    quantization = build_quantization(model, read_config(model, settings), settings, dtype, CPU)
+    if sharded:
+        quantization.bnb_4bit_quant_storage = dtype  # as sharding.store_as_float does
     return load_model(model, settings, quantization, dtype, CPU.torch, "eager")
 
 

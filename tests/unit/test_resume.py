@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A job goes on from a checkpoint of its own run, and from no other."""
 
+import json
+import socket
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
+import torch.multiprocessing
+import xxhash
 
 from llm_trainer import checkpoints, resume
 from llm_trainer.errors import UserError
@@ -17,7 +22,9 @@ def folder(tmp_path):
         partial = checkpoints.partial_dir(tmp_path) / f"checkpoint-{step}"
         partial.mkdir(parents=True)
         (partial / "trainer_state.json").write_text("{}")
-        checkpoints.complete(partial, RUN, num_tokens=0, evaluation_due=False)
+        checkpoints.complete(
+            partial, RUN, 0, False, checkpoints.describe_files(partial, checkpoints.list_files(partial))
+        )
     return tmp_path
 
 
@@ -64,3 +71,85 @@ def test_one_of_another_run_is_refused_with_what_differs(folder):
     differs = r"another run \(lora_r was 8 and is 4; rows a step was 16 and is 32\): change that back"
     with pytest.raises(UserError, match=differs):
         choose(folder, run={**RUN, "lora_r": 4, "rows a step": 32})
+
+
+STEP = "checkpoint-3"
+FILES = {"shard-0": b"zero" * 100, "below/shard-1": b"one" * 100}
+
+
+def write_shards(folder, name, own, contents=FILES):
+    """One host's part of a checkpoint, whose marker lists the files of both."""
+    partial = checkpoints.partial_dir(folder) / name
+    for file in own:
+        (partial / file).parent.mkdir(parents=True, exist_ok=True)
+        (partial / file).write_bytes(contents[file])
+    files = {file: (len(content), xxhash.xxh3_64(content).hexdigest()) for file, content in contents.items()}
+    return checkpoints.complete(partial, RUN, 0, False, files)
+
+
+def find(folder, group):
+    settings = SimpleNamespace(resume_from_checkpoint=None, use_checkpoints=True)
+    job = SimpleNamespace(settings=settings, inputs=SimpleNamespace(checkpoint_dir=folder))
+    found = resume.find_checkpoint(job, RUN, group)
+    return found and found.name, checkpoints.find_fault(found) if found else None
+
+
+def each_its_own_shard(number, folder):
+    write_shards(folder, STEP, list(FILES)[number : number + 1])
+
+
+def the_second_alone_has_it(number, folder):
+    if number == 1:
+        write_shards(folder, STEP, FILES)
+
+
+def the_second_has_an_old_one(number, folder):
+    contents = FILES if number == 0 else {name: content[::-1] for name, content in FILES.items()}
+    write_shards(folder, STEP, FILES, contents)
+
+
+def nobody_has_a_shard_of_the_newest(number, folder):
+    each_its_own_shard(number, folder)
+    newest = write_shards(folder, "checkpoint-4", list(FILES)[number : number + 1])
+    (newest / "shard-0").unlink(missing_ok=True)
+
+
+CASES = (each_its_own_shard, the_second_alone_has_it, the_second_has_an_old_one, nobody_has_a_shard_of_the_newest)
+
+
+def find_as_host(number, folder):
+    """What the only rank of a host finds in each case; a folder a host."""
+    with pytest.MonkeyPatch.context() as variables:
+        variables.setenv("RANK", str(number))
+        dist.init_process_group("gloo")
+        group, results = dist.new_group(backend="gloo"), {}
+        for case in CASES:
+            host_folder = folder / case.__name__ / str(number)
+            host_folder.mkdir(parents=True)
+            case(number, host_folder)
+            dist.barrier()
+            results[case.__name__] = find(host_folder, group)
+        (folder / f"{number}.json").write_text(json.dumps(results))
+        dist.destroy_process_group()
+
+
+def test_all_hosts_come_to_have_the_newest_checkpoint_that_they_have_together(tmp_path, monkeypatch, capfd):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    torch.multiprocessing.spawn(find_as_host, (tmp_path,), nprocs=2)
+    for number in range(2):
+        results = json.loads((tmp_path / f"{number}.json").read_text())
+        assert results == {case.__name__: [STEP, None] for case in CASES}
+    assert capfd.readouterr().out.count("checkpoint-4 is left out, shard-0 is missing") == 1
+
+
+def test_a_checkpoint_of_the_other_distribution_is_refused(folder):
+    for step in (1, 2):
+        marker = json.loads((folder / f"checkpoint-{step}/complete.json").read_text())
+        marker["run"]["distribution"] = "ddp"
+        (folder / f"checkpoint-{step}/complete.json").write_text(json.dumps(marker))
+    with pytest.raises(UserError, match=r"another run \(distribution was ddp and is fsdp\)"):
+        choose(folder, run={**RUN, "distribution": "fsdp"})

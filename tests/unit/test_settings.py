@@ -264,3 +264,33 @@ def test_a_password_in_a_url_is_not_shown():
     shown = redact(settings)
     assert shown["mlflow_uri"] == f"https://{REDACTED}@mlflow.example/x"
     assert shown["model_id"] == "org/name@x"
+
+
+@pytest.mark.parametrize(
+    ("hyperparameters", "sentence"),
+    [
+        ({"distribution": "fsdp"}, "distribution=fsdp with one process: there is nobody to share the model with"),
+        ({"fsdp": "full_shard"}, "fsdp=full_shard: write distribution=fsdp"),
+        ({"deepspeed": "zero3.json"}, "deepspeed is not part of this image: use distribution=fsdp"),
+        (
+            {"distribution": "ddp", "fsdp_config": '{"min_num_params": 5}'},
+            "with distribution=ddp does nothing",
+        ),
+        ({"fsdp_config": "fsdp.json"}, "fsdp_config='fsdp.json' is not a JSON object"),
+        ({"fsdp_config": '{"version": 1}'}, "fsdp_config: 'version' is not to be set: use FSDP2"),
+        ({"fsdp_config": '{"fsdp_state_dict_type": "FULL_STATE_DICT"}'}, "'fsdp_state_dict_type' is not to be set"),
+        ({"fsdp_config": '{"cpu_offload": true}'}, "it takes auto_wrap_policy, min_num_params, reshard_after_forward"),
+        ({"activation_offloading": "true"}, "activation_offloading=true without a GPU"),
+    ],
+)
+def test_what_sharding_cannot_do_is_told(hyperparameters, sentence):
+    (problem,) = problems_of(hyperparameters)
+    assert sentence in problem
+
+
+def test_a_model_is_sharded_over_two_processes_as_the_config_refines_it():
+    config = '{"reshard_after_forward": false}'
+    settings = settings_of({"distribution": "fsdp", "nproc_per_node": "2", "fsdp_config": config})
+    assert settings.fsdp_config == {"reshard_after_forward": False}
+    (problem,) = problems_of({"distribution": "fsdp", "nproc_per_node": "2", "load_in_8bit": "true"})
+    assert "8-bit weights cannot be sharded" in problem

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FSDP2 over CPU ranks learns what one process would have, saves shards, resumes on other ranks, exports it whole."""
+
+import signal
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from sagemaker_tree import metrics_of
+
+# Eight rows a step on any number of ranks. Float32, and sums in another order: 1e-6 was seen of losses around 5.
+LOSS_TOLERANCE = 1e-4
+# Adam divides by the gradient's size, so that an element whose gradient is but rounding may move by a learning rate.
+WEIGHT_TOLERANCE = 1e-4
+TOKENS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture
+def make_job(make_tree):
+    def make(ranks, **hyperparameters):
+        tree = make_tree()
+        tree.environment["OMP_NUM_THREADS"] = "1"
+        distribution = {"distribution": "fsdp", "nproc_per_node": str(ranks)} if ranks > 1 else {}
+        tree.change(**{"per_device_train_batch_size": str(8 // ranks), **distribution, **hyperparameters})
+        return tree
+
+    return make
+
+
+def run(tree):
+    result = tree.run()
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def curve(log):
+    """Losses and gradient norms, of training and evaluation."""
+    return torch.tensor([metrics_of(log, key) for key in ("train_loss", "grad_norm")]), metrics_of(log, "eval_loss")
+
+
+def assert_same_curve(log, other, tolerance=LOSS_TOLERANCE):
+    steps, evaluations = curve(log)
+    assert steps.numel()
+    torch.testing.assert_close(steps, curve(other)[0], rtol=0, atol=tolerance)
+    assert evaluations == pytest.approx(curve(other)[1], abs=tolerance)
+    assert metrics_of(log, "tokens") == metrics_of(other, "tokens")
+
+
+def weights_of(tree):
+    (file,) = (tree.base_dir / "model").glob("*model.safetensors")
+    return load_file(file)
+
+
+def assert_same_weights(tree, other, tolerance=WEIGHT_TOLERANCE):
+    weights, others = weights_of(tree), weights_of(other)
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, others[name], rtol=0, atol=tolerance, msg=name)
+
+
+@torch.no_grad()
+def logits_of(tree, kind):
+    return kind.from_pretrained(tree.base_dir / "model")(input_ids=TOKENS).logits
+
+
+def test_an_adapter_of_two_ranks_is_that_of_one_process(make_job):
+    alone, sharded = make_job(1), make_job(2, gradient_checkpointing="true", merge_weights="true")
+    assert_same_curve(run(sharded), run(alone))
+    assert sharded.manifest["merge"]["relative_logit_difference"] < 1e-4
+    difference = logits_of(sharded, AutoModelForCausalLM) - logits_of(alone, AutoPeftModelForCausalLM)
+    assert difference.abs().max() < 1e-3
+    adapter = load_file(sharded.base_dir / "output/data/adapter/adapter_model.safetensors")
+    for name, tensor in weights_of(alone).items():
+        torch.testing.assert_close(adapter[name], tensor, rtol=0, atol=WEIGHT_TOLERANCE, msg=name)
+
+
+def test_whole_weights_stopped_on_four_ranks_go_on_with_two(make_job, start):
+    options = {"use_peft": "false", "num_train_epochs": "20", "learning_rate": "0.001"}
+    alone, sharded = make_job(1, **options, use_checkpoints="false"), make_job(4, **options)
+    run(alone)
+    job = start(sharded)
+    job.wait_for("step=3;")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 0, job.log
+    (step,) = sharded.checkpoints
+    assert 3 <= step < sharded.manifest["total_steps"]
+    shards = (sharded.base_dir / f"checkpoints/checkpoint-{step}/optimizer_0").glob("*.distcp")
+    assert len({shard.name for shard in shards}) == 4
+    assert "model.safetensors" in sharded.model_files
+    sharded.change(nproc_per_node="2", gradient_accumulation_steps="2")
+    log = run(sharded)
+    assert len(metrics_of(log, "train_loss")) == sharded.manifest["total_steps"] - step
+    assert_same_weights(sharded, alone)
+    assert torch.allclose(logits_of(sharded, AutoModelForCausalLM), logits_of(alone, AutoModelForCausalLM), atol=1e-3)
+
+
+def test_a_quantized_base_is_sharded_and_trained_as_by_one_process(make_job):
+    pytest.importorskip("bitsandbytes")
+    alone, sharded = (make_job(ranks, load_in_4bit="true", use_checkpoints="false") for ranks in (1, 2))
+    # The adapter is in bfloat16, as QLoRA's authors advise.
+    assert_same_curve(run(sharded), run(alone), tolerance=5e-3)
+    assert_same_weights(sharded, alone, tolerance=2e-2)
+
+
+def test_hosts_have_their_own_shards_and_go_on_together_after_a_worker_was_killed(make_job, start):
+    hosts = ["127.0.0.1", "127.0.0.2"]
+    options = {"num_train_epochs": "10", "save_steps": "5", "logging_steps": "5"}
+    trees = [make_job(2, **options, nproc_per_node="1", max_restarts="1") for _ in hosts]
+    for tree, host in zip(trees, hosts, strict=True):
+        resources = {"current_host": host, "hosts": hosts, "network_interface_name": "lo"}
+        tree.write("input/config/resourceconfig.json", resources)
+    jobs = [start(tree) for tree in trees]
+    jobs[0].wait_for("step=10;")
+    jobs[1].workers()[0].kill()
+    for job, other in zip(jobs, reversed(jobs), strict=True):
+        assert job.end() == 0, job.log + "OTHER HOST\n" + other.log
+    assert "Resuming from" in jobs[0].log
+    newest = [tree.base_dir / f"checkpoints/checkpoint-{tree.checkpoints[-1]}" for tree in trees]
+    assert [sorted(file.name for file in folder.rglob("*.distcp")) for folder in newest] == [
+        ["__0_0.distcp"] * 2,
+        ["__1_0.distcp"] * 2,
+    ]
+    assert (newest[0] / "complete.json").read_text() == (newest[1] / "complete.json").read_text()
+    alone = make_job(1, **options, use_checkpoints="false")
+    run(alone)
+    assert_same_weights(trees[0], alone, tolerance=1e-3)
