@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's size from its config alone: what it is made of, what of it is trained, and a skeleton to try a step on.
+
+Transformers, bitsandbytes and PEFT themselves build the model, its quantized layers and its adapters, on the meta
+device, so that what is counted is what training will have. No weights are read.
+"""
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from llm_trainer import adapters
+from llm_trainer.errors import UserError, summarize
+from llm_trainer.settings import Settings
+
+Quantization = Literal["nf4", "fp4", "int8"]
+Role = Literal["linear", "experts", "embeddings", "output", "other", "adapter"]
+BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256  # weights that share a scale, and scales that share one, in bitsandbytes
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the weights, as they lie in memory."""
+
+    role: Role  # `linear`: what bitsandbytes quantizes; `experts`: fused ones, which it does not
+    layer: int | None
+    num_weights: int
+    data_bytes: int
+    scales_bytes: int  # of quantized weights; not sharded with them
+    trained_bytes: int
+    factored_bytes: int  # a float32 number for each row and column of what is trained
+
+
+@dataclass(frozen=True, eq=False)
+class ModelShape:
+    """What a model is made of before anything of it is loaded."""
+
+    parts: tuple[Part, ...]  # a parameter each; a tied one comes once
+    quantization: Quantization | None
+    weights_dtype: torch.dtype
+    is_mxfp4: bool  # as it is stored; it is trained dequantized
+    skeleton: PreTrainedModel | PeftModel  # on the meta device, with the first layer and one more of each kind
+    layers_name: str  # of the skeleton's list of layers
+    kinds: tuple[int, ...]  # for each layer of the model the one of the skeleton that is like it
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.kinds)
+
+    def count_weights(self, *roles: Role) -> int:
+        return sum(part.num_weights for part in self.parts if part.role in roles or not roles)
+
+    def count_bytes(self, *roles: Role) -> int:
+        return sum(part.data_bytes + part.scales_bytes for part in self.parts if part.role in roles or not roles)
+
+    @property
+    def num_trained(self) -> int:
+        return sum(part.num_weights for part in self.parts if part.trained_bytes)
+
+    @property
+    def trained_bytes(self) -> int:
+        return sum(part.trained_bytes for part in self.parts)
+
+    def list_layers(self) -> list[list[Part]]:
+        """The parts of each layer."""
+        layers: list[list[Part]] = [[] for _ in self.kinds]
+        for part in self.parts:
+            if part.layer is not None:
+                layers[part.layer].append(part)
+        return layers
+
+
+def read_shape(config: PreTrainedConfig, settings: Settings, weights_dtype: torch.dtype) -> ModelShape:
+    """The shape of the model of this config, with the adapter and the quantization that the settings ask for.
+
+    Raises UserError where Transformers or PEFT cannot build that.
+    """
+    quantization = choose_quantization(settings)
+    try:
+        base = build_base(copy.deepcopy(config), settings, weights_dtype)
+        roles = {name: tell_role(base, name, parameter) for name, parameter in base.named_parameters()}
+        if quantization:
+            quantize(base, settings, weights_dtype)
+        model = add_adapter(base, settings, quantization) if settings.use_peft else base
+        for module in base.modules():
+            if isinstance(module, Linear4bit | Linear8bitLt):  # whose weights cannot be copied while they are empty
+                module.weight = nn.Parameter(torch.empty_like(module.weight.data), requires_grad=False)
+    except (ValueError, ImportError, AttributeError, NotImplementedError) as error:
+        raise UserError(f"The model cannot be built from its config: {summarize(error)}.") from error
+    text_config = base.config.get_text_config()
+    layers_name = find_layers(model, text_config.num_hidden_layers)
+    parts = tuple(list_parts(model, roles, layers_name, quantization, settings))
+    stored_as = getattr(config, "quantization_config", None) or {}
+    return ModelShape(
+        parts=parts,
+        quantization=quantization,
+        weights_dtype=weights_dtype,
+        is_mxfp4=isinstance(stored_as, dict) and stored_as.get("quant_method") == "mxfp4",
+        skeleton=model,
+        layers_name=layers_name,
+        kinds=prune(model, layers_name, text_config),
+    )
+
+
+def choose_quantization(settings: Settings) -> Quantization | None:
+    if settings.load_in_4bit:
+        return settings.bnb_4bit_quant_type
+    return "int8" if settings.load_in_8bit else None
+
+
+def build_base(config: PreTrainedConfig, settings: Settings, dtype: torch.dtype) -> PreTrainedModel:
+    options = {"attn_implementation": "eager"} if settings.attn_implementation == "eager" else {}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=settings.trust_remote_code, **options
+        )
+
+
+def tell_role(base: PreTrainedModel, name: str, parameter: nn.Parameter) -> Role:
+    module = base.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    if module is base.get_output_embeddings():
+        return "output"
+    if type(module) is nn.Linear and parameter is module.weight:
+        return "linear"
+    return "experts" if parameter.dim() == 3 else "other"
+
+
+def quantize(base: PreTrainedModel, settings: Settings, dtype: torch.dtype) -> None:
+    """Put bitsandbytes' layers in place as Transformers does while it loads; their weights stay empty and whole."""
+    kept = [*get_keys_to_not_convert(base), *(base._keep_in_fp32_modules or ())]
+    config = BitsAndBytesConfig(
+        load_in_4bit=settings.load_in_4bit, load_in_8bit=settings.load_in_8bit, bnb_4bit_compute_dtype=dtype
+    )
+    replace_with_bnb_linear(base, kept, config)
+    base.is_loaded_in_4bit, base.is_loaded_in_8bit = settings.load_in_4bit, settings.load_in_8bit
+
+
+def add_adapter(base: PreTrainedModel, settings: Settings, quantization: Quantization | None) -> PeftModel:
+    config = adapters.build_lora(settings)
+    config.init_lora_weights = True  # others look at the weights, and have as many numbers
+    with torch.device("meta"):
+        model = get_peft_model(base, config)
+    if quantization:  # as TRL does
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def find_layers(model: nn.Module, num_layers: int) -> str:
+    """The name of the list of decoder layers."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return name
+    raise UserError(f"The model has no list of {num_layers} layers, of which its config speaks: its code is not known.")
+
+
+def list_parts(
+    model: nn.Module,
+    roles: dict[str, Role],
+    layers_name: str,
+    quantization: Quantization | None,
+    settings: Settings,
+) -> Iterator[Part]:
+    for name, parameter in model.named_parameters():
+        role = roles.get(name.removeprefix("base_model.model.").replace(".base_layer", ""), "adapter")
+        data_bytes, scales_bytes = parameter.nbytes, 0
+        if quantization and role == "linear":
+            data_bytes, scales_bytes = quantized_bytes(parameter, quantization, settings.bnb_4bit_use_double_quant)
+        below = name.removeprefix(f"{layers_name}.")
+        *rows, columns = parameter.shape or (1,)
+        yield Part(
+            role=role,
+            layer=int(below.partition(".")[0]) if below != name else None,
+            num_weights=parameter.numel(),
+            data_bytes=data_bytes,
+            scales_bytes=scales_bytes,
+            trained_bytes=parameter.nbytes if parameter.requires_grad else 0,
+            factored_bytes=4 * (math.prod(rows) + columns) if parameter.requires_grad else 0,
+        )
+
+
+def quantized_bytes(weight: nn.Parameter, quantization: Quantization, is_nested: bool) -> tuple[int, int]:
+    """What bitsandbytes makes of a matrix: its numbers, and their scales.
+
+    8 bit: a float32 scale a row (Dettmers et al. 2022, arXiv:2208.07339). 4 bit: a float32 scale a block of 64, or, double
+    quantized, a byte, and a float32 scale for 256 of these (Dettmers et al. 2023, arXiv:2305.14314).
+    """
+    number = weight.numel()
+    if quantization == "int8":
+        return number, 4 * weight.shape[0]
+    blocks = math.ceil(number / BLOCK_SIZE)
+    scales_bytes = blocks + 4 * math.ceil(blocks / NESTED_BLOCK_SIZE) if is_nested else 4 * blocks
+    return math.ceil(number / 2), scales_bytes
+
+
+def prune(model: nn.Module, layers_name: str, config: PreTrainedConfig) -> tuple[int, ...]:
+    """Leave the first layer, which may have nothing to give a gradient to, and of the others one of each kind.
+
+    Returns which of those each layer was like.
+    """
+    layers = model.get_submodule(layers_name)
+    types = getattr(config, "layer_types", None)
+    kept, kinds, known = [0], [0], {}
+    for number in range(1, len(layers)):
+        parameters = ((name, tuple(each.shape), each.dtype) for name, each in layers[number].named_parameters())
+        kind = (types[number] if types else None, *parameters)
+        if kind not in known:
+            known[kind] = len(kept)
+            kept.append(number)
+        kinds.append(known[kind])
+    parent, _, own = layers_name.rpartition(".")
+    setattr(model.get_submodule(parent), own, nn.ModuleList(layers[number] for number in kept))
+    config.num_hidden_layers = len(kept)
+    if types:
+        config.layer_types = [types[number] for number in kept]
+    return tuple(kinds)
