@@ -65,7 +65,9 @@ def main(words: list[str]) -> None:
                 print(f"{name:32} failed: {run.stderr.strip().splitlines()[-1]}")
                 continue
             estimated, measured = json.loads(run.stdout.splitlines()[-1])
-            print(f"{name:32} {estimated / 2**20:9.0f} {measured / 2**20:9.0f}  {estimated / measured:5.3f}", flush=True)
+            print(
+                f"{name:32} {estimated / 2**20:9.0f} {measured / 2**20:9.0f}  {estimated / measured:5.3f}", flush=True
+            )
 
 
 def measure(name: str) -> tuple[int, int]:

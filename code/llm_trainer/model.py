@@ -13,6 +13,7 @@ from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
     Mxfp4Config,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -108,13 +109,17 @@ def find_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, settings: Sett
 
 def read_vocabulary(model: str, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Vocabulary:
     """What data have to agree on with the model. Raises UserError when its config cannot be read."""
+    size = read_config(model, settings).get_text_config().vocab_size
+    return Vocabulary(tokenizer, find_stop_ids(model, tokenizer, settings), size)
+
+
+def read_config(model: str, settings: Settings) -> PreTrainedConfig:
+    """Raises UserError when it cannot be read."""
     try:
-        config = AutoConfig.from_pretrained(model, **source_options(settings))
+        return AutoConfig.from_pretrained(model, **source_options(settings))
     except (OSError, ValueError) as error:
         refusal = find_refusal(error, f"model_id={model!r}")
         raise UserError(refusal or f"The config of {model} could not be loaded ({summarize(error)}).") from error
-    size = config.get_text_config().vocab_size
-    return Vocabulary(tokenizer, find_stop_ids(model, tokenizer, settings), size)
 
 
 def choose_dtype(settings: Settings) -> torch.dtype:

@@ -7,10 +7,9 @@ device, so that what is counted is what training will have. No weights are read.
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -21,12 +20,16 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from llm_trainer import adapters
-from llm_trainer.errors import UserError, summarize
+from llm_trainer.errors import summarize
 from llm_trainer.settings import Settings
 
 Quantization = Literal["nf4", "fp4", "int8"]
 Role = Literal["linear", "experts", "embeddings", "output", "other", "adapter"]
 BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256  # weights that share a scale, and scales that share one, in bitsandbytes
+
+
+class UnknownShapeError(Exception):
+    """The memory of this model cannot be told from its config; that says nothing about whether it can be trained."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class ModelShape:
     quantization: Quantization | None
     weights_dtype: torch.dtype
     is_mxfp4: bool  # as it is stored; it is trained dequantized
-    skeleton: PreTrainedModel | PeftModel  # on the meta device, with the first layer and one more of each kind
+    skeleton: PreTrainedModel | PeftModel  # on the meta device: first and last layer, and one of each kind between
     layers_name: str  # of the skeleton's list of layers
     kinds: tuple[int, ...]  # for each layer of the model the one of the skeleton that is like it
 
@@ -84,7 +87,7 @@ class ModelShape:
 def read_shape(config: PreTrainedConfig, settings: Settings, weights_dtype: torch.dtype) -> ModelShape:
     """The shape of the model of this config, with the adapter and the quantization that the settings ask for.
 
-    Raises UserError where Transformers or PEFT cannot build that.
+    Raises UnknownShapeError where Transformers or PEFT cannot build that without weights.
     """
     quantization = choose_quantization(settings)
     try:
@@ -97,7 +100,7 @@ def read_shape(config: PreTrainedConfig, settings: Settings, weights_dtype: torc
             if isinstance(module, Linear4bit | Linear8bitLt):  # whose weights cannot be copied while they are empty
                 module.weight = nn.Parameter(torch.empty_like(module.weight.data), requires_grad=False)
     except (ValueError, ImportError, AttributeError, NotImplementedError) as error:
-        raise UserError(f"The model cannot be built from its config: {summarize(error)}.") from error
+        raise UnknownShapeError(f"it cannot be built from its config: {summarize(error)}") from error
     text_config = base.config.get_text_config()
     layers_name = find_layers(model, text_config.num_hidden_layers)
     parts = tuple(list_parts(model, roles, layers_name, quantization, settings))
@@ -165,7 +168,7 @@ def find_layers(model: nn.Module, num_layers: int) -> str:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return name
-    raise UserError(f"The model has no list of {num_layers} layers, of which its config speaks: its code is not known.")
+    raise UnknownShapeError(f"it has no list of the {num_layers} layers that its config speaks of")
 
 
 def list_parts(
@@ -196,8 +199,8 @@ def list_parts(
 def quantized_bytes(weight: nn.Parameter, quantization: Quantization, is_nested: bool) -> tuple[int, int]:
     """What bitsandbytes makes of a matrix: its numbers, and their scales.
 
-    8 bit: a float32 scale a row (Dettmers et al. 2022, arXiv:2208.07339). 4 bit: a float32 scale a block of 64, or, double
-    quantized, a byte, and a float32 scale for 256 of these (Dettmers et al. 2023, arXiv:2305.14314).
+    8 bit: a float32 scale a row (Dettmers et al. 2022, arXiv:2208.07339). 4 bit: a float32 scale a block of 64, or,
+    double quantized, a byte, and a float32 scale for 256 of these (Dettmers et al. 2023, arXiv:2305.14314).
     """
     number = weight.numel()
     if quantization == "int8":
@@ -208,23 +211,22 @@ def quantized_bytes(weight: nn.Parameter, quantization: Quantization, is_nested:
 
 
 def prune(model: nn.Module, layers_name: str, config: PreTrainedConfig) -> tuple[int, ...]:
-    """Leave the first layer, which may have nothing to give a gradient to, and of the others one of each kind.
+    """Leave the first and the last layer, whose neighbours hold other things, and of those between one of each kind.
 
     Returns which of those each layer was like.
     """
     layers = model.get_submodule(layers_name)
     types = getattr(config, "layer_types", None)
-    kept, kinds, known = [0], [0], {}
+    kept: dict[Any, int] = {"first": 0}
+    kinds: list[Any] = ["first"]
     for number in range(1, len(layers)):
         parameters = ((name, tuple(each.shape), each.dtype) for name, each in layers[number].named_parameters())
-        kind = (types[number] if types else None, *parameters)
-        if kind not in known:
-            known[kind] = len(kept)
-            kept.append(number)
-        kinds.append(known[kind])
+        kind = "last" if number == len(layers) - 1 else (types[number] if types else None, *parameters)
+        kept.setdefault(kind, number)
+        kinds.append(kind)
     parent, _, own = layers_name.rpartition(".")
-    setattr(model.get_submodule(parent), own, nn.ModuleList(layers[number] for number in kept))
+    setattr(model.get_submodule(parent), own, nn.ModuleList(layers[number] for number in kept.values()))
     config.num_hidden_layers = len(kept)
     if types:
-        config.layer_types = [types[number] for number in kept]
-    return tuple(kinds)
+        config.layer_types = [types[number] for number in kept.values()]
+    return tuple(list(kept).index(kind) for kind in kinds)

@@ -9,8 +9,8 @@ import torch
 class Peak:
     """Watches from its creation on."""
 
-    def __init__(self, device_type: str) -> None:
-        self.on_gpu = device_type == "cuda"
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
         self.before_bytes = 0
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()

@@ -26,7 +26,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
-from llm_trainer.model_shape import ModelShape
+from llm_trainer.errors import summarize
+from llm_trainer.model_shape import ModelShape, UnknownShapeError
 
 OFFLOADED_BYTES = 1024  # TRL leaves smaller activations where they are
 
@@ -127,7 +128,17 @@ class Step:
 
 @functools.lru_cache(maxsize=32)
 def trace_step(shape: ModelShape, step: Step) -> StepTrace:
-    """Forward and backward pass of the shape's skeleton."""
+    """Forward and backward pass of the shape's skeleton.
+
+    Raises UnknownShapeError where the model's code wants to know the numbers that the tensors do not have.
+    """
+    try:
+        return run_step(shape, step)
+    except Exception as error:  # the code of any model runs here, which may ask for anything
+        raise UnknownShapeError(f"its code does not run without numbers: {summarize(error)}") from error
+
+
+def run_step(shape: ModelShape, step: Step) -> StepTrace:
     mode = FakeTensorMode()
     model = copy.deepcopy(shape.skeleton)
     with mode:
@@ -240,12 +251,24 @@ def follow(
 
 @contextmanager
 def gpu_kernels() -> Iterator[None]:
-    """TRL's loss as it is computed on a GPU: a kernel works on the logits in place, and products add up in float32."""
-    replaced = {name: getattr(chunked_logprob, name) for name in ("_forward_tile", "_backward_tile", "_addmm_fp32")}
-    for name in replaced:
-        setattr(chunked_logprob, name, lambda *args, **kwargs: None)
-    try:
+    """What a GPU computes otherwise than the tensors here, which are a CPU's.
+
+    TRL's loss: a kernel works on the logits in place, and products add up in float32. Dropout: its mask is of bytes.
+    """
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        pass
+
+    def dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        return torch.native_dropout(x, p, training)[0] if training and p else x
+
+    with ExitStack() as originals:
+        for owner, name, stand_in in (
+            (chunked_logprob, "_forward_tile", nothing),
+            (chunked_logprob, "_backward_tile", nothing),
+            (chunked_logprob, "_addmm_fp32", nothing),
+            (nn.functional, "dropout", dropout),
+        ):
+            originals.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, stand_in)
         yield
-    finally:
-        for name, function in replaced.items():
-            setattr(chunked_logprob, name, function)

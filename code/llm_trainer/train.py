@@ -12,10 +12,13 @@ from llm_trainer import adapters, export, model
 from llm_trainer.audit import describe_data
 from llm_trainer.data import load_data
 from llm_trainer.distributed import rank, world_size
+from llm_trainer.findings import show_bytes
+from llm_trainer.fit import Fit, choose_fit, find_target
 from llm_trainer.launch import Job
 from llm_trainer.manifest import build_manifest
 from llm_trainer.metrics import MetricLines
 from llm_trainer.packing import Packing, choose_packing
+from llm_trainer.peak import Peak
 from llm_trainer.resumable_trainer import SaveAndStop
 from llm_trainer.resume import find_checkpoint, identify_run
 from llm_trainer.settings import is_given
@@ -46,6 +49,14 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
         say(line)
     timeline.mark("data")
 
+    longest_row = settings.max_length if settings.streaming else None
+    longest_row = longest_row or max(report.longest_row_tokens for report in data.reports.values())
+    fit = choose_fit(model.read_config(folder, settings), settings, longest_row, find_target(device, agreement.group))
+    describe_fit(fit)
+    arguments = build_arguments(settings, inputs, device, dtype, bool(inputs.validation), fit)
+    timeline.mark("memory")
+
+    peak = Peak(device)
     base = model.load_model(folder, settings, quantization, model.choose_weights_dtype(settings), device)
     timeline.mark("model")
 
@@ -71,6 +82,10 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     result = trainer.resume(checkpoint)
     agreement.settle()
     timeline.mark("training")
+    measured_bytes = peak.read_bytes()
+    if fit.estimate:  # a CPU's resident set shows what the allocator holds too
+        expected_bytes = fit.estimate.peak_bytes if device.type == "cuda" else fit.estimate.total_bytes
+        say(f"Memory: estimated {show_bytes(expected_bytes)}, measured peak {show_bytes(measured_bytes)}")
     if trainer.stopped:
         say(
             f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}: all ranks agreed "
@@ -80,13 +95,22 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
         torch.distributed.destroy_process_group()  # the other ranks leave while rank 0 exports, however long it takes
 
     if rank() == 0:
-        manifest = build_manifest(job, trainer, data.reports, packing, result.metrics, timeline)
+        memory = {**fit.describe(), "measured_peak_bytes": measured_bytes}
+        manifest = build_manifest(job, trainer, data.reports, packing, result.metrics, timeline, memory)
         merges = settings.merge_weights and not trainer.stopped  # a merge may take longer than the platform waits
         export.export(trainer.model, tokenizer, folder, job, dtype, data.sample, manifest, merges)
         if trainer.stopped:
             say(f"Exported {request.age_seconds():.1f} s after the signal")
         elif settings.use_checkpoints:
             trainer.rotate()
+
+
+def describe_fit(fit: Fit) -> None:
+    say(f"Memory: {fit.reason}")
+    for line in fit.estimate.as_table() if fit.estimate else ():
+        say(line)
+    if fit.warning:
+        say(f"Warning: {fit.warning}")
 
 
 def describe_run(trainer: "transformers.Trainer", packing: Packing) -> None:

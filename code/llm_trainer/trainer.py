@@ -13,6 +13,7 @@ from trl import SFTConfig
 
 from llm_trainer.distributed import world_size
 from llm_trainer.errors import UserError, summarize
+from llm_trainer.fit import Fit
 from llm_trainer.packing import PackingCollator
 from llm_trainer.preflight import Inputs
 from llm_trainer.resumable_trainer import ResumableTrainer
@@ -66,9 +67,17 @@ def build_trainer(
 
 
 def build_arguments(
-    settings: Settings, inputs: Inputs, device: torch.device, dtype: torch.dtype, can_evaluate: bool
+    settings: Settings,
+    inputs: Inputs,
+    device: torch.device,
+    dtype: torch.dtype,
+    can_evaluate: bool,
+    fit: Fit | None = None,
 ) -> SFTConfig:
-    """SFTConfig from our defaults and every field of it that the user set, which wins."""
+    """SFTConfig from our defaults and every field of it that the user set, which wins.
+
+    Without a fit, which is known once the data are, they serve to find mistakes early.
+    """
     given = {
         name: reveal(getattr(settings, name))
         for name in read_snapshot()
@@ -82,13 +91,15 @@ def build_arguments(
             report_to=choose_trackers(settings),
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenized, cut and labelled already
-            **{**choose_defaults(settings, device, dtype, can_evaluate), **given},
+            **{**choose_defaults(settings, device, dtype, can_evaluate, fit), **given},
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"Transformers refuses these settings: {summarize(error)}.") from error
 
 
-def choose_defaults(settings: Settings, device: torch.device, dtype: torch.dtype, can_evaluate: bool) -> dict[str, Any]:
+def choose_defaults(
+    settings: Settings, device: torch.device, dtype: torch.dtype, can_evaluate: bool, fit: Fit | None
+) -> dict[str, Any]:
     """Where we choose otherwise than TRL."""
     on_cpu = device.type == "cpu"
     precision = not (is_given(settings, "bf16") or is_given(settings, "fp16"))
@@ -99,7 +110,8 @@ def choose_defaults(settings: Settings, device: torch.device, dtype: torch.dtype
         "use_cpu": on_cpu,
         "ddp_backend": "gloo" if on_cpu and world_size() > 1 else None,
         "dataloader_pin_memory": not on_cpu,
-        "activation_checkpointing": choose_checkpointing(settings, on_cpu),
+        "activation_checkpointing": fit is not None and fit.gradient_checkpointing,
+        "activation_offloading": fit is not None and fit.activation_offloading,
         "ddp_find_unused_parameters": False,  # the search costs a pass over the graph a step and finds nothing
         "disable_tqdm": True,  # its carriage returns spoil a log; metric lines show the progress
         "prediction_loss_only": True,
@@ -121,11 +133,6 @@ def choose_defaults(settings: Settings, device: torch.device, dtype: torch.dtype
         if is_given(settings, "eval_steps"):
             defaults["save_steps"] = settings.eval_steps
     return defaults
-
-
-def choose_checkpointing(settings: Settings, on_cpu: bool) -> bool:
-    """Recomputing activations trades time for memory, and a CPU run is short of time."""
-    return not on_cpu if settings.gradient_checkpointing is None else settings.gradient_checkpointing
 
 
 def reveal(value: Any) -> Any:
