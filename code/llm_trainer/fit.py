@@ -221,11 +221,8 @@ def list_needs(config: PreTrainedConfig, settings: Settings, longest_row: int) -
     """What each way that the settings leave open needs on one GPU, wherever that is. Raises UnknownShapeError."""
     target = Target(on_gpu=True, world_size=1, free_bytes=0)
     case = Case(config, settings, longest_row, target)
-    return {
-        way: case.estimate(way)
-        for way in list_ways(settings, target)
-        if settings.activation_offloading or not way.offloads
-    }
+    ways = list_ways(settings, target)
+    return {way: case.estimate(way) for way in ways if settings.activation_offloading or not way.offloads}
 
 
 def find_gpu_size(need: Estimate) -> int | None:
@@ -262,7 +259,10 @@ def list_changes(case: Case) -> Iterator[str]:
 
 def is_enough(case: Case) -> bool:
     """Whether the way that takes the least fits."""
-    return case.fits(case.estimate(list_ways(case.settings, case.target)[-1]))
+    try:
+        return case.fits(case.estimate(list_ways(case.settings, case.target)[-1]))
+    except UnknownShapeError:
+        return False
 
 
 def shrink_batch(case: Case) -> Iterator[tuple[str, Case]]:
