@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model's size from its config alone: what it is made of, what of it is trained, and a skeleton to try a step on.
 
-Transformers, bitsandbytes and PEFT themselves build the model, its quantized layers and its adapters, on the meta
-device, so that what is counted is what training will have. No weights are read.
+Transformers and PEFT themselves build the model and its adapters, on the meta device, so that what is counted is what
+training will have. No weights are read, and bitsandbytes need not be there: what it makes of a matrix is known.
 """
 
 import copy
@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llm_trainer import adapters
 from llm_trainer.errors import summarize
@@ -92,13 +91,11 @@ def read_shape(config: PreTrainedConfig, settings: Settings, weights_dtype: torc
     quantization = choose_quantization(settings)
     try:
         base = build_base(copy.deepcopy(config), settings, weights_dtype)
-        roles = {name: tell_role(base, name, parameter) for name, parameter in base.named_parameters()}
-        if quantization:
-            quantize(base, settings, weights_dtype)
+        roles = dict(tell_roles(base))
+        for name in roles if quantization else ():
+            if roles[name] == "linear":
+                base.get_submodule(name.removesuffix(".weight")).quantization = quantization
         model = add_adapter(base, settings, quantization) if settings.use_peft else base
-        for module in base.modules():
-            if isinstance(module, Linear4bit | Linear8bitLt):  # whose weights cannot be copied while they are empty
-                module.weight = nn.Parameter(torch.empty_like(module.weight.data), requires_grad=False)
     except (ValueError, ImportError, AttributeError, NotImplementedError) as error:
         raise UnknownShapeError(f"it cannot be built from its config: {summarize(error)}") from error
     text_config = base.config.get_text_config()
@@ -130,25 +127,21 @@ def build_base(config: PreTrainedConfig, settings: Settings, dtype: torch.dtype)
         )
 
 
-def tell_role(base: PreTrainedModel, name: str, parameter: nn.Parameter) -> Role:
-    module = base.get_submodule(name.rpartition(".")[0])
-    if isinstance(module, nn.Embedding):
-        return "embeddings"
-    if module is base.get_output_embeddings():
-        return "output"
-    if type(module) is nn.Linear and parameter is module.weight:
-        return "linear"
-    return "experts" if parameter.dim() == 3 else "other"
-
-
-def quantize(base: PreTrainedModel, settings: Settings, dtype: torch.dtype) -> None:
-    """Put bitsandbytes' layers in place as Transformers does while it loads; their weights stay empty and whole."""
-    kept = [*get_keys_to_not_convert(base), *(base._keep_in_fp32_modules or ())]
-    config = BitsAndBytesConfig(
-        load_in_4bit=settings.load_in_4bit, load_in_8bit=settings.load_in_8bit, bnb_4bit_compute_dtype=dtype
-    )
-    replace_with_bnb_linear(base, kept, config)
-    base.is_loaded_in_4bit, base.is_loaded_in_8bit = settings.load_in_4bit, settings.load_in_8bit
+def tell_roles(base: PreTrainedModel) -> Iterator[tuple[str, Role]]:
+    """Each parameter's name, and what it is for."""
+    kept = [*get_keys_to_not_convert(base), *(base._keep_in_fp32_modules or ())]  # as Transformers' quantizers have it
+    output = base.get_output_embeddings()
+    for name, parameter in base.named_parameters():
+        path, _, own = name.rpartition(".")
+        module = base.get_submodule(path)
+        if isinstance(module, nn.Embedding):
+            yield name, "embeddings"
+        elif module is output:
+            yield name, "output"
+        elif type(module) is nn.Linear and own == "weight" and should_convert_module(path, kept):
+            yield name, "linear"
+        else:
+            yield name, "experts" if parameter.dim() == 3 else "other"
 
 
 def add_adapter(base: PreTrainedModel, settings: Settings, quantization: Quantization | None) -> PeftModel:

@@ -15,7 +15,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -184,7 +183,7 @@ def flesh_out(model: nn.Module, step: Step) -> None:
     for module in model.modules():
         if hasattr(module, "rope_type"):
             module.rope_type = "default"  # others look at the numbers of the positions; the sizes are the same
-        if isinstance(module, Linear4bit | Linear8bitLt):
+        if hasattr(module, "quantization"):
             module.forward = functools.partial(apply_quantized, module)
     model._apply(fill)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -218,10 +217,10 @@ class QuantizedProduct(torch.autograd.Function):
         return gradient @ torch.empty(ctx.weight.shape, dtype=gradient.dtype), None, None
 
 
-def apply_quantized(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    compute_dtype = getattr(module, "compute_dtype", None) or x.dtype
-    out = QuantizedProduct.apply(x.to(compute_dtype), module.weight, isinstance(module, Linear8bitLt))
-    return (out if module.bias is None else out + module.bias).to(x.dtype)
+def apply_quantized(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    compute_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    out = QuantizedProduct.apply(x.to(compute_dtype), module.weight, module.quantization == "int8")
+    return out if module.bias is None else out + module.bias
 
 
 def follow(
