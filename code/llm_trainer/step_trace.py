@@ -152,7 +152,7 @@ def run_step(shape: ModelShape, step: Step) -> StepTrace:
         for number, layer in enumerate(layers):
             follow(layer, number, len(layers), held, hooks, lambda: moved.append(offload.moved_bytes if offload else 0))
         hooks.enter_context(offload or nullcontext())
-        hooks.enter_context(gpu_kernels() if step.on_gpu else nullcontext())
+        hooks.enter_context(kernels(step.on_gpu))
         with torch.autocast("cpu", step.compute_dtype, enabled=step.compute_dtype != torch.float32):
             output = model(**batch, fused_lm_head=True)
         moved.append(offload.moved_bytes if offload else 0)
@@ -217,6 +217,32 @@ class QuantizedProduct(torch.autograd.Function):
         return gradient @ torch.empty(ctx.weight.shape, dtype=gradient.dtype), None, None
 
 
+class FusedAttention(torch.autograd.Function):
+    """What fused kernels hold for the backward pass: queries, keys, values, the result and its normalizers, the mask.
+
+    Flash attention 2 (Dao 2023, arXiv:2307.08691); torch's flash and efficient kernels save the same (derivatives.yaml).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        batch, heads, length, _ = q.shape  # (batch, heads, tokens, size of a head)
+        out = torch.empty(batch, length, heads, v.shape[-1], dtype=q.dtype).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, torch.empty(batch, heads, length), mask)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return *(torch.empty_like(each) for each in ctx.saved_tensors[:3]), None
+
+
+def apply_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, *_: Any, **__: Any
+) -> torch.Tensor:
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
+    mask = attn_mask if attn_mask is None or attn_mask.requires_grad else attn_mask.to(dtype)  # of bools, at first
+    return FusedAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype), mask)
+
+
 def apply_quantized(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     compute_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     out = QuantizedProduct.apply(x.to(compute_dtype), module.weight, module.quantization == "int8")
@@ -249,10 +275,11 @@ def follow(
 
 
 @contextmanager
-def gpu_kernels() -> Iterator[None]:
-    """What a GPU computes otherwise than the tensors here, which are a CPU's.
+def kernels(on_gpu: bool) -> Iterator[None]:
+    """What a device computes otherwise than tensors without numbers do.
 
-    TRL's loss: a kernel works on the logits in place, and products add up in float32. Dropout: its mask is of bytes.
+    Attention: a fused kernel stores no scores. On a GPU TRL's loss: a kernel works on the logits in place, and products
+    add up in float32; and dropout: its mask is of bytes.
     """
 
     def nothing(*args: Any, **kwargs: Any) -> None:
@@ -262,12 +289,14 @@ def gpu_kernels() -> Iterator[None]:
         return torch.native_dropout(x, p, training)[0] if training and p else x
 
     with ExitStack() as originals:
-        for owner, name, stand_in in (
+        on_both = ((nn.functional, "scaled_dot_product_attention", apply_attention),)
+        only_on_gpu = (
             (chunked_logprob, "_forward_tile", nothing),
             (chunked_logprob, "_backward_tile", nothing),
             (chunked_logprob, "_addmm_fp32", nothing),
             (nn.functional, "dropout", dropout),
-        ):
+        )
+        for owner, name, stand_in in (*on_both, *(only_on_gpu if on_gpu else ())):
             originals.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, stand_in)
         yield
