@@ -54,13 +54,16 @@ CASES: dict[str, tuple[dict[str, Any], int, int, dict[str, Any]]] = {
     "wide full 1x512 checkpointed": (WIDE, 1, 512, {**FULL, **CHECKPOINTED}),
 }
 STEPS = 2
+VARIABLES = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 def main(words: list[str]) -> None:
     print(f"{'case':32} {'estimate':>9} {'measured':>9}  ratio   (MiB)")
     for name in CASES:
         if not words or any(word in name for word in words):
-            run = subprocess.run([sys.executable, __file__, "--case", name], capture_output=True, text=True)
+            run = subprocess.run(
+                [sys.executable, __file__, "--case", name], capture_output=True, text=True, env=VARIABLES
+            )
             if run.returncode:
                 print(f"{name:32} failed: {run.stderr.strip().splitlines()[-1]}")
                 continue
@@ -104,7 +107,7 @@ def measure(name: str) -> tuple[int, int]:
     estimated = estimate(shape, Setup(step, 1, "adamw_torch_fused", accumulates=False))
     for part in estimated.as_table():
         print(part, file=sys.stderr)
-    peak = Peak("cuda" if on_gpu else "cpu")
+    peak = Peak(torch.device("cuda" if on_gpu else "cpu"))
     attention = "eager" if settings.attn_implementation == "eager" else "sdpa"
     with torch.device("cuda" if on_gpu else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)

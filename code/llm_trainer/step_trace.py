@@ -22,6 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers import masking_utils
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
@@ -199,7 +200,7 @@ def flesh_out(model: nn.Module, step: Step) -> None:
 
 def build_batch(step: Step) -> dict[str, torch.Tensor]:
     tokens = torch.zeros(step.num_sequences, step.length, dtype=torch.long)
-    batch = {"input_ids": tokens, "labels": tokens.clone(), "position_ids": tokens.clone()}
+    batch = {"input_ids": tokens, "labels": tokens.clone()}
     mask_shape = step.num_sequences, 1, step.length, step.length
     return {**batch, "attention_mask": torch.ones(mask_shape, dtype=torch.bool)} if step.has_mask else batch
 
@@ -220,7 +221,7 @@ class QuantizedProduct(torch.autograd.Function):
 class FusedAttention(torch.autograd.Function):
     """What fused kernels hold for the backward pass: queries, keys, values, the result and its normalizers, the mask.
 
-    Flash attention 2 (Dao 2023, arXiv:2307.08691); torch's flash and efficient kernels save the same (derivatives.yaml).
+    Flash attention 2 (Dao 2023, arXiv:2307.08691); torch's kernels save the same (derivatives.yaml).
     """
 
     @staticmethod
@@ -289,7 +290,10 @@ def kernels(on_gpu: bool) -> Iterator[None]:
         return torch.native_dropout(x, p, training)[0] if training and p else x
 
     with ExitStack() as originals:
-        on_both = ((nn.functional, "scaled_dot_product_attention", apply_attention),)
+        on_both = (
+            (nn.functional, "scaled_dot_product_attention", apply_attention),
+            (masking_utils, "find_packed_sequence_indices", nothing),  # it would ask for the positions
+        )
         only_on_gpu = (
             (chunked_logprob, "_forward_tile", nothing),
             (chunked_logprob, "_backward_tile", nothing),
