@@ -15,6 +15,7 @@ from llm_trainer.encoding import Vocabulary
 from llm_trainer.errors import UserError
 from llm_trainer.exchange import Leaders
 from llm_trainer.launch import Job
+from llm_trainer.settings import Settings
 from llm_trainer.splits import Split, prepare_splits
 from llm_trainer.streaming import open_stream
 from llm_trainer.token_cache import REJECTED
@@ -27,6 +28,11 @@ class Data:
     splits: dict[str, Dataset | IterableDataset]  # train, and validation if there is one
     sample: Dataset  # training rows to look at: all, or the audited ones of a stream
     reports: dict[str, DataReport]  # of each split
+
+    def longest_row_tokens(self, settings: Settings) -> int:
+        """Of all splits; of a stream, of which only the first rows are known, as many as a row may have."""
+        known = max(report.longest_row_tokens for report in self.reports.values())
+        return settings.max_length or known if settings.streaming else known
 
 
 def load_data(job: Job, vocabulary: Vocabulary, scratch_dir: Path) -> Data:

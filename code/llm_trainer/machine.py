@@ -114,12 +114,22 @@ def inspect_shared_memory(folder: Path) -> Finding:
 def inspect_memory(cgroup_limits: tuple[Path, ...]) -> Finding:
     """The machine's memory, or what the container may use of it."""
     total_bytes = psutil.virtual_memory().total
-    limit_bytes = min([total_bytes, *map(read_limit, filter(Path.is_file, cgroup_limits))])
+    limit_bytes = min(total_bytes, find_limit(cgroup_limits))
     text = f"{show_bytes(limit_bytes)}{' by the cgroup limit' if limit_bytes < total_bytes else ''}"
     if limit_bytes >= MIN_MEMORY_BYTES:
         return Finding("memory", "ok", text)
     need = f"a job needs {show_bytes(MIN_MEMORY_BYTES)} or more"
     return Finding("memory", "warning", f"{text}, and {need}: use a larger machine, or raise docker's --memory.")
+
+
+def find_available_memory() -> int:
+    """Bytes that processes can still take of the machine's memory, or of the container's."""
+    return int(min(psutil.virtual_memory().available, find_limit(CGROUP_LIMITS)))
+
+
+def find_limit(cgroup_limits: tuple[Path, ...]) -> float:
+    """Bytes that the container may use."""
+    return min(map(read_limit, filter(Path.is_file, cgroup_limits)), default=float("inf"))
 
 
 def read_limit(file: Path) -> float:

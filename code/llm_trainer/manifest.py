@@ -30,6 +30,7 @@ def build_manifest(
     packing: Packing,
     totals: dict[str, float],
     timeline: Timeline,
+    memory: dict[str, Any],
 ) -> dict[str, Any]:
     """Ready for JSON, without secrets."""
     return {
@@ -45,6 +46,7 @@ def build_manifest(
         "audited_rows_of_each_train_source": AUDITED_ROWS if job.settings.streaming else "all",
         "data": {name: report.summary() for name, report in reports.items()},
         "packing": packing.describe(),
+        "memory": memory,
         "metrics": {**totals, **last_metrics(trainer.state.log_history)},
         "num_steps": trainer.state.global_step,
         "total_steps": trainer.state.max_steps,

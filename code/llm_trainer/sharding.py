@@ -10,10 +10,12 @@ from accelerate.utils import DistributedType
 from accelerate.utils.modeling import get_non_persistent_buffers
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from trl import SFTConfig
 
 from llm_trainer.distributed import rank
 from llm_trainer.model import load_model
+from llm_trainer.model_plan import ModelPlan
 from llm_trainer.settings import Settings
 
 
@@ -43,16 +45,22 @@ def allow_cpu_ranks() -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def load_base(
-    folder: str, settings: Settings, quantization: Any, dtype: torch.dtype, attention: str, group: dist.ProcessGroup
-) -> PreTrainedModel:
+def store_as_float(quantization: object, arguments: SFTConfig, dtype: torch.dtype) -> None:
+    """Have 4-bit weights lie in tensors of the type that FSDP computes in: it shards floats, and casts other ones."""
+    if isinstance(quantization, BitsAndBytesConfig):
+        mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else dtype
+        quantization.bnb_4bit_quant_storage = mixed
+
+
+def load_base(plan: ModelPlan, settings: Settings, arguments: SFTConfig, group: dist.ProcessGroup) -> PreTrainedModel:
     """The base on the CPU, from where Accelerate shards it layer by layer. Every rank must call this.
 
     The first rank loads it, and sends the others their shards of it. 4-bit weights are loaded, and quantized, by every
     rank on the CPU: Accelerate shards each layer when it moves it to the device, but cannot send a quantized one.
     """
-    loads = settings.load_in_4bit or rank() == 0
-    base = load_model(folder, settings, quantization, dtype, torch.device("cpu") if loads else None, attention)
+    store_as_float(plan.quantization, arguments, plan.precision.compute)
+    device = torch.device("cpu") if settings.load_in_4bit or rank() == 0 else None
+    base = load_model(plan.folder, settings, plan.quantization, plan.precision.weights, device, plan.attention.name)
     fill_in(base, group)
     return base
 

@@ -10,19 +10,20 @@ import transformers
 from peft import PeftModel
 
 from llm_trainer import adapter_start, adapters, export, model, sharding
-from llm_trainer.attention import choose_attention, find_faults, read_needs
 from llm_trainer.audit import describe_data
 from llm_trainer.data import load_data
 from llm_trainer.device import find_device
 from llm_trainer.distributed import rank, world_size
-from llm_trainer.kernels import apply_liger, choose_liger, find_known_types
+from llm_trainer.fit import choose_fit, describe_fit, find_target
+from llm_trainer.kernels import apply_liger
 from llm_trainer.launch import Job
 from llm_trainer.leaks import build_sibling
 from llm_trainer.manifest import build_manifest
 from llm_trainer.metrics import MetricLines
+from llm_trainer.model_plan import plan_model
 from llm_trainer.packing import Packing, choose_packing
-from llm_trainer.precision import choose_precision, find_stored_type
-from llm_trainer.quantization import build_quantization, describe_quantization
+from llm_trainer.peak import Peak
+from llm_trainer.precision import choose_precision
 from llm_trainer.resumable_trainer import SaveAndStop
 from llm_trainer.resume import find_checkpoint, identify_run
 from llm_trainer.settings import is_given
@@ -38,46 +39,41 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     datasets.disable_progress_bars()
     device = find_device(settings)
     precision = choose_precision(settings, device)
-    dtype = precision.compute
-    sharded = settings.distribution == "fsdp"
-    can_evaluate = bool(inputs.validation)
-    arguments = build_arguments(settings, inputs, device.torch, dtype, can_evaluate, sharded)
+    build_arguments(settings, inputs, device.torch, precision.compute)  # mistakes in them are told before all work
     request = StopRequest(scratch_dir / "stop", timeline.started, settings.max_run_seconds)
     agreement = Agreement()
 
     folder = model.fetch_model(inputs.model, settings, scratch_dir)
-    config = model.read_config(folder, settings)
-    quantization = build_quantization(folder, config, settings, dtype, device)
-    if sharded:
-        sharding.store_as_float(quantization, arguments, dtype)
-    skeleton = model.build_skeleton(folder, config, settings)
-    attention = choose_attention(read_needs(skeleton), settings, dtype, device, find_faults(device))
-    liger = choose_liger(config, settings, device, find_known_types(device))
-    say(precision.describe(find_stored_type(folder, config)))
-    if quantization is not None:
-        say(describe_quantization(folder, skeleton, quantization, precision.weights))
-    say(f"{attention}\n{liger}")
+    plan = plan_model(folder, settings, device, precision)
+    for line in plan.reasons:
+        say(line)
     tokenizer = model.load_tokenizer(folder, settings)
     timeline.mark("tokenizer")
 
-    vocabulary = model.build_vocabulary(folder, config, tokenizer, settings)
-    lora = adapters.build_lora(settings, skeleton) if settings.use_peft else None
-    data = load_data(job, vocabulary, scratch_dir)
+    data = load_data(job, model.build_vocabulary(folder, plan.config, tokenizer, settings), scratch_dir)
     if settings.streaming:
         say(f"Data train: streamed; what follows is of the first {AUDITED_ROWS} rows of each source")
     for line in describe_data(data, tokenizer, in_colour=sys.stdout.isatty()):
         say(line)
     timeline.mark("data")
 
-    if sharded:
-        base = sharding.load_base(folder, settings, quantization, precision.weights, attention.name, agreement.group)
+    target = find_target(device, agreement.group)
+    fit = choose_fit(plan.config, settings, data.longest_row_tokens(settings), target, plan.attention.name)
+    for line in describe_fit(fit):
+        say(line)
+    arguments = build_arguments(settings, inputs, device.torch, precision.compute, fit)
+    peak = Peak(device.torch)
+    if fit.sharded:
+        base = sharding.load_base(plan, settings, arguments, agreement.group)
     else:
-        base = model.load_model(folder, settings, quantization, precision.weights, device.torch, attention.name)
-    if liger.is_on:
+        base = model.load_model(
+            folder, settings, plan.quantization, precision.weights, device.torch, plan.attention.name
+        )
+    if plan.liger.is_on:
         apply_liger(base, settings.liger_kernel_config or {})
     timeline.mark("model")
 
-    subject = build_sibling(base, device.torch) if sharded else base
+    subject = build_sibling(base, device.torch) if fit.sharded else base
     packing = choose_packing(subject, tokenizer, arguments, settings, agreement.group)
     if packing.mode == "off" and not (settings.streaming or is_given(settings, "train_sampling_strategy")):
         arguments.train_sampling_strategy = "group_by_length"
@@ -85,12 +81,12 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     sequences = packing.pack(data.splits, settings, scratch_dir)
     for name, packed in packing.splits.items():
         say(f"Data {name}: {packed}")
-    run = identify_run(job, arguments, sharded, folder, data.reports["train"], packing)
+    run = identify_run(job, arguments, fit.sharded, folder, data.reports["train"], packing)
     checkpoint = find_checkpoint(job, run, agreement.group)
     timeline.mark("packing")
 
-    trainer = build_trainer(base, tokenizer, lora, sequences, packing.collator, arguments, settings)
-    if lora is not None:
+    trainer = build_trainer(base, tokenizer, plan.lora, sequences, packing.collator, arguments, settings)
+    if plan.lora is not None:
         trainer.adapter_start = adapter_start.begin(trainer.model, settings.init_lora_weights, folder, scratch_dir)
     trainer.agreement, trainer.run, trainer.keeps_checkpoints = agreement, run, settings.use_checkpoints
     has_interval = is_given(settings, "save_steps") or is_given(settings, "save_strategy")
@@ -103,20 +99,23 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     result = trainer.resume(checkpoint)
     agreement.settle()
     timeline.mark("training")
+    memory = fit.compare(peak.read_bytes(), device.is_gpu)
+    say(f"Memory: {memory['comparison']}")
     if trainer.stopped:
         say(
             f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}: all ranks agreed "
             f"{trainer.agreed_seconds:.1f} s after the signal, the checkpoint took {trainer.checkpoint_seconds:.1f} s"
         )
-    weights = sharding.gather_weights(trainer.model) if sharded else None
+    weights = sharding.gather_weights(trainer.model) if fit.sharded else None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # the other ranks leave while rank 0 exports, however long it takes
 
     if rank() == 0:
-        manifest = build_manifest(job, trainer, data.reports, packing, result.metrics, timeline)
+        manifest = build_manifest(job, trainer, data.reports, packing, result.metrics, timeline, memory)
         merges = settings.merge_weights and not trainer.stopped  # a merge may take longer than the platform waits
         export.export(
-            trainer.model, weights, tokenizer, folder, job, dtype, data.sample, manifest, merges, trainer.adapter_start
+            *(trainer.model, weights, tokenizer, folder, job, precision.compute, data.sample, manifest, merges),
+            trainer.adapter_start,
         )
         if trainer.stopped:
             say(f"Exported {request.age_seconds():.1f} s after the signal")

@@ -14,6 +14,7 @@ from trl import SFTConfig
 from llm_trainer import sharding
 from llm_trainer.distributed import world_size
 from llm_trainer.errors import UserError, summarize
+from llm_trainer.fit import Fit
 from llm_trainer.packing import PackingCollator
 from llm_trainer.preflight import Inputs
 from llm_trainer.quantization import keep_adapter_in_float32
@@ -74,9 +75,16 @@ def build_trainer(
 
 
 def build_arguments(
-    settings: Settings, inputs: Inputs, device: torch.device, dtype: torch.dtype, can_evaluate: bool, sharded: bool
+    settings: Settings,
+    inputs: Inputs,
+    device: torch.device,
+    dtype: torch.dtype,
+    fit: Fit | None = None,
 ) -> SFTConfig:
-    """SFTConfig from our defaults and every field of it that the user set, which wins."""
+    """SFTConfig from our defaults and every field of it that the user set, which wins.
+
+    Without a fit, which is known once the data are, they serve to find mistakes early.
+    """
     given = {
         name: reveal(getattr(settings, name))
         for name in read_snapshot()
@@ -84,7 +92,8 @@ def build_arguments(
     }
     if isinstance(given.get("parallelism_config"), dict):
         given["parallelism_config"] = ParallelismConfig(**given["parallelism_config"])
-    defaults = choose_defaults(settings, device, dtype, can_evaluate, sharded)
+    sharded = fit is not None and fit.sharded
+    defaults = choose_defaults(settings, device, dtype, bool(inputs.validation), fit)
     values = {**defaults, **given}
     recomputes = values.pop("activation_checkpointing")
     try:
@@ -104,7 +113,7 @@ def build_arguments(
 
 
 def choose_defaults(
-    settings: Settings, device: torch.device, dtype: torch.dtype, can_evaluate: bool, sharded: bool
+    settings: Settings, device: torch.device, dtype: torch.dtype, can_evaluate: bool, fit: Fit | None
 ) -> dict[str, Any]:
     """Where we choose otherwise than TRL."""
     on_cpu = device.type == "cpu"
@@ -116,16 +125,16 @@ def choose_defaults(
         "use_cpu": on_cpu,
         "ddp_backend": "gloo" if on_cpu and world_size() > 1 else None,
         "dataloader_pin_memory": not on_cpu,
-        "activation_checkpointing": choose_checkpointing(settings, on_cpu),
+        "activation_checkpointing": fit is not None and fit.gradient_checkpointing,
         "activation_checkpointing_kwargs": {"use_reentrant": False},  # the other kind loses gradients of frozen inputs
-        "activation_offloading": bool(settings.activation_offloading),
+        "activation_offloading": fit is not None and fit.activation_offloading,
         "ddp_find_unused_parameters": False,  # the search costs a pass over the graph a step and finds nothing
         "disable_tqdm": True,  # its carriage returns spoil a log; metric lines show the progress
         "prediction_loss_only": True,
         "eval_strategy": "epoch" if can_evaluate else "no",
         "save_strategy": "no",  # SaveAndStop finds an interval
     }
-    if sharded:
+    if fit is not None and fit.sharded:
         defaults |= sharding.choose_arguments(settings)
     if is_given(settings, "save_steps") and settings.use_checkpoints:
         defaults["save_strategy"] = "steps"
@@ -142,11 +151,6 @@ def choose_defaults(
         if is_given(settings, "eval_steps"):
             defaults["save_steps"] = settings.eval_steps
     return defaults
-
-
-def choose_checkpointing(settings: Settings, on_cpu: bool) -> bool:
-    """Recomputing activations trades time for memory, and a CPU run is short of time."""
-    return not on_cpu if settings.gradient_checkpointing is None else settings.gradient_checkpointing
 
 
 def reveal(value: Any) -> Any:

@@ -18,11 +18,12 @@ from llm_trainer.data_report import DataReport
 from llm_trainer.disk import inspect_need
 from llm_trainer.environment import Environment, read_environment
 from llm_trainer.errors import MAX_LISTED_PROBLEMS, UserError
-from llm_trainer.findings import Finding, Verdict, as_row
+from llm_trainer.findings import GIB, Finding, Verdict, as_row, show_bytes
+from llm_trainer.gpu_driver import read_driver
 from llm_trainer.launch import collect_settings, library_variables
 from llm_trainer.own_script import names_a_script
 from llm_trainer.preflight import Inputs, check_writable, find_inputs, find_lack_of_weights, find_oddities
-from llm_trainer.settings import Settings, is_given, redact
+from llm_trainer.settings import Settings, count_processes, is_given, redact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -35,6 +36,7 @@ class Validation:
     findings: list[Finding] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)  # those given, without secrets
     reports: dict[str, DataReport] = field(default_factory=dict)  # of each split
+    memory: dict[str, Any] = field(default_factory=dict)  # what a GPU needs, and the parts of that
     sample: str = ""  # a training row, what is trained on marked
 
     def tell(self, subject: str, verdict: Verdict, texts: Iterable[str]) -> None:
@@ -122,6 +124,9 @@ def examine_data(
         validation.tell(name, "ok", texts)
         if not problems:
             validation.tell(name, "warning", find_data_oddities(name, split.report))
+    if not problems:
+        longest_row = max(split.report.longest_row_tokens for split in splits.values())
+        examine_memory(config, settings, environment, longest_row, validation)
     row = splits["train"].first_row()
     validation.sample = mark_sample(row, tokenizer, in_colour) if row else ""
 
@@ -139,6 +144,37 @@ def find_adapter_problems(folder: str, config: "PreTrainedConfig", settings: Set
     return ()
 
 
+def examine_memory(
+    config: Any, settings: Settings, environment: Environment, longest_row: int, validation: Validation
+) -> None:
+    """Tell what the job needs of a GPU: of those that are here, or of whichever the job will run on."""
+    from llm_trainer.device import find_device
+    from llm_trainer.fit import ATTENTION_ELSEWHERE, Target, choose_fit, find_gpu_size, list_needs
+    from llm_trainer.model_shape import UnknownShapeError
+
+    on_gpu = environment.num_gpus > 0 and not settings.use_cpu
+    attention = ATTENTION_ELSEWHERE if settings.attn_implementation == "auto" else settings.attn_implementation
+    driver = read_driver() if on_gpu else None
+    try:
+        if driver:
+            num_processes = count_processes(settings, environment)
+            free_bytes = min(gpu.memory_bytes for gpu in driver.gpus)
+            target = Target(find_device(settings), num_processes * len(environment.hosts), free_bytes)
+            fit = choose_fit(config, settings, longest_row, target, attention)
+            validation.memory = fit.describe()
+            validation.tell("memory", "warning" if fit.warning else "ok", [fit.warning or fit.reason])
+            return
+        for way, need in list_needs(config, settings, longest_row, attention).items():
+            size = find_gpu_size(need)
+            fitting = f"one GPU of {size} GiB holds that" if size else "no single GPU holds that"
+            validation.memory[str(way)] = {"gpu_gib": size, **need.describe()}
+            validation.tell("memory", "ok", [f"{way} needs {show_bytes(need.total_bytes)} on a GPU: {fitting}"])
+    except UserError as error:
+        validation.tell("memory", "error", error.problems)
+    except UnknownShapeError as error:
+        validation.tell("memory", "warning", [f"What memory the model needs is not known, since {error}."])
+
+
 def as_json(validation: Validation) -> str:
     problems = validation.list_texts("error")
     values = {
@@ -146,6 +182,7 @@ def as_json(validation: Validation) -> str:
         "problems": problems,
         "warnings": validation.list_texts("warning"),
         "data": {name: report.summary() for name, report in validation.reports.items()},
+        "memory": validation.memory,
         "sample": validation.sample,
         "settings": validation.settings,
     }
@@ -161,7 +198,9 @@ def as_text(validation: Validation, in_colour: bool) -> Iterator[str]:
     if unlisted:
         yield f"and {len(unlisted)} more errors, which --json lists."
     if validation.reports:
-        yield from ("", *as_table({name: count(report) for name, report in validation.reports.items()}))
+        yield from ("", *as_table({name: count(report) for name, report in validation.reports.items()}, "data"))
+    if validation.memory:
+        yield from ("", *as_memory_table(validation.memory))
     if validation.sample:
         from llm_trainer.audit import describe_marks
 
@@ -185,8 +224,19 @@ def count(report: DataReport) -> dict[str, str]:
     return {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in counts.items()}
 
 
-def as_table(rows: dict[str, dict[str, str]]) -> Iterator[str]:
+def as_memory_table(memory: dict[str, Any]) -> Iterator[str]:
+    """GiB of each part on a GPU, a column a way of training."""
+    needs = {"here": memory["estimate"]} if "estimate" in memory else memory
+    names = dict.fromkeys(part for need in needs.values() for part in need["parts"])
+    rows = {part: {way: f"{need['parts'].get(part, 0) / GIB:.2f}" for way, need in needs.items()} for part in names}
+    rows["in all"] = {way: f"{need['total_bytes'] / GIB:.2f}" for way, need in needs.items()}
+    yield from as_table(rows, "GiB a GPU")
+
+
+def as_table(rows: dict[str, dict[str, str]], title: str) -> Iterator[str]:
     """A line a row below a line of the columns' names, right-aligned."""
-    for name, cells in ("data", {column: column for row in rows.values() for column in row}), *rows.items():
+    for name, cells in (title, {column: column for row in rows.values() for column in row}), *rows.items():
         widths = {column: max(len(column), *(len(row.get(column, "")) for row in rows.values())) for column in cells}
-        yield f"{name:10}" + "".join(f"  {cells[column]:>{width}}" for column, width in widths.items())
+        yield f"{name:{max(10, *map(len, rows))}}" + "".join(
+            f"  {cells[column]:>{width}}" for column, width in widths.items()
+        )

@@ -30,11 +30,11 @@ def test_the_peak_is_the_estimated_one(method, checkpointing, size, device):
     if device.type != "cuda":
         pytest.skip("torch measures peaks on a GPU alone")
     memory = pytest.importorskip("llm_trainer.memory", exc_type=ImportError)
-    from llm_trainer.model_shape import read_shape
-    from llm_trainer.step_trace import Step
     from trl.trainer.utils import add_fused_lm_head
 
+    from llm_trainer.model_shape import read_shape
     from llm_trainer.settings import Settings
+    from llm_trainer.step_trace import Step
 
     def find_loss(model, batch):
         """TRL's, which is what the estimate counts on."""
@@ -51,6 +51,7 @@ def test_the_peak_is_the_estimated_one(method, checkpointing, size, device):
         num_sequences=plan.sequences,
         length=plan.tokens,
         has_mask=False,
+        stores_scores=plan.attention == "eager",
         compute_dtype=torch.bfloat16,
         checkpoints=checkpointing,
         offloads=False,

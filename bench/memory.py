@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The estimate of a step's memory beside what real steps took: each case in a process of its own.
+
+    .venv/bin/python bench/memory.py [WORD ...]
+
+runs the cases whose name holds one of the words, or all. On a CPU what is measured is the highest resident set above
+that before the weights were made, on a GPU torch's peak.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+SMOLLM2 = {  # SmolLM2-135M
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+WIDE = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+FULL: dict[str, Any] = {"use_peft": False}
+CHECKPOINTED = {"gradient_checkpointing": True}
+BF16 = {"torch_dtype": "bfloat16"}
+EAGER = {"attn_implementation": "eager"}
+# name -> model, sequences, tokens of each, settings
+CASES: dict[str, tuple[dict[str, Any], int, int, dict[str, Any]]] = {
+    "smol lora 1x256": (SMOLLM2, 1, 256, {}),
+    "smol lora 4x256": (SMOLLM2, 4, 256, {}),
+    "smol lora 4x256 checkpointed": (SMOLLM2, 4, 256, CHECKPOINTED),
+    "smol lora 2x512 eager": (SMOLLM2, 2, 512, EAGER),
+    "smol lora 2x512 bf16": (SMOLLM2, 2, 512, BF16),
+    "smol lora 1x1024 checkpointed": (SMOLLM2, 1, 1024, CHECKPOINTED),
+    "smol full 1x256": (SMOLLM2, 1, 256, FULL),
+    "smol full 4x256": (SMOLLM2, 4, 256, FULL),
+    "smol full 4x256 checkpointed": (SMOLLM2, 4, 256, {**FULL, **CHECKPOINTED}),
+    "smol full 2x256 bf16": (SMOLLM2, 2, 256, {**FULL, **BF16}),
+    "wide lora 1x512": (WIDE, 1, 512, {}),
+    "wide lora 2x512 bf16": (WIDE, 2, 512, BF16),
+    "wide lora 2x512 checkpointed": (WIDE, 2, 512, CHECKPOINTED),
+    "wide full 1x512": (WIDE, 1, 512, FULL),
+    "wide full 1x512 checkpointed": (WIDE, 1, 512, {**FULL, **CHECKPOINTED}),
+}
+STEPS = 2
+VARIABLES = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+
+
+def main(words: list[str]) -> None:
+    print(f"{'case':32} {'estimate':>9} {'measured':>9}  ratio   (MiB)")
+    for name in CASES:
+        if not words or any(word in name for word in words):
+            run = subprocess.run(
+                [sys.executable, __file__, "--case", name], capture_output=True, text=True, env=VARIABLES
+            )
+            if run.returncode:
+                print(f"{name:32} failed: {run.stderr.strip().splitlines()[-1]}")
+                continue
+            estimated, measured = json.loads(run.stdout.splitlines()[-1])
+            print(
+                f"{name:32} {estimated / 2**20:9.0f} {measured / 2**20:9.0f}  {estimated / measured:5.3f}", flush=True
+            )
+
+
+def measure(name: str) -> tuple[int, int]:
+    """(estimated, measured) bytes of a case."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    from trl import SFTConfig, SFTTrainer
+
+    from llm_trainer import adapters
+    from llm_trainer.memory import Setup, estimate
+    from llm_trainer.model_shape import read_shape
+    from llm_trainer.peak import Peak
+    from llm_trainer.settings import Settings
+    from llm_trainer.step_trace import Step
+
+    model_options, sequences, length, options = CASES[name]
+    settings = Settings(lora_dropout=0.1, **options)
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if settings.torch_dtype == "bfloat16" else torch.float32
+    config = LlamaConfig(pad_token_id=0, **model_options)
+    checkpoints = bool(settings.gradient_checkpointing)
+    shape = read_shape(config, settings, dtype)
+    step = Step(
+        num_sequences=sequences,
+        length=length,
+        has_mask=False,
+        stores_scores=settings.attn_implementation == "eager",
+        compute_dtype=dtype,
+        checkpoints=checkpoints,
+        offloads=False,
+        sharded=False,
+        on_gpu=on_gpu,
+    )
+    estimated = estimate(shape, Setup(step, 1, "adamw_torch_fused", accumulates=False))
+    for part in estimated.as_table():
+        print(part, file=sys.stderr)
+    peak = Peak(torch.device("cuda" if on_gpu else "cpu"))
+    attention = "eager" if settings.attn_implementation == "eager" else "sdpa"
+    with torch.device("cuda" if on_gpu else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    rows = [{"input_ids": [5] * length, "labels": [5] * length} for _ in range(sequences * STEPS)]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SFTConfig(
+            output_dir=folder,
+            per_device_train_batch_size=sequences,
+            max_steps=STEPS,
+            gradient_checkpointing=checkpoints,
+            bf16=dtype == torch.bfloat16,
+            use_cpu=not on_gpu,
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=build_tokenizer(),
+            peft_config=adapters.build_lora(settings) if settings.use_peft else None,
+        )
+        trainer.train()
+    return estimated.peak_bytes, peak.read_bytes()
+
+
+def build_tokenizer() -> Any:
+    sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "tests"))
+    from tiny_model import build_tokenizer as build
+
+    return build()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--case"]:
+        print(json.dumps(measure(sys.argv[2])))
+    else:
+        main(sys.argv[1:])

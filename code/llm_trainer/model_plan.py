@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is decided about the model from its config alone, before data are prepared and long before weights load."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from peft import LoraConfig
+from transformers import PreTrainedConfig
+
+from llm_trainer import model
+from llm_trainer.adapters import build_lora
+from llm_trainer.attention import Attention, choose_attention, find_faults, read_needs
+from llm_trainer.device import Device
+from llm_trainer.kernels import Liger, choose_liger, find_known_types
+from llm_trainer.precision import Precision, find_stored_type
+from llm_trainer.quantization import Quantization, build_quantization, describe_quantization
+from llm_trainer.settings import Settings
+
+
+@dataclass(frozen=True, eq=False)
+class ModelPlan:
+    """How the model of a folder is loaded and computed."""
+
+    folder: str
+    config: PreTrainedConfig
+    device: Device
+    precision: Precision
+    quantization: Quantization | None
+    attention: Attention
+    liger: Liger
+    lora: LoraConfig | None
+    reasons: tuple[str, ...]  # a line for the log each
+
+
+def plan_model(folder: str, settings: Settings, device: Device, precision: Precision) -> ModelPlan:
+    """Raises UserError for what the settings ask of this model and cannot be."""
+    config = model.read_config(folder, settings)
+    quantization = build_quantization(folder, config, settings, precision.compute, device)
+    skeleton = model.build_skeleton(folder, config, settings)
+    attention = choose_attention(read_needs(skeleton), settings, precision.compute, device, find_faults(device))
+    liger = choose_liger(config, settings, device, find_known_types(device))
+
+    def reasons() -> Iterator[str]:
+        yield precision.describe(find_stored_type(folder, config))
+        if quantization is not None:
+            yield describe_quantization(folder, skeleton, quantization, precision.weights)
+        yield str(attention)
+        yield str(liger)
+
+    return ModelPlan(
+        folder=folder,
+        config=config,
+        device=device,
+        precision=precision,
+        quantization=quantization,
+        attention=attention,
+        liger=liger,
+        lora=build_lora(settings, skeleton) if settings.use_peft else None,
+        reasons=tuple(reasons()),
+    )
