@@ -5,11 +5,12 @@ import bitsandbytes.functional
 import pytest
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3Config
 from trl import SFTConfig, SFTTrainer
 
 from llm_trainer import adapters
-from llm_trainer.model_shape import UnknownShapeError, read_shape
+from llm_trainer.model_shape import UnknownShapeError, find_layers, read_shape
 from llm_trainer.settings import Settings
 from tiny_model import build_tokenizer
 
@@ -102,8 +103,6 @@ def test_layers_of_each_kind_stay_in_the_skeleton():
     assert config.num_hidden_layers == 6  # the caller's is left as it is
 
 
-def test_what_cannot_be_built_is_not_known(tiny_model):
-    config = AutoConfig.from_pretrained(tiny_model)
-    config.num_attention_heads = 7  # of which the width is no multiple
-    with pytest.raises(UnknownShapeError, match="built from its config"):
-        read_shape(config, Settings(), torch.float32)
+def test_a_model_without_a_list_of_its_layers_is_not_known():
+    with pytest.raises(UnknownShapeError, match="no list of the 3 layers"):
+        find_layers(nn.ModuleList([nn.Linear(2, 2)]), 3)
