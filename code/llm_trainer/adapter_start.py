@@ -113,7 +113,9 @@ def keep(start: Path, checkpoint: Path) -> None:
     shutil.copyfile(start / SAFETENSORS_WEIGHTS_NAME, checkpoint / KEPT)
 
 
-def save_adapter(model: PeftModel, weights: dict[str, torch.Tensor] | None, folder: Path, start: Path | None) -> None:
+def save_adapter(
+    model: PeftModel, folder: Path, start: Path | None, weights: dict[str, torch.Tensor] | None = None
+) -> None:
     """Write the adapter as one of the base as it is stored; `weights` are its own where the model holds but shards."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # PEFT advises to convert, in the course of the conversion

@@ -48,11 +48,11 @@ def export(
         if isinstance(model, PeftModel) and merges:
             adapter = job.environment.output_dir / "data" / "adapter"
             # first, so that a merge that fails loses nothing
-            save_adapter(model, weights, adapter, adapter_start)
-            merged, manifest["merge"] = merge(model, weights, adapter, base, job, dtype, train_data)
+            save_adapter(model, adapter, adapter_start, weights)
+            merged, manifest["merge"] = merge(model, adapter, base, job, dtype, train_data, weights)
             save_whole(merged, staging, dtype)
         elif isinstance(model, PeftModel):
-            save_adapter(model, weights, staging, adapter_start)
+            save_adapter(model, staging, adapter_start, weights)
         else:
             save_whole(rebuild(model, weights) if weights else model, staging, dtype)
         tokenizer.save_pretrained(staging)
@@ -101,12 +101,12 @@ def save_whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None
 
 def merge(
     model: PeftModel,
-    weights: dict[str, torch.Tensor] | None,
     adapter: Path,
     base: str,
     job: Job,
     dtype: torch.dtype,
     train_data: Dataset,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> tuple[PreTrainedModel, dict[str, float]]:
     """The base with the adapter folded in, and by how much its logits differ from those of the adapter on the base.
 

@@ -44,7 +44,7 @@ class OwnSettings(BaseModel):
     use_snapshot_download: bool = Field(True, description="Download a Hub model once a host, before any rank loads it.")
     token: SecretStr | None = Field(None, description="Hugging Face token; better given as HF_TOKEN in Environment.")
     torch_dtype: Dtype = Field(
-        "auto", description="Type of the weights and of the computation; auto: by the checkpoint and the device."
+        "auto", description="Type of the weights and of the computation; auto: by the device (16 bit on a GPU)."
     )
     attn_implementation: Attention = Field(
         "auto", description="Attention kernel; auto: the fastest one that is right for model, type and device."

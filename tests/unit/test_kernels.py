@@ -125,7 +125,7 @@ def test_the_chunked_loss_is_the_plain_one(tmp_path, name, packs):
     data = Dataset.from_dict({"input_ids": rows, "labels": labels, "length": [len(row) for row in rows]})
     settings = Settings(use_peft=False)
     inputs = Inputs("", [], [], tmp_path / "model", tmp_path / "checkpoints")
-    arguments = build_arguments(settings, inputs, CPU.torch, torch.float32, can_evaluate=False)
+    arguments = build_arguments(settings, inputs, CPU.torch, torch.float32)
     packing = PackingCollator(tokenizer.pad_token_id, 64, flattens=False) if packs else None
     trainer = build_trainer(model, tokenizer, None, {"train": data}, packing, arguments, settings)
     batch = (packing or DataCollatorForLanguageModeling(tokenizer.pad_token_id))(
