@@ -133,7 +133,7 @@ def measure(name: str) -> tuple[int, int]:
             args=arguments,
             train_dataset=Dataset.from_list(rows),
             processing_class=build_tokenizer(),
-            peft_config=adapters.build_lora(settings) if settings.use_peft else None,
+            peft_config=adapters.build_lora(settings, model) if settings.use_peft else None,
         )
         trainer.train()
     return estimated.peak_bytes, peak.read_bytes()

@@ -19,7 +19,7 @@ from llm_trainer.machine import find_available_memory
 from llm_trainer.memory import Estimate, Setup, estimate
 from llm_trainer.model_shape import ModelShape, UnknownShapeError, read_shape
 from llm_trainer.precision import choose_precision
-from llm_trainer.settings import Settings, is_given
+from llm_trainer.settings import Settings, find_unshardable, is_given
 from llm_trainer.step_trace import Step
 
 GPU_SIZES_GIB = (16, 24, 32, 48, 80, 96, 141, 180)  # T4, L4/A10G, V100/5090, L40S, A100/H100, H20, H200, B200
@@ -55,10 +55,10 @@ class Way:
     checkpoints: bool
     offloads: bool
 
-    def __str__(self) -> str:
-        parts = ["FSDP" if self.sharded else "DDP"]
-        parts += ["gradient checkpointing"] * self.checkpoints + ["activation offloading"] * self.offloads
-        return " with ".join([parts[0], " and ".join(parts[1:])]) if parts[1:] else parts[0]
+    def name(self, world_size: int) -> str:
+        spread = "FSDP" if self.sharded else "DDP" if world_size > 1 else "training"
+        savings = ["gradient checkpointing"] * self.checkpoints + ["activation offloading"] * self.offloads
+        return f"{spread} with {' and '.join(savings)}" if savings else spread
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,12 @@ def choose_fit(config: PreTrainedConfig, settings: Settings, longest_row: int, t
             need = case.estimate(way)
         except UnknownShapeError as error:
             return choose_blindly(ways, target, f"the model's memory is not known, since {error}")
-        size = f"{show_bytes(need.total_bytes)} a {target.unit}"
+        name, size = way.name(target.world_size), f"{show_bytes(need.total_bytes)} a {target.unit}"
         if case.fits(need):
-            needs = f"{', '.join(refused) or f'{way} needs {size}'} and {free} are free"
-            return build_fit(way, need, f"{needs}: {way}, {size}" if refused else needs)
-        refused.append(f"{way} needs {size}")
-    problem = f"The job needs {size} with {way} and {free} are free"
+            needs = f"{', '.join(refused) or f'{name} needs {size}'} and {free} are free"
+            return build_fit(way, need, f"{needs}: {name}, {size}" if refused else needs)
+        refused.append(f"{name} needs {size}")
+    problem = f"The job needs {size} with {name} and {free} are free"
     if not settings.check_memory:
         return build_fit(way, need, f"{problem}, and check_memory=false", f"{problem}: it may run out of memory.")
     changes = list(islice(list_changes(case), NUM_CHANGES))
@@ -221,7 +221,8 @@ def list_ways(settings: Settings, target: Target) -> list[Way]:
     checkpointing, which leaves little to send.
     """
     open_ways = (False, True)
-    distribution = {"ddp": (False,), "fsdp": (True,), "auto": open_ways if target.world_size > 1 else (False,)}
+    spreads = open_ways if target.world_size > 1 and is_shardable(settings) else (False,)
+    distribution = {"ddp": (False,), "fsdp": (True,), "auto": spreads}
     checkpointing, offloading = settings.gradient_checkpointing, settings.activation_offloading
     ways = product(
         open_ways if offloading is None and target.on_gpu else (bool(offloading),),
@@ -235,7 +236,11 @@ def list_ways(settings: Settings, target: Target) -> list[Way]:
     ]
 
 
-def list_needs(config: PreTrainedConfig, settings: Settings, longest_row: int, attention: str) -> dict[Way, Estimate]:
+def is_shardable(settings: Settings) -> bool:
+    return not any(find_unshardable(settings))
+
+
+def list_needs(config: PreTrainedConfig, settings: Settings, longest_row: int, attention: str) -> dict[str, Estimate]:
     """What each way that the settings leave open needs on one GPU of today, wherever that is.
 
     Raises UnknownShapeError.
@@ -243,7 +248,7 @@ def list_needs(config: PreTrainedConfig, settings: Settings, longest_row: int, a
     target = Target(ELSEWHERE, world_size=1, free_bytes=0)
     case = Case(config, settings, longest_row, target, attention)
     ways = list_ways(settings, target)
-    return {way: case.estimate(way) for way in ways if settings.activation_offloading or not way.offloads}
+    return {way.name(1): case.estimate(way) for way in ways if settings.activation_offloading or not way.offloads}
 
 
 def find_gpu_size(need: Estimate) -> int | None:
@@ -302,7 +307,7 @@ def checkpoint(case: Case) -> Iterator[tuple[str, Case]]:
 
 
 def shard(case: Case) -> Iterator[tuple[str, Case]]:
-    if case.settings.distribution == "ddp" and case.target.world_size > 1:
+    if case.settings.distribution == "ddp" and case.target.world_size > 1 and is_shardable(case.settings):
         yield "distribution=fsdp", case.change(distribution="fsdp")
 
 
@@ -335,7 +340,7 @@ def shorten_rows(case: Case) -> Iterator[tuple[str, Case]]:
 
 def add_gpus(case: Case) -> Iterator[tuple[str, Case]]:
     number = case.target.world_size
-    while case.target.on_gpu and number < MAX_WORLD_SIZE:
+    while case.target.on_gpu and number < MAX_WORLD_SIZE and is_shardable(case.settings):
         number *= 2
         yield f"{number} such GPUs with distribution=fsdp", case.change(distribution="fsdp").move(world_size=number)
 

@@ -561,17 +561,21 @@ def find_distribution_contradictions(settings: Settings, environment: Environmen
             "distribution=fsdp with one process: there is nobody to share the model with; "
             "remove it, or use more GPUs or hosts."
         )
+    yield from find_unshardable(settings)
+    if settings.activation_offloading and settings.gradient_checkpointing is False:
+        yield (
+            "activation_offloading=true with distribution=fsdp and gradient_checkpointing=false would offload gathered "
+            "weights: set gradient_checkpointing=true."
+        )
+
+
+def find_unshardable(settings: Settings) -> typing.Iterator[str]:
     if settings.load_in_8bit:
         yield "load_in_8bit=true with distribution=fsdp: 8-bit weights cannot be sharded; use load_in_4bit=true."
     if settings.init_lora_weights in (*MOVING_STARTS, "loftq"):
         yield (
             f"init_lora_weights={settings.init_lora_weights} with distribution=fsdp: what such an adapter began with "
             "cannot be taken off its shards; use default."
-        )
-    if settings.activation_offloading and settings.gradient_checkpointing is False:
-        yield (
-            "activation_offloading=true with distribution=fsdp and gradient_checkpointing=false would offload gathered "
-            "weights: set gradient_checkpointing=true."
         )
 
 

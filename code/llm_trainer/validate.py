@@ -167,7 +167,7 @@ def examine_memory(
         for way, need in list_needs(config, settings, longest_row, attention).items():
             size = find_gpu_size(need)
             fitting = f"one GPU of {size} GiB holds that" if size else "no single GPU holds that"
-            validation.memory[str(way)] = {"gpu_gib": size, **need.describe()}
+            validation.memory[way] = {"gpu_gib": size, **need.describe()}
             validation.tell("memory", "ok", [f"{way} needs {show_bytes(need.total_bytes)} on a GPU: {fitting}"])
     except UserError as error:
         validation.tell("memory", "error", error.problems)

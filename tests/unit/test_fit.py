@@ -20,6 +20,9 @@ LLAMA_8B = LlamaConfig(
     num_attention_heads=32,
     num_key_value_heads=8,
 )
+MEDIUM = LlamaConfig(
+    vocab_size=4000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16
+)
 SMALL = LlamaConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=3, intermediate_size=64, num_attention_heads=4)
 
 
@@ -63,12 +66,12 @@ def test_the_reason_has_the_numbers():
 
 
 @pytest.mark.parametrize(
-    ("number", "gib", "options"), [(1, 22, {}), (1, 79, {"use_peft": False}), (2, 14, {"distribution": "ddp"})]
+    ("number", "gib", "options"), [(1, 1.8, {}), (1, 7, {"use_peft": False}), (2, 2.2, {"distribution": "ddp"})]
 )
 def test_what_a_job_that_cannot_fit_is_told_makes_it_fit(number, gib, options):
     target = gpus(number, gib)
     with pytest.raises(UserError) as refusal:
-        choose(target, **options)
+        choose(target, MEDIUM, 512, **options)
     changes = str(refusal.value).partition("what makes it fit: ")[2].rstrip(".").split("; or ")
     assert len(changes) == 3
     for change in changes:
@@ -82,12 +85,18 @@ def test_what_a_job_that_cannot_fit_is_told_makes_it_fit(number, gib, options):
             else:
                 name, _, value = words.partition("=")
                 given[ALIASES.get(name, name)] = {"true": True, "false": False}.get(value, value)
-        fit = choose_fit(LLAMA_8B, Settings(**given), 2048, changed, "flash_attention_2")
+        fit = choose(changed, MEDIUM, 512, **given)
         assert fit.estimate.total_bytes <= changed.free_bytes, change
 
 
+def test_what_cannot_be_sharded_is_not():
+    with pytest.raises(UserError) as refusal:
+        choose(gpus(8, 1), MEDIUM, 512, load_in_8bit=True, gradient_checkpointing=True, activation_offloading=False)
+    assert "fsdp" not in str(refusal.value).lower()
+
+
 def test_check_memory_false_tries_it():
-    fit = choose(gpus(1, 10), check_memory=False)
+    fit = choose(gpus(1, 1), MEDIUM, 512, check_memory=False)
     assert "it may run out of memory" in fit.warning
     assert fit.gradient_checkpointing
 
@@ -117,6 +126,6 @@ def test_a_cpu_is_asked_for_its_memory():
 
 def test_needs_of_one_gpu_anywhere():
     needs = list_needs(LLAMA_8B, Settings(), 2048, "flash_attention_2")
-    assert [str(way) for way in needs] == ["DDP", "DDP with gradient checkpointing"]
+    assert list(needs) == ["training", "training with gradient checkpointing"]
     plain, checkpointed = (need.total_bytes for need in needs.values())
     assert checkpointed < plain / 3
