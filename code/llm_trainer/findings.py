@@ -6,6 +6,7 @@ from typing import Literal
 
 Verdict = Literal["ok", "warning", "error"]
 
+MIB = 2**20
 GIB = 2**30
 COLOURS = {"ok": "\033[32m", "warning": "\033[33m", "error": "\033[31m"}
 

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llm_trainer.findings import GIB
+from llm_trainer.findings import GIB, MIB
 from llm_trainer.model_shape import ModelShape, Part
 from llm_trainer.step_trace import Span, Step, StepTrace, trace_step
 
-MIB = 2**20
 # cuBLAS' workspace as torch asks for it on Hopper (aten/src/ATen/cuda/CUDABlas.cpp), the largest of all.
 CUBLAS_WORKSPACE_BYTES = 32 * MIB
 # Of a process, beside what torch allocates: CUDA's context with the kernels that are loaded, and NCCL's channels.

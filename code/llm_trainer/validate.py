@@ -18,7 +18,7 @@ from llm_trainer.data_report import DataReport
 from llm_trainer.disk import inspect_need
 from llm_trainer.environment import Environment, read_environment
 from llm_trainer.errors import MAX_LISTED_PROBLEMS, UserError
-from llm_trainer.findings import GIB, Finding, Verdict, as_row, show_bytes
+from llm_trainer.findings import GIB, MIB, Finding, Verdict, as_row, show_bytes
 from llm_trainer.gpu_driver import read_driver
 from llm_trainer.launch import collect_settings, library_variables
 from llm_trainer.own_script import names_a_script
@@ -226,8 +226,8 @@ def count(report: DataReport) -> dict[str, str]:
 
 def as_memory_table(memory: dict[str, Any]) -> Iterator[str]:
     """GiB of each part on a GPU, a column a way of training."""
-    needs = {"here": memory["estimate"]} if "estimate" in memory else memory
-    names = dict.fromkeys(part for need in needs.values() for part in need["parts"])
+    needs = memory if "estimate" not in memory else {"here": memory["estimate"]} if memory["estimate"] else {}
+    names = dict.fromkeys(part for need in needs.values() for part, size in need["parts"].items() if size >= MIB)
     rows = {part: {way: f"{need['parts'].get(part, 0) / GIB:.2f}" for way, need in needs.items()} for part in names}
     rows["in all"] = {way: f"{need['total_bytes'] / GIB:.2f}" for way, need in needs.items()}
     yield from as_table(rows, "GiB a GPU")

@@ -48,6 +48,18 @@ def write_rows(tree, *rows):
     tree.write("input/data/train/train.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
+def test_what_a_gpu_has_to_hold_is_told_without_one(examine_tree):
+    validation = examine_tree()
+    plain, checkpointed = (validation.memory[way] for way in ("training", "training with gradient checkpointing"))
+    assert plain["parts"]["base weights"] == checkpointed["parts"]["base weights"] > 0
+    assert plain["parts"]["activations"] > checkpointed["parts"]["activations"]
+    assert plain["gpu_gib"] == 16
+    assert json.loads(as_json(validation))["memory"].keys() == {"training", "training with gradient checkpointing"}
+    table = "\n".join(as_text(validation, in_colour=False))
+    assert re.search(r"^CUDA +0\.59 +0\.59$", table, re.MULTILINE)
+    assert "NCCL" not in table  # of which one GPU has no use
+
+
 def test_a_good_job_is_shown_to_a_person(tree, run_validate):
     result = run_validate()
     assert result.returncode == 0, result.stdout + result.stderr
