@@ -166,12 +166,22 @@ class Case:
         return moved
 
 
-def choose_fit(config: PreTrainedConfig, settings: Settings, longest_row: int, target: Target, attention: str) -> Fit:
+def choose_fit(
+    config: PreTrainedConfig,
+    settings: Settings,
+    longest_row: int,
+    target: Target,
+    attention: str,
+    earlier: str | None = None,
+) -> Fit:
     """The cheapest way that fits, of those that the settings leave open. `longest_row` is in tokens.
 
+    `earlier` is the distribution of a run that this one goes on from; where the settings leave it open, it stays.
     Raises UserError where none does, with the cheapest changes that make it fit; with `check_memory=false` the way that
     takes the least is tried.
     """
+    if earlier and settings.distribution == "auto" and target.world_size > 1:
+        settings = settings.model_copy(update={"distribution": earlier})
     case = Case(config, settings, longest_row, target, attention)
     ways, free = list_ways(settings, target), show_bytes(target.free_bytes)
     refused: list[str] = []

@@ -70,6 +70,23 @@ def find_checkpoint(job: Job, run: dict[str, Any], group: dist.ProcessGroup | No
     return checkpoint
 
 
+def find_distribution(job: Job, group: dist.ProcessGroup | None) -> str | None:
+    """How the run that this job may go on from was distributed; None where there is none. Every rank must call this.
+
+    What is free on a GPU differs a little from start to start, and must not have a job refuse its own checkpoint.
+    """
+    if not job.settings.use_checkpoints or (job.settings.resume_from_checkpoint or "").lower() == "false":
+        return None
+    gather = gather_over(group)
+    names = {checkpoint.name for checkpoint in checkpoints.list_checkpoints(job.inputs.checkpoint_dir)}
+    found = sorted(set().union(*gather(names)), key=lambda name: checkpoints.step_of(Path(name)))
+    for name in reversed(found):
+        marker = checkpoints.agree_on_marker(job.inputs.checkpoint_dir / name, gather)
+        if marker is not None:
+            return marker.run.get("distribution")
+    return None
+
+
 def gather_over(group: dist.ProcessGroup | None) -> Gather:
     def gather(own: Any) -> list[Any]:
         objects: list[Any] = [None] * dist.get_world_size(group)

@@ -25,7 +25,7 @@ from llm_trainer.packing import Packing, choose_packing
 from llm_trainer.peak import Peak
 from llm_trainer.precision import choose_precision
 from llm_trainer.resumable_trainer import SaveAndStop
-from llm_trainer.resume import find_checkpoint, identify_run
+from llm_trainer.resume import find_checkpoint, find_distribution, identify_run
 from llm_trainer.settings import is_given
 from llm_trainer.stopping import Agreement, StopRequest
 from llm_trainer.streaming import AUDITED_ROWS
@@ -58,7 +58,8 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     timeline.mark("data")
 
     target = find_target(device, agreement.group)
-    fit = choose_fit(plan.config, settings, data.longest_row_tokens(settings), target, plan.attention.name)
+    longest_row, earlier = data.longest_row_tokens(settings), find_distribution(job, agreement.group)
+    fit = choose_fit(plan.config, settings, longest_row, target, plan.attention.name, earlier)
     for line in describe_fit(fit):
         say(line)
     arguments = build_arguments(settings, inputs, device.torch, precision.compute, fit)

@@ -88,6 +88,15 @@ def test_what_a_job_that_cannot_fit_is_told_makes_it_fit(number, gib, options):
         assert fit.estimate.total_bytes <= changed.free_bytes, change
 
 
+def test_a_run_that_goes_on_stays_distributed_as_it_was():
+    target = gpus(2, 20)
+    fits = [
+        choose_fit(SMALL, Settings(), 16, target, "flash_attention_2", earlier) for earlier in (None, "ddp", "fsdp")
+    ]
+    assert [fit.distribution for fit in fits] == ["ddp", "ddp", "fsdp"]
+    assert choose_fit(SMALL, Settings(), 16, gpus(1, 20), "flash_attention_2", "fsdp").distribution == "ddp"
+
+
 def test_what_cannot_be_sharded_is_not():
     with pytest.raises(UserError) as refusal:
         choose(gpus(8, 1), MEDIUM, 512, load_in_8bit=True, gradient_checkpointing=True, activation_offloading=False)

@@ -34,6 +34,24 @@ def choose(folder, run=RUN, resume_from_checkpoint=None, use_checkpoints=True):
     return resume.choose_checkpoint(job, run)
 
 
+def test_the_distribution_is_that_of_the_newest_that_tells(folder):
+    def find(**settings):
+        settings = {"resume_from_checkpoint": None, "use_checkpoints": True, **settings}
+        inputs = SimpleNamespace(checkpoint_dir=folder)
+        return resume.find_distribution(SimpleNamespace(settings=SimpleNamespace(**settings), inputs=inputs), None)
+
+    assert find() is None  # a run of before, whose markers do not tell
+    for step, distribution in ((3, "ddp"), (4, "fsdp")):
+        partial = checkpoints.partial_dir(folder) / f"checkpoint-{step}"
+        partial.mkdir(parents=True)
+        checkpoints.complete(partial, {**RUN, "distribution": distribution}, 0, False, {})
+    assert find() == "fsdp"
+    (folder / "checkpoint-4" / checkpoints.MARKER).write_text("half")
+    assert find() == "ddp"
+    assert find(resume_from_checkpoint="false") is None
+    assert find(use_checkpoints=False) is None
+
+
 @pytest.mark.parametrize("wish", [None, "true", "True"])
 def test_the_newest_is_taken_up(folder, wish):
     assert choose(folder, resume_from_checkpoint=wish) == folder / "checkpoint-2"
