@@ -25,7 +25,7 @@ from llm_trainer.machine import inspect_machine
 from llm_trainer.network import network_variables
 from llm_trainer.own_script import names_a_script, run_script
 from llm_trainer.preflight import Inputs, find_inputs, find_lack_of_weights, find_oddities
-from llm_trainer.settings import Settings, count_processes, is_given, read_settings, redact, show
+from llm_trainer.settings import Settings, count_processes, find_lacks, is_given, read_settings, redact, show
 from llm_trainer.sources import HubSource
 from llm_trainer.supervisor import INTRODUCTION_SECONDS, Supervisor, meet, wait_for_trainers
 
@@ -153,7 +153,7 @@ def check_job(environment: Environment, arguments: Sequence[str]) -> Job:
     """The job, checked. Raises UserError with every mistake there is."""
     settings, problems = collect_settings(environment, arguments)
     inputs, missing = find_inputs(settings, environment)
-    missing += find_lack_of_weights(inputs.model)
+    missing += [*find_lack_of_weights(inputs.model), *find_lacks(settings, environment)]
     if problems or missing:
         raise UserError(*problems, *missing)
     return Job(environment, settings, inputs)

@@ -312,7 +312,7 @@ def read_settings(environment: Environment, arguments: Mapping[str, str]) -> tup
         else:
             values[name] = value
     settings = Settings(**values)
-    return settings, problems + list(find_contradictions(settings, environment))
+    return settings, problems + list(find_contradictions(settings))
 
 
 def find_config_file(environment: Environment, given: Mapping[str, Any]) -> Path | None:
@@ -438,8 +438,8 @@ def show(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else repr(value)
 
 
-def find_contradictions(settings: Settings, environment: Environment) -> typing.Iterator[str]:
-    """Settings that are each valid but cannot hold together, or not on this machine."""
+def find_contradictions(settings: Settings) -> typing.Iterator[str]:
+    """Settings that are each valid but cannot hold together."""
     yield from find_quantization_contradictions(settings)
     if settings.use_liger_kernel is False and settings.liger_kernel_config:
         yield "liger_kernel_config with use_liger_kernel=false: it would do nothing; remove one of them."
@@ -467,7 +467,7 @@ def find_contradictions(settings: Settings, environment: Environment) -> typing.
         yield f"report_to={settings.report_to!r} is not valid: it must be among {', '.join(TRACKERS)}; leave it out."
     if settings.streaming:
         yield from find_stream_contradictions(settings)
-    yield from find_distribution_contradictions(settings, environment)
+    yield from find_distribution_contradictions(settings)
     weights = settings.train_weights or {}
     if any(weight <= 0 for weight in weights.values()):
         yield f"train_weights={json.dumps(weights)} is not valid: each weight must be above 0; leave the channel out."
@@ -476,10 +476,21 @@ def find_contradictions(settings: Settings, environment: Environment) -> typing.
     if settings.packing is False and (settings.padding_free or settings.eval_packing):
         other = "padding_free" if settings.padding_free else "eval_packing"
         yield f"{other}=true with packing=false: rows are either packed or padded; remove one of them."
+
+
+def find_lacks(settings: Settings, environment: Environment) -> typing.Iterator[str]:
+    """What the settings ask for and the job's machines, as they are seen from here, do not have."""
     if settings.attn_implementation not in ("auto", "sdpa", "eager") and not environment.num_gpus:
         yield (
             f"attn_implementation={settings.attn_implementation} runs only on an NVIDIA GPU and there is none here: "
             "leave it out."
+        )
+    if settings.activation_offloading and (settings.use_cpu or not environment.num_gpus):
+        yield "activation_offloading=true without a GPU: activations are in the host's memory anyway; remove it."
+    if settings.distribution == "fsdp" and count_processes(settings, environment) * len(environment.hosts) == 1:
+        yield (
+            "distribution=fsdp with one process: there is nobody to share the model with; "
+            "remove it, or use more GPUs or hosts."
         )
     if environment.num_gpus and (settings.nproc_per_node or 0) > environment.num_gpus and not settings.use_cpu:
         yield (
@@ -544,23 +555,15 @@ def count_processes(settings: Settings, environment: Environment) -> int:
     return settings.nproc_per_node or num_gpus or 1
 
 
-def find_distribution_contradictions(settings: Settings, environment: Environment) -> typing.Iterator[str]:
+def find_distribution_contradictions(settings: Settings) -> typing.Iterator[str]:
     if settings.deepspeed is not None:
         yield "deepspeed is not part of this image: use distribution=fsdp, which shards a model as ZeRO does."
     if settings.fsdp is not None:
         yield f"fsdp={settings.fsdp}: write distribution=fsdp; fsdp_config may refine it."
     if settings.fsdp_config is not None:
         yield from find_fsdp_config_problems(settings)
-    if settings.activation_offloading and (settings.use_cpu or not environment.num_gpus):
-        yield "activation_offloading=true without a GPU: activations are in the host's memory anyway; remove it."
     if settings.distribution != "fsdp":
         return
-    num_ranks = count_processes(settings, environment) * len(environment.hosts)
-    if num_ranks == 1:
-        yield (
-            "distribution=fsdp with one process: there is nobody to share the model with; "
-            "remove it, or use more GPUs or hosts."
-        )
     yield from find_unshardable(settings)
     if settings.activation_offloading and settings.gradient_checkpointing is False:
         yield (

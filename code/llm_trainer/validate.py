@@ -23,7 +23,7 @@ from llm_trainer.gpu_driver import read_driver
 from llm_trainer.launch import collect_settings, library_variables
 from llm_trainer.own_script import names_a_script
 from llm_trainer.preflight import Inputs, check_writable, find_inputs, find_lack_of_weights, find_oddities
-from llm_trainer.settings import Settings, count_processes, is_given, redact
+from llm_trainer.settings import Settings, count_processes, find_lacks, is_given, redact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -81,6 +81,8 @@ def examine(arguments: Sequence[str], in_colour: bool) -> Validation:
         validation.tell("inputs", "ok", [source.describe() for source in (*inputs.train, *inputs.validation)])
     lack = [f"{text} Only train needs them." for text in find_lack_of_weights(inputs.model)]
     validation.tell("weights", "warning", lack)
+    # A laptop says nothing of the GPUs that the job will have.
+    validation.tell("machine", "error" if environment.num_gpus else "warning", find_lacks(settings, environment))
     validation.tell("job", "warning", find_oddities(settings, environment, inputs))
     os.environ.update(library_variables(settings, inputs))  # libraries read them when they are imported
     validation.findings += inspect_need(settings, inputs, Path(os.environ["LLM_TRAINER_CACHE"]))

@@ -48,6 +48,13 @@ def write_rows(tree, *rows):
     tree.write("input/data/train/train.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
+def test_what_only_a_gpu_can_is_no_error_where_none_is(examine_tree):
+    validation = examine_tree("--attn_implementation", "flash_attention_2", "--distribution", "fsdp")
+    told = [finding for finding in validation.findings if finding.subject == "machine"]
+    assert [finding.verdict for finding in told] == ["warning", "warning"]
+    assert "distribution=fsdp with one process" in told[1].text
+
+
 def test_what_a_gpu_has_to_hold_is_told_without_one(examine_tree):
     validation = examine_tree()
     plain, checkpointed = (validation.memory[way] for way in ("training", "training with gradient checkpointing"))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.environment import Environment
-from llm_trainer.settings import ALIASES, REDACTED, Settings, read_settings, redact
+from llm_trainer.settings import ALIASES, REDACTED, Settings, find_lacks, read_settings, redact
 
 
 def environment_of(hyperparameters: dict[str, str], num_gpus: int = 0, channels=None) -> Environment:
@@ -32,7 +32,9 @@ def settings_of(hyperparameters: dict[str, str], **arguments: str) -> Settings:
 
 
 def problems_of(hyperparameters: dict[str, str], num_gpus: int = 0) -> list[str]:
-    return read_settings(environment_of(hyperparameters, num_gpus), {})[1]
+    environment = environment_of(hyperparameters, num_gpus)
+    settings, problems = read_settings(environment, {})
+    return [*problems, *find_lacks(settings, environment)]
 
 
 def test_the_seeds_argument_file_is_accepted_as_it_is(tmp_path):

@@ -163,6 +163,6 @@ def test_the_audit_reads_the_first_rows_and_no_digest_of_the_files(make_source):
         ({"max_steps": 5, "shuffle_dataset": True}, "shuffle_dataset=true with streaming=true"),
     ],
 )
-def test_what_needs_all_rows_is_refused_with_streaming(environment, settings, sentence):
-    (problem,) = find_contradictions(Settings(streaming=True, **settings), environment)
+def test_what_needs_all_rows_is_refused_with_streaming(settings, sentence):
+    (problem,) = find_contradictions(Settings(streaming=True, **settings))
     assert problem.startswith(sentence)
