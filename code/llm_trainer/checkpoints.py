@@ -111,6 +111,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(named, key=step_of, reverse=True)
 
 
+def list_over_hosts(folder: Path, gather: Gather) -> list[Path]:
+    """Those that any host has, the newest first."""
+    found = {name for names in gather([checkpoint.name for checkpoint in list_checkpoints(folder)]) for name in names}
+    return sorted((folder / name for name in found), key=step_of, reverse=True)
+
+
 def read_marker(checkpoint: Path) -> Marker | None:
     """The checkpoint's marker, or None where there is none that can be read."""
     try:
@@ -158,8 +164,7 @@ def find_fault(checkpoint: Path, gather: Gather = alone) -> str | None:
 def find_newest(folder: Path, gather: Gather = alone) -> tuple[Path | None, list[str]]:
     """The newest complete checkpoint, and a warning for every newer one that is not complete."""
     warnings: list[str] = []
-    found = {name for names in gather([checkpoint.name for checkpoint in list_checkpoints(folder)]) for name in names}
-    for checkpoint in sorted((folder / name for name in found), key=step_of, reverse=True):
+    for checkpoint in list_over_hosts(folder, gather):
         fault = find_fault(checkpoint, gather)
         if fault is None:
             return checkpoint, warnings

@@ -110,12 +110,8 @@ def count_gathered(shape: ModelShape, step: Step) -> int:
     """
 
     def whole(parts: list[Part]) -> int:
-        is_plain = [part.scales_bytes == 0 for part in parts]
         itemsize = step.compute_dtype.itemsize
-        return sum(
-            part.num_weights * itemsize if plain else part.data_bytes
-            for part, plain in zip(parts, is_plain, strict=True)
-        )
+        return sum(part.data_bytes if part.scales_bytes else part.num_weights * itemsize for part in parts)
 
     layers = sorted(map(whole, shape.list_layers()))
     return sum(layers[-2:]) + whole([part for part in shape.parts if part.layer is None])

@@ -20,6 +20,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llm_trainer import adapters
 from llm_trainer.errors import summarize
+from llm_trainer.quantization import find_stored_method
 from llm_trainer.settings import Settings
 
 Quantization = Literal["nf4", "fp4", "int8"]
@@ -101,12 +102,11 @@ def read_shape(config: PreTrainedConfig, settings: Settings, weights_dtype: torc
     text_config = base.config.get_text_config()
     layers_name = find_layers(model, text_config.num_hidden_layers)
     parts = tuple(list_parts(model, roles, layers_name, quantization, settings))
-    stored_as = getattr(config, "quantization_config", None) or {}
     return ModelShape(
         parts=parts,
         quantization=quantization,
         weights_dtype=weights_dtype,
-        is_mxfp4=isinstance(stored_as, dict) and stored_as.get("quant_method") == "mxfp4",
+        is_mxfp4=find_stored_method(config) == "mxfp4",
         skeleton=model,
         layers_name=layers_name,
         kinds=prune(model, layers_name, text_config),

@@ -78,10 +78,8 @@ def find_distribution(job: Job, group: dist.ProcessGroup | None) -> str | None:
     if not job.settings.use_checkpoints or (job.settings.resume_from_checkpoint or "").lower() == "false":
         return None
     gather = gather_over(group)
-    names = {checkpoint.name for checkpoint in checkpoints.list_checkpoints(job.inputs.checkpoint_dir)}
-    found = sorted(set().union(*gather(names)), key=lambda name: checkpoints.step_of(Path(name)))
-    for name in reversed(found):
-        marker = checkpoints.agree_on_marker(job.inputs.checkpoint_dir / name, gather)
+    for checkpoint in checkpoints.list_over_hosts(job.inputs.checkpoint_dir, gather):
+        marker = checkpoints.agree_on_marker(checkpoint, gather)
         if marker is not None:
             return marker.run.get("distribution")
     return None
