@@ -78,7 +78,11 @@ class OwnSettings(BaseModel):
     loraplus_lr_ratio: float | None = Field(
         None, ge=1, description="Learning rate of the adapter's B over that of A (LoRA+); default: the same."
     )
-    merge_weights: bool = Field(False, description="Write the merged model instead of the adapter.")
+    merge_weights: bool = Field(False, description="Write the merged model, and the adapter beside it.")
+    merge_base: Literal["bf16", "dequantized"] = Field(
+        "bf16",
+        description="What a QLoRA adapter is merged into: the original weights, or what quantization made of them.",
+    )
     # Data
     train_dataset_path: str | None = Field(
         None, description="Training file, folder or Hub data set; default: channel `train`, or all named `train_...`."
@@ -148,6 +152,9 @@ class OwnSettings(BaseModel):
     # Tracking
     mlflow_uri: str | None = Field(None, description="MLflow tracking server; switches MLflow on.")
     mlflow_experiment_name: str | None = Field(None, description="MLflow experiment.")
+    mlflow_register_model: str | None = Field(
+        None, min_length=1, description="Name under which the result is registered in MLflow; default: it is not."
+    )
     wandb_project: str | None = Field(None, description="Weights & Biases project; switches it on.")
     wandb_token: SecretStr | None = Field(None, description="W&B key; better given as WANDB_API_KEY in Environment.")
 
@@ -446,8 +453,7 @@ def find_contradictions(settings: Settings) -> typing.Iterator[str]:
     for name, own in SETTING_OF_MODEL_OPTION.items():
         if name in (settings.model_init_kwargs or {}):
             yield f"model_init_kwargs has {name!r}, which is a setting of its own: give {own} instead."
-    if settings.merge_weights and not settings.use_peft:
-        yield "merge_weights=true with use_peft=false: full fine-tuning has no adapter to merge; remove merge_weights."
+    yield from find_merge_contradictions(settings)
     yield from find_adapter_contradictions(settings)
     if settings.torch_dtype == "float16" and not settings.use_peft:
         yield "torch_dtype=float16 with use_peft=false: float16 weights overflow in training; use bfloat16 or float32."
@@ -521,6 +527,15 @@ def find_adapter_contradictions(settings: Settings) -> typing.Iterator[str]:
             f"loraplus_lr_ratio={settings.loraplus_lr_ratio:g} with optim={settings.optim}: it groups the weights by "
             "itself; use adamw_torch_fused."
         )
+
+
+def find_merge_contradictions(settings: Settings) -> typing.Iterator[str]:
+    if settings.merge_weights and not settings.use_peft:
+        yield "merge_weights=true with use_peft=false: full fine-tuning has no adapter to merge; remove merge_weights."
+    if is_given(settings, "merge_base") and not settings.merge_weights:
+        yield f"merge_base={settings.merge_base} without merge_weights=true: it would do nothing; remove it."
+    elif settings.merge_base == "dequantized" and not (settings.load_in_4bit or settings.load_in_8bit):
+        yield "merge_base=dequantized without load_in_4bit or load_in_8bit: the base was not quantized; remove it."
 
 
 def find_quantization_contradictions(settings: Settings) -> typing.Iterator[str]:
