@@ -7,6 +7,7 @@ that base alone. Exported is its difference from the start, an adapter of twice 
 it is stored.
 """
 
+import json
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -114,10 +115,21 @@ def keep(start: Path, checkpoint: Path) -> None:
 
 
 def save_adapter(
-    model: PeftModel, folder: Path, start: Path | None, weights: dict[str, torch.Tensor] | None = None
+    model: PeftModel,
+    folder: Path,
+    base: str,
+    revision: str | None,
+    start: Path | None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write the adapter as one of the base as it is stored; `weights` are its own where the model holds but shards."""
+    """Write the adapter as one of the base as it is stored; `weights` are its own where the model holds but shards.
+
+    `base` is the name by which others find it, where the model knows the folder that it was loaded from.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # PEFT advises to convert, in the course of the conversion
         initial = None if start is None else str(start)
         model.save_pretrained(folder, state_dict=weights, path_initial_model_for_weight_conversion=initial)
+    file = folder / CONFIG_NAME
+    config = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": base, "revision": revision}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

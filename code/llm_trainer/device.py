@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from llm_trainer.distributed import local_rank
+from llm_trainer.machine import find_available_memory
 from llm_trainer.settings import Settings
 
 
@@ -31,3 +32,11 @@ def find_device(settings: Settings) -> Device:
         return Device(torch.device("cpu"))
     device = torch.device("cuda", local_rank())
     return Device(device, torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+
+
+def find_free_memory(device: Device) -> int:
+    """Bytes that this process can still take of the GPU's memory, or all processes together of the host's."""
+    if device.is_gpu:
+        free_bytes, _ = torch.cuda.mem_get_info(device.torch)
+        return free_bytes
+    return find_available_memory()

@@ -1,84 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the job leaves in /opt/ml/model: an adapter or whole weights, tokenizer, chat template, manifest."""
+"""What the job leaves in /opt/ml/model: an adapter or whole weights, proven, with all that a server needs of them."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from llm_trainer.adapter_start import save_adapter
-from llm_trainer.errors import UserError
-from llm_trainer.launch import Job
-from llm_trainer.model import load_model
+from llm_trainer.errors import UserError, summarize
+from llm_trainer.export_proof import prove_merged, prove_trained
+from llm_trainer.merge import merge
+from llm_trainer.resumable_trainer import ResumableTrainer
+from llm_trainer.trained import Trained
 
 STAGING = ".llm-trainer-export"  # beside the result, so that moving a finished file there is a rename
 MANIFEST = "training_manifest.json"
-CHECKED_TOKENS = 256
-# Largest difference of logits that rounding explains, relative to the largest logit.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+ADAPTER = "adapter"  # the folder beside merged weights
 
 
-def export(
-    model: PreTrainedModel | PeftModel,
-    weights: dict[str, torch.Tensor] | None,
-    tokenizer: PreTrainedTokenizerBase,
-    base: str,
-    job: Job,
-    dtype: torch.dtype,
-    train_data: Dataset,
-    manifest: dict[str, Any],
-    merges: bool,
-    adapter_start: Path | None,
-) -> None:
+def export(trained: Trained, manifest: dict[str, Any]) -> None:
     """Write the result whole or not at all, by way of a staging folder. Only global rank 0 calls this.
 
-    `weights` are what was trained where the model holds but shards of it.
+    Raises UserError when what was written does not compute what was trained.
     """
-    model_dir = job.inputs.model_dir
+    model_dir, settings = trained.job.inputs.model_dir, trained.job.settings
     staging = model_dir / STAGING
+    merges = settings.merge_weights and not trained.trainer.stopped  # it may take longer than the platform waits
     shutil.rmtree(staging, ignore_errors=True)  # of a job that was killed here
-    staging.mkdir(parents=True)
+    first = staging / ADAPTER if merges else staging
+    first.mkdir(parents=True)
+    checks: list[dict[str, Any]] = []
+    manifest["export"] = {"checks": checks}
     try:
-        if isinstance(model, PeftModel) and merges:
-            adapter = job.environment.output_dir / "data" / "adapter"
-            # first, so that a merge that fails loses nothing
-            save_adapter(model, adapter, adapter_start, weights)
-            merged, manifest["merge"] = merge(model, adapter, base, job, dtype, train_data, weights)
-            save_whole(merged, staging, dtype)
-        elif isinstance(model, PeftModel):
-            save_adapter(model, staging, adapter_start, weights)
-        else:
-            save_whole(rebuild(model, weights) if weights else model, staging, dtype)
-        tokenizer.save_pretrained(staging)
-        manifest["files"] = sorted([MANIFEST, *(file.name for file in staging.iterdir())])
-        (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        save_trained(trained, first)
+        trained_bytes = trained.trainer.model.get_memory_footprint()
+        release(trained.trainer)
+        if trained.logits is not None:
+            checks.append(prove_trained(trained, first, trained.logits, trained_bytes))
+        finish(first, trained, manifest)
         remove_earlier_result(model_dir)
-        for file in staging.iterdir():
-            make_readable(file)
-            file.replace(model_dir / file.name)
+        if merges:
+            publish(first, model_dir / ADAPTER)  # so that a merge that fails loses nothing
+            manifest["export"]["merge"] = merge_adapter(trained, model_dir / ADAPTER, staging)
+            checks += prove_merged(trained, model_dir / ADAPTER, staging)
+            finish(staging, trained, manifest)
+        publish(staging, model_dir)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    print(f"Wrote {', '.join(manifest['files'])} to {model_dir}", flush=True)
 
 
-def remove_earlier_result(model_dir: Path) -> None:
-    """What an earlier run in the same tree left, by its manifest: an adapter beside merged weights misleads servers."""
-    manifest = model_dir / MANIFEST
-    if manifest.is_file():
-        for name in json.loads(manifest.read_text(encoding="utf-8"))["files"]:
-            (model_dir / name).unlink(missing_ok=True)
-
-
-def make_readable(path: Path) -> None:
-    """safetensors writes files that only their owner can read, and the owner is often the container's root."""
-    for file in [path, *path.rglob("*")]:
-        file.chmod(0o755 if file.is_dir() else 0o644)
+def save_trained(trained: Trained, folder: Path) -> None:
+    """The adapter, or all weights, in a folder that is there."""
+    model, plan, weights = trained.trainer.model, trained.plan, trained.weights
+    if isinstance(model, PeftModel):
+        base = Path(plan.folder)
+        is_snapshot = base.parent.name == "snapshots"  # of the Hub's cache: the folder has the commit's name
+        revision = base.name if is_snapshot else trained.job.settings.model_revision
+        save_adapter(model, folder, trained.job.inputs.model, revision, trained.trainer.adapter_start, weights)
+        return
+    whole = rebuild(model, weights) if weights else model
+    whole.to(plan.precision.compute)
+    whole.config.use_cache = True  # switched off for training, and a serving container reads it
+    whole.save_pretrained(folder)
 
 
 def rebuild(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
@@ -93,47 +82,68 @@ def rebuild(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrai
     return plain
 
 
-def save_whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    model.to(dtype)
-    model.config.use_cache = True  # switched off for training, and a serving container reads it
-    model.save_pretrained(folder)
+def release(trainer: ResumableTrainer) -> None:
+    """Free the memory that training took: what was written is loaded next."""
+    trainer.optimizer = None
+    trainer.accelerator.free_memory()
+    trainer.model.to("meta")
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def merge(
-    model: PeftModel,
-    adapter: Path,
-    base: str,
-    job: Job,
-    dtype: torch.dtype,
-    train_data: Dataset,
-    weights: dict[str, torch.Tensor] | None = None,
-) -> tuple[PreTrainedModel, dict[str, float]]:
-    """The base with the adapter folded in, and by how much its logits differ from those of the adapter on the base.
-
-    Quantized weights cannot take an adapter without rounding it away, and shards no whole one, so such a base is
-    loaded anew, whole, on the CPU, since the GPU still holds the other one; what is stored quantized itself is
-    dequantized there. Raises UserError when the difference is more than rounding.
-    """
-    if weights is not None or getattr(model.get_base_model(), "is_quantized", False):
-        whole_base = load_model(base, job.settings, None, dtype, torch.device("cpu"), attention="eager")
-        if getattr(whole_base, "is_quantized", False):
-            whole_base = whole_base.dequantize(dtype)
-        model = PeftModel.from_pretrained(whole_base, str(adapter))
-    model.eval()
-    tokens = torch.tensor([train_data[0]["input_ids"][:CHECKED_TOKENS]], device=model.device)
-    before = logits(model, tokens)
-    merged = model.merge_and_unload()
-    after = logits(merged, tokens)
-    difference = ((after - before).abs().max() / before.abs().max()).item()
-    if not difference <= TOLERANCE[dtype]:  # not-a-number fails too
-        raise UserError(
-            f"The merged model's logits differ from the trained model's by {difference:.2e} of their range, more than "
-            f"{TOLERANCE[dtype]:.0e}: the adapter is in output/data/adapter; train in float32."
+def merge_adapter(trained: Trained, adapter: Path, folder: Path) -> dict[str, Any]:
+    """Merge shard by shard into a folder; the figures of it. Raises UserError that tells where the adapter is."""
+    plan, settings = trained.plan, trained.job.settings
+    print(f"Wrote the adapter to {adapter}; merging it", flush=True)
+    quantization = plan.quantization if settings.merge_base == "dequantized" else None
+    try:
+        return merge(
+            *(trained.find_base(), adapter, folder, plan.config, plan.precision.compute, quantization),
+            trust_remote_code=settings.trust_remote_code,
         )
-    return merged, {"relative_logit_difference": difference, "tolerance": TOLERANCE[dtype]}
+    except (UserError, OSError) as error:
+        reason = str(error) if isinstance(error, UserError) else f"{summarize(error)}."
+        raise UserError(
+            f"merge_weights=true: the merge failed, and nothing is lost: the adapter is in {adapter}, and "
+            f"`llm-trainer merge` merges it later. {reason}"
+        ) from error
 
 
-@torch.no_grad()
-def logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """(sequence, vocabulary), in float32."""
-    return model(input_ids=tokens).logits[0].float()
+def finish(folder: Path, trained: Trained, manifest: dict[str, Any]) -> None:
+    """Write what stands beside the weights."""
+    trained.tokenizer.save_pretrained(folder)
+    manifest["files"] = sorted([MANIFEST, *(file.name for file in folder.iterdir())])
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def remove_earlier_result(model_dir: Path) -> None:
+    """What an earlier run in the same tree left, by its manifest: an adapter beside merged weights misleads servers."""
+    for folder in (model_dir / ADAPTER, model_dir):
+        if (folder / MANIFEST).is_file():
+            for name in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]:
+                remove(folder / name)
+    if (model_dir / ADAPTER).is_dir() and not any((model_dir / ADAPTER).iterdir()):
+        (model_dir / ADAPTER).rmdir()
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Move what a finished folder holds to where SageMaker takes it from."""
+    target.mkdir(parents=True, exist_ok=True)
+    names = sorted(path.name for path in folder.iterdir())
+    for path in [*folder.rglob("*")]:
+        path.chmod(
+            0o755 if path.is_dir() else 0o644
+        )  # safetensors writes files that only the container's root can read
+    for name in names:
+        remove(target / name)
+        (folder / name).replace(target / name)
+    folder.rmdir()
+    print(f"Wrote {', '.join(names)} to {target}", flush=True)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

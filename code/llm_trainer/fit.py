@@ -11,11 +11,10 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedConfig
 
-from llm_trainer.device import Device
+from llm_trainer.device import Device, find_free_memory
 from llm_trainer.distributed import local_world_size, world_size
 from llm_trainer.errors import UserError
 from llm_trainer.findings import GIB, show_bytes
-from llm_trainer.machine import find_available_memory
 from llm_trainer.memory import Estimate, Setup, estimate
 from llm_trainer.model_shape import ModelShape, UnknownShapeError, read_shape
 from llm_trainer.precision import choose_precision
@@ -387,10 +386,7 @@ def find_target(device: Device, group: dist.ProcessGroup | None) -> Target:
     What is free on a GPU is measured when CUDA's context is there; the estimate counts a context too, which leaves that
     much, about 0.5 GiB, for what comes later, such as kernels that are loaded when they are first used.
     """
-    if device.is_gpu:
-        free_bytes, _ = torch.cuda.mem_get_info(device.torch)
-    else:
-        free_bytes = find_available_memory() // local_world_size()
+    free_bytes = find_free_memory(device) // (1 if device.is_gpu else local_world_size())
     if group is not None:
         least = torch.tensor(free_bytes)
         dist.all_reduce(least, dist.ReduceOp.MIN, group=group)

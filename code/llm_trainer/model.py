@@ -162,9 +162,11 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | None,
     attention: str,
+    **placement: Any,
 ) -> PreTrainedModel:
     """The base model on the device; without one it has no weights, for a rank that is sent its share of them.
 
+    `placement` is Transformers' device_map, and what goes with it, where not all shall be on one device.
     Raises UserError when its files are broken.
     """
     options: dict[str, Any] = {
@@ -180,6 +182,7 @@ def load_model(
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, **options)
         options |= {**source_options(settings), "device_map": {"": device}, "use_safetensors": True}
+        options |= placement
         options |= settings.model_init_kwargs or {}
         if quantization is not None:  # None would hide how the checkpoint is stored
             options["quantization_config"] = quantization

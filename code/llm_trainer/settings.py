@@ -536,6 +536,8 @@ def find_merge_contradictions(settings: Settings) -> typing.Iterator[str]:
         yield f"merge_base={settings.merge_base} without merge_weights=true: it would do nothing; remove it."
     elif settings.merge_base == "dequantized" and not (settings.load_in_4bit or settings.load_in_8bit):
         yield "merge_base=dequantized without load_in_4bit or load_in_8bit: the base was not quantized; remove it."
+    elif settings.merge_base == "dequantized" and settings.init_lora_weights == "loftq":
+        yield "merge_base=dequantized with init_lora_weights=loftq: its adapter is for the original weights; use bf16."
 
 
 def find_quantization_contradictions(settings: Settings) -> typing.Iterator[str]:

@@ -9,11 +9,12 @@ import torch
 import transformers
 from peft import PeftModel
 
-from llm_trainer import adapter_start, adapters, export, model, sharding
+from llm_trainer import adapter_start, adapters, model, sharding
 from llm_trainer.audit import describe_data
 from llm_trainer.data import load_data
 from llm_trainer.device import find_device
 from llm_trainer.distributed import rank, world_size
+from llm_trainer.export import export
 from llm_trainer.fit import choose_fit, describe_fit, find_target
 from llm_trainer.kernels import apply_liger
 from llm_trainer.launch import Job
@@ -24,12 +25,14 @@ from llm_trainer.model_plan import plan_model
 from llm_trainer.packing import Packing, choose_packing
 from llm_trainer.peak import Peak
 from llm_trainer.precision import choose_precision
+from llm_trainer.proof import choose_rows, compute_logits
 from llm_trainer.resumable_trainer import SaveAndStop
 from llm_trainer.resume import find_checkpoint, find_distribution, identify_run
 from llm_trainer.settings import is_given
 from llm_trainer.stopping import Agreement, StopRequest
 from llm_trainer.streaming import AUDITED_ROWS
 from llm_trainer.timeline import Timeline
+from llm_trainer.trained import Trained
 from llm_trainer.trainer import build_arguments, build_trainer
 
 
@@ -107,17 +110,16 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
             f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}: all ranks agreed "
             f"{trainer.agreed_seconds:.1f} s after the signal, the checkpoint took {trainer.checkpoint_seconds:.1f} s"
         )
+    rows, logits = choose_rows(data.sample), None
+    if not trainer.stopped and (fit.sharded or rank() == 0):
+        logits = compute_logits(trainer.model, rows, device.torch)
     weights = sharding.gather_weights(trainer.model) if fit.sharded else None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # the other ranks leave while rank 0 exports, however long it takes
 
     if rank() == 0:
         manifest = build_manifest(job, trainer, data.reports, packing, result.metrics, timeline, memory)
-        merges = settings.merge_weights and not trainer.stopped  # a merge may take longer than the platform waits
-        export.export(
-            *(trainer.model, weights, tokenizer, folder, job, precision.compute, data.sample, manifest, merges),
-            trainer.adapter_start,
-        )
+        export(Trained(job, plan, trainer, weights, rows, logits, tokenizer, scratch_dir), manifest)
         if trainer.stopped:
             say(f"Exported {request.age_seconds():.1f} s after the signal")
         elif settings.use_checkpoints:

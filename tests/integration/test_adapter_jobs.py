@@ -24,7 +24,7 @@ def test_pissa_with_loraplus_is_resumed_exactly_and_its_adapter_is_the_bases_own
 
     weights = (model / "model.safetensors").read_bytes()
     adapted = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tree.base_dir / "input/data/model"), tree.base_dir / "output/data/adapter"
+        AutoModelForCausalLM.from_pretrained(tree.base_dir / "input/data/model"), tree.base_dir / "model/adapter"
     )
     tokens = torch.arange(3, 40)[None]
     with torch.no_grad():

@@ -104,11 +104,11 @@ def test_merged_weights_compute_what_the_adapter_does_on_the_base(tree, quantiza
     assert {"config.json", "model.safetensors", "training_manifest.json"} | TOKENIZER_FILES <= tree.model_files
     assert not ADAPTER_FILES & tree.model_files
     base = AutoModelForCausalLM.from_pretrained(tree.base_dir / "input/data/model")
-    trained = logits_of(PeftModel.from_pretrained(base, tree.base_dir / "output/data/adapter"))
+    trained = logits_of(PeftModel.from_pretrained(base, tree.base_dir / "model/adapter"))
     merged = AutoModelForCausalLM.from_pretrained(tree.base_dir / "model")
     assert merged.dtype == torch.float32
     torch.testing.assert_close(logits_of(merged), trained, rtol=1e-3, atol=1e-4)
-    assert tree.manifest["merge"]["relative_logit_difference"] < 1e-4
+    assert tree.manifest["export"]["checks"][1]["relative_logit_difference"] < 1e-4
 
 
 def test_full_fine_tuning_writes_whole_weights_in_the_asked_type(tree):

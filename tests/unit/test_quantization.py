@@ -3,17 +3,15 @@
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Qwen3MoeConfig
 
 from llm_trainer.device import Device
 from llm_trainer.errors import UserError
-from llm_trainer.export import merge
 from llm_trainer.model import build_skeleton, load_model, read_config
 from llm_trainer.quantization import (
     build_quantization,
@@ -107,21 +105,7 @@ def test_4_bit_weights_are_kept_in_the_computations_type_where_they_are_sharded(
     torch.testing.assert_close(*logits, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["fp4", "int8"])
-def test_an_adapter_is_merged_into_the_base_as_it_was(tiny_model, tmp_path, name):
-    settings = Settings(**BITSANDBYTES[name])
-    trained = add_adapter(load(str(tiny_model), **BITSANDBYTES[name]))
-    trained.save_pretrained(tmp_path)
-    job = SimpleNamespace(settings=settings)
-    merged, report = merge(trained, tmp_path, str(tiny_model), job, torch.float32, [{"input_ids": TOKENS[0].tolist()}])
-    whole = PeftModel.from_pretrained(load(str(tiny_model)), tmp_path).merge_and_unload()
-    assert report["relative_logit_difference"] < 1e-4
-    for name, weight in whole.state_dict().items():
-        torch.testing.assert_close(merged.state_dict()[name], weight)
-    assert "quantization_config" not in merged.config.to_dict()
-
-
-def test_a_checkpoint_of_bitsandbytes_is_trained_as_it_is_and_merged_whole(tiny_model, tmp_path):
+def test_a_checkpoint_of_bitsandbytes_is_trained_as_it_is(tiny_model, tmp_path):
     stored = str(tmp_path / "stored")
     load(str(tiny_model), load_in_4bit=True).save_pretrained(stored)
     config = read_config(stored, Settings())
@@ -130,12 +114,6 @@ def test_a_checkpoint_of_bitsandbytes_is_trained_as_it_is_and_merged_whole(tiny_
     assert build_skeleton(stored, config, Settings()).num_parameters() > 0
     trained = add_adapter(load(stored))
     assert trained.get_base_model().is_quantized
-    trained.save_pretrained(tmp_path / "adapter")
-    job = SimpleNamespace(settings=Settings())
-    rows = [{"input_ids": TOKENS[0].tolist()}]
-    merged, _ = merge(trained, tmp_path / "adapter", stored, job, torch.float32, rows)
-    assert {weight.dtype for weight in merged.parameters()} == {torch.float32}
-    assert "quantization_config" not in merged.config.to_dict()
     (problem,) = find_quantization_problems(stored, config, Settings(use_peft=False))
     assert problem.startswith("use_peft=false: ")
 

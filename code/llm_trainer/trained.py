@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the training of a job has ended with, and what is needed to write it down."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from llm_trainer.hub import download_model
+from llm_trainer.launch import Job
+from llm_trainer.model_plan import ModelPlan
+from llm_trainer.resumable_trainer import ResumableTrainer
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What the training has ended with, on global rank 0."""
+
+    job: Job
+    plan: ModelPlan
+    trainer: ResumableTrainer
+    weights: dict[str, torch.Tensor] | None  # what was trained, where the model holds but shards of it
+    rows: list[list[int]]  # tokens of training rows
+    logits: list[torch.Tensor] | None  # the trained model's on the rows; None after a stop, as there is no time for it
+    tokenizer: PreTrainedTokenizerBase
+    scratch_dir: Path
+
+    def find_base(self) -> Path:
+        """The folder of the base's files, from the cache where each rank fetched them for itself."""
+        folder = Path(self.plan.folder)
+        if folder.is_dir():
+            return folder
+        return Path(download_model(self.plan.folder, self.job.settings.model_revision, with_weights=True))
