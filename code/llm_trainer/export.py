@@ -16,7 +16,6 @@ from llm_trainer.adapter_start import save_adapter
 from llm_trainer.errors import UserError, summarize
 from llm_trainer.export_proof import prove_merged, prove_trained
 from llm_trainer.merge import merge
-from llm_trainer.resumable_trainer import ResumableTrainer
 from llm_trainer.trained import Trained
 
 STAGING = ".llm-trainer-export"  # beside the result, so that moving a finished file there is a rename
@@ -40,17 +39,16 @@ def export(trained: Trained, manifest: dict[str, Any]) -> None:
     try:
         save_trained(trained, first)
         trained_bytes = trained.trainer.model.get_memory_footprint()
-        release(trained.trainer)
+        release(trained)
         if trained.logits is not None:
             checks.append(prove_trained(trained, first, trained.logits, trained_bytes))
         finish(first, trained, manifest)
         remove_earlier_result(model_dir)
         if merges:
-            publish(first, model_dir / ADAPTER)  # so that a merge that fails loses nothing
-            manifest["export"]["merge"] = merge_adapter(trained, model_dir / ADAPTER, staging)
-            checks += prove_merged(trained, model_dir / ADAPTER, staging)
+            put_in_place(first, model_dir / ADAPTER)  # so that a merge that fails loses nothing
+            manifest["export"] |= merge_adapter(trained, model_dir / ADAPTER, staging, checks)
             finish(staging, trained, manifest)
-        publish(staging, model_dir)
+        put_in_place(staging, model_dir)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -59,10 +57,8 @@ def save_trained(trained: Trained, folder: Path) -> None:
     """The adapter, or all weights, in a folder that is there."""
     model, plan, weights = trained.trainer.model, trained.plan, trained.weights
     if isinstance(model, PeftModel):
-        base = Path(plan.folder)
-        is_snapshot = base.parent.name == "snapshots"  # of the Hub's cache: the folder has the commit's name
-        revision = base.name if is_snapshot else trained.job.settings.model_revision
-        save_adapter(model, folder, trained.job.inputs.model, revision, trained.trainer.adapter_start, weights)
+        start, base = trained.trainer.adapter_start, trained.job.inputs.model
+        save_adapter(model, folder, base, trained.base_revision, start, weights)
         return
     whole = rebuild(model, weights) if weights else model
     whole.to(plan.precision.compute)
@@ -82,9 +78,12 @@ def rebuild(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrai
     return plain
 
 
-def release(trainer: ResumableTrainer) -> None:
+def release(trained: Trained) -> None:
     """Free the memory that training took: what was written is loaded next."""
-    trainer.optimizer = None
+    trainer = trained.trainer
+    if trained.weights is not None:
+        trained.weights.clear()
+    trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
     trainer.model.to("meta")
     gc.collect()
@@ -92,16 +91,19 @@ def release(trainer: ResumableTrainer) -> None:
         torch.cuda.empty_cache()
 
 
-def merge_adapter(trained: Trained, adapter: Path, folder: Path) -> dict[str, Any]:
-    """Merge shard by shard into a folder; the figures of it. Raises UserError that tells where the adapter is."""
+def merge_adapter(trained: Trained, adapter: Path, folder: Path, checks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Merge shard by shard into a folder, and prove it; the figures and checks for the manifest.
+
+    Raises UserError that tells where the adapter is.
+    """
     plan, settings = trained.plan, trained.job.settings
-    print(f"Wrote the adapter to {adapter}; merging it", flush=True)
     quantization = plan.quantization if settings.merge_base == "dequantized" else None
     try:
-        return merge(
+        figures = merge(
             *(trained.find_base(), adapter, folder, plan.config, plan.precision.compute, quantization),
             trust_remote_code=settings.trust_remote_code,
         )
+        return {"merge": figures, "checks": [*checks, *prove_merged(trained, adapter, folder)]}
     except (UserError, OSError) as error:
         reason = str(error) if isinstance(error, UserError) else f"{summarize(error)}."
         raise UserError(
@@ -127,7 +129,7 @@ def remove_earlier_result(model_dir: Path) -> None:
         (model_dir / ADAPTER).rmdir()
 
 
-def publish(folder: Path, target: Path) -> None:
+def put_in_place(folder: Path, target: Path) -> None:
     """Move what a finished folder holds to where SageMaker takes it from."""
     target.mkdir(parents=True, exist_ok=True)
     names = sorted(path.name for path in folder.iterdir())

@@ -26,6 +26,18 @@ class Trained:
     tokenizer: PreTrainedTokenizerBase
     scratch_dir: Path
 
+    @property
+    def base_id(self) -> str | None:
+        """The base's name on the Hub; None for a folder, of which it is not known."""
+        name = self.job.inputs.model
+        return None if Path(name).is_dir() else name
+
+    @property
+    def base_revision(self) -> str | None:
+        """The commit that was trained on, where the Hub's cache tells it, else what was asked for."""
+        folder = Path(self.plan.folder)
+        return folder.name if folder.parent.name == "snapshots" else self.job.settings.model_revision
+
     def find_base(self) -> Path:
         """The folder of the base's files, from the cache where each rank fetched them for itself."""
         folder = Path(self.plan.folder)

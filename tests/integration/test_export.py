@@ -2,6 +2,7 @@
 """What whole jobs leave in /opt/ml/model, also where the merge or the training has failed."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -23,11 +24,11 @@ def load(folder):
 def test_a_merge_that_fails_loses_nothing_and_can_be_done_later(tree):
     tree.change(merge_weights="true")
     model_dir = tree.base_dir / "model"
-    with small_disk(model_dir, 250):
+    with small_disk(model_dir, 180):
         result = tree.run()
         assert result.returncode == 1, result.stdout
         assert tree.failure.startswith("merge_weights=true: the merge failed, and nothing is lost: the adapter is in ")
-        assert tree.failure.splitlines()[0].endswith("free.") or "free" in tree.failure
+        assert re.search(r"The merged model needs [\d,]+ bytes in .*, and [\d,]+ are free there: ", tree.failure)
         assert tree.model_files == {"adapter"}
         adapted = PeftModel.from_pretrained(load(tree.base_dir / "input/data/model"), model_dir / "adapter")
         assert AutoTokenizer.from_pretrained(model_dir / "adapter").chat_template
@@ -35,8 +36,7 @@ def test_a_merge_that_fails_loses_nothing_and_can_be_done_later(tree):
         (check,) = manifest["export"]["checks"]
         assert check["what"] == "The adapter on its base"
         assert check["relative_logit_difference"] <= check["tolerance"]
-    tree.change(merge_weights=None)
-    assert logits_of(adapted).isfinite().all()
+        assert logits_of(adapted).isfinite().all()
 
 
 def test_a_merge_leaves_the_adapter_beside_it_and_the_next_run_removes_both(tree):
