@@ -11,6 +11,7 @@ from job import HYPERPARAMETERS
 from sagemaker_tree import ROWS
 
 ROWS_A_DEVICE = 4
+GIVEN = HYPERPARAMETERS | {"lora_r": 4}
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_a_job_trains_an_adapter_that_loads(tree, run_script, script, instances)
     assert manifest["training_job_name"].startswith("local-mode")
     assert manifest["world_size"] == instances
     assert manifest["num_steps"] == len(ROWS) // (ROWS_A_DEVICE * instances)
-    assert manifest["settings"].items() >= (HYPERPARAMETERS | {"lora_r": 4}).items()
+    assert {name: manifest["settings"][name] for name in GIVEN} == GIVEN
 
     base = AutoModelForCausalLM.from_pretrained(tree.base_dir / "input/data/model")
     adapted = PeftModel.from_pretrained(base, model_dir)
@@ -42,7 +43,17 @@ def test_a_job_trains_an_adapter_that_loads(tree, run_script, script, instances)
     assert AutoTokenizer.from_pretrained(model_dir).chat_template
 
 
-@pytest.mark.parametrize("script", ["model_trainer_sdk3", "model_trainer_sdk2", "estimator_sdk2"])
+def test_the_example_of_source_code_trains_too(tree, run_script):
+    job = run_script("source_code_sdk3")
+    assert job.exit_code == 0, job.log
+    model_dir = job.unpack("model.tar.gz")
+    assert (model_dir / "adapter_model.safetensors").exists()
+    settings = json.loads((model_dir / "training_manifest.json").read_text())["settings"]
+    given = GIVEN | {"run_name": "the 1st run"}
+    assert {name: settings[name] for name in given} == given
+
+
+@pytest.mark.parametrize("script", ["model_trainer_sdk3", "source_code_sdk3", "estimator_sdk2"])
 def test_a_mistake_is_told_in_the_sdks_output(tree, run_script, script):
     tree.write("input/data/config/job.yaml", "learnig_rate: 1\n")
     job = run_script(script)
