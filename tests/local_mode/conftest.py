@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[2]
 DOCKER = os.environ.get("DOCKER", "docker")
 IMAGE = os.environ.get("IMAGE", "sagemaker-llm-trainer:cpu")
 JOB_TIMEOUT_SECONDS = 240
-NETWORK = "sagemaker-local"  # what both SDKs name it, and leave behind
 # Otherwise each call waits for AWS, to tell it of itself.
 NO_TELEMETRY = "SchemaVersion: '1.0'\nSageMaker: {PythonSDK: {Modules: {TelemetryOptOut: true}}}\n"
 
@@ -40,13 +39,18 @@ def docker(*arguments: str) -> str:
     return subprocess.run([DOCKER, *arguments], check=True, capture_output=True, text=True).stdout
 
 
+def find_networks() -> set[str]:
+    """The network that both SDKs make, by one name, and leave behind."""
+    return set(docker("network", "ls", "--quiet", "--filter=name=^sagemaker-local$").split())
+
+
 @pytest.fixture(scope="session")
 def network():
     """Removes the SDKs' network, unless it was there before."""
-    existed = NETWORK in docker("network", "ls", "--format={{.Name}}").split()
+    before = find_networks()
     yield
-    if not existed:
-        docker("network", "rm", NETWORK)
+    for network in find_networks() - before:
+        docker("network", "rm", network)
 
 
 @pytest.fixture
