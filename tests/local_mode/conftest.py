@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCKER = os.environ.get("DOCKER", "docker")
 IMAGE = os.environ.get("IMAGE", "sagemaker-llm-trainer:cpu")
-JOB_TIMEOUT_SECONDS = 240
+JOB_TIMEOUT_SECONDS = 480  # the first import of an SDK compiles it
 # Otherwise each call waits for AWS, to tell it of itself.
 NO_TELEMETRY = "SchemaVersion: '1.0'\nSageMaker: {PythonSDK: {Modules: {TelemetryOptOut: true}}}\n"
 

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from job import HYPERPARAMETERS
 from sagemaker_tree import ROWS
 
+pytestmark = pytest.mark.timeout(540)
+
 ROWS_A_DEVICE = 4
 GIVEN = HYPERPARAMETERS | {"lora_r": 4}
 
