@@ -21,10 +21,10 @@ BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --build-arg V
 	$(if $(BUILDER_IMAGE),--build-arg BUILDER_IMAGE=$(BUILDER_IMAGE)) $(BUILD_OPTIONS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-gpu lint image flash-attn test-image engine lock
+.PHONY: help venv demo test test-gpu lint image flash-attn test-image test-local-mode image-here engine lock
 
 help: ## List the commands
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 venv: .venv/.made ## Create .venv from the hash-locked requirements
 
@@ -73,11 +73,23 @@ endif
 flash-attn: ## Compile flash-attn's wheel to docker/wheels/, where `make image VARIANT=cuda` takes it from
 	$(BUILD) --target flash-attn-wheel --output docker/wheels .
 
-test-image: venv engine ## Build the image, on stand-in bases where nothing can be pulled, and run jobs in it
+test-image: venv image-here ## Build the image, on stand-in bases where nothing can be pulled, and run jobs in it
+	DOCKER=$(DOCKER) IMAGE=$(TAGGED_IMAGE) VARIANT=$(VARIANT) .venv/bin/pytest tests/image
+
+test-local-mode: venv .venv-sdk2/.made .venv-sdk3/.made image-here ## Train with that image in the local mode of SageMaker's SDKs
+	DOCKER=$(DOCKER) tests/image/engine.sh compose
+	DOCKER=$(DOCKER) IMAGE=$(TAGGED_IMAGE) .venv/bin/pytest tests/local_mode
+
+.venv-sdk%/.made: $(REQUIREMENTS)/build.txt $(REQUIREMENTS)/sdk%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --no-compile --require-hashes -r $(REQUIREMENTS)/build.txt
+	$(@D)/bin/pip install --quiet --no-compile --require-hashes --no-build-isolation -r $(REQUIREMENTS)/sdk$*.txt
+	@touch $@
+
+image-here: engine # as the tests have it: also where its bases cannot be pulled
 	base=$(BASE_IMAGE); base=$${base:-$$(tests/image/engine.sh base $(VARIANT))} \
 		&& builder=$(BUILDER_IMAGE); builder=$${builder:-$$(test $(VARIANT) = cpu || tests/image/engine.sh builder)} \
 		&& $(MAKE) image VARIANT=$(VARIANT) BASE_IMAGE=$$base BUILDER_IMAGE=$$builder
-	DOCKER=$(DOCKER) IMAGE=$(TAGGED_IMAGE) VARIANT=$(VARIANT) .venv/bin/pytest tests/image
 
 engine: # ends again with `tests/image/engine.sh stop`
 	tests/image/engine.sh start

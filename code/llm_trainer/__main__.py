@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `llm-trainer train`, which is what SageMaker starts, and the commands around it."""
 
+import os
+import shutil
 import sys
 
 from llm_trainer import __version__
@@ -40,6 +42,10 @@ def main() -> int:
         from llm_trainer.doctor import diagnose
 
         return diagnose(arguments)
+    if os.getpid() == 1 and shutil.which(command):
+        # A container's own command, as other images run it: SDK 3 cleans up after its local mode with
+        # `docker run IMAGE chmod -R 777 FOLDER`, and for all but root fails where that does.
+        os.execvp(command, sys.argv[1:])
     is_asked = command in ("validate", "doctor", "--help", "-h")
     print(USAGE, end="", file=sys.stdout if is_asked else sys.stderr)
     return 0 if is_asked else 2

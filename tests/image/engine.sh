@@ -5,6 +5,7 @@
 #   engine.sh base VARIANT   prints the base image to build on: the Dockerfile's own, or a stand-in made of packages
 #   engine.sh builder        prints the image to compile flash-attn in: the Dockerfile's own, or the stand-in with this
 #                            machine's CUDA toolkit in it
+#   engine.sh compose        has Docker Compose where the SDKs' local mode looks for it
 #   engine.sh stop           ends the engine that `start` started, by its process id, and no other
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -57,6 +58,9 @@ stop() {
   rm -f "$state/dockerd.pid"
 }
 
+# SDK 2 knows no plugin of a later major version, and takes the command then, as both SDKs do without a plugin.
+compose() { [[ $("$docker" compose version 2>/dev/null) = *v2* ]] || install docker-compose docker-compose; }
+
 available() { "$docker" image inspect "$1" >/dev/null 2>&1 || "$docker" pull --quiet "$1" >/dev/null 2>&1; }
 
 base() { # base VARIANT
@@ -106,7 +110,7 @@ build_stand_in() { # build_stand_in IMAGE [OPTION...]
 }
 
 case ${1:-} in
-  start | stop | builder) "$1" ;;
+  start | stop | builder | compose) "$1" ;;
   base) base "${2:?VARIANT}" ;;
-  *) sed -n '3,8p' "$0"; exit 2 ;;
+  *) sed -n '3,9p' "$0"; exit 2 ;;
 esac

@@ -74,6 +74,20 @@ def test_a_user_without_a_name_has_one_and_caches_where_it_may_write(image):
     assert image.run_bash(script, ["--user=12345:12345", "--read-only", "--tmpfs=/tmp"]) == "trainer\n/tmp\n"
 
 
+def test_another_command_than_ours_runs_as_sdk_3_cleans_up_after_its_local_mode(image, tmp_path):
+    (tmp_path / "of-root").mkdir(mode=0o700)
+    result = image.run("chmod", "-R", "777", "/delete", options=[f"--volume={tmp_path}:/delete"])
+    assert result.returncode == 0, result.stdout
+    assert (tmp_path / "of-root").stat().st_mode & 0o777 == 0o777
+
+
+@pytest.mark.parametrize("argument", ["trian", ""])
+def test_a_command_that_is_not_there_is_told_how_to_use_ours(image, argument):
+    result = image.run(argument)
+    assert result.returncode == 2
+    assert result.stdout.startswith("usage: llm-trainer train")
+
+
 @pytest.mark.parametrize("label", ["title", "description", "licenses", "revision", "created", "base.name"])
 def test_the_image_is_labelled(config, label):
     assert config["Labels"][LABELS + label]
