@@ -9,11 +9,14 @@ USAGE = """usage: llm-trainer train [--SETTING VALUE ...]
        llm-trainer train --help
        llm-trainer validate [--SETTING VALUE ...] [--json]
        llm-trainer doctor [--SETTING VALUE ...]
+       llm-trainer merge --adapter FOLDER --output FOLDER [--base FOLDER_OR_HUB_ID] [...]
+       llm-trainer merge --help
        llm-trainer --version
 
 train fine-tunes the model and data of the SageMaker tree under /opt/ml (or SAGEMAKER_BASE_DIR).
 validate tells, without GPU or weights, whether that job would start, and what it would train on.
 doctor tells whether such a job would run well on this machine.
+merge adds an adapter to its base, from disk to disk, and goes on where an earlier merge ended.
 """
 
 
@@ -40,6 +43,10 @@ def main() -> int:
         from llm_trainer.doctor import diagnose
 
         return diagnose(arguments)
+    if command == "merge":
+        from llm_trainer.merge_command import run
+
+        return run(arguments)
     is_asked = command in ("validate", "doctor", "--help", "-h")
     print(USAGE, end="", file=sys.stdout if is_asked else sys.stderr)
     return 0 if is_asked else 2
