@@ -150,8 +150,9 @@ def check_stored_method(base: Path, config: PreTrainedConfig, quantization: Bits
 
 
 def check_shapes(base: Path, layout: WeightLayout) -> None:
+    parameters = layout.skeleton.state_dict()
     for parameter, name in layout.stored.items():
-        needed, found = tuple(layout.skeleton.state_dict()[parameter].shape), layout.shapes[name]
+        needed, found = tuple(parameters[parameter].shape), layout.shapes[name]
         if needed != found:
             raise UserError(f"{base}: {name} has shape {list(found)}, and config.json asks for {list(needed)}.")
 
