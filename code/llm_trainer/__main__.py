@@ -11,11 +11,14 @@ USAGE = """usage: llm-trainer train [--SETTING VALUE ...]
        llm-trainer train --help
        llm-trainer validate [--SETTING VALUE ...] [--json]
        llm-trainer doctor [--SETTING VALUE ...]
+       llm-trainer merge --adapter FOLDER --output FOLDER [--base FOLDER_OR_HUB_ID] [...]
+       llm-trainer merge --help
        llm-trainer --version
 
 train fine-tunes the model and data of the SageMaker tree under /opt/ml (or SAGEMAKER_BASE_DIR).
 validate tells, without GPU or weights, whether that job would start, and what it would train on.
 doctor tells whether such a job would run well on this machine.
+merge adds an adapter to its base, from disk to disk, and goes on where an earlier merge ended.
 """
 
 
@@ -42,6 +45,10 @@ def main() -> int:
         from llm_trainer.doctor import diagnose
 
         return diagnose(arguments)
+    if command == "merge":
+        from llm_trainer.merge_command import run
+
+        return run(arguments)
     if os.getpid() == 1 and shutil.which(command):
         # A container's own command, as other images run it: SDK 3 cleans up after its local mode with
         # `docker run IMAGE chmod -R 777 FOLDER`, and for all but root fails where that does.

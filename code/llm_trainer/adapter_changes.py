@@ -37,7 +37,9 @@ BASE_CHANGING_STARTS = (*MOVING_STARTS, "corda", "lora_ga")
 
 
 class Change(Protocol):
-    is_whole: bool  # rows cannot be changed apart
+    @property
+    def is_whole(self) -> bool:
+        """Whether rows cannot be changed apart from the others."""
 
     def add_to(self, weight: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """The float32 rows `first` to before `last` with the change; may be computed in place."""

@@ -70,7 +70,7 @@ def merge(
     UserError for what does not fit together, before anything is written, and where the disk fills up.
     """
     started = time.monotonic()
-    settings = Settings(trust_remote_code=trust_remote_code)
+    settings = Settings.model_validate({"trust_remote_code": trust_remote_code})
     shards, is_untied = plan(base, adapter, config, dtype, quantization, settings)
     check_room(output, shards)
     merged_shards.begin(output, describe_origin(base, adapter, dtype, quantization))
@@ -123,7 +123,7 @@ def plan(
     stored_changes = dict(locate(layout, changes))
     kept = find_kept_in_float32(skeleton, dtype)
     shards = [MergedShard(file.name, []) for file in files]
-    by_file = {file: shard for file, shard in zip(files, shards, strict=True)}
+    by_file = dict(zip(files, shards, strict=True))
     for name, tensor in tensors.items():
         floating = tensor.dtype in FLOATING and not (kept and kept.search(name))
         written = dtype if dtype is not None and floating else tensor.dtype
@@ -150,8 +150,9 @@ def check_stored_method(base: Path, config: PreTrainedConfig, quantization: Bits
 
 
 def check_shapes(base: Path, layout: WeightLayout) -> None:
+    parameters = layout.skeleton.state_dict()
     for parameter, name in layout.stored.items():
-        needed, found = tuple(layout.skeleton.state_dict()[parameter].shape), layout.shapes[name]
+        needed, found = tuple(parameters[parameter].shape), layout.shapes[name]
         if needed != found:
             raise UserError(f"{base}: {name} has shape {list(found)}, and config.json asks for {list(needed)}.")
 
@@ -223,8 +224,8 @@ def revert(layout: WeightLayout, changes: dict[str, Change | None]) -> Iterator[
     """The changes of parameters that are converted together, on the tensors that these are made of."""
     parameter = next(name for name, change in changes.items() if change is not None)
     fix = "serve the adapter on the base instead."
-    low_rank = {name: change for name, change in changes.items() if change is None or isinstance(change, LowRank)}
-    if len(low_rank) < len(changes):
+    low_rank = {name: change if isinstance(change, LowRank) else None for name, change in changes.items()}
+    if low_rank != changes:
         raise UserError(
             f"{parameter} lies in the base's files in another form, which DoRA cannot be merged into: {fix}"
         )

@@ -44,7 +44,7 @@ class WeightLayout:
                 stacks[parameter, pattern].append(name)
             elif parameter in parameters:
                 self.stored[parameter] = name
-        # Of each tensor that is a row (an expert) of a parameter: the first such tensor, its own number, and of how many.
+        # Of each tensor that is a row (an expert) of a parameter: the first of them, its own number, and how many.
         self.places = {name: (all_[0], i, len(all_)) for all_ in stacks.values() for i, name in enumerate(all_)}
         skeleton._weight_conversions = [each for each in conversions if each.was_used()]
 

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`llm-trainer merge`: an adapter into its base outside a job. Adds the tokenizer's files to what merge.py writes."""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from transformers import BitsAndBytesConfig, PreTrainedConfig
+
+from llm_trainer.errors import UserError
+from llm_trainer.findings import show_bytes
+from llm_trainer.hub import download_model
+from llm_trainer.merge import merge
+from llm_trainer.model import read_config
+from llm_trainer.precision import TYPES, find_stored_type
+from llm_trainer.settings import Settings
+
+MANIFEST = "training_manifest.json"
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit code: 1 for what cannot be merged, one sentence each; argparse itself leaves with 2."""
+    asked = parse(arguments)
+    try:
+        adapter, output = Path(asked.adapter), Path(asked.output)
+        adapter_config, settings = read_adapter(adapter, asked.merge_base)
+        name = asked.base or adapter_config.get("base_model_name_or_path")
+        if not name:
+            raise UserError(f"{adapter / 'adapter_config.json'} names no base: give one with --base.")
+        base = find_base(name, asked.model_revision or adapter_config.get("revision"))
+        trusts = asked.trust_remote_code == "true"
+        config = read_config(str(base), Settings.model_validate({"trust_remote_code": trusts}))
+        quantization = build_quantization(settings, base, config) if asked.merge_base == "dequantized" else None
+        figures = merge(base, adapter, output, config, TYPES.get(asked.dtype), quantization, trusts)
+        copy_tokenizer(adapter, base, output)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(
+        f"Merged {figures['merged_tensors']} tensors of {base}, {figures['dtype']}, into {figures['shards']} shards in "
+        f"{output}: {show_bytes(figures['bytes'])} in {figures['seconds']:.0f} s"
+    )
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("llm-trainer merge", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--base", help="folder or Hub id of the base; default: the one that the adapter names")
+    parser.add_argument("--adapter", required=True, help="folder of the adapter")
+    parser.add_argument("--output", required=True, help="empty or new folder, or one that an ended merge left")
+    parser.add_argument("--merge_base", choices=["bf16", "dequantized"], default="bf16")
+    parser.add_argument("--dtype", choices=["auto", *TYPES], default="auto", help="auto: as the base is stored")
+    parser.add_argument("--model_revision", help="of a base from the Hub")
+    parser.add_argument("--trust_remote_code", choices=["true", "false"], default="false")
+    return parser.parse_args(arguments)
+
+
+def read_adapter(adapter: Path, merge_base: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """adapter_config.json, and the settings of the run that made the adapter. Raises UserError with all mistakes."""
+    problems = []
+    names = ["adapter_config.json", SAFETENSORS_WEIGHTS_NAME]
+    absent = [name for name in names if not (adapter / name).is_file()]
+    if absent:
+        problems.append(f"--adapter {adapter} has no {' and no '.join(absent)}: give the folder of an adapter.")
+    if merge_base == "dequantized" and not (adapter / MANIFEST).is_file():
+        problems.append(
+            f"--merge_base dequantized: {adapter} has no {MANIFEST}, which tells how the base was quantized: "
+            "give the folder that the training job wrote, or use bf16."
+        )
+    if problems:
+        raise UserError(*problems)
+    settings = read_json(adapter / MANIFEST).get("settings", {}) if merge_base == "dequantized" else {}
+    return read_json(adapter / "adapter_config.json"), settings
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} holds no JSON object.")
+    return value
+
+
+def find_base(name: str, revision: str | None) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/")):
+        raise UserError(f"The base {name} is no folder here: give its folder or Hub id with --base.")
+    return Path(download_model(name, revision, with_weights=True))
+
+
+def build_quantization(settings: dict[str, Any], base: Path, config: PreTrainedConfig) -> BitsAndBytesConfig:
+    """As the job loaded the base, whose settings these are."""
+    if settings.get("load_in_8bit"):
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if not settings.get("load_in_4bit"):
+        raise UserError(f"--merge_base dequantized: by {MANIFEST} the base was not quantized: use bf16.")
+    dtype = TYPES.get(settings.get("torch_dtype", "auto")) or find_stored_type(str(base), config) or torch.bfloat16
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings["bnb_4bit_quant_type"],
+        bnb_4bit_use_double_quant=settings["bnb_4bit_use_double_quant"],
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def copy_tokenizer(adapter: Path, base: Path, output: Path) -> None:
+    """The adapter's, which may have a template or tokens of its own, else the base's."""
+    source = adapter if list(adapter.glob("tokenizer*")) else base
+    for pattern in TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, output / file.name)
