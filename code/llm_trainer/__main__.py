@@ -9,11 +9,13 @@ USAGE = """usage: llm-trainer train [--SETTING VALUE ...]
        llm-trainer train --help
        llm-trainer validate [--SETTING VALUE ...] [--json]
        llm-trainer doctor [--SETTING VALUE ...]
+       llm-trainer metrics [--json]
        llm-trainer --version
 
 train fine-tunes the model and data of the SageMaker tree under /opt/ml (or SAGEMAKER_BASE_DIR).
 validate tells, without GPU or weights, whether that job would start, and what it would train on.
 doctor tells whether such a job would run well on this machine.
+metrics prints the metric definitions with which SageMaker reads the log.
 """
 
 
@@ -40,7 +42,11 @@ def main() -> int:
         from llm_trainer.doctor import diagnose
 
         return diagnose(arguments)
-    is_asked = command in ("validate", "doctor", "--help", "-h")
+    if command == "metrics" and not wants_help:
+        from llm_trainer.metric_definitions import print_definitions
+
+        return print_definitions(arguments)
+    is_asked = command in ("validate", "doctor", "metrics", "--help", "-h")
     print(USAGE, end="", file=sys.stdout if is_asked else sys.stderr)
     return 0 if is_asked else 2
 
