@@ -12,6 +12,8 @@ import os
 import re
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,15 @@ moto_server = pytest.importorskip("moto.server", reason=MISSING)
 yaml = pytest.importorskip("yaml", reason=MISSING)
 requests = pytest.importorskip("requests", reason=MISSING)
 
-from moto.sagemaker.models import sagemaker_backends  # noqa: E402 - after it is known to be there
+from moto.sagemaker import responses  # noqa: E402 - after it is known to be there
+from moto.sagemaker.models import FakeEndpointConfig, sagemaker_backends  # noqa: E402
 
+ActionResult = responses.ActionResult  # moto's own
 REPOSITORY = Path(__file__).parents[2]
 NOTEBOOK = REPOSITORY / "examples/model-trainer-ddp.ipynb"
 REGION, ACCOUNT = "us-west-2", "123456789012"  # moto's
 BUCKET = "bucket-of-the-test"
+HARDWARE = {"InstanceType": "ml.g6.12xlarge", "InstanceCount": 1, "VolumeSizeInGB": 100}
 TOKEN = "hf_of_the_test"
 SERVING_ENV = "# for LMI\nHF_MODEL_ID=/opt/ml/model\nOPTION_MAX_MODEL_LEN=2048\nOPTION_EXTRA=a=b\n"
 ANSWER = {"choices": [{"message": {"role": "assistant", "content": "Because they can."}}]}
@@ -60,7 +65,16 @@ class Aws:
             "AWS_CONFIG_FILE": str(folder / "none"),
             "AWS_SHARED_CREDENTIALS_FILE": str(folder / "none"),
             "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_MAX_ATTEMPTS": "1",
         }
+
+    def __enter__(self) -> "Aws":
+        self.call_moto("reset")  # it keeps one account for the whole process
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.call_moto("recorder/stop-recording")
+        self.server.stop()
 
     def client(self, service: str) -> Any:
         return boto3.client(
@@ -123,6 +137,11 @@ class Aws:
         }
 
 
+def leave_out_what_is_empty(result: dict[str, Any]) -> responses.ActionResult:
+    """As SageMaker answers; moto sends {} for what was not asked for, which the SDK takes for what lacks its fields."""
+    return ActionResult({name: value for name, value in result.items() if value != {}})
+
+
 class Proxy:
     """Refuses whatever a process would send beyond this machine, and keeps its address."""
 
@@ -146,12 +165,18 @@ class Proxy:
         self.variables = {key: url for name in ("HTTP_PROXY", "HTTPS_PROXY") for key in (name, name.lower())}
         self.variables |= {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
 
+    def __enter__(self) -> "Proxy":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
 
 @dataclass
 class Run:
     """A run of the notebook."""
 
-    is_spot: bool
     folder: Path
     notebook: Any
     aws: Aws
@@ -169,57 +194,57 @@ class Run:
         return "".join(output.get("text", "") for output in outputs)
 
 
-def read_notebook(**parameters: Any) -> Any:
+def read_notebook(until: str | None, **parameters: Any) -> Any:
     """The notebook, with these parameters set after those of its own, as papermill does it."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (place,) = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
     source = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(source))
+    if until:
+        (last,) = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code" and until in cell.source]
+        del notebook.cells[last + 1 :]
     return notebook
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["spot", "warm pool"])
-def run(request, tmp_path_factory):
-    """The notebook's run, with what it asked of AWS."""
-    folder = tmp_path_factory.mktemp("notebook")
-    (folder / "examples/dolly").mkdir(parents=True)
+@contextmanager
+def run_notebook(folder: Path, until: str | None = None, **parameters: Any) -> Iterator[Run]:
+    """Run the notebook, or its cells up to the one that holds these words, with what it asked of AWS."""
     (folder / "code").symlink_to(REPOSITORY / "code")
+    (folder / "examples/dolly").mkdir(parents=True)
     (folder / "examples/dolly/rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in DOLLY))
     (folder / "sdk.yaml").write_text(
-        "SchemaVersion: '1.0'\nSageMaker: {PythonSDK: {Modules: {TelemetryOptOut: true}}}\n", encoding="utf-8"
+        "{SchemaVersion: '1.0', SageMaker: {PythonSDK: {Modules: {TelemetryOptOut: true}}}}"
     )
-    patch = pytest.MonkeyPatch()
-    patch.chdir(folder)  # where moto's recorder writes
-    aws, proxy = Aws(folder), Proxy()
-    digest = aws.furnish()
-    cache = {"HF_HOME": str(folder / "hf"), "IPYTHONDIR": str(folder / "ipython")}
-    variables = {
-        **aws.variables,
-        **proxy.variables,
-        **cache,
-        "SAGEMAKER_USER_CONFIG_OVERRIDE": str(folder / "sdk.yaml"),
-    }
-    for name, value in variables.items():
-        patch.setenv(name, value)
-    notebook = read_notebook(
-        bucket=BUCKET,
-        dataset_name="dolly",
-        num_validation_rows=5,
-        use_spot=request.param,
-        hf_token_secret="hugging-face",
-    )
-    client = nbclient.NotebookClient(
-        notebook,
-        timeout=200,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(folder / "examples")}},
-        on_cell_executed=lambda **_: aws.finish_jobs(),
-    )
-    client.execute()
-    yield Run(request.param, folder, notebook, aws, aws.list_requests(), proxy.addresses, digest)
-    proxy.server.shutdown()
-    aws.server.stop()
-    patch.undo()
+    notebook = read_notebook(until, dataset_name="dolly", num_validation_rows=5, bucket=BUCKET, **parameters)
+    with pytest.MonkeyPatch.context() as patch, Aws(folder) as aws, Proxy() as proxy:
+        patch.chdir(folder)  # where moto's recorder writes
+        patch.setattr(responses, "ActionResult", leave_out_what_is_empty)
+        patch.setattr(FakeEndpointConfig, "validate_instance_type", lambda *_: None)  # by a list without L4 and A10G
+        digest = aws.furnish()
+        variables = {
+            **aws.variables,
+            **proxy.variables,
+            "HF_HOME": str(folder / "hf"),
+            "IPYTHONDIR": str(folder / "ipython"),
+            "SAGEMAKER_USER_CONFIG_OVERRIDE": str(folder / "sdk.yaml"),
+            "SAGEMAKER_VALIDATE_ROLE": "false",  # by SimulatePrincipalPolicy, which moto lacks
+        }
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        nbclient.NotebookClient(
+            notebook,
+            timeout=200,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(folder / "examples")}},
+            on_cell_executed=lambda **_: aws.finish_jobs(),
+        ).execute()
+        yield Run(folder, notebook, aws, aws.list_requests(), proxy.addresses, digest)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    with run_notebook(tmp_path_factory.mktemp("notebook"), hf_token_secret="hugging-face") as run:
+        yield run
 
 
 def test_the_notebook_is_valid_and_carries_no_outputs():
@@ -306,17 +331,11 @@ def test_the_job_keeps_checkpoints_and_its_result_unpacked(run):
     }
 
 
-def test_the_job_is_on_spot_or_leaves_a_warm_pool(run):
+def test_the_job_is_on_spot_instances(run):
     job = run.find("CreateTrainingJob")
-    hardware = {"InstanceType": "ml.g6.12xlarge", "InstanceCount": 1, "VolumeSizeInGB": 100}
-    if run.is_spot:
-        assert job["EnableManagedSpotTraining"] is True
-        assert job["ResourceConfig"] == hardware
-        assert job["StoppingCondition"] == {"MaxRuntimeInSeconds": 14400, "MaxWaitTimeInSeconds": 28800}
-    else:
-        assert not job.get("EnableManagedSpotTraining")
-        assert job["ResourceConfig"] == {**hardware, "KeepAlivePeriodInSeconds": 1800}
-        assert job["StoppingCondition"] == {"MaxRuntimeInSeconds": 14400}
+    assert job["EnableManagedSpotTraining"] is True
+    assert job["ResourceConfig"] == HARDWARE
+    assert job["StoppingCondition"] == {"MaxRuntimeInSeconds": 14400, "MaxWaitTimeInSeconds": 28800}
 
 
 def test_the_endpoint_serves_the_result_as_the_job_wrote(run):
@@ -369,3 +388,12 @@ def test_the_trainer_takes_the_job(run):
     validation = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert validation.returncode == 0, validation.stdout + validation.stderr
     assert json.loads(validation.stdout)["data"]["train"]["num_rows"] == 15
+
+
+def test_a_job_without_spot_leaves_a_warm_pool_and_needs_no_secret(tmp_path):
+    with run_notebook(tmp_path, until="trainer.train(", use_spot=False) as run:
+        job = run.find("CreateTrainingJob")
+    assert not job.get("EnableManagedSpotTraining")
+    assert job["ResourceConfig"] == {**HARDWARE, "KeepAlivePeriodInSeconds": 1800}
+    assert job["StoppingCondition"] == {"MaxRuntimeInSeconds": 14400}
+    assert not job.get("Environment")
