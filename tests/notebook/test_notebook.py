@@ -40,7 +40,7 @@ REGION, ACCOUNT = "us-west-2", "123456789012"  # moto's
 BUCKET = "bucket-of-the-test"
 HARDWARE = {"InstanceType": "ml.g6.12xlarge", "InstanceCount": 1, "VolumeSizeInGB": 100}
 TOKEN = "hf_of_the_test"
-SERVING_ENV = "# for LMI\nHF_MODEL_ID=/opt/ml/model\nOPTION_MAX_MODEL_LEN=2048\nOPTION_EXTRA=a=b\n"
+SERVING_ENV = "# For LMI.\nOPTION_ENGINE=Python\nOPTION_MODEL_ID=/opt/ml/model\nOPTION_OVERRIDES=a=b\n"
 ANSWER = {"choices": [{"message": {"role": "assistant", "content": "Because they can."}}]}
 DOLLY = [
     {"instruction": f"Add {a} and {b}.", "context": "In words." if a else "", "response": f"{a + b} ", "category": "qa"}
@@ -343,9 +343,9 @@ def test_the_endpoint_serves_the_result_as_the_job_wrote(run):
     container = model["PrimaryContainer"]
     assert re.fullmatch(rf"\d+\.dkr\.ecr\.{REGION}\.amazonaws\.com/djl-inference:[\w.-]+lmi[\w.-]+", container["Image"])
     assert container["Environment"] == {
-        "HF_MODEL_ID": "/opt/ml/model",
-        "OPTION_MAX_MODEL_LEN": "2048",
-        "OPTION_EXTRA": "a=b",
+        "OPTION_ENGINE": "Python",
+        "OPTION_MODEL_ID": "/opt/ml/model",
+        "OPTION_OVERRIDES": "a=b",
     }
     source = container["ModelDataSource"]["S3DataSource"]
     result = f"{job['OutputDataConfig']['S3OutputPath']}/{job['TrainingJobName']}/output/model/"
