@@ -33,6 +33,8 @@ requests = pytest.importorskip("requests", reason=MISSING)
 from moto.sagemaker import responses  # noqa: E402 - after it is known to be there
 from moto.sagemaker.models import FakeEndpointConfig, sagemaker_backends  # noqa: E402
 
+pytestmark = pytest.mark.timeout(900)  # of which the SDK's imports take most, where the machine is busy
+
 ActionResult = responses.ActionResult  # moto's own
 REPOSITORY = Path(__file__).parents[2]
 NOTEBOOK = REPOSITORY / "examples/model-trainer-ddp.ipynb"
@@ -233,7 +235,7 @@ def run_notebook(folder: Path, until: str | None = None, **parameters: Any) -> I
             patch.setenv(name, value)
         nbclient.NotebookClient(
             notebook,
-            timeout=200,
+            timeout=600,
             kernel_name="python3",
             resources={"metadata": {"path": str(folder / "examples")}},
             on_cell_executed=lambda **_: aws.finish_jobs(),
