@@ -21,7 +21,8 @@ BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --build-arg V
 	$(if $(BUILDER_IMAGE),--build-arg BUILDER_IMAGE=$(BUILDER_IMAGE)) $(BUILD_OPTIONS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-gpu lint image flash-attn test-image test-local-mode image-here engine lock
+.PHONY: help venv demo test test-gpu test-notebook lint image flash-attn test-image test-local-mode image-here engine \
+	lock
 
 help: ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -53,6 +54,14 @@ test: venv lint ## Lint, types, unit and integration tests; needs no Docker
 
 test-gpu: venv ## Checks that need an NVIDIA GPU; without one they say so and skip
 	.venv/bin/pytest -s tests/gpu
+
+test-notebook: venv .venv-notebook/.made ## Run the notebook of examples/ against a stand-in for AWS; needs no account
+	.venv-notebook/bin/pytest --confcutdir tests/notebook tests/notebook
+
+.venv-notebook/.made: $(REQUIREMENTS)/notebook.txt
+	$(PYTHON) -m venv .venv-notebook
+	.venv-notebook/bin/pip install --quiet --no-compile --require-hashes -r $<
+	@touch $@
 
 lint: venv ## Lint, formatting and types
 	.venv/bin/ruff check .

@@ -1,24 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metric line: `train_loss=0.5123; step=20; ...`, which SageMaker's metric definitions read, one regex a key."""
+"""Prints the training's metrics, one line a set, while it runs."""
 
 import time
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llm_trainer.metric_definitions import LEFT_OUT, RENAMED, format_line
 from llm_trainer.timeline import Timeline
-
-# Transformers' names -> ours. The others keep their name.
-RENAMED = {"loss": "train_loss", "mean_token_accuracy": "train_token_accuracy", "num_tokens": "tokens"}
-LEFT_OUT = ("total_flos", "entropy", "eval_entropy", "eval_num_tokens")
-
-
-def format_line(metrics: dict[str, float]) -> str:
-    return "; ".join(f"{key}={format_number(value)}" for key, value in metrics.items())
-
-
-def format_number(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.6g}"
 
 
 class MetricLines(TrainerCallback):

@@ -2,6 +2,7 @@
 """Whole jobs in real processes, from a SageMaker tree to what lies in /opt/ml/model."""
 
 import json
+import re
 import stat
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llm_trainer.metric_definitions import define_metrics
 from sagemaker_tree import metrics_of
 
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
@@ -60,6 +62,20 @@ def test_the_adapter_loads_on_its_base_and_has_learned(lora_job):
     assert losses[-1] < losses[0]
     assert metrics_of(lora_job.result.stdout, "eval_loss")
     assert all(speed > 0 for speed in metrics_of(lora_job.result.stdout, "tokens_per_second"))
+
+
+def test_the_metric_definitions_read_every_key_of_the_log(lora_job):
+    lines = lora_job.result.stdout.splitlines()
+    metric_lines = [line for line in lines if re.match(r"\w+=[^;]+; ", line)]
+    keys = {pair.partition("=")[0] for line in metric_lines for pair in line.split("; ")}
+    read = {
+        definition["Name"]: [float(value) for line in lines for value in re.findall(definition["Regex"], line)]
+        for definition in define_metrics()
+    }
+    assert {"train_loss", "eval_loss", "tokens_per_second"} < keys
+    assert {name for name, values in read.items() if values} == keys
+    for key in keys:
+        assert read[key] == metrics_of(lora_job.result.stdout, key)
 
 
 def test_the_saved_tokenizer_renders_the_same_chat(lora_job):

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metric line, `train_loss=0.5123; step=20; ...`: what it holds, how it is written, and how SageMaker reads it.
+
+`llm-trainer metrics` prints what reads it, for AlgorithmSpecification's MetricDefinitions. Needs no torch.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+
+METRICS = {
+    "train_loss": "loss on the tokens that are trained on",
+    "train_token_accuracy": "share of these tokens that the model held for the likeliest",
+    "aux_loss": "loss that balances the experts of a mixture",
+    "grad_norm": "norm of all gradients, before clipping",
+    "learning_rate": "of the last step",
+    "tokens": "read since the first step, on all devices",
+    "tokens_per_second": "of all devices, since the last line",
+    "eval_loss": "train_loss of the validation data",
+    "eval_mean_token_accuracy": "train_token_accuracy of the validation data",
+    "eval_aux_loss": "aux_loss of the validation data",
+    "eval_runtime": "seconds that the evaluation took",
+    "eval_samples_per_second": "rows evaluated a second",
+    "eval_steps_per_second": "batches evaluated a second",
+    "epoch": "passes over the training data so far",
+    "step": "updates of the weights so far",
+    "total_steps": "updates of the weights in all",
+}
+# Transformers' names -> ours. The others keep their name.
+RENAMED = {"loss": "train_loss", "mean_token_accuracy": "train_token_accuracy", "num_tokens": "tokens"}
+LEFT_OUT = ("total_flos", "entropy", "eval_entropy", "eval_num_tokens")
+# A finite number, since CloudWatch takes neither nan nor inf.
+NUMBER = r"(-?[0-9.]+(?:e[-+]?[0-9]+)?)"
+
+
+def format_line(metrics: dict[str, float]) -> str:
+    return "; ".join(f"{key}={format_number(value)}" for key, value in metrics.items())
+
+
+def format_number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
+def define_metrics() -> list[dict[str, str]]:
+    """MetricDefinitions as CreateTrainingJob takes them: at most 40, of one capture group each.
+
+    A key counts at the beginning of a line or after a semicolon: `Setting learning_rate=0.1` is no metric, and
+    eval_loss is not read as train_loss.
+    """
+    return [{"Name": key, "Regex": f"(?:^|; ){key}={NUMBER}"} for key in METRICS]
+
+
+def print_definitions(arguments: Sequence[str]) -> int:
+    """Print them for a person, or with `--json` for a program; the exit code, 2 after any other argument."""
+    if arguments not in ([], ["--json"]):
+        print(f"llm-trainer metrics takes --json or nothing, and not {' '.join(arguments)}.", file=sys.stderr)
+        return 2
+    if arguments:
+        print(json.dumps(define_metrics(), indent=2))
+        return 0
+    for definition in define_metrics():
+        print(f"{definition['Name']:26}{METRICS[definition['Name']]:62}{definition['Regex']}")
+    return 0
