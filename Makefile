@@ -55,7 +55,7 @@ test: venv lint ## Lint, types, unit and integration tests; needs no Docker
 test-gpu: venv ## Checks that need an NVIDIA GPU; without one they say so and skip
 	.venv/bin/pytest -s tests/gpu
 
-test-notebook: .venv-sdk3/.made ## Run the notebook of examples/ against a stand-in for AWS; needs no account
+test-notebook: venv .venv-sdk3/.made ## Run the notebook of examples/ against a stand-in for AWS; needs no account
 	.venv-sdk3/bin/pytest --confcutdir tests/notebook tests/notebook
 
 lint: venv ## Lint, formatting and types
