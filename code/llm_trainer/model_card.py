@@ -157,7 +157,9 @@ def cell(text: str) -> str:
 def describe_training(manifest: dict[str, Any]) -> Iterator[str]:
     metrics = {name: value for name, value in manifest["metrics"].items() if isinstance(value, int | float)}
     yield f"{manifest['num_steps']} of {manifest['total_steps']} steps on {manifest['world_size']} devices."
-    yield "\n".join(["| metric | value |", "|---|---|", *(f"| {name} | {value:g} |" for name, value in metrics.items())])
+    yield "\n".join(
+        ["| metric | value |", "|---|---|", *(f"| {name} | {value:g} |" for name, value in metrics.items())]
+    )
     yield f"Settings:\n\n```json\n{json.dumps(asked_for(manifest), indent=2, default=str)}\n```"
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     yield f"Versions: {versions}."

@@ -32,11 +32,12 @@ USABLE_SHARE = 0.9  # of a GPU's memory: vLLM's gpu_memory_utilization
 OVERHEAD = 1.2  # weights, activations, CUDA graphs and buffers over the weights alone
 LENGTH_STEP = 1024
 
+DEEPSEEK_CALLS = "<\uff5ctool\u2581calls\u2581begin\uff5c>"
 # Markup of tool calls in chat templates -> vLLM's parser of it. The first that is found counts.
 TOOL_MARKUP = {
     "<|channel|>commentary": "openai",  # gpt-oss
     "[TOOL_CALLS]": "mistral",
-    "<｜tool▁calls▁begin｜>": "deepseek_v31",
+    DEEPSEEK_CALLS: "deepseek_v31",
     "<|tool_calls_section_begin|>": "kimi_k2",
     "<|tool_call_start|>": "lfm2",
     "<start_function_call>": "functiongemma",
@@ -168,7 +169,7 @@ def describe_choices(model: ServedModel, settings: Settings) -> Iterator[str]:
     if gpus:
         yield f"tensor_parallel_degree: {size} need {gpus[0]} x {gpus[1]} GB GPUs; max: all GPUs of the instance."
     else:
-        yield f"tensor_parallel_degree: {size} are more than 8 x {GPU_GB[-1]} GB GPUs hold: quantize, or use more hosts."
+        yield f"tensor_parallel_degree: {size} are more than 8 x {GPU_GB[-1]} GB GPUs hold: quantize them."
     if model.lora is not None:
         yield f'The adapter answers requests with "adapters": "{ADAPTER_NAME}" or "model": "{ADAPTER_NAME}"; others go'
         yield "to the base. To put it on an endpoint of the base as an inference component, set HF_MODEL_ID to the base"
@@ -260,7 +261,7 @@ def find_tool_parser(model: ServedModel) -> str | None:
     template = model.chat_template or ""
     if "tools" not in template:
         return None
-    if "```json" in template and "<｜tool▁calls▁begin｜>" in template:
+    if "```json" in template and DEEPSEEK_CALLS in template:
         return "deepseek_v3"
     markup, parser = TOOLS_OF_FAMILY.get(model.config.get_text_config().model_type, ("", None))
     if parser and markup in template:
