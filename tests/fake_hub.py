@@ -40,7 +40,7 @@ class FakeHub:
             def do_GET(self) -> None:
                 hub.answer(self)
 
-            do_POST = do_PUT = do_GET
+            do_POST = do_PUT = do_GET  # noqa: N815
 
             def do_HEAD(self) -> None:
                 hub.answer(self)

@@ -114,9 +114,7 @@ def refuse_push(settings: Settings, error: BaseException) -> str:
     if status == 401:
         return f"{what} cannot be pushed to: the Hub does not know the token; give a valid one as HF_TOKEN"
     if status in (403, 404):
-        return (
-            f"{what} cannot be pushed to ({status}): give a token that may write there, or a name of your own"
-        )
+        return f"{what} cannot be pushed to ({status}): give a token that may write there, or a name of your own"
     if status == 409:
         return f"{what} cannot be pushed to (409): something else is there, or writes to it; give another name"
     return f"{what} could not be pushed to ({summarize(answer)})"

@@ -550,7 +550,7 @@ def find_publish_contradictions(settings: Settings) -> typing.Iterator[str]:
         return
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", settings.hub_model_id or ""):
         yield (
-            f"push_to_hub=true with hub_model_id={settings.hub_model_id or 'null'}: give the repository's name, such as "
+            f"push_to_hub=true with hub_model_id={settings.hub_model_id or 'null'}: give a name such as "
             "'organization/name'."
         )
     if not (settings.hub_token or settings.token or os.environ.get("HF_TOKEN")):
