@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from llm_trainer.preflight import HUB_ID
@@ -63,7 +64,7 @@ def find_licence(base: Path) -> dict[str, str]:
     if (base / CARD).is_file():
         try:
             stated = ModelCard.load(base / CARD, ignore_metadata_errors=True).data.to_dict()
-        except ValueError:  # not YAML
+        except (ValueError, yaml.YAMLError):
             stated = {}
         licence = {key: stated[key] for key in ("license", "license_name", "license_link") if key in stated}
         if licence:

@@ -163,16 +163,19 @@ def mlflow_server(tmp_path_factory):
         "--artifacts-destination",
         str(folder / "files"),
     ]
-    process = subprocess.Popen(
-        command, cwd=folder, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    log = folder / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, start_new_session=True, stdout=output, stderr=output
+        )
     uri = f"http://127.0.0.1:{port}"
     while True:
         try:
             urllib.request.urlopen(f"{uri}/health", timeout=5).close()
             break
         except (urllib.error.URLError, ConnectionError):
-            assert process.poll() is None
+            assert process.poll() is None, log.read_text()
             time.sleep(0.2)
     yield uri
     os.killpg(process.pid, 15)
