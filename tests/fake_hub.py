@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small HTTP server that plays the Hugging Face Hub: one model or data set, served or refused as a test asks."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -13,7 +14,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakeHub:
-    """Serves a folder as `tiny/model`. Each of `refusals` answers one request, or the only one all of them."""
+    """Serves a folder as `tiny/model`. Each of `refusals` answers one request, or the only one all of them.
+
+    It takes a push too, by the protocol without xet: `commits` holds what each made of the files.
+    """
 
     def __init__(self, folder: Path, repository: str = MODEL, kind: str = "models") -> None:
         self.repository = repository
@@ -21,6 +25,11 @@ class FakeHub:
         self.files = {file.name: file.read_bytes() for file in folder.iterdir()}
         self.refusals: list[tuple[int, dict[str, str]]] = []
         self.for_good = False
+        self.refused = ""  # part of the paths that refusals are for
+        self.role = "write"
+        self.uploads: dict[str, bytes] = {}
+        self.commits: list[dict[str, bytes]] = []
+        self.created: list[dict[str, Any]] = []
         self.requests: list[str] = []
         self.tokens: set[str | None] = set()
         hub = self
@@ -30,6 +39,8 @@ class FakeHub:
 
             def do_GET(self) -> None:
                 hub.answer(self)
+
+            do_POST = do_PUT = do_GET  # noqa: N815
 
             def do_HEAD(self) -> None:
                 hub.answer(self)
@@ -53,6 +64,9 @@ class FakeHub:
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         path = request.path.partition("?")[0]
+        body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        if request.command in ("POST", "PUT") or path == "/api/whoami-v2":
+            return self.answer_push(request, path, body)
         if self.repository not in path:  # other models, and what huggingface_hub asks for on its own behalf
             return send(request, 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         self.requests.append(f"{request.command} {path}")
@@ -70,6 +84,58 @@ class FakeHub:
         if path.startswith(f"{self.address}/tree/"):
             return send(request, 200, [self.describe_file(name) for name in self.files])
         return self.send_file(request, path.rpartition("/")[2])
+
+    def answer_push(self, request: BaseHTTPRequestHandler, path: str, body: bytes) -> None:
+        self.requests.append(f"{request.command} {path}")
+        self.tokens.add(request.headers.get("Authorization"))
+        if self.refusals and self.refused in path:
+            status, headers = self.refusals[0] if self.for_good else self.refusals.pop(0)
+            return send(request, status, {"error": "no"}, headers)
+        if path == "/api/whoami-v2":
+            return send(request, 200, {"name": "tiny", "auth": {"accessToken": {"role": self.role}}})
+        if path == "/api/repos/create":
+            self.created.append(json.loads(body))
+            return send(request, 200, {"url": f"{self.endpoint}/{self.repository}"})
+        if path == "/api/validate-yaml":
+            return send(request, 200, {"errors": [], "warnings": []})
+        if "/branch/" in path:
+            self.created.append({"branch": path.rpartition("/")[2]})
+            return send(request, 200, {})
+        if "/preupload/" in path:
+            large = (".safetensors",)
+            files = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(large) else "regular",
+                    "shouldIgnore": False,
+                    "oid": None,
+                }
+                for file in json.loads(body)["files"]
+            ]
+            return send(request, 200, {"files": files})
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                {**thing, "actions": {"upload": {"href": f"{self.endpoint}/upload/{thing['oid']}", "header": {}}}}
+                for thing in json.loads(body)["objects"]
+            ]
+            return send(request, 200, {"transfer": "basic", "objects": objects})
+        if path.startswith("/upload/"):
+            self.uploads[path.rpartition("/")[2]] = body
+            return send(request, 200, {})
+        return self.answer_commit(request, body)
+
+    def answer_commit(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
+        files = {}
+        for line in body.decode().splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                files[value["path"]] = self.uploads[value["oid"]]
+        self.commits.append(files)
+        url = f"{self.endpoint}/{self.repository}/commit/{COMMIT}"
+        return send(request, 200, {"commitUrl": url, "commitOid": COMMIT, "success": True})
 
     def describe_file(self, name: str) -> dict[str, Any]:
         content = self.files[name]

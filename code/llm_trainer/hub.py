@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's files from the Hugging Face Hub: patience with a busy Hub, and a clear sentence where it refuses."""
+"""The Hugging Face Hub: a model's files, patience with a busy Hub, and a clear sentence where it refuses."""
 
 import random
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import httpx2
 from huggingface_hub import get_token, snapshot_download
@@ -25,6 +27,7 @@ FIRST_WAIT_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 60.0
 PATIENCE_SECONDS = 180.0  # no attempt begins later than this after the first
 BUSY = (408, 429, 500, 502, 503, 504)
+Result = TypeVar("Result")
 
 
 def download_model(model: str, revision: str | None, with_weights: bool) -> str:
@@ -34,17 +37,29 @@ def download_model(model: str, revision: str | None, with_weights: bool) -> str:
     asks for the repository, nor that for a file after a server error.
     """
     files = SMALL_FILES + (WEIGHTS if with_weights else [])
+    return insist(
+        lambda: str(snapshot_download(model, revision=revision, allow_patterns=files)),
+        f"Downloading {model}",
+        lambda error: find_refusal(error, f"model_id={model!r}") or give_up(model, find_answer(error)),
+    )
+
+
+def insist(action: Callable[[], Result], what: str, refuse: Callable[[BaseException], str]) -> Result:
+    """The result of the action, repeated while the Hub is busy or away; `what` is said of each repetition.
+
+    Raises UserError with the sentence that `refuse` makes of the last error.
+    """
     give_up_at = time.monotonic() + PATIENCE_SECONDS
     wait = FIRST_WAIT_SECONDS
     while True:
         try:
-            return snapshot_download(model, revision=revision, allow_patterns=files)
+            return action()
         except (httpx2.HTTPError, LocalEntryNotFoundError, HFValidationError) as error:
             answer = find_answer(error)
             seconds = max(wait, asked_wait(answer)) * random.uniform(1, 1.5)  # apart from the other hosts
             if not is_passing(answer) or time.monotonic() + seconds > give_up_at:
-                raise UserError(find_refusal(error, f"model_id={model!r}") or give_up(model, answer)) from error
-            print(f"Downloading {model}: {summarize(answer)}: next try in {seconds:.1f} s", flush=True)
+                raise UserError(refuse(error)) from error
+            print(f"{what}: {summarize(answer)}: next try in {seconds:.1f} s", flush=True)
             time.sleep(seconds)
             wait = min(2 * wait, LONGEST_WAIT_SECONDS)
 

@@ -79,6 +79,10 @@ def run(environment: Environment, arguments: Sequence[str], started: float) -> F
         try:
             job = check_job(environment, arguments)
             check_machine(job)
+            if environment.node_rank == 0 and job.settings.push_to_hub:
+                from llm_trainer.publish import prepare_push  # the Hub's client takes half a second to import
+
+                prepare_push(job.settings)
             timeout = job.settings.host_timeout_seconds
         except UserError as error:
             mistake = Failure(str(error), "mistake", started)
@@ -268,10 +272,10 @@ def library_variables(settings: Settings, inputs: Inputs) -> dict[str, str]:
 
 
 def needs_hub(settings: Settings, inputs: Inputs) -> bool:
-    """Whether the model, its chat template or data come from the Hugging Face Hub."""
+    """Whether the model, its chat template or data come from the Hugging Face Hub, or the result goes there."""
     places = (inputs.model, settings.chat_template_path)
     has_hub_data = any(isinstance(source, HubSource) for source in (*inputs.train, *inputs.validation))
-    return has_hub_data or any(place and not Path(place).exists() for place in places)
+    return settings.push_to_hub or has_hub_data or any(place and not Path(place).exists() for place in places)
 
 
 def cache_variables(variables: Mapping[str, str]) -> dict[str, str]:

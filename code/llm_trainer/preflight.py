@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llm_trainer.environment import Environment
 from llm_trainer.errors import summarize
+from llm_trainer.serving import find_limits
 from llm_trainer.settings import SECRETS, Settings, is_given, show
 from llm_trainer.sources import Source, find_train, find_unread, find_unused, find_validation
 from llm_trainer.weights import WEIGHTS_INDEX, check_weights, is_git_lfs_pointer, list_weights
@@ -140,5 +141,6 @@ def find_oddities(settings: Settings, environment: Environment, inputs: Inputs) 
     for name in SECRETS:
         if is_given(settings, name):
             yield f"everyone who may describe the job can read {name}: give it in the job's Environment."
+    yield from find_limits(settings)
     if settings.ignore_data_skip:
         yield "ignore_data_skip=true: a resumed run sees rows of this epoch twice and others not at all."

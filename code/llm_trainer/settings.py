@@ -8,6 +8,7 @@ them is reported.
 import difflib
 import json
 import math
+import os
 import re
 import types as pytypes
 import typing
@@ -454,6 +455,7 @@ def find_contradictions(settings: Settings) -> typing.Iterator[str]:
         if name in (settings.model_init_kwargs or {}):
             yield f"model_init_kwargs has {name!r}, which is a setting of its own: give {own} instead."
     yield from find_merge_contradictions(settings)
+    yield from find_publish_contradictions(settings)
     yield from find_adapter_contradictions(settings)
     if settings.torch_dtype == "float16" and not settings.use_peft:
         yield "torch_dtype=float16 with use_peft=false: float16 weights overflow in training; use bfloat16 or float32."
@@ -538,6 +540,27 @@ def find_merge_contradictions(settings: Settings) -> typing.Iterator[str]:
         yield "merge_base=dequantized without load_in_4bit or load_in_8bit: the base was not quantized; remove it."
     elif settings.merge_base == "dequantized" and settings.init_lora_weights == "loftq":
         yield "merge_base=dequantized with init_lora_weights=loftq: its adapter is for the original weights; use bf16."
+
+
+def find_publish_contradictions(settings: Settings) -> typing.Iterator[str]:
+    if settings.mlflow_register_model and not (settings.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")):
+        yield f"mlflow_register_model={settings.mlflow_register_model!r} without mlflow_uri: give the tracking server."
+    given = [name for name in Settings.model_fields if name.startswith("hub_") and is_given(settings, name)]
+    if not settings.push_to_hub:
+        for name in given:
+            yield f"{name} without push_to_hub=true: it would do nothing; set push_to_hub=true, or remove {name}."
+        return
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", settings.hub_model_id or ""):
+        yield (
+            f"push_to_hub=true with hub_model_id={settings.hub_model_id or 'null'}: give a name such as "
+            "'organization/name'."
+        )
+    if not (settings.hub_token or settings.token or os.environ.get("HF_TOKEN")):
+        yield "push_to_hub=true without a token: give one that may write as HF_TOKEN in the job's Environment."
+    if "hub_strategy" in given and settings.hub_strategy != "end":
+        yield f"hub_strategy={settings.hub_strategy}: the result is pushed once, at the end; remove it."
+    if settings.hub_always_push:
+        yield "hub_always_push=true: the result is pushed once, at the end; remove it."
 
 
 def find_quantization_contradictions(settings: Settings) -> typing.Iterator[str]:

@@ -23,12 +23,21 @@ from llm_trainer.settings import Settings, is_given
 from llm_trainer.tracking import choose_trackers
 from llm_trainer.training_arguments import read_snapshot
 
-# Fields of SFTConfig that data.py and model.py have acted on already.
+# Fields of SFTConfig that others act on: data.py, model.py, publish.py.
 ACTED_ON = frozenset(
     {"output_dir", "max_length", "truncation_mode", "dataset_text_field", "assistant_only_loss"}
     | {"completion_only_loss", "model_init_kwargs", "chat_template_path", "pad_token", "trust_remote_code"}
     | {"resume_from_checkpoint", "report_to", "gradient_checkpointing"}
     | {"use_liger_kernel", "liger_kernel_config", "activation_offloading", "fsdp", "fsdp_config"}
+    | {
+        "push_to_hub",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_token",
+        "hub_private_repo",
+        "hub_always_push",
+        "hub_revision",
+    }
     | {"packing", "packing_strategy", "padding_free", "eval_packing", "dataset_kwargs"}
 )
 LORA_LEARNING_RATE = 2e-4  # ten times full fine-tuning's, as TRL's documentation advises for adapters
