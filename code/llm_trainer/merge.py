@@ -199,6 +199,7 @@ def untie(
     if isinstance(first, LowRank) and isinstance(second, LowRank) and first.equals(second):
         if absent:
             del changes[absent]
+            replaced.pop(absent, None)  # PEFT saves the base's embeddings beside an adapter on them
         return False
     if absent:
         present = layout.stored[ends[1 - ends.index(absent)]]
