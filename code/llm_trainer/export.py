@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.utils import CONFIG_NAME
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
@@ -16,6 +17,9 @@ from llm_trainer.adapter_start import save_adapter
 from llm_trainer.errors import UserError, summarize
 from llm_trainer.export_proof import prove_merged, prove_trained
 from llm_trainer.merge import merge
+from llm_trainer.model_card import write_card
+from llm_trainer.publish import advise_compression, publish
+from llm_trainer.serving import ServedModel, write_serving
 from llm_trainer.trained import Trained
 
 STAGING = ".llm-trainer-export"  # beside the result, so that moving a finished file there is a rename
@@ -42,15 +46,19 @@ def export(trained: Trained, manifest: dict[str, Any]) -> None:
         release(trained)
         if trained.logits is not None:
             checks.append(prove_trained(trained, first, trained.logits, trained_bytes))
-        finish(first, trained, manifest)
+        finish(first, trained, manifest, is_served=not merges)
         remove_earlier_result(model_dir)
         if merges:
             put_in_place(first, model_dir / ADAPTER)  # so that a merge that fails loses nothing
             manifest["export"] |= merge_adapter(trained, model_dir / ADAPTER, staging, checks)
-            finish(staging, trained, manifest)
+            finish(staging, trained, manifest, is_served=True)
         put_in_place(staging, model_dir)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    if advice := advise_compression(model_dir):
+        print(advice, flush=True)
+    if not trained.trainer.stopped:
+        publish(settings, model_dir, trained.architecture, trained.base_id, trained.base_revision)
 
 
 def save_trained(trained: Trained, folder: Path) -> None:
@@ -112,11 +120,31 @@ def merge_adapter(trained: Trained, adapter: Path, folder: Path, checks: list[di
         ) from error
 
 
-def finish(folder: Path, trained: Trained, manifest: dict[str, Any]) -> None:
-    """Write what stands beside the weights."""
+def finish(folder: Path, trained: Trained, manifest: dict[str, Any], is_served: bool) -> None:
+    """Write what stands beside the weights. `is_served` says whether an endpoint gets this folder."""
     trained.tokenizer.save_pretrained(folder)
+    refusals = (
+        write_serving(folder, describe_served(folder, trained, manifest), trained.job.settings) if is_served else []
+    )
+    for refusal in refusals:
+        print(f"Serving: {refusal}", flush=True)
+    manifest["export"]["served_by_vllm"] = not refusals
+    write_card(folder, manifest, str(trained.find_base()), trained.base_id, trained.base_revision, refusals)
     manifest["files"] = sorted([MANIFEST, *(file.name for file in folder.iterdir())])
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def describe_served(folder: Path, trained: Trained, manifest: dict[str, Any]) -> ServedModel:
+    is_adapter = (folder / CONFIG_NAME).is_file()
+    return ServedModel(
+        config=trained.plan.config,
+        num_weights=manifest["parameters"],
+        dtype=trained.plan.precision.compute,
+        chat_template=trained.tokenizer.chat_template,
+        lora=LoraConfig.from_pretrained(str(folder)) if is_adapter else None,
+        base_id=trained.base_id,
+        base_revision=trained.base_revision,
+    )
 
 
 def remove_earlier_result(model_dir: Path) -> None:

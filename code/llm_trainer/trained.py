@@ -27,6 +27,11 @@ class Trained:
     scratch_dir: Path
 
     @property
+    def architecture(self) -> str:
+        """The model's class in Transformers."""
+        return (self.plan.config.architectures or ["AutoModelForCausalLM"])[0]
+
+    @property
     def base_id(self) -> str | None:
         """The base's name on the Hub; None for a folder, of which it is not known."""
         name = self.job.inputs.model
