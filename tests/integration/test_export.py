@@ -42,7 +42,9 @@ def test_a_merge_that_fails_loses_nothing_and_can_be_done_later(tree):
 def test_a_merge_leaves_the_adapter_beside_it_and_the_next_run_removes_both(tree):
     tree.change(merge_weights="true", use_checkpoints="false")
     assert tree.run().returncode == 0
-    assert {"adapter", "model.safetensors", "config.json", "training_manifest.json"} <= tree.model_files
+    whole = {"adapter", "model.safetensors", "config.json", "training_manifest.json", "serving.properties"}
+    assert whole <= tree.model_files
+    assert "adapters" not in tree.model_files
     assert [check["what"] for check in tree.manifest["export"]["checks"]] == [
         "The adapter on its base",
         "The merged model",
@@ -50,7 +52,7 @@ def test_a_merge_leaves_the_adapter_beside_it_and_the_next_run_removes_both(tree
     tree.change(merge_weights=None)
     assert tree.run().returncode == 0
     assert not {"adapter", "model.safetensors", "config.json"} & tree.model_files
-    assert "adapter_config.json" in tree.model_files
+    assert {"adapter_config.json", "adapters", "serving.env"} <= tree.model_files
 
 
 def test_an_adapter_names_its_base_and_not_the_folder_it_was_loaded_from(tree):

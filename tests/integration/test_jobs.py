@@ -15,6 +15,7 @@ from sagemaker_tree import metrics_of
 
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 PHASES = {"launch", "imports", "tokenizer", "data", "model", "packing", "first_step", "training"}
+SERVING_FILES = {"serving.properties", "serving.env", "adapters", "README.md"}
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 # Run by every Python process that finds it on its path: leaves a list of what each worker imported.
 RECORD_IMPORTS = """
@@ -44,10 +45,10 @@ def lora_job(make_tree):
 def test_a_job_ends_with_an_adapter_and_nothing_else(lora_job):
     assert lora_job.result.returncode == 0, lora_job.result.stdout
     assert not (lora_job.base_dir / "output/failure").exists()
-    assert lora_job.model_files == ADAPTER_FILES | TOKENIZER_FILES | {"training_manifest.json", "README.md"}
-    for file in (lora_job.base_dir / "model").iterdir():
+    assert lora_job.model_files == ADAPTER_FILES | TOKENIZER_FILES | SERVING_FILES | {"training_manifest.json"}
+    for file in (lora_job.base_dir / "model").rglob("*"):
         assert not file.is_symlink()
-        assert stat.S_IMODE(file.stat().st_mode) == 0o644
+        assert stat.S_IMODE(file.stat().st_mode) == (0o755 if file.is_dir() else 0o644)
     assert lora_job.checkpoints[-1] == 4
     assert not any((lora_job.base_dir / "checkpoints").glob(".*"))
 
