@@ -32,7 +32,7 @@ def publish(
 
     `architecture` is the model's class in Transformers; `base_id` the base's name on the Hub, if it has one.
     """
-    problems = []
+    problems: list[str] = []
     if settings.push_to_hub:
         try:
             print(f"Pushed to {push(settings, model_dir)}", flush=True)

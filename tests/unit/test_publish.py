@@ -28,7 +28,6 @@ def fake_hub(tiny_model, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "FIRST_WAIT_SECONDS", 0.05)
-    monkeypatch.setattr(hub, "PATIENCE_SECONDS", 0.5)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield server
     server.close()
@@ -93,7 +92,8 @@ def test_a_token_that_may_only_read_is_told_before_training(fake_hub):
         (503, "could not be pushed to (Server error '503"),
     ],
 )
-def test_what_forbids_a_push_is_told_before_training(fake_hub, status, sentence):
+def test_what_forbids_a_push_is_told_before_training(fake_hub, monkeypatch, status, sentence):
+    monkeypatch.setattr(hub, "PATIENCE_SECONDS", 0.5)
     fake_hub.repository = "nobody/knows"  # or create_repo would take it for one that is there
     fake_hub.refuse(status)
     assert sentence in refuse(publish.prepare_push, Settings(**PUSH))
