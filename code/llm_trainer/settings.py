@@ -545,7 +545,8 @@ def find_merge_contradictions(settings: Settings) -> typing.Iterator[str]:
 def find_publish_contradictions(settings: Settings) -> typing.Iterator[str]:
     if settings.mlflow_register_model and not (settings.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")):
         yield f"mlflow_register_model={settings.mlflow_register_model!r} without mlflow_uri: give the tracking server."
-    given = [name for name in Settings.model_fields if name.startswith("hub_") and is_given(settings, name)]
+    names = [name for name in Settings.model_fields if name.startswith("hub_") and name != "hub_token"]
+    given = [name for name in names if is_given(settings, name)]
     if not settings.push_to_hub:
         for name in given:
             yield f"{name} without push_to_hub=true: it would do nothing; set push_to_hub=true, or remove {name}."

@@ -2,11 +2,11 @@
 """Pushing to a Hub and registering in MLflow, each a real server on this machine."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 
 import pytest
@@ -170,16 +170,22 @@ def mlflow_server(tmp_path_factory):
             command, cwd=folder, env=environment, start_new_session=True, stdout=output, stderr=output
         )
     uri = f"http://127.0.0.1:{port}"
-    while True:
-        try:
-            urllib.request.urlopen(f"{uri}/health", timeout=5).close()
-            break
-        except (urllib.error.URLError, ConnectionError):
+    try:
+        while not answers(uri):
             assert process.poll() is None, log.read_text()
             time.sleep(0.2)
-    yield uri
-    os.killpg(process.pid, 15)
-    process.wait()
+        yield uri
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def answers(uri: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{uri}/health", timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def test_the_artefacts_become_a_version_of_a_registered_model(mlflow_server, tiny_model, monkeypatch, tmp_path):
