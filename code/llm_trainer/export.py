@@ -93,7 +93,8 @@ def release(trained: Trained) -> None:
         trained.weights.clear()
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
-    trainer.model.to("meta")
+    for module in list(trainer.model.modules()):  # emptied, since others still hold the model itself
+        module.__dict__.clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
