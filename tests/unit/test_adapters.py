@@ -156,7 +156,7 @@ def test_auto_hits_all_linear_layers_and_all_experts_and_plain_peft_loads_the_re
     assert all(torch.equal(named[key], weight) for key, weight in frozen.items())
     assert all(weight.any() for key, weight in named.items() if "lora_B" in key)  # each adapter has learned
     trained = logits_of(model)
-    adapter_start.save_adapter(model, tmp_path / "adapter", None)
+    adapter_start.save_adapter(model, tmp_path / "adapter", "base", None, None)
     torch.testing.assert_close(logits_of(PeftModel.from_pretrained(load(base), tmp_path / "adapter")), trained)
     torch.testing.assert_close(logits_of(model.merge_and_unload()), trained)
 
@@ -270,7 +270,7 @@ def test_each_variant_begins_at_the_base_and_ends_as_an_adapter_of_it(variant, m
     torch.testing.assert_close(logits_of(model), untrained, rtol=0, atol=1e-5)
     losses = train(model)
     assert losses[-1] < losses[0] - 0.05
-    adapter_start.save_adapter(model, tmp_path / "adapter", start)
+    adapter_start.save_adapter(model, tmp_path / "adapter", "base", None, start)
     loaded = logits_of(PeftModel.from_pretrained(load(base), tmp_path / "adapter"))
     torch.testing.assert_close(loaded, logits_of(model), rtol=0, atol=1e-5)
     assert (loaded - untrained).abs().max() > 0.1
@@ -281,7 +281,7 @@ def test_pissa_on_the_transposed_matrices_of_gpt2(make_base, tmp_path):
     model = adapt(base, GPT2, init_lora_weights="pissa")
     start = adapter_start.begin(model, "pissa", str(base), tmp_path)
     train(model)
-    adapter_start.save_adapter(model, tmp_path / "adapter", start)
+    adapter_start.save_adapter(model, tmp_path / "adapter", "base", None, start)
     loaded = logits_of(PeftModel.from_pretrained(load(base), tmp_path / "adapter"))
     torch.testing.assert_close(loaded, logits_of(model), rtol=0, atol=1e-5)
 
@@ -331,7 +331,7 @@ def test_loftq_begins_nearer_to_the_unquantized_base_than_zero(make_base, tmp_pa
     losses = train(model)
     assert losses[-1] < losses[0] - 0.05
     # The difference from the start is an adapter of the stored base: as near to what was trained as 4 bit are.
-    adapter_start.save_adapter(model, tmp_path / "adapter", start)
+    adapter_start.save_adapter(model, tmp_path / "adapter", "base", None, start)
     loaded = logits_of(PeftModel.from_pretrained(load(base), tmp_path / "adapter"))
     assert (loaded - logits_of(model)).norm() < from_zero < (loaded - logits_of(whole)).norm()
 
@@ -347,7 +347,7 @@ def test_dora_on_4_bit_weights_learns(make_base, tmp_path):
     model = adapt(base, LLAMA, in_4bit=True, use_dora=True)
     losses = train(model)
     assert losses[-1] < losses[0] - 0.05
-    adapter_start.save_adapter(model, tmp_path / "adapter", None)
+    adapter_start.save_adapter(model, tmp_path / "adapter", "base", None, None)
     loaded = PeftModel.from_pretrained(load(base, in_4bit=True), tmp_path / "adapter")
     torch.testing.assert_close(logits_of(loaded), logits_of(model))
 
