@@ -162,10 +162,8 @@ def put_in_place(folder: Path, target: Path) -> None:
     """Move what a finished folder holds to where SageMaker takes it from."""
     target.mkdir(parents=True, exist_ok=True)
     names = sorted(path.name for path in folder.iterdir())
-    for path in [*folder.rglob("*")]:
-        path.chmod(
-            0o755 if path.is_dir() else 0o644
-        )  # safetensors writes files that only the container's root can read
+    for path in folder.rglob("*"):  # safetensors writes files that only the container's root can read
+        path.chmod(0o755 if path.is_dir() else 0o644)
     for name in names:
         remove(target / name)
         (folder / name).replace(target / name)

@@ -19,9 +19,7 @@ from typing import Any
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from llm_trainer import adapter_changes, merged_shards
 from llm_trainer.adapter_changes import Change, LowRank, Reverted
@@ -161,6 +159,10 @@ def list_rounded(
     layout: WeightLayout, tensors: dict[str, BaseTensor], quantization: BitsAndBytesConfig, dtype: torch.dtype | None
 ) -> Iterator[RoundedTensor]:
     """The matrices that Transformers would quantize, as it would. Changes the classes of the skeleton's layers."""
+    # They import bitsandbytes, which takes seconds, and may be broken where nobody needs it.
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
     skeleton = copy.deepcopy(layout.skeleton)
     kept = Bnb4BitHfQuantizer.get_modules_to_not_convert(
         skeleton, quantization.llm_int8_skip_modules, skeleton._keep_in_fp32_modules

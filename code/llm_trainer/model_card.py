@@ -144,7 +144,10 @@ def describe_data(manifest: dict[str, Any]) -> Iterator[str]:
         sources = ", ".join(f"{source}: {kind}" for source, kind in report["formats"].items())
         share = f"{report['supervised_share']:.1%} of the tokens"
         rows.append(f"| {split} | {cell(sources)} | {report['num_rows']:,} | {report['num_tokens']:,} | {share} |")
-        files += [f"| {cell(file['name'])} | {file['bytes']:,} | {file['sha256']} |" for file in report["files"]]
+        files += [
+            f"| {cell(file['name'])} | {file['bytes']:,} | {file.get('sha256', 'streamed')} |"
+            for file in report["files"]
+        ]
     yield "\n".join(rows)
     if len(files) > 2:
         yield "\n".join(files)

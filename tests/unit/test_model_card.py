@@ -31,7 +31,10 @@ MANIFEST = {
             "num_rows": 240,
             "num_tokens": 16746,
             "supervised_share": 0.1965,
-            "files": [{"name": "a|b.jsonl", "bytes": 45278, "sha256": "fa99"}],
+            "files": [
+                {"name": "a|b.jsonl", "bytes": 45278, "sha256": "fa99"},
+                {"name": "s.jsonl", "bytes": 7, "modified": 1},
+            ],
         }
     },
     "metrics": {"eval_loss": 0.0424},
