@@ -7,20 +7,18 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers import BitsAndBytesConfig, PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from llm_trainer.errors import UserError
 from llm_trainer.findings import show_bytes
 from llm_trainer.hub import download_model
-from llm_trainer.merge import merge
-from llm_trainer.model import read_config
-from llm_trainer.precision import TYPES, find_stored_type
 from llm_trainer.settings import Settings
 
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+DTYPES = ("bfloat16", "float16", "float32")
 MANIFEST = "training_manifest.json"
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -37,14 +35,19 @@ def run(arguments: Sequence[str]) -> int:
     asked = parse(arguments)
     try:
         adapter, output = Path(asked.adapter), Path(asked.output)
-        adapter_config, settings = read_adapter(adapter, asked.merge_base)
+        adapter_config, manifest = read_adapter(adapter, asked.merge_base)
         name = asked.base or adapter_config.get("base_model_name_or_path")
         if not name:
             raise UserError(f"{adapter / 'adapter_config.json'} names no base: give one with --base.")
         base = find_base(name, asked.model_revision or adapter_config.get("revision"))
         trusts = asked.trust_remote_code == "true"
+        # Only now: torch and what is built on it take seconds, and mistakes need none of it.
+        from llm_trainer.merge import merge
+        from llm_trainer.model import read_config
+        from llm_trainer.precision import TYPES
+
         config = read_config(str(base), Settings.model_validate({"trust_remote_code": trusts}))
-        quantization = build_quantization(settings, base, config) if asked.merge_base == "dequantized" else None
+        quantization = build_quantization(manifest) if asked.merge_base == "dequantized" else None
         figures = merge(base, adapter, output, config, TYPES.get(asked.dtype), quantization, trusts)
         copy_tokenizer(adapter, base, output)
     except UserError as error:
@@ -63,17 +66,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--adapter", required=True, help="folder of the adapter")
     parser.add_argument("--output", required=True, help="empty or new folder, or one that an ended merge left")
     parser.add_argument("--merge_base", choices=["bf16", "dequantized"], default="bf16")
-    parser.add_argument("--dtype", choices=["auto", *TYPES], default="auto", help="auto: as the base is stored")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as the base is stored")
     parser.add_argument("--model_revision", help="of a base from the Hub")
     parser.add_argument("--trust_remote_code", choices=["true", "false"], default="false")
     return parser.parse_args(arguments)
 
 
 def read_adapter(adapter: Path, merge_base: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """adapter_config.json, and the settings of the run that made the adapter. Raises UserError with all mistakes."""
+    """adapter_config.json, and the manifest of the run that made the adapter. Raises UserError with all mistakes."""
     problems = []
-    names = ["adapter_config.json", SAFETENSORS_WEIGHTS_NAME]
-    absent = [name for name in names if not (adapter / name).is_file()]
+    absent = [name for name in ADAPTER_FILES if not (adapter / name).is_file()]
     if absent:
         problems.append(f"--adapter {adapter} has no {' and no '.join(absent)}: give the folder of an adapter.")
     if merge_base == "dequantized" and not (adapter / MANIFEST).is_file():
@@ -83,8 +85,8 @@ def read_adapter(adapter: Path, merge_base: str) -> tuple[dict[str, Any], dict[s
         )
     if problems:
         raise UserError(*problems)
-    settings = read_json(adapter / MANIFEST).get("settings", {}) if merge_base == "dequantized" else {}
-    return read_json(adapter / "adapter_config.json"), settings
+    manifest = read_json(adapter / MANIFEST) if merge_base == "dequantized" else {}
+    return read_json(adapter / "adapter_config.json"), manifest
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -105,18 +107,23 @@ def find_base(name: str, revision: str | None) -> Path:
     return Path(download_model(name, revision, with_weights=True))
 
 
-def build_quantization(settings: dict[str, Any], base: Path, config: PreTrainedConfig) -> BitsAndBytesConfig:
-    """As the job loaded the base, whose settings these are."""
+def build_quantization(manifest: dict[str, Any]) -> "BitsAndBytesConfig":
+    """As the job loaded the base, which this tells of."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    settings, arguments = manifest.get("settings", {}), manifest.get("training_arguments", {})
     if settings.get("load_in_8bit"):
         return BitsAndBytesConfig(load_in_8bit=True)
     if not settings.get("load_in_4bit"):
         raise UserError(f"--merge_base dequantized: by {MANIFEST} the base was not quantized: use bf16.")
-    dtype = TYPES.get(settings.get("torch_dtype", "auto")) or find_stored_type(str(base), config) or torch.bfloat16
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=settings["bnb_4bit_quant_type"],
         bnb_4bit_use_double_quant=settings["bnb_4bit_use_double_quant"],
-        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_compute_dtype=(
+            torch.bfloat16 if arguments.get("bf16") else torch.float16 if arguments.get("fp16") else torch.float32
+        ),
     )
 
 
