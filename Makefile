@@ -10,19 +10,28 @@ DOCKER ?= $(shell test -x /usr/bin/docker && echo /usr/bin/docker || echo docker
 REQUIREMENTS := docker/requirements
 # For example BUILD_OPTIONS="--build-arg MAX_JOBS=16 --build-arg FLASH_ATTN_CUDA_ARCHS=90".
 BUILD_OPTIONS ?=
+# JUNIT=--junit-xml=FILE has the tests leave a report that CI systems read.
+JUNIT ?=
+UNIT_TESTS ?= tests/unit
 # IMAGE may carry a tag of its own.
 TAGGED_IMAGE = $(if $(findstring :,$(notdir $(IMAGE))),$(IMAGE),$(IMAGE):$(VARIANT))
 CPU_TORCH = $(firstword $(wildcard docker/wheels/torch-*cpu*.whl))
 NO_CPU_TORCH := "Set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index, or PIP_FIND_LINKS to a folder that holds the wheel \
 named in $(REQUIREMENTS)/torch-cpu.txt."
 
+# The base with its digest: a tag alone may be another image tomorrow.
+BASE = $(or $(BASE_IMAGE),$(shell sed -n 's/^FROM \(.*\) AS base-$(VARIANT)$$/\1/p' docker/Dockerfile))
+NO_BASE_DIGEST := "BASE_IMAGE has to be of the form NAME@sha256:DIGEST, or an image that was built or loaded here."
+
 BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --build-arg VARIANT=$(VARIANT) \
 	$(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
-	$(if $(BUILDER_IMAGE),--build-arg BUILDER_IMAGE=$(BUILDER_IMAGE)) $(BUILD_OPTIONS)
+	$(if $(BUILDER_IMAGE),--build-arg BUILDER_IMAGE=$(BUILDER_IMAGE)) \
+	$(if $(CACHE),--cache-from $(CACHE)-builder --cache-from $(CACHE) --build-arg BUILDKIT_INLINE_CACHE=1) $(BUILD_OPTIONS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-gpu test-notebook lint image flash-attn test-image test-local-mode image-here engine \
-	lock
+.PHONY: help venv demo test test-unit test-gpu test-notebook lint image flash-attn flash-attn-cached test-image smoke \
+	test-local-mode test-codebuild image-here engine sbom gates image-report reproducible login push-cache push lock \
+	lock-check outdated
 
 help: ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -50,7 +59,10 @@ demo: venv .demo/download ## Fine-tune SmolLM2-135M on this machine's CPU, and m
 
 # One thread a job: several at once on few cores would spend their time in waiting for each other's threads.
 test: venv lint ## Lint, types, unit and integration tests; needs no Docker
-	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope
+	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope $(JUNIT)
+
+test-unit: venv ## The unit tests alone
+	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope $(JUNIT) $(UNIT_TESTS)
 
 test-gpu: venv ## Checks that need an NVIDIA GPU; without one they say so and skip
 	.venv/bin/pytest -s tests/gpu
@@ -58,24 +70,70 @@ test-gpu: venv ## Checks that need an NVIDIA GPU; without one they say so and sk
 test-notebook: venv .venv-sdk3/.made ## Run the notebook of examples/ against a stand-in for AWS; needs no account
 	.venv-sdk3/bin/pytest --confcutdir tests/notebook tests/notebook
 
-lint: venv ## Lint, formatting and types
+lint: venv ## Lint, formatting and types, of Dockerfile and shell scripts too
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/hadolint docker/Dockerfile
+	.venv/bin/shellcheck .ci/run $$(git ls-files '*.sh')
 
 image: ## Build sagemaker-llm-trainer:VARIANT (cuda or cpu); IMAGE=, BASE_IMAGE= and BUILDER_IMAGE= override
 ifeq ($(VARIANT),cpu)
 	$(if $(CPU_TORCH),,$(PYTHON) -m pip download --quiet --no-deps --require-hashes --only-binary :all: --python-version 3.11 \
 		--platform manylinux_2_28_x86_64 -r $(REQUIREMENTS)/torch-cpu.txt -d docker/wheels || { echo $(NO_CPU_TORCH); exit 1; })
 endif
-	$(BUILD) --tag $(TAGGED_IMAGE) \
+	base=$(BASE); case $$base in \
+		*@sha256:*) ;; \
+		*) id=$$($(DOCKER) image inspect --format '{{.Id}}' $$base) || { echo $(NO_BASE_DIGEST); exit 1; }; base=$$base@$$id ;; \
+	esac; \
+	$(BUILD) --tag $(TAGGED_IMAGE) --build-arg BASE=$$base \
 		$(if $(BASE_IMAGE),--label org.opencontainers.image.base.name=$(BASE_IMAGE)) \
 		--build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
-		--build-arg REVISION=$$(git describe --always --dirty --abbrev=40 2>/dev/null || echo unknown) \
-		--build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) .
+		--build-arg REVISION=$$(git describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null || echo unknown) \
+		--build-arg CREATED=$$(git log -1 --format=%cI 2>/dev/null || echo unknown) .
 
 flash-attn: ## Compile flash-attn's wheel to docker/wheels/, where `make image VARIANT=cuda` takes it from
 	$(BUILD) --target flash-attn-wheel --output docker/wheels .
+
+flash-attn-cached: ## The same, from the cache in CACHE_FOLDER=s3://... if it has the wheel, else compiled and put there
+	$(if $(filter cuda,$(VARIANT)),docker/wheel_cache.sh $(CACHE_FOLDER),@echo "The $(VARIANT) variant has no flash-attn.")
+
+smoke: venv ## Run a job and `doctor` in an image that is there
+	DOCKER=$(DOCKER) IMAGE=$(TAGGED_IMAGE) VARIANT=$(VARIANT) .venv/bin/pytest -m smoke $(JUNIT) tests/image
+
+sbom: ## Write the image's bill of materials to build/sbom.cdx.json
+	mkdir -p build
+	$(DOCKER) run --rm --entrypoint cat $(TAGGED_IMAGE) /opt/llm-trainer/sbom.cdx.json >build/sbom.cdx.json
+
+gates: sbom .venv-supply/.made ## Fail for a licence or a known vulnerability that docker/supply_chain.toml does not allow
+	.venv-supply/bin/python docker/gates.py licenses build/sbom.cdx.json >build/licenses.txt; status=$$?; \
+		grep DENIED build/licenses.txt; tail -1 build/licenses.txt; exit $$status
+	.venv-supply/bin/python docker/gates.py vulnerabilities build/sbom.cdx.json $(if $(OSV_URL),--osv-url $(OSV_URL))
+
+image-report: ## Print the image's size by layer and by package, and what could go
+	$(PYTHON) docker/image_report.py $(TAGGED_IMAGE) --docker $(DOCKER)
+
+reproducible: ## Build the image once more, without any cache, and fail where a file of it differs
+	$(MAKE) image IMAGE=$(TAGGED_IMAGE)-again BUILD_OPTIONS="$(BUILD_OPTIONS) --no-cache"
+	$(PYTHON) docker/same_files.py $(TAGGED_IMAGE) $(TAGGED_IMAGE)-again --docker $(DOCKER)
+	$(DOCKER) image rm $(TAGGED_IMAGE)-again
+
+login: ## Let docker push to REPOSITORY, if it is in ECR, by the AWS command line's credentials
+	@case "$(REPOSITORY)" in \
+		*.dkr.ecr.*) password=$$(aws ecr get-login-password --region "$$(echo "$(REPOSITORY)" | cut -d. -f4)") \
+			&& echo "$$password" | $(DOCKER) login --username AWS --password-stdin "$(firstword $(subst /, ,$(REPOSITORY)))" ;; \
+		*) echo "$(REPOSITORY) is not in ECR: no login" ;; \
+	esac
+
+push-cache: ## Push the layers to CACHE=REPOSITORY:TAG and TAG-builder, where `make image CACHE=...` finds them
+	$(BUILD) --target builder --tag $(CACHE)-builder .
+	$(DOCKER) tag $(TAGGED_IMAGE) $(CACHE)
+	$(DOCKER) push --quiet $(CACHE)-builder
+	$(DOCKER) push --quiet $(CACHE)
+
+push: ## Push the image to REPOSITORY=...; what was pushed is in build/image.json
+	$(if $(REPOSITORY),,@echo "Name the repository with REPOSITORY=ACCOUNT.dkr.ecr.REGION.amazonaws.com/NAME."; exit 1)
+	DOCKER=$(DOCKER) docker/push.sh $(TAGGED_IMAGE) $(REPOSITORY) $(VARIANT)
 
 test-image: venv image-here ## Build the image, on stand-in bases where nothing can be pulled, and run jobs in it
 	DOCKER=$(DOCKER) IMAGE=$(TAGGED_IMAGE) VARIANT=$(VARIANT) .venv/bin/pytest tests/image
@@ -84,10 +142,13 @@ test-local-mode: venv .venv-sdk2/.made .venv-sdk3/.made image-here ## Train with
 	DOCKER=$(DOCKER) tests/image/engine.sh compose
 	DOCKER=$(DOCKER) IMAGE=$(TAGGED_IMAGE) .venv/bin/pytest tests/local_mode
 
-.venv-sdk%/.made: $(REQUIREMENTS)/build.txt $(REQUIREMENTS)/sdk%.txt
+test-codebuild: venv .venv-supply/.made engine ## Execute buildspec.yml against stand-ins for AWS, and deploy examples/infrastructure
+	DOCKER=$(DOCKER) .venv-supply/bin/pytest --confcutdir tests/codebuild tests/codebuild
+
+.venv-%/.made: $(REQUIREMENTS)/build.txt $(REQUIREMENTS)/%.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --no-compile --require-hashes -r $(REQUIREMENTS)/build.txt
-	$(@D)/bin/pip install --quiet --no-compile --require-hashes --no-build-isolation -r $(REQUIREMENTS)/sdk$*.txt
+	$(@D)/bin/pip install --quiet --no-compile --require-hashes --no-build-isolation -r $(REQUIREMENTS)/$*.txt
 	@touch $@
 
 image-here: engine # as the tests have it: also where its bases cannot be pulled
@@ -100,3 +161,9 @@ engine: # ends again with `tests/image/engine.sh stop`
 
 lock: ## Resolve every requirements file anew
 	PYTHON=$(PYTHON) docker/lock.sh
+
+lock-check: ## Fail where a requirements file is not what `make lock` would write
+	PYTHON=$(PYTHON) docker/lock.sh --check
+
+outdated: ## List what a newer resolution would change
+	PYTHON=$(PYTHON) docker/lock.sh --outdated

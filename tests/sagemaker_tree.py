@@ -119,6 +119,11 @@ class SageMakerTree:
         folder = self.base_dir / "model"
         return {file.name for file in folder.iterdir()} if folder.exists() else set()
 
+    def read_journal(self) -> list[dict[str, Any]]:
+        """All records of output/data/metrics.jsonl."""
+        lines = (self.base_dir / "output/data/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
     @property
     def manifest(self) -> dict[str, Any]:
         return json.loads((self.base_dir / "model/training_manifest.json").read_text())
@@ -146,8 +151,9 @@ class RunningJob:
         return self.process.returncode
 
     def workers(self) -> list[psutil.Process]:
-        """The processes below torchrun's, which is the launcher's child."""
-        (torchrun,) = psutil.Process(self.process.pid).children()
+        """The processes below torchrun's, which is a child of the launcher, as the reporter is."""
+        children = psutil.Process(self.process.pid).children()
+        (torchrun,) = [child for child in children if "llm_trainer.elastic" in child.cmdline()]
         return torchrun.children()
 
 

@@ -11,6 +11,7 @@ from llm_trainer import __version__
 USAGE = """usage: llm-trainer train [--SETTING VALUE ...]
        llm-trainer train --help
        llm-trainer validate [--SETTING VALUE ...] [--json]
+       llm-trainer plan [--SETTING VALUE ...] [--json]
        llm-trainer doctor [--SETTING VALUE ...]
        llm-trainer merge --adapter FOLDER --output FOLDER [--base FOLDER_OR_HUB_ID] [...]
        llm-trainer merge --help
@@ -19,6 +20,7 @@ USAGE = """usage: llm-trainer train [--SETTING VALUE ...]
 
 train fine-tunes the model and data of the SageMaker tree under /opt/ml (or SAGEMAKER_BASE_DIR).
 validate tells, without GPU or weights, whether that job would start, and what it would train on.
+plan tells how its model would be loaded, and what that takes on a GPU, from the model's config alone.
 doctor tells whether such a job would run well on this machine.
 merge adds an adapter to its base, from disk to disk, and goes on where an earlier merge ended.
 metrics prints the metric definitions with which SageMaker reads the log.
@@ -54,6 +56,8 @@ def find_command(name: str) -> Callable[[list[str]], int] | None:
             from llm_trainer.launch import launch as command
         case "validate":
             from llm_trainer.validate import validate as command
+        case "plan":
+            from llm_trainer.plan import plan as command
         case "doctor":
             from llm_trainer.doctor import diagnose as command
         case "merge":

@@ -26,12 +26,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from llm_trainer.adapter_start import ADAPTER
 from llm_trainer.errors import UserError, summarize
 from llm_trainer.settings import MOVING_STARTS
 from llm_trainer.weight_layout import WeightLayout
 from llm_trainer.weights import read_header
 
-ADAPTER = "default"
 MERGED_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant")
 BASE_CHANGING_STARTS = (*MOVING_STARTS, "corda", "lora_ga")
 

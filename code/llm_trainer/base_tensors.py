@@ -45,7 +45,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-BNB_4BIT_STATE, BNB_8BIT_SCALES = ".quant_state.bitsandbytes__", "SCB"
+BNB_4BIT_STATES, BNB_8BIT_SCALES = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4"), "SCB"
 
 
 class BaseTensor(Protocol):
@@ -292,8 +292,7 @@ def find_statistics(name: str, stored: dict[str, StoredTensor]) -> dict[str, Sto
     scales = stored.get(f"{name.removesuffix('weight')}{BNB_8BIT_SCALES}")
     if scales is not None:
         return {BNB_8BIT_SCALES: scales}
-    if not any(f"{name}{BNB_4BIT_STATE}{kind}" in stored for kind in ("nf4", "fp4")):
+    if not any(f"{name}.{state}" in stored for state in BNB_4BIT_STATES):
         return {}
-    names = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-    ends = [*names, *(f"quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))]
+    ends = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *BNB_4BIT_STATES)
     return {end: stored[f"{name}.{end}"] for end in ends if f"{name}.{end}" in stored}

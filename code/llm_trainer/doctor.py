@@ -28,6 +28,7 @@ from llm_trainer.launch import collect_settings
 from llm_trainer.machine import inspect_machine
 from llm_trainer.network import find_efa_devices, network_variables
 from llm_trainer.settings import Settings
+from llm_trainer.tracking import choose_trackers, find_mlflow_uri
 
 CONNECT_SECONDS = 5
 SELF_TEST_SECONDS = 120
@@ -87,12 +88,14 @@ def is_efa_plugin_present(variables: Mapping[str, str]) -> bool:
 
 
 def try_trackers(settings: Settings, variables: Mapping[str, str]) -> Iterator[Finding]:
-    if settings.mlflow_uri:
-        if urlsplit(settings.mlflow_uri).scheme in ("http", "https"):
-            yield try_address("MLflow", settings.mlflow_uri)
+    trackers = choose_trackers(settings, variables)
+    uri = find_mlflow_uri(settings, variables)
+    if "mlflow" in trackers and uri is not None:
+        if urlsplit(uri).scheme in ("http", "https"):
+            yield try_address("MLflow", uri)
         else:
-            yield Finding("MLflow", "ok", "mlflow_uri is no http address: not tried")
-    if settings.wandb_project or settings.wandb_token or variables.get("WANDB_API_KEY"):
+            yield Finding("MLflow", "ok", "its address is no http address: not tried")
+    if "wandb" in trackers and variables.get("WANDB_MODE") != "offline":
         yield try_address("W&B", variables.get("WANDB_BASE_URL", WANDB_URL))
 
 

@@ -31,9 +31,14 @@ class Environment:
     other_hosts: tuple[str, ...]  # of a heterogeneous cluster's other groups: they wait
     current_host: str
     network_interface: str | None
+    instance_type: str | None
     num_gpus: int
     num_cpus: int
     checkpoint_dir: Path
+
+    @property
+    def num_billed_hosts(self) -> int:
+        return len(self.hosts) + len(self.other_hosts)
 
     @property
     def trains(self) -> bool:
@@ -77,6 +82,7 @@ def read_environment() -> Environment:
         other_hosts=tuple(host for host in all_hosts if host not in hosts),
         current_host=resources.get("current_host", all_hosts[0]),
         network_interface=resources.get("network_interface_name"),
+        instance_type=resources.get("current_instance_type"),
         num_gpus=count_gpus(),
         num_cpus=len(os.sched_getaffinity(0)),
         checkpoint_dir=find_checkpoint_dir(base_dir, read_json_object(config_dir / "checkpointconfig.json")),

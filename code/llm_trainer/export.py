@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from llm_trainer.adapter_start import save_adapter
 from llm_trainer.errors import UserError, summarize
 from llm_trainer.export_proof import prove_merged, prove_trained
+from llm_trainer.journal import MANIFEST
 from llm_trainer.merge import merge
 from llm_trainer.model_card import write_card
 from llm_trainer.publish import advise_compression, publish
@@ -23,7 +24,6 @@ from llm_trainer.serving import ServedModel, write_serving
 from llm_trainer.trained import Trained
 
 STAGING = ".llm-trainer-export"  # beside the result, so that moving a finished file there is a rename
-MANIFEST = "training_manifest.json"
 ADAPTER = "adapter"  # the folder beside merged weights
 
 
@@ -46,11 +46,13 @@ def export(trained: Trained, manifest: dict[str, Any]) -> None:
         release(trained)
         if trained.logits is not None:
             checks.append(prove_trained(trained, first, trained.logits, trained_bytes))
+        trained.timeline.mark("export")
         finish(first, trained, manifest, is_served=not merges)
         remove_earlier_result(model_dir)
         if merges:
             put_in_place(first, model_dir / ADAPTER)  # so that a merge that fails loses nothing
             manifest["export"] |= merge_adapter(trained, model_dir / ADAPTER, staging, checks)
+            trained.timeline.mark("merge")
             finish(staging, trained, manifest, is_served=True)
         put_in_place(staging, model_dir)
     finally:
@@ -109,7 +111,7 @@ def merge_adapter(trained: Trained, adapter: Path, folder: Path, checks: list[di
     quantization = plan.quantization if settings.merge_base == "dequantized" else None
     try:
         figures = merge(
-            *(trained.find_base(), adapter, folder, plan.config, plan.precision.compute, quantization),
+            *(trained.base_folder, adapter, folder, plan.config, plan.precision.compute, quantization),
             trust_remote_code=settings.trust_remote_code,
         )
         return {"merge": figures, "checks": [*checks, *prove_merged(trained, adapter, folder)]}
@@ -130,7 +132,7 @@ def finish(folder: Path, trained: Trained, manifest: dict[str, Any], is_served: 
     for refusal in refusals:
         print(f"Serving: {refusal}", flush=True)
     manifest["export"]["served_by_vllm"] = not refusals
-    write_card(folder, manifest, str(trained.find_base()), trained.base_id, trained.base_revision, refusals)
+    write_card(folder, manifest, str(trained.base_folder), trained.base_id, trained.base_revision, refusals)
     manifest["files"] = sorted([MANIFEST, *(file.name for file in folder.iterdir())])
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 

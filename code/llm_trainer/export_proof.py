@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads what was exported as its consumers will, and has it proven."""
 
-import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from llm_trainer.model import load_model
 from llm_trainer.model_plan import ModelPlan
 from llm_trainer.proof import ROUNDING, Place, choose_place, compute_logits, prove, tell_unproven
 from llm_trainer.trained import Trained
-from llm_trainer.weights import list_shapes
+from llm_trainer.weights import count_weights
 
 REJECTED = "rejected_export"  # in output/data
 
@@ -28,18 +27,19 @@ def prove_trained(trained: Trained, folder: Path, expected: list[torch.Tensor], 
     """
     plan, settings, rows = trained.plan, trained.job.settings, trained.rows
     tolerance: float | None = ROUNDING[plan.precision.compute]
-    what, model_bytes = "The exported model", measure_weights(folder, plan)
     if settings.init_lora_weights == "loftq":  # made up for quantization, and is exported for the base without it
         what, model_bytes, tolerance = "The adapter on the original weights", measure_base(trained), None
     elif settings.use_peft:
         what, model_bytes = "The adapter on its base", trained_bytes
-    place = choose_place(model_bytes, plan.device, trained.scratch_dir)
-    if settings.use_peft and place.placement:
-        return tell_unproven(what, model_bytes)
-    if settings.use_peft:
-        model = load_adapted(trained, folder, place, quantized=settings.init_lora_weights != "loftq")
     else:
+        what, model_bytes = "The exported model", measure_weights(folder, plan)
+    place = choose_place(model_bytes, plan.device, trained.scratch_dir)
+    if not settings.use_peft:
         model = load_whole(trained, folder, place)
+    elif place.placement:
+        return tell_unproven(what, model_bytes)
+    else:
+        model = load_adapted(trained, folder, place, quantized=settings.init_lora_weights != "loftq")
     try:
         return prove(what, expected, model, place, rows, tolerance)
     except UserError as error:
@@ -56,14 +56,14 @@ def prove_merged(trained: Trained, adapter: Path, folder: Path) -> Iterator[dict
     it is no mistake.
     """
     plan, settings, rows = trained.plan, trained.job.settings, trained.rows
-    place = choose_place(measure_weights(folder, plan), plan.device, trained.scratch_dir)
-    is_quantized = settings.load_in_4bit or settings.load_in_8bit
-    expected = trained.logits
-    assert expected is not None
+    assert trained.logits is not None
+    what, rounding = "The merged model", ROUNDING[plan.precision.compute]
     # LLM.int8() rounds the inputs of its products too, which no merged weights do.
-    tolerance = None if is_in_8_bit(plan) else ROUNDING[plan.precision.compute]
-    what = "The merged model"
-    if is_quantized and settings.merge_base == "bf16":
+    tolerance = None if is_in_8_bit(plan) else rounding
+    is_other_base = (settings.load_in_4bit or settings.load_in_8bit) and settings.merge_base == "bf16"
+    place = choose_place(measure_weights(folder, plan), plan.device, trained.scratch_dir)
+    on_original = None
+    if is_other_base:
         base_bytes = measure_base(trained)
         base_place = choose_place(base_bytes, plan.device, trained.scratch_dir)
         if base_place.placement:
@@ -71,12 +71,13 @@ def prove_merged(trained: Trained, adapter: Path, folder: Path) -> Iterator[dict
         else:
             adapted = load_adapted(trained, adapter, base_place, quantized=False)
             on_original = compute_logits(adapted, rows, base_place.device)
-            del adapted
-            merged = load_whole(trained, folder, place)
-            yield prove(what, on_original, merged, place, rows, ROUNDING[plan.precision.compute])
-            del merged
+            del adapted  # before the other model is loaded
+    merged = load_whole(trained, folder, place)
+    if on_original is not None:
+        yield prove(what, on_original, merged, place, rows, rounding)
+    if is_other_base:
         what, tolerance = "The merged model, beside the adapter on its quantized base,", None
-    yield prove(what, expected, load_whole(trained, folder, place), place, rows, tolerance)
+    yield prove(what, trained.logits, merged, place, rows, tolerance)
 
 
 def is_in_8_bit(plan: ModelPlan) -> bool:
@@ -85,12 +86,12 @@ def is_in_8_bit(plan: ModelPlan) -> bool:
 
 
 def measure_weights(folder: Path, plan: ModelPlan) -> int:
-    """Bytes of a folder's weights in the type of the computation; none where they are an adapter's."""
-    return plan.precision.compute.itemsize * sum(map(math.prod, list_shapes(folder)))
+    """Bytes of a folder's weights in the type of the computation."""
+    return plan.precision.compute.itemsize * count_weights(folder)
 
 
 def measure_base(trained: Trained) -> int:
-    return measure_weights(trained.find_base(), trained.plan)
+    return measure_weights(trained.base_folder, trained.plan)
 
 
 def load_adapted(trained: Trained, adapter: Path, place: Place, quantized: bool) -> PeftModel:

@@ -5,7 +5,6 @@ Libraries tell the same thing in many ways. An exception's class decides where i
 """
 
 import errno
-import os
 import re
 import shutil
 import signal
@@ -15,9 +14,10 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
+from llm_trainer import redaction
 from llm_trainer.errors import Failure, Kind, UserError, chain, summarize
 from llm_trainer.hub import find_refusal
-from llm_trainer.settings import SECRETS, Settings, redact_value
+from llm_trainer.settings import SECRETS, Settings
 
 SHARED_MEMORY_DIR = Path("/dev/shm")
 NEARLY_FULL_BYTES = 16 << 20  # with no more than this left, a write that failed without a reason failed for that
@@ -186,14 +186,9 @@ def describe_lost_peer(error: BaseException, settings: Settings | None) -> str:
 
 
 def hide_secrets(text: str, settings: Settings | None) -> str:
-    """The text without the tokens that this process knows."""
-    secrets = [os.environ.get("HF_TOKEN"), os.environ.get("WANDB_API_KEY")]
-    if settings is not None:
-        given = [getattr(settings, name) for name in SECRETS]
-        secrets += [secret.get_secret_value() for secret in given if secret is not None]
-    for secret in filter(None, secrets):
-        text = text.replace(secret, redact_value(SECRETS[0], secret))
-    return text
+    """The text without the secrets that this process knows."""
+    given = [getattr(settings, name) for name in SECRETS] if settings is not None else []
+    return redaction.hide_secrets(text, [secret.get_secret_value() for secret in given if secret is not None])
 
 
 def write_traceback(error: BaseException, file: Path, settings: Settings | None) -> str:

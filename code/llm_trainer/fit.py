@@ -70,6 +70,7 @@ class Fit:
     estimate: Estimate | None  # None where the model's code cannot be run without numbers
     reason: str
     warning: str = ""
+    shape: ModelShape | None = None  # of the model, where it is known
 
     @property
     def sharded(self) -> bool:
@@ -192,11 +193,12 @@ def choose_fit(
         name, size = way.name(target.world_size), f"{show_bytes(need.total_bytes)} a {target.unit}"
         if case.fits(need):
             needs = f"{', '.join(refused) or f'{name} needs {size}'} and {free} are free"
-            return build_fit(way, need, f"{needs}: {name}, {size}" if refused else needs)
+            return build_fit(way, need, f"{needs}: {name}, {size}" if refused else needs, shape=case.shape)
         refused.append(f"{name} needs {size}")
     problem = f"The job needs {size} with {name} and {free} are free"
     if not settings.check_memory:
-        return build_fit(way, need, f"{problem}, and check_memory=false", f"{problem}: it may run out of memory.")
+        warning = f"{problem}: it may run out of memory."
+        return build_fit(way, need, f"{problem}, and check_memory=false", warning, case.shape)
     changes = list(islice(list_changes(case), NUM_CHANGES))
     fix = f"what makes it fit: {'; or '.join(changes)}" if changes else "use a smaller model, or larger devices"
     raise UserError(f"{problem}; {fix}.")
@@ -216,9 +218,9 @@ def choose_blindly(ways: list[Way], target: Target, reason: str) -> Fit:
     return build_fit(way, None, reason, f"{reason[0].upper()}{reason[1:]}.")
 
 
-def build_fit(way: Way, need: Estimate | None, reason: str, warning: str = "") -> Fit:
+def build_fit(way: Way, need: Estimate | None, reason: str, warning: str = "", shape: ModelShape | None = None) -> Fit:
     distribution: Literal["ddp", "fsdp"] = "fsdp" if way.sharded else "ddp"
-    return Fit(distribution, way.checkpoints, way.offloads, need, reason, warning)
+    return Fit(distribution, way.checkpoints, way.offloads, need, reason, warning, shape)
 
 
 def list_ways(settings: Settings, target: Target) -> list[Way]:

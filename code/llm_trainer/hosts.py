@@ -3,14 +3,16 @@
 
 A host that vanishes leaves the others in a collective that nobody answers, and whose time-out names nobody. So each
 launcher keeps a connection to the first host's, the hub, says every two seconds how it is, and hears how the hub is:
-one JSON object a line. A launcher has nothing else to do, so that silence means that its host is gone.
+one JSON object a line. Nothing holds a launcher up, so that silence means that its host is gone. Records for the
+job's journal come over a connection of their own, which may be slow or stuck without being taken for silence.
 """
 
 import json
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -23,6 +25,8 @@ SILENCE_SECONDS = 30.0  # a host that says nothing for so long is lost
 RECONNECT_SECONDS = 5.0  # so is one whose connection broke and was not made again; a killed container's is not
 CONNECT_SECONDS = 5.0
 MAX_RETRY_SECONDS = 5.0
+MAX_WAITING_RECORDS = 256  # of a host that the hub does not hear: the oldest are dropped
+HEARD_KINDS = ("system", "event")  # of records that the hub takes from others
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,17 @@ def parse(text: str) -> tuple[str, State, list[str]]:
         return words["host"], told, words.get("absent", [])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a launcher's words: {text!r}") from error
+
+
+def find_record(text: str) -> tuple[str, dict[str, Any]] | None:
+    """Who speaks, and its record for the journal, where its words are one. Raises ValueError for noise."""
+    words = json.loads(text)
+    if not isinstance(words, dict) or "record" not in words:
+        return None
+    host, record = words.get("host"), words["record"]
+    if not isinstance(host, str) or not isinstance(record, dict) or record.get("kind") not in HEARD_KINDS:
+        raise ValueError(f"not a launcher's record: {text!r}")
+    return host, record
 
 
 @dataclass
@@ -86,7 +101,9 @@ class Hosts:
         self.lines: dict[str, socket.socket] = {}
         self.changed = threading.Event()
         self.is_closing = False
-        self.threads: list[threading.Thread] = []
+        self.take_record: Callable[[dict[str, Any]], None] | None = None  # the hub's: for the others' records
+        self.records: deque[dict[str, Any]] = deque(maxlen=MAX_WAITING_RECORDS)
+        self.has_records = threading.Event()
 
     def __enter__(self) -> Self:
         if len(self.names) > 1:
@@ -95,6 +112,8 @@ class Hosts:
                 threading.Thread(target=self.accept, daemon=True).start()
             else:
                 threading.Thread(target=self.stay_connected, daemon=True).start()
+                self.courier = threading.Thread(target=self.deliver_records, daemon=True)
+                self.courier.start()
             self.speaker = threading.Thread(target=self.speak, daemon=True)
             self.speaker.start()
         return self
@@ -104,7 +123,10 @@ class Hosts:
             self.is_closing = True
             self.changed.set()
             self.speaker.join(CONNECT_SECONDS)  # the last word is said
-            if self.own == self.hub:
+            if self.own != self.hub:
+                self.has_records.set()
+                self.courier.join(CONNECT_SECONDS)
+            else:
                 self.server.shutdown(socket.SHUT_RDWR)  # ends the wait in accept, which closing would not
                 self.server.close()
             for line in list(self.lines.values()):
@@ -115,6 +137,11 @@ class Hosts:
         """Let the others know how this host is."""
         self.contacts[self.own].hear(state)
         self.changed.set()
+
+    def send_record(self, kind: str, **fields: object) -> None:
+        """Let the hub write a record to the journal, as Journal.write does; never waits."""
+        self.records.append({"time": round(time.time(), 3), "kind": kind, **fields})
+        self.has_records.set()
 
     def state(self, name: str) -> State:
         """How a host is, by what this one has heard; the hub alone has heard all."""
@@ -147,6 +174,11 @@ class Hosts:
         name = None
         with suppress(OSError, ValueError), line, line.makefile(encoding="utf-8") as texts:
             for text in texts:
+                if found := find_record(text):
+                    sender, record = found
+                    if sender in self.contacts and self.take_record:
+                        self.take_record(record)
+                    continue
                 name, state, self.absent = parse(text)
                 if name not in self.contacts:
                     return
@@ -157,6 +189,26 @@ class Hosts:
         if name is not None and self.lines.get(name) is line:
             del self.lines[name]
             self.contacts[name].broken_at = time.monotonic()
+
+    def deliver_records(self) -> None:
+        """The others' part: every record to the hub, the last ones after the end too if it still listens."""
+        line: socket.socket | None = None
+        while True:
+            self.has_records.wait()
+            self.has_records.clear()
+            is_last = self.is_closing
+            while self.records:
+                words = {"host": self.own, "record": self.records.popleft()}
+                try:
+                    line = line or socket.create_connection((self.hub, PORT), timeout=CONNECT_SECONDS)
+                    line.sendall(json.dumps(words).encode() + b"\n")
+                except OSError:
+                    line = None
+                    if self.is_closing:
+                        return
+                    time.sleep(MAX_RETRY_SECONDS)
+            if is_last:
+                return
 
     def accept(self) -> None:
         """The hub's part: a thread for every host that calls."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from llm_trainer import checkpoints
+from llm_trainer.chronicle import Chronicle
 from llm_trainer.disk import inspect_need
 from llm_trainer.environment import Environment, find_base_dir, read_environment, read_json_object
 from llm_trainer.errors import Failure, UserError, write_failure
@@ -25,9 +26,13 @@ from llm_trainer.machine import inspect_machine
 from llm_trainer.network import network_variables
 from llm_trainer.own_script import names_a_script, run_script
 from llm_trainer.preflight import Inputs, find_inputs, find_lack_of_weights, find_oddities
+from llm_trainer.reporting import Reporting
+from llm_trainer.secret_references import secret_variables
 from llm_trainer.settings import Settings, count_processes, find_lacks, is_given, read_settings, redact, show
 from llm_trainer.sources import HubSource
 from llm_trainer.supervisor import INTRODUCTION_SECONDS, Supervisor, meet, wait_for_trainers
+from llm_trainer.system_metrics import SystemMetrics
+from llm_trainer.timeline import Timeline
 
 MASTER_PORT = 7777  # what SageMaker's own toolkit uses between hosts
 
@@ -76,8 +81,10 @@ def run(environment: Environment, arguments: Sequence[str], started: float) -> F
             print(f"This host, {environment.current_host}, does not train: it waits for {hosts.hub}.", flush=True)
             return wait_for_trainers(hosts, stop.file)
         mistake, timeout = None, INTRODUCTION_SECONDS
+        timeline = Timeline(started)
         try:
             job = check_job(environment, arguments)
+            os.environ.update(secret_variables(job.settings, os.environ))
             check_machine(job)
             if environment.node_rank == 0 and job.settings.push_to_hub:
                 from llm_trainer.publish import prepare_push  # the Hub's client takes half a second to import
@@ -86,34 +93,54 @@ def run(environment: Environment, arguments: Sequence[str], started: float) -> F
             timeout = job.settings.host_timeout_seconds
         except UserError as error:
             mistake = Failure(str(error), "mistake", started)
+        timeline.mark("check")
         failure = meet(hosts, mistake, timeout, stop.file)
+        timeline.mark("meeting")
         if failure:
             return failure
         if stop.file.exists():
             print("Stopped before the training began: there is nothing to save.", flush=True)
             return None
         describe_job(job)
-        failure = supervise(job, arguments, hosts, Path(folder), stop.file, started)
+        failure = supervise(job, arguments, hosts, Path(folder), stop.file, timeline)
         stop.describe_end()
         return failure
 
 
 def supervise(
-    job: Job, arguments: Sequence[str], hosts: Hosts, scratch_dir: Path, stop_file: Path, started: float
+    job: Job, arguments: Sequence[str], hosts: Hosts, scratch_dir: Path, stop_file: Path, timeline: Timeline
 ) -> Failure | None:
     """Run the workers, torchrun above them, to the end of the job on all hosts."""
+    environment, started = job.environment, timeline.started
     failures_dir = scratch_dir / "failures"
     failures_dir.mkdir()
     command, variables = torchrun_command(job, arguments), worker_variables(job, scratch_dir, started)
 
-    def start() -> "subprocess.Popen[bytes]":
-        if job.environment.node_rank == 0:  # who writes them; the folder may be one for all hosts
+    chronicle = Chronicle(environment, hosts)
+    chronicle.begin(job.settings, job.inputs, timeline)
+    folders = {"checkpoints": job.inputs.checkpoint_dir, "temp": Path(tempfile.gettempdir())}
+
+    def start(attempt: int, earlier: Failure | None) -> "subprocess.Popen[bytes]":
+        if earlier:
+            chronicle.begin_again(job.settings, attempt, earlier)
+        if environment.node_rank == 0:  # who writes them; the folder may be one for all hosts
             checkpoints.clean(job.inputs.checkpoint_dir)
         # A session of its own: a terminal's Ctrl-C is for the launcher alone, which then stops the job in order.
         return subprocess.Popen(command, env=variables, start_new_session=True)
 
-    supervisor = Supervisor(hosts, job.environment.hosts, start, failures_dir, stop_file, job.settings.max_restarts)
-    return supervisor.run()
+    with Reporting(environment, job.settings, job.inputs, variables, stop_file):
+        with SystemMetrics(environment.current_host, folders, chronicle.write, started) as metrics:
+            failure = Supervisor(
+                hosts,
+                environment.hosts,
+                start,
+                metrics.find_recent_faults,
+                failures_dir,
+                stop_file,
+                job.settings.max_restarts,
+            ).run()
+        chronicle.end(failure, job.inputs)
+    return failure
 
 
 class Stop:
@@ -254,8 +281,8 @@ def worker_variables(job: Job, scratch_dir: Path, started: float) -> dict[str, s
 
 
 def library_variables(settings: Settings, inputs: Inputs) -> dict[str, str]:
-    """This process's variables, and what libraries of models and data are told: caches off the small root disk,
-    tokens, no needless talk."""
+    """This process's variables, and what libraries of models and data are told: caches off the small root disk, no
+    needless talk."""
     variables = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # carriage returns spoil CloudWatch's lines
@@ -265,9 +292,6 @@ def library_variables(settings: Settings, inputs: Inputs) -> dict[str, str]:
     }
     if not needs_hub(settings, inputs):
         variables["HF_HUB_OFFLINE"] = "1"  # nothing to fetch: look-ups would only wait for a network
-    for name, secret in (("HF_TOKEN", settings.token), ("WANDB_API_KEY", settings.wandb_token)):
-        if secret is not None:
-            variables[name] = secret.get_secret_value()
     return variables
 
 

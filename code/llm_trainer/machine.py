@@ -36,7 +36,7 @@ def inspect_machine(environment: Environment) -> list[Finding]:
         *inspect_driver(environment),
         inspect_disk("disk", environment.base_dir),
         inspect_disk("temp disk", Path(tempfile.gettempdir())),
-        inspect_shared_memory(SHARED_MEMORY_DIR),
+        inspect_shared_memory(SHARED_MEMORY_DIR, environment.num_gpus),
         inspect_memory(CGROUP_LIMITS),
         inspect_open_files(),
         inspect_locked_memory(rdma_devices=find_verbs_devices()),
@@ -95,7 +95,7 @@ def judge_driver(driver: Driver, torch_cuda: str | None, compat_version: str | N
     return Finding("driver", "error", text)
 
 
-def inspect_shared_memory(folder: Path) -> Finding:
+def inspect_shared_memory(folder: Path, num_gpus: int) -> Finding:
     try:
         statistics = os.statvfs(folder)
         size_bytes = statistics.f_blocks * statistics.f_frsize
@@ -103,6 +103,8 @@ def inspect_shared_memory(folder: Path) -> Finding:
         size_bytes = 0
     if size_bytes >= MIN_SHARED_MEMORY_BYTES:
         return Finding("shared memory", "ok", f"{show_bytes(size_bytes)} in {folder}")
+    if num_gpus < 2:  # nothing goes through it then, unless the user asks for data loader processes
+        return Finding("shared memory", "ok", f"{show_bytes(size_bytes)} in {folder}, enough for a single process")
     text = (
         f"{show_bytes(size_bytes)} in {folder}, and data loader processes and NCCL need "
         f"{show_bytes(MIN_SHARED_MEMORY_BYTES)}: give docker --shm-size=8g; SageMaker has no setting for it, so set "

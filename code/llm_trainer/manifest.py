@@ -2,8 +2,6 @@
 """training_manifest.json: what made this model. Versions, settings, data, metrics and where the time went."""
 
 import os
-import platform
-from importlib.metadata import version
 from typing import Any
 
 from peft import PeftModel
@@ -19,8 +17,7 @@ from llm_trainer.resumable_trainer import ResumableTrainer
 from llm_trainer.settings import redact
 from llm_trainer.streaming import AUDITED_ROWS
 from llm_trainer.timeline import Timeline
-
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
+from llm_trainer.versions import read_versions
 
 
 def build_manifest(
@@ -53,7 +50,7 @@ def build_manifest(
         "stopped": trainer.stopped,
         "world_size": world_size(),
         "phase_seconds": timeline.seconds,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": read_versions(),
     }
 
 

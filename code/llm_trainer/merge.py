@@ -34,11 +34,12 @@ from llm_trainer.base_tensors import (
 )
 from llm_trainer.disk import find_free_bytes
 from llm_trainer.errors import UserError, summarize
-from llm_trainer.merged_shards import MergedShard, MergedTensor
-from llm_trainer.model_shape import build_base
+from llm_trainer.merged_shards import MergedShard, MergedTensor, write_json
+from llm_trainer.model import build_on_meta
 from llm_trainer.precision import name_of
 from llm_trainer.quantization import find_stored_method
 from llm_trainer.settings import Settings
+from llm_trainer.sources import digest
 from llm_trainer.weight_layout import WeightLayout
 from llm_trainer.weights import WEIGHTS_INDEX, list_weights
 
@@ -132,7 +133,7 @@ def plan(
 def build_skeleton(config: PreTrainedConfig, settings: Settings) -> PreTrainedModel:
     """The model on the meta device, in float32, so that PEFT computes in it."""
     try:
-        return build_base(copy.deepcopy(config), settings, torch.float32)
+        return build_on_meta(copy.deepcopy(config), settings, torch.float32)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"The base's model cannot be built from its config: {summarize(error)}.") from error
 
@@ -158,7 +159,7 @@ def check_shapes(base: Path, layout: WeightLayout) -> None:
 def list_rounded(
     layout: WeightLayout, tensors: dict[str, BaseTensor], quantization: BitsAndBytesConfig, dtype: torch.dtype | None
 ) -> Iterator[RoundedTensor]:
-    """The matrices that Transformers would quantize, as it would. Changes the classes of the skeleton's layers."""
+    """The matrices that Transformers would quantize, as it would."""
     # They import bitsandbytes, which takes seconds, and may be broken where nobody needs it.
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -312,11 +313,6 @@ def describe_weights(file: Path) -> list[Any]:
     return [status.st_size, status.st_mtime_ns, hashlib.sha256(header).hexdigest()]
 
 
-def digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def find_main_dtype(shards: list[MergedShard]) -> torch.dtype:
     """The floating type of most of the result."""
     sizes: Counter[torch.dtype] = Counter()
@@ -355,9 +351,3 @@ def write_config(base: Path, output: Path, dtype: torch.dtype, is_untied: bool) 
         if is_untied and (part is config or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
     write_json(output / "config.json", config)
-
-
-def write_json(file: Path, value: dict[str, Any]) -> None:
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    part.replace(file)

@@ -2,24 +2,25 @@
 """`llm-trainer merge`: an adapter into its base outside a job. Adds the tokenizer's files to what merge.py writes."""
 
 import argparse
-import json
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_trainer.environment import read_json_object
 from llm_trainer.errors import UserError
 from llm_trainer.findings import show_bytes
 from llm_trainer.hub import download_model
+from llm_trainer.journal import MANIFEST
+from llm_trainer.serving import ADAPTER_FILES
 from llm_trainer.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 DTYPES = ("bfloat16", "float16", "float32")
-MANIFEST = "training_manifest.json"
 TOKENIZER_FILES = (
     "tokenizer*",
     "chat_template*",
@@ -41,6 +42,7 @@ def run(arguments: Sequence[str]) -> int:
             raise UserError(f"{adapter / 'adapter_config.json'} names no base: give one with --base.")
         base = find_base(name, asked.model_revision or adapter_config.get("revision"))
         trusts = asked.trust_remote_code == "true"
+        warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' words to each other, not to the user
         # Only now: torch and what is built on it take seconds, and mistakes need none of it.
         from llm_trainer.merge import merge
         from llm_trainer.model import read_config
@@ -85,22 +87,14 @@ def read_adapter(adapter: Path, merge_base: str) -> tuple[dict[str, Any], dict[s
         )
     if problems:
         raise UserError(*problems)
-    manifest = read_json(adapter / MANIFEST) if merge_base == "dequantized" else {}
-    return read_json(adapter / "adapter_config.json"), manifest
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is no JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file} holds no JSON object.")
-    return value
+    manifest = read_json_object(adapter / MANIFEST) if merge_base == "dequantized" else {}
+    return read_json_object(adapter / "adapter_config.json"), manifest
 
 
 def find_base(name: str, revision: str | None) -> Path:
     if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise UserError(f"The base {name} has no config.json: give a model's folder with --base.")
         return Path(name)
     if name.startswith((".", "/")):
         raise UserError(f"The base {name} is no folder here: give its folder or Hub id with --base.")

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,24 @@ UNFINISHED = ".llm-trainer-merge"  # in the output folder: finished shards until
 RECORD = "made_from.json"
 BLOCK_NUMBERS = 2**20
 MAX_THREADS = 8  # more do not write faster, and each holds some blocks
+
+
+class Scratch(threading.local):
+    """A thread's float32 numbers, used again for every block: fresh memory costs as much time as the sum itself."""
+
+    def __init__(self) -> None:
+        self.numbers = torch.empty(0)
+
+    def hold(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows in float32, until the thread's next call."""
+        if rows.numel() > BLOCK_NUMBERS:
+            return rows.float()
+        if rows.numel() > self.numbers.numel():
+            self.numbers = torch.empty(BLOCK_NUMBERS)
+        return self.numbers[: rows.numel()].view(rows.shape).copy_(rows)
+
+
+scratch = Scratch()
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +78,10 @@ class MergedTensor:
     @torch.no_grad()
     def merge(self, first: int, last: int) -> torch.Tensor:
         rows = self.source.read(first, last)
-        if self.change is not None:
-            rows = self.change.add_to(rows.float(), first, last)
-        return rows.to(self.dtype).contiguous()
+        if self.change is None:
+            return rows.to(self.dtype).contiguous()
+        changed = self.change.add_to(scratch.hold(rows), first, last)
+        return rows.copy_(changed) if rows.dtype == self.dtype else changed.to(self.dtype).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +112,8 @@ class MergedShard:
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    def write(self, file: Path, pool: ThreadPoolExecutor) -> None:
-        """Raises OSError where the disk is full; what was written then stays under another name."""
-        part = file.with_suffix(".part")
+    def write(self, part: Path, pool: ThreadPoolExecutor) -> None:
+        """Raises OSError where the disk is full."""
         header = self.header()
         with part.open("wb", buffering=0) as stream:
             write_at(stream.fileno(), header, 0)
@@ -110,8 +129,13 @@ class MergedShard:
                 for block in written:
                     block.cancel()
             os.truncate(part, self.num_bytes)
-            os.fsync(stream.fileno())
-        part.replace(file)
+
+
+def settle(part: Path, file: Path) -> None:
+    """Give a written shard its name once it is on the disk, whatever becomes of the machine."""
+    with part.open("rb") as stream:
+        os.fsync(stream.fileno())
+    part.replace(file)
 
 
 def write_block(stream: int, tensor: MergedTensor, first: int, last: int, offset: int) -> None:
@@ -147,14 +171,19 @@ def begin(output: Path, made_from: dict[str, Any]) -> None:
         if others:
             raise UserError(f"The output folder {output} is not empty ({sorted(others)[0]}): give a new or empty one.")
         record.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = record.with_suffix(".part")
-        unfinished.write_text(json.dumps(made_from), encoding="utf-8")
-        unfinished.replace(record)
+        write_json(record, made_from)
     elif json.loads(record.read_text(encoding="utf-8")) != json.loads(json.dumps(made_from)):
         raise UserError(
             f"The output folder {output} holds an unfinished merge of another base or adapter, or with other options: "
             "remove the folder, or give another one."
         )
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    part.replace(file)
 
 
 def find_finished(output: Path, shards: list[MergedShard]) -> list[str]:
@@ -170,9 +199,12 @@ def write_shards(output: Path, shards: list[MergedShard]) -> None:
         print(f"Merge: {len(finished)} of {len(shards)} shards were merged before", flush=True)
     waiting = [shard for shard in shards if shard.file_name not in finished]
     left_bytes, done_bytes, started = sum(shard.num_bytes for shard in waiting), 0, time.monotonic()
-    with start_threads() as pool:
+    with start_threads() as pool, ThreadPoolExecutor(1) as disk:
+        settled = []
         for number, shard in enumerate(waiting, start=len(finished) + 1):
-            shard.write(output / UNFINISHED / shard.file_name, pool)
+            file = output / UNFINISHED / shard.file_name
+            shard.write(part := file.with_suffix(".part"), pool)
+            settled.append(disk.submit(settle, part, file))  # the disk writes while the next shard is computed
             done_bytes += shard.num_bytes
             seconds = max(time.monotonic() - started, 1e-3)
             wait = (left_bytes - done_bytes) * seconds / done_bytes
@@ -181,6 +213,8 @@ def write_shards(output: Path, shards: list[MergedShard]) -> None:
                 f"{done_bytes / GIB / seconds:.2f} GiB/s, {wait:.0f} s to go",
                 flush=True,
             )
+        for shard_on_disk in settled:
+            shard_on_disk.result()
 
 
 def publish(output: Path, shards: list[MergedShard]) -> None:

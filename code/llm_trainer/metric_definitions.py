@@ -15,7 +15,11 @@ METRICS = {
     "grad_norm": "norm of all gradients, before clipping",
     "learning_rate": "of the last step",
     "tokens": "read since the first step, on all devices",
-    "tokens_per_second": "of all devices, since the last line",
+    "tokens_per_second": "of all devices, since the last line, without evaluations and checkpoints",
+    "tokens_per_second_per_device": "the same of one GPU",
+    "seconds_per_step": "since the last line, without evaluations and checkpoints",
+    "mfu": "model FLOPs utilization: share of the GPU's peak in 16 bit that training took",
+    "memory_gib": "most that torch held of the first GPU so far, or the process of a CPU's memory",
     "eval_loss": "train_loss of the validation data",
     "eval_mean_token_accuracy": "train_token_accuracy of the validation data",
     "eval_aux_loss": "aux_loss of the validation data",
@@ -26,6 +30,8 @@ METRICS = {
     "step": "updates of the weights so far",
     "total_steps": "updates of the weights in all",
 }
+# What automatic model tuning may be told to minimize, or, of an accuracy, to maximize.
+OBJECTIVES = ("eval_loss", "train_loss", "eval_mean_token_accuracy")
 # Transformers' names -> ours. The others keep their name.
 RENAMED = {"loss": "train_loss", "mean_token_accuracy": "train_token_accuracy", "num_tokens": "tokens"}
 LEFT_OUT = ("total_flos", "entropy", "eval_entropy", "eval_num_tokens")
@@ -59,5 +65,6 @@ def print_definitions(arguments: Sequence[str]) -> int:
         print(json.dumps(define_metrics(), indent=2))
         return 0
     for definition in define_metrics():
-        print(f"{definition['Name']:26}{METRICS[definition['Name']]:62}{definition['Regex']}")
+        print(f"{definition['Name']:30}{METRICS[definition['Name']]:80}{definition['Regex']}")
+    print(f"Objectives of automatic model tuning: {', '.join(OBJECTIVES)}")
     return 0

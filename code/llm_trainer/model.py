@@ -70,14 +70,19 @@ def explain(error: Exception, model: str, part: str) -> str:
 
 
 def build_skeleton(model: str, config: PreTrainedConfig, settings: Settings) -> PreTrainedModel:
-    """The model without its weights, on the meta device: for what its code alone tells."""
+    """The model without its weights, for what its code alone tells. Raises UserError where that cannot be had."""
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager", trust_remote_code=settings.trust_remote_code
-            )
+        return build_on_meta(config, settings, config.dtype)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(explain(error, model, "code")) from error
+
+
+def build_on_meta(config: PreTrainedConfig, settings: Settings, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model of a config on the meta device, which changes the config's type to this one."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=settings.trust_remote_code, attn_implementation="eager"
+        )
 
 
 def load_tokenizer(model: str, settings: Settings) -> PreTrainedTokenizerBase:

@@ -14,6 +14,7 @@ from llm_trainer.device import Device
 from llm_trainer.kernels import Liger, choose_liger, find_known_types
 from llm_trainer.precision import Precision, find_stored_type
 from llm_trainer.quantization import Quantization, build_quantization, describe_quantization
+from llm_trainer.serving import find_misplacements
 from llm_trainer.settings import Settings
 
 
@@ -39,6 +40,7 @@ def plan_model(folder: str, settings: Settings, device: Device, precision: Preci
     skeleton = model.build_skeleton(folder, config, settings)
     attention = choose_attention(read_needs(skeleton), settings, precision.compute, device, find_faults(device))
     liger = choose_liger(config, settings, device, find_known_types(device))
+    lora = build_lora(settings, skeleton) if settings.use_peft else None
 
     def reasons() -> Iterator[str]:
         yield precision.describe(find_stored_type(folder, config))
@@ -46,6 +48,9 @@ def plan_model(folder: str, settings: Settings, device: Device, precision: Preci
             yield describe_quantization(folder, skeleton, quantization, precision.weights)
         yield str(attention)
         yield str(liger)
+        if lora is not None and not settings.merge_weights:
+            misplacements = find_misplacements(lora, config.get_text_config().model_type)
+            yield from (f"Warning: {text}" for text in misplacements)
 
     return ModelPlan(
         folder=folder,
@@ -55,6 +60,6 @@ def plan_model(folder: str, settings: Settings, device: Device, precision: Preci
         quantization=quantization,
         attention=attention,
         liger=liger,
-        lora=build_lora(settings, skeleton) if settings.use_peft else None,
+        lora=lora,
         reasons=tuple(reasons()),
     )

@@ -14,12 +14,13 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llm_trainer import adapters
 from llm_trainer.errors import summarize
+from llm_trainer.model import build_on_meta
 from llm_trainer.quantization import find_stored_method
 from llm_trainer.settings import Settings
 
@@ -91,7 +92,7 @@ def read_shape(config: PreTrainedConfig, settings: Settings, weights_dtype: torc
     """
     quantization = choose_quantization(settings)
     try:
-        base = build_base(copy.deepcopy(config), settings, weights_dtype)
+        base = build_on_meta(copy.deepcopy(config), settings, weights_dtype)
         roles = dict(tell_roles(base))
         for name in roles if quantization else ():
             if roles[name] == "linear":
@@ -117,13 +118,6 @@ def choose_quantization(settings: Settings) -> Quantization | None:
     if settings.load_in_4bit:
         return settings.bnb_4bit_quant_type
     return "int8" if settings.load_in_8bit else None
-
-
-def build_base(config: PreTrainedConfig, settings: Settings, dtype: torch.dtype) -> PreTrainedModel:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=settings.trust_remote_code, attn_implementation="eager"
-        )
 
 
 def tell_roles(base: PreTrainedModel) -> Iterator[tuple[str, Role]]:

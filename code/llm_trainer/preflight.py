@@ -3,19 +3,19 @@
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from llm_trainer.environment import Environment
 from llm_trainer.errors import summarize
+from llm_trainer.secret_references import is_reference
 from llm_trainer.serving import find_limits
-from llm_trainer.settings import SECRETS, Settings, is_given, show
+from llm_trainer.settings import HUB_ID, SECRETS, Settings, show
 from llm_trainer.sources import Source, find_train, find_unread, find_unused, find_validation
+from llm_trainer.tracking import find_idle_project
 from llm_trainer.weights import WEIGHTS_INDEX, check_weights, is_git_lfs_pointer, list_weights
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "vocab.*", "*.model", "*.tiktoken")
 POINTER = "is a Git LFS pointer and not the file itself: run `git lfs pull`, or download the model again."
 
@@ -33,18 +33,13 @@ class Inputs:
 
 def find_inputs(settings: Settings, environment: Environment) -> tuple[Inputs, list[str]]:
     """The job's inputs, and a sentence for every one that is missing or unusable."""
-    problems: list[str] = []
-    model = settings.model_id or find_model_channel(environment)
-    if model is None:
-        problems.append("model_id is missing: give a Hugging Face model id, or the model's files as channel 'model'.")
-    else:
-        problems += check_model(model)
+    model, problems = find_model(settings, environment)
     train, missing = find_train(settings, environment)
     validation, missing_too = find_validation(settings, environment)
     problems += missing + missing_too
     problems += check_evaluation(settings, has_validation=bool(validation))
     inputs = Inputs(
-        model=model or "",
+        model=model,
         train=train,
         validation=validation,
         model_dir=Path(settings.output_dir) if settings.output_dir else environment.model_dir,
@@ -54,9 +49,12 @@ def find_inputs(settings: Settings, environment: Environment) -> tuple[Inputs, l
     return inputs, problems
 
 
-def find_model_channel(environment: Environment) -> str | None:
-    channel = environment.channels.get("model")
-    return str(channel) if channel else None
+def find_model(settings: Settings, environment: Environment) -> tuple[str, list[str]]:
+    """The model's folder or Hub id, empty if there is none, and a sentence for all that is wrong with it."""
+    model = settings.model_id or str(environment.channels.get("model", ""))
+    if model:
+        return model, list(check_model(model))
+    return "", ["model_id is missing: give a Hugging Face model id, or the model's files as channel 'model'."]
 
 
 def check_model(model: str) -> Iterator[str]:
@@ -139,8 +137,13 @@ def find_oddities(settings: Settings, environment: Environment, inputs: Inputs) 
     if unused := find_unused(environment):
         yield f"nothing reads channel {', '.join(unused)}: see the README for the channels' names."
     for name in SECRETS:
-        if is_given(settings, name):
-            yield f"everyone who may describe the job can read {name}: give it in the job's Environment."
+        secret = getattr(settings, name)
+        if secret is not None and not is_reference(secret.get_secret_value()):
+            yield (
+                f"everyone who may describe the job can read {name}: give it in the job's Environment, or the ARN of a "
+                "Secrets Manager secret in its place."
+            )
+    yield from find_idle_project(settings)
     yield from find_limits(settings)
     if settings.ignore_data_skip:
         yield "ignore_data_skip=true: a resumed run sees rows of this epoch twice and others not at all."

@@ -6,6 +6,7 @@ fails then all the same: the user asked for the push. Nothing of the Trainer's o
 """
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from llm_trainer import hub
 from llm_trainer.errors import UserError, summarize
+from llm_trainer.mlflow_tracker import MODEL_PATH, find_left_run
+from llm_trainer.secret_references import HUB_TOKEN
 from llm_trainer.settings import Settings
+from llm_trainer.tracking import choose_trackers
 
 LARGE_BYTES = 10**9
 # `gzip` at its default level took 20.7 s of a core for 200 MB of normally distributed bfloat16 weights, and made them a
 # fifth smaller. What SageMaker packs with is not documented.
 GZIP_BYTES_A_SECOND = 10e6
-MLFLOW_PATH = "model"  # of the artefacts in the run
+RUN_PATIENCE_SECONDS = 10.0
 MLFLOW_ERROR = "the artefacts are in {model_dir}: register them by hand, or mend this and start the job again."
 
 
@@ -65,7 +69,7 @@ def prepare_push(settings: Settings) -> None:
     """Make the repository and the branch now. Raises UserError where that, and so the push, is not possible."""
     if not settings.push_to_hub:
         return
-    api, name = connect(settings), settings.hub_model_id
+    api, name = connect(), settings.hub_model_id
 
     def prepare() -> None:
         account = api.whoami()
@@ -81,7 +85,7 @@ def prepare_push(settings: Settings) -> None:
 
 def push(settings: Settings, model_dir: Path) -> str:
     """Upload the artefacts in one commit; its address. Raises UserError where the Hub refuses, or stays away."""
-    api = connect(settings)
+    api = connect()
 
     def upload() -> str:
         name = settings.hub_model_id
@@ -101,9 +105,9 @@ def push(settings: Settings, model_dir: Path) -> str:
     return hub.insist(upload, f"Pushing to {settings.hub_model_id}", refuse)
 
 
-def connect(settings: Settings) -> HfApi:
+def connect() -> HfApi:
     """The Hub with the token of the push, else that of the whole job."""
-    return HfApi(token=settings.hub_token.get_secret_value() if settings.hub_token else None)
+    return HfApi(token=os.environ.get(HUB_TOKEN))
 
 
 def refuse_push(settings: Settings, error: BaseException) -> str:
@@ -123,7 +127,7 @@ def refuse_push(settings: Settings, error: BaseException) -> str:
 def register(
     settings: Settings, model_dir: Path, architecture: str, base_id: str | None, base_revision: str | None
 ) -> str:
-    """Log the artefacts to the job's run as an MLflow model, and register them; the version.
+    """Log the artefacts to the job's run, which is the reporter's, as an MLflow model, and register them; the version.
 
     Nothing is loaded into memory, nor copied on the way: `mlflow.transformers.log_model` would do one of them. The
     files go to the run as they are, as in MLflow 2, so that servers of MLflow 2 and 3 take them.
@@ -134,24 +138,30 @@ def register(
 
     name = settings.mlflow_register_model
     try:
-        # The tracker has ended its run with the training.
-        run = mlflow.active_run() or mlflow.last_active_run() or mlflow.start_run(run_name=settings.run_name)
-        client, run_id = mlflow.MlflowClient(), run.info.run_id
-        model = Model(artifact_path=MLFLOW_PATH, run_id=run_id)
+        # Without the job's run, whose server may have been away until now, the model has one of its own.
+        run_id = find_run(settings) or mlflow.start_run(run_name=settings.run_name).info.run_id
+        client = mlflow.MlflowClient()
+        model = Model(artifact_path=MODEL_PATH, run_id=run_id)
         model.add_flavor("transformers", **describe_flavor(model_dir, architecture, base_id, base_revision))
         with tempfile.TemporaryDirectory() as folder:
             model.save(f"{folder}/MLmodel")
-            client.log_artifact(run_id, f"{folder}/MLmodel", MLFLOW_PATH)
-        client.log_artifacts(run_id, str(model_dir), MLFLOW_PATH)
+            client.log_artifact(run_id, f"{folder}/MLmodel", MODEL_PATH)
+        client.log_artifacts(run_id, str(model_dir), MODEL_PATH)
         for file in [*model_dir.glob("token*"), *model_dir.glob("*.jinja"), *model_dir.glob("special_tokens_map.json")]:
-            client.log_artifact(run_id, str(file), f"{MLFLOW_PATH}/components/tokenizer")
-        version = mlflow.register_model(f"runs:/{run_id}/{MLFLOW_PATH}", name).version
+            client.log_artifact(run_id, str(file), f"{MODEL_PATH}/components/tokenizer")
+        version = mlflow.register_model(f"runs:/{run_id}/{MODEL_PATH}", name).version
         if mlflow.active_run():
             mlflow.end_run()
     except (MlflowException, OSError) as error:  # requests' errors are OSErrors
         fix = MLFLOW_ERROR.format(model_dir=model_dir)
         raise UserError(f"mlflow_register_model={name!r} failed ({summarize(error)}); {fix}") from error
     return str(version)
+
+
+def find_run(settings: Settings) -> str | None:
+    if "mlflow" not in choose_trackers(settings):
+        return None
+    return find_left_run(Path(os.environ["LLM_TRAINER_SCRATCH"]), RUN_PATIENCE_SECONDS)
 
 
 def describe_flavor(

@@ -2,7 +2,6 @@
 """How the base model is quantized: as its checkpoint is stored, or by bitsandbytes while it loads."""
 
 from collections.abc import Iterator
-from math import prod
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,7 +14,7 @@ from llm_trainer.errors import UserError, summarize
 from llm_trainer.findings import show_bytes
 from llm_trainer.precision import name_of
 from llm_trainer.settings import Settings
-from llm_trainer.weights import list_shapes, list_weights
+from llm_trainer.weights import count_weights, list_weights
 
 Quantization: TypeAlias = BitsAndBytesConfig | Mxfp4Config
 
@@ -99,7 +98,7 @@ def describe_quantization(folder: str, model: PreTrainedModel, quantization: Qua
     """A line for the log: what an MXFP4 checkpoint grows to, or what of the model bitsandbytes quantizes."""
     if isinstance(quantization, Mxfp4Config):
         stored = sum(file.stat().st_size for file in list_weights(Path(folder)))
-        whole = sum(map(prod, list_shapes(Path(folder)))) * dtype.itemsize
+        whole = count_weights(Path(folder)) * dtype.itemsize
         sizes = f": {show_bytes(stored)} on disk become {show_bytes(whole)} in memory" if stored else ""
         return f"Quantization: the checkpoint's MXFP4 is dequantized to {name_of(dtype)} for training{sizes}"
     method = "LLM.int8()" if quantization.load_in_8bit else quantization.bnb_4bit_quant_type

@@ -24,6 +24,7 @@ from trl import SFTTrainer
 
 from llm_trainer import adapter_start, checkpoints
 from llm_trainer.distributed import local_rank
+from llm_trainer.journal import Journal
 from llm_trainer.resume import gather_over, share
 from llm_trainer.stopping import SLOW_STEP_SECONDS, Agreement, StopRequest
 
@@ -47,6 +48,7 @@ class ResumableTrainer(SFTTrainer):
     agreement: Agreement
     run: dict[str, Any]  # what a run that goes on from one of our checkpoints has to share with this one
     keeps_checkpoints: bool
+    journal = Journal(None)
     loraplus_lr_ratio: float | None = None  # of the adapter's B over A's
     adapter_start: Path | None = None  # the values that the adapter began with, where a checkpoint needs them
     evaluation_due = False  # the evaluation that belongs to the current step was put off by a stop
@@ -81,13 +83,14 @@ class ResumableTrainer(SFTTrainer):
         files = self.describe_files(partial)
         keeps_house = self.keeps_house(partial)
         if keeps_house:
-            checkpoints.complete(partial, self.run, int(self._total_train_tokens), self.evaluation_due, files)
+            checkpoints.complete(partial, self.run, self.num_tokens, self.evaluation_due, files)
         self.await_shards()  # no host may delete an old one before all have the new one
         if keeps_house:
             # One more than the only one: S3 may not have the new one yet, and mirrors the deletion of the old at once.
             self.rotate(at_least=2)
             checkpoints.clean(folder)
         self.checkpoint_seconds = time.monotonic() - started
+        self.journal.write("checkpoint", step=self.state.global_step, seconds=round(self.checkpoint_seconds, 2))
 
     def keeps_house(self, partial: Path) -> bool:
         """Whether this rank renames and deletes checkpoints: the one that writes, or for a sharded model one a host.
@@ -133,6 +136,11 @@ class ResumableTrainer(SFTTrainer):
         for name, state in states or ():
             (Path(output_dir) / name).write_bytes(state)
         return None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens trained on so far, on all devices and in all runs."""
+        return int(self._total_train_tokens)
 
     def resume(self, checkpoint: Path | None) -> Any:
         """Train from the checkpoint on, or from the start; Transformers' result."""

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
 from llm_trainer.settings import MOVING_STARTS, Settings
 
 if TYPE_CHECKING:
@@ -282,6 +280,7 @@ def find_reasoning_parser(model: ServedModel) -> str | None:
 
 def render_answer(template: str) -> str:
     """A question and an answer as they are trained on; empty where the template wants more than that."""
+    from jinja2 import TemplateError  # the launcher imports this module, and renders nothing
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
@@ -306,6 +305,12 @@ def find_refusals(lora: "LoraConfig", model_type: str) -> Iterator[str]:
     rank = find_rank(lora)
     if find_served_rank(rank) is None:
         yield f"{where}: its rank is {rank} and at most {LORA_RANKS[-1]} is possible; lower lora_r, or {FIX}"
+    yield from find_misplacements(lora, model_type)
+
+
+def find_misplacements(lora: "LoraConfig", model_type: str) -> Iterator[str]:
+    """Those of the sentences that depend on where in the model the adapter sits, known before the training."""
+    where = "vLLM and LMI cannot load this adapter"
     embeddings = {"embed_tokens", "lm_head", "wte"} & {name.rpartition(".")[2] for name in lora.target_modules or ()}
     if embeddings and model_type not in ADAPTABLE_EMBEDDINGS:
         yield f"{where}: it sits on {', '.join(sorted(embeddings))}, which vLLM adapts in no {model_type}; {FIX}"

@@ -23,6 +23,8 @@ from pydantic.fields import FieldInfo
 from llm_trainer.decoding import decode
 from llm_trainer.environment import Environment
 from llm_trainer.errors import shorten
+from llm_trainer.redaction import REDACTED, URL_PASSWORD
+from llm_trainer.tracking import find_mlflow_uri, find_tracking_contradictions
 from llm_trainer.training_arguments import Argument, read_snapshot
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -43,7 +45,9 @@ class OwnSettings(BaseModel):
     model_id: str | None = Field(None, description="Hub id or model folder; default: the folder of channel `model`.")
     model_revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
     use_snapshot_download: bool = Field(True, description="Download a Hub model once a host, before any rank loads it.")
-    token: SecretStr | None = Field(None, description="Hugging Face token; better given as HF_TOKEN in Environment.")
+    token: SecretStr | None = Field(
+        None, description="Hugging Face token, or a secret's ARN; better given as HF_TOKEN in Environment."
+    )
     torch_dtype: Dtype = Field(
         "auto", description="Type of the weights and of the computation; auto: by the device (16 bit on a GPU)."
     )
@@ -157,7 +161,13 @@ class OwnSettings(BaseModel):
         None, min_length=1, description="Name under which the result is registered in MLflow; default: it is not."
     )
     wandb_project: str | None = Field(None, description="Weights & Biases project; switches it on.")
-    wandb_token: SecretStr | None = Field(None, description="W&B key; better given as WANDB_API_KEY in Environment.")
+    wandb_token: SecretStr | None = Field(
+        None, description="W&B key, or a secret's ARN; better given as WANDB_API_KEY in Environment."
+    )
+    track_model: bool = Field(False, description="Upload what is exported to the trackers as an artefact, too.")
+    sample_prompts: int = Field(
+        3, ge=0, description="Held-out prompts whose answers, before and after the training, the report shows."
+    )
 
 
 # The field's other spellings of the same thing.
@@ -242,10 +252,8 @@ OTHER_WAYS = {
     "state_dict_type": "sharded checkpoints, which are always written",
 }
 
-TRACKERS = ("mlflow", "wandb", "none")  # those that the image carries
 SECRETS = ("token", "wandb_token", "hub_token")
-REDACTED = "***"
-URL_PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # a tracking server's, say, with the user's name
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PLAIN_TYPES: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str, "dict": dict, "list": list}
 
 
@@ -470,9 +478,7 @@ def find_contradictions(settings: Settings) -> typing.Iterator[str]:
     if (settings.packing or settings.eval_packing) and settings.max_length is None:
         name = "packing" if settings.packing else "eval_packing"
         yield f"{name}=true with max_length=null: rows are packed into sequences of max_length tokens; give it."
-    trackers = settings.report_to if isinstance(settings.report_to, list) else [settings.report_to or "none"]
-    if not set(trackers) <= set(TRACKERS):
-        yield f"report_to={settings.report_to!r} is not valid: it must be among {', '.join(TRACKERS)}; leave it out."
+    yield from find_tracking_contradictions(settings)
     if settings.streaming:
         yield from find_stream_contradictions(settings)
     yield from find_distribution_contradictions(settings)
@@ -543,7 +549,7 @@ def find_merge_contradictions(settings: Settings) -> typing.Iterator[str]:
 
 
 def find_publish_contradictions(settings: Settings) -> typing.Iterator[str]:
-    if settings.mlflow_register_model and not (settings.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")):
+    if settings.mlflow_register_model and not find_mlflow_uri(settings):
         yield f"mlflow_register_model={settings.mlflow_register_model!r} without mlflow_uri: give the tracking server."
     names = [name for name in Settings.model_fields if name.startswith("hub_") and name != "hub_token"]
     given = [name for name in names if is_given(settings, name)]
@@ -551,7 +557,7 @@ def find_publish_contradictions(settings: Settings) -> typing.Iterator[str]:
         for name in given:
             yield f"{name} without push_to_hub=true: it would do nothing; set push_to_hub=true, or remove {name}."
         return
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", settings.hub_model_id or ""):
+    if not HUB_ID.fullmatch(settings.hub_model_id or ""):
         yield (
             f"push_to_hub=true with hub_model_id={settings.hub_model_id or 'null'}: give a name such as "
             "'organization/name'."

@@ -52,6 +52,7 @@ class FileSource:
 
 
 def digest(file: Path) -> str:
+    """SHA-256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -65,13 +66,16 @@ class HubSource:
     split: str
     is_sharded: bool = False  # every host downloads it whole
 
+    @property
+    def title(self) -> str:
+        return " ".join(filter(None, (self.name, self.config, self.split)))
+
     def describe(self) -> str:
         return f"split {self.split!r} of {self.name} from the Hugging Face Hub"
 
     def fingerprint(self) -> list[dict[str, Any]]:
         rows = load_hub_data(self.name, self.config, self.split)
-        name = f"{self.name} {self.config or ''} {self.split}"
-        return [{"name": " ".join(name.split()), "bytes": rows.size_in_bytes, "sha256": rows._fingerprint}]
+        return [{"name": self.title, "bytes": rows.size_in_bytes, "sha256": rows._fingerprint}]
 
     def read(self, max_rows: int) -> Iterator[Iterator[Chunk]]:
         yield self.read_chunks(max_rows)

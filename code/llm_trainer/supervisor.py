@@ -8,7 +8,7 @@ has failed, and why. The others report and follow.
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,13 +33,18 @@ class Verdict:
 
 
 class Supervisor:
-    """The life of this host's workers; `start` begins an attempt and returns torchrun's process."""
+    """The life of this host's workers.
+
+    `start` begins an attempt, after the failure of the one before, and returns torchrun's process; `find_gpu_faults`
+    gives sentences about what GPUs of this host reported lately.
+    """
 
     def __init__(
         self,
         hosts: Hosts,
         trainers: Sequence[str],
-        start: Callable[[], "subprocess.Popen[bytes]"],
+        start: Callable[[int, Failure | None], "subprocess.Popen[bytes]"],
+        find_gpu_faults: Callable[[], list[str]],
         failures_dir: Path,
         stop_file: Path,
         max_restarts: int,
@@ -47,18 +52,19 @@ class Supervisor:
         self.hosts = hosts
         self.others = [name for name in trainers if name != hosts.own]
         self.start = start
+        self.find_gpu_faults = find_gpu_faults
         self.failures_dir = failures_dir
         self.stop_file = stop_file
         self.restarts_left = max_restarts
 
     def run(self) -> Failure | None:
         """Attempt after attempt, until the job is done (None) or has failed for good."""
-        attempt = 1
+        attempt, earlier = 1, None
         while True:
             for file in self.failures_dir.iterdir():
                 file.unlink()
             self.hosts.publish(State("running", attempt))
-            child = self.start()
+            child = self.start(attempt, earlier)
             try:
                 verdict = (self.lead if self.hosts.own == self.hosts.hub else self.follow)(child, attempt)
             finally:
@@ -66,7 +72,7 @@ class Supervisor:
             if verdict.what != "again":
                 self.hosts.publish(State(verdict.what, attempt, verdict.failure))
                 return verdict.failure
-            attempt += 1
+            attempt, earlier = attempt + 1, verdict.failure
             self.restarts_left -= 1
             cause = f"{verdict.failure.reason}\n" if verdict.failure else ""
             print(f"{cause}Attempt {attempt}: the workers start again from the newest checkpoint.", flush=True)
@@ -129,7 +135,10 @@ class Supervisor:
             return None
         how = f"was killed by signal {-child.returncode}" if child.returncode < 0 else "failed"
         reason = f"torchrun, which starts the worker processes, {how}: the log above holds its last lines."
-        return choose_cause(read_failures(self.failures_dir)) or Failure(reason, "fault", time.time())
+        failure = choose_cause(read_failures(self.failures_dir)) or Failure(reason, "fault", time.time())
+        if failure.kind == "mistake":
+            return failure
+        return replace(failure, reason=" ".join([failure.reason, *self.find_gpu_faults()]))
 
     def judge(self, cause: Failure) -> Verdict:
         """A mistake would be made again, a lost host does not come back, and who asked for a stop wants no restart."""

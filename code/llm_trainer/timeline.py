@@ -3,19 +3,23 @@
 
 import time
 
+from llm_trainer.journal import Journal
+
 
 class Timeline:
-    """Seconds that each phase took."""
+    """Seconds that each phase took, in the order of the phases."""
 
-    def __init__(self, started: float) -> None:
+    def __init__(self, started: float, journal: Journal | None = None, host: str = "") -> None:
         self.started = self.last = started  # seconds since the epoch, since the start lies in another process
         self.seconds: dict[str, float] = {}
+        self.journal, self.host = journal or Journal(None), host
 
     def mark(self, phase: str) -> None:
         """The phase ends now."""
         now = time.time()
         self.seconds[phase] = round(now - self.last, 2)
         self.last = now
+        self.journal.write("phase", name=phase, seconds=self.seconds[phase], host=self.host)
 
     def __str__(self) -> str:
         phases = ", ".join(f"{phase} {seconds} s" for phase, seconds in self.seconds.items())

@@ -8,27 +8,34 @@ import datasets
 import torch
 import transformers
 from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
 
 from llm_trainer import adapter_start, adapters, model, sharding
 from llm_trainer.audit import describe_data
-from llm_trainer.data import load_data
+from llm_trainer.data import Data, load_data
+from llm_trainer.data_versions import describe_split
 from llm_trainer.device import find_device
 from llm_trainer.distributed import rank, world_size
 from llm_trainer.export import export
-from llm_trainer.fit import choose_fit, describe_fit, find_target
+from llm_trainer.fit import Fit, choose_fit, describe_fit, find_target
+from llm_trainer.flops import find_full_speed, measure_row_tokens
+from llm_trainer.generations import Generations
+from llm_trainer.journal import Journal
 from llm_trainer.kernels import apply_liger
 from llm_trainer.launch import Job
 from llm_trainer.leaks import build_sibling
-from llm_trainer.manifest import build_manifest
+from llm_trainer.manifest import build_manifest, describe_weights
 from llm_trainer.metrics import MetricLines
-from llm_trainer.model_plan import plan_model
+from llm_trainer.model_plan import ModelPlan, plan_model
 from llm_trainer.packing import Packing, choose_packing
 from llm_trainer.peak import Peak
 from llm_trainer.precision import choose_precision
+from llm_trainer.progress import follow
 from llm_trainer.proof import choose_rows, compute_logits
-from llm_trainer.resumable_trainer import SaveAndStop
+from llm_trainer.resumable_trainer import ResumableTrainer, SaveAndStop
 from llm_trainer.resume import find_checkpoint, find_distribution, identify_run
-from llm_trainer.settings import is_given
+from llm_trainer.settings import Settings, is_given
 from llm_trainer.stopping import Agreement, StopRequest
 from llm_trainer.streaming import AUDITED_ROWS
 from llm_trainer.timeline import Timeline
@@ -36,7 +43,7 @@ from llm_trainer.trained import Trained
 from llm_trainer.trainer import build_arguments, build_trainer
 
 
-def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
+def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> None:
     settings, inputs = job.settings, job.inputs
     transformers.utils.logging.disable_progress_bar()  # carriage returns spoil a log
     datasets.disable_progress_bars()
@@ -47,34 +54,23 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     agreement = Agreement()
 
     folder = model.fetch_model(inputs.model, settings, scratch_dir)
+    timeline.mark("download")
     plan = plan_model(folder, settings, device, precision)
-    for line in plan.reasons:
-        say(line)
+    say(*plan.reasons)
     tokenizer = model.load_tokenizer(folder, settings)
     timeline.mark("tokenizer")
 
     data = load_data(job, model.build_vocabulary(folder, plan.config, tokenizer, settings), scratch_dir)
-    if settings.streaming:
-        say(f"Data train: streamed; what follows is of the first {AUDITED_ROWS} rows of each source")
-    for line in describe_data(data, tokenizer, in_colour=sys.stdout.isatty()):
-        say(line)
+    tell_data(data, job, tokenizer, journal)
     timeline.mark("data")
 
     target = find_target(device, agreement.group)
     longest_row, earlier = data.longest_row_tokens(settings), find_distribution(job, agreement.group)
     fit = choose_fit(plan.config, settings, longest_row, target, plan.attention.name, earlier)
-    for line in describe_fit(fit):
-        say(line)
+    say(*describe_fit(fit))
     arguments = build_arguments(settings, inputs, device.torch, precision.compute, fit)
     peak = Peak(device.torch)
-    if fit.sharded:
-        base = sharding.load_base(plan, settings, arguments, agreement.group)
-    else:
-        base = model.load_model(
-            folder, settings, plan.quantization, precision.weights, device.torch, plan.attention.name
-        )
-    if plan.liger.is_on:
-        apply_liger(base, settings.liger_kernel_config or {})
+    base = load_base(plan, fit, settings, arguments, agreement)
     timeline.mark("model")
 
     subject = build_sibling(base, device.torch) if fit.sharded else base
@@ -83,8 +79,7 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
         arguments.train_sampling_strategy = "group_by_length"
     say(f"{packing}; train_sampling_strategy={arguments.train_sampling_strategy}")
     sequences = packing.pack(data.splits, settings, scratch_dir)
-    for name, packed in packing.splits.items():
-        say(f"Data {name}: {packed}")
+    say(*(f"Data {name}: {packed}" for name, packed in packing.splits.items()))
     run = identify_run(job, arguments, fit.sharded, folder, data.reports["train"], packing)
     checkpoint = find_checkpoint(job, run, agreement.group)
     timeline.mark("packing")
@@ -93,40 +88,81 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     if plan.lora is not None:
         trainer.adapter_start = adapter_start.begin(trainer.model, settings.init_lora_weights, folder, scratch_dir)
     trainer.agreement, trainer.run, trainer.keeps_checkpoints = agreement, run, settings.use_checkpoints
+    trainer.journal = journal
+    row_tokens = measure_row_tokens(data.reports["train"].lengths, settings.max_length)
+    full_speed = (
+        find_full_speed(fit.shape, plan.config, device, row_tokens) if arguments.bf16 or arguments.fp16 else None
+    )
+    trainer.add_callback(MetricLines(trainer, timeline, journal, peak, full_speed))
     has_interval = is_given(settings, "save_steps") or is_given(settings, "save_strategy")
-    trainer.add_callback(MetricLines(timeline))
     trainer.add_callback(SaveAndStop(trainer, request, has_interval))
     describe_run(trainer, packing)
+    journal.write("model", model=inputs.model, **describe_weights(trainer.model))
+    generations = Generations(trainer, data, tokenizer, settings.sample_prompts, timeline)
+    generations.before_training()
     say(f"Resuming from {checkpoint}" if checkpoint else "Starting from the base model")
     if checkpoint and trainer.adapter_start:
         adapter_start.return_to(checkpoint, trainer.model, trainer.adapter_start)
-    result = trainer.resume(checkpoint)
+    with follow(timeline.started, job.environment.num_billed_hosts) as progress:
+        trainer.add_callback(progress)
+        result = trainer.resume(checkpoint)
     agreement.settle()
     timeline.mark("training")
+
     memory = fit.compare(peak.read_bytes(), device.is_gpu)
     say(f"Memory: {memory['comparison']}")
-    if trainer.stopped:
-        say(
-            f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}: all ranks agreed "
-            f"{trainer.agreed_seconds:.1f} s after the signal, the checkpoint took {trainer.checkpoint_seconds:.1f} s"
-        )
     rows, logits = choose_rows(data.sample), None
-    if not trainer.stopped and (fit.sharded or rank() == 0):
+    if trainer.stopped:
+        describe_stop(trainer)
+    elif fit.sharded or rank() == 0:
         logits = compute_logits(trainer.model, rows, device.torch)
     weights = sharding.gather_weights(trainer.model) if fit.sharded else None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # the other ranks leave while rank 0 exports, however long it takes
 
     if rank() == 0:
+        if not trainer.stopped:
+            generations.after_training()
         manifest = build_manifest(job, trainer, data.reports, packing, result.metrics, timeline, memory)
-        export(Trained(job, plan, trainer, weights, rows, logits, tokenizer, scratch_dir), manifest)
+        export(Trained(job, plan, trainer, weights, rows, logits, tokenizer, scratch_dir, timeline), manifest)
+        journal.write("manifest", **manifest)
         if trainer.stopped:
             say(f"Exported {request.age_seconds():.1f} s after the signal")
         elif settings.use_checkpoints:
             trainer.rotate()
+        say(f"The job took {progress.count_instance_hours():.2f} instance-hours")
 
 
-def describe_run(trainer: "transformers.Trainer", packing: Packing) -> None:
+def tell_data(data: Data, job: Job, tokenizer: PreTrainedTokenizerBase, journal: Journal) -> None:
+    if job.settings.streaming:
+        say(f"Data train: streamed; what follows is of the first {AUDITED_ROWS} rows of each source")
+    say(*describe_data(data, tokenizer, in_colour=sys.stdout.isatty()))
+    sources = {"train": job.inputs.train, "validation": job.inputs.validation}
+    for split, report in data.reports.items():
+        journal.write("data", **describe_split(split, report, sources[split]))
+
+
+def load_base(
+    plan: ModelPlan, fit: Fit, settings: Settings, arguments: SFTConfig, agreement: Agreement
+) -> PreTrainedModel:
+    if fit.sharded:
+        base = sharding.load_base(plan, settings, arguments, agreement.group)
+    else:
+        types = plan.quantization, plan.precision.weights
+        base = model.load_model(plan.folder, settings, *types, plan.device.torch, plan.attention.name)
+    if plan.liger.is_on:
+        apply_liger(base, settings.liger_kernel_config or {})
+    return base
+
+
+def describe_stop(trainer: ResumableTrainer) -> None:
+    say(
+        f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}: all ranks agreed "
+        f"{trainer.agreed_seconds:.1f} s after the signal, the checkpoint took {trainer.checkpoint_seconds:.1f} s"
+    )
+
+
+def describe_run(trainer: ResumableTrainer, packing: Packing) -> None:
     arguments = trainer.args
     per_device, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     trainable, total = adapters.count_parameters(trainer.model)
@@ -140,6 +176,7 @@ def describe_run(trainer: "transformers.Trainer", packing: Packing) -> None:
     )
 
 
-def say(text: str) -> None:
+def say(*lines: str) -> None:
     if rank() == 0:
-        print(text, flush=True)
+        for line in lines:
+            print(line, flush=True)

@@ -2,6 +2,7 @@
 """What the training of a job has ended with, and what is needed to write it down."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from llm_trainer.hub import download_model
 from llm_trainer.launch import Job
 from llm_trainer.model_plan import ModelPlan
 from llm_trainer.resumable_trainer import ResumableTrainer
+from llm_trainer.timeline import Timeline
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +27,7 @@ class Trained:
     logits: list[torch.Tensor] | None  # the trained model's on the rows; None after a stop, as there is no time for it
     tokenizer: PreTrainedTokenizerBase
     scratch_dir: Path
+    timeline: Timeline
 
     @property
     def architecture(self) -> str:
@@ -43,7 +46,8 @@ class Trained:
         folder = Path(self.plan.folder)
         return folder.name if folder.parent.name == "snapshots" else self.job.settings.model_revision
 
-    def find_base(self) -> Path:
+    @cached_property
+    def base_folder(self) -> Path:
         """The folder of the base's files, from the cache where each rank fetched them for itself."""
         folder = Path(self.plan.folder)
         if folder.is_dir():

@@ -20,7 +20,6 @@ from llm_trainer.preflight import Inputs
 from llm_trainer.quantization import keep_adapter_in_float32
 from llm_trainer.resumable_trainer import ResumableTrainer
 from llm_trainer.settings import Settings, is_given
-from llm_trainer.tracking import choose_trackers
 from llm_trainer.training_arguments import read_snapshot
 
 # Fields of SFTConfig that others act on: data.py, model.py, publish.py.
@@ -108,7 +107,7 @@ def build_arguments(
     try:
         arguments = SFTConfig(
             output_dir=str(inputs.checkpoint_dir),
-            report_to=choose_trackers(settings),
+            report_to="none",  # the reporter does it
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenized, cut and labelled already
             activation_checkpointing=recomputes and not sharded,

@@ -9,7 +9,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from llm_trainer.gpu_driver import read_driver
 from llm_trainer.launch import collect_settings, library_variables
 from llm_trainer.own_script import names_a_script
 from llm_trainer.preflight import Inputs, check_writable, find_inputs, find_lack_of_weights, find_oddities
+from llm_trainer.secret_references import VARIABLES, is_reference, secret_variables
 from llm_trainer.settings import Settings, count_processes, find_lacks, is_given, redact
 
 if TYPE_CHECKING:
@@ -48,6 +50,12 @@ class Validation:
 
 def validate(arguments: Sequence[str]) -> int:
     """Print what is found out about the job of the tree; the exit code, 1 when it would fail."""
+    return answer(arguments, examine)
+
+
+def answer(arguments: Sequence[str], examine: Callable[[Sequence[str], bool], Validation]) -> int:
+    """Print what the function finds out, as text or JSON; the exit code."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' words to each other, not to the user
     wants_json = "--json" in arguments
     in_colour = not wants_json and sys.stdout.isatty()
     # A library, or a wait for the Hub, may print too.
@@ -84,6 +92,12 @@ def examine(arguments: Sequence[str], in_colour: bool) -> Validation:
     # A laptop says nothing of the GPUs that the job will have.
     validation.tell("machine", "error" if environment.num_gpus else "warning", find_lacks(settings, environment))
     validation.tell("job", "warning", find_oddities(settings, environment, inputs))
+    try:
+        os.environ.update(secret_variables(settings, os.environ))
+    except UserError as error:  # this machine's role is another than the job's
+        validation.tell("secrets", "warning", error.problems)
+        for name in [name for name in VARIABLES if is_reference(os.environ.get(name, ""))]:
+            del os.environ[name]  # the Hub answers nothing to a token that it does not know
     os.environ.update(library_variables(settings, inputs))  # libraries read them when they are imported
     validation.findings += inspect_need(settings, inputs, Path(os.environ["LLM_TRAINER_CACHE"]))
     if inputs.model and inputs.train:
@@ -110,7 +124,7 @@ def examine_data(
             validation.tell("model", "error", find_quantization_problems(folder, config, settings))
             tokenizer = model.load_tokenizer(folder, settings)
             vocabulary = model.build_vocabulary(folder, config, tokenizer, settings)
-            validation.tell("adapter", "error", find_adapter_problems(folder, config, settings))
+            examine_adapter(folder, config, settings, validation)
             splits, problems = prepare_splits(inputs, vocabulary, settings, rejected_rows)
         except UserError as error:
             validation.tell("tokenizer", "error", error.problems)
@@ -133,17 +147,21 @@ def examine_data(
     validation.sample = mark_sample(row, tokenizer, in_colour) if row else ""
 
 
-def find_adapter_problems(folder: str, config: "PreTrainedConfig", settings: Settings) -> Sequence[str]:
+def examine_adapter(folder: str, config: "PreTrainedConfig", settings: Settings, validation: Validation) -> None:
+    """Tell whether the adapter can be put on the model, and be served."""
     if not settings.use_peft:
-        return ()
+        return
     from llm_trainer.adapters import build_lora
     from llm_trainer.model import build_skeleton
+    from llm_trainer.serving import find_misplacements
 
     try:
-        build_lora(settings, build_skeleton(folder, config, settings))
+        lora = build_lora(settings, build_skeleton(folder, config, settings))
     except UserError as error:
-        return error.problems
-    return ()
+        validation.tell("adapter", "error", error.problems)
+        return
+    if not settings.merge_weights:
+        validation.tell("adapter", "warning", find_misplacements(lora, config.get_text_config().model_type))
 
 
 def examine_memory(
@@ -208,7 +226,9 @@ def as_text(validation: Validation, in_colour: bool) -> Iterator[str]:
 
         yield from ("", f"The first training row ({describe_marks(in_colour)}):", validation.sample)
     num_warnings = len(validation.list_texts("warning"))
-    yield f"errors: {len(errors)}, warnings: {num_warnings}; this job would {'fail' if errors else 'start'}."
+    is_plan = validation.memory and not validation.reports
+    verdict = "fail" if errors else "start, as far as is known without its data" if is_plan else "start"
+    yield f"errors: {len(errors)}, warnings: {num_warnings}; this job would {verdict}."
 
 
 def count(report: DataReport) -> dict[str, str]:

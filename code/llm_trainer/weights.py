@@ -6,6 +6,7 @@ A file is 8 bytes with the header's length, the header, a JSON object of tensors
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,11 @@ def list_shapes(folder: Path) -> list[list[int]]:
                 if not (name.endswith(MXFP4_SCALES) and name.removesuffix(MXFP4_SCALES) + MXFP4_BLOCKS in tensors)
             ]
     return shapes
+
+
+def count_weights(folder: Path) -> int:
+    """Numbers in the files that can be read."""
+    return sum(map(math.prod, list_shapes(folder)))
 
 
 def unpack_shape(shape: list[int]) -> list[int]:

@@ -11,6 +11,7 @@ from llm_trainer import checkpoints
 from llm_trainer.distributed import describe_rank, leave_world_of_one, local_rank, rank
 from llm_trainer.errors import UserError, report_failure, reserve_failure
 from llm_trainer.failures import explain, write_traceback
+from llm_trainer.journal import FILE_NAME, Journal
 from llm_trainer.launch import Job, read_job
 from llm_trainer.processes import die_of_lost_batches, die_with_parent, leave
 from llm_trainer.timeline import Timeline
@@ -22,10 +23,12 @@ def main() -> int:
     die_with_parent()
     die_of_lost_batches()
     scratch_dir = Path(os.environ["LLM_TRAINER_SCRATCH"])
-    timeline = Timeline(started=float(os.environ["LLM_TRAINER_STARTED"]))
     leave_world_of_one()
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' words to each other, not to the user
     job = read_job(sys.argv[1:])
+    environment = job.environment
+    journal = Journal(environment.output_dir / "data" / FILE_NAME if rank() == 0 else None)
+    timeline = Timeline(float(os.environ["LLM_TRAINER_STARTED"]), journal, environment.current_host)
     try:
         reserve_failure(scratch_dir / "failures", f"rank-{rank()}")
         configure_trackers(job.settings)
@@ -35,7 +38,7 @@ def main() -> int:
         from llm_trainer.train import train  # torch and the rest, after the trackers are configured
 
         timeline.mark("imports")
-        train(job, scratch_dir, timeline)
+        train(job, scratch_dir, journal, timeline)
     except Exception as error:  # the last frame of the process: whatever it was, SageMaker must learn of it
         tell(error, job, scratch_dir)
         return 1

@@ -101,6 +101,7 @@ build_stand_in() { # build_stand_in IMAGE [OPTION...]
   shift
   install mmdebstrap mmdebstrap
   mkdir -p /usr/local/share/ca-certificates
+  # shellcheck disable=SC2016 # mmdebstrap's own shell fills in $1
   mmdebstrap --quiet --variant=minbase --include=ca-certificates \
     --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
     --dpkgopt='path-exclude=/usr/share/info/*' --dpkgopt='path-exclude=/usr/share/locale/*' \

@@ -22,7 +22,7 @@ READ_ONLY = ("--read-only", "--tmpfs=/tmp")
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
-        pytest.param(["train"], [], id="as-the-service-starts-it"),
+        pytest.param(["train"], [], id="as-the-service-starts-it", marks=pytest.mark.smoke),
         pytest.param([], ["--network=none"], id="without-argument-as-local-mode-starts-it-and-without-network"),
         pytest.param(["train"], [RANDOM_USER], id="as-a-random-user"),
         pytest.param(["train"], READ_ONLY, id="on-a-read-only-root"),

@@ -97,6 +97,10 @@ def test_the_version_label_is_the_packages(config):
     assert config["Labels"][LABELS + "version"] == __version__
 
 
+def test_a_job_can_tell_the_revision_of_its_image(config, variables):
+    assert variables["LLM_TRAINER_REVISION"] == config["Labels"][LABELS + "revision"]
+
+
 def test_modules_are_compiled_so_that_no_start_compiles_them(image):
     script = """python - <<'END'
 import importlib.util, os, struct

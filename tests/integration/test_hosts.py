@@ -8,6 +8,8 @@ import time
 import pytest
 from safetensors.torch import load_file
 
+from llm_trainer.gpu_metrics import GPU_METRICS
+from llm_trainer.journal import read_records
 from sagemaker_tree import ROWS
 
 HOSTS = ["127.0.0.1", "127.0.0.2"]
@@ -47,6 +49,12 @@ def test_a_killed_worker_of_one_host_is_replaced_and_all_end_with_one_adapter(ma
     assert "Rank 1 on host 127.0.0.2 was killed by signal 9" in jobs[0].log
     assert "adapter_model.safetensors" in first.model_files
     assert not second.model_files
+    journal = first.base_dir / "output/data/metrics.jsonl"
+    assert [job["attempt"] for job in records(journal, "job")] == [1, 2]
+    assert [event["text"].split(",")[0] for event in records(journal, "event")] == [
+        "Rank 1 on host 127.0.0.2 was killed by signal 9"
+    ]
+    assert [end["status"] for end in records(journal, "end")] == ["done"]
     # The same job with its two ranks on one host, never interrupted.
     alone = make_tree()
     alone.environment["OMP_NUM_THREADS"] = "1"
@@ -54,6 +62,48 @@ def test_a_killed_worker_of_one_host_is_replaced_and_all_end_with_one_adapter(ma
     assert alone.run().returncode == 0
     for name, tensor in adapter_of(alone).items():
         assert tensor.equal(adapter_of(first)[name])
+
+
+def test_gpus_of_all_hosts_come_into_one_journal_and_their_xids_into_the_reason(make_hosts, start, fake_nvml, tmp_path):
+    trees = make_hosts(num_train_epochs="10000", use_cpu="true")
+    for tree in trees:
+        tree.environment |= {**fake_nvml(gpus=8), "FAKE_NVML_STATE": str(tmp_path / tree.base_dir.name)}
+    journal = trees[0].base_dir / "output/data/metrics.jsonl"
+    jobs = [start(tree) for tree in trees]
+    jobs[0].wait_for("step=2;")
+    (tmp_path / trees[1].base_dir.name).write_text("xid 3 79\n")
+    # Of both hosts the second sample, which alone has what is measured between two.
+    wanted = {f"gpu/{host}/{index}/{metric}" for host in HOSTS for index in range(8) for metric in GPU_METRICS}
+    wanted |= {f"host/{host}/cpu_percent" for host in HOSTS}
+    wait_until(lambda: wanted <= {name for record in records(journal, "system") for name in record["values"]})
+    wait_until(lambda: records(journal, "event"))
+    jobs[1].workers()[0].kill()
+    for job, tree in zip(jobs, trees, strict=True):
+        assert job.end() == 1
+        assert tree.failure.startswith("Rank 1 on host 127.0.0.2 was killed by signal 9")
+        assert "GPU 3 of 127.0.0.2 reported XID 79: the GPU has fallen off the bus" in tree.failure
+    assert "Warning: GPU 3 of 127.0.0.2 reported XID 79" in jobs[1].log
+    (event,) = records(journal, "event")
+    assert (event["host"], event["level"]) == ("127.0.0.2", "warning")
+    (job,) = records(journal, "job")
+    assert (job["hosts"], job["world_size"], job["attempt"]) == (HOSTS, 2, 1)
+    assert job["environment"]["gpus"] == ["NVIDIA Fake 24GB"] * 8
+    assert [phase["name"] for phase in records(journal, "phase")][:2] == ["check", "meeting"]
+    (end,) = records(journal, "end")
+    assert (end["status"], end["reason"]) == ("failed", trees[0].failure)
+    assert next(read_records(journal))[0] == job
+    assert not (trees[1].base_dir / "output/data/metrics.jsonl").exists()
+
+
+def records(journal, kind):
+    return [record for record, _ in read_records(journal) if record["kind"] == kind]
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_the_loss_of_the_first_host_ends_the_others_with_its_name(make_hosts, start):
@@ -75,6 +125,7 @@ def test_a_stop_of_one_host_stops_all_after_the_same_step(make_hosts, start):
     for job in jobs:
         assert job.end() == 0, job.log
     assert first.manifest["stopped"]
+    assert [end["status"] for end in records(first.base_dir / "output/data/metrics.jsonl", "end")] == ["stopped"]
     assert first.checkpoints[-1] == first.manifest["num_steps"]
     assert not second.checkpoints
 

@@ -2,6 +2,7 @@
 """Whole jobs in real processes, from a SageMaker tree to what lies in /opt/ml/model."""
 
 import json
+import os
 import re
 import stat
 
@@ -14,7 +15,7 @@ from llm_trainer.metric_definitions import define_metrics
 from sagemaker_tree import metrics_of
 
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
-PHASES = {"launch", "imports", "tokenizer", "data", "model", "packing", "first_step", "training"}
+PHASES = ["launch", "imports", "download", "tokenizer", "data", "model", "packing", "first_step", "training", "answers"]
 SERVING_FILES = {"serving.properties", "serving.env", "adapters", "README.md"}
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 # Run by every Python process that finds it on its path: leaves a list of what each worker imported.
@@ -37,7 +38,7 @@ def lora_job(make_tree):
     tree = make_tree()
     tree.change(token="hf_secret", per_device_train_batch_size='"8"', use_peft="True", report_to="None")
     tree.write("sitecustomize.py", RECORD_IMPORTS)
-    tree.environment["PYTHONPATH"] = str(tree.base_dir)
+    tree.environment["PYTHONPATH"] = os.pathsep.join([str(tree.base_dir), os.environ.get("PYTHONPATH", "")])
     tree.result = tree.run()
     return tree
 
@@ -97,7 +98,50 @@ def test_the_manifest_tells_what_made_the_model(lora_job):
         metrics_of(lora_job.result.stdout, "eval_loss")[-1], rel=1e-4
     )
     assert manifest["versions"]["trl"]
-    assert set(manifest["phase_seconds"]) == PHASES
+    assert list(manifest["phase_seconds"]) == [*PHASES, "export"]
+
+
+def test_the_journal_holds_what_the_job_measured(lora_job):
+    records = lora_job.read_journal()
+    log, manifest = lora_job.result.stdout, lora_job.manifest
+    lines = [record for record in records if record["kind"] == "metrics"]
+    for key in ("train_loss", "eval_loss", "tokens_per_second", "seconds_per_step", "memory_gib"):
+        values = [record["values"][key] for record in lines if key in record["values"]]
+        assert values == pytest.approx(metrics_of(log, key), rel=1e-5)
+    assert [(record["step"], record["total_steps"]) for record in lines] == [(1, 4), (2, 4), (3, 4), (4, 4), (4, 4)]
+    of_one, of_all = (metrics_of(log, f"tokens_per_second{suffix}") for suffix in ("_per_device", ""))
+    assert of_one == of_all
+    phases = {record["name"]: record["seconds"] for record in records if record["kind"] == "phase"}
+    assert list(phases) == ["check", "meeting", *PHASES, "export"]
+    assert {name: phases[name] for name in manifest["phase_seconds"]} == manifest["phase_seconds"]
+    assert {record["step"] for record in records if record["kind"] == "checkpoint"} >= set(lora_job.checkpoints)
+    train, validation = (record for record in records if record["kind"] == "data")
+    assert (train["split"], train["rows"], sum(train["lengths"].values())) == ("train", 32, 32)
+    assert (validation["split"], validation["rows"]) == ("validation", 4)
+    (source,) = train["sources"]
+    assert source["uri"] == (lora_job.base_dir / "input/data/train/train.jsonl").as_uri()
+    assert source["sha256"] == manifest["data"]["train"]["files"][0]["sha256"]
+    (model,) = (record for record in records if record["kind"] == "model")
+    assert model["trainable_parameters"] == manifest["trainable_parameters"]
+    (entered,) = (record for record in records if record["kind"] == "manifest")
+    assert manifest.items() <= entered.items()
+
+
+def test_the_journal_holds_answers_to_held_out_prompts_before_and_after(lora_job):
+    answers = [record for record in lora_job.read_journal() if record["kind"] == "generation"]
+    assert [answer["split"] for answer in answers] == ["validation"] * 3
+    assert [answer["reference"] for answer in answers] == ["0", "1", "2"]
+    assert answers[0]["prompt"].endswith("What is 0 plus 0?<|im_end|>\n<|im_start|>assistant\n")
+    assert all(answer["before"].endswith("…") for answer in answers)  # of random weights, which do not stop
+    assert all(answer["after"] != answer["before"] for answer in answers)
+
+
+def test_the_progress_is_told_at_the_end_and_read_as_no_metric(lora_job):
+    lines = [line for line in lora_job.result.stdout.splitlines() if line.startswith("Progress: ")]
+    assert len(lines) == 1
+    assert re.fullmatch(r"Progress: step 4 of 4 \(100 %\); [\d.e-]+ s a step; \d\.\d\d instance-hours so far", lines[0])
+    assert not any(re.search(definition["Regex"], lines[0]) for definition in define_metrics())
+    assert "\r" not in lora_job.result.stdout
 
 
 def test_secrets_are_in_no_file_and_no_log(lora_job):
@@ -178,7 +222,7 @@ def test_mlflow_switches_itself_on_and_learns_no_secret(tree):
     assert result.returncode == 0, result.stdout
     client = MlflowClient(uri)
     (run,) = client.search_runs([client.get_experiment_by_name("trial").experiment_id])
-    assert run.data.metrics["loss"] > 0
+    assert run.data.metrics["train_loss"] > 0
     assert "hf_secret" not in (tree.base_dir / "mlflow.db").read_bytes().decode("latin-1")
 
 

@@ -80,6 +80,8 @@ def test_mistakes(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Cap
     assert "has no adapter_config.json and no adapter_model.safetensors" in told and "training_manifest.json" in told
     assert run(["--adapter", str(adapter), "--base", "/nowhere", *output]) == 1
     assert "The base /nowhere is no folder here" in capsys.readouterr().err
+    assert run(["--adapter", str(adapter), "--base", str(tmp_path), *output]) == 1
+    assert f"The base {tmp_path} has no config.json: give a model's folder" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         run(["--adapter", str(adapter), *output, "--dtype", "int4"])
 

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import pytest
 
 from fake_hub import MODEL, FakeHub
+from llm_trainer.plan import examine_model
 from llm_trainer.validate import as_json, as_text, examine
 from sagemaker_tree import LLM_TRAINER
 
@@ -67,6 +68,14 @@ def test_what_a_gpu_has_to_hold_is_told_without_one(examine_tree):
     assert "NCCL" not in table  # of which one GPU has no use
 
 
+def test_an_adapter_that_servers_cannot_load_is_told_before_the_training(tree, examine_tree):
+    config = tree.base_dir / "input/data/model/config.json"
+    config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "qwen2"'))
+
+    warnings = examine_tree("--target_modules", "lm_head").list_texts("warning")
+    assert any("it sits on lm_head, which vLLM adapts in no qwen2" in text for text in warnings)
+
+
 def test_a_good_job_is_shown_to_a_person(tree, run_validate):
     result = run_validate()
     assert result.returncode == 0, result.stdout + result.stderr
@@ -80,6 +89,17 @@ def test_a_good_job_is_shown_to_a_person(tree, run_validate):
     assert "\033" not in result.stdout
     assert not (tree.base_dir / "model").exists()
     assert not (tree.base_dir / "output").exists()
+
+
+def test_a_model_is_planned_without_any_data(tiny_model, tmp_path):
+    with patch.dict(os.environ, {"SAGEMAKER_BASE_DIR": str(tmp_path)}):
+        planned = examine_model(["--model_id", str(tiny_model), "--max_length", "64"], in_colour=False)
+        mistaken = examine_model(["--lora_rnak", "3"], in_colour=False)
+    assert planned.list_texts("error") == []
+    assert "Precision: float32 (auto: on a CPU)" in planned.list_texts("ok")
+    assert "for rows of 64 tokens, which data may stay below" in planned.list_texts("ok")
+    assert planned.memory["training"]["total_bytes"] > 0
+    assert [text.split()[0] for text in mistaken.list_texts("error")] == ["Hyperparameter", "model_id"]
 
 
 def test_several_mistakes_are_told_at_once_to_a_machine_and_no_secret_is(tree, run_validate):

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hosts hear of each other over real connections; three addresses of the loopback interface stand for them."""
 
+import json
 import socket
+import threading
 import time
 
 import pytest
@@ -90,3 +92,57 @@ def test_a_host_alone_opens_nothing():
     with Hosts(["algo-1"], "algo-1") as alone:
         alone.publish(State("ready"))
         assert not alone.find_absent()
+
+
+def test_records_of_the_others_come_to_the_hub_with_their_time(three):
+    hub, second, third = three
+    heard = []
+    hub.take_record = heard.append
+    second.send_record("system", host=NAMES[1], values={"cpu_percent": 12.5})
+    third.send_record("event", host=NAMES[2], text="a word")
+    wait_until(lambda: len(heard) == 2)
+    first = next(record for record in heard if record["kind"] == "system")
+    assert abs(first.pop("time") - time.time()) < 60
+    assert first == {"kind": "system", "host": NAMES[1], "values": {"cpu_percent": 12.5}}
+
+
+def test_the_last_records_are_delivered_before_a_host_leaves(three):
+    hub, second, _ = three
+    heard = []
+    hub.take_record = heard.append
+    for number in range(100):
+        second.send_record("system", number=number)
+    second.__exit__()
+    wait_until(lambda: len(heard) == 100)
+    assert [record["number"] for record in heard] == [*range(100)]
+
+
+def test_a_hub_that_takes_records_slowly_still_hears_that_their_host_lives(three, monkeypatch):
+    hub, second, _ = three
+    stuck = threading.Event()
+    hub.take_record = lambda record: stuck.wait(60)
+    monkeypatch.setattr(hosts, "MAX_RETRY_SECONDS", 0.01)
+    for _ in range(hosts.MAX_WAITING_RECORDS * 3):
+        second.send_record("system", text="x" * 100_000)
+    assert len(second.records) <= hosts.MAX_WAITING_RECORDS
+    second.publish(State("running", 7))
+    wait_until(lambda: hub.state(NAMES[1]) == State("running", 7))
+    stuck.set()
+
+
+def test_records_of_strangers_and_of_other_kinds_are_not_taken(three):
+    hub, second, _ = three
+    heard = []
+    hub.take_record = heard.append
+    for words in (
+        {"host": "stranger", "record": {"kind": "system"}},
+        {"host": NAMES[1], "record": {"kind": "end"}},
+        {"host": NAMES[1], "record": []},
+    ):
+        with socket.create_connection((NAMES[0], hosts.PORT)) as line:
+            line.sendall(json.dumps(words).encode() + b"\n")
+            line.shutdown(socket.SHUT_WR)
+            line.recv(1)  # the hub has read it and closed
+    second.send_record("system", last=True)
+    wait_until(lambda: any("last" in record for record in heard))
+    assert len(heard) == 1

@@ -16,7 +16,8 @@ from hypothesis.strategies import SearchStrategy
 from pydantic import SecretStr
 
 from llm_trainer.environment import Environment
-from llm_trainer.settings import TRACKERS, Settings, plain_types, read_settings, union_parts
+from llm_trainer.settings import Settings, plain_types, read_settings, union_parts
+from llm_trainer.tracking import TRACKERS
 
 # Names, paths, addresses, regular expressions, and texts that look like something else.
 REAL_TEXTS = [
@@ -48,6 +49,7 @@ ENVIRONMENT = Environment(
     other_hosts=(),
     current_host="algo-1",
     network_interface=None,
+    instance_type=None,
     checkpoint_dir=Path("/opt/ml/checkpoints"),
     num_gpus=0,
     num_cpus=2,

@@ -32,6 +32,7 @@ from llm_trainer.errors import (
     summarize,
 )
 from llm_trainer.failures import explain, explain_death, hide_secrets, write_traceback
+from llm_trainer.redaction import SECRET_VARIABLES
 from llm_trainer.settings import Settings
 from small_disk import small_disk, with_shared_memory
 
@@ -421,14 +422,15 @@ def test_a_worker_that_said_nothing(exit_code, sentence):
     assert explain_death("Rank 1", exit_code, 1.0).reason.startswith(sentence)
 
 
-def test_no_secret_in_a_reason_or_a_traceback(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_fromEnvironment")
+@pytest.mark.parametrize("variable", SECRET_VARIABLES)
+def test_no_secret_in_a_reason_or_a_traceback(tmp_path, monkeypatch, variable):
+    monkeypatch.setenv(variable, "hf_fromEnvironment")
     settings = Settings(wandb_token="key-of-wandb")
-    error = caught(throw, ValueError("Bearer hf_fromEnvironment and key-of-wandb"))
+    error = caught(throw, ValueError("Bearer hf_fromEnvironment and key-of-wandb at https://me:pass-word@host/api"))
     reason = explain(error, "Rank 0", settings, {}).reason
     traceback = write_traceback(error, tmp_path / "failures" / "rank-0.txt", settings)
     for text in (reason, traceback, (tmp_path / "failures" / "rank-0.txt").read_text()):
-        assert "Bearer *** and ***" in text
+        assert "Bearer *** and *** at https://***@host/api" in text
         assert "hf_fromEnvironment" not in text
     assert hide_secrets("nothing to hide", None) == "nothing to hide"
 

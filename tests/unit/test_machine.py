@@ -90,10 +90,11 @@ def test_gpus_that_torch_cannot_use_are_told():
 
 def test_small_or_missing_shared_memory_is_told_with_the_docker_flag(tmp_path):
     for folder in (Path("/proc"), tmp_path / "missing"):  # /proc has the size 0
-        finding = inspect_shared_memory(folder)
+        finding = inspect_shared_memory(folder, num_gpus=2)
         assert finding.verdict == "warning"
         assert "--shm-size=8g" in finding.text
         assert finding.text.endswith("set dataloader_num_workers=0 there.")
+        assert inspect_shared_memory(folder, num_gpus=1).verdict == "ok"
 
 
 def test_few_open_files_are_told(limit):

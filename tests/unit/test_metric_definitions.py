@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from llm_trainer.metric_definitions import METRICS, RENAMED, define_metrics, format_line
+from llm_trainer.metric_definitions import METRICS, OBJECTIVES, RENAMED, define_metrics, format_line
 
 REGEXES = {definition["Name"]: definition["Regex"] for definition in define_metrics()}
 
@@ -59,8 +59,11 @@ def test_the_command_prints_them_without_torch():
     printed = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
     assert json.loads(printed) == define_metrics()
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert [line.split()[0] for line in table] == list(METRICS)
-    assert all(line.endswith(regex) for line, regex in zip(table, REGEXES.values(), strict=True))
+    *rows, objectives = table
+    assert [line.split()[0] for line in rows] == list(METRICS)
+    assert all(line.endswith(f"  {regex}") for line, regex in zip(rows, REGEXES.values(), strict=True))
+    assert objectives.endswith("eval_loss, train_loss, eval_mean_token_accuracy")
+    assert set(OBJECTIVES) <= METRICS.keys()
     wrong = subprocess.run([*command, "--jsn"], capture_output=True, text=True, check=False)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "--jsn" in wrong.stderr

@@ -1,21 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pushing to a Hub and registering in MLflow, each a real server on this machine."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-
 import pytest
 from huggingface_hub import constants
 
 from fake_hub import MODEL, FakeHub
 from llm_trainer import hub, publish
 from llm_trainer.errors import UserError
+from llm_trainer.mlflow_tracker import leave_run
+from llm_trainer.secret_references import secret_variables
 from llm_trainer.settings import Settings, find_publish_contradictions
+from mlflow_server import MlflowServer
 
 TOKEN = "hf_secretOfThePush"
 PUSH = {"push_to_hub": True, "hub_model_id": MODEL}
@@ -64,8 +59,10 @@ def test_a_push_is_one_commit_of_the_whole_folder(fake_hub, artefacts, capsys):
     assert fake_hub.tokens <= {f"Bearer {TOKEN}", None}
 
 
-def test_the_pushs_own_token_and_branch(fake_hub, artefacts):
+def test_the_pushs_own_token_and_branch(fake_hub, artefacts, monkeypatch):
     settings = Settings(**PUSH, hub_token="hf_other", hub_revision="trial")
+    for name, value in secret_variables(settings, {}).items():
+        monkeypatch.setenv(name, value)
     publish.prepare_push(settings)
     assert fake_hub.created[-1] == {"branch": "trial"}
     publish.push(settings, artefacts)
@@ -152,40 +149,9 @@ def test_large_artefacts_are_better_left_unpacked(tmp_path):
 
 @pytest.fixture(scope="module")
 def mlflow_server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mlflow")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination",
-        str(folder / "files"),
-    ]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    log = folder / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, start_new_session=True, stdout=output, stderr=output
-        )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        while not answers(uri):
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.2)
-        yield uri
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-
-
-def answers(uri: str) -> bool:
-    try:
-        urllib.request.urlopen(f"{uri}/health", timeout=5).close()
-    except OSError:
-        return False
-    return True
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow")).start()
+    yield server.uri
+    server.stop()
 
 
 def test_the_artefacts_become_a_version_of_a_registered_model(mlflow_server, tiny_model, monkeypatch, tmp_path):
@@ -193,8 +159,9 @@ def test_the_artefacts_become_a_version_of_a_registered_model(mlflow_server, tin
     import mlflow.transformers
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
-    with mlflow.start_run() as run:  # the tracker's
-        pass
+    monkeypatch.setenv("LLM_TRAINER_SCRATCH", str(tmp_path))
+    run = mlflow.MlflowClient().create_run("0")  # the reporter's
+    leave_run(tmp_path, run.info.run_id)
     settings = Settings(mlflow_uri=mlflow_server, mlflow_register_model="sums")
     versions = [publish.register(settings, tiny_model, "LlamaForCausalLM", None, None) for _ in range(2)]
     assert versions == ["1", "2"]
@@ -206,12 +173,23 @@ def test_the_artefacts_become_a_version_of_a_registered_model(mlflow_server, tin
     assert loaded["tokenizer"].chat_template
 
 
-def test_a_server_that_is_gone_is_told(tiny_model, monkeypatch):
+def test_without_a_run_of_the_job_the_model_gets_its_own(mlflow_server, tiny_model, monkeypatch, tmp_path):
     import mlflow
 
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    monkeypatch.setenv("LLM_TRAINER_SCRATCH", str(tmp_path))
+    monkeypatch.setattr(publish, "RUN_PATIENCE_SECONDS", 0)
+    settings = Settings(mlflow_uri=mlflow_server, mlflow_register_model="own", run_name="its own")
+    assert publish.register(settings, tiny_model, "LlamaForCausalLM", None, None) == "1"
+    run = mlflow.get_run(mlflow.MlflowClient().get_model_version("own", "1").run_id)
+    assert (run.info.run_name, run.info.status) == ("its own", "FINISHED")
+
+
+def test_a_server_that_is_gone_is_told(tiny_model, monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(mlflow, "last_active_run", lambda: None)  # of the test before
+    monkeypatch.setenv("LLM_TRAINER_SCRATCH", str(tmp_path))
+    monkeypatch.setattr(publish, "RUN_PATIENCE_SECONDS", 0)
     settings = Settings(mlflow_uri="http://127.0.0.1:9", mlflow_register_model="sums")
     sentence = refuse(publish.register, settings, tiny_model, "LlamaForCausalLM", None, None)
     assert f"the artefacts are in {tiny_model}" in sentence

@@ -112,6 +112,7 @@ class Recipe:
             other_hosts=(),
             current_host=hosts[0],
             network_interface=None,
+            instance_type=None,
             num_gpus=self.instance.num_gpus,
             num_cpus=16,
             checkpoint_dir=Path("/opt/ml/checkpoints"),

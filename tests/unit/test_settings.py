@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.environment import Environment
-from llm_trainer.settings import ALIASES, REDACTED, Settings, find_lacks, read_settings, redact
+from llm_trainer.redaction import REDACTED
+from llm_trainer.settings import ALIASES, Settings, find_lacks, read_settings, redact
 
 
 def environment_of(hyperparameters: dict[str, str], num_gpus: int = 0, channels=None) -> Environment:
@@ -19,6 +20,7 @@ def environment_of(hyperparameters: dict[str, str], num_gpus: int = 0, channels=
         other_hosts=(),
         current_host="algo-1",
         network_interface=None,
+        instance_type=None,
         num_gpus=num_gpus,
         num_cpus=2,
         checkpoint_dir=Path("/opt/ml/checkpoints"),

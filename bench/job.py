@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same fine-tuning as a whole process: this project, `trl sft`, the script a user writes, and the best TRL script.
+
+    .venv/bin/python bench/job.py .demo/opt/ml [ROUNDS]
+
+SmolLM2-135M, LoRA r=8 on all linear layers, the demo's rows, one epoch, float32, batches of 8, the loss on the answers;
+each a process of its own, in turns. The loss and accuracy are measured by one program on rows that none has seen.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+HERE = Path(__file__).parent
+DATASET = HERE.parent / "examples/demo/dataset"
+LORA = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.0}
+ARGUMENTS = {
+    "learning_rate": 0.002,
+    "lr_scheduler_type": "cosine",
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 8,
+    "max_length": 256,
+    "logging_steps": 5,
+}
+WAYS = ("llm-trainer", "trl sft", "plain script", "tuned script")
+REFERENCE = "plain script"
+
+
+def main() -> None:
+    tree, rounds = Path(sys.argv[1]).absolute(), int(sys.argv[2]) if len(sys.argv) > 2 else 5
+    model = tree / "input/data/model"
+    results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory(prefix="bench-job-") as name:
+        folder = Path(name)
+        data = write_prompts(folder / "train.jsonl")
+        for number in range(rounds):
+            for way in WAYS[number % len(WAYS) :] + WAYS[: number % len(WAYS)]:
+                output = folder / "output"
+                run = measure(*build(way, model, data, output, folder), folder / "log.txt")
+                adapter = output / "model" if way == "llm-trainer" else output
+                results[way].append({**run, **examine(model, adapter)})
+                shutil.rmtree(output)
+                print(way, {key: round(value, 3) for key, value in results[way][-1].items()}, flush=True)
+    report(results)
+
+
+def write_prompts(file: Path) -> Path:
+    """The rows as prompts and completions, on which alone TRL then trains."""
+    rows = [json.loads(line)["messages"] for line in (DATASET / "train.jsonl").read_text("utf-8").splitlines()]
+    lines = [json.dumps({"prompt": row[:-1], "completion": row[-1:]}) for row in rows]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def build(way: str, model: Path, data: Path, output: Path, folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The command of a way, and the variables that it adds."""
+    binaries = Path(sys.executable).parent
+    if way == "llm-trainer":
+        tree = output
+        (tree / "input/config").mkdir(parents=True)
+        (tree / "input/data").mkdir()
+        (tree / "input/data/model").symlink_to(model)
+        (tree / "input/data/train").mkdir()
+        shutil.copy(data, tree / "input/data/train")
+        given = {key: str(value) for key, value in {**LORA, **ARGUMENTS}.items()}
+        (tree / "input/config/hyperparameters.json").write_text(json.dumps(given))
+        return [str(binaries / "llm-trainer"), "train"], {"SAGEMAKER_BASE_DIR": str(tree)}
+    if way == "trl sft":
+        rows = folder / "rows"
+        rows.mkdir(exist_ok=True)
+        shutil.copy(data, rows / "train.jsonl")
+        flags = {**LORA, **ARGUMENTS, "dtype": "float32", "bf16": "false", "use_cpu": "true", "report_to": "none"}
+        flags |= {"model_name_or_path": model, "dataset_name": rows, "output_dir": output, "use_peft": "true"}
+        flags |= {"lora_target_modules": "all-linear", "save_strategy": "no", "eval_strategy": "no"}
+        return [
+            str(binaries / "trl"),
+            "sft",
+            *(str(word) for item in flags.items() for word in (f"--{item[0]}", item[1])),
+        ], {}
+    script = HERE / "opponents" / f"{way.split()[0]}.py"
+    return [sys.executable, str(script), str(model), str(data), str(output), json.dumps({**LORA, **ARGUMENTS})], {}
+
+
+def measure(command: list[str], variables: dict[str, str], log: Path) -> dict[str, float]:
+    """Wall and CPU seconds of a process and its children, and the peak of their memory, shared pages counted once."""
+    before = os.times()
+    started = time.perf_counter()
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, env=os.environ | variables, stdout=stream, stderr=subprocess.STDOUT)
+    peak = Peak(process.pid)
+    process.wait()
+    seconds = time.perf_counter() - started
+    peak.end()
+    after = os.times()
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return {"seconds": seconds, "cpu_seconds": cpu, "peak_gib": peak.bytes / 2**30}
+
+
+class Peak:
+    """The highest sum of proportional set sizes of a process and its descendants, looked at four times a second."""
+
+    def __init__(self, pid: int) -> None:
+        self.process, self.bytes, self.is_over = psutil.Process(pid), 0, False
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+
+    def watch(self) -> None:
+        while not self.is_over:
+            total = 0
+            try:
+                for process in [self.process, *self.process.children(recursive=True)]:
+                    total += process.memory_full_info().pss
+            except psutil.Error:  # one has ended in the meantime
+                pass
+            self.bytes = max(self.bytes, total)
+            time.sleep(0.25)
+
+    def end(self) -> None:
+        self.is_over = True
+        self.thread.join()
+
+
+def examine(model: Path, adapter: Path) -> dict[str, Any]:
+    """Loss and accuracy of an adapter on the held-out rows, by a process of its own."""
+    command = [sys.executable, __file__, "--examine", str(model), str(adapter)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(run.stderr)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def examine_here(model: Path, adapter: Path) -> dict[str, float]:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    sys.path.insert(0, str(HERE.parent / "examples/demo"))
+    from evaluate import accuracy, read_rows
+
+    rows = read_rows(DATASET / "heldout.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter)
+    loss, count = 0.0, 0
+    for line in (DATASET / "heldout.jsonl").read_text("utf-8").splitlines():
+        messages = json.loads(line)["messages"]
+        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+        labels = torch.tensor([[-100] * len(prompt) + whole[len(prompt) :]])
+        with torch.no_grad():
+            loss += float(adapted(torch.tensor([whole]), labels=labels).loss) * (len(whole) - len(prompt))
+        count += len(whole) - len(prompt)
+    return {"heldout_loss": loss / count, "accuracy": accuracy(model, rows, adapter)}
+
+
+def report(results: dict[str, list[dict[str, float]]]) -> None:
+    print(
+        f"| | wall | of the {REFERENCE} | CPU | peak memory | held-out loss | accuracy |\n|---|---|---|---|---|---|---|"
+    )
+    for way, runs in results.items():
+        ratios = [run["seconds"] / other["seconds"] for run, other in zip(runs, results[REFERENCE], strict=True)]
+        middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        print(
+            f"| {way} | {middle['seconds']:.1f} s | {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
+            f"{max(ratios):.2f}) | {middle['cpu_seconds']:.1f} s | {middle['peak_gib']:.2f} GiB | "
+            f"{middle['heldout_loss']:.4f} | {middle['accuracy']:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--examine"]:
+        print(json.dumps(examine_here(Path(sys.argv[2]), Path(sys.argv[3]))))
+    else:
+        main()

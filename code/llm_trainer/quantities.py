@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers as people read them."""
+
+
+def show_count(number: float) -> str:
+    return f"{number:,.0f}"
+
+
+def show_large(number: float) -> str:
+    """Three significant digits of thousands, millions and so on, such as 8.19 B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return show_count(number)
+
+
+def show_share(share: float) -> str:
+    return f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
+
+
+def show_duration(seconds: float) -> str:
+    """The two largest units, such as `2 h 5 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
+    first = next(place for place, (number, _) in enumerate(parts) if number)
+    return " ".join(f"{number} {unit}" for number, unit in parts[first : first + 2] if number)
+
+
+def show_number(number: float) -> str:
+    """Four significant digits; grouped from a thousand on."""
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"

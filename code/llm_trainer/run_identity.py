@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run of each tracker that a job writes to, kept beside its checkpoints, so that a resumed job continues it."""
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a tracker calls the run, and when the first job of it began, in seconds since the epoch."""
+
+    run_id: str
+    started: float
+
+
+def recall_run(folder: Path | None, tracker: str) -> RunIdentity | None:
+    """The run that the job before this one wrote to; None where there was none, or where that cannot be read."""
+    if folder is None:
+        return None
+    try:
+        return RunIdentity(**json.loads(identity_file(folder, tracker).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def remember_run(folder: Path | None, tracker: str, identity: RunIdentity) -> None:
+    """Keep it, whole or not at all. Where that fails the run goes on: only a resumed job would begin another."""
+    if folder is None:
+        return
+    file = identity_file(folder, tracker)
+    unfinished = file.with_name(f".{file.name}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(asdict(identity)) + "\n", encoding="utf-8")
+        os.replace(unfinished, file)
+    except OSError as error:
+        print(f"Warning: {file} cannot be written ({error}): a resumed job begins another run.", file=sys.stderr)
+
+
+def identity_file(folder: Path, tracker: str) -> Path:
+    return folder / f"tracked-run-{tracker}.json"

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether an image may be pushed, by its bill of materials: licences, and known vulnerabilities.
+
+    gates.py licenses SBOM [RULES]
+    gates.py vulnerabilities SBOM [RULES] [--osv-url URL]
+
+RULES is supply_chain.toml beside this file. Prints what it found, a line each; the exit code is 1 if the image may not
+be pushed, 2 if that could not be found out.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+RULES = Path(__file__).with_name("supply_chain.toml")
+OSV_URL = "https://api.osv.dev/v1/query"
+UNKNOWN = "unknown"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gate", choices=["licenses", "vulnerabilities"])
+    parser.add_argument("sbom", type=Path)
+    parser.add_argument("rules", type=Path, nargs="?", default=RULES)
+    parser.add_argument("--osv-url", default=OSV_URL, help="where to ask for vulnerabilities (default: %(default)s)")
+    asked = parser.parse_args()
+    components = json.loads(asked.sbom.read_text(encoding="utf-8"))["components"]
+    packages = [component for component in components if component["purl"].startswith("pkg:pypi/")]
+    rules = tomllib.loads(asked.rules.read_text(encoding="utf-8"))
+    if asked.gate == "licenses":
+        return judge_licenses(packages, rules["licenses"]["denied"])
+    try:
+        audited = audit(packages, asked.osv_url)
+    except (OSError, ValueError) as error:
+        print(f"The vulnerabilities could not be asked for at {asked.osv_url}: {error}", file=sys.stderr)
+        return 2
+    return judge_vulnerabilities(audited, rules.get("vulnerabilities", []))
+
+
+def judge_licenses(packages: list[dict[str, Any]], denied: list[str]) -> int:
+    problems = 0
+    for package in packages:
+        text = describe_license(package)
+        word = next((word for word in denied if word.lower() in text.lower()), None)
+        problems += word is not None
+        verdict = f"DENIED ({word})" if word else "ok"
+        print(f"{package['name']:44} {package['version']:20} {text[:60]:60} {verdict}")
+    print(f"{len(packages)} packages, {problems} with a licence that supply_chain.toml denies.")
+    return int(problems > 0)
+
+
+def describe_license(package: dict[str, Any]) -> str:
+    texts = [
+        entry.get("expression") or entry["license"].get("id") or entry["license"]["name"]
+        for entry in package.get("licenses", [])
+    ]
+    return ", ".join(texts) or UNKNOWN
+
+
+def audit(packages: list[dict[str, Any]], osv_url: str) -> list[dict[str, Any]]:
+    """pip-audit's word on each package. Raises ValueError where it has none."""
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
+        # Without the local part of a version, such as torch's +cpu, which advisories do not know.
+        file.writelines(f"{package['name']}=={package['version'].partition('+')[0]}\n" for package in packages)
+        file.flush()
+        command = [sys.executable, "-m", "pip_audit", "--requirement", file.name, "--disable-pip", "--no-deps"]
+        command += ["--vulnerability-service", "osv", "--osv-url", osv_url, "--format", "json"]
+        command += ["--progress-spinner", "off"]
+        run = subprocess.run(command, capture_output=True, text=True)
+    if not run.stdout:
+        raise ValueError(run.stderr.strip().splitlines()[-1] if run.stderr.strip() else "pip-audit said nothing")
+    return json.loads(run.stdout)["dependencies"]
+
+
+def judge_vulnerabilities(audited: list[dict[str, Any]], allowed: list[dict[str, Any]]) -> int:
+    problems = list(find_expired(allowed))
+    open_ids = {entry["id"] for entry in allowed}
+    found = set()
+    for package in audited:
+        for vulnerability in package.get("vulns", []):
+            names = {vulnerability["id"], *vulnerability.get("aliases", [])}
+            found |= names
+            fixes = ", ".join(vulnerability["fix_versions"]) or "no release yet"
+            text = f"{package['name']} {package['version']}: {vulnerability['id']}, mended in {fixes}"
+            if names & open_ids:
+                print(f"allowed: {text}")
+            else:
+                problems.append(f"{text}: raise the pin and run `make lock`, or allow it in supply_chain.toml.")
+        if "skip_reason" in package:
+            problems.append(f"{package['name']} was not audited: {package['skip_reason']}.")
+    for entry in allowed:
+        if entry["id"] not in found:
+            print(f"not needed any more: {entry['id']} in supply_chain.toml")
+    for problem in problems:
+        print(problem)
+    print(f"{len(audited)} packages audited, {len(problems)} problems.")
+    return int(bool(problems))
+
+
+def find_expired(allowed: list[dict[str, Any]]) -> Iterator[str]:
+    today = datetime.now(UTC).date()
+    for entry in allowed:
+        if not entry.get("reason"):
+            yield f"supply_chain.toml allows {entry['id']} without a reason: give one."
+        if entry["expires"] < today:
+            yield f"supply_chain.toml allowed {entry['id']} until {entry['expires']}: mend it, or allow it for longer."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docker/gates.py stops what may not be pushed, and says what it found. The advisories come from a local OSV server."""
+
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from conftest import SOURCE
+
+ALLOWED = """
+[[vulnerabilities]]
+id = "{id}"
+reason = "{reason}"
+expires = {expires}
+"""
+TODAY = datetime.now(UTC).date()
+
+
+def component(name, version, kind="pypi", **more):
+    return {"name": name, "version": version, "purl": f"pkg:{kind}/{name}@{version}", **more}
+
+
+@pytest.fixture
+def judge(tmp_path, osv):
+    """Runs a gate on a bill of these components, with rules added to the project's own."""
+
+    def run_gate(gate, *components, rules="", url=osv.url):
+        (tmp_path / "sbom.json").write_text(json.dumps({"components": components}), encoding="utf-8")
+        own = (SOURCE / "docker/supply_chain.toml").read_text(encoding="utf-8")
+        (tmp_path / "rules.toml").write_text(own + rules, encoding="utf-8")
+        command = [sys.executable, SOURCE / "docker/gates.py", gate, tmp_path / "sbom.json", tmp_path / "rules.toml"]
+        return subprocess.run([*command, "--osv-url", url], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    return run_gate
+
+
+TORCH, HARMLESS = component("torch", "2.13.0+cpu"), component("harmless", "1.0")
+
+
+def test_packages_without_advisories_pass(judge, osv):
+    result = judge("vulnerabilities", TORCH, HARMLESS, component("libc6", "2.36", kind="deb/debian"))
+    assert result.returncode == 0, result.stdout
+    assert {query["package"]["name"]: query["version"] for query in osv.asked[-2:]} == {
+        "torch": "2.13.0",
+        "harmless": "1.0",
+    }
+
+
+def test_a_vulnerable_package_stops_the_push(judge, osv):
+    osv.plant("torch", "GHSA-aaaa-bbbb-cccc", "CVE-2026-1", "2.13.1")
+    result = judge("vulnerabilities", TORCH, HARMLESS)
+    assert result.returncode == 1
+    assert "torch 2.13.0: " in result.stdout
+    assert "mended in 2.13.1" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["GHSA-aaaa-bbbb-cccc", "CVE-2026-1"])
+def test_a_vulnerability_may_be_allowed_for_a_while_and_with_a_reason(judge, osv, name):
+    osv.plant("torch", "GHSA-aaaa-bbbb-cccc", "CVE-2026-1", "2.13.1")
+    rules = ALLOWED.format(id=name, reason="Not reached", expires=TODAY + timedelta(days=1))
+    result = judge("vulnerabilities", TORCH, rules=rules)
+    assert result.returncode == 0, result.stdout
+    assert "allowed: torch 2.13.0" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("reason", "days", "complaint"),
+    [("Not reached", -1, "until"), ("", 1, "without a reason")],
+    ids=["expired", "without-a-reason"],
+)
+def test_an_allowance_ends_and_needs_a_reason(judge, osv, reason, days, complaint):
+    osv.plant("torch", "GHSA-aaaa-bbbb-cccc", "CVE-2026-1", "2.13.1")
+    rules = ALLOWED.format(id="CVE-2026-1", reason=reason, expires=TODAY + timedelta(days=days))
+    result = judge("vulnerabilities", TORCH, rules=rules)
+    assert result.returncode == 1
+    assert complaint in result.stdout
+
+
+def test_an_allowance_that_nothing_needs_is_told(judge):
+    rules = ALLOWED.format(id="CVE-2026-1", reason="Not reached", expires=TODAY + timedelta(days=1))
+    result = judge("vulnerabilities", HARMLESS, rules=rules)
+    assert result.returncode == 0
+    assert "not needed any more: CVE-2026-1" in result.stdout
+
+
+def test_nobody_to_ask_is_no_pass(judge):
+    result = judge("vulnerabilities", HARMLESS, url="http://127.0.0.1:9/v1/query")
+    assert result.returncode == 2
+    assert "could not be asked for at http://127.0.0.1:9" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "license_of_planted", [{"expression": "AGPL-3.0-only"}, {"license": {"name": "Server Side Public License"}}]
+)
+def test_a_denied_licence_stops_the_push(judge, license_of_planted):
+    result = judge("licenses", HARMLESS, component("planted", "1.0", licenses=[license_of_planted]))
+    assert result.returncode == 1
+    assert [line.split()[0] for line in result.stdout.splitlines() if "DENIED" in line] == ["planted"]
+
+
+def test_other_licences_pass(judge):
+    result = judge("licenses", component("fine", "1.0", licenses=[{"license": {"id": "Apache-2.0"}}]))
+    assert result.returncode == 0, result.stdout
