@@ -5,18 +5,18 @@ import itertools
 import json
 import os
 import re
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
 
 from llm_trainer.redaction import hide_secrets
-from llm_trainer.run_identity import RunIdentity, recall_run, remember_run
+from llm_trainer.run_identity import MODEL_PATH, RunIdentity, leave_run, recall_run, remember_run
 from llm_trainer.tracked import DataSet, choose_run_name, find_data_sets, find_parameters, find_surroundings, read_rows
 from llm_trainer.tracking import SQLITE
-
-if TYPE_CHECKING:
-    from mlflow.entities import DatasetInput, Run
 
 Record = dict[str, Any]
 Item = TypeVar("Item")
@@ -32,8 +32,6 @@ STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 CONTEXT = {"train": "training"}
 FAILURE_TAG = "failure_reason"
 ARN_TAG, NAME_TAG = "training_job_arn", "training_job_name"
-RUN_FILE = "mlflow-run"  # in the scratch folder: the run's id, for who registers the model
-MODEL_PATH = "model"  # of the exported model in the run; publish.py registers it from there
 
 
 class MlflowTracker:
@@ -44,8 +42,6 @@ class MlflowTracker:
         self.identity_dir, self.scratch_dir = identity_dir, scratch_dir
 
     def begin(self, job: Record) -> str:
-        from mlflow import MlflowClient
-
         uri = os.environ["MLFLOW_TRACKING_URI"]
         if uri.startswith(SQLITE):  # whose artefacts go to the working directory
             folder = Path(uri.removeprefix(SQLITE)).parent
@@ -70,7 +66,7 @@ class MlflowTracker:
         found = self.client.get_experiment_by_name(name)
         return str(found.experiment_id if found else self.client.create_experiment(name))
 
-    def find_run(self, job: Record, experiment: str) -> "Run | None":
+    def find_run(self, job: Record, experiment: str) -> Run | None:
         """The run that this job was given, or that it began before it was interrupted; it runs again."""
         known = recall_run(self.identity_dir, "mlflow")
         if given := os.environ.get("MLFLOW_RUN_ID"):
@@ -81,10 +77,8 @@ class MlflowTracker:
             self.client.update_run(run.info.run_id, status="RUNNING")
         return run
 
-    def read_run(self, run_id: str) -> "Run | None":
+    def read_run(self, run_id: str) -> Run | None:
         """None where it is of another server, or has been deleted."""
-        from mlflow.exceptions import MlflowException
-
         try:
             run = self.client.get_run(run_id)
         except MlflowException as error:
@@ -93,14 +87,14 @@ class MlflowTracker:
             raise
         return run if run.info.lifecycle_stage == "active" else None
 
-    def search_run(self, job: Record, experiment: str) -> "Run | None":
+    def search_run(self, job: Record, experiment: str) -> Run | None:
         """The run of the training job, by its ARN, which SageMaker gives but once."""
         if not job.get("arn"):
             return None
         found = self.client.search_runs([experiment], f"tags.{ARN_TAG} = '{job['arn']}'", max_results=1)
         return found[0] if found else None
 
-    def create_run(self, job: Record, experiment: str) -> "Run":
+    def create_run(self, job: Record, experiment: str) -> Run:
         tags = {"mlflow.source.name": "sagemaker-llm-trainer", "mlflow.source.type": "JOB"}
         if revision := job["environment"].get("revision"):
             tags["mlflow.source.git.commit"] = revision
@@ -109,8 +103,6 @@ class MlflowTracker:
         return self.client.create_run(experiment, start_time=round(job["time"] * 1000), tags=tags, run_name=name)
 
     def send(self, records: list[Record]) -> None:
-        from mlflow.entities import Metric
-
         self.send_texts(records)
         inputs = [describe_data_set(data) for data in find_data_sets(records)]
         if inputs:
@@ -125,8 +117,6 @@ class MlflowTracker:
 
     def send_texts(self, records: list[Record]) -> None:
         """Parameters and tags. MLflow never changes a parameter: what a resumed job set anew becomes a tag."""
-        from mlflow.entities import Param, RunTag
-
         asked = {
             FORBIDDEN.sub("_", name): value[:PARAMETER_CHARACTERS] for name, value in find_parameters(records).items()
         }
@@ -156,9 +146,7 @@ class MlflowTracker:
         self.client.set_terminated(self.run_id, STATUS[status])
 
 
-def describe_data_set(data: DataSet) -> "DatasetInput":
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
+def describe_data_set(data: DataSet) -> DatasetInput:
     first = data.source["files"][0].get("uri") if data.source["files"] else None
     data_set = Dataset(
         name=data.split,
@@ -168,22 +156,6 @@ def describe_data_set(data: DataSet) -> "DatasetInput":
         profile=json.dumps(data.sizes),
     )
     return DatasetInput(data_set, [InputTag("mlflow.data.context", CONTEXT.get(data.split, data.split))])
-
-
-def leave_run(scratch_dir: Path, run_id: str) -> None:
-    unfinished = scratch_dir / f".{RUN_FILE}"
-    unfinished.write_text(run_id, encoding="utf-8")
-    os.replace(unfinished, scratch_dir / RUN_FILE)
-
-
-def find_left_run(scratch_dir: Path, patience: float) -> str | None:
-    """The id of the job's run, as soon as there is one; None if there is none after so many seconds."""
-    deadline = time.monotonic() + patience
-    while not (scratch_dir / RUN_FILE).is_file():
-        if time.monotonic() > deadline:
-            return None
-        time.sleep(0.1)
-    return (scratch_dir / RUN_FILE).read_text(encoding="utf-8")
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from llm_trainer import hub
 from llm_trainer.errors import UserError, summarize
-from llm_trainer.mlflow_tracker import MODEL_PATH, find_left_run
+from llm_trainer.run_identity import MODEL_PATH, find_left_run
 from llm_trainer.secret_references import HUB_TOKEN
 from llm_trainer.settings import Settings
 from llm_trainer.tracking import choose_trackers

@@ -55,11 +55,12 @@ def main(arguments: Sequence[str]) -> None:
     since = round(
         float(os.environ["LLM_TRAINER_STARTED"]), 3
     )  # as the journal rounds; before it, another job's records
-    feeds = [Feed(build_tracker(name, options), options.journal, since, ending) for name in options.trackers]
-    for feed in feeds:
-        feed.start()
+    trackers = build_trackers(options)
     from llm_trainer.report import write_report  # now, while the workers load: at the end the job waits for it
 
+    feeds = [Feed(tracker, options.journal, since, ending) for tracker in trackers]
+    for feed in feeds:
+        feed.start()
     wait_for_end(options.journal, since, ending)
     try:
         write_report(options.journal, options.journal.parent)
@@ -83,8 +84,22 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def build_trackers(options: argparse.Namespace) -> list[Tracker]:
+    """Before any thread runs: two threads that import parts of one package can wait for each other for ever."""
+    trackers = []
+    for name in options.trackers:
+        try:
+            trackers.append(build_tracker(name, options))
+        except Exception as error:  # whatever the library raises that a user's requirements replaced
+            say(
+                f"Warning: {name} cannot be loaded ({summarize(error)}): its metrics are only in {options.journal}; "
+                "check what requirements.txt installs."
+            )
+    return trackers
+
+
 def build_tracker(name: str, options: argparse.Namespace) -> Tracker:
-    """Only a tracker that is used is imported, and its library in its own thread."""
+    """Only the library of a tracker that is used is imported."""
     if name == "mlflow":
         from llm_trainer.mlflow_tracker import MlflowTracker
 

@@ -4,6 +4,8 @@
 from pathlib import Path
 from typing import Any
 
+from tensorboardX import SummaryWriter
+
 from llm_trainer.tracked import read_rows
 
 Record = dict[str, Any]
@@ -16,8 +18,6 @@ class TensorboardTracker:
         self.folder = folder
 
     def begin(self, job: Record) -> str:
-        from tensorboardX import SummaryWriter
-
         self.started = job["time"]
         self.writer = SummaryWriter(str(self.folder))
         return f"events in {self.folder}"

@@ -8,6 +8,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import wandb
+
 from llm_trainer.redaction import hide_secrets
 from llm_trainer.run_identity import RunIdentity, recall_run, remember_run
 from llm_trainer.tracked import choose_run_name, find_data_sets, find_parameters, find_surroundings, read_rows
@@ -26,8 +28,6 @@ class WandbTracker:
         self.identity_dir, self.data_dir = identity_dir, data_dir
 
     def begin(self, job: Record) -> str:
-        import wandb
-
         identity = recall_run(self.identity_dir, "wandb") or RunIdentity(choose_id(job), job["time"])
         self.started = identity.started
         is_offline = os.environ.get("WANDB_MODE") == "offline"
@@ -70,15 +70,11 @@ class WandbTracker:
             self.run.save(copy, base_path=self.run.dir, policy="now")
 
     def upload_model(self, folder: Path) -> None:
-        import wandb
-
         artifact = wandb.Artifact(f"model-{self.run.id}", type="model")
         artifact.add_dir(str(folder), policy="immutable")
         self.run.log_artifact(artifact)
 
     def end(self, status: str, reason: str | None) -> None:
-        import wandb
-
         self.run.summary["status"] = status
         if reason:
             self.run.summary["failure_reason"] = hide_secrets(reason)

@@ -403,6 +403,17 @@ def test_with_all_trackers_it_never_loads_torch(server, make_reporter):
     assert not [name for name in libraries if name.startswith("libtorch")]
 
 
+def test_a_tracker_whose_library_is_broken_is_one_warning_and_the_others_go_on(make_reporter, tmp_path):
+    (tmp_path / "wandb.py").write_text("raise AttributeError('module numpy has no attribute float_')")
+    reporter = make_reporter("wandb,tensorboard", PYTHONPATH=str(tmp_path)).start()
+    reporter.journal.write("job", **JOB)
+    reporter.wait_for("TensorBoard: ")
+    log = reporter.end()
+    assert log.count("Warning") == 1
+    assert "Warning: wandb cannot be loaded (module numpy has no attribute float_)" in log
+    assert (reporter.folder / "output/data/report.html").is_file()
+
+
 def test_signals_do_not_end_it_and_its_launchers_death_does(make_reporter, tmp_path):
     reporter = make_reporter("tensorboard")
     reporter.start()

@@ -7,7 +7,7 @@ from huggingface_hub import constants
 from fake_hub import MODEL, FakeHub
 from llm_trainer import hub, publish
 from llm_trainer.errors import UserError
-from llm_trainer.mlflow_tracker import leave_run
+from llm_trainer.run_identity import leave_run
 from llm_trainer.secret_references import secret_variables
 from llm_trainer.settings import Settings, find_publish_contradictions
 from mlflow_server import MlflowServer
