@@ -151,10 +151,10 @@ class RunningJob:
         return self.process.returncode
 
     def workers(self) -> list[psutil.Process]:
-        """The processes below torchrun's, which is a child of the launcher, as the reporter is."""
+        """The processes below torchrun's or alone.py's, which is a child of the launcher, as the reporter is."""
         children = psutil.Process(self.process.pid).children()
-        (torchrun,) = [child for child in children if "llm_trainer.elastic" in child.cmdline()]
-        return torchrun.children()
+        (starter,) = [child for child in children if {"llm_trainer.elastic", "llm_trainer.alone"} & {*child.cmdline()}]
+        return starter.children()
 
 
 def metrics_of(log: str, key: str) -> list[float]:

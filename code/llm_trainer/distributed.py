@@ -32,13 +32,6 @@ def describe_rank(number: int) -> str:
     return f"Rank {number} on host {host}" if host else f"Rank {number}"
 
 
-def leave_world_of_one() -> None:
-    """Forget torchrun's variables where this worker is alone: DDP over one process costs time and gains nothing."""
-    if world_size() == 1:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)
-
-
 def once_per_host(done: Path, work: Callable[[], None]) -> None:
     """Let the host's first worker do the work while the others wait for it to create the file `done`.
 

@@ -5,6 +5,7 @@ Libraries tell the same thing in many ways. An exception's class decides where i
 """
 
 import errno
+import os
 import re
 import shutil
 import signal
@@ -15,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llm_trainer import redaction
-from llm_trainer.errors import Failure, Kind, UserError, chain, summarize
+from llm_trainer.distributed import describe_rank
+from llm_trainer.errors import Failure, Kind, UserError, chain, report_failure, summarize
 from llm_trainer.hub import find_refusal
 from llm_trainer.settings import SECRETS, Settings
 
@@ -81,6 +83,13 @@ def diagnose(error: BaseException, settings: Settings | None, folders: Mapping[s
     if is_peer_lost(error, text):
         return "peer", describe_lost_peer(error, settings)
     return "fault", f"failed with {type(error).__name__}: {summarize(error)} ({WHERE})."
+
+
+def report_death(rank: int, exit_code: int, timestamp: float) -> None:
+    """Tell the launcher of a worker's death, unless it said itself why; that was before `timestamp`."""
+    folder = Path(os.environ["LLM_TRAINER_SCRATCH"]) / "failures"
+    if not (folder / f"rank-{rank}.json").exists():
+        report_failure(folder, f"rank-{rank}", explain_death(describe_rank(rank), exit_code, timestamp))
 
 
 def explain_death(who: str, exit_code: int, timestamp: float) -> Failure:

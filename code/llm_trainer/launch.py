@@ -110,11 +110,11 @@ def run(environment: Environment, arguments: Sequence[str], started: float) -> F
 def supervise(
     job: Job, arguments: Sequence[str], hosts: Hosts, scratch_dir: Path, stop_file: Path, timeline: Timeline
 ) -> Failure | None:
-    """Run the workers, torchrun above them, to the end of the job on all hosts."""
+    """Run the workers, and what starts them, to the end of the job on all hosts."""
     environment, started = job.environment, timeline.started
     failures_dir = scratch_dir / "failures"
     failures_dir.mkdir()
-    command, variables = torchrun_command(job, arguments), worker_variables(job, scratch_dir, started)
+    command, variables = workers_command(job, arguments), worker_variables(job, scratch_dir, started)
 
     chronicle = Chronicle(environment, hosts)
     chronicle.begin(job.settings, job.inputs, timeline)
@@ -249,8 +249,10 @@ def num_processes(job: Job) -> int:
     return count_processes(job.settings, job.environment)
 
 
-def torchrun_command(job: Job, arguments: Sequence[str]) -> list[str]:
+def workers_command(job: Job, arguments: Sequence[str]) -> list[str]:
     environment = job.environment
+    if num_processes(job) == len(environment.hosts) == 1:
+        return [sys.executable, "-m", "llm_trainer.alone", *arguments]
     command = [sys.executable, "-m", "llm_trainer.elastic", f"--nproc-per-node={num_processes(job)}"]
     if len(environment.hosts) > 1:
         command += [

@@ -22,7 +22,7 @@ from llm_trainer.distributed import once_per_host
 from llm_trainer.encoding import Vocabulary
 from llm_trainer.errors import UserError, summarize
 from llm_trainer.hub import download_model, find_refusal
-from llm_trainer.quantization import Quantization
+from llm_trainer.quantization import Quantization, keep_trainable
 from llm_trainer.settings import Settings
 
 UNKNOWN_TYPE = re.compile(r"model type `(.+?)` but Transformers does not recognize")
@@ -191,6 +191,6 @@ def load_model(
         options |= settings.model_init_kwargs or {}
         if quantization is not None:  # None would hide how the checkpoint is stored
             options["quantization_config"] = quantization
-        return AutoModelForCausalLM.from_pretrained(model, **options)
+        return keep_trainable(AutoModelForCausalLM.from_pretrained(model, **options))
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(explain(error, model, "weights")) from error

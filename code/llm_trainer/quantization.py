@@ -107,6 +107,17 @@ def describe_quantization(folder: str, model: PreTrainedModel, quantization: Qua
     return f"Quantization: {method}{double}: {share:.0%} of the weights, as the others stay in {name_of(dtype)}"
 
 
+def keep_trainable(model: PreTrainedModel) -> PreTrainedModel:
+    """Have bitsandbytes leave 4-bit weights as they are when the model is evaluated on a CPU with AVX512-BF16.
+
+    It would put them into a form for inference, with scales in bfloat16, in which training does not go on as it began.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def measure_linear_share(model: PreTrainedModel) -> float:
     """The share of the weights that bitsandbytes quantizes: linear layers' but the output's, and no fused experts'."""
     linear = {module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)}

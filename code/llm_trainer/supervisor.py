@@ -134,7 +134,7 @@ class Supervisor:
         if child.returncode == 0:
             return None
         how = f"was killed by signal {-child.returncode}" if child.returncode < 0 else "failed"
-        reason = f"torchrun, which starts the worker processes, {how}: the log above holds its last lines."
+        reason = f"The process that starts the workers {how}: the log above holds its last lines."
         failure = choose_cause(read_failures(self.failures_dir)) or Failure(reason, "fault", time.time())
         if failure.kind == "mistake":
             return failure

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that torchrun starts once a device: runs the training, and tells the launcher why when it fails."""
+"""The process that is started once a device: runs the training, and tells the launcher why when it fails."""
 
+import gc
 import os
 import re
 import sys
@@ -8,7 +9,7 @@ import warnings
 from pathlib import Path
 
 from llm_trainer import checkpoints
-from llm_trainer.distributed import describe_rank, leave_world_of_one, local_rank, rank
+from llm_trainer.distributed import describe_rank, local_rank, rank
 from llm_trainer.errors import UserError, report_failure, reserve_failure
 from llm_trainer.failures import explain, write_traceback
 from llm_trainer.journal import FILE_NAME, Journal
@@ -23,7 +24,6 @@ def main() -> int:
     die_with_parent()
     die_of_lost_batches()
     scratch_dir = Path(os.environ["LLM_TRAINER_SCRATCH"])
-    leave_world_of_one()
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' words to each other, not to the user
     job = read_job(sys.argv[1:])
     environment = job.environment
@@ -35,8 +35,11 @@ def main() -> int:
         if not may_need_bitsandbytes(job):
             sys.modules["bitsandbytes"] = None  # type: ignore[assignment] # PEFT would import it, for seconds
         timeline.mark("launch")
+        gc.disable()  # what imports make stays: to search it for garbage would take a sixth of their time
         from llm_trainer.train import train  # torch and the rest, after the trackers are configured
 
+        gc.freeze()  # nor is it searched later
+        gc.enable()
         timeline.mark("imports")
         train(job, scratch_dir, journal, timeline)
     except Exception as error:  # the last frame of the process: whatever it was, SageMaker must learn of it

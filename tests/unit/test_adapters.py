@@ -21,6 +21,7 @@ from trl import SFTConfig
 from llm_trainer import adapter_start, adapters
 from llm_trainer.errors import UserError
 from llm_trainer.model import build_skeleton
+from llm_trainer.quantization import keep_trainable
 from llm_trainer.resumable_trainer import ResumableTrainer
 from llm_trainer.settings import Settings
 
@@ -112,7 +113,8 @@ def load(folder, in_4bit=False):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization if in_4bit else None).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization if in_4bit else None)
+    return keep_trainable(model).eval()
 
 
 def plan(config, **settings):

@@ -105,6 +105,17 @@ def test_4_bit_weights_are_kept_in_the_computations_type_where_they_are_sharded(
     torch.testing.assert_close(*logits, rtol=0, atol=0)
 
 
+def test_evaluation_leaves_4_bit_weights_as_they_were_on_a_cpu_that_would_pack_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
+    model = load(str(tmp_path), load_in_4bit=True).eval()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch.no_grad():
+        model(input_ids=TOKENS)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert model.model.layers[0].mlp.up_proj.weight.quant_state.nested
+
+
 def test_a_checkpoint_of_bitsandbytes_is_trained_as_it_is(tiny_model, tmp_path):
     stored = str(tmp_path / "stored")
     load(str(tiny_model), load_in_4bit=True).save_pretrained(stored)
