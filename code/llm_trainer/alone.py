@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the worker of a job of one process: torchrun imports torch for seconds and group it with nobody."""
+"""Runs the worker of a job of one process: torchrun imports torch for seconds to group it with nobody."""
 
 import subprocess
 import sys
