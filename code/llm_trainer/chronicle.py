@@ -44,6 +44,7 @@ class Chronicle:
             return
         if not (settings.use_checkpoints and checkpoints.list_checkpoints(inputs.checkpoint_dir)):
             self.journal.clear()
+        self.started = timeline.started
         self.tell_job(settings, 1)
         ended_at = timeline.started
         for name, seconds in timeline.seconds.items():
@@ -66,7 +67,9 @@ class Chronicle:
             name=os.environ.get("TRAINING_JOB_NAME"),
             arn=os.environ.get("TRAINING_JOB_ARN"),
             attempt=attempt,
+            started=round(self.started, 3),
             hosts=self.environment.hosts,
+            billed_hosts=self.environment.num_billed_hosts,
             world_size=count_processes(settings, self.environment) * len(self.environment.hosts),
             settings=redact(settings),
             environment=describe_environment(self.environment),

@@ -4,6 +4,7 @@
 import json
 import os
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -51,12 +52,14 @@ def records(opt_ml):
 
 
 def test_a_job_is_told_at_every_attempt_without_its_secrets(chronicle, opt_ml):
+    chronicle.environment = replace(chronicle.environment, other_hosts=("algo-3",))
     settings = Settings(model_id="org/model", token="hf_secret", nproc_per_node=4, mlflow_uri="https://me:pass@host/")
-    chronicle.begin(settings, inputs(opt_ml), timeline(time.time()))
+    chronicle.begin(settings, inputs(opt_ml), timeline(1000.5))
     chronicle.begin_again(settings, 2, Failure("Rank 0 broke.", "fault", time.time()))
     job, event, again = records(opt_ml)
     assert (job["name"], job["arn"][:12]) == ("tune-1", "arn:aws:sage")
     assert (job["attempt"], again["attempt"]) == (1, 2)
+    assert (job["started"], job["billed_hosts"]) == (again["started"], again["billed_hosts"]) == (1000.5, 3)
     assert (job["hosts"], job["world_size"]) == (["algo-1", "algo-2"], 8)
     assert job["settings"]["model_id"] == "org/model"
     assert "hf_secret" not in str(job)
