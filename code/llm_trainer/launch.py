@@ -54,6 +54,7 @@ def launch(arguments: Sequence[str]) -> int:
         (output_dir / "failure").unlink(missing_ok=True)  # of an earlier job in the same tree
         hyperparameters = read_json_object(find_base_dir() / "input" / "config" / "hyperparameters.json")
         if names_a_script(hyperparameters):
+            os.environ.update(secret_variables(None, os.environ))
             return run_script(find_base_dir(), hyperparameters, {**cache_variables(os.environ), **os.environ})
         failure = run(read_environment(), arguments, started)
     except UserError as error:
