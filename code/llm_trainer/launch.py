@@ -4,6 +4,7 @@
 Never imports torch: a mistake is reported within a second, before any process holds a GPU.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -123,11 +124,13 @@ def supervise(
 
     def start(attempt: int, earlier: Failure | None) -> "subprocess.Popen[bytes]":
         if earlier:
+            timeline.mark(f"attempt_{attempt - 1}")
             chronicle.begin_again(job.settings, attempt, earlier)
         if environment.node_rank == 0:  # who writes them; the folder may be one for all hosts
             checkpoints.clean(job.inputs.checkpoint_dir)
         # A session of its own: a terminal's Ctrl-C is for the launcher alone, which then stops the job in order.
-        return subprocess.Popen(command, env=variables, start_new_session=True)
+        phases = {"LLM_TRAINER_PHASES": json.dumps(timeline.seconds)}
+        return subprocess.Popen(command, env=variables | phases, start_new_session=True)
 
     with Reporting(environment, job.settings, job.inputs, variables, stop_file):
         with SystemMetrics(environment.current_host, folders, chronicle.write, started) as metrics:

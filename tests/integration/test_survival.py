@@ -160,6 +160,12 @@ def test_a_killed_worker_is_replaced_and_goes_on(make_job, start):
     assert "Resuming from" in job.log
     assert not (killed.base_dir / "output/failure").exists()
     assert killed.manifest["num_steps"] == killed.manifest["total_steps"]
+    phases, records = killed.manifest["phase_seconds"], killed.read_journal()
+    assert list(phases)[:4] == ["check", "meeting", "attempt_1", "launch"]
+    _, again = (record["time"] for record in records if record["kind"] == "job")
+    _, launch = (record for record in records if record["kind"] == "phase" and record["name"] == "launch")
+    trained_until = max(record["time"] for record in records if record["kind"] == "metrics" and record["time"] < again)
+    assert trained_until < launch["time"] - launch["seconds"] < again
 
 
 def test_a_killed_launcher_takes_every_process_along(make_job, start):
