@@ -17,6 +17,7 @@ from llm_trainer.hosts import Hosts
 from llm_trainer.journal import FILE_NAME, MANIFEST, Journal
 from llm_trainer.preflight import Inputs
 from llm_trainer.settings import Settings, count_processes, redact
+from llm_trainer.supervisor import Verdict
 from llm_trainer.timeline import Timeline
 from llm_trainer.versions import read_versions
 
@@ -75,15 +76,15 @@ class Chronicle:
             environment=describe_environment(self.environment),
         )
 
-    def end(self, failure: Failure | None, inputs: Inputs) -> None:
+    def end(self, verdict: Verdict, inputs: Inputs) -> None:
         """The last record: nothing of this job comes after it."""
         if self.environment.node_rank > 0:
             return
-        if failure:
-            self.write("end", status="failed", reason=failure.reason)
+        if verdict.failure:
+            self.write("end", status="failed", reason=verdict.failure.reason)
             return
-        manifest = read_json_object(inputs.model_dir / MANIFEST)
-        self.write("end", status="stopped" if manifest.get("stopped") else "done", reason=None)
+        is_stopped = verdict.what == "stopped" or read_json_object(inputs.model_dir / MANIFEST).get("stopped")
+        self.write("end", status="stopped" if is_stopped else "done", reason=None)
 
 
 def describe_environment(environment: Environment) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from llm_trainer.chronicle import Chronicle
 from llm_trainer.disk import inspect_need
 from llm_trainer.environment import Environment, find_base_dir, read_environment, read_json_object
 from llm_trainer.errors import Failure, UserError, write_failure
+from llm_trainer.gate import Gate
 from llm_trainer.gpu_driver import driver_variables
-from llm_trainer.hosts import Hosts
+from llm_trainer.hosts import Hosts, State
 from llm_trainer.machine import inspect_machine
 from llm_trainer.network import network_variables
 from llm_trainer.own_script import names_a_script, run_script
@@ -31,7 +32,7 @@ from llm_trainer.reporting import Reporting
 from llm_trainer.secret_references import secret_variables
 from llm_trainer.settings import Settings, count_processes, find_lacks, is_given, read_settings, redact, show
 from llm_trainer.sources import HubSource
-from llm_trainer.supervisor import INTRODUCTION_SECONDS, Supervisor, meet, wait_for_trainers
+from llm_trainer.supervisor import INTRODUCTION_SECONDS, Supervisor, Verdict, meet, wait_for_trainers
 from llm_trainer.system_metrics import SystemMetrics
 from llm_trainer.timeline import Timeline
 
@@ -101,17 +102,20 @@ def run(environment: Environment, arguments: Sequence[str], started: float) -> F
         if failure:
             return failure
         if stop.file.exists():
-            print("Stopped before the training began: there is nothing to save.", flush=True)
+            hosts.publish(State("stopped"))
+            describe_early_stop(job)
             return None
         describe_job(job)
-        failure = supervise(job, arguments, hosts, Path(folder), stop.file, timeline)
+        verdict = supervise(job, arguments, hosts, Path(folder), stop.file, timeline)
+        if verdict.what == "stopped":
+            describe_early_stop(job)
         stop.describe_end()
-        return failure
+        return verdict.failure
 
 
 def supervise(
     job: Job, arguments: Sequence[str], hosts: Hosts, scratch_dir: Path, stop_file: Path, timeline: Timeline
-) -> Failure | None:
+) -> Verdict:
     """Run the workers, torchrun above them, to the end of the job on all hosts."""
     environment, started = job.environment, timeline.started
     failures_dir = scratch_dir / "failures"
@@ -134,17 +138,18 @@ def supervise(
 
     with Reporting(environment, job.settings, job.inputs, variables, stop_file):
         with SystemMetrics(environment.current_host, folders, chronicle.write, started) as metrics:
-            failure = Supervisor(
+            verdict = Supervisor(
                 hosts,
                 environment.hosts,
                 start,
                 metrics.find_recent_faults,
                 failures_dir,
                 stop_file,
+                Gate(scratch_dir),
                 job.settings.max_restarts,
             ).run()
-        chronicle.end(failure, job.inputs)
-    return failure
+        chronicle.end(verdict, job.inputs)
+    return verdict
 
 
 class Stop:
@@ -235,6 +240,12 @@ def describe_job(job: Job) -> None:
     for oddity in find_oddities(job.settings, environment, job.inputs):
         print(f"Warning: {oddity}")
     sys.stdout.flush()
+
+
+def describe_early_stop(job: Job) -> None:
+    kept = checkpoints.list_checkpoints(job.inputs.checkpoint_dir) if job.settings.use_checkpoints else []
+    stays = f", and {kept[0].name} stays for the next start" if kept else ""
+    print(f"Stopped before the training began: there is nothing to save{stays}.", flush=True)
 
 
 def check_machine(job: Job) -> None:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -116,6 +117,31 @@ def test_a_stop_with_two_ranks_saves_and_exports_and_the_next_start_goes_on(fini
     run(stopped)
     assert stopped.manifest["num_steps"] == finished_by_two_ranks.manifest["num_steps"]
     assert adapter_of(stopped) == adapter_of(finished_by_two_ranks)
+
+
+def read_files(folder):
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(("num_ranks", "is_second_run"), [("1", True), ("2", False)])
+def test_a_stop_while_rows_are_tokenized_ends_the_job_and_changes_nothing(make_job, start, num_ranks, is_second_run):
+    tree = make_job(nproc_per_node=num_ranks, num_train_epochs="1")
+    if is_second_run:
+        run(tree)
+    earlier = [read_files(tree.base_dir / folder) for folder in ("model", "checkpoints")]
+    tree.write("input/data/train/train.jsonl", "")
+    tree.give_many_rows()
+    job = start(tree)
+    tree.wait_for_tokens()
+    processes = psutil.Process(job.process.pid).children(recursive=True)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 0, job.log
+    stays = f", and checkpoint-{tree.checkpoints[-1]} stays for the next start" if is_second_run else ""
+    assert f"Stopped before the training began: there is nothing to save{stays}.\nAll processes ended " in job.log
+    assert not any(process.is_running() for process in processes)
+    assert [read_files(tree.base_dir / folder) for folder in ("model", "checkpoints")] == earlier
+    assert tree.read_journal()[-1]["status"] == "stopped"
+    assert not (tree.base_dir / "output/failure").exists()
 
 
 def test_a_run_ends_by_itself_before_its_time_is_over(make_job):

@@ -15,6 +15,7 @@ from llm_trainer.hosts import Hosts
 from llm_trainer.journal import Journal, read_records
 from llm_trainer.preflight import Inputs
 from llm_trainer.settings import Settings
+from llm_trainer.supervisor import Verdict
 from llm_trainer.timeline import Timeline
 
 
@@ -92,21 +93,23 @@ def test_phases_stand_at_the_time_when_they_ended(chronicle, opt_ml):
 
 
 @pytest.mark.parametrize(
-    ("failure", "manifest", "status"),
+    ("verdict", "manifest", "status"),
     [
-        (None, {"stopped": False}, "done"),
-        (None, {"stopped": True}, "stopped"),
-        (None, None, "done"),
-        (Failure("Rank 0 broke.", "fault", 1.0), {"stopped": True}, "failed"),
+        (Verdict("done"), {"stopped": False}, "done"),
+        (Verdict("done"), {"stopped": True}, "stopped"),
+        (Verdict("done"), None, "done"),
+        (Verdict("stopped"), {"stopped": False}, "stopped"),
+        (Verdict("failed", Failure("Rank 0 broke.", "fault", 1.0)), {"stopped": True}, "failed"),
     ],
 )
-def test_the_end_says_how_it_ended_and_why(chronicle, opt_ml, failure, manifest, status):
+def test_the_end_says_how_it_ended_and_why(chronicle, opt_ml, verdict, manifest, status):
     (opt_ml / "model").mkdir()
     if manifest:
         (opt_ml / "model/training_manifest.json").write_text(json.dumps(manifest))
-    chronicle.end(failure, inputs(opt_ml))
+    chronicle.end(verdict, inputs(opt_ml))
     (end,) = records(opt_ml)
-    assert (end["kind"], end["status"], end["reason"]) == ("end", status, failure and failure.reason)
+    reason = verdict.failure and verdict.failure.reason
+    assert (end["kind"], end["status"], end["reason"]) == ("end", status, reason)
 
 
 def test_other_hosts_hand_over_what_they_measure_and_keep_no_journal(opt_ml):
@@ -118,7 +121,7 @@ def test_other_hosts_hand_over_what_they_measure_and_keep_no_journal(opt_ml):
     chronicle.begin(Settings(), inputs(opt_ml), timeline(1000.0))
     chronicle.begin_again(Settings(), 2, Failure("Rank 0 broke.", "fault", time.time()))
     chronicle.write("system", host="algo-2", gpus={"power_watts": [1.5]})
-    chronicle.end(None, inputs(opt_ml))
+    chronicle.end(Verdict("done"), inputs(opt_ml))
     assert [(record["kind"], record["gpus"]) for record in hosts.records] == [("system", {"power_watts": [1.5]})]
     assert not (opt_ml / "output").exists()
 
@@ -128,7 +131,7 @@ def test_without_a_place_for_the_journal_the_job_goes_on(opt_ml, capsys):
     environment = read_environment()
     chronicle = Chronicle(environment, Hosts(environment.hosts, environment.current_host))
     chronicle.begin(Settings(), inputs(opt_ml), timeline(1000.0))
-    chronicle.end(None, inputs(opt_ml))
+    chronicle.end(Verdict("done"), inputs(opt_ml))
     assert "metrics.jsonl cannot be written" in capsys.readouterr().err
 
 
