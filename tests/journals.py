@@ -56,7 +56,9 @@ def write_long_job(
     }
     job = {
         "name": f"qwen3-8b-support-{num_hosts * num_gpus}gpu",
+        "started": START,
         "hosts": hosts,
+        "billed_hosts": num_hosts,
         "world_size": num_hosts * num_gpus,
         "arn": "arn:aws:sagemaker:eu-central-1:123456789012:training-job/qwen3-8b-support",
         "settings": settings,

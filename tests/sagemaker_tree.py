@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,19 @@ class SageMakerTree:
                 "network_interface_name": "eth0",
             },
         )
+
+    def give_many_rows(self) -> None:
+        """Training data that takes a while to tokenize, and a cache of the tree's own."""
+        row = {"text": "many words " * 50}
+        self.write("input/data/train/many.jsonl", f"{json.dumps(row)}\n" * 500_000)
+        self.environment["SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY"] = str(self.base_dir / "cache")
+
+    def wait_for_tokens(self) -> None:
+        """Return when rows are being tokenized, in the cache of `give_many_rows`."""
+        deadline = time.monotonic() + 200
+        while not any(file.stat().st_size for file in self.base_dir.glob("cache/*/data/.*/rows.arrow")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
     def change(self, **hyperparameters: str | None) -> None:
         """Set hyperparameters, or remove those that are None."""

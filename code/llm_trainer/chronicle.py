@@ -17,6 +17,7 @@ from llm_trainer.hosts import Hosts
 from llm_trainer.journal import FILE_NAME, MANIFEST, Journal
 from llm_trainer.preflight import Inputs
 from llm_trainer.settings import Settings, count_processes, redact
+from llm_trainer.supervisor import Verdict
 from llm_trainer.timeline import Timeline
 from llm_trainer.versions import read_versions
 
@@ -44,6 +45,7 @@ class Chronicle:
             return
         if not (settings.use_checkpoints and checkpoints.list_checkpoints(inputs.checkpoint_dir)):
             self.journal.clear()
+        self.started = timeline.started
         self.tell_job(settings, 1)
         ended_at = timeline.started
         for name, seconds in timeline.seconds.items():
@@ -66,21 +68,23 @@ class Chronicle:
             name=os.environ.get("TRAINING_JOB_NAME"),
             arn=os.environ.get("TRAINING_JOB_ARN"),
             attempt=attempt,
+            started=round(self.started, 3),
             hosts=self.environment.hosts,
+            billed_hosts=self.environment.num_billed_hosts,
             world_size=count_processes(settings, self.environment) * len(self.environment.hosts),
             settings=redact(settings),
             environment=describe_environment(self.environment),
         )
 
-    def end(self, failure: Failure | None, inputs: Inputs) -> None:
+    def end(self, verdict: Verdict, inputs: Inputs) -> None:
         """The last record: nothing of this job comes after it."""
         if self.environment.node_rank > 0:
             return
-        if failure:
-            self.write("end", status="failed", reason=failure.reason)
+        if verdict.failure:
+            self.write("end", status="failed", reason=verdict.failure.reason)
             return
-        manifest = read_json_object(inputs.model_dir / MANIFEST)
-        self.write("end", status="stopped" if manifest.get("stopped") else "done", reason=None)
+        is_stopped = verdict.what == "stopped" or read_json_object(inputs.model_dir / MANIFEST).get("stopped")
+        self.write("end", status="stopped" if is_stopped else "done", reason=None)
 
 
 def describe_environment(environment: Environment) -> dict[str, Any]:

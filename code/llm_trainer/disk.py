@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from llm_trainer.findings import GIB, Finding, show_bytes
+from llm_trainer.findings import GIB, MIB, Finding, show_bytes
 from llm_trainer.preflight import Inputs, find_nearest_folder
 from llm_trainer.settings import Settings
 from llm_trainer.sources import FileSource
@@ -28,10 +28,11 @@ def inspect_disk(subject: str, folder: Path) -> Finding:
 
 
 def inspect_need(settings: Settings, inputs: Inputs, cache_dir: Path) -> Iterator[Finding]:
-    """One finding for each disk that the job writes to: whether it has room for that."""
+    """One finding for each disk that the job writes to: whether it has room for that. Less than a MiB finds room."""
     disks: dict[int, list[tuple[str, Path, float]]] = defaultdict(list)
     for what, folder, need_bytes in estimate(settings, inputs, cache_dir):
-        disks[find_nearest_folder(folder).stat().st_dev].append((what, folder, need_bytes))
+        if need_bytes >= MIB:
+            disks[find_nearest_folder(folder).stat().st_dev].append((what, folder, need_bytes))
     for writes in disks.values():
         need_bytes = sum(size for _, _, size in writes)
         free_bytes = find_free_bytes(writes[0][1])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm_trainer.journal import read_records
+from llm_trainer.quantities import count_instance_hours
 from llm_trainer.series import Series
 
 Record = dict[str, Any]
@@ -71,6 +72,13 @@ class History:
     @property
     def hosts(self) -> list[str]:
         return self.job.get("hosts") or sorted({name.split("/")[1] for name in self.system if "/" in name})
+
+    @property
+    def instance_hours(self) -> float | None:
+        """Of the last job, as it counted them itself (progress.py): a job that it goes on with was billed by itself."""
+        if not {"billed_hosts", "started"} <= self.job.keys():
+            return None
+        return count_instance_hours(self.job["billed_hosts"], self.job["started"], self.last_time)
 
     def training_seconds(self) -> float:
         """From the first metric line to the last."""

@@ -31,7 +31,8 @@ HEARD_KINDS = ("system", "event")  # of records that the hub takes from others
 
 @dataclass(frozen=True)
 class State:
-    """How a host is: `absent`, `ready`, `running` its nth attempt, `done` or `failed`; or `lost`, which others say."""
+    """How a host is: `absent`, `ready`, `running` its nth attempt, `done`, `stopped` before it trained, or `failed`; or
+    `lost`, which others say."""
 
     phase: str = "absent"
     attempt: int = 0
@@ -39,7 +40,7 @@ class State:
 
     @property
     def is_final(self) -> bool:
-        return self.phase in ("done", "failed", "lost")
+        return self.phase in ("done", "stopped", "failed", "lost")
 
 
 def parse(text: str) -> tuple[str, State, list[str]]:

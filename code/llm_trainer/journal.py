@@ -7,8 +7,9 @@ nothing and loses nothing. Needs no torch.
 
 Every record has `time` (seconds since the epoch) and `kind`, and by its kind:
 
-    job         name, arn, hosts (list), world_size, settings (redacted), environment {image, revision, packages, ...},
-                attempt: at the start of every attempt
+    job         name, arn, started (seconds since the epoch), hosts (list: those that train), billed_hosts (how many are
+                paid for), world_size, settings (redacted), environment {image, revision, packages, ...}, attempt: at
+                the start of every attempt
     data        split, rows, tokens, supervised_tokens, lengths {tokens: rows}, sources [{name, uri, digest, ...}],
                 summary (DataReport.summary())
     model       model, parameters, trainable_parameters, adapter: what is trained

@@ -4,6 +4,7 @@
 Never imports torch: a mistake is reported within a second, before any process holds a GPU.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -20,8 +21,9 @@ from llm_trainer.chronicle import Chronicle
 from llm_trainer.disk import inspect_need
 from llm_trainer.environment import Environment, find_base_dir, read_environment, read_json_object
 from llm_trainer.errors import Failure, UserError, write_failure
+from llm_trainer.gate import Gate
 from llm_trainer.gpu_driver import driver_variables
-from llm_trainer.hosts import Hosts
+from llm_trainer.hosts import Hosts, State
 from llm_trainer.machine import inspect_machine
 from llm_trainer.network import network_variables
 from llm_trainer.own_script import names_a_script, run_script
@@ -30,7 +32,7 @@ from llm_trainer.reporting import Reporting
 from llm_trainer.secret_references import secret_variables
 from llm_trainer.settings import Settings, count_processes, find_lacks, is_given, read_settings, redact, show
 from llm_trainer.sources import HubSource
-from llm_trainer.supervisor import INTRODUCTION_SECONDS, Supervisor, meet, wait_for_trainers
+from llm_trainer.supervisor import INTRODUCTION_SECONDS, Supervisor, Verdict, meet, wait_for_trainers
 from llm_trainer.system_metrics import SystemMetrics
 from llm_trainer.timeline import Timeline
 
@@ -54,6 +56,7 @@ def launch(arguments: Sequence[str]) -> int:
         (output_dir / "failure").unlink(missing_ok=True)  # of an earlier job in the same tree
         hyperparameters = read_json_object(find_base_dir() / "input" / "config" / "hyperparameters.json")
         if names_a_script(hyperparameters):
+            os.environ.update(secret_variables(None, os.environ))
             return run_script(find_base_dir(), hyperparameters, {**cache_variables(os.environ), **os.environ})
         failure = run(read_environment(), arguments, started)
     except UserError as error:
@@ -99,17 +102,20 @@ def run(environment: Environment, arguments: Sequence[str], started: float) -> F
         if failure:
             return failure
         if stop.file.exists():
-            print("Stopped before the training began: there is nothing to save.", flush=True)
+            hosts.publish(State("stopped"))
+            describe_early_stop(job)
             return None
         describe_job(job)
-        failure = supervise(job, arguments, hosts, Path(folder), stop.file, timeline)
+        verdict = supervise(job, arguments, hosts, Path(folder), stop.file, timeline)
+        if verdict.what == "stopped":
+            describe_early_stop(job)
         stop.describe_end()
-        return failure
+        return verdict.failure
 
 
 def supervise(
     job: Job, arguments: Sequence[str], hosts: Hosts, scratch_dir: Path, stop_file: Path, timeline: Timeline
-) -> Failure | None:
+) -> Verdict:
     """Run the workers, and what starts them, to the end of the job on all hosts."""
     environment, started = job.environment, timeline.started
     failures_dir = scratch_dir / "failures"
@@ -122,25 +128,28 @@ def supervise(
 
     def start(attempt: int, earlier: Failure | None) -> "subprocess.Popen[bytes]":
         if earlier:
+            timeline.mark(f"attempt_{attempt - 1}")
             chronicle.begin_again(job.settings, attempt, earlier)
         if environment.node_rank == 0:  # who writes them; the folder may be one for all hosts
             checkpoints.clean(job.inputs.checkpoint_dir)
         # A session of its own: a terminal's Ctrl-C is for the launcher alone, which then stops the job in order.
-        return subprocess.Popen(command, env=variables, start_new_session=True)
+        phases = {"LLM_TRAINER_PHASES": json.dumps(timeline.seconds)}
+        return subprocess.Popen(command, env=variables | phases, start_new_session=True)
 
     with Reporting(environment, job.settings, job.inputs, variables, stop_file):
         with SystemMetrics(environment.current_host, folders, chronicle.write, started) as metrics:
-            failure = Supervisor(
+            verdict = Supervisor(
                 hosts,
                 environment.hosts,
                 start,
                 metrics.find_recent_faults,
                 failures_dir,
                 stop_file,
+                Gate(scratch_dir),
                 job.settings.max_restarts,
             ).run()
-        chronicle.end(failure, job.inputs)
-    return failure
+        chronicle.end(verdict, job.inputs)
+    return verdict
 
 
 class Stop:
@@ -231,6 +240,12 @@ def describe_job(job: Job) -> None:
     for oddity in find_oddities(job.settings, environment, job.inputs):
         print(f"Warning: {oddity}")
     sys.stdout.flush()
+
+
+def describe_early_stop(job: Job) -> None:
+    kept = checkpoints.list_checkpoints(job.inputs.checkpoint_dir) if job.settings.use_checkpoints else []
+    stays = f", and {kept[0].name} stays for the next start" if kept else ""
+    print(f"Stopped before the training began: there is nothing to save{stays}.", flush=True)
 
 
 def check_machine(job: Job) -> None:

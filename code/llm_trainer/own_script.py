@@ -24,6 +24,7 @@ import psutil
 from llm_trainer.decoding import decode
 from llm_trainer.environment import read_json_object
 from llm_trainer.errors import write_failure
+from llm_trainer.redaction import hide_secrets
 
 # By module and not by its console script `train`; -P, because the working folder is no place to import from.
 TOOLKIT = [sys.executable, "-P", "-m", "sagemaker_training.cli.train"]
@@ -175,6 +176,7 @@ def explain_failure(output_dir: Path, script: str, exit_code: int, last_errors: 
     else:
         errors = PYTHON_ERROR.findall(last_errors)
         reason = describe_end(f"SageMaker's training toolkit, which runs {script},", exit_code, errors)
+    reason = hide_secrets(reason)
     print(reason, file=sys.stderr, flush=True)
     failure.unlink(missing_ok=True)
     write_failure(output_dir, reason)

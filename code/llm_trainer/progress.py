@@ -13,6 +13,7 @@ from typing import Any, Self
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm_trainer.distributed import rank
+from llm_trainer.quantities import count_instance_hours
 
 # Seconds between two lines: soon ones tell whether the job does what it should, later ones would only fill the log.
 EARLY_SECONDS, LATER_SECONDS = 10.0, 60.0
@@ -76,8 +77,8 @@ class Progress(TrainerCallback):
         yield f"{hours} of about {self.count_instance_hours(left):.2f} instance-hours"
 
     def count_instance_hours(self, more_seconds: float = 0.0) -> float:
-        """What is billed: all hosts' time since the job's start, and so many seconds on."""
-        return self.num_hosts * (time.time() + more_seconds - self.started) / 3600
+        """So far, and so many seconds on."""
+        return count_instance_hours(self.num_hosts, self.started, time.time() + more_seconds)
 
 
 class ProgressBar(Progress):

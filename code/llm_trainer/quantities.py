@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers as people read them."""
+"""Numbers as people read them, and the one that they pay for."""
 
 
 def show_count(number: float) -> str:
@@ -28,6 +28,11 @@ def show_duration(seconds: float) -> str:
     parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
     first = next(place for place, (number, _) in enumerate(parts) if number)
     return " ".join(f"{number} {unit}" for number, unit in parts[first : first + 2] if number)
+
+
+def count_instance_hours(num_hosts: int, started: float, until: float) -> float:
+    """What is billed of a job between two times in seconds: all its hosts, those that only wait too."""
+    return num_hosts * (until - started) / 3600
 
 
 def show_number(number: float) -> str:

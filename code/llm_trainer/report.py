@@ -121,8 +121,8 @@ def list_facts(history: History) -> Iterator[tuple[str, str]]:
         yield "Tokens a second", show_number(speed.mean)
     if history.duration:
         yield "Duration", show_duration(history.duration)
-        if history.hosts:
-            yield "Instance hours", f"{len(history.hosts) * history.duration / 3600:,.2f}"
+    if history.instance_hours is not None:
+        yield "Instance hours", f"{history.instance_hours:,.2f}"
     if len(history.attempts) > 1:
         yield "Attempts", str(len(history.attempts))
 

@@ -31,15 +31,16 @@ def is_reference(value: str) -> bool:
     return value.startswith("arn:")
 
 
-def secret_variables(settings: Settings, variables: Mapping[str, str]) -> dict[str, str]:
+def secret_variables(settings: Settings | None, variables: Mapping[str, str]) -> dict[str, str]:
     """The variables in which libraries look for secrets, with values, read where there is a reference to one.
 
+    Without settings, which a user's own script does not have, they come from the variables alone.
     Raises UserError with a sentence for every reference that cannot be read.
     """
     values: dict[str, str] = {}
     problems: list[str] = []
     for variable, setting in VARIABLES.items():
-        secret = getattr(settings, setting) if setting else None
+        secret = getattr(settings, setting) if settings and setting else None
         value: str = secret.get_secret_value() if secret else variables.get(variable, "")
         if not value:
             continue

@@ -3,7 +3,7 @@
 
 SageMaker sends SIGTERM to PID 1 of every container, not at the same moment, and kills 120 s later. PID 1 turns the
 signal into a file, which nothing between it and the workers can lose, delay or follow with a kill of its own: torchrun
-kills its workers 30 s after a SIGTERM.
+kills its workers 30 s after a SIGTERM. Here is what happens once they train; before, PID 1 ends them (gate.py).
 """
 
 import time

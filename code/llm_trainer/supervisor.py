@@ -2,12 +2,14 @@
 """Runs a job's worker processes to their end, in step with the other hosts, and again after a fault if allowed.
 
 The first training host decides, when it knows how all others are: to go on, to begin another attempt, or that the job
-has failed, and why. The others report and follow.
+has failed, and why. The others report and follow. A stop that reaches a host before its workers train (gate.py) ends
+the workers of all hosts at once; a later one they obey themselves.
 """
 
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,6 +17,7 @@ from typing import Literal
 import psutil
 
 from llm_trainer.errors import Failure, choose_cause, read_failures
+from llm_trainer.gate import Gate
 from llm_trainer.hosts import Hosts, State
 
 POLL_SECONDS = 0.1
@@ -28,7 +31,7 @@ KILL_SECONDS = 10.0
 class Verdict:
     """How an attempt ended, for all hosts."""
 
-    what: Literal["done", "again", "failed"]
+    what: Literal["done", "stopped", "again", "failed"]  # stopped: before the training began
     failure: Failure | None = None
 
 
@@ -47,6 +50,7 @@ class Supervisor:
         find_gpu_faults: Callable[[], list[str]],
         failures_dir: Path,
         stop_file: Path,
+        gate: Gate,
         max_restarts: int,
     ) -> None:
         self.hosts = hosts
@@ -55,14 +59,16 @@ class Supervisor:
         self.find_gpu_faults = find_gpu_faults
         self.failures_dir = failures_dir
         self.stop_file = stop_file
+        self.gate = gate
         self.restarts_left = max_restarts
 
-    def run(self) -> Failure | None:
-        """Attempt after attempt, until the job is done (None) or has failed for good."""
+    def run(self) -> Verdict:
+        """Attempt after attempt, until the job is done, stopped, or has failed for good."""
         attempt, earlier = 1, None
         while True:
             for file in self.failures_dir.iterdir():
                 file.unlink()
+            self.gate.reset()
             self.hosts.publish(State("running", attempt))
             child = self.start(attempt, earlier)
             try:
@@ -71,7 +77,7 @@ class Supervisor:
                 end_processes(child)
             if verdict.what != "again":
                 self.hosts.publish(State(verdict.what, attempt, verdict.failure))
-                return verdict.failure
+                return verdict
             attempt, earlier = attempt + 1, verdict.failure
             self.restarts_left -= 1
             cause = f"{verdict.failure.reason}\n" if verdict.failure else ""
@@ -81,6 +87,8 @@ class Supervisor:
         done_at = None
         while True:
             states = self.states_of_others()
+            if self.stops_early() or any(state.phase == "stopped" for state in states.values()):
+                return Verdict("stopped")
             exit_code = child.poll()
             if exit_code or any(has_failed(state, attempt) for state in states.values()):
                 return self.judge(self.find_cause(child, attempt))
@@ -98,6 +106,9 @@ class Supervisor:
         has_reported = False
         while True:
             hub = self.hosts.state(self.hosts.hub)
+            if self.stops_early():
+                has_reported = True
+                self.hosts.publish(State("stopped", attempt))
             if child.poll() is not None and not has_reported:
                 has_reported = True
                 own = self.own_failure(child)
@@ -106,11 +117,17 @@ class Supervisor:
                 return Verdict("failed", choose_cause(filter(None, [own, describe_loss(self.hosts.hub)])))
             if hub.phase == "failed":
                 return Verdict("failed", hub.failure)
+            if hub.phase == "stopped":
+                return Verdict("stopped")
             if hub.phase == "running" and hub.attempt > attempt:
                 return Verdict("again")
             if hub.phase == "done":
                 return Verdict("failed", own) if own else Verdict("done")
             time.sleep(POLL_SECONDS)
+
+    def stops_early(self) -> bool:
+        """Whether a stop has just come in time: before this host's workers train, which now they will not."""
+        return self.stop_file.exists() and self.gate.close()
 
     def states_of_others(self) -> dict[str, State]:
         return {name: self.hosts.state(name) for name in self.others}
@@ -208,6 +225,6 @@ def end_processes(child: "subprocess.Popen[bytes]") -> None:
         child.kill()
         child.wait()
         for worker in workers:
-            if worker.is_running():
+            with suppress(psutil.NoSuchProcess):  # it has died with its parent
                 worker.kill()
         psutil.wait_procs(workers, timeout=KILL_SECONDS)

@@ -38,7 +38,7 @@ def prepare_source(source: Source | Head, vocabulary: Vocabulary, settings: Sett
         unfinished = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
         try:
             write_source(source, vocabulary, settings, unfinished)
-            unfinished.rename(folder)
+            put_in_place(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     report = DataReport.from_json(json.loads((folder / REPORT).read_text(encoding="utf-8")))
@@ -47,6 +47,15 @@ def prepare_source(source: Source | Head, vocabulary: Vocabulary, settings: Sett
         report.formats = {source.name: report.formats["rows"]}
         report.loss_on = {source.name: report.loss_on["rows"]}
     return folder, report
+
+
+def put_in_place(unfinished: Path, folder: Path) -> None:
+    """Give a whole folder its name, unless another job or host with the same disk was first: it has the same rows."""
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
 
 
 def write_source(source: Source | Head, vocabulary: Vocabulary, settings: Settings, folder: Path) -> None:

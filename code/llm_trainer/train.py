@@ -16,10 +16,11 @@ from llm_trainer.audit import describe_data
 from llm_trainer.data import Data, load_data
 from llm_trainer.data_versions import describe_split
 from llm_trainer.device import find_device
-from llm_trainer.distributed import rank, world_size
+from llm_trainer.distributed import local_rank, rank, world_size
 from llm_trainer.export import export
 from llm_trainer.fit import Fit, choose_fit, describe_fit, find_target
 from llm_trainer.flops import find_full_speed, measure_row_tokens
+from llm_trainer.gate import Gate
 from llm_trainer.generations import Generations
 from llm_trainer.journal import Journal
 from llm_trainer.kernels import apply_liger
@@ -103,6 +104,8 @@ def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> 
     say(f"Resuming from {checkpoint}" if checkpoint else "Starting from the base model")
     if checkpoint and trainer.adapter_start:
         adapter_start.return_to(checkpoint, trainer.model, trainer.adapter_start)
+    if local_rank() == 0:
+        Gate(scratch_dir).wait_or_pass()
     with follow(timeline.started, job.environment.num_billed_hosts) as progress:
         trainer.add_callback(progress)
         result = trainer.resume(checkpoint)

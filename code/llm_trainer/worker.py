@@ -28,7 +28,7 @@ def main() -> int:
     job = read_job(sys.argv[1:])
     environment = job.environment
     journal = Journal(environment.output_dir / "data" / FILE_NAME if rank() == 0 else None)
-    timeline = Timeline(float(os.environ["LLM_TRAINER_STARTED"]), journal, environment.current_host)
+    timeline = Timeline.go_on(journal, environment.current_host)
     try:
         reserve_failure(scratch_dir / "failures", f"rank-{rank()}")
         configure_trackers(job.settings)

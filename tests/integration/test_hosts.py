@@ -130,6 +130,22 @@ def test_a_stop_of_one_host_stops_all_after_the_same_step(make_hosts, start):
     assert not second.checkpoints
 
 
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_a_stop_of_one_host_while_rows_are_tokenized_ends_all(make_hosts, start, signalled):
+    trees = make_hosts(max_restarts="1")
+    for tree in trees:
+        tree.give_many_rows()
+        tree.write("input/data/train/train.jsonl", "")
+    jobs = [start(tree) for tree in trees]
+    trees[signalled].wait_for_tokens()
+    jobs[signalled].process.send_signal(signal.SIGTERM)
+    for job, tree in zip(jobs, trees, strict=True):
+        assert job.end() == 0, job.log
+        assert "Stopped before the training began: there is nothing to save.\n" in job.log
+        assert not tree.model_files
+        assert not (tree.base_dir / "output/failure").exists()
+
+
 @pytest.mark.parametrize("present", [0, 1])
 def test_a_host_that_never_comes_is_named(make_hosts, present):
     tree = make_hosts(host_timeout_seconds="3")[present]

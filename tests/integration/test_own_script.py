@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fake_aws import FakeAWS
 from sagemaker_tree import LLM_TRAINER, SageMakerTree
 
 SHIM = Path(__file__).parents[2] / "examples/source_code/train.py"
@@ -81,6 +82,45 @@ def test_a_job_without_a_submit_directory_runs_the_script_of_the_channel_code(sc
     result = tree.run()
     assert result.returncode == 0, result.stdout
     assert "from the channel" in result.stdout
+
+
+SECRET = "arn:aws:secretsmanager:eu-west-1:111122223333:secret:hub-AbCdEf"
+USE_SECRET = """
+import os, pathlib, sys
+pathlib.Path(sys.argv[-1], "used").write_text(os.environ["HF_TOKEN"] + " " + os.environ["OWN"])
+raise ValueError("401 for " + os.environ["HF_TOKEN"])
+"""
+
+
+@pytest.fixture
+def aws():
+    aws = FakeAWS()
+    yield aws
+    aws.server.shutdown()
+
+
+def test_a_script_gets_a_secret_in_the_place_of_its_reference_and_we_do_not_tell_it(script_job, aws):
+    tree = script_job("train.py", {"train.py": USE_SECRET})
+    tree.change(folder=json.dumps(str(tree.base_dir)))
+    aws.values = {SECRET: '{"HF_TOKEN": "hf_behindTheReference"}'}
+    tree.environment |= {**aws.variables, "HF_TOKEN": SECRET, "OWN": SECRET}
+    result = tree.run()
+    assert result.returncode == 1
+    assert (tree.base_dir / "used").read_text() == f"hf_behindTheReference {SECRET}"
+    assert tree.failure == "train.py ended with exit code 1: ValueError: 401 for ***"
+    assert [line for line in result.stdout.splitlines() if "hf_behind" in line] == [
+        "ValueError: 401 for hf_behindTheReference"  # the script's own word, and none of ours or the toolkit's
+    ]
+
+
+def test_a_reference_that_may_not_be_read_fails_the_job_before_the_script_runs(script_job, aws):
+    tree = script_job("train.py", {"train.py": "print('ran')"})
+    aws.refusals[SECRET] = "AccessDeniedException"
+    tree.environment |= {**aws.variables, "WANDB_API_KEY": SECRET}
+    result = tree.run()
+    assert result.returncode == 1
+    assert tree.failure.startswith(f"WANDB_API_KEY refers to {SECRET}, which may not be read: allow the job's role ")
+    assert "ran" not in result.stdout.splitlines()
 
 
 @pytest.mark.parametrize(

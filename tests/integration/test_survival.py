@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -118,6 +119,31 @@ def test_a_stop_with_two_ranks_saves_and_exports_and_the_next_start_goes_on(fini
     assert adapter_of(stopped) == adapter_of(finished_by_two_ranks)
 
 
+def read_files(folder):
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(("num_ranks", "is_second_run"), [("1", True), ("2", False)])
+def test_a_stop_while_rows_are_tokenized_ends_the_job_and_changes_nothing(make_job, start, num_ranks, is_second_run):
+    tree = make_job(nproc_per_node=num_ranks, num_train_epochs="1")
+    if is_second_run:
+        run(tree)
+    earlier = [read_files(tree.base_dir / folder) for folder in ("model", "checkpoints")]
+    tree.write("input/data/train/train.jsonl", "")
+    tree.give_many_rows()
+    job = start(tree)
+    tree.wait_for_tokens()
+    processes = psutil.Process(job.process.pid).children(recursive=True)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 0, job.log
+    stays = f", and checkpoint-{tree.checkpoints[-1]} stays for the next start" if is_second_run else ""
+    assert f"Stopped before the training began: there is nothing to save{stays}.\nAll processes ended " in job.log
+    assert not any(process.is_running() for process in processes)
+    assert [read_files(tree.base_dir / folder) for folder in ("model", "checkpoints")] == earlier
+    assert tree.read_journal()[-1]["status"] == "stopped"
+    assert not (tree.base_dir / "output/failure").exists()
+
+
 def test_a_run_ends_by_itself_before_its_time_is_over(make_job):
     tree = make_job(num_train_epochs="100000", MaxRuntimeInSeconds="12", merge_weights="true", save_steps="100000")
     started = time.monotonic()
@@ -160,6 +186,12 @@ def test_a_killed_worker_is_replaced_and_goes_on(make_job, start):
     assert "Resuming from" in job.log
     assert not (killed.base_dir / "output/failure").exists()
     assert killed.manifest["num_steps"] == killed.manifest["total_steps"]
+    phases, records = killed.manifest["phase_seconds"], killed.read_journal()
+    assert list(phases)[:4] == ["check", "meeting", "attempt_1", "launch"]
+    _, again = (record["time"] for record in records if record["kind"] == "job")
+    _, launch = (record for record in records if record["kind"] == "phase" and record["name"] == "launch")
+    trained_until = max(record["time"] for record in records if record["kind"] == "metrics" and record["time"] < again)
+    assert trained_until < launch["time"] - launch["seconds"] < again
 
 
 def test_a_killed_launcher_takes_every_process_along(make_job, start):

@@ -4,6 +4,7 @@
 import json
 import os
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,7 @@ from llm_trainer.hosts import Hosts
 from llm_trainer.journal import Journal, read_records
 from llm_trainer.preflight import Inputs
 from llm_trainer.settings import Settings
+from llm_trainer.supervisor import Verdict
 from llm_trainer.timeline import Timeline
 
 
@@ -51,12 +53,14 @@ def records(opt_ml):
 
 
 def test_a_job_is_told_at_every_attempt_without_its_secrets(chronicle, opt_ml):
+    chronicle.environment = replace(chronicle.environment, other_hosts=("algo-3",))
     settings = Settings(model_id="org/model", token="hf_secret", nproc_per_node=4, mlflow_uri="https://me:pass@host/")
-    chronicle.begin(settings, inputs(opt_ml), timeline(time.time()))
+    chronicle.begin(settings, inputs(opt_ml), timeline(1000.5))
     chronicle.begin_again(settings, 2, Failure("Rank 0 broke.", "fault", time.time()))
     job, event, again = records(opt_ml)
     assert (job["name"], job["arn"][:12]) == ("tune-1", "arn:aws:sage")
     assert (job["attempt"], again["attempt"]) == (1, 2)
+    assert (job["started"], job["billed_hosts"]) == (again["started"], again["billed_hosts"]) == (1000.5, 3)
     assert (job["hosts"], job["world_size"]) == (["algo-1", "algo-2"], 8)
     assert job["settings"]["model_id"] == "org/model"
     assert "hf_secret" not in str(job)
@@ -89,21 +93,23 @@ def test_phases_stand_at_the_time_when_they_ended(chronicle, opt_ml):
 
 
 @pytest.mark.parametrize(
-    ("failure", "manifest", "status"),
+    ("verdict", "manifest", "status"),
     [
-        (None, {"stopped": False}, "done"),
-        (None, {"stopped": True}, "stopped"),
-        (None, None, "done"),
-        (Failure("Rank 0 broke.", "fault", 1.0), {"stopped": True}, "failed"),
+        (Verdict("done"), {"stopped": False}, "done"),
+        (Verdict("done"), {"stopped": True}, "stopped"),
+        (Verdict("done"), None, "done"),
+        (Verdict("stopped"), {"stopped": False}, "stopped"),
+        (Verdict("failed", Failure("Rank 0 broke.", "fault", 1.0)), {"stopped": True}, "failed"),
     ],
 )
-def test_the_end_says_how_it_ended_and_why(chronicle, opt_ml, failure, manifest, status):
+def test_the_end_says_how_it_ended_and_why(chronicle, opt_ml, verdict, manifest, status):
     (opt_ml / "model").mkdir()
     if manifest:
         (opt_ml / "model/training_manifest.json").write_text(json.dumps(manifest))
-    chronicle.end(failure, inputs(opt_ml))
+    chronicle.end(verdict, inputs(opt_ml))
     (end,) = records(opt_ml)
-    assert (end["kind"], end["status"], end["reason"]) == ("end", status, failure and failure.reason)
+    reason = verdict.failure and verdict.failure.reason
+    assert (end["kind"], end["status"], end["reason"]) == ("end", status, reason)
 
 
 def test_other_hosts_hand_over_what_they_measure_and_keep_no_journal(opt_ml):
@@ -115,7 +121,7 @@ def test_other_hosts_hand_over_what_they_measure_and_keep_no_journal(opt_ml):
     chronicle.begin(Settings(), inputs(opt_ml), timeline(1000.0))
     chronicle.begin_again(Settings(), 2, Failure("Rank 0 broke.", "fault", time.time()))
     chronicle.write("system", host="algo-2", gpus={"power_watts": [1.5]})
-    chronicle.end(None, inputs(opt_ml))
+    chronicle.end(Verdict("done"), inputs(opt_ml))
     assert [(record["kind"], record["gpus"]) for record in hosts.records] == [("system", {"power_watts": [1.5]})]
     assert not (opt_ml / "output").exists()
 
@@ -125,7 +131,7 @@ def test_without_a_place_for_the_journal_the_job_goes_on(opt_ml, capsys):
     environment = read_environment()
     chronicle = Chronicle(environment, Hosts(environment.hosts, environment.current_host))
     chronicle.begin(Settings(), inputs(opt_ml), timeline(1000.0))
-    chronicle.end(None, inputs(opt_ml))
+    chronicle.end(Verdict("done"), inputs(opt_ml))
     assert "metrics.jsonl cannot be written" in capsys.readouterr().err
 
 

@@ -48,16 +48,23 @@ def test_tokens_take_twice_the_room_of_the_data(inputs):
 
 
 def test_a_disk_without_room_for_the_job_is_told_with_numbers(inputs, tmp_path):
-    (finding,) = inspect_need(Settings(), inputs, tmp_path)
+    (finding,) = inspect_need(Settings(use_peft=False), inputs, tmp_path)
     assert finding.verdict == "ok"
     (finding,) = inspect_need(Settings(use_peft=False, save_total_limit=10**9), inputs, tmp_path)
     assert finding.verdict == "warning"
     assert finding.text.startswith("the job writes about ")
-    assert f"GiB in {inputs.checkpoint_dir}, tokenized data 0 MiB in {tmp_path}): raise VolumeSize" in finding.text
+    assert f"GiB in {inputs.checkpoint_dir}): raise VolumeSize" in finding.text
 
 
-def test_each_disk_is_judged_by_itself(inputs):
-    assert len(list(inspect_need(Settings(), inputs, Path("/dev/shm/cache")))) == 2
+def test_each_disk_is_judged_by_itself(inputs, tree):
+    tree.write("input/data/train/train.jsonl", bytes(10**6))
+    findings = list(inspect_need(Settings(use_peft=False), inputs, Path("/dev/shm/cache")))
+    assert len(findings) == 2
+    assert "tokenized data 2 MiB in /dev/shm/cache" in findings[1].text
+
+
+def test_nothing_is_told_where_next_to_nothing_is_written(inputs, tmp_path):
+    assert not list(inspect_need(Settings(use_checkpoints=False), inputs, tmp_path))
 
 
 def test_a_full_disk_is_told():

@@ -32,6 +32,18 @@ def test_a_phase_that_began_before_the_first_record_is_in_the_duration(tmp_path)
     assert history.duration == 25
 
 
+def test_instance_hours_are_those_of_all_hosts_of_the_last_job(tmp_path):
+    journal = FakeJournal(tmp_path / "metrics.jsonl")
+    journal.add(10, "job", attempt=1, started=START, hosts=["algo-1"], billed_hosts=1)
+    journal.add(100, "end", status="stopped", reason=None)
+    # A day later it goes on, on a cluster with two hosts that do not train, and is restarted once.
+    at = 24 * 3600
+    for late, attempt in [(10, 1), (1800, 2)]:
+        journal.add(at + late, "job", attempt=attempt, started=START + at, hosts=["algo-1"], billed_hosts=3)
+    journal.add(at + 3600, "end", status="done", reason=None)
+    assert read_history(journal.write()).instance_hours == 3
+
+
 def test_memory_and_throttling_of_a_gpu_are_made_of_its_own_figures(tmp_path):
     journal = FakeJournal(tmp_path / "metrics.jsonl")
     values = {
