@@ -13,7 +13,7 @@ import pytest
 from secrets_in_layers import find_secrets
 
 from codebuild import FAILED, SUCCEEDED, Build, run_buildspec
-from conftest import SOURCE, Checkout, call
+from conftest import SOURCE, Checkout, call, remove_images
 
 pytestmark = pytest.mark.timeout(1800)  # of which building, pushing and pulling two gigabytes take most
 
@@ -77,14 +77,6 @@ def start_build(registry, docker, shortened, tmp_path_factory):
     for repository in repositories:
         remove_images(docker, repository)
         remove_images(docker, f"{registry.address}/{repository}")
-
-
-def remove_images(docker, repository):
-    names = call(docker, "images", "--format", "{{.Repository}}:{{.Tag}}", repository).split()
-    names += call(docker, "images", "--digests", "--format", "{{.Repository}}@{{.Digest}}", repository).split()
-    for name in names:
-        if "<none>" not in name:
-            subprocess.run([docker, "rmi", name], capture_output=True)
 
 
 @pytest.fixture(scope="module")
