@@ -167,8 +167,9 @@ def push(make, checkout, docker, registry, tmp_path):
     def push_image(content, revision):
         (folder / "Dockerfile").write_text(LABELLED.format(revision=revision, version=VERSION), encoding="utf-8")
         (folder / "content").write_text(content, encoding="utf-8")
-        call(docker, "build", "--quiet", "--tag", f"{name}:cpu", folder)
-        make("push", f"IMAGE={name}", "VARIANT=cpu", f"REPOSITORY={repository}", f"DOCKER={docker}")
+        image = f"{name}:{uuid.uuid4().hex}"
+        call(docker, "build", "--quiet", "--tag", image, folder)
+        make("push", f"IMAGE={image}", "VARIANT=cpu", f"REPOSITORY={repository}", f"DOCKER={docker}")
         return json.loads((checkout.folder / "build/image.json").read_text(encoding="utf-8"))
 
     yield push_image
