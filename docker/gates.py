@@ -21,7 +21,6 @@ from typing import Any
 
 RULES = Path(__file__).with_name("supply_chain.toml")
 OSV_URL = "https://api.osv.dev/v1/query"
-UNKNOWN = "unknown"
 
 
 def main() -> int:
@@ -35,7 +34,7 @@ def main() -> int:
     packages = [component for component in components if component["purl"].startswith("pkg:pypi/")]
     rules = tomllib.loads(asked.rules.read_text(encoding="utf-8"))
     if asked.gate == "licenses":
-        return judge_licenses(packages, rules["licenses"]["denied"])
+        return judge_licenses(packages, rules["licenses"])
     try:
         audited = audit(packages, asked.osv_url)
     except (OSError, ValueError) as error:
@@ -44,24 +43,31 @@ def main() -> int:
     return judge_vulnerabilities(audited, rules.get("vulnerabilities", []))
 
 
-def judge_licenses(packages: list[dict[str, Any]], denied: list[str]) -> int:
+def judge_licenses(packages: list[dict[str, Any]], rules: dict[str, Any]) -> int:
+    """A package that tells no licence needs one that the rules name."""
+    named = {entry["package"]: entry for entry in rules.get("named", [])}
     problems = 0
     for package in packages:
-        text = describe_license(package)
-        word = next((word for word in denied if word.lower() in text.lower()), None)
-        problems += word is not None
-        verdict = f"DENIED ({word})" if word else "ok"
-        print(f"{package['name']:44} {package['version']:20} {text[:60]:60} {verdict}")
-    print(f"{len(packages)} packages, {problems} with a licence that supply_chain.toml denies.")
+        license_name, verdict = read_license(package), "ok"
+        if not license_name and package["name"] in named:
+            entry = named[package["name"]]
+            license_name, verdict = entry["license"], "ok: named" if entry.get("reason") else "NAMED WITHOUT A REASON"
+        if not license_name:
+            license_name, verdict = "unknown", "UNKNOWN: name it in supply_chain.toml"
+        elif word := next((word for word in rules["denied"] if word.lower() in license_name.lower()), None):
+            verdict = f"DENIED ({word})"
+        problems += not verdict.startswith("ok")
+        print(f"{package['name']:44} {package['version']:20} {license_name[:60]:60} {verdict}")
+    print(f"{len(packages)} packages, {problems} with a licence that supply_chain.toml does not let through.")
     return int(problems > 0)
 
 
-def describe_license(package: dict[str, Any]) -> str:
-    texts = [
+def read_license(package: dict[str, Any]) -> str:
+    """Empty where the package tells none."""
+    return ", ".join(
         entry.get("expression") or entry["license"].get("id") or entry["license"]["name"]
         for entry in package.get("licenses", [])
-    ]
-    return ", ".join(texts) or UNKNOWN
+    )
 
 
 def audit(packages: list[dict[str, Any]], osv_url: str) -> list[dict[str, Any]]:

@@ -49,6 +49,7 @@ class Registry:
     """Debian's docker-registry in ECR's place."""
 
     address: str
+    log: Path
 
     def list_tags(self, repository: str) -> set[str]:
         """Empty where nothing was ever pushed."""
@@ -60,6 +61,10 @@ class Registry:
         answer = requests.head(address, headers={"Accept": MANIFEST}, timeout=30)
         answer.raise_for_status()
         return answer.headers["Docker-Content-Digest"]
+
+    def count_pushes(self, repository: str, tag: str) -> int:
+        """How often the tag was set. ECR refuses the second time for one that never moves."""
+        return self.log.read_text(encoding="utf-8").count(f'"PUT /v2/{repository}/manifests/{tag} ')
 
 
 @pytest.fixture(scope="session")
@@ -73,11 +78,20 @@ def registry(tmp_path_factory) -> Iterator[Registry]:
         process = subprocess.Popen([program, "serve", folder / "config.yml"], stdout=log, stderr=log)
     try:
         wait_for(f"http://127.0.0.1:{port}/v2/", process)
-        yield Registry(f"127.0.0.1:{port}")
+        yield Registry(f"127.0.0.1:{port}", folder / "log")
     finally:
         process.terminate()
         process.wait()
         shutil.rmtree(folder / "docker", ignore_errors=True)  # some hundred megabytes of layers
+
+
+def remove_images(docker: str, repository: str) -> None:
+    """From this machine; the registry keeps what was pushed."""
+    names = call(docker, "images", "--format", "{{.Repository}}:{{.Tag}}", repository).split()
+    names += call(docker, "images", "--digests", "--format", "{{.Repository}}@{{.Digest}}", repository).split()
+    for name in names:
+        if "<none>" not in name:
+            subprocess.run([docker, "rmi", name], capture_output=True)
 
 
 def wait_for(address: str, process: subprocess.Popen) -> None:
@@ -220,7 +234,7 @@ def make_checkout(tmp_path_factory):
 
     def make() -> Checkout:
         folder = tmp_path_factory.mktemp("checkout") / "source"
-        call("git", "clone", "--quiet", "--no-local", SOURCE, folder)
+        call("git", "clone", "--quiet", "--no-local", "--no-tags", SOURCE, folder)
         checkout = Checkout(folder)
         (folder / ".git/info/exclude").write_text(".venv\n.venv-supply\n", encoding="utf-8")
         for name in (".venv", ".venv-supply"):

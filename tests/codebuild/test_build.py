@@ -13,12 +13,12 @@ import pytest
 from secrets_in_layers import find_secrets
 
 from codebuild import FAILED, SUCCEEDED, Build, run_buildspec
-from conftest import SOURCE, Checkout, call
+from conftest import SOURCE, Checkout, call, remove_images
 
 pytestmark = pytest.mark.timeout(1800)  # of which building, pushing and pulling two gigabytes take most
 
 VERSION = "0.1.0"
-# Given to the steps that run: with a warm layer cache that is none which installs packages, from a cold one it is all.
+# A build secret's password. An index at such an address answers nothing, and pip goes on to the next one.
 MARKER = "marker-of-a-build-secret-5f2d"
 # `make lint lock-check` and all unit tests take long, and CI runs them beside this: left out unless WHOLE is set.
 UNIT_TESTS = "tests/unit/test_environment.py"
@@ -50,11 +50,23 @@ def shortened(tools, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def start_build(registry, docker, shortened, tmp_path_factory):
+def base():
+    return call(SOURCE / "tests/image/engine.sh", "base", "cpu").splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def secret(tmp_path_factory):
+    """pip's settings for a private index."""
+    file = tmp_path_factory.mktemp("secret") / "pip.conf"
+    file.write_text(
+        f"[global]\nretries = 1\nextra-index-url = http://me:{MARKER}@127.0.0.1:9/simple\n", encoding="utf-8"
+    )
+    return file
+
+
+@pytest.fixture(scope="module")
+def start_build(registry, docker, base, secret, shortened, tmp_path_factory):
     """Builds a checkout into a repository; what that tags on this machine goes away at the end."""
-    base = call(SOURCE / "tests/image/engine.sh", "base", "cpu").splitlines()[-1]
-    secret = tmp_path_factory.mktemp("secret") / "pip.conf"
-    secret.write_text(f"[global]\n# {MARKER}\n", encoding="utf-8")
     repositories = []
 
     def start(checkout, repository, osv_url):
@@ -77,14 +89,6 @@ def start_build(registry, docker, shortened, tmp_path_factory):
     for repository in repositories:
         remove_images(docker, repository)
         remove_images(docker, f"{registry.address}/{repository}")
-
-
-def remove_images(docker, repository):
-    names = call(docker, "images", "--format", "{{.Repository}}:{{.Tag}}", repository).split()
-    names += call(docker, "images", "--digests", "--format", "{{.Repository}}@{{.Digest}}", repository).split()
-    for name in names:
-        if "<none>" not in name:
-            subprocess.run([docker, "rmi", name], capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +190,22 @@ def test_a_secret_is_found_in_a_layer_and_in_the_history(secrets):
 
 def test_no_secret_is_in_our_layers_and_history(secrets):
     assert [line for line in secrets if not FOUND.fullmatch(line)] == []
+
+
+# Without a cache, as only the steps that run are given the secret; and up to `builder`, which push-cache pushes too.
+def test_a_build_secret_reaches_pip_and_no_layer(make_checkout, docker, base, secret):
+    options = f"--no-cache --target builder --secret id=pip.conf,src={secret}"
+    settings = ["VARIANT=cpu", "IMAGE=trainer-cold", f"BASE_IMAGE={base}", f"DOCKER={docker}"]
+    output = call("make", "image", *settings, f"BUILD_OPTIONS={options}", cwd=make_checkout().folder)
+    try:
+        in_every_venv = b"include-system-site-packages"
+        found = find_secrets(docker, "trainer-cold:cpu", [MARKER.encode(), in_every_venv])
+    finally:
+        remove_images(docker, "trainer-cold")
+    assert "http://me:****@127.0.0.1:9/simple" in output
+    assert MARKER not in output
+    told = {line.partition(": ")[2] for line in found if "the build's secret" in line}
+    assert told == {f"the build's secret {in_every_venv.decode()}"}
 
 
 # The last, as it removes the image that the build has left on this machine.

@@ -16,6 +16,13 @@ id = "{id}"
 reason = "{reason}"
 expires = {expires}
 """
+NAMED = """
+[[licenses.named]]
+package = "planted"
+license = "{license}"
+reason = "{reason}"
+"""
+MIT = {"license": {"id": "MIT"}}
 TODAY = datetime.now(UTC).date()
 
 
@@ -96,7 +103,7 @@ def test_nobody_to_ask_is_no_pass(judge):
     "license_of_planted", [{"expression": "AGPL-3.0-only"}, {"license": {"name": "Server Side Public License"}}]
 )
 def test_a_denied_licence_stops_the_push(judge, license_of_planted):
-    result = judge("licenses", HARMLESS, component("planted", "1.0", licenses=[license_of_planted]))
+    result = judge("licenses", component("planted", "1.0", licenses=[license_of_planted]))
     assert result.returncode == 1
     assert [line.split()[0] for line in result.stdout.splitlines() if "DENIED" in line] == ["planted"]
 
@@ -104,3 +111,31 @@ def test_a_denied_licence_stops_the_push(judge, license_of_planted):
 def test_other_licences_pass(judge):
     result = judge("licenses", component("fine", "1.0", licenses=[{"license": {"id": "Apache-2.0"}}]))
     assert result.returncode == 0, result.stdout
+
+
+def test_an_unknown_licence_stops_the_push(judge):
+    result = judge("licenses", component("planted", "1.0"), component("other", "1.0", licenses=[MIT]))
+    assert result.returncode == 1
+    assert "UNKNOWN: name it in supply_chain.toml" in result.stdout
+    assert "2 packages, 1 with a licence that supply_chain.toml does not let through." in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "code", "verdict"),
+    [
+        ("MIT", "Its file LICENSE says so", 0, "ok: named"),
+        ("MIT", "", 1, "NAMED WITHOUT A REASON"),
+        ("AGPL-3.0", "Its file LICENSE says so", 1, "DENIED (AGPL)"),
+    ],
+)
+def test_an_unknown_licence_may_be_named_with_a_reason(judge, name, reason, code, verdict):
+    result = judge("licenses", component("planted", "1.0"), rules=NAMED.format(license=name, reason=reason))
+    assert result.returncode == code, result.stdout
+    assert result.stdout.splitlines()[0].endswith(verdict)
+
+
+def test_a_name_does_not_overrule_what_a_package_tells(judge):
+    planted = component("planted", "1.0", licenses=[{"expression": "AGPL-3.0-only"}])
+    result = judge("licenses", planted, rules=NAMED.format(license="MIT", reason="A mistake"))
+    assert result.returncode == 1
+    assert "DENIED (AGPL)" in result.stdout

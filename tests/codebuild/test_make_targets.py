@@ -4,11 +4,11 @@
 import json
 import os
 import re
-import subprocess
+import uuid
 
 import pytest
 
-from conftest import REGION, call
+from conftest import REGION, call, remove_images
 
 ACCOUNT = "123456789012"  # moto's
 REGISTRY = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com"
@@ -22,10 +22,12 @@ COMPILING_MAKE = """#!/bin/bash
 printf '%s\\n' "$@" >>{notes}
 echo wheel >docker/wheels/flash_attn-2.8.3-cp311-cp311-linux_x86_64.whl
 """
-UNCOMMITTED = """FROM scratch
-COPY Dockerfile /
-LABEL org.opencontainers.image.revision=unknown org.opencontainers.image.version=0.1.0
+LABELLED = """FROM scratch
+COPY Dockerfile content /
+LABEL org.opencontainers.image.revision={revision} org.opencontainers.image.version={version}
 """
+VERSION = "0.1.0"
+REPOSITORY = "second-push"
 
 
 @pytest.fixture
@@ -126,7 +128,8 @@ def gates(make, tmp_path, osv):
 
     def run_gates(license_name):
         package = {"name": "planted", "version": "1.0", "purl": "pkg:pypi/planted@1.0"}
-        bill = {"components": [{**package, "licenses": [{"license": {"name": license_name}}]}]}
+        licenses = [{"license": {"name": license_name}}] if license_name else []
+        bill = {"components": [{**package, "licenses": licenses}]}
         (tmp_path / "bill.json").write_text(json.dumps(bill), encoding="utf-8")
         client = f"#!/bin/bash\ncat {tmp_path / 'bill.json'}\n"
         return make("gates", f"OSV_URL={osv.url}", f"DOCKER={tmp_path / 'bin/docker'}", docker=client)
@@ -149,17 +152,70 @@ def test_the_gates_stop_a_denied_licence(gates):
         gates("GNU Affero General Public License v3")
 
 
-def test_a_commit_has_to_be_there_for_a_push(make, docker, tmp_path):
-    (tmp_path / "Dockerfile").write_text(UNCOMMITTED, encoding="utf-8")
-    call(docker, "build", "--quiet", "--tag", "llm-trainer-test-uncommitted:cpu", tmp_path)
-    try:
-        with pytest.raises(AssertionError, match="commit first"):
-            make(
-                "push",
-                "IMAGE=llm-trainer-test-uncommitted",
-                "VARIANT=cpu",
-                "REPOSITORY=127.0.0.1:9/trainer",
-                f"DOCKER={docker}",
-            )
-    finally:
-        subprocess.run([docker, "rmi", "llm-trainer-test-uncommitted:cpu"], capture_output=True)
+def test_the_gates_stop_a_package_that_tells_no_licence(gates):
+    with pytest.raises(AssertionError, match=r"planted .* UNKNOWN"):
+        gates(None)
+
+
+@pytest.fixture
+def push(make, checkout, docker, registry, tmp_path):
+    """Builds an image of this content as one of the revision, and pushes it; what the next stage would learn of it."""
+    name, repository = "llm-trainer-test-push", f"{registry.address}/{REPOSITORY}"
+    folder = tmp_path / "image"
+    folder.mkdir()
+
+    def push_image(content, revision):
+        (folder / "Dockerfile").write_text(LABELLED.format(revision=revision, version=VERSION), encoding="utf-8")
+        (folder / "content").write_text(content, encoding="utf-8")
+        image = f"{name}:{uuid.uuid4().hex}"
+        call(docker, "build", "--quiet", "--tag", image, folder)
+        make("push", f"IMAGE={image}", "VARIANT=cpu", f"REPOSITORY={repository}", f"DOCKER={docker}")
+        return json.loads((checkout.folder / "build/image.json").read_text(encoding="utf-8"))
+
+    yield push_image
+    remove_images(docker, name)
+    remove_images(docker, repository)
+
+
+@pytest.fixture
+def commit(checkout):
+    """Makes a commit that no other test has, perhaps a release; its revision."""
+
+    def make_commit(release=False):
+        checkout.git("commit", "--quiet", "--allow-empty", "--message", uuid.uuid4().hex)
+        if release:
+            checkout.git("tag", "--force", f"v{VERSION}")
+        return checkout.revision
+
+    return make_commit
+
+
+def test_a_commit_has_to_be_there_for_a_push(push):
+    with pytest.raises(AssertionError, match="commit first"):
+        push("of nobody knows what", "unknown")
+
+
+def test_a_commit_that_is_built_again_stays_what_it_was(push, commit, registry):
+    revision = commit()
+    first = push("first", revision)
+    commit_of_another = push("another", commit())
+    assert registry.find_digest(REPOSITORY, "cpu") == commit_of_another["digest"]
+    assert push("built again", revision) == first
+    assert registry.count_pushes(REPOSITORY, f"{revision}-cpu") == 1
+    for tag in (f"{revision}-cpu", "cpu"):
+        assert registry.find_digest(REPOSITORY, tag) == first["digest"]
+
+
+def test_a_version_names_one_commit_for_good(push, commit, checkout, registry):
+    revision = commit()
+    first = push("first", revision)
+    checkout.git("tag", f"v{VERSION}")
+    tagged = push("built again, as a release", revision)
+    assert (tagged["digest"], tagged["tags"]) == (first["digest"], f"{revision}-cpu {VERSION}-cpu cpu")
+    assert push("and again", revision) == tagged
+    later = commit(release=True)
+    with pytest.raises(AssertionError, match=rf"{VERSION}-cpu is .* of another commit, and never moves"):
+        push("later", later)
+    assert registry.count_pushes(REPOSITORY, f"{VERSION}-cpu") == 1
+    assert registry.find_digest(REPOSITORY, "cpu") == first["digest"]
+    assert f"{later}-cpu" not in registry.list_tags(REPOSITORY)

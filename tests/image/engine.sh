@@ -6,6 +6,7 @@
 #   engine.sh builder        prints the image to compile flash-attn in: the Dockerfile's own, or the stand-in with this
 #                            machine's CUDA toolkit in it
 #   engine.sh compose        has Docker Compose where the SDKs' local mode looks for it
+#   engine.sh registry       has Debian's registry, which stands for ECR in tests/codebuild
 #   engine.sh stop           ends the engine that `start` started, by its process id, and no other
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -61,6 +62,8 @@ stop() {
 # SDK 2 knows no plugin of a later major version, and takes the command then, as both SDKs do without a plugin.
 compose() { [[ $("$docker" compose version 2>/dev/null) = *v2* ]] || install docker-compose docker-compose; }
 
+registry() { install docker-registry docker-registry; }
+
 available() { "$docker" image inspect "$1" >/dev/null 2>&1 || "$docker" pull --quiet "$1" >/dev/null 2>&1; }
 
 base() { # base VARIANT
@@ -111,7 +114,7 @@ build_stand_in() { # build_stand_in IMAGE [OPTION...]
 }
 
 case ${1:-} in
-  start | stop | builder | compose) "$1" ;;
+  start | stop | builder | compose | registry) "$1" ;;
   base) base "${2:?VARIANT}" ;;
-  *) sed -n '3,9p' "$0"; exit 2 ;;
+  *) sed -n '3,10p' "$0"; exit 2 ;;
 esac
