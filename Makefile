@@ -29,7 +29,7 @@ BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --build-arg V
 	$(if $(CACHE),--cache-from $(CACHE)-builder --cache-from $(CACHE) --build-arg BUILDKIT_INLINE_CACHE=1) $(BUILD_OPTIONS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-unit test-gpu test-notebook lint image flash-attn flash-attn-cached test-image smoke \
+.PHONY: help venv demo test test-long test-unit test-gpu test-notebook lint image flash-attn flash-attn-cached test-image smoke \
 	test-local-mode test-codebuild image-here engine sbom gates image-report reproducible login push-cache push lock \
 	lock-check outdated
 
@@ -59,7 +59,10 @@ demo: venv .demo/download ## Fine-tune SmolLM2-135M on this machine's CPU, and m
 
 # One thread a job: several at once on few cores would spend their time in waiting for each other's threads.
 test: venv lint ## Lint, types, unit and integration tests; needs no Docker
-	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope $(JUNIT)
+	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope -m "not long" $(JUNIT)
+
+test-long: venv ## The tests of several ranks and hosts, of kills, and of trackers' servers that go away
+	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadgroup -m long $(JUNIT)
 
 test-unit: venv ## The unit tests alone
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope $(JUNIT) $(UNIT_TESTS)

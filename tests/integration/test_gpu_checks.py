@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 REPOSITORY = Path(__file__).parents[2]
 FILES = [f"tests/gpu/test_{name}.py" for name in ("attention_kernels", "packing_parity", "quantized_training")]
 

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 from sagemaker_tree import metrics_of
 
 # Eight rows a step on any number of ranks. Float32, and sums in another order: 1e-6 was seen of losses around 5.
+pytestmark = pytest.mark.long
+
 LOSS_TOLERANCE = 1e-4
 # Adam divides by the gradient's size, so that an element whose gradient is but rounding may move by a learning rate.
 WEIGHT_TOLERANCE = 1e-4
@@ -105,6 +107,7 @@ def test_a_quantized_base_is_sharded_and_trained_as_by_one_process(make_job):
     assert_same_weights(sharded, alone, tolerance=2e-2)
 
 
+@pytest.mark.xdist_group("ports of hosts")
 def test_hosts_have_their_own_shards_and_go_on_together_after_a_worker_was_killed(make_job, start):
     hosts = ["127.0.0.1", "127.0.0.2"]
     options = {"num_train_epochs": "10", "save_steps": "5", "logging_steps": "5"}

@@ -21,6 +21,8 @@ from llm_trainer.journal import FILE_NAME, Journal
 from mlflow_server import MlflowServer
 from small_disk import small_disk
 
+pytestmark = pytest.mark.long
+
 SECRETS = {
     "HF_TOKEN": "hf_secretOfTheHub",
     "WANDB_API_KEY": "fedcba9876543210fedcba9876543210fedcba98",
@@ -465,6 +467,7 @@ def make_hosts(make_tree):
     return make
 
 
+@pytest.mark.xdist_group("ports of hosts")
 def test_two_hosts_are_one_run_in_every_tracker_and_no_secret_leaves(server, make_hosts, start):
     user, password = SECRETS["MLFLOW_TRACKING_USERNAME"], SECRETS["MLFLOW_TRACKING_PASSWORD"]
     trees = make_hosts(
