@@ -7,6 +7,7 @@ Shapes, operations and memory are this project's own (model_shape, flops, fit), 
 FSDP2, the time of a collective NCCL's own model of a ring. scaling.md says what is assumed and what was measured.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -67,30 +68,40 @@ LLAMA_70B = LlamaConfig(
     vocab_size=128_256, hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80, num_attention_heads=64,
     num_key_value_heads=8,
 )  # fmt: skip
-LORA = {"lora_r": 16, "lora_dropout": 0.0, "distribution": "ddp"}
+MODELS = {"8B": LLAMA_8B, "70B": LLAMA_70B}
+METHODS: dict[str, dict[str, Any]] = {
+    "LoRA": {"lora_r": 16, "lora_dropout": 0.0},
+    "QLoRA": {"lora_r": 16, "lora_dropout": 0.0, "load_in_4bit": True},
+    "all weights": {"use_peft": False},
+}
 SIZES = (1, 8, 16, 32, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True)
 class Scenario:
-    title: str
+    model: str
+    method: str
+    distribution: str
     machine: Machine
-    config: LlamaConfig
-    options: dict[str, Any]  # settings
     within_host: bool = False  # sharded over the GPUs of a host, and replicated over hosts
+
+    @property
+    def title(self) -> str:
+        spread = self.distribution.upper() + (" within a host" if self.within_host else "")
+        return f"{self.model}, {self.method}, {spread}, {self.machine.name}"
 
 
 SCENARIOS = (
-    Scenario("8B, LoRA, DDP", P5, LLAMA_8B, LORA),
-    Scenario("8B, LoRA, DDP", P4D, LLAMA_8B, LORA),
-    Scenario("8B, LoRA, DDP", G6E, LLAMA_8B, LORA),
-    Scenario("8B, QLoRA, DDP", G5, LLAMA_8B, {**LORA, "load_in_4bit": True}),
-    Scenario("70B, LoRA, FSDP", P5, LLAMA_70B, {**LORA, "distribution": "fsdp"}),
-    Scenario("70B, LoRA, FSDP", P4D, LLAMA_70B, {**LORA, "distribution": "fsdp"}),
-    Scenario("70B, LoRA, FSDP within a host", P5, LLAMA_70B, {**LORA, "distribution": "fsdp"}, within_host=True),
-    Scenario("70B, QLoRA, DDP", P5, LLAMA_70B, {**LORA, "load_in_4bit": True}),
-    Scenario("70B, QLoRA, FSDP", P4D, LLAMA_70B, {**LORA, "load_in_4bit": True, "distribution": "fsdp"}),
-    Scenario("70B, all weights, FSDP", P5, LLAMA_70B, {"use_peft": False, "distribution": "fsdp"}),
+    Scenario("8B", "LoRA", "ddp", P5),
+    Scenario("8B", "LoRA", "ddp", P4D),
+    Scenario("8B", "LoRA", "ddp", G6E),
+    Scenario("8B", "QLoRA", "ddp", G5),
+    Scenario("70B", "LoRA", "fsdp", P5),
+    Scenario("70B", "LoRA", "fsdp", P4D),
+    Scenario("70B", "LoRA", "fsdp", P5, within_host=True),
+    Scenario("70B", "QLoRA", "ddp", P5),
+    Scenario("70B", "QLoRA", "fsdp", P4D),
+    Scenario("70B", "all weights", "fsdp", P5),
 )
 
 
@@ -141,7 +152,7 @@ class Row:
 
 
 def main() -> None:
-    print(render(), end="")
+    print(render())
 
 
 def render() -> str:
@@ -149,7 +160,7 @@ def render() -> str:
 
 
 def render_table(scenario: Scenario) -> Iterator[str]:
-    yield f"### {scenario.title}, {scenario.machine.name}"
+    yield f"### {scenario.title}"
     yield ""
     yield HEADER
     yield "|---" * HEADER.count(" |") + "|"
@@ -168,16 +179,26 @@ def render_table(scenario: Scenario) -> Iterator[str]:
 
 
 def list_rows(scenario: Scenario) -> Iterator[Row]:
-    machine = scenario.machine
-    settings = Settings(packing=True, max_length=ROW_TOKENS, per_device_train_batch_size=1, **scenario.options)
+    machine, base = scenario.machine, build_case(scenario.model, scenario.method)
     device = Device(torch.device("cuda"), machine.gpu, (8, 0))
-    target = Target(device, world_size=1, free_bytes=usable_bytes(machine.memory_gib))
-    base = Case(scenario.config, settings, ROW_TOKENS, target, "flash_attention_2")
+    on_machine = base.change(distribution=scenario.distribution).move(
+        device=device, free_bytes=usable_bytes(machine.memory_gib)
+    )
     for gpus in SIZES:
-        if gpus >= machine.gpus or settings.distribution == "ddp":
+        if gpus >= machine.gpus or scenario.distribution == "ddp":
             shards = machine.gpus if scenario.within_host else gpus
-            case = base.change(gradient_accumulation_steps=max(1, ROWS_A_STEP // gpus)).move(world_size=shards)
-            yield compute_row(scenario, case, gpus)
+            pieces = max(1, ROWS_A_STEP // gpus)
+            yield compute_row(
+                scenario, on_machine.change(gradient_accumulation_steps=pieces).move(world_size=shards), gpus
+            )
+
+
+@functools.cache
+def build_case(model: str, method: str) -> Case:
+    """A job of one row at a time, on no machine yet. Its shape, which is dear, serves all."""
+    settings = Settings(packing=True, max_length=ROW_TOKENS, per_device_train_batch_size=1, **METHODS[method])
+    target = Target(Device(torch.device("cuda"), P5.gpu, (8, 0)), world_size=1, free_bytes=0)
+    return Case(MODELS[model], settings, ROW_TOKENS, target, "flash_attention_2")
 
 
 def compute_row(scenario: Scenario, case: Case, gpus: int) -> Row:
