@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from llm_trainer.findings import GIB, MIB
 from llm_trainer.model_shape import ModelShape, Part
 from llm_trainer.step_trace import Span, Step, StepTrace, trace_step
@@ -105,16 +107,15 @@ def stored(part: Part, shards: int) -> int:
 def count_gathered(shape: ModelShape, step: Step) -> int:
     """Weights that FSDP2 has gathered at once: a layer, the next one, and the last module with what is in no layer.
 
-    In the type of the computation where they are not quantized. The output layer stays from the forward to the backward
-    pass (accelerate's fsdp2_prepare_model).
+    The output layer stays from the forward to the backward pass (accelerate's fsdp2_prepare_model).
     """
+    layers = sorted(gathered_bytes(layer, step.compute_dtype) for layer in shape.list_layers())
+    return sum(layers[-2:]) + gathered_bytes([part for part in shape.parts if part.layer is None], step.compute_dtype)
 
-    def whole(parts: list[Part]) -> int:
-        itemsize = step.compute_dtype.itemsize
-        return sum(part.data_bytes if part.scales_bytes else part.num_weights * itemsize for part in parts)
 
-    layers = sorted(map(whole, shape.list_layers()))
-    return sum(layers[-2:]) + whole([part for part in shape.parts if part.layer is None])
+def gathered_bytes(parts: list[Part], compute_dtype: torch.dtype) -> int:
+    """Weights as FSDP2 gathers them: in the type of the computation where they are not quantized."""
+    return sum(part.data_bytes if part.scales_bytes else part.num_weights * compute_dtype.itemsize for part in parts)
 
 
 def count_states(shape: ModelShape, optimizer: str) -> int:

@@ -25,6 +25,9 @@ def choose_arguments(settings: Settings) -> dict[str, Any]:
     Not Accelerate's activation checkpointing, though Transformers recommends it: its layers drop out other numbers when
     they are computed again than before, which falsifies the gradients, and PEFT no longer finds the adapter in them,
     and saves none.
+
+    Gradients go to their shards after each batch. Accelerate would keep them whole until the last of the batches whose
+    gradients accumulate: all of a model's gradients on every device.
     """
     config = {
         "version": 2,
@@ -32,7 +35,11 @@ def choose_arguments(settings: Settings) -> dict[str, Any]:
         "state_dict_type": "SHARDED_STATE_DICT",  # each rank writes its shard; no rank holds a whole optimizer
         "cpu_ram_efficient_loading": not settings.load_in_4bit,  # of 4-bit weights Accelerate sends none
     }
-    return {"fsdp": True, "fsdp_config": {**config, **(settings.fsdp_config or {})}}
+    return {
+        "fsdp": True,
+        "fsdp_config": {**config, **(settings.fsdp_config or {})},
+        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+    }
 
 
 def allow_cpu_ranks() -> None:
