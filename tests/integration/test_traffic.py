@@ -13,6 +13,8 @@ from tiny_model import build_tiny_model
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 from ranks import OWN_NETWORK, Job, compute_bytes, measure
 
+pytestmark = pytest.mark.long
+
 
 def test_gradients_go_to_their_shards_after_each_batch(tmp_path):
     if subprocess.run([*OWN_NETWORK, "true"], capture_output=True, check=False).returncode:
