@@ -8,6 +8,7 @@ import uuid
 
 import pytest
 
+from codebuild import OF_MAKE
 from conftest import REGION, call, remove_images
 
 ACCOUNT = "123456789012"  # moto's
@@ -50,8 +51,8 @@ def make(checkout, aws, tools, tmp_path, notes):
         for name, text in programs.items():
             (programs_first / name).write_text(text, encoding="utf-8")
             (programs_first / name).chmod(0o755)
-        variables = {**os.environ, **aws.variables, "PATH": f"{programs_first}:{tools['PATH']}"}
-        variables.pop("MAKEFLAGS", None)
+        inherited = {name: value for name, value in os.environ.items() if name not in OF_MAKE}
+        variables = {**inherited, **aws.variables, "PATH": f"{programs_first}:{tools['PATH']}"}
         return call("make", *arguments, cwd=checkout.folder, env=variables)
 
     return run_make
