@@ -61,7 +61,7 @@ demo: venv .demo/download ## Fine-tune SmolLM2-135M on this machine's CPU, and m
 test: venv lint ## Lint, types, unit and integration tests; needs no Docker
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope -m "not long" $(JUNIT)
 
-test-long: venv ## The tests of several ranks and hosts, of kills, and of trackers' servers that go away
+test-long: venv ## Jobs beyond the main ones: several ranks and hosts, kills, faults, quantized bases, servers that go away
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadgroup -m long $(JUNIT)
 
 test-unit: venv ## The unit tests alone

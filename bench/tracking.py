@@ -132,11 +132,11 @@ def measure(tree: SageMakerTree, hyperparameters: dict[str, str]) -> tuple[float
 
 
 def watch(launcher: int, spent: list[tuple[float, float]]) -> None:
-    """Every second the CPU seconds so far of the launcher and its children, but torchrun, until the launcher's end."""
+    """Every second the CPU seconds so far of the launcher and its children, but the worker's, until its end."""
     while True:
         try:
             root = psutil.Process(launcher)
-            processes = [child for child in root.children() if "llm_trainer.elastic" not in child.cmdline()]
+            processes = [child for child in root.children() if "llm_trainer.alone" not in child.cmdline()]
             times = [process.cpu_times() for process in (root, *processes)]
             spent.append((time.monotonic(), sum(each.user + each.system for each in times)))
         except psutil.Error:

@@ -3,11 +3,14 @@
 
 import shutil
 
+import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from sagemaker_tree import metrics_of
+
+pytestmark = pytest.mark.long
 
 
 def test_pissa_with_loraplus_is_resumed_exactly_and_its_adapter_is_the_bases_own(tree):

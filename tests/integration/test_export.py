@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from small_disk import small_disk
 
+pytestmark = pytest.mark.long
+
 
 def logits_of(model):
     with torch.no_grad():

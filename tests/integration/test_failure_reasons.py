@@ -5,9 +5,13 @@ import os
 import re
 import subprocess
 
+import pytest
+
 from fake_hub import MODEL, FakeHub
 from sagemaker_tree import LLM_TRAINER
 from small_disk import small_disk, with_shared_memory
+
+pytestmark = pytest.mark.long
 
 
 def fail(tree, *arguments: str) -> tuple[str, str]:

@@ -3,6 +3,10 @@
 
 import shutil
 
+import pytest
+
+pytestmark = pytest.mark.long
+
 
 def fail(tree, *arguments):
     """Run a job that must fail; the first line of its failure file."""

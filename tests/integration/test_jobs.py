@@ -25,7 +25,7 @@ TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jin
 # Run by every Python process that finds it on its path: leaves a list of what each worker imported.
 RECORD_IMPORTS = """
 import atexit, os, pathlib, sys
-if "RANK" in os.environ:
+if "llm_trainer.worker" in sys.orig_argv:
     imported = lambda: [name for name, module in sys.modules.items() if module is not None]
     atexit.register(lambda: pathlib.Path(__file__).with_name("imports").write_text(" ".join(imported())))
 """

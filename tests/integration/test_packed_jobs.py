@@ -8,6 +8,8 @@ import pytest
 
 from sagemaker_tree import metrics_of
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def make_job(make_tree):

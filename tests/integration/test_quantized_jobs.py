@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from sagemaker_tree import LLM_TRAINER, metrics_of
 from tiny_gpt_oss import build_tiny_gpt_oss
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def gpt_oss_tree(tree):

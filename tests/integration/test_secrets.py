@@ -4,8 +4,12 @@
 import os
 import re
 
+import pytest
+
 from fake_aws import FakeAWS
 from fake_hub import MODEL, FakeHub
+
+pytestmark = pytest.mark.long
 
 SECRET = "arn:aws:secretsmanager:eu-west-1:111122223333:secret:hub-AbCdEf"
 PARAMETER = "arn:aws:ssm:eu-west-1:111122223333:parameter/wandb"
