@@ -62,7 +62,7 @@ test: venv lint ## Lint, types, unit and integration tests; needs no Docker
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope -m "not long" $(JUNIT)
 
 test-long: venv ## Jobs beyond the main ones: several ranks and hosts, kills, faults, quantized bases, servers that go away
-	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadgroup -m long $(JUNIT)
+	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope -m long $(JUNIT)
 
 test-unit: venv ## The unit tests alone
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope $(JUNIT) $(UNIT_TESTS)

@@ -5,10 +5,12 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from sagemaker_tree import HYPERPARAMETERS, ROWS, RunningJob, SageMakerTree
 from tiny_model import build_tiny_model
@@ -48,6 +50,13 @@ def start():
         job.process.kill()
         job.process.wait()
         job.process.stdout.close()
+
+
+@pytest.fixture
+def ports_of_hosts() -> Iterator[None]:
+    """A job's hosts talk on ports 7777 and 7778: one test at a time has them on this machine."""
+    with FileLock(Path(tempfile.gettempdir()) / "llm-trainer-tests-of-hosts.lock"):
+        yield
 
 
 @pytest.fixture

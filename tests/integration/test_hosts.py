@@ -12,14 +12,14 @@ from llm_trainer.gpu_metrics import GPU_METRICS
 from llm_trainer.journal import read_records
 from sagemaker_tree import ROWS
 
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("ports of hosts")]
+pytestmark = pytest.mark.long
 
 HOSTS = ["127.0.0.1", "127.0.0.2"]
 HYPERPARAMETERS = {"per_device_train_batch_size": "4", "host_timeout_seconds": "60"}
 
 
 @pytest.fixture
-def make_hosts(make_tree):
+def make_hosts(make_tree, ports_of_hosts):
     """Trees of the hosts of one job."""
 
     def make(hosts=HOSTS, groups=None, **hyperparameters):

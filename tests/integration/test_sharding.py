@@ -107,8 +107,7 @@ def test_a_quantized_base_is_sharded_and_trained_as_by_one_process(make_job):
     assert_same_weights(sharded, alone, tolerance=2e-2)
 
 
-@pytest.mark.xdist_group("ports of hosts")
-def test_hosts_have_their_own_shards_and_go_on_together_after_a_worker_was_killed(make_job, start):
+def test_hosts_have_their_own_shards_and_go_on_together_after_a_worker_was_killed(make_job, ports_of_hosts, start):
     hosts = ["127.0.0.1", "127.0.0.2"]
     options = {"num_train_epochs": "10", "save_steps": "5", "logging_steps": "5"}
     trees = [make_job(2, **options, nproc_per_node="1", max_restarts="1") for _ in hosts]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sagemaker_tree import ROWS, metrics_of
 
 # Eight steps in two epochs, with dropout and accumulation. One thread: the order of sums is part of a result.
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("survival")]
+pytestmark = pytest.mark.long
 
 HYPERPARAMETERS = {
     "num_train_epochs": "2",

@@ -448,7 +448,7 @@ def test_signals_do_not_end_it_and_its_launchers_death_does(make_reporter, tmp_p
 
 
 @pytest.fixture
-def make_hosts(make_tree):
+def make_hosts(make_tree, ports_of_hosts):
     """Trees of the two hosts of one job, which two addresses of the loopback interface stand for."""
 
     def make(**hyperparameters):
@@ -467,7 +467,6 @@ def make_hosts(make_tree):
     return make
 
 
-@pytest.mark.xdist_group("ports of hosts")
 def test_two_hosts_are_one_run_in_every_tracker_and_no_secret_leaves(server, make_hosts, start):
     user, password = SECRETS["MLFLOW_TRACKING_USERNAME"], SECRETS["MLFLOW_TRACKING_PASSWORD"]
     trees = make_hosts(
