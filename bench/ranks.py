@@ -36,7 +36,7 @@ WARM_UP = 3  # steps that are not counted: memory and connections are made
 HOOKS = """
 import atexit, collections, json, os, sys, time
 
-if os.environ.get("RANK") == "0":
+if "llm_trainer.worker" in sys.orig_argv and os.environ.get("RANK", "0") == "0":  # one alone has no rank
     steps, seconds, calls = [], {"reach": [], "_save_checkpoint": [], "train": []}, collections.Counter()
 
     def read_loopback():

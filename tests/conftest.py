@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from sagemaker_tree import HYPERPARAMETERS, ROWS, RunningJob, SageMakerTree
+from sagemaker_tree import HOSTS, HYPERPARAMETERS, ROWS, RunningJob, SageMakerTree
 from tiny_model import build_tiny_model
 
 
@@ -57,6 +57,22 @@ def ports_of_hosts() -> Iterator[None]:
     """A job's hosts talk on ports 7777 and 7778: one test at a time has them on this machine."""
     with FileLock(Path(tempfile.gettempdir()) / "llm-trainer-tests-of-hosts.lock"):
         yield
+
+
+@pytest.fixture
+def make_hosts(make_tree, ports_of_hosts):
+    """Makes the trees of one job's hosts, which addresses of the loopback interface stand for."""
+
+    def make(hosts=HOSTS, groups=None, **hyperparameters) -> list[SageMakerTree]:
+        trees = [make_tree() for _ in hosts]
+        for host, tree in zip(hosts, trees, strict=True):
+            tree.environment["OMP_NUM_THREADS"] = "1"
+            tree.change(**{"per_device_train_batch_size": "4", "host_timeout_seconds": "60"} | hyperparameters)
+            resources = {"current_host": host, "hosts": hosts, "network_interface_name": "lo"}
+            tree.write("input/config/resourceconfig.json", resources | ({"instance_groups": groups} if groups else {}))
+        return trees
+
+    return make
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ ROWS = [
     for a in range(8)
     for b in range(4)
 ]
+HOSTS = ["127.0.0.1", "127.0.0.2"]  # of one job
 # A job of four steps on the tiny model.
 HYPERPARAMETERS = {
     "learning_rate": "0.01",

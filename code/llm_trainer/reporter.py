@@ -52,9 +52,8 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     stop_file = Path(os.environ["LLM_TRAINER_SCRATCH"]) / "stop"
     ending = Ending()
-    since = round(
-        float(os.environ["LLM_TRAINER_STARTED"]), 3
-    )  # as the journal rounds; before it, another job's records
+    # Rounded as the journal rounds: what was written before it are another job's records.
+    since = round(float(os.environ["LLM_TRAINER_STARTED"]), 3)
     trackers = build_trackers(options)
     from llm_trainer.report import write_report  # now, while the workers load: at the end the job waits for it
 

@@ -38,8 +38,8 @@ class Verdict:
 class Supervisor:
     """The life of this host's workers.
 
-    `start` begins an attempt, after the failure of the one before, and returns torchrun's process; `find_gpu_faults`
-    gives sentences about what GPUs of this host reported lately.
+    `start` begins an attempt, after the failure of the one before, and returns the process that starts the workers;
+    `find_gpu_faults` gives sentences about what GPUs of this host reported lately.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ def describe_loss(host: str) -> Failure:
 
 
 def end_processes(child: "subprocess.Popen[bytes]") -> None:
-    """Kill torchrun and its workers, and wait until they are gone, since they hold the GPUs."""
+    """Kill the process that started the workers, and these, and wait until they are gone, since they hold the GPUs."""
     if child.poll() is None:
         workers = psutil.Process(child.pid).children(recursive=True)
         child.kill()

@@ -10,30 +10,9 @@ from safetensors.torch import load_file
 
 from llm_trainer.gpu_metrics import GPU_METRICS
 from llm_trainer.journal import read_records
-from sagemaker_tree import ROWS
+from sagemaker_tree import HOSTS, ROWS
 
 pytestmark = pytest.mark.long
-
-HOSTS = ["127.0.0.1", "127.0.0.2"]
-HYPERPARAMETERS = {"per_device_train_batch_size": "4", "host_timeout_seconds": "60"}
-
-
-@pytest.fixture
-def make_hosts(make_tree, ports_of_hosts):
-    """Trees of the hosts of one job."""
-
-    def make(hosts=HOSTS, groups=None, **hyperparameters):
-        trees = []
-        for host in hosts:
-            tree = make_tree()
-            tree.environment["OMP_NUM_THREADS"] = "1"
-            tree.change(**{**HYPERPARAMETERS, **hyperparameters})
-            resources = {"current_host": host, "hosts": hosts, "network_interface_name": "lo"}
-            tree.write("input/config/resourceconfig.json", resources | ({"instance_groups": groups} if groups else {}))
-            trees.append(tree)
-        return trees
-
-    return make
 
 
 def adapter_of(tree):

@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 
 from llm_trainer.journal import FILE_NAME, Journal
 from mlflow_server import MlflowServer
+from sagemaker_tree import HOSTS
 from small_disk import small_disk
 
 pytestmark = pytest.mark.long
@@ -29,7 +30,6 @@ SECRETS = {
     "MLFLOW_TRACKING_USERNAME": "someone",
     "MLFLOW_TRACKING_PASSWORD": "hunter2OfMlflow",
 }
-HOSTS = ["127.0.0.1", "127.0.0.2"]
 ARN = "arn:aws:sagemaker:eu-west-1:123456789012:training-job/trial"
 JOB = {
     "name": "trial",
@@ -447,26 +447,6 @@ def test_signals_do_not_end_it_and_its_launchers_death_does(make_reporter, tmp_p
     assert orphan.wait(10) is None
 
 
-@pytest.fixture
-def make_hosts(make_tree, ports_of_hosts):
-    """Trees of the two hosts of one job, which two addresses of the loopback interface stand for."""
-
-    def make(**hyperparameters):
-        trees = []
-        for host in HOSTS:
-            tree = make_tree()
-            tree.change(per_device_train_batch_size="4", **hyperparameters)
-            resources = {"current_host": host, "hosts": HOSTS, "network_interface_name": "lo"}
-            tree.write("input/config/resourceconfig.json", resources)
-            tree.environment |= {"OMP_NUM_THREADS": "1", "TRAINING_JOB_NAME": "two-hosts", "TRAINING_JOB_ARN": ARN}
-            # Each host tokenizes, and has a /tmp of its own.
-            tree.environment |= {"SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY": str(tree.base_dir / "cache")}
-            trees.append(tree)
-        return trees
-
-    return make
-
-
 def test_two_hosts_are_one_run_in_every_tracker_and_no_secret_leaves(server, make_hosts, start):
     user, password = SECRETS["MLFLOW_TRACKING_USERNAME"], SECRETS["MLFLOW_TRACKING_PASSWORD"]
     trees = make_hosts(
@@ -478,7 +458,9 @@ def test_two_hosts_are_one_run_in_every_tracker_and_no_secret_leaves(server, mak
     )
     for tree in trees:
         tree.environment |= {name: SECRETS[name] for name in ("HF_TOKEN", "WANDB_API_KEY")}
-        tree.environment |= {"WANDB_MODE": "offline"}
+        tree.environment |= {"WANDB_MODE": "offline", "TRAINING_JOB_NAME": "two-hosts", "TRAINING_JOB_ARN": ARN}
+        # Each host tokenizes, and has a /tmp of its own.
+        tree.environment |= {"SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY": str(tree.base_dir / "cache")}
     jobs = [start(tree) for tree in trees]
     for job, other in zip(jobs, reversed(jobs), strict=True):
         assert job.end() == 0, job.log + "OTHER HOST\n" + other.log
