@@ -5,9 +5,10 @@
     tuned.py MODEL DATA OUTPUT ARGUMENTS_JSON
 
 Beside the plain script: libraries that TRL imports wherever they are installed are hidden, rows of like lengths share a
-batch, nothing is pinned or shown, and the weights are loaded once, by mmap.
+batch, nothing is pinned or shown, the weights are loaded once, by mmap, and malloc keeps the memory of a step for the next.
 """
 
+import ctypes
 import json
 import os
 import sys
@@ -16,6 +17,10 @@ for name in ("wandb", "mlflow", "bitsandbytes", "liger_kernel", "deepspeed", "vl
     sys.modules[name] = None  # Python's way to say that a module is not there
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+    ctypes.CDLL(None).mallopt(parameter, 2**31 - 1)
 
 import torch
 from datasets import Dataset, disable_progress_bars

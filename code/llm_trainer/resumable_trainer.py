@@ -21,6 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from trl import SFTTrainer
+from trl.trainer import utils as trl_utils
 
 from llm_trainer import adapter_start, checkpoints
 from llm_trainer.distributed import local_rank
@@ -32,6 +33,10 @@ CHECKPOINTS_A_RUN = 10  # where the settings name no interval
 MAX_SECONDS_BETWEEN = 900.0  # what a host that vanishes without a signal may cost
 MAX_SAVING_SHARE = 0.05  # of the run's time
 DEFAULT_LIMIT = 2
+
+# Where Triton does not run TRL has the LM head score all positions, for devices that compile for fixed shapes. A CPU
+# does not, and the head of a small model is a third of its step: only positions with a label are scored, as on a GPU.
+trl_utils._use_triton = lambda device: True
 
 
 class EvaluationStop(Exception):  # noqa: N818 - it is not an error
