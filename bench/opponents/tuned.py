@@ -5,7 +5,7 @@
     tuned.py MODEL DATA OUTPUT ARGUMENTS_JSON
 
 Beside the plain script: libraries that TRL imports wherever they are installed are hidden, rows of like lengths share a
-batch, nothing is pinned or shown, the weights are loaded once, by mmap, and malloc keeps the memory of a step for the next.
+batch, nothing is pinned or shown, the weights are loaded once, by mmap, and malloc keeps what a step frees.
 """
 
 import ctypes

@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, PreTrainedConfig
 from transformers.models.llama import modeling_llama
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -142,3 +143,25 @@ def test_the_chunked_loss_is_the_plain_one(tmp_path, name, packs):
     loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=num_items)
     loss.backward()
     torch.testing.assert_close([loss.detach(), *(parameter.grad for parameter in model.parameters())], plain)
+
+
+def test_the_lm_head_scores_only_positions_with_a_label(tmp_path):
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+    tokens, labels = torch.randint(3, 259, (2, 16)), torch.full((2, 16), IGNORED)
+    rows = Dataset.from_dict({"input_ids": tokens.tolist(), "labels": labels.tolist(), "length": [16, 16]})
+    inputs = Inputs("", [], [], tmp_path / "model", tmp_path / "checkpoints")
+    settings = Settings(use_peft=False)
+    arguments = build_arguments(settings, inputs, CPU.torch, torch.float32)
+    trainer = build_trainer(model, build_tokenizer(), None, {"train": rows}, None, arguments, settings)
+
+    def count_operations(number):
+        labels[0, 1 : 1 + number] = 7
+        with FlopCounterMode(display=False) as operations:
+            batch = {"input_ids": tokens, "labels": labels, "attention_mask": torch.ones_like(tokens)}
+            loss = trainer.compute_loss(model, batch, num_items_in_batch=1)
+        loss.backward()  # that of a batch without a label is zero, and may be the only one of a rank
+        return loss.item(), operations.get_total_flops()
+
+    (no_loss, without), (_, with_ten) = count_operations(0), count_operations(10)
+    assert no_loss == 0
+    assert with_ten - without == 10 * 2 * model.config.hidden_size * model.config.vocab_size
