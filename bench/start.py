@@ -20,7 +20,10 @@ from pathlib import Path
 from job import build, write_prompts
 
 FLOOR = """
-import sys, torch
+import sys
+for name in ("wandb", "mlflow", "bitsandbytes", "liger_kernel", "deepspeed", "vllm"):
+    sys.modules[name] = None  # TRL, Transformers and PEFT would import them for nothing
+import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
