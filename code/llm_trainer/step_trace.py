@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from trl.kernels import chunked_logprob
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
 from llm_trainer.errors import summarize
@@ -308,6 +309,7 @@ def kernels(on_gpu: bool) -> Iterator[None]:
         on_both = (
             (nn.functional, "scaled_dot_product_attention", apply_attention),
             (masking_utils, "find_packed_sequence_indices", nothing),  # it would ask for the positions
+            (trl_utils, "_use_triton", nothing),  # the LM head scores all positions, as each may have a label
         )
         only_on_gpu = (
             (chunked_logprob, "_forward_tile", nothing),
