@@ -36,7 +36,8 @@ WARM_UP = 3  # steps that are not counted: memory and connections are made
 HOOKS = """
 import atexit, collections, json, os, sys, time
 
-if "llm_trainer.worker" in sys.orig_argv and os.environ.get("RANK", "0") == "0":  # one alone has no rank
+# One worker alone has no rank; torchrun has none either, and says --module where a worker has -m.
+if "-m llm_trainer.worker" in " ".join(sys.orig_argv) and os.environ.get("RANK", "0") == "0":
     steps, seconds, calls = [], {"reach": [], "_save_checkpoint": [], "train": []}, collections.Counter()
 
     def read_loopback():
