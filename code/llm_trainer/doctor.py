@@ -5,7 +5,6 @@ Prints one line a finding, as soon as it is known, and no value of a setting: so
 """
 
 import contextlib
-import ctypes.util
 import importlib.metadata
 import os
 import re
@@ -15,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
@@ -26,7 +24,7 @@ from llm_trainer.findings import Finding, as_row
 from llm_trainer.gpu_driver import driver_variables, find_torch_cuda
 from llm_trainer.launch import collect_settings
 from llm_trainer.machine import inspect_machine
-from llm_trainer.network import find_efa_devices, network_variables
+from llm_trainer.network import network_variables
 from llm_trainer.settings import Settings
 from llm_trainer.tracking import choose_trackers, find_mlflow_uri
 
@@ -54,7 +52,7 @@ def diagnose(arguments: Sequence[str]) -> int:
 def examine(environment: Environment, arguments: Sequence[str]) -> Iterator[Finding]:
     yield from inspect_machine(environment)
     torch_cuda = find_torch_cuda()
-    yield inspect_nccl(torch_cuda, os.environ, find_efa_devices())
+    yield inspect_nccl(torch_cuda)
     settings, problems = collect_settings(environment, arguments)
     if problems:
         yield Finding("settings", "warning", f"1 of {len(problems)} problems: {problems[0]}")
@@ -62,29 +60,14 @@ def examine(environment: Environment, arguments: Sequence[str]) -> Iterator[Find
     yield try_all_reduce(environment, num_gpus=environment.num_gpus if torch_cuda else 0)
 
 
-def inspect_nccl(torch_cuda: str | None, variables: Mapping[str, str], efa_devices: list[str]) -> Finding:
+def inspect_nccl(torch_cuda: str | None) -> Finding:
     if torch_cuda is None:
         return Finding("NCCL", "ok", "none (CPU build)")
     package = f"nvidia-nccl-cu{torch_cuda.partition('.')[0]}"
     try:
-        version = importlib.metadata.version(package)
+        return Finding("NCCL", "ok", importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
-        version = f"of an unknown version ({package} is not installed)"
-    if not efa_devices:
-        return Finding("NCCL", "ok", version)
-    if not is_efa_plugin_present(variables):
-        text = f"{version}, without aws-ofi-nccl, so that EFA stays unused: add it to the image (EFA installer)."
-        return Finding("NCCL", "warning", text)
-    return Finding("NCCL", "ok", f"{version}, with aws-ofi-nccl")
-
-
-def is_efa_plugin_present(variables: Mapping[str, str]) -> bool:
-    """Whether the loader would find NCCL's network plugin, under either of the names that aws-ofi-nccl installs."""
-    folders = [Path(folder) for folder in variables.get("LD_LIBRARY_PATH", "").split(":") if folder]
-    return any(
-        ctypes.util.find_library(name) or any((folder / f"lib{name}.so").exists() for folder in folders)
-        for name in ("nccl-net", "nccl-net-ofi")
-    )
+        return Finding("NCCL", "ok", f"of an unknown version ({package} is not installed)")
 
 
 def try_trackers(settings: Settings, variables: Mapping[str, str]) -> Iterator[Finding]:

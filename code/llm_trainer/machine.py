@@ -4,6 +4,7 @@
 import os
 import resource
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -21,7 +22,7 @@ from llm_trainer.gpu_driver import (
     is_compat_usable,
     read_driver,
 )
-from llm_trainer.network import find_efa_devices, find_verbs_devices
+from llm_trainer.network import find_efa_devices, find_verbs_devices, is_efa_plugin_present
 
 MIN_SHARED_MEMORY_BYTES = GIB
 MIN_MEMORY_BYTES = 4 * GIB
@@ -40,7 +41,7 @@ def inspect_machine(environment: Environment) -> list[Finding]:
         inspect_memory(CGROUP_LIMITS),
         inspect_open_files(),
         inspect_locked_memory(rdma_devices=find_verbs_devices()),
-        judge_efa(find_efa_devices(), find_verbs_devices()),
+        judge_efa(find_efa_devices(), find_verbs_devices(), os.environ, len(environment.hosts)),
     ]
 
 
@@ -163,13 +164,17 @@ def inspect_locked_memory(rdma_devices: list[str]) -> Finding:
     return Finding("locked memory", "warning", text)
 
 
-def judge_efa(efa_devices: list[str], verbs_devices: list[str]) -> Finding:
+def judge_efa(
+    efa_devices: list[str], verbs_devices: list[str], variables: Mapping[str, str], num_hosts: int
+) -> Finding:
+    """Whether NCCL can use EFA; that it cannot is no warning to a job of one host."""
     if not efa_devices:
         return Finding("EFA", "ok", "none: hosts talk over TCP")
     if not verbs_devices:
-        text = (
-            f"{', '.join(efa_devices)}, but the container has no /dev/infiniband/uverbs*, so that hosts talk over TCP: "
-            "give docker --device=/dev/infiniband."
-        )
-        return Finding("EFA", "warning", text)
-    return Finding("EFA", "ok", ", ".join(efa_devices))
+        missing, fix = "the container has no /dev/infiniband/uverbs*", "give docker --device=/dev/infiniband"
+    elif not is_efa_plugin_present(variables):
+        missing, fix = "the image has no aws-ofi-nccl", "build one FROM it with AWS's EFA installer"
+    else:
+        return Finding("EFA", "ok", ", ".join(efa_devices))
+    text = f"{', '.join(efa_devices)}, but {missing}, so that hosts talk over TCP: {fix}."
+    return Finding("EFA", "warning" if num_hosts > 1 else "ok", text)

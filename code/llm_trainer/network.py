@@ -5,7 +5,9 @@ Set here is only what NCCL and Gloo cannot find out. RDMAV_FORK_SAFE, FI_PROVIDE
 aws-ofi-nccl sets what it needs, and its documentation says not to use them.
 """
 
+import ctypes.util
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -42,6 +44,15 @@ def find_efa_devices(sys_dir: Path = INFINIBAND_SYS_DIR) -> list[str]:
 def find_verbs_devices(dev_dir: Path = INFINIBAND_DEV_DIR) -> list[str]:
     """The RDMA devices, of any maker, that this container may open."""
     return sorted(file.name for file in dev_dir.glob("uverbs*"))
+
+
+def is_efa_plugin_present(variables: Mapping[str, str]) -> bool:
+    """Whether the loader would find NCCL's network plugin, under either of the names that aws-ofi-nccl installs."""
+    folders = [Path(folder) for folder in variables.get("LD_LIBRARY_PATH", "").split(":") if folder]
+    return any(
+        ctypes.util.find_library(name) or any((folder / f"lib{name}.so").exists() for folder in folders)
+        for name in ("nccl-net", "nccl-net-ofi")
+    )
 
 
 def find_interface(environment: Environment) -> str | None:

@@ -118,14 +118,6 @@ def test_an_address_that_never_answers_is_given_up_in_seconds():
     assert time.monotonic() - started < 8
 
 
-def test_efa_without_its_plugin_is_a_warning(tmp_path):
-    variables = {"LD_LIBRARY_PATH": str(tmp_path)}
-    assert doctor.inspect_nccl("13.0", variables, efa_devices=[]).verdict == "ok"
-    assert doctor.inspect_nccl("13.0", variables, efa_devices=["rdmap0"]).verdict == "warning"
-    (tmp_path / "libnccl-net-ofi.so").touch()
-    assert doctor.inspect_nccl("13.0", variables, efa_devices=["rdmap0"]).text.endswith("with aws-ofi-nccl")
-
-
 def test_an_unreadable_tree_is_an_error(run_doctor, tmp_path):
     (tmp_path / "input/config").mkdir(parents=True)
     (tmp_path / "input/config/hyperparameters.json").write_text("{'a': 1}")

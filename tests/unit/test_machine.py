@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.environment import read_environment
+from llm_trainer.findings import Finding
 from llm_trainer.gpu_driver import Driver, Gpu
 from llm_trainer.machine import (
     inspect_locked_memory,
@@ -126,7 +127,15 @@ def test_memory_is_what_the_container_may_use(tmp_path):
     assert finding.text.startswith("2 GiB by the cgroup limit")
 
 
-def test_efa_that_was_not_given_to_the_container_is_told():
-    assert judge_efa([], []).verdict == "ok"
-    assert judge_efa(["rdmap0"], ["uverbs0"]).verdict == "ok"
-    assert judge_efa(["rdmap0"], []).text.endswith("give docker --device=/dev/infiniband.")
+def test_efa_that_was_not_given_to_the_container_or_has_no_plugin_there_is_told(tmp_path):
+    variables = {"LD_LIBRARY_PATH": str(tmp_path)}
+    assert judge_efa([], [], variables, num_hosts=2).verdict == "ok"
+    hidden = judge_efa(["rdmap0"], [], variables, num_hosts=2)
+    assert hidden.verdict == "warning"
+    assert hidden.text.endswith("give docker --device=/dev/infiniband.")
+    without_plugin = judge_efa(["rdmap0"], ["uverbs0"], variables, num_hosts=2)
+    assert without_plugin.verdict == "warning"
+    assert "no aws-ofi-nccl, so that hosts talk over TCP" in without_plugin.text
+    assert judge_efa(["rdmap0"], ["uverbs0"], variables, num_hosts=1).verdict == "ok"
+    (tmp_path / "libnccl-net-ofi.so").touch()
+    assert judge_efa(["rdmap0"], ["uverbs0"], variables, num_hosts=2) == Finding("EFA", "ok", "rdmap0")
