@@ -83,6 +83,7 @@ lint: venv ## Lint, formatting and types, of Dockerfile and shell scripts too
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports
 	.venv/bin/hadolint docker/Dockerfile
 	.venv/bin/shellcheck .ci/run $$(git ls-files '*.sh')
 

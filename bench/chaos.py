@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from sagemaker_tree import HYPERPARAMETERS, ROWS, RunningJob, SageMakerTree
-from tiny_model import build_tiny_model
+from support.sagemaker_tree import HYPERPARAMETERS, ROWS, RunningJob, SageMakerTree
+from support.tiny_model import build_tiny_model
 
 RANKS = 2
 SETTINGS = {

@@ -112,7 +112,7 @@ def measure_packing() -> None:
     from datasets import Dataset, disable_progress_bars
     from trl import pack_dataset
 
-    from llm_trainer.packing import BIN_ROWS, distribute
+    from llm_trainer.training.packing import BIN_ROWS, distribute
 
     disable_progress_bars()
     generator = random.Random(0)
@@ -151,10 +151,10 @@ def encode_raw(rows: Path, tokenizer: Any) -> tuple[float, int]:
 
 
 def prepare_here(rows: Path, tokenizer: Any) -> tuple[float, int]:
-    from llm_trainer.encoding import Vocabulary
-    from llm_trainer.settings import Settings
-    from llm_trainer.sources import FileSource
-    from llm_trainer.token_cache import prepare_source
+    from llm_trainer.config.schema import Settings
+    from llm_trainer.data.encoding import Vocabulary
+    from llm_trainer.data.token_cache import prepare_source
+    from llm_trainer.readers.sources import FileSource
 
     vocabulary = Vocabulary(tokenizer, frozenset({tokenizer.eos_token_id}), len(tokenizer))
     source = FileSource("train", rows.parent, (rows,))

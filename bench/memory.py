@@ -80,12 +80,12 @@ def measure(name: str) -> tuple[int, int]:
     from transformers import AutoModelForCausalLM, LlamaConfig
     from trl import SFTConfig, SFTTrainer
 
-    from llm_trainer import adapters
-    from llm_trainer.memory import Setup, estimate
-    from llm_trainer.model_shape import read_shape
-    from llm_trainer.peak import Peak
-    from llm_trainer.settings import Settings
-    from llm_trainer.step_trace import Step
+    from llm_trainer.config.schema import Settings
+    from llm_trainer.model import lora
+    from llm_trainer.model.memory.estimate import Setup, estimate
+    from llm_trainer.model.memory.peak import Peak
+    from llm_trainer.model.memory.shape import read_shape
+    from llm_trainer.model.memory.step_trace import Step
 
     model_options, sequences, length, options = CASES[name]
     settings = Settings(lora_dropout=0.1, **options)
@@ -133,7 +133,7 @@ def measure(name: str) -> tuple[int, int]:
             args=arguments,
             train_dataset=Dataset.from_list(rows),
             processing_class=build_tokenizer(),
-            peft_config=adapters.build_lora(settings, model) if settings.use_peft else None,
+            peft_config=lora.build_lora(settings, model) if settings.use_peft else None,
         )
         trainer.train()
     return estimated.peak_bytes, peak.read_bytes()
@@ -141,7 +141,7 @@ def measure(name: str) -> tuple[int, int]:
 
 def build_tokenizer() -> Any:
     sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "tests"))
-    from tiny_model import build_tokenizer as build
+    from support.tiny_model import build_tokenizer as build
 
     return build()
 

@@ -87,7 +87,7 @@ def measure(way: str, folder: Path) -> dict[str, float]:
     work = {"copy": prepare_copy, "llm-trainer": prepare_ours, "peft": prepare_peft}[way](folder)
     import torch
 
-    from llm_trainer.peak import Peak
+    from llm_trainer.model.memory.peak import Peak
 
     gc.collect()
     peak = Peak(torch.device("cpu"))
@@ -108,7 +108,7 @@ def prepare_copy(folder: Path) -> Any:
 def prepare_ours(folder: Path) -> Any:
     from transformers import AutoConfig, LlamaForCausalLM  # noqa: F401
 
-    from llm_trainer.merge import merge
+    from llm_trainer.merge.merge import merge
 
     config = AutoConfig.from_pretrained(folder / "base")
     return lambda: merge(folder / "base", folder / "adapter", folder / "llm-trainer", config)

@@ -24,11 +24,11 @@ import torch
 from scaling import count_traffic
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from llm_trainer.model_shape import read_shape
-from llm_trainer.settings import Settings
+from llm_trainer.config.schema import Settings
+from llm_trainer.model.memory.shape import read_shape
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from tiny_model import build_tokenizer
+from support.tiny_model import build_tokenizer
 
 ROW_TOKENS, ROWS = 64, 64
 STEPS, SAVE_STEPS = 12, 4
@@ -66,11 +66,11 @@ if "-m llm_trainer.worker" in " ".join(sys.orig_argv) and os.environ.get("RANK",
 
     class Finder:
         def find_spec(self, fullname, path=None, target=None):
-            if fullname == "llm_trainer.manifest":  # imported when the classes below are
+            if fullname == "llm_trainer.export.manifest":  # imported when the classes below are
                 sys.meta_path.remove(self)
                 import torch.distributed
-                from llm_trainer.resumable_trainer import ResumableTrainer
-                from llm_trainer.stopping import Agreement
+                from llm_trainer.training.resumable_trainer import ResumableTrainer
+                from llm_trainer.training.stopping import Agreement
                 timed(Agreement, "reach"), timed(ResumableTrainer, "_save_checkpoint"), timed(ResumableTrainer, "train")
                 for name in ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "all_gather_object"):
                     counted(torch.distributed, name)

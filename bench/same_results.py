@@ -53,7 +53,7 @@ def lay_out(base_dir: Path, model: Path, hyperparameters: dict[str, str]) -> Non
         shutil.copy(DATASET / f"{channel}.jsonl", data / channel)
     (data / "model").symlink_to(model.absolute())
     config.mkdir(parents=True)
-    channels = dict.fromkeys(("train", "validation", "model"), {"TrainingInputMode": "File"})
+    channels = {name: {"TrainingInputMode": "File"} for name in ("train", "validation", "model")}
     resources = {"current_host": "algo-1", "hosts": ["algo-1"], "network_interface_name": "lo"}
     files = {"hyperparameters": hyperparameters, "inputdataconfig": channels, "resourceconfig": resources}
     for name, content in files.items():

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from llm_trainer.device import Device
-from llm_trainer.findings import GIB
-from llm_trainer.fit import Case, Target, list_ways, usable_bytes
-from llm_trainer.flops import count_attention, count_flops, find_peak_flops
-from llm_trainer.memory import count_states, gathered_bytes
-from llm_trainer.model_shape import ModelShape, Part
-from llm_trainer.settings import Settings
+from llm_trainer.common.findings import GIB
+from llm_trainer.config.schema import Settings
+from llm_trainer.model.device import Device
+from llm_trainer.model.memory.estimate import count_states, gathered_bytes
+from llm_trainer.model.memory.fit import Case, Target, list_ways, usable_bytes
+from llm_trainer.model.memory.flops import count_attention, count_flops, find_peak_flops
+from llm_trainer.model.memory.shape import ModelShape, Part
 
 ROW_TOKENS = 4096  # packed, one row a GPU at a time
 ROWS_A_STEP = 64  # kept by gradient_accumulation_steps up to as many GPUs

@@ -29,9 +29,9 @@ if "llm_trainer.worker" in sys.orig_argv:
 
     class Finder:
         def find_spec(self, fullname, path=None, target=None):
-            if fullname == "llm_trainer.manifest":  # imported when the class below is
+            if fullname == "llm_trainer.export.manifest":  # imported when the class below is
                 sys.meta_path.remove(self)
-                from llm_trainer.resumable_trainer import ResumableTrainer
+                from llm_trainer.training.resumable_trainer import ResumableTrainer
                 compute_loss = ResumableTrainer.compute_loss
                 def call(self, model, inputs, *args, **kwargs):
                     batches.append(dict(inputs))

@@ -24,17 +24,17 @@ import psutil
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 
-from sagemaker_tree import HYPERPARAMETERS, ROWS, SageMakerTree  # noqa: E402
+from support.sagemaker_tree import HYPERPARAMETERS, ROWS, SageMakerTree  # noqa: E402
 
 SAMPLE = """
 import json, sys, tempfile, time
 from pathlib import Path
 
 import pynvml
-from llm_trainer.gpu_driver import nvml
-from llm_trainer.gpu_metrics import Gpus
-from llm_trainer.host_metrics import HostReader
-from llm_trainer.journal import Journal
+from llm_trainer.host.nvidia_driver import nvml
+from llm_trainer.host.gpu_metrics import Gpus
+from llm_trainer.host.host_metrics import HostReader
+from llm_trainer.journal.journal import Journal
 
 find, calls, repeats = pynvml._nvmlGetFunctionPointer, [], 200
 
@@ -69,7 +69,7 @@ system_metrics.SystemMetrics.__exit__ = lambda self, *exception: None
 """
 MODEL = """
 import sys
-from tiny_model import build_tokenizer
+from support.tiny_model import build_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 tokenizer = build_tokenizer()
@@ -83,7 +83,7 @@ def main(pairs: int, steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         library = root / "libnvidia-ml.so.1"
-        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, TESTS / "fake_nvml/nvml.c"], check=True)
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, TESTS / "support/fake_nvml/nvml.c"], check=True)
         fake_gpus = {"LD_LIBRARY_PATH": folder, "FAKE_NVML_GPUS": "8"}
         subprocess.run([sys.executable, "-c", SAMPLE], env={**os.environ, **fake_gpus}, check=True)
         model = root / "model"
@@ -136,7 +136,9 @@ def watch(launcher: int, spent: list[tuple[float, float]]) -> None:
     while True:
         try:
             root = psutil.Process(launcher)
-            processes = [child for child in root.children() if "llm_trainer.alone" not in child.cmdline()]
+            processes = [
+                child for child in root.children() if "llm_trainer.launcher.single_worker" not in child.cmdline()
+            ]
             times = [process.cpu_times() for process in (root, *processes)]
             spent.append((time.monotonic(), sum(each.user + each.system for each in times)))
         except psutil.Error:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from sagemaker_tree import HOSTS, HYPERPARAMETERS, ROWS, RunningJob, SageMakerTree
-from tiny_model import build_tiny_model
+from support.sagemaker_tree import HOSTS, HYPERPARAMETERS, ROWS, RunningJob, SageMakerTree
+from support.tiny_model import build_tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -85,9 +85,9 @@ def fake_nvml(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[st
     """Makes the environment variables with which a child process finds `gpus` GPUs and a driver that are not there."""
     compiler = shutil.which("cc")
     if compiler is None:
-        pytest.skip("no C compiler `cc` here to build tests/fake_nvml/nvml.c with")
+        pytest.skip("no C compiler `cc` here to build tests/support/fake_nvml/nvml.c with")
     folder = tmp_path_factory.mktemp("fake-nvml")
-    source = Path(__file__).parent / "fake_nvml/nvml.c"
+    source = Path(__file__).parent / "support/fake_nvml/nvml.c"
     library = folder / "libnvidia-ml.so.1"
     subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-o", library, source], check=True)
 

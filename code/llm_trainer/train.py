@@ -11,37 +11,38 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from llm_trainer import adapter_start, adapters, model, sharding
-from llm_trainer.audit import describe_data
-from llm_trainer.data import Data, load_data
-from llm_trainer.data_versions import describe_split
-from llm_trainer.device import find_device
-from llm_trainer.distributed import local_rank, rank, world_size
-from llm_trainer.export import export
-from llm_trainer.fit import Fit, choose_fit, describe_fit, find_target
-from llm_trainer.flops import find_full_speed, measure_row_tokens
-from llm_trainer.gate import Gate
-from llm_trainer.generations import Generations
-from llm_trainer.journal import Journal
-from llm_trainer.kernels import apply_liger
-from llm_trainer.launch import Job
-from llm_trainer.leaks import build_sibling
-from llm_trainer.manifest import build_manifest, describe_weights
-from llm_trainer.metrics import MetricLines
-from llm_trainer.model_plan import ModelPlan, plan_model
-from llm_trainer.packing import Packing, choose_packing
-from llm_trainer.peak import Peak
-from llm_trainer.precision import choose_precision
-from llm_trainer.progress import follow
-from llm_trainer.proof import choose_rows, compute_logits
-from llm_trainer.resumable_trainer import ResumableTrainer, SaveAndStop
-from llm_trainer.resume import find_checkpoint, find_distribution, identify_run
-from llm_trainer.settings import Settings, is_given
-from llm_trainer.stopping import Agreement, StopRequest
-from llm_trainer.streaming import AUDITED_ROWS
-from llm_trainer.timeline import Timeline
-from llm_trainer.trained import Trained
-from llm_trainer.trainer import build_arguments, build_trainer
+from llm_trainer.common.ranks import local_rank, rank, world_size
+from llm_trainer.config.schema import Settings, is_given
+from llm_trainer.data.datasets import Data, load_data
+from llm_trainer.data.fingerprints import describe_split
+from llm_trainer.data.preview import describe_data
+from llm_trainer.data.streaming import AUDITED_ROWS
+from llm_trainer.export.export import export
+from llm_trainer.export.logits_check import choose_rows, compute_logits
+from llm_trainer.export.manifest import build_manifest, describe_weights
+from llm_trainer.export.result import Trained
+from llm_trainer.job.job import Job
+from llm_trainer.job.start_gate import Gate
+from llm_trainer.journal.journal import Journal
+from llm_trainer.journal.timeline import Timeline
+from llm_trainer.model import loading, lora, lora_init
+from llm_trainer.model.device import find_device
+from llm_trainer.model.liger import apply_liger
+from llm_trainer.model.memory.fit import Fit, choose_fit, describe_fit, find_target
+from llm_trainer.model.memory.flops import find_full_speed, measure_row_tokens
+from llm_trainer.model.memory.peak import Peak
+from llm_trainer.model.plan import ModelPlan, plan_model
+from llm_trainer.model.precision import choose_precision
+from llm_trainer.training import fsdp
+from llm_trainer.training.metric_lines import MetricLines
+from llm_trainer.training.packing import Packing, choose_packing
+from llm_trainer.training.packing_check import build_sibling
+from llm_trainer.training.progress import follow
+from llm_trainer.training.resumable_trainer import ResumableTrainer, SaveAndStop
+from llm_trainer.training.resume import find_checkpoint, find_distribution, identify_run
+from llm_trainer.training.sample_answers import Generations
+from llm_trainer.training.stopping import Agreement, StopRequest
+from llm_trainer.training.trainer_config import build_arguments, build_trainer
 
 
 def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> None:
@@ -54,14 +55,14 @@ def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> 
     request = StopRequest(scratch_dir / "stop", timeline.started, settings.max_run_seconds)
     agreement = Agreement()
 
-    folder = model.fetch_model(inputs.model, settings, scratch_dir)
+    folder = loading.fetch_model(inputs.model, settings, scratch_dir)
     timeline.mark("download")
     plan = plan_model(folder, settings, device, precision)
     say(*plan.reasons)
-    tokenizer = model.load_tokenizer(folder, settings)
+    tokenizer = loading.load_tokenizer(folder, settings)
     timeline.mark("tokenizer")
 
-    data = load_data(job, model.build_vocabulary(folder, plan.config, tokenizer, settings), scratch_dir)
+    data = load_data(job, loading.build_vocabulary(folder, plan.config, tokenizer, settings), scratch_dir)
     tell_data(data, job, tokenizer, journal)
     timeline.mark("data")
 
@@ -87,7 +88,7 @@ def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> 
 
     trainer = build_trainer(base, tokenizer, plan.lora, sequences, packing.collator, arguments, settings)
     if plan.lora is not None:
-        trainer.adapter_start = adapter_start.begin(trainer.model, settings.init_lora_weights, folder, scratch_dir)
+        trainer.adapter_start = lora_init.begin(trainer.model, settings.init_lora_weights, folder, scratch_dir)
     trainer.agreement, trainer.run, trainer.keeps_checkpoints = agreement, run, settings.use_checkpoints
     trainer.journal = journal
     row_tokens = measure_row_tokens(data.reports["train"].lengths, settings.max_length)
@@ -103,7 +104,7 @@ def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> 
     generations.before_training()
     say(f"Resuming from {checkpoint}" if checkpoint else "Starting from the base model")
     if checkpoint and trainer.adapter_start:
-        adapter_start.return_to(checkpoint, trainer.model, trainer.adapter_start)
+        lora_init.return_to(checkpoint, trainer.model, trainer.adapter_start)
     if local_rank() == 0:
         Gate(scratch_dir).wait_or_pass()
     with follow(timeline.started, job.environment.num_billed_hosts) as progress:
@@ -119,7 +120,7 @@ def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> 
         describe_stop(trainer)
     elif fit.sharded or rank() == 0:
         logits = compute_logits(trainer.model, rows, device.torch)
-    weights = sharding.gather_weights(trainer.model) if fit.sharded else None
+    weights = fsdp.gather_weights(trainer.model) if fit.sharded else None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # the other ranks leave while rank 0 exports, however long it takes
 
@@ -149,10 +150,10 @@ def load_base(
     plan: ModelPlan, fit: Fit, settings: Settings, arguments: SFTConfig, agreement: Agreement
 ) -> PreTrainedModel:
     if fit.sharded:
-        base = sharding.load_base(plan, settings, arguments, agreement.group)
+        base = fsdp.load_base(plan, settings, arguments, agreement.group)
     else:
         types = plan.quantization, plan.precision.weights
-        base = model.load_model(plan.folder, settings, *types, plan.device.torch, plan.attention.name)
+        base = loading.load_model(plan.folder, settings, *types, plan.device.torch, plan.attention.name)
     if plan.liger.is_on:
         apply_liger(base, settings.liger_kernel_config or {})
     return base
@@ -168,9 +169,9 @@ def describe_stop(trainer: ResumableTrainer) -> None:
 def describe_run(trainer: ResumableTrainer, packing: Packing) -> None:
     arguments = trainer.args
     per_device, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
-    trainable, total = adapters.count_parameters(trainer.model)
+    trainable, total = lora.count_parameters(trainer.model)
     if isinstance(trainer.model, PeftModel):
-        say(adapters.describe(trainer.model))
+        say(lora.describe(trainer.model))
     say(
         f"Training {trainable:,} of {total:,} weights ({trainable / total:.2%}) on {world_size()} x "
         f"{arguments.device.type}; "

@@ -8,15 +8,15 @@ import sys
 import warnings
 from pathlib import Path
 
-from llm_trainer import checkpoints
-from llm_trainer.distributed import describe_rank, local_rank, rank
-from llm_trainer.errors import UserError, report_failure, reserve_failure
-from llm_trainer.failures import explain, write_traceback
-from llm_trainer.journal import FILE_NAME, Journal
-from llm_trainer.launch import Job, read_job
-from llm_trainer.processes import die_of_lost_batches, die_with_parent, leave
-from llm_trainer.timeline import Timeline
-from llm_trainer.tracking import configure_trackers
+from llm_trainer.common.errors import UserError, report_failure, reserve_failure
+from llm_trainer.common.processes import die_of_lost_batches, die_with_parent, leave
+from llm_trainer.common.ranks import describe_rank, local_rank, rank
+from llm_trainer.config.tracker_choice import configure_trackers
+from llm_trainer.job import checkpoint_dir
+from llm_trainer.job.failure_reasons import explain, write_traceback
+from llm_trainer.job.job import Job, read_job
+from llm_trainer.journal.journal import FILE_NAME, Journal
+from llm_trainer.journal.timeline import Timeline
 
 
 def main() -> int:
@@ -71,7 +71,7 @@ def tell(error: Exception, job: Job, scratch_dir: Path) -> None:
     }
     failure = explain(error, describe_rank(rank()), job.settings, folders)
     if local_rank() == 0:
-        checkpoints.clean(inputs.checkpoint_dir)  # half a checkpoint may be what filled the disk
+        checkpoint_dir.clean(inputs.checkpoint_dir)  # half a checkpoint may be what filled the disk
     report_failure(scratch_dir / "failures", f"rank-{rank()}", failure)
     if not isinstance(error, UserError):
         name = f"{environment.current_host}-rank-{rank()}.txt"

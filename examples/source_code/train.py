@@ -7,9 +7,9 @@ The settings are the job's hyperparameters, which the package reads itself: the 
 import os
 import sys
 
-from llm_trainer.environment import find_base_dir
-from llm_trainer.errors import write_failure
-from llm_trainer.launch import launch
+from llm_trainer.common.errors import write_failure
+from llm_trainer.config.environment import find_base_dir
+from llm_trainer.launcher.launch import launch
 
 if "LOCAL_RANK" in os.environ:
     reason = "This script was started by torchrun, which it starts itself: leave `distributed` out of the ModelTrainer."

@@ -19,7 +19,7 @@ from transformers import (
 if not torch.cuda.is_available():
     pytest.skip("no NVIDIA GPU here, and Triton kernels run on nothing else", allow_module_level=True)
 pytest.importorskip("liger_kernel", reason="liger-kernel is not installed here")
-kernels = pytest.importorskip("llm_trainer.kernels", exc_type=ImportError)
+kernels = pytest.importorskip("llm_trainer.model.liger", exc_type=ImportError)
 
 BASE = {
     "vocab_size": 512,

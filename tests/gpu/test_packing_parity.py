@@ -13,8 +13,8 @@ import gpu
 
 for package in ("trl", "datasets", "pydantic"):  # what llm_trainer.packing imports
     pytest.importorskip(package)
-from llm_trainer import leaks  # noqa: E402
-from llm_trainer.packing import PackingCollator  # noqa: E402
+from llm_trainer.training import packing_check  # noqa: E402
+from llm_trainer.training.packing import PackingCollator  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -33,12 +33,12 @@ def test_packed_rows_are_kept_apart(kernel, dtype, size, device):
     by_others, by_company = measure(model, collate)
     print(
         f"{size} {kernel} {dtype}: logits move by {by_others:.2g} of their spread after other rows "
-        f"(tolerance {leaks.MOVED_BY_OTHERS[dtype]:g}) and by {by_company:.2g} in company "
-        f"({leaks.MOVED_BY_COMPANY[dtype]:g})"
+        f"(tolerance {packing_check.MOVED_BY_OTHERS[dtype]:g}) and by {by_company:.2g} in company "
+        f"({packing_check.MOVED_BY_COMPANY[dtype]:g})"
     )
-    assert by_others <= leaks.MOVED_BY_OTHERS[dtype]
-    assert by_company <= leaks.MOVED_BY_COMPANY[dtype]
-    assert leaks.find_leak(model, collate) is None
+    assert by_others <= packing_check.MOVED_BY_OTHERS[dtype]
+    assert by_company <= packing_check.MOVED_BY_COMPANY[dtype]
+    assert packing_check.find_leak(model, collate) is None
 
 
 @torch.no_grad()
@@ -48,12 +48,19 @@ def measure(model, collate) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(2)
     vocabulary = model.config.vocab_size
     rows, others = (
-        [torch.randint(vocabulary, (length,), generator=generator) for length in leaks.ROW_LENGTHS] for _ in range(2)
+        [torch.randint(vocabulary, (length,), generator=generator) for length in packing_check.ROW_LENGTHS]
+        for _ in range(2)
     )
-    packed = leaks.forward_packed(model, collate, rows)
-    after_others = leaks.forward_packed(model, collate, [*others[: leaks.WATCHED.start], *rows[leaks.WATCHED]])
-    alone = torch.cat([leaks.forward(model, input_ids=row[None].to(model.device))[0] for row in rows[leaks.WATCHED]])
-    return leaks.distances(after_others, packed).max().item(), leaks.distances(packed, alone).median().item()
+    packed = packing_check.forward_packed(model, collate, rows)
+    after_others = packing_check.forward_packed(
+        model, collate, [*others[: packing_check.WATCHED.start], *rows[packing_check.WATCHED]]
+    )
+    alone = torch.cat(
+        [packing_check.forward(model, input_ids=row[None].to(model.device))[0] for row in rows[packing_check.WATCHED]]
+    )
+    return packing_check.distances(after_others, packed).max().item(), packing_check.distances(
+        packed, alone
+    ).median().item()
 
 
 def test_a_kernel_that_forgets_where_rows_begin_is_found_out(size, device):
@@ -70,5 +77,5 @@ def test_a_kernel_that_forgets_where_rows_begin_is_found_out(size, device):
     print(
         f"{size}: without position ids logits move by {by_others:.2g} after other rows, by {by_company:.2g} in company"
     )
-    assert by_others > leaks.MOVED_BY_OTHERS[torch.bfloat16]
-    assert leaks.find_leak(model, forgetful) is not None
+    assert by_others > packing_check.MOVED_BY_OTHERS[torch.bfloat16]
+    assert packing_check.find_leak(model, forgetful) is not None

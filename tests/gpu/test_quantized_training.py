@@ -29,12 +29,12 @@ def test_a_few_steps_reduce_the_loss(method, size, device):
 def test_the_peak_is_the_estimated_one(method, checkpointing, size, device):
     if device.type != "cuda":
         pytest.skip("torch measures peaks on a GPU alone")
-    memory = pytest.importorskip("llm_trainer.memory", exc_type=ImportError)
+    memory = pytest.importorskip("llm_trainer.model.memory.estimate", exc_type=ImportError)
     from trl.trainer.utils import add_fused_lm_head
 
-    from llm_trainer.model_shape import read_shape
-    from llm_trainer.settings import Settings
-    from llm_trainer.step_trace import Step
+    from llm_trainer.config.schema import Settings
+    from llm_trainer.model.memory.shape import read_shape
+    from llm_trainer.model.memory.step_trace import Step
 
     def find_loss(model, batch):
         """TRL's, which is what the estimate counts on."""

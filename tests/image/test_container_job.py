@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from sagemaker_tree import metrics_of
+from support.sagemaker_tree import metrics_of
 
 ARTEFACTS = {
     "adapter_config.json",

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from sagemaker_tree import metrics_of
+from support.sagemaker_tree import metrics_of
 
 pytestmark = pytest.mark.long
 

@@ -10,8 +10,8 @@ import time
 import psutil
 import pytest
 
-from llm_trainer import doctor
-from llm_trainer.environment import read_environment
+from llm_trainer.cli import doctor
+from llm_trainer.config.environment import read_environment
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from small_disk import small_disk
+from support.small_disk import small_disk
 
 pytestmark = pytest.mark.long
 

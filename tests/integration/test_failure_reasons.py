@@ -7,9 +7,9 @@ import subprocess
 
 import pytest
 
-from fake_hub import MODEL, FakeHub
-from sagemaker_tree import LLM_TRAINER
-from small_disk import small_disk, with_shared_memory
+from support.fake_hub import MODEL, FakeHub
+from support.sagemaker_tree import LLM_TRAINER
+from support.small_disk import small_disk, with_shared_memory
 
 pytestmark = pytest.mark.long
 

@@ -8,9 +8,9 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from llm_trainer.gpu_metrics import GPU_METRICS
-from llm_trainer.journal import read_records
-from sagemaker_tree import HOSTS, ROWS
+from llm_trainer.host.gpu_metrics import GPU_METRICS
+from llm_trainer.journal.journal import read_records
+from support.sagemaker_tree import HOSTS, ROWS
 
 pytestmark = pytest.mark.long
 

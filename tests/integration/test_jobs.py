@@ -12,8 +12,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_trainer.metric_definitions import define_metrics
-from sagemaker_tree import metrics_of
+from llm_trainer.journal.metric_definitions import define_metrics
+from support.sagemaker_tree import metrics_of
 
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 PHASES = [

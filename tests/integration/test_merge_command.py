@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from llm_trainer.merge_command import run
-from llm_trainer.merged_shards import UNFINISHED
-from tiny_model import build_tokenizer
+from llm_trainer.cli.merge import run
+from llm_trainer.merge.shard_writer import UNFINISHED
+from support.tiny_model import build_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fake_aws import FakeAWS
-from sagemaker_tree import LLM_TRAINER, SageMakerTree
+from support.fake_aws import FakeAWS
+from support.sagemaker_tree import LLM_TRAINER, SageMakerTree
 
 SHIM = Path(__file__).parents[2] / "examples/source_code/train.py"
 # Tells what it was given, and imports the image's packages.

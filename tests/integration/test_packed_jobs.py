@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from sagemaker_tree import metrics_of
+from support.sagemaker_tree import metrics_of
 
 pytestmark = pytest.mark.long
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sagemaker_tree import LLM_TRAINER, metrics_of
-from tiny_gpt_oss import build_tiny_gpt_oss
+from support.sagemaker_tree import LLM_TRAINER, metrics_of
+from support.tiny_gpt_oss import build_tiny_gpt_oss
 
 pytestmark = pytest.mark.long
 

@@ -6,9 +6,9 @@ from importlib.util import find_spec
 
 import pytest
 
-from chromium import EXECUTABLE, Page
-from journals import FakeJournal, write_long_job
-from llm_trainer.report import write_report
+from llm_trainer.report.page import write_report
+from support.chromium import EXECUTABLE, Page
+from support.journals import FakeJournal, write_long_job
 
 pytestmark = pytest.mark.skipif(
     EXECUTABLE is None, reason="No Chromium here: apt-get install chromium runs these tests."

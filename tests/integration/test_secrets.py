@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from fake_aws import FakeAWS
-from fake_hub import MODEL, FakeHub
+from support.fake_aws import FakeAWS
+from support.fake_hub import MODEL, FakeHub
 
 pytestmark = pytest.mark.long
 

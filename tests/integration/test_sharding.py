@@ -9,7 +9,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sagemaker_tree import metrics_of
+from support.sagemaker_tree import metrics_of
 
 # Eight rows a step on any number of ranks. Float32, and sums in another order: 1e-6 was seen of losses around 5.
 pytestmark = pytest.mark.long

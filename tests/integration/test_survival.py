@@ -10,7 +10,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from sagemaker_tree import ROWS, metrics_of
+from support.sagemaker_tree import ROWS, metrics_of
 
 # Eight steps in two epochs, with dropout and accumulation. One thread: the order of sums is part of a result.
 pytestmark = pytest.mark.long

@@ -17,10 +17,10 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from llm_trainer.journal import FILE_NAME, Journal
-from mlflow_server import MlflowServer
-from sagemaker_tree import HOSTS
-from small_disk import small_disk
+from llm_trainer.journal.journal import FILE_NAME, Journal
+from support.mlflow_server import MlflowServer
+from support.sagemaker_tree import HOSTS
+from support.small_disk import small_disk
 
 pytestmark = pytest.mark.long
 
@@ -70,7 +70,13 @@ class Reporter:
 
     def start(self, *arguments: str) -> "Reporter":
         self.log_file = self.folder / "log"
-        command = [sys.executable, "-m", "llm_trainer.reporter", str(self.journal.file), f"--trackers={self.trackers}"]
+        command = [
+            sys.executable,
+            "-m",
+            "llm_trainer.trackers.reporter",
+            str(self.journal.file),
+            f"--trackers={self.trackers}",
+        ]
         command += [f"--model-dir={self.folder / 'model'}", *arguments]
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from tiny_model import build_tiny_model
+from support.tiny_model import build_tiny_model
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 from ranks import OWN_NETWORK, Job, compute_bytes, measure

@@ -9,10 +9,10 @@ from unittest.mock import patch
 
 import pytest
 
-from fake_hub import MODEL, FakeHub
-from llm_trainer.plan import examine_model
-from llm_trainer.validate import as_json, as_text, examine
-from sagemaker_tree import LLM_TRAINER
+from llm_trainer.cli.plan import examine_model
+from llm_trainer.cli.validate import as_json, as_text, examine
+from support.fake_hub import MODEL, FakeHub
+from support.sagemaker_tree import LLM_TRAINER
 
 PRETOKENIZED = {"input_ids": [1, 50, 51, 2], "labels": [-100, 50, 51, 2]}
 FORGETFUL_TEMPLATE = (

@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from job import HYPERPARAMETERS
-from sagemaker_tree import ROWS
+from support.sagemaker_tree import ROWS
 
 pytestmark = pytest.mark.timeout(540)
 

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hugging Face Hub: a model's files, patience with a busy Hub, and a clear sentence where it refuses."""
+
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import httpx2
+from huggingface_hub import get_token, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import parse_ratelimit_headers
+
+from llm_trainer.common.errors import UserError, chain, summarize
+
+# What a causal language model needs; a repository may hold the same weights in other formats besides.
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken"]
+WEIGHTS = ["*.safetensors"]
+FIRST_WAIT_SECONDS = 2.0
+LONGEST_WAIT_SECONDS = 60.0
+PATIENCE_SECONDS = 180.0  # no attempt begins later than this after the first
+BUSY = (408, 429, 500, 502, 503, 504)
+Result = TypeVar("Result")
+
+
+def download_model(model: str, revision: str | None, with_weights: bool) -> str:
+    """The folder of the model's files in the cache. Raises UserError when the Hub does not deliver them.
+
+    huggingface_hub repeats some of its requests itself, five times within half a minute, but not the first one, which
+    asks for the repository, nor that for a file after a server error.
+    """
+    files = SMALL_FILES + (WEIGHTS if with_weights else [])
+    return insist(
+        lambda: str(snapshot_download(model, revision=revision, allow_patterns=files)),
+        f"Downloading {model}",
+        lambda error: find_refusal(error, f"model_id={model!r}") or give_up(model, find_answer(error)),
+    )
+
+
+def insist(action: Callable[[], Result], what: str, refuse: Callable[[BaseException], str]) -> Result:
+    """The result of the action, repeated while the Hub is busy or away; `what` is said of each repetition.
+
+    Raises UserError with the sentence that `refuse` makes of the last error.
+    """
+    give_up_at = time.monotonic() + PATIENCE_SECONDS
+    wait = FIRST_WAIT_SECONDS
+    while True:
+        try:
+            return action()
+        except (httpx2.HTTPError, LocalEntryNotFoundError, HFValidationError) as error:
+            answer = find_answer(error)
+            seconds = max(wait, asked_wait(answer)) * random.uniform(1, 1.5)  # apart from the other hosts
+            if not is_passing(answer) or time.monotonic() + seconds > give_up_at:
+                raise UserError(refuse(error)) from error
+            print(f"{what}: {summarize(answer)}: next try in {seconds:.1f} s", flush=True)
+            time.sleep(seconds)
+            wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+
+
+def give_up(model: str, answer: BaseException) -> str:
+    way = "start the job again later" if isinstance(answer, HfHubHTTPError) else "give the container a network"
+    return (
+        f"model_id={model!r} could not be downloaded ({summarize(answer)}): {way}, or give the model's files as "
+        "channel 'model'."
+    )
+
+
+def find_answer(error: BaseException) -> BaseException:
+    """What the Hub or the network said, inside of what huggingface_hub makes of it; else the error itself."""
+    return next((link for link in chain(error) if isinstance(link, httpx2.HTTPError)), error)
+
+
+def is_passing(answer: BaseException) -> bool:
+    """Whether the same request may succeed a little later."""
+    if isinstance(answer, HfHubHTTPError):
+        return answer.response.status_code in BUSY
+    return isinstance(answer, httpx2.TransportError)
+
+
+def asked_wait(answer: BaseException) -> float:
+    """The seconds that the Hub asks to wait for, in a header of its own or the standard one; 0 where it does not."""
+    if not isinstance(answer, HfHubHTTPError):
+        return 0
+    limits = parse_ratelimit_headers(answer.response.headers)
+    if limits is not None and limits.remaining == 0:
+        return limits.reset_in_seconds
+    seconds = answer.response.headers.get("Retry-After", "")
+    return int(seconds) if seconds.isdigit() else 0
+
+
+def find_refusal(error: BaseException, what: str) -> str | None:
+    """The sentence for what the Hub refuses, and would refuse again; `what` is the setting with its value."""
+    given = "the given token may not read it" if get_token() else "no token is given"
+    permit = "give a token that may read it as HF_TOKEN in the job's Environment."
+    for link in chain(error):
+        status = link.response.status_code if isinstance(link, HfHubHTTPError) else None
+        if isinstance(link, GatedRepoError):
+            return f"{what} is gated and {given}: accept its licence on its Hub page, and {permit}"
+        is_unknown = isinstance(link, RepositoryNotFoundError) or (type(link) is HfHubHTTPError and status == 404)
+        if is_unknown:
+            return f"{what} is not on the Hugging Face Hub, or is private and {given}: check the name, and {permit}"
+        if isinstance(link, RevisionNotFoundError):
+            return f"{what} has no such revision on the Hugging Face Hub: check model_revision."
+        if isinstance(link, HFValidationError):
+            return f"{what} is neither a folder nor a Hugging Face Hub id: give one of them."
+        if status in (401, 403):
+            return f"{what} is refused by the Hugging Face Hub ({status}) and {given}: {permit}"
+    return None

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What SageMaker tells a training container: paths, channels, hosts and devices. Reads files only, never torch.
+
+Source: "How Amazon SageMaker AI provides training information", the developer guide.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_trainer.common.errors import UserError
+
+DEFAULT_BASE_DIR = "/opt/ml"
+# EC2 names instances with NVIDIA GPUs p... and g...; a host cannot look for the devices of another group's hosts.
+GPU_INSTANCE = re.compile(r"(ml\.)?[pg]\d")
+WHOLE_CHANNELS = ("model", "config")  # of which every host needs every file
+
+
+@dataclass(frozen=True)
+class Environment:
+    """One host's view of the job."""
+
+    base_dir: Path
+    hyperparameters: dict[str, Any]  # as SageMaker wrote them: nearly always strings
+    channels: dict[str, Path]
+    sharded_channels: frozenset[str]  # of whose files every host has others
+    hosts: tuple[str, ...]  # those that train; a host's position is its node rank
+    other_hosts: tuple[str, ...]  # of a heterogeneous cluster's other groups: they wait
+    current_host: str
+    network_interface: str | None
+    instance_type: str | None
+    num_gpus: int
+    num_cpus: int
+    checkpoint_dir: Path
+
+    @property
+    def num_billed_hosts(self) -> int:
+        return len(self.hosts) + len(self.other_hosts)
+
+    @property
+    def trains(self) -> bool:
+        return self.current_host in self.hosts
+
+    @property
+    def model_dir(self) -> Path:
+        return self.base_dir / "model"
+
+    @property
+    def output_dir(self) -> Path:
+        return self.base_dir / "output"
+
+    @property
+    def node_rank(self) -> int:
+        return self.hosts.index(self.current_host)
+
+
+def find_base_dir() -> Path:
+    """/opt/ml, or a stand-in tree in tests and trials."""
+    return Path(os.environ.get("SAGEMAKER_BASE_DIR", DEFAULT_BASE_DIR)).absolute()
+
+
+def read_environment() -> Environment:
+    """Read the SageMaker input tree. Every file of it is optional, so that a plain `docker run` works too.
+
+    Raises UserError when a file is there but is not the JSON object that SageMaker documents.
+    """
+    base_dir = find_base_dir()
+    config_dir = base_dir / "input" / "config"
+    resources = read_json_object(config_dir / "resourceconfig.json")
+    all_hosts = read_hosts(resources)
+    hosts = pick_group(resources.get("instance_groups") or [], all_hosts)
+    input_data_config = read_json_object(config_dir / "inputdataconfig.json")
+    return Environment(
+        base_dir=base_dir,
+        hyperparameters=read_json_object(config_dir / "hyperparameters.json"),
+        channels=find_channels(base_dir, input_data_config),
+        sharded_channels=find_sharded(input_data_config, len(hosts)),
+        hosts=hosts,
+        other_hosts=tuple(host for host in all_hosts if host not in hosts),
+        current_host=resources.get("current_host", all_hosts[0]),
+        network_interface=resources.get("network_interface_name"),
+        instance_type=resources.get("current_instance_type"),
+        num_gpus=count_gpus(),
+        num_cpus=len(os.sched_getaffinity(0)),
+        checkpoint_dir=find_checkpoint_dir(base_dir, read_json_object(config_dir / "checkpointconfig.json")),
+    )
+
+
+def read_hosts(resources: dict[str, Any]) -> list[str]:
+    """All hosts of the job, in the order that resourceconfig.json gives them."""
+    hosts = resources.get("hosts") or ["localhost"]
+    if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
+        raise UserError(f"resourceconfig.json has hosts={hosts!r}: write a list of host names.")
+    current_host = resources.get("current_host", hosts[0])
+    if current_host not in hosts:
+        raise UserError(
+            f"resourceconfig.json names current_host={current_host!r}, which is not one of its hosts {hosts}: "
+            "list every host of the job under 'hosts'."
+        )
+    return hosts
+
+
+def pick_group(groups: list[dict[str, Any]], all_hosts: list[str]) -> tuple[str, ...]:
+    """The hosts that train: the largest group with GPUs of a heterogeneous cluster, the first if equally large."""
+    with_gpus = [group for group in groups if GPU_INSTANCE.match(group.get("instance_type", ""))]
+    candidates: list[list[str]] = [group["hosts"] for group in with_gpus or groups if group.get("hosts")]
+    if len(groups) < 2 or not candidates:
+        return tuple(all_hosts)
+    return tuple(max(candidates, key=len))  # type: ignore[arg-type]
+
+
+def find_checkpoint_dir(base_dir: Path, checkpoint_config: dict[str, Any]) -> Path:
+    """The folder that SageMaker synchronizes with S3: its default, or the job's CheckpointConfig.LocalPath."""
+    local_path = checkpoint_config.get("LocalPath")
+    return Path(local_path) if local_path else base_dir / "checkpoints"
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or {} when there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): write it as one JSON object.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}: write it as one JSON object.")
+    return value
+
+
+def find_channels(base_dir: Path, input_data_config: dict[str, Any]) -> dict[str, Path]:
+    """Channel name -> its folder: the channels SageMaker lists, or the folders there are when it lists none."""
+    data_dir = base_dir / "input" / "data"
+    names = set(input_data_config)
+    if data_dir.is_dir():
+        names |= {entry.name for entry in data_dir.iterdir() if entry.is_dir()}
+    if piped := find_with(input_data_config, "TrainingInputMode", "Pipe"):
+        raise UserError(
+            f"Channel {', '.join(piped)} uses TrainingInputMode=Pipe, which cannot be read twice: use File or FastFile "
+            "mode."
+        )
+    return {name: data_dir / name for name in sorted(names)}
+
+
+def find_sharded(input_data_config: dict[str, Any], num_hosts: int) -> frozenset[str]:
+    """The channels whose files SageMaker shares out among the hosts."""
+    if num_hosts == 1:  # which has them all
+        return frozenset()
+    sharded = find_with(input_data_config, "S3DistributionType", "ShardedByS3Key")
+    if broken := [name for name in sharded if name in WHOLE_CHANNELS]:
+        raise UserError(
+            f"Channel {', '.join(broken)} uses S3DistributionType=ShardedByS3Key, and every host needs all of its "
+            "files: use FullyReplicated; only channels with data may be sharded."
+        )
+    return frozenset(sharded)
+
+
+def find_with(input_data_config: dict[str, Any], key: str, value: str) -> list[str]:
+    """The names of the channels whose configuration has this value."""
+    channels = input_data_config.items()
+    return sorted(name for name, channel in channels if isinstance(channel, dict) and channel.get(key) == value)
+
+
+def count_gpus() -> int:
+    """GPUs that this process may use, from NVML: asking torch would load CUDA into the launcher."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return 0
+    try:
+        num_gpus = pynvml.nvmlDeviceGetCount()
+    finally:
+        pynvml.nvmlShutdown()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return num_gpus
+    return min(num_gpus, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))

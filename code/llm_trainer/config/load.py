@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read the settings: defaults, then YAML file, then hyperparameters, then command line; the last one wins."""
+
+import difflib
+import math
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import SecretStr, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from llm_trainer.common.errors import shorten
+from llm_trainer.common.redaction import REDACTED
+from llm_trainer.config.checks import find_contradictions
+from llm_trainer.config.environment import Environment
+from llm_trainer.config.hyperparameter_decoding import decode
+from llm_trainer.config.schema import ALIASES, SECRETS, Settings, plain_types, show, union_parts
+
+# Names from other tools that no spelling distance finds.
+SYNONYMS = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "lora_rank": "lora_r",
+    "rank": "lora_r",
+    "dataset": "train_dataset_path",
+    "base_model": "model_id",
+    "micro_batch_size": "per_device_train_batch_size",
+}
+
+
+def read_settings(environment: Environment, arguments: Mapping[str, str]) -> tuple[Settings, list[str]]:
+    """The settings, and a sentence for every mistake in them; a mistaken setting is left at its default.
+
+    `arguments` are the settings given on the command line.
+    """
+    problems: list[str] = []
+    given = {**environment.hyperparameters, **arguments}
+    asked = rename(read_yaml(find_config_file(environment, given), problems), "YAML key", problems)
+    asked |= rename(given, "Hyperparameter", problems)
+    values = {}
+    for name, raw in asked.items():
+        types, nullable = plain_types(name)
+        value = decode(raw, types, nullable) if isinstance(raw, str) else raw
+        if value is None and not nullable:
+            continue  # null asks for the default
+        problem = find_problem(name, value, raw)
+        if problem:
+            problems.append(problem)
+        else:
+            values[name] = value
+    settings = Settings(**values)
+    return settings, problems + list(find_contradictions(settings))
+
+
+def find_config_file(environment: Environment, given: Mapping[str, Any]) -> Path | None:
+    """The YAML file that `config` names, or the one in the channel of that name."""
+    if given.get("config"):
+        return Path(decode(str(given["config"]), frozenset({"str"}), nullable=True))
+    return environment.channels.get("config")
+
+
+def read_yaml(path: Path | None, problems: list[str]) -> dict[str, Any]:
+    """The settings in a YAML file, or in the only YAML file of a folder."""
+    if path is None:
+        return {}
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".yaml", ".yml"))
+        if len(files) != 1:
+            names = ", ".join(file.name for file in files) or "none"
+            problems.append(
+                f"config: {path} must hold exactly one .yaml file but has {names}: name one with config=PATH."
+            )
+            return {}
+        path = files[0]
+    try:
+        with path.open(encoding="utf-8") as file:
+            value = yaml.safe_load(file)  # given the text itself, its errors would quote a line, which can hold a token
+    except FileNotFoundError:
+        problems.append(f"config={str(path)!r} does not exist: give the path of a YAML file in a channel.")
+        return {}
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        problems.append(
+            f"{path} is not readable YAML ({' '.join(str(error).split())}): write it as `key: value` lines."
+        )
+        return {}
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{path} holds a YAML {type(value).__name__}: write it as `key: value` lines.")
+        return {}
+    return value
+
+
+def rename(given: Mapping[Any, Any], source: str, problems: list[str]) -> dict[str, Any]:
+    """The given values under the settings' own names. Unknown names and clashing aliases become problems."""
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        key = str(key)
+        if key.startswith("sagemaker_") or key == "_tuning_objective_metric":
+            continue  # SageMaker's own
+        name = ALIASES.get(key, key)
+        if name not in Settings.model_fields:
+            problems.append(f"{source} {key!r} is not a setting: {nearest(key, valid_names())}")
+        elif name != key and name in given:
+            problems.append(f"{source}s {key!r} and {name!r} are the same setting given twice: remove {key!r}.")
+        else:
+            values[name] = value
+    return values
+
+
+def valid_names() -> list[str]:
+    return [*Settings.model_fields, *ALIASES]
+
+
+def nearest(key: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    name = SYNONYMS.get(key.lower()) or (close[0] if close else None)
+    if name:
+        return f"the nearest valid name is {name!r}."
+    return "remove it (`llm-trainer train --help` lists the valid names)."
+
+
+def find_problem(name: str, value: Any, raw: Any) -> str | None:
+    """One sentence when the value breaks the field's rule: key, value as it was given, rule, fix."""
+    field = Settings.model_fields[name]
+    adapter = TypeAdapter[Any](Annotated[field.annotation, field], config=Settings.model_config)  # type: ignore[arg-type]
+    is_stray_bool = isinstance(value, bool) and "bool" not in plain_types(name)[0]
+    is_infinite = isinstance(value, float) and not math.isfinite(value)
+    try:
+        adapter.validate_python(value)
+    except ValidationError:
+        pass
+    else:
+        if not (is_stray_bool or is_infinite):
+            return None
+    shown = REDACTED if name in SECRETS else shorten(repr(raw))
+    return f"{name}={shown} is not valid: it must be {describe_rule(field)}; {suggest(field, value)}"
+
+
+def describe_rule(field: FieldInfo) -> str:
+    """What the field takes, e.g. "a number, at least 0 and below 1"."""
+    words = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
+    words |= {"dict": "a JSON object", "list": "a list"}
+    kinds = []
+    for part in union_parts(field.annotation):
+        origin = typing.get_origin(part) or part
+        if origin is Literal:
+            kinds.append("one of " + ", ".join(typing.get_args(part)))
+        elif part is type(None):
+            kinds.append("null")
+        else:
+            kinds.append("a text" if origin is SecretStr else words[origin.__name__])
+    comparisons = {"ge": "at least", "gt": "above", "lt": "below", "min_length": "of a length of at least"}
+    bounds = [
+        f"{phrase} {getattr(constraint, key):g}"
+        for constraint in field.metadata
+        for key, phrase in comparisons.items()
+        if getattr(constraint, key, None) is not None
+    ]
+    rule = " or ".join(kinds)
+    return f"{rule}, {' and '.join(bounds)}" if bounds else rule
+
+
+def suggest(field: FieldInfo, value: Any) -> str:
+    choices = [str(choice) for part in union_parts(field.annotation) for choice in typing.get_args(part)]
+    longer = [choice for choice in choices if choice.startswith(str(value))]
+    close = longer or difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    if close and value != "":
+        return f"the nearest is {close[0]!r}."
+    return "leave it out for none." if field.default is None else f"its default is {show(field.default)}."

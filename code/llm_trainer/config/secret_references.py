@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Secrets that a job is given by reference: the ARN of a secret or parameter stands where the value would.
+
+The launcher reads each once a host; from there a value goes on in environment variables alone. No torch.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from llm_trainer.common.errors import UserError, summarize
+from llm_trainer.config.schema import Settings
+
+HUB_TOKEN = "LLM_TRAINER_HUB_TOKEN"  # for the push alone, which must write, where HF_TOKEN need only read
+# Variable -> the setting of the same secret, which wins.
+VARIABLES = {
+    "HF_TOKEN": "token",
+    "WANDB_API_KEY": "wandb_token",
+    HUB_TOKEN: "hub_token",
+    "MLFLOW_TRACKING_PASSWORD": None,
+}
+REFERENCE = re.compile(r"arn:aws[\w-]*:(?:(secretsmanager):([\w-]+):\d+:secret:.+|(ssm):([\w-]+):\d+:parameter/.+)")
+ACTIONS = {"secretsmanager": "secretsmanager:GetSecretValue", "ssm": "ssm:GetParameter"}
+NOT_THERE = ("ResourceNotFoundException", "ParameterNotFound", "ParameterVersionNotFound")
+CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 5, 10, 3
+
+
+def is_reference(value: str) -> bool:
+    """No token begins like an ARN."""
+    return value.startswith("arn:")
+
+
+def secret_variables(settings: Settings | None, variables: Mapping[str, str]) -> dict[str, str]:
+    """The variables in which libraries look for secrets, with values, read where there is a reference to one.
+
+    Without settings, which a user's own script does not have, they come from the variables alone.
+    Raises UserError with a sentence for every reference that cannot be read.
+    """
+    values: dict[str, str] = {}
+    problems: list[str] = []
+    for variable, setting in VARIABLES.items():
+        secret = getattr(settings, setting) if settings and setting else None
+        value: str = secret.get_secret_value() if secret else variables.get(variable, "")
+        if not value:
+            continue
+        name = setting if secret and setting else variable
+        try:
+            values[variable] = read(value, name, variable) if is_reference(value) else value
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return values
+
+
+def read(arn: str, name: str, variable: str) -> str:
+    """The value that the ARN stands for; `name` is what the user gave it as. Raises UserError."""
+    match = REFERENCE.fullmatch(arn)
+    if match is None:
+        raise UserError(
+            f"{name}={arn!r} is the ARN of neither a Secrets Manager secret (arn:aws:secretsmanager:REGION:ACCOUNT:"
+            "secret:NAME) nor an SSM parameter (arn:aws:ssm:REGION:ACCOUNT:parameter/NAME): give one of these."
+        )
+    service, region = filter(None, match.groups())
+    return choose_value(fetch(arn, service, region, name), arn, name, variable)
+
+
+def fetch(arn: str, service: str, region: str, name: str) -> str:
+    """The text of a secret or parameter, decrypted."""
+    import boto3  # a quarter of a second, which most jobs need not spend
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    retries = {"total_max_attempts": ATTEMPTS, "mode": "standard"}
+    config = Config(connect_timeout=CONNECT_SECONDS, read_timeout=READ_SECONDS, retries=retries)
+    try:
+        client = boto3.Session().client(service, region_name=region, config=config)
+        if service == "ssm":
+            return client.get_parameter(Name=arn, WithDecryption=True)["Parameter"]["Value"]
+        answer = client.get_secret_value(SecretId=arn)
+    except (BotoCoreError, ClientError) as error:
+        raise UserError(f"{name} refers to {arn}, {explain(error, service, region)}.") from error
+    if "SecretString" not in answer:
+        raise UserError(f"{name} refers to {arn}, which holds bytes and no text: store the value as SecretString.")
+    return answer["SecretString"]
+
+
+def explain(error: Exception, service: str, region: str) -> str:
+    """Why AWS did not give the value, and what to change, without the full stop."""
+    from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
+
+    action = ACTIONS[service]
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        return f"and there are no AWS credentials here: run under a role that is allowed {action}"
+    if not isinstance(error, ClientError):
+        return (
+            f"and {service} in {region} cannot be reached ({summarize(error)}): give the job's subnets a VPC endpoint "
+            f"for {service}, or a NAT gateway, and no network isolation"
+        )
+    code = error.response["Error"]["Code"]
+    if code in NOT_THERE:
+        return "which does not exist: check name, account and region"
+    if code.startswith("AccessDenied"):
+        return f"which may not be read: allow the job's role {action}, and kms:Decrypt where your own key encrypts it"
+    return f"which could not be read ({code}: {summarize(error)}): the job's role needs {action}"
+
+
+def choose_value(text: str, arn: str, name: str, variable: str) -> str:
+    """The text, or of a JSON object the value with the variable's name, else its only one."""
+    try:
+        fields: Any = json.loads(text)
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        return text.strip()
+    value = fields.get(variable, next(iter(fields.values())) if len(fields) == 1 else None)
+    if not isinstance(value, str) or not value:
+        raise UserError(
+            f"{name} refers to {arn}, a JSON object with the keys {', '.join(fields)}: name the one with the text "
+            f"{variable}."
+        )
+    return value

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fields of `trl.SFTConfig`, from a snapshot, so that the launcher can check them without importing torch.
+
+`python -m llm_trainer.config.sft_config_fields` writes the snapshot anew; a test fails when it is stale.
+"""
+
+import dataclasses
+import enum
+import json
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+SNAPSHOT = Path(__file__).with_suffix(".json")
+
+# Set by torchrun, never by a user.
+NOT_SETTINGS = ("local_rank",)
+
+
+class Argument(typing.NamedTuple):
+    """One field of SFTConfig: its plain types ("bool", "int", "float", "str", "dict", "list"), default and choices."""
+
+    types: list[str]
+    nullable: bool
+    default: Any
+    choices: list[str] | None
+    help: str
+
+
+def read_snapshot() -> dict[str, Argument]:
+    return {name: Argument(**fields) for name, fields in json.loads(SNAPSHOT.read_text(encoding="utf-8")).items()}
+
+
+def take_snapshot() -> dict[str, Any]:
+    """The fields of the installed SFTConfig, ready for JSON."""
+    from trl import SFTConfig
+
+    hints = typing.get_type_hints(SFTConfig)
+    return {
+        field.name: describe_field(field, hints[field.name])
+        for field in dataclasses.fields(SFTConfig)
+        if field.name not in NOT_SETTINGS
+    }
+
+
+def describe_field(field: "dataclasses.Field[Any]", hint: Any) -> dict[str, Any]:
+    parts = typing.get_args(hint) if is_union(hint) else (hint,)
+    enums = [part for part in parts if isinstance(part, type) and issubclass(part, enum.Enum)]
+    choices = field.metadata.get("choices") or ([member.value for member in enums[0]] if enums else None)
+    factory = field.default_factory
+    default = factory() if factory is not dataclasses.MISSING else field.default
+    return {
+        "types": sorted({plain_type(part) for part in parts if part is not type(None)}),
+        "nullable": type(None) in parts,
+        "default": default.value if isinstance(default, enum.Enum) else default,
+        "choices": list(choices) if choices else None,
+        "help": first_sentence(field.metadata.get("help", "")),
+    }
+
+
+def is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) is typing.Union or type(hint).__name__ == "UnionType"
+
+
+def plain_type(hint: Any) -> str:
+    origin = typing.get_origin(hint) or hint
+    if origin in (bool, int, float, str, list, dict):
+        return str(origin.__name__)
+    if origin is typing.Literal:
+        return "bool"  # `Literal[False]`, the only one that SFTConfig has
+    return "str" if issubclass(origin, enum.Enum) else "dict"  # e.g. accelerate's ParallelismConfig, from its fields
+
+
+def first_sentence(text: str) -> str:
+    text = " ".join(text.replace("%%", "%").split())
+    return re.split(r"(?<=[.])\s+(?=[A-Z`])", text, maxsplit=1)[0]
+
+
+if __name__ == "__main__":
+    SNAPSHOT.write_text(json.dumps(take_snapshot(), indent=1) + "\n", encoding="utf-8")

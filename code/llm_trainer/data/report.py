@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What became of the rows of a data set: counted while they are prepared, judged before the first step."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm_trainer.common.errors import MAX_LISTED_PROBLEMS
+
+PERCENTILES = (50, 90, 95, 99)
+
+
+@dataclass
+class DataReport:
+    """Counts of one data set, or of several that are trained on together. Lengths are in tokens, of uncut rows."""
+
+    files: list[dict[str, Any]] = field(default_factory=list)  # name, bytes, sha256
+    formats: dict[str, str] = field(default_factory=dict)  # source -> format of its rows
+    loss_on: dict[str, str] = field(default_factory=dict)  # source -> what of its rows is trained on
+    num_rows: int = 0
+    num_tokens: int = 0
+    num_supervised_tokens: int = 0
+    num_supervised_eos: int = 0  # rows that train a stop token
+    num_missed_stops: int = 0  # rows with a turn that is trained on without the stop token after it
+    num_truncated_rows: int = 0
+    num_dropped_rows: int = 0  # longer than max_length, with apply_truncation=false
+    num_unsupervised_rows: int = 0  # left out: what of them is trained on lies beyond max_length
+    num_bad_rows: int = 0
+    num_duplicate_rows: int = 0  # the same tokens as an earlier row of the data set
+    num_rows_in_validation: int = 0
+    bad_rows: list[str] = field(default_factory=list)  # a sentence for each of the first
+    damage: list[str] = field(default_factory=list)  # a sentence for each file that could not be read to its end
+    lengths: Counter[int] = field(default_factory=Counter)  # length -> rows
+
+    def note_bad_row(self, problem: str) -> None:
+        self.num_bad_rows += 1
+        if len(self.bad_rows) < MAX_LISTED_PROBLEMS:
+            self.bad_rows.append(problem)
+
+    def add(self, other: "DataReport") -> None:
+        """Count another data set's rows too."""
+        for name, value in vars(other).items():
+            own = getattr(self, name)
+            if isinstance(own, dict):
+                own.update(value)  # a Counter adds up
+            elif name == "bad_rows":
+                own.extend(value[: MAX_LISTED_PROBLEMS - len(own)])
+            else:
+                setattr(self, name, own + value)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "DataReport":
+        lengths = Counter({int(length): rows for length, rows in values["lengths"].items()})
+        return cls(**{**values, "lengths": lengths})
+
+    @property
+    def supervised_share(self) -> float:
+        return self.num_supervised_tokens / max(1, self.num_tokens)
+
+    @property
+    def longest_row_tokens(self) -> int:
+        return max(self.lengths, default=0)
+
+    def length_percentiles(self) -> dict[str, int]:
+        """Tokens that so many percent of the rows do not exceed, and the longest row's."""
+        total, seen, found = self.lengths.total(), 0, {}
+        wanted = list(PERCENTILES)
+        for length in sorted(self.lengths):
+            seen += self.lengths[length]
+            while wanted and seen * 100 >= wanted[0] * total:
+                found[f"p{wanted.pop(0)}"] = length
+        return {**found, "longest": self.longest_row_tokens}
+
+    def summary(self) -> dict[str, Any]:
+        """The counts, ready for JSON, for the manifest and `validate --json`."""
+        values = {name: value for name, value in vars(self).items() if name not in ("lengths", "bad_rows", "damage")}
+        shares = {"supervised_share": round(self.supervised_share, 4), "longest_row_tokens": self.longest_row_tokens}
+        return {**values, **shares, "length_percentiles": self.length_percentiles()}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_rows} rows, {self.num_tokens} tokens ({self.supervised_share:.1%} trained on), longest row "
+            f"{self.longest_row_tokens} tokens, {self.num_truncated_rows} rows cut, "
+            f"{self.num_dropped_rows + self.num_unsupervised_rows} left out, {self.num_bad_rows} bad"
+        )
+
+    def find_bad_rows(self, name: str, max_bad_rows_fraction: float) -> Iterator[str]:
+        """A sentence for each file or row that cannot be used, unless that many may be left out."""
+        yield from self.damage
+        num_read = self.lengths.total() + self.num_bad_rows
+        if self.num_bad_rows > max_bad_rows_fraction * num_read:
+            yield from self.bad_rows
+            if self.num_bad_rows > len(self.bad_rows) or max_bad_rows_fraction > 0:
+                yield (
+                    f"The {name} data has {self.num_bad_rows} bad rows among {num_read}, all of them in "
+                    f"output/data/rejected_rows.jsonl, and max_bad_rows_fraction={max_bad_rows_fraction:g} allows "
+                    f"{int(max_bad_rows_fraction * num_read)}: mend them, or allow more."
+                )
+
+    def find_flaws(self, name: str) -> Iterator[str]:
+        """A sentence for each reason why training on the usable rows would fail, or teach the wrong thing."""
+        if not self.lengths:
+            yield f"The {name} data has no rows: {len(self.files)} files were read and they are empty; put rows there."
+        elif not self.num_rows and self.num_dropped_rows:
+            yield (
+                f"The {name} data has no rows left ({self.num_dropped_rows} were longer than max_length): "
+                "raise max_length or set apply_truncation=true."
+            )
+        elif not self.num_supervised_tokens:
+            yield (
+                f"No token of the {name} data is trained on: every row needs an assistant message, a completion or a "
+                "label within max_length; raise max_length, or give such rows."
+            )
+        elif self.num_missed_stops:
+            yield (
+                f"{self.num_missed_stops} of {self.num_rows} rows of the {name} data train on a turn without the "
+                "end-of-sequence token after it, so the model would never learn to stop: put the token inside "
+                "{% generation %}...{% endgeneration %} of the chat template, or label it in pretokenized rows."
+            )
+        elif not self.num_supervised_eos and self.num_truncated_rows < self.num_rows:
+            yield (
+                f"No row of the {name} data trains the end-of-sequence token, so the model would never learn to stop: "
+                "give a chat template whose assistant turns include it, or rows that end in it."
+            )

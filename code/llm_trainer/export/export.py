@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the job leaves in /opt/ml/model: an adapter or whole weights, proven, with all that a server needs of them."""
+
+import gc
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import CONFIG_NAME
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from llm_trainer.common.errors import UserError, summarize
+from llm_trainer.export.model_card import write_card
+from llm_trainer.export.publish import advise_compression, publish
+from llm_trainer.export.result import Trained
+from llm_trainer.export.verify import prove_merged, prove_trained
+from llm_trainer.journal.journal import MANIFEST
+from llm_trainer.merge.merge import merge
+from llm_trainer.model.lora_init import save_adapter
+from llm_trainer.serving.lmi_files import ServedModel, write_serving
+
+STAGING = ".llm-trainer-export"  # beside the result, so that moving a finished file there is a rename
+ADAPTER = "adapter"  # the folder beside merged weights
+
+
+def export(trained: Trained, manifest: dict[str, Any]) -> None:
+    """Write the result whole or not at all, by way of a staging folder. Only global rank 0 calls this.
+
+    Raises UserError when what was written does not compute what was trained.
+    """
+    model_dir, settings = trained.job.inputs.model_dir, trained.job.settings
+    staging = model_dir / STAGING
+    merges = settings.merge_weights and not trained.trainer.stopped  # it may take longer than the platform waits
+    shutil.rmtree(staging, ignore_errors=True)  # of a job that was killed here
+    first = staging / ADAPTER if merges else staging
+    first.mkdir(parents=True)
+    checks: list[dict[str, Any]] = []
+    manifest["export"] = {"checks": checks}
+    try:
+        save_trained(trained, first)
+        trained_bytes = trained.trainer.model.get_memory_footprint()
+        release(trained)
+        if trained.logits is not None:
+            checks.append(prove_trained(trained, first, trained.logits, trained_bytes))
+        trained.timeline.mark("export")
+        finish(first, trained, manifest, is_served=not merges)
+        remove_earlier_result(model_dir)
+        if merges:
+            put_in_place(first, model_dir / ADAPTER)  # so that a merge that fails loses nothing
+            manifest["export"] |= merge_adapter(trained, model_dir / ADAPTER, staging, checks)
+            trained.timeline.mark("merge")
+            finish(staging, trained, manifest, is_served=True)
+        put_in_place(staging, model_dir)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    if advice := advise_compression(model_dir):
+        print(advice, flush=True)
+    if not trained.trainer.stopped:
+        publish(settings, model_dir, trained.architecture, trained.base_id, trained.base_revision)
+
+
+def save_trained(trained: Trained, folder: Path) -> None:
+    """The adapter, or all weights, in a folder that is there."""
+    model, plan, weights = trained.trainer.model, trained.plan, trained.weights
+    if isinstance(model, PeftModel):
+        start, base = trained.trainer.adapter_start, trained.job.inputs.model
+        save_adapter(model, folder, base, trained.base_revision, start, weights)
+        return
+    whole = rebuild(model, weights) if weights else model
+    whole.to(plan.precision.compute)
+    whole.config.use_cache = True  # switched off for training, and a serving container reads it
+    whole.save_pretrained(folder)
+
+
+def rebuild(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """The sharded model as a plain one, of the same tensors."""
+    sharded_class, plain_class = type(model), type(model).__mro__[2]  # `fully_shard` put FSDPModule between them
+    assert issubclass(sharded_class, FSDPModule)
+    with torch.device("meta"):
+        plain = plain_class(model.config)
+    plain.load_state_dict(weights, assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def release(trained: Trained) -> None:
+    """Free the memory that training took: what was written is loaded next."""
+    trainer = trained.trainer
+    if trained.weights is not None:
+        trained.weights.clear()
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    for module in list(trainer.model.modules()):  # emptied, since others still hold the model itself
+        module.__dict__.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def merge_adapter(trained: Trained, adapter: Path, folder: Path, checks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Merge shard by shard into a folder, and prove it; the figures and checks for the manifest.
+
+    Raises UserError that tells where the adapter is.
+    """
+    plan, settings = trained.plan, trained.job.settings
+    quantization = plan.quantization if settings.merge_base == "dequantized" else None
+    try:
+        figures = merge(
+            *(trained.base_folder, adapter, folder, plan.config, plan.precision.compute, quantization),
+            trust_remote_code=settings.trust_remote_code,
+        )
+        return {"merge": figures, "checks": [*checks, *prove_merged(trained, adapter, folder)]}
+    except (UserError, OSError) as error:
+        reason = str(error) if isinstance(error, UserError) else f"{summarize(error)}."
+        raise UserError(
+            f"merge_weights=true: the merge failed, and nothing is lost: the adapter is in {adapter}, and "
+            f"`llm-trainer merge` merges it later. {reason}"
+        ) from error
+
+
+def finish(folder: Path, trained: Trained, manifest: dict[str, Any], is_served: bool) -> None:
+    """Write what stands beside the weights. `is_served` says whether an endpoint gets this folder."""
+    trained.tokenizer.save_pretrained(folder)
+    refusals = (
+        write_serving(folder, describe_served(folder, trained, manifest), trained.job.settings) if is_served else []
+    )
+    for refusal in refusals:
+        print(f"Serving: {refusal}", flush=True)
+    manifest["export"]["served_by_vllm"] = not refusals
+    write_card(folder, manifest, str(trained.base_folder), trained.base_id, trained.base_revision, refusals)
+    manifest["files"] = sorted([MANIFEST, *(file.name for file in folder.iterdir())])
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def describe_served(folder: Path, trained: Trained, manifest: dict[str, Any]) -> ServedModel:
+    is_adapter = (folder / CONFIG_NAME).is_file()
+    return ServedModel(
+        config=trained.plan.config,
+        num_weights=manifest["parameters"],
+        dtype=trained.plan.precision.compute,
+        chat_template=trained.tokenizer.chat_template,
+        lora=LoraConfig.from_pretrained(str(folder)) if is_adapter else None,
+        base_id=trained.base_id,
+        base_revision=trained.base_revision,
+    )
+
+
+def remove_earlier_result(model_dir: Path) -> None:
+    """What an earlier run in the same tree left, by its manifest: an adapter beside merged weights misleads servers."""
+    for folder in (model_dir / ADAPTER, model_dir):
+        if (folder / MANIFEST).is_file():
+            for name in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]:
+                remove(folder / name)
+    if (model_dir / ADAPTER).is_dir() and not any((model_dir / ADAPTER).iterdir()):
+        (model_dir / ADAPTER).rmdir()
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Move what a finished folder holds to where SageMaker takes it from."""
+    target.mkdir(parents=True, exist_ok=True)
+    names = sorted(path.name for path in folder.iterdir())
+    for path in folder.rglob("*"):  # safetensors writes files that only the container's root can read
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    for name in names:
+        remove(target / name)
+        (folder / name).replace(target / name)
+    folder.rmdir()
+    print(f"Wrote {', '.join(names)} to {target}", flush=True)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""training_manifest.json: what made this model. Versions, settings, data, metrics and where the time went."""
+
+import os
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from llm_trainer import __version__
+from llm_trainer.common.ranks import world_size
+from llm_trainer.common.versions import read_versions
+from llm_trainer.config.schema import redact
+from llm_trainer.data.report import DataReport
+from llm_trainer.data.streaming import AUDITED_ROWS
+from llm_trainer.job.job import Job
+from llm_trainer.journal.timeline import Timeline
+from llm_trainer.model.lora import count_parameters, count_targets
+from llm_trainer.training.packing import Packing
+from llm_trainer.training.resumable_trainer import ResumableTrainer
+
+
+def build_manifest(
+    job: Job,
+    trainer: ResumableTrainer,
+    reports: dict[str, DataReport],
+    packing: Packing,
+    totals: dict[str, float],
+    timeline: Timeline,
+    memory: dict[str, Any],
+) -> dict[str, Any]:
+    """Ready for JSON, without secrets."""
+    return {
+        "llm_trainer": __version__,
+        "training_job_name": os.environ.get("TRAINING_JOB_NAME"),
+        "model": job.inputs.model,
+        "settings": redact(job.settings),
+        "training_arguments": {
+            name: getattr(trainer.args, name)
+            for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed", "bf16", "fp16")
+        },
+        **describe_weights(trainer.model),
+        "audited_rows_of_each_train_source": AUDITED_ROWS if job.settings.streaming else "all",
+        "data": {name: report.summary() for name, report in reports.items()},
+        "packing": packing.describe(),
+        "memory": memory,
+        "metrics": {**totals, **last_metrics(trainer.state.log_history)},
+        "num_steps": trainer.state.global_step,
+        "total_steps": trainer.state.max_steps,
+        "stopped": trainer.stopped,
+        "world_size": world_size(),
+        "phase_seconds": timeline.seconds,
+        "versions": read_versions(),
+    }
+
+
+def describe_weights(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+    """How many are trained, and on what an adapter sits."""
+    trainable, total = count_parameters(model)
+    described: dict[str, Any] = {"trainable_parameters": trainable, "parameters": total}
+    if isinstance(model, PeftModel):
+        described["adapter"] = {
+            "targets": count_targets(model),
+            "lora_dropout": model.active_peft_config.lora_dropout,
+        }
+    return described
+
+
+def last_metrics(history: list[dict[str, float]]) -> dict[str, float]:
+    """The newest value of every metric that training and evaluation logged."""
+    newest: dict[str, float] = {}
+    for entry in history:
+        newest |= {key: value for key, value in entry.items() if key == "loss" or key.startswith("eval_")}
+    return newest

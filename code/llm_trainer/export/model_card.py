@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README.md of the result: a model card as the Hugging Face Hub reads it, written from the manifest."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from llm_trainer.config.schema import HUB_ID
+
+CARD = "README.md"
+REPOSITORY = "sagemaker-llm-trainer"
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*")
+# What the first lines of well-known licences' texts hold -> the Hub's identifier.
+LICENCE_TITLES = {"apache license": "apache-2.0", "mit license": "mit"}
+
+
+def write_card(
+    folder: Path,
+    manifest: dict[str, Any],
+    base_folder: str,
+    base_id: str | None,
+    base_revision: str | None,
+    refusals: list[str],
+) -> None:
+    """Write the card. `base_folder` holds the base's files; `base_id` is its name on the Hub, if it came from there.
+
+    `refusals` are sentences on what serves this result not. Secrets are not in the manifest, and so not here.
+    """
+    licence = find_licence(Path(base_folder))
+    is_adapter = (folder / "adapter_config.json").is_file()
+    data = ModelCardData(
+        base_model=base_id,
+        base_model_relation=("adapter" if is_adapter else "finetune") if base_id else None,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=[REPOSITORY, *(["lora"] if "adapter" in manifest else []), "sft"],
+        datasets=list_hub_data(manifest) or None,
+        **licence,
+    )
+    base = f"[{base_id}](https://huggingface.co/{base_id})" if base_id else "a model whose name is not known"
+    if base_revision:
+        base += f" (revision `{base_revision}`)"
+    parts = [
+        f"# {manifest['training_job_name'] or 'Fine-tuned model'}",
+        describe_result(manifest, base, is_adapter, licence),
+        "## Use",
+        *describe_use(manifest, base_id, base_revision, is_adapter, refusals),
+        "## Data",
+        *describe_data(manifest),
+        "## Training",
+        *describe_training(manifest),
+    ]
+    # Not by a Jinja template, for which ModelCard has from_template: what users wrote must not be run as one.
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    card.save(folder / CARD)
+
+
+def find_licence(base: Path) -> dict[str, str]:
+    """The base's licence as its own card states it, else as its licence file does; empty where neither tells."""
+    if (base / CARD).is_file():
+        try:
+            stated = ModelCard.load(base / CARD, ignore_metadata_errors=True).data.to_dict()
+        except (ValueError, yaml.YAMLError):
+            stated = {}
+        licence = {key: stated[key] for key in ("license", "license_name", "license_link") if key in stated}
+        if licence:
+            return licence
+    for file in (file for pattern in LICENCE_FILES for file in sorted(base.glob(pattern))):
+        head = file.read_text(encoding="utf-8", errors="replace")[:400].lower()
+        for title, licence_id in LICENCE_TITLES.items():
+            if title in head:
+                return {"license": licence_id}
+        return {"license": "other", "license_name": file.name}
+    return {}
+
+
+def list_hub_data(manifest: dict[str, Any]) -> list[str]:
+    """Hub ids of data sets, as the settings name them; a file or folder of the container is none."""
+    names = (manifest["settings"].get(key) for key in ("train_dataset_path", "val_dataset_path"))
+    return [name for name in dict.fromkeys(names) if name and HUB_ID.fullmatch(name) and "/" in name]
+
+
+def describe_result(manifest: dict[str, Any], base: str, is_adapter: bool, licence: dict[str, str]) -> str:
+    kind = "A LoRA adapter of" if is_adapter else "All weights of a fine-tuned copy of"
+    merged = " with its LoRA adapter merged in" if not is_adapter and "adapter" in manifest else ""
+    trained = f"{manifest['trainable_parameters']:,} of {manifest['parameters']:,} weights were trained"
+    stopped = "The training was stopped before its end. " if manifest["stopped"] else ""
+    name = licence.get("license_name") or licence.get("license")
+    terms = f"The base's licence, `{name}`, applies." if name else "The base's licence was not found with its files."
+    return f"{kind} {base}{merged}; {trained}, by {REPOSITORY} {manifest['llm_trainer']}. {stopped}{terms}"
+
+
+def describe_use(
+    manifest: dict[str, Any], base_id: str | None, base_revision: str | None, is_adapter: bool, refusals: list[str]
+) -> Iterator[str]:
+    yield f"```python\n{write_snippet(base_id, base_revision, is_adapter)}\n```"
+    if refusals:
+        yield "\n".join(f"- {refusal}" for refusal in refusals)
+    else:
+        yield (
+            "On SageMaker: AWS's LMI container (vLLM) serves this folder by its `serving.properties`, or with the "
+            "variables of `serving.env`."
+        )
+    check = manifest.get("export")
+    if check:
+        yield f"Checked when it was written:\n\n```json\n{json.dumps(check, indent=2, default=str)}\n```"
+
+
+def write_snippet(base_id: str | None, base_revision: str | None, is_adapter: bool) -> str:
+    """Python that answers a message, run in the folder of the artefacts."""
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    if is_adapter:
+        revision = f", revision={base_revision!r}" if base_id and base_revision else ""
+        lines.insert(0, "from peft import PeftModel")
+        base = repr(base_id) if base_id else '"path/to/the/base"'
+        lines += [
+            f'base = AutoModelForCausalLM.from_pretrained({base}{revision}, dtype="auto")',
+            'model = PeftModel.from_pretrained(base, ".")',
+        ]
+    else:
+        lines += ['model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")']
+    return "\n".join(
+        [
+            *lines,
+            'tokenizer = AutoTokenizer.from_pretrained(".")',
+            'messages = [{"role": "user", "content": "Hello"}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ")",
+            "answer = model.generate(**inputs, max_new_tokens=100)",
+            'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        ]
+    )
+
+
+def describe_data(manifest: dict[str, Any]) -> Iterator[str]:
+    rows = ["| split | sources | rows | tokens | trained on |", "|---|---|---|---|---|"]
+    files = ["| file | bytes | sha256 |", "|---|---|---|"]
+    for split, report in manifest["data"].items():
+        sources = ", ".join(f"{source}: {kind}" for source, kind in report["formats"].items())
+        share = f"{report['supervised_share']:.1%} of the tokens"
+        rows.append(f"| {split} | {cell(sources)} | {report['num_rows']:,} | {report['num_tokens']:,} | {share} |")
+        files += [
+            f"| {cell(file['name'])} | {file['bytes']:,} | {file.get('sha256', 'streamed')} |"
+            for file in report["files"]
+        ]
+    yield "\n".join(rows)
+    if len(files) > 2:
+        yield "\n".join(files)
+
+
+def cell(text: str) -> str:
+    """What Markdown takes for one cell of a table."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def describe_training(manifest: dict[str, Any]) -> Iterator[str]:
+    metrics = {name: value for name, value in manifest["metrics"].items() if isinstance(value, int | float)}
+    yield f"{manifest['num_steps']} of {manifest['total_steps']} steps on {manifest['world_size']} devices."
+    yield "\n".join(
+        ["| metric | value |", "|---|---|", *(f"| {name} | {value:g} |" for name, value in metrics.items())]
+    )
+    yield f"Settings:\n\n```json\n{json.dumps(asked_for(manifest), indent=2, default=str)}\n```"
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    yield f"Versions: {versions}."
+
+
+def asked_for(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Settings that are set, without the container's folders, which mean nothing elsewhere."""
+    return {
+        name: value
+        for name, value in manifest["settings"].items()
+        if value is not None and not (isinstance(value, str) and value.startswith("/"))
+    }

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of the finished artefacts besides SageMaker's upload: a push to the Hub, a version in MLflow's registry.
+
+Rank 0 alone calls this, after the artefacts lie in the model folder, so that a failure here loses nothing. The job
+fails then all the same: the user asked for the push. Nothing of the Trainer's own pushing is used.
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from llm_trainer.common import hub
+from llm_trainer.common.errors import UserError, summarize
+from llm_trainer.config.schema import Settings
+from llm_trainer.config.secret_references import HUB_TOKEN
+from llm_trainer.config.tracker_choice import choose_trackers
+from llm_trainer.trackers.run_identity import MODEL_PATH, find_left_run
+
+LARGE_BYTES = 10**9
+# `gzip` at its default level took 20.7 s of a core for 200 MB of normally distributed bfloat16 weights, and made them a
+# fifth smaller. What SageMaker packs with is not documented.
+GZIP_BYTES_A_SECOND = 10e6
+RUN_PATIENCE_SECONDS = 10.0
+MLFLOW_ERROR = "the artefacts are in {model_dir}: register them by hand, or mend this and start the job again."
+
+
+def publish(
+    settings: Settings, model_dir: Path, architecture: str, base_id: str | None, base_revision: str | None
+) -> None:
+    """Push and register as the settings ask. Raises UserError with what failed; the artefacts are left alone.
+
+    `architecture` is the model's class in Transformers; `base_id` the base's name on the Hub, if it has one.
+    """
+    problems: list[str] = []
+    if settings.push_to_hub:
+        try:
+            print(f"Pushed to {push(settings, model_dir)}", flush=True)
+        except UserError as error:
+            problems += error.problems
+    if settings.mlflow_register_model:
+        try:
+            version = register(settings, model_dir, architecture, base_id, base_revision)
+            print(f"Registered in MLflow as version {version} of {settings.mlflow_register_model}", flush=True)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+
+
+def advise_compression(model_dir: Path) -> str | None:
+    """A sentence on packing, where the artefacts are so large that it costs minutes."""
+    size = sum(file.stat().st_size for file in model_dir.rglob("*") if file.is_file())
+    if size < LARGE_BYTES:
+        return None
+    minutes = size / GZIP_BYTES_A_SECOND / 60
+    return (
+        f"The artefacts are {size / 1e9:.1f} GB: packing them into model.tar.gz may take {minutes:.0f} billed minutes "
+        f"(gzip at {GZIP_BYTES_A_SECOND / 1e6:.0f} MB/s); OutputDataConfig's CompressionType NONE uploads them as they "
+        "are, and endpoints start faster from that."
+    )
+
+
+def prepare_push(settings: Settings) -> None:
+    """Make the repository and the branch now. Raises UserError where that, and so the push, is not possible."""
+    if not settings.push_to_hub:
+        return
+    api, name = connect(), settings.hub_model_id
+
+    def prepare() -> None:
+        account = api.whoami()
+        if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise UserError(f"hub_model_id={name!r}: the given token may only read: give one that may write.")
+        # An existing repository answers too, also one that the account may but read.
+        repository = api.create_repo(name, private=settings.hub_private_repo, exist_ok=True).repo_id
+        if settings.hub_revision:
+            api.create_branch(repository, branch=settings.hub_revision, exist_ok=True)
+
+    hub.insist(prepare, f"Preparing {name}", lambda error: f"{refuse_push(settings, error)}.")
+
+
+def push(settings: Settings, model_dir: Path) -> str:
+    """Upload the artefacts in one commit; its address. Raises UserError where the Hub refuses, or stays away."""
+    api = connect()
+
+    def upload() -> str:
+        name = settings.hub_model_id
+        repository = name if "/" in name else f"{api.whoami()['name']}/{name}"
+        files = sorted(file for file in model_dir.rglob("*") if file.is_file())
+        # Not upload_folder, which makes several commits of a large folder: a reader could find half a model.
+        additions = [CommitOperationAdd(file.relative_to(model_dir).as_posix(), file) for file in files]
+        message = "Result of sagemaker-llm-trainer"
+        try:
+            return str(api.create_commit(repository, additions, commit_message=message, revision=settings.hub_revision))
+        except RuntimeError as error:  # huggingface_hub hides behind one what the Hub answered to an upload
+            raise hub.find_answer(error) from error
+
+    def refuse(error: BaseException) -> str:
+        return f"{refuse_push(settings, error)}; the artefacts are in {model_dir}: push them by hand."
+
+    return hub.insist(upload, f"Pushing to {settings.hub_model_id}", refuse)
+
+
+def connect() -> HfApi:
+    """The Hub with the token of the push, else that of the whole job."""
+    return HfApi(token=os.environ.get(HUB_TOKEN))
+
+
+def refuse_push(settings: Settings, error: BaseException) -> str:
+    """Why the repository cannot be made or written, and what to change, without the full stop."""
+    what = f"hub_model_id={settings.hub_model_id!r}"
+    answer = hub.find_answer(error)
+    status = answer.response.status_code if isinstance(answer, HfHubHTTPError) else None
+    if status == 401:
+        return f"{what} cannot be pushed to: the Hub does not know the token; give a valid one as HF_TOKEN"
+    if status in (403, 404):
+        return f"{what} cannot be pushed to ({status}): give a token that may write there, or a name of your own"
+    if status == 409:
+        return f"{what} cannot be pushed to (409): something else is there, or writes to it; give another name"
+    return f"{what} could not be pushed to ({summarize(answer)})"
+
+
+def register(
+    settings: Settings, model_dir: Path, architecture: str, base_id: str | None, base_revision: str | None
+) -> str:
+    """Log the artefacts to the job's run, which is the reporter's, as an MLflow model, and register them; the version.
+
+    Nothing is loaded into memory, nor copied on the way: `mlflow.transformers.log_model` would do one of them. The
+    files go to the run as they are, as in MLflow 2, so that servers of MLflow 2 and 3 take them.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import Model
+
+    name = settings.mlflow_register_model
+    try:
+        # Without the job's run, whose server may have been away until now, the model has one of its own.
+        run_id = find_run(settings) or mlflow.start_run(run_name=settings.run_name).info.run_id
+        client = mlflow.MlflowClient()
+        model = Model(artifact_path=MODEL_PATH, run_id=run_id)
+        model.add_flavor("transformers", **describe_flavor(model_dir, architecture, base_id, base_revision))
+        with tempfile.TemporaryDirectory() as folder:
+            model.save(f"{folder}/MLmodel")
+            client.log_artifact(run_id, f"{folder}/MLmodel", MODEL_PATH)
+        client.log_artifacts(run_id, str(model_dir), MODEL_PATH)
+        for file in [*model_dir.glob("token*"), *model_dir.glob("*.jinja"), *model_dir.glob("special_tokens_map.json")]:
+            client.log_artifact(run_id, str(file), f"{MODEL_PATH}/components/tokenizer")
+        version = mlflow.register_model(f"runs:/{run_id}/{MODEL_PATH}", name).version
+        if mlflow.active_run():
+            mlflow.end_run()
+    except (MlflowException, OSError) as error:  # requests' errors are OSErrors
+        fix = MLFLOW_ERROR.format(model_dir=model_dir)
+        raise UserError(f"mlflow_register_model={name!r} failed ({summarize(error)}); {fix}") from error
+    return str(version)
+
+
+def find_run(settings: Settings) -> str | None:
+    if "mlflow" not in choose_trackers(settings):
+        return None
+    return find_left_run(Path(os.environ["LLM_TRAINER_SCRATCH"]), RUN_PATIENCE_SECONDS)
+
+
+def describe_flavor(
+    model_dir: Path, architecture: str, base_id: str | None, base_revision: str | None
+) -> dict[str, Any]:
+    """How `mlflow.transformers.load_model` reads the artefacts: its file format's own names."""
+    import transformers
+
+    flavor = {
+        "transformers_version": transformers.__version__,
+        "code": None,
+        "task": "text-generation",
+        "instance_type": "TextGenerationPipeline",
+        "pipeline_model_type": architecture,
+        "components": ["tokenizer"],
+        "tokenizer_type": "AutoTokenizer",
+    }
+    adapter = model_dir / "adapter_config.json"
+    if not adapter.is_file():
+        return {**flavor, "model_binary": "."}
+    if base_id is None:
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return {**flavor, "peft_adaptor": ".", "local_base_model_path": base}
+    # A revision, whichever, has it load the base from the Hub.
+    return {
+        **flavor,
+        "peft_adaptor": ".",
+        "source_model_name": base_id,
+        "source_model_revision": base_revision or "main",
+    }

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the hosts of a job reach each other: EFA devices and network interfaces, by what is there, not by instance type.
+
+Set here is only what NCCL and Gloo cannot find out. RDMAV_FORK_SAFE, FI_PROVIDER and FI_EFA_USE_DEVICE_RDMA are not:
+aws-ofi-nccl sets what it needs, and its documentation says not to use them.
+"""
+
+import ctypes.util
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+from llm_trainer.config.environment import Environment
+
+INFINIBAND_SYS_DIR = Path("/sys/class/infiniband")
+INFINIBAND_DEV_DIR = Path("/dev/infiniband")
+AMAZON_VENDOR = "0x1d0f"
+DISCARD_PORT = 9  # any port would do: nothing is sent
+
+
+def network_variables(
+    environment: Environment, sys_dir: Path = INFINIBAND_SYS_DIR, dev_dir: Path = INFINIBAND_DEV_DIR
+) -> dict[str, str]:
+    """The workers' variables in a job of several hosts; {} on one host, where NCCL and Gloo need none."""
+    if len(environment.hosts) == 1:
+        return {}
+    variables = {"NCCL_HOSTID": environment.current_host}  # the kernel's host names may all be the same
+    if not (find_efa_devices(sys_dir) and find_verbs_devices(dev_dir)):
+        variables["NCCL_NET"] = "Socket"  # an aws-ofi-nccl plugin in the image would hang without EFA
+    interface = find_interface(environment)
+    if interface:
+        variables |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
+    return variables
+
+
+def find_efa_devices(sys_dir: Path = INFINIBAND_SYS_DIR) -> list[str]:
+    """The host's EFA devices by name. The kernel lists them even where the container was not given them."""
+    vendors = sorted(sys_dir.glob("*/device/vendor"))
+    return [file.parent.parent.name for file in vendors if file.read_text(encoding="ascii").strip() == AMAZON_VENDOR]
+
+
+def find_verbs_devices(dev_dir: Path = INFINIBAND_DEV_DIR) -> list[str]:
+    """The RDMA devices, of any maker, that this container may open."""
+    return sorted(file.name for file in dev_dir.glob("uverbs*"))
+
+
+def is_efa_plugin_present(variables: Mapping[str, str]) -> bool:
+    """Whether the loader would find NCCL's network plugin, under either of the names that aws-ofi-nccl installs."""
+    folders = [Path(folder) for folder in variables.get("LD_LIBRARY_PATH", "").split(":") if folder]
+    return any(
+        ctypes.util.find_library(name) or any((folder / f"lib{name}.so").exists() for folder in folders)
+        for name in ("nccl-net", "nccl-net-ofi")
+    )
+
+
+def find_interface(environment: Environment) -> str | None:
+    """The interface that SageMaker names if it exists (the SDK's local mode names one that does not), else the one
+    that leads to another host."""
+    if environment.network_interface in psutil.net_if_addrs():
+        return environment.network_interface
+    others = (host for host in environment.hosts if host != environment.current_host)
+    return next(filter(None, map(find_interface_to, others)), None)
+
+
+def find_interface_to(host: str) -> str | None:
+    """The interface whose address the kernel would send from; None while the host's name is not known yet."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, DISCARD_PORT, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # UDP: chooses a route and sends nothing
+            own_address = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if own_address in {entry.address for entry in addresses}:
+            return name
+    return None

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Free space on the disks of a job, and an estimate of what the job will write there. No torch."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from llm_trainer.common.findings import MIB, Finding, show_bytes
+from llm_trainer.common.safetensors_files import list_shapes, list_weights
+from llm_trainer.config.schema import Settings
+from llm_trainer.host.free_space import FIX, find_free_bytes, find_nearest_folder
+from llm_trainer.job.inputs import Inputs
+from llm_trainer.readers.sources import FileSource
+
+
+def inspect_need(settings: Settings, inputs: Inputs, cache_dir: Path) -> Iterator[Finding]:
+    """One finding for each disk that the job writes to: whether it has room for that. Less than a MiB finds room."""
+    disks: dict[int, list[tuple[str, Path, float]]] = defaultdict(list)
+    for what, folder, need_bytes in estimate(settings, inputs, cache_dir):
+        if need_bytes >= MIB:
+            disks[find_nearest_folder(folder).stat().st_dev].append((what, folder, need_bytes))
+    for writes in disks.values():
+        need_bytes = sum(size for _, _, size in writes)
+        free_bytes = find_free_bytes(writes[0][1])
+        listed = ", ".join(f"{what} {show_bytes(size)} in {folder}" for what, folder, size in writes)
+        text = f"the job writes about {show_bytes(need_bytes)}, and {show_bytes(free_bytes)} are free ({listed})"
+        if need_bytes <= free_bytes:
+            yield Finding("disk need", "ok", text)
+        else:
+            yield Finding("disk need", "warning", f"{text}: {FIX}")
+
+
+def estimate(settings: Settings, inputs: Inputs, cache_dir: Path) -> Iterator[tuple[str, Path, float]]:
+    """What is written, where, and about how many bytes of it, as far as the sizes are known before it begins.
+
+    An adapter has rank x (rows + columns) float32 numbers for a matrix. A checkpoint holds what is trained in float32,
+    and AdamW's two moments of it; while one is written, the older ones are still there. A token and its label take 8
+    bytes, and stand for some four of the data.
+    """
+    folder = Path(inputs.model)
+    is_known = bool(inputs.model) and folder.is_dir()  # the files of a Hub model come later
+    shapes = list_shapes(folder) if is_known else []
+    weights_bytes = sum(file.stat().st_size for file in list_weights(folder)) if is_known else 0
+    adapter_bytes = 4 * settings.lora_r * sum(sum(shape) for shape in shapes if len(shape) == 2)
+    trained_bytes = adapter_bytes if settings.use_peft else 4 * sum(math.prod(shape) for shape in shapes)
+    num_checkpoints = max(2, settings.save_total_limit or 2) + 1 if settings.use_checkpoints else 0
+    writes_model = settings.merge_weights or not settings.use_peft
+    sources = [source for source in (*inputs.train, *inputs.validation) if isinstance(source, FileSource)]
+    data_bytes = sum(file.stat().st_size for source in sources for file in source.files)
+    whole_bytes = max(weights_bytes, 2 * sum(map(math.prod, shapes)))  # written in 16 bits, where it was in 4
+    yield "result", inputs.model_dir, whole_bytes if writes_model else adapter_bytes
+    yield "checkpoints", inputs.checkpoint_dir, num_checkpoints * 3 * trained_bytes
+    yield "tokenized data", cache_dir, 2 * data_bytes

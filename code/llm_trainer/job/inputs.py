@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of what the settings point at: the model's files, the channels, the place for the result. No torch."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_trainer.common.errors import summarize
+from llm_trainer.common.safetensors_files import WEIGHTS_INDEX, check_weights, is_git_lfs_pointer, list_weights
+from llm_trainer.config.environment import Environment
+from llm_trainer.config.schema import HUB_ID, SECRETS, Settings, show
+from llm_trainer.config.secret_references import is_reference
+from llm_trainer.config.tracker_choice import find_idle_project
+from llm_trainer.host.free_space import find_nearest_folder
+from llm_trainer.readers.sources import Source, find_train, find_unread, find_unused, find_validation
+from llm_trainer.serving.limits import find_limits
+
+TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "vocab.*", "*.model", "*.tiktoken")
+POINTER = "is a Git LFS pointer and not the file itself: run `git lfs pull`, or download the model again."
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a job reads and where it writes, resolved from settings and channels."""
+
+    model: str  # a folder, or a Hub id
+    train: list[Source]
+    validation: list[Source]
+    model_dir: Path
+    checkpoint_dir: Path
+
+
+def find_inputs(settings: Settings, environment: Environment) -> tuple[Inputs, list[str]]:
+    """The job's inputs, and a sentence for every one that is missing or unusable."""
+    model, problems = find_model(settings, environment)
+    train, missing = find_train(settings, environment)
+    validation, missing_too = find_validation(settings, environment)
+    problems += missing + missing_too
+    problems += check_evaluation(settings, has_validation=bool(validation))
+    inputs = Inputs(
+        model=model,
+        train=train,
+        validation=validation,
+        model_dir=Path(settings.output_dir) if settings.output_dir else environment.model_dir,
+        checkpoint_dir=Path(settings.checkpoint_dir) if settings.checkpoint_dir else environment.checkpoint_dir,
+    )
+    problems += check_writable(inputs.model_dir, "output_dir")
+    return inputs, problems
+
+
+def find_model(settings: Settings, environment: Environment) -> tuple[str, list[str]]:
+    """The model's folder or Hub id, empty if there is none, and a sentence for all that is wrong with it."""
+    model = settings.model_id or str(environment.channels.get("model", ""))
+    if model:
+        return model, list(check_model(model))
+    return "", ["model_id is missing: give a Hugging Face model id, or the model's files as channel 'model'."]
+
+
+def check_model(model: str) -> Iterator[str]:
+    """Sentences about a model folder whose files are incomplete, or a name that can be neither folder nor Hub id."""
+    folder = Path(model)
+    if not folder.is_dir():
+        if not HUB_ID.fullmatch(model):
+            yield (
+                f"model_id={model!r} is neither a folder in the container nor a Hugging Face id: "
+                "give an id such as 'Qwen/Qwen3-0.6B' or the folder of a channel."
+            )
+        return
+    unreadable = [file for file in folder.glob("*.*") if not os.access(file, os.R_OK)]
+    for file in unreadable:
+        yield f"Model file {file} cannot be read by user {os.getuid()}: make it readable, or run as another user."
+    if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+        yield f"Model folder {folder} has no tokenizer ({TOKENIZER_FILES[0]}): put the tokenizer beside the weights."
+    if not unreadable:
+        yield from check_config(folder / "config.json")
+        yield from check_tokenizer(folder / TOKENIZER_FILES[0])
+        yield from check_weights(folder)
+
+
+def check_config(file: Path) -> Iterator[str]:
+    if not file.is_file():
+        yield f"Model folder {file.parent} has no config.json: give the folder that holds the model's files itself."
+    elif is_git_lfs_pointer(file):
+        yield f"{file} {POINTER}"
+    else:
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            yield f"{file} is not valid JSON ({summarize(error)}): download the model again."
+            return
+        if not isinstance(config, dict) or not config.keys() & {"model_type", "auto_map"}:  # a map to code of its own
+            yield f"{file} has no model_type: give the config.json of a Transformers model."
+
+
+def check_tokenizer(file: Path) -> Iterator[str]:
+    if file.is_file() and is_git_lfs_pointer(file):
+        yield f"{file} {POINTER}"
+
+
+def find_lack_of_weights(model: str) -> Iterator[str]:
+    """A sentence where a model folder has no weights at all: training needs them, and a look at the data does not."""
+    folder = Path(model)
+    if not model or not folder.is_dir() or list_weights(folder) or (folder / WEIGHTS_INDEX).is_file():
+        return
+    others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".gguf"))
+    found = f" (found {', '.join(others[:3])}, which is not read)" if others else ""
+    yield f"Model folder {folder} has no weights{found}: put the model's .safetensors files there."
+
+
+def check_evaluation(settings: Settings, has_validation: bool) -> Iterator[str]:
+    if has_validation:
+        return
+    for name, off in (("early_stopping", False), ("load_best_model_at_end", False), ("eval_strategy", "no")):
+        value = getattr(settings, name)
+        if value != off:
+            yield f"{name}={show(value)} needs validation data and there is none: give a channel 'validation'."
+
+
+def check_writable(model_dir: Path, setting: str) -> Iterator[str]:
+    """The nearest folder there is must be writable: an unwritable one would lose the result after hours."""
+    nearest = find_nearest_folder(model_dir)
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        yield f"{setting}: user {os.getuid()} cannot write to {nearest}: mount it writable, or run as another user."
+
+
+def find_oddities(settings: Settings, environment: Environment, inputs: Inputs) -> Iterator[str]:
+    """Sentences about what a job may be asked for and is seldom meant."""
+    for source in (*inputs.train, *inputs.validation):
+        if unread := find_unread(source):
+            yield f"{source.name} holds files that are not read: {', '.join(unread[:5])}"
+    if unused := find_unused(environment):
+        yield f"nothing reads channel {', '.join(unused)}: see the README for the channels' names."
+    for name in SECRETS:
+        secret = getattr(settings, name)
+        if secret is not None and not is_reference(secret.get_secret_value()):
+            yield (
+                f"everyone who may describe the job can read {name}: give it in the job's Environment, or the ARN of a "
+                "Secrets Manager secret in its place."
+            )
+    yield from find_idle_project(settings)
+    yield from find_limits(settings)
+    if settings.ignore_data_skip:
+        yield "ignore_data_skip=true: a resumed run sees rows of this epoch twice and others not at all."

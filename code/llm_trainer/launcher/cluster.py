@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launchers of a job's hosts, in touch: they start together, learn of each other's end, and leave together.
+
+A host that vanishes leaves the others in a collective that nobody answers, and whose time-out names nobody. So each
+launcher keeps a connection to the first host's, the hub, says every two seconds how it is, and hears how the hub is:
+one JSON object a line. Nothing holds a launcher up, so that silence means that its host is gone. Records for the
+job's journal come over a connection of their own, which may be slow or stuck without being taken for silence.
+"""
+
+import json
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from llm_trainer.common.errors import Failure
+
+PORT = 7778
+HEARTBEAT_SECONDS = 2.0
+SILENCE_SECONDS = 30.0  # a host that says nothing for so long is lost
+RECONNECT_SECONDS = 5.0  # so is one whose connection broke and was not made again; a killed container's is not
+CONNECT_SECONDS = 5.0
+MAX_RETRY_SECONDS = 5.0
+MAX_WAITING_RECORDS = 256  # of a host that the hub does not hear: the oldest are dropped
+HEARD_KINDS = ("system", "event")  # of records that the hub takes from others
+
+
+@dataclass(frozen=True)
+class State:
+    """How a host is: `absent`, `ready`, `running` its nth attempt, `done`, `stopped` before it trained, or `failed`; or
+    `lost`, which others say."""
+
+    phase: str = "absent"
+    attempt: int = 0
+    failure: Failure | None = None
+
+    @property
+    def is_final(self) -> bool:
+        return self.phase in ("done", "stopped", "failed", "lost")
+
+
+def parse(text: str) -> tuple[str, State, list[str]]:
+    """Who speaks, how it is, and whom it misses. Raises ValueError for what no launcher says."""
+    try:
+        words: dict[str, Any] = json.loads(text)
+        state, failure = words["state"], words["state"]["failure"]
+        told = State(state["phase"], state["attempt"], Failure(**failure) if failure else None)
+        return words["host"], told, words.get("absent", [])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a launcher's words: {text!r}") from error
+
+
+def find_record(text: str) -> tuple[str, dict[str, Any]] | None:
+    """Who speaks, and its record for the journal, where its words are one. Raises ValueError for noise."""
+    words = json.loads(text)
+    if not isinstance(words, dict) or "record" not in words:
+        return None
+    host, record = words.get("host"), words["record"]
+    if not isinstance(host, str) or not isinstance(record, dict) or record.get("kind") not in HEARD_KINDS:
+        raise ValueError(f"not a launcher's record: {text!r}")
+    return host, record
+
+
+@dataclass
+class Contact:
+    """What is known of a host, and since when."""
+
+    state: State = field(default_factory=State)
+    heard_at: float = 0.0  # time.monotonic()
+    broken_at: float | None = None
+
+    def hear(self, state: State) -> None:
+        self.state, self.heard_at, self.broken_at = state, time.monotonic(), None
+
+    def judge(self) -> State:
+        """Its state, or `lost` where it was there, was not at its end, and no longer answers."""
+        now = time.monotonic()
+        is_cut = self.broken_at is not None and now - self.broken_at > RECONNECT_SECONDS
+        is_silent = now - self.heard_at > SILENCE_SECONDS
+        if self.state.phase == "absent" or self.state.is_final or not (is_cut or is_silent):
+            return self.state
+        return State("lost", self.state.attempt)
+
+
+class Hosts:
+    """All hosts of a job as one of them sees them: the hub hears every host, the others hear the hub.
+
+    A host alone opens nothing. Raises OSError on entry where the hub cannot listen.
+    """
+
+    def __init__(self, names: Sequence[str], own: str) -> None:
+        self.names = names
+        self.own = own
+        self.hub = names[0]
+        self.contacts = {name: Contact() for name in names}
+        self.absent: list[str] = [name for name in names if name != own]  # as the hub sees it
+        self.error: OSError | None = None  # why the hub cannot be reached
+        self.lines: dict[str, socket.socket] = {}
+        self.changed = threading.Event()
+        self.is_closing = False
+        self.take_record: Callable[[dict[str, Any]], None] | None = None  # the hub's: for the others' records
+        self.records: deque[dict[str, Any]] = deque(maxlen=MAX_WAITING_RECORDS)
+        self.has_records = threading.Event()
+
+    def __enter__(self) -> Self:
+        if len(self.names) > 1:
+            if self.own == self.hub:
+                self.server = socket.create_server(("", PORT))
+                threading.Thread(target=self.accept, daemon=True).start()
+            else:
+                threading.Thread(target=self.stay_connected, daemon=True).start()
+                self.courier = threading.Thread(target=self.deliver_records, daemon=True)
+                self.courier.start()
+            self.speaker = threading.Thread(target=self.speak, daemon=True)
+            self.speaker.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if len(self.names) > 1:
+            self.is_closing = True
+            self.changed.set()
+            self.speaker.join(CONNECT_SECONDS)  # the last word is said
+            if self.own != self.hub:
+                self.has_records.set()
+                self.courier.join(CONNECT_SECONDS)
+            else:
+                self.server.shutdown(socket.SHUT_RDWR)  # ends the wait in accept, which closing would not
+                self.server.close()
+            for line in list(self.lines.values()):
+                with suppress(OSError):
+                    line.shutdown(socket.SHUT_RDWR)
+
+    def publish(self, state: State) -> None:
+        """Let the others know how this host is."""
+        self.contacts[self.own].hear(state)
+        self.changed.set()
+
+    def send_record(self, kind: str, **fields: object) -> None:
+        """Let the hub write a record to the journal, as Journal.write does; never waits."""
+        self.records.append({"time": round(time.time(), 3), "kind": kind, **fields})
+        self.has_records.set()
+
+    def state(self, name: str) -> State:
+        """How a host is, by what this one has heard; the hub alone has heard all."""
+        contact = self.contacts[name]
+        return contact.state if name == self.own else contact.judge()
+
+    def find_absent(self) -> list[str]:
+        """The hosts that are not there yet."""
+        if self.own == self.hub:
+            return [name for name, contact in self.contacts.items() if contact.state.phase == "absent"]
+        return [self.hub] if self.contacts[self.hub].state.phase == "absent" else self.absent
+
+    def speak(self) -> None:
+        """Say how this host is, at every change and every heartbeat, and once more at the end."""
+        while True:
+            is_last = self.is_closing
+            words = {"host": self.own, "state": asdict(self.contacts[self.own].state)}
+            if self.own == self.hub:
+                words["absent"] = self.find_absent()
+            for line in list(self.lines.values()):
+                with suppress(OSError):  # its listener notes that it broke
+                    line.sendall(json.dumps(words).encode() + b"\n")
+            if is_last:
+                return
+            self.changed.wait(HEARTBEAT_SECONDS)
+            self.changed.clear()
+
+    def listen(self, line: socket.socket) -> None:
+        """Hear a host out, until its connection ends."""
+        name = None
+        with suppress(OSError, ValueError), line, line.makefile(encoding="utf-8") as texts:
+            for text in texts:
+                if found := find_record(text):
+                    sender, record = found
+                    if sender in self.contacts and self.take_record:
+                        self.take_record(record)
+                    continue
+                name, state, self.absent = parse(text)
+                if name not in self.contacts:
+                    return
+                self.lines[name] = line
+                if state.phase != self.contacts[name].state.phase:
+                    self.changed.set()
+                self.contacts[name].hear(state)
+        if name is not None and self.lines.get(name) is line:
+            del self.lines[name]
+            self.contacts[name].broken_at = time.monotonic()
+
+    def deliver_records(self) -> None:
+        """The others' part: every record to the hub, the last ones after the end too if it still listens."""
+        line: socket.socket | None = None
+        while True:
+            self.has_records.wait()
+            self.has_records.clear()
+            is_last = self.is_closing
+            while self.records:
+                words = {"host": self.own, "record": self.records.popleft()}
+                try:
+                    line = line or socket.create_connection((self.hub, PORT), timeout=CONNECT_SECONDS)
+                    line.sendall(json.dumps(words).encode() + b"\n")
+                except OSError:
+                    line = None
+                    if self.is_closing:
+                        return
+                    time.sleep(MAX_RETRY_SECONDS)
+            if is_last:
+                return
+
+    def accept(self) -> None:
+        """The hub's part: a thread for every host that calls."""
+        while not self.is_closing:
+            try:
+                line, _ = self.server.accept()
+            except OSError:
+                return  # closed
+            threading.Thread(target=self.listen, args=[line], daemon=True).start()
+
+    def stay_connected(self) -> None:
+        """The others' part: keep a connection to the hub, whose name may take minutes to resolve."""
+        wait = 0.1
+        while not self.is_closing:
+            try:
+                line = socket.create_connection((self.hub, PORT), timeout=CONNECT_SECONDS)
+            except OSError as error:
+                self.error = error
+                time.sleep(wait)
+                wait = min(2 * wait, MAX_RETRY_SECONDS)
+                continue
+            wait, self.error = 0.1, None
+            line.settimeout(None)
+            self.lines[self.hub] = line
+            self.changed.set()
+            self.listen(line)
+            time.sleep(wait)

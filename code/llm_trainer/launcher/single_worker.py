@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the worker of a job of one process: torchrun imports torch for seconds to group it with nobody."""
+
+import subprocess
+import sys
+import time
+
+from llm_trainer.common.processes import die_with_parent
+
+
+def main() -> int:
+    die_with_parent()
+    exit_code = subprocess.Popen([sys.executable, "-m", "llm_trainer.worker", *sys.argv[1:]]).wait()
+    if exit_code:
+        from llm_trainer.job.failure_reasons import report_death
+
+        report_death(0, exit_code, time.time())
+    return int(exit_code != 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

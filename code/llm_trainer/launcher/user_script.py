@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's own script in place of our training: SageMaker's training toolkit installs and runs it, as our child.
+
+The toolkit provides the script's folder, requirements, arguments and SM_* variables. Here is what it lacks: a stop
+signal reaches the script, the failure names the cause first, and no end counts as success that was not reported as one.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+import psutil
+
+from llm_trainer.common.errors import write_failure
+from llm_trainer.common.redaction import hide_secrets
+from llm_trainer.config.environment import read_json_object
+from llm_trainer.config.hyperparameter_decoding import decode
+
+# By module and not by its console script `train`; -P, because the working folder is no place to import from.
+TOOLKIT = [sys.executable, "-P", "-m", "sagemaker_training.cli.train"]
+SHELLS = ("bash", "dash", "sh", "busybox")
+KEPT_STDERR_BYTES = 16384
+MAX_LATE_OUTPUT_SECONDS = 5
+# How Python ends, also with torchrun's rank before it and without its script: "ValueError: no rows".
+PYTHON_ERROR = re.compile(
+    r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception): .*\S|.*: can't open file .*\S)", re.MULTILINE
+)
+PIP_ERROR = re.compile(r"^(ERROR: .*\S)", re.MULTILINE)
+
+
+def names_a_script(hyperparameters: Mapping[str, Any]) -> bool:
+    """Whether the job asks for a script of the user's. Not from within one, which may well call our training."""
+    return find_script(hyperparameters) is not None and "SM_USER_ENTRY_POINT" not in os.environ
+
+
+def find_script(hyperparameters: Mapping[str, Any]) -> str | None:
+    value = decode(str(hyperparameters.get("sagemaker_program", "")), frozenset({"str"}), nullable=True)
+    return None if value is None else str(value)
+
+
+def run_script(base_dir: Path, hyperparameters: Mapping[str, Any], variables: Mapping[str, str]) -> int:
+    """Run the script that the job names; the container's exit code, 0 only if the script ended with 0, else 1.
+
+    `variables` are the environment of toolkit and script. Raises PermissionError where the tree cannot be written.
+    """
+    output_dir = base_dir / "output"
+    output_dir.mkdir(parents=True, exist_ok=True)  # where the toolkit cannot write a failure, it ends with exit code 0
+    (output_dir / "success").unlink(missing_ok=True)  # of an earlier job in the same tree
+    provide_code(base_dir, hyperparameters)
+    with tempfile.TemporaryDirectory(prefix="llm-trainer-") as scratch_dir:
+        exit_code, last_errors = run_toolkit(toolkit_variables(base_dir, variables, Path(scratch_dir)))
+    if exit_code == 0 and (output_dir / "success").exists():
+        return 0
+    explain_failure(output_dir, find_script(hyperparameters) or "", exit_code, last_errors)
+    return 1
+
+
+def provide_code(base_dir: Path, hyperparameters: Mapping[str, Any]) -> None:
+    """Copy the channel `code` to where the toolkit runs scripts, for a job that names no folder to fetch them from."""
+    channel, code_dir = base_dir / "input" / "data" / "code", base_dir / "code"
+    is_provided = "sagemaker_submit_directory" in hyperparameters or (code_dir.is_dir() and any(code_dir.iterdir()))
+    if channel.is_dir() and not is_provided:
+        shutil.copytree(channel, code_dir, dirs_exist_ok=True)
+
+
+def toolkit_variables(base_dir: Path, variables: Mapping[str, str], scratch_dir: Path) -> dict[str, str]:
+    """The given variables, and those with which the script finds this environment's commands and packages."""
+    search_path = [sysconfig.get_path("scripts"), *variables.get("PATH", os.defpath).split(os.pathsep)]
+    changed = {"SAGEMAKER_BASE_DIR": str(base_dir)}
+    resources = read_json_object(base_dir / "input" / "config" / "resourceconfig.json")
+    if len(resources.get("hosts", [])) < 2:
+        # No other host to wait for: the toolkit would look up its own name, for 15 minutes where nobody answers.
+        changed["SM_STUDIO_LOCAL_MODE"] = "true"
+    if not os.access(sysconfig.get_path("purelib"), os.W_OK):
+        # A read-only root or a user other than root: pip installs the script's requirements beside the environment.
+        prefix = {"base": str(scratch_dir), "platbase": str(scratch_dir)}
+        scheme = sysconfig.get_preferred_scheme("prefix")
+        search_path.insert(0, sysconfig.get_path("scripts", scheme, prefix))
+        python_path = [sysconfig.get_path("purelib", scheme, prefix), variables.get("PYTHONPATH", "")]
+        changed |= {"PIP_PREFIX": str(scratch_dir), "PYTHONPATH": os.pathsep.join(filter(None, python_path))}
+    return {**variables, **changed, "PATH": os.pathsep.join(search_path)}
+
+
+def run_toolkit(variables: Mapping[str, str]) -> tuple[int, str]:
+    """Run the toolkit, hand SIGTERM and SIGINT on to the script; the toolkit's exit code and the end of its stderr."""
+    # A session of its own: Ctrl-C in a terminal reaches this process alone, which knows whom to hand it on to.
+    toolkit = subprocess.Popen(TOOLKIT, env=variables, stderr=subprocess.PIPE, start_new_session=True)
+    assert toolkit.stderr is not None
+    kept = bytearray()
+    copier = threading.Thread(target=copy_to_stderr, args=(toolkit.stderr, kept), daemon=True)
+    copier.start()
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        print(f"Received {signal.Signals(signum).name}: handing it on to the script.", flush=True)
+        hand_on(signum, toolkit.pid)
+
+    previous = {signum: signal.signal(signum, forward) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        exit_code = toolkit.wait()
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+    copier.join(MAX_LATE_OUTPUT_SECONDS)  # bounded: a process that the script left behind may hold the pipe open
+    return exit_code, kept.decode(errors="replace")
+
+
+def copy_to_stderr(source: IO[bytes], kept: bytearray) -> None:
+    """Copy a pipe to our stderr as it comes, and keep its last bytes."""
+    while chunk := os.read(source.fileno(), KEPT_STDERR_BYTES):
+        sys.stderr.buffer.write(chunk)
+        sys.stderr.buffer.flush()
+        kept += chunk
+        del kept[:-KEPT_STDERR_BYTES]
+
+
+def hand_on(signum: int, toolkit_pid: int) -> None:
+    """Send a signal to the script. The toolkit would only die of it: it gets it where no script runs yet."""
+    try:
+        toolkit = psutil.Process(toolkit_pid)
+        command = toolkit.cmdline()
+        receivers = [found for child in toolkit.children() for found in find_receivers(signum, child, command)]
+        for process in receivers or [toolkit]:
+            process.send_signal(signum)
+    except psutil.NoSuchProcess:
+        return  # it has just ended
+
+
+def find_receivers(signum: int, process: psutil.Process, toolkit_command: list[str]) -> list[psutil.Process]:
+    """Who should get a signal meant for a process: itself, or what it runs where it is a shell without a trap.
+
+    Such a shell would die at once, and with it the job, while its command still saves its work. A script's other
+    children are its own affair: data loader workers that die of the signal would fail the script that waits for them.
+    """
+    try:
+        if process.cmdline() == toolkit_command:
+            return []  # the toolkit's fork that uploads output/intermediate, until the toolkit ends it
+        below = process.children()
+        if below and Path(process.exe()).name in SHELLS and not catches(signum, process.pid):
+            return [receiver for child in below for receiver in find_receivers(signum, child, toolkit_command)]
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return []  # it has just ended
+    return [process]
+
+
+def catches(signum: int, pid: int) -> bool:
+    """Whether a process has a handler for a signal, as a shell with a trap has."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    assert caught is not None
+    return bool(int(caught[1], 16) >> (signum - 1) & 1)
+
+
+def explain_failure(output_dir: Path, script: str, exit_code: int, last_errors: str) -> None:
+    """Put one sentence in the place of the toolkit's report. What the script itself wrote to output/failure stays."""
+    failure = output_dir / "failure"
+    report = failure.read_text(encoding="utf-8", errors="replace") if failure.exists() else ""
+    ended = re.match(r"(Execute|Install)\w+Error:\nExitCode (-?\d+)\n", report)
+    if ended and ended[1] == "Install":
+        reason = describe_end(f"Installing what {script} needs", int(ended[2]), PIP_ERROR.findall(last_errors))
+    elif ended:
+        reason = describe_end(script, int(ended[2]), PYTHON_ERROR.findall(last_errors))
+    elif report.startswith("Framework Error:"):  # a traceback of the toolkit's, with the cause at its end
+        reason = f"{script} could not be started: {report.splitlines()[-1]}"
+    elif report:
+        return
+    else:
+        errors = PYTHON_ERROR.findall(last_errors)
+        reason = describe_end(f"SageMaker's training toolkit, which runs {script},", exit_code, errors)
+    reason = hide_secrets(reason)
+    print(reason, file=sys.stderr, flush=True)
+    failure.unlink(missing_ok=True)
+    write_failure(output_dir, reason)
+
+
+def describe_end(what: str, exit_code: int, errors: list[str]) -> str:
+    if exit_code == -signal.SIGKILL:
+        return f"{what} was killed by SIGKILL, most likely because the host ran out of memory."
+    if exit_code < 0:
+        return f"{what} was stopped by {signal.Signals(-exit_code).name}."
+    return f"{what} ended with exit code {exit_code}: {errors[-1] if errors else 'the log above says why.'}"

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a LoRA adapter adds to each parameter of a model: PEFT puts it on the model's skeleton, and its layers tell.
+
+A change is a product of two thin matrices (Hu et al. 2021, arXiv:2106.09685), of which any rows can be had apart.
+What is none, DoRA's (Liu et al. 2024, arXiv:2402.09353), PEFT's own layer merges with the whole matrix.
+"""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
+from peft.utils import (
+    SAFETENSORS_WEIGHTS_NAME,
+    TrainableTokensWrapper,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from llm_trainer.common.errors import UserError, summarize
+from llm_trainer.common.safetensors_files import read_header
+from llm_trainer.config.schema import MOVING_STARTS
+from llm_trainer.merge.weight_layout import WeightLayout
+from llm_trainer.model.lora_init import ADAPTER
+
+MERGED_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant")
+BASE_CHANGING_STARTS = (*MOVING_STARTS, "corda", "lora_ga")
+
+
+class Change(Protocol):
+    @property
+    def is_whole(self) -> bool:
+        """Whether rows cannot be changed apart from the others."""
+
+    def add_to(self, weight: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """The float32 rows `first` to before `last` with the change; may be computed in place."""
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """scale * left @ right."""
+
+    left: torch.Tensor  # ([experts,] rows, rank), float32
+    right: torch.Tensor  # ([experts,] rank, columns), float32
+    scale: float
+    is_whole: bool = False
+
+    def add_to(self, weight: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        if self.left.ndim == 2:
+            return weight.addmm_(self.left[first:last], self.right, alpha=self.scale)
+        return weight.baddbmm_(self.left[first:last], self.right[first:last], alpha=self.scale)
+
+    def equals(self, other: Change) -> bool:
+        """Whether the other is the same, as it is where one adapter is shared by tied weights."""
+        return (
+            isinstance(other, LowRank)
+            and self.scale == other.scale
+            and torch.equal(self.left, other.left)
+            and torch.equal(self.right, other.right)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """A vector on a bias."""
+
+    vector: torch.Tensor
+    is_whole: bool = False
+
+    def add_to(self, weight: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        return weight.add_(self.vector[first:last])
+
+
+@dataclass(frozen=True, eq=False)
+class OwnMerge:
+    """What PEFT's layer itself does with the whole matrix."""
+
+    layer: LoraLayer
+    is_whole: bool = True
+
+    def add_to(self, weight: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        base_layer = self.layer.get_base_layer()
+        placeholder = base_layer.weight
+        base_layer.weight = nn.Parameter(weight, requires_grad=False)
+        self.layer.merge()
+        merged = base_layer.weight.data
+        base_layer.weight = placeholder
+        self.layer.merged_adapters.clear()
+        return merged
+
+
+@dataclass(frozen=True, eq=False)
+class Reverted:
+    """The changes of parameters as they are on one of the tensors that these are made of."""
+
+    layout: WeightLayout
+    changes: dict[str, LowRank | None]  # of the parameters that are converted together
+    name: str  # the tensor
+    place: int | None = None  # its number, where it alone is a row (an expert) of the parameters
+    is_whole: bool = True
+
+    def add_to(self, weight: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        name = self.name
+        if self.place is not None:
+            name = self.layout.places[name][0]
+            first, last = self.place, self.place + 1
+        parameters = {each: self.layout.skeleton.get_parameter(each) for each in self.changes}
+        values = {}
+        for each, change in self.changes.items():
+            end = len(parameters[each]) if self.is_whole and self.place is None else last
+            rows = torch.zeros_like(parameters[each][first:end], dtype=torch.float32, device="cpu")
+            values[each] = change.add_to(rows, first, end) if change else rows
+        return weight.add_(self.layout.revert(values)[name])
+
+
+def put_on(skeleton: PreTrainedModel, adapter: Path) -> PeftModel:
+    """The skeleton with the adapter, its tensors in float32. Raises UserError when they do not fit each other.
+
+    The base's parameters become single numbers that look like tensors of the right shape: on the meta device PEFT
+    would move the adapter there, too.
+    """
+    config = read_config(adapter)
+    for module in skeleton.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            number = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
+            module.register_parameter(name, nn.Parameter(number, requires_grad=False))
+    file = adapter / SAFETENSORS_WEIGHTS_NAME
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about training with tied weights, and Conv1D
+        try:
+            model = PeftModelForCausalLM(skeleton, config, ADAPTER, low_cpu_mem_usage=True)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"The adapter in {adapter} does not fit the base: {summarize(error)}.") from error
+        shapes = {name: tuple(tensor.shape) for name, tensor in list_expected(model).items()}
+        try:
+            weights = {name: tensor.float() for name, tensor in load_file(file).items()}
+            result = set_peft_model_state_dict(model, weights, ADAPTER, low_cpu_mem_usage=True)
+        except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
+            raise UserError(find_difference(file, shapes) or f"{file} does not fit: {summarize(error)}.") from error
+    is_missing = any(parameter.is_meta for name, parameter in model.named_parameters())
+    if is_missing or result.unexpected_keys:
+        raise UserError(find_difference(file, shapes) or f"{file} does not fit the base: {result.unexpected_keys[:1]}.")
+    broken = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+    if broken:
+        raise UserError(f"{file}: {broken} holds numbers that are not finite: the training diverged; train again.")
+    return model
+
+
+def read_config(adapter: Path) -> LoraConfig:
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{adapter / 'adapter_config.json'} cannot be read: {summarize(error)}.") from error
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"The adapter in {adapter} is of type {config.peft_type}: only LoRA can be merged.")
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.startswith(BASE_CHANGING_STARTS):
+        raise UserError(
+            f"The adapter in {adapter} began with init_lora_weights={init} and belongs to a base that this changed: "
+            "save it with path_initial_model_for_weight_conversion, as PEFT calls it, or export it again here."
+        )
+    config.init_lora_weights, config.inference_mode = True, True  # the values come from the file
+    return config
+
+
+def list_expected(model: PeftModel) -> dict[str, torch.Tensor]:
+    return get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+
+
+def find_difference(file: Path, expected: dict[str, tuple[int, ...]]) -> str | None:
+    """A sentence about the first tensor of the file that is not as this base needs it."""
+    found = {name: tuple(tensor["shape"]) for name, tensor in read_header(file).items()}
+    fix = "give the base that the adapter was trained on."
+    for name, shape in found.items():
+        if name in expected and shape != expected[name]:
+            return f"{file}: {name} has shape {list(shape)}, and the base needs {list(expected[name])}: {fix}"
+    for name, shape in found.items():
+        if name not in expected and ".lora_" in name:
+            return f"{file}: {name} of shape {list(shape)} fits nothing in the base: {fix}"
+    missing = next((name for name in expected if name not in found), None)
+    return missing and f"{file} lacks {missing}, of shape {list(expected[missing])}: {fix}"
+
+
+def list_replaced(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The parameters that come with the adapter as they are: of modules_to_save, and biases that were trained."""
+    replaced = {}
+    for name, parameter in model.get_base_model().named_parameters(remove_duplicate=False):
+        path, is_saved, own = name.rpartition(f".modules_to_save.{ADAPTER}")
+        is_adapter = ".lora_" in name or ".original_module." in name
+        if is_saved:
+            replaced[f"{path}{own}"] = parameter.data
+        elif not is_adapter and not is_placeholder(parameter):
+            replaced[name.replace(".base_layer.", ".")] = parameter.data
+    return replaced
+
+
+def is_placeholder(parameter: torch.Tensor) -> bool:
+    return not any(parameter.stride())
+
+
+def list_changes(model: PeftModel) -> Iterator[tuple[str, Change]]:
+    """The changed parameters, by the names that they have in the base. Raises UserError for what cannot be merged."""
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, TrainableTokensWrapper):
+            raise UserError(f"The adapter trains single tokens of {name}, which cannot be merged here: use PEFT.")
+        if isinstance(module, LoraLayer):
+            path = name
+            while path.endswith(".base_layer"):  # adapters on several parameters of a module are wrapped in each other
+                path = path.removesuffix(".base_layer")
+            own = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+            yield f"{path}.{own}", read_change(path, module)
+            if module.lora_bias.get(ADAPTER):
+                if module.get_base_layer().bias is None:
+                    raise UserError(
+                        f"The adapter has a bias on {path}, which has none in the base: it cannot be merged."
+                    )
+                yield f"{path}.bias", Shift(module.lora_B[ADAPTER].bias.data * module.scaling[ADAPTER])
+                module.lora_bias[ADAPTER] = False  # PEFT's layer must not add it again to the placeholder
+
+
+def read_change(name: str, layer: LoraLayer) -> Change:
+    variant = layer.lora_variant.get(ADAPTER)
+    if variant is not None:
+        kind = getattr(variant, "__name__", type(variant).__name__)
+        if kind not in MERGED_VARIANTS:
+            raise UserError(f"The adapter on {name} is of PEFT's {kind}, which cannot be merged here: use PEFT.")
+        return OwnMerge(layer)
+    scale = layer.scaling[ADAPTER]
+    if isinstance(layer, ParamWrapper):
+        if layer.get_param().ndim == 3:
+            left, right, scale = layer.get_delta_factors(ADAPTER)
+            return LowRank(left.data, right.data, scale)
+        return LowRank(layer.lora_B[ADAPTER].weight.data, layer.lora_A[ADAPTER].weight.data, scale)
+    if isinstance(layer, Linear):
+        left, right = layer.lora_B[ADAPTER].weight.data, layer.lora_A[ADAPTER].weight.data
+        return LowRank(right.T, left.T, scale) if layer.fan_in_fan_out else LowRank(left, right, scale)
+    if isinstance(layer, Embedding):
+        left, right = layer.lora_embedding_A[ADAPTER].data.T, layer.lora_embedding_B[ADAPTER].data.T
+        return LowRank(left, right, scale)
+    if hasattr(layer.get_base_layer(), "weight") and not isinstance(layer.get_base_layer(), nn.MultiheadAttention):
+        return OwnMerge(layer)  # convolutions
+    raise UserError(f"The adapter on {name} is a {type(layer).__name__}, which cannot be merged here: use PEFT.")

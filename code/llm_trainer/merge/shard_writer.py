@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the merged tensors as .safetensors files, a few rows at a time, and goes on where an earlier process ended.
+
+Blocks of rows are read, summed in float32, rounded once and written to their places by several threads, so that
+memory depends on neither the model nor a shard.
+"""
+
+import json
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_trainer.common.errors import UserError
+from llm_trainer.common.findings import GIB, show_bytes
+from llm_trainer.merge.base_tensors import CODES, BaseTensor, num_rows
+from llm_trainer.merge.lora_deltas import Change
+
+UNFINISHED = ".llm-trainer-merge"  # in the output folder: finished shards until all are, and what they are made from
+RECORD = "made_from.json"
+BLOCK_NUMBERS = 2**20
+MAX_THREADS = 8  # more do not write faster, and each holds some blocks
+
+
+class Scratch(threading.local):
+    """A thread's float32 numbers, used again for every block: fresh memory costs as much time as the sum itself."""
+
+    def __init__(self) -> None:
+        self.numbers = torch.empty(0)
+
+    def hold(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows in float32, until the thread's next call."""
+        if rows.numel() > BLOCK_NUMBERS:
+            return rows.float()
+        if rows.numel() > self.numbers.numel():
+            self.numbers = torch.empty(BLOCK_NUMBERS)
+        return self.numbers[: rows.numel()].view(rows.shape).copy_(rows)
+
+
+scratch = Scratch()
+
+
+@dataclass(frozen=True, eq=False)
+class MergedTensor:
+    """A tensor of the result."""
+
+    name: str
+    dtype: torch.dtype
+    source: BaseTensor
+    change: Change | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def list_blocks(self) -> Iterator[tuple[int, int]]:
+        """The first row, and the one after the last, of what is merged at a time."""
+        rows = num_rows(self.shape)
+        numbers = math.prod(self.shape[1:])
+        is_whole = self.source.is_whole or (self.change is not None and self.change.is_whole)
+        step = rows if is_whole else max(1, BLOCK_NUMBERS // max(1, numbers))
+        for first in range(0, rows, max(1, step)):
+            yield first, min(first + step, rows)
+
+    @torch.no_grad()
+    def merge(self, first: int, last: int) -> torch.Tensor:
+        rows = self.source.read(first, last)
+        if self.change is None:
+            return rows.to(self.dtype).contiguous()
+        changed = self.change.add_to(scratch.hold(rows), first, last)
+        return rows.copy_(changed) if rows.dtype == self.dtype else changed.to(self.dtype).contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class MergedShard:
+    file_name: str
+    tensors: list[MergedTensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.header()) + sum(tensor.num_bytes for tensor in self.tensors)
+
+    def places(self) -> Iterator[tuple[MergedTensor, int]]:
+        """Each tensor with its first byte's offset behind the header; wider numbers first, so that all are aligned."""
+        offset = 0
+        for tensor in sorted(self.tensors, key=lambda each: -each.dtype.itemsize):
+            yield tensor, offset
+            offset += tensor.num_bytes
+
+    def header(self) -> bytes:
+        described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        for tensor, offset in self.places():
+            described[tensor.name] = {
+                "dtype": CODES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, offset + tensor.num_bytes],
+            }
+        text = json.dumps(described, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    def write(self, part: Path, pool: ThreadPoolExecutor) -> None:
+        """Raises OSError where the disk is full."""
+        header = self.header()
+        with part.open("wb", buffering=0) as stream:
+            write_at(stream.fileno(), header, 0)
+            written = [
+                pool.submit(write_block, stream.fileno(), tensor, first, last, len(header) + offset)
+                for tensor, offset in self.places()
+                for first, last in tensor.list_blocks()
+            ]
+            try:
+                for block in written:
+                    block.result()
+            finally:
+                for block in written:
+                    block.cancel()
+            os.truncate(part, self.num_bytes)
+
+
+def settle(part: Path, file: Path) -> None:
+    """Give a written shard its name once it is on the disk, whatever becomes of the machine."""
+    with part.open("rb") as stream:
+        os.fsync(stream.fileno())
+    part.replace(file)
+
+
+def write_block(stream: int, tensor: MergedTensor, first: int, last: int, offset: int) -> None:
+    block = tensor.merge(first, last)
+    row_bytes = tensor.num_bytes // max(1, num_rows(tensor.shape))
+    write_at(stream, block.view(-1).view(torch.uint8).numpy().data, offset + first * row_bytes)
+
+
+def write_at(stream: int, data: bytes | memoryview, offset: int) -> None:
+    unwritten = memoryview(data)
+    while unwritten:
+        count = os.pwrite(stream, unwritten, offset)
+        unwritten, offset = unwritten[count:], offset + count
+
+
+@contextmanager
+def start_threads() -> Iterator[ThreadPoolExecutor]:
+    """As many as there are cores; each computes alone, since together they would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
+def begin(output: Path, made_from: dict[str, Any]) -> None:
+    """Note in the output folder what the shards are made from, or check that those there are made from the same."""
+    record = output / UNFINISHED / RECORD
+    others = [path.name for path in output.iterdir() if path.name != UNFINISHED] if output.is_dir() else []
+    if not record.is_file():
+        if others:
+            raise UserError(f"The output folder {output} is not empty ({sorted(others)[0]}): give a new or empty one.")
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, made_from)
+    elif json.loads(record.read_text(encoding="utf-8")) != json.loads(json.dumps(made_from)):
+        raise UserError(
+            f"The output folder {output} holds an unfinished merge of another base or adapter, or with other options: "
+            "remove the folder, or give another one."
+        )
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def find_finished(output: Path, shards: list[MergedShard]) -> list[str]:
+    """The names of the shards that an earlier process wrote whole."""
+    names = [shard.file_name for shard in shards]
+    return [name for name in names if (output / UNFINISHED / name).is_file() or (output / name).is_file()]
+
+
+def write_shards(output: Path, shards: list[MergedShard]) -> None:
+    """Write those that are not there yet into the folder of the unfinished, a line of the log each."""
+    finished = find_finished(output, shards)
+    if finished:
+        print(f"Merge: {len(finished)} of {len(shards)} shards were merged before", flush=True)
+    waiting = [shard for shard in shards if shard.file_name not in finished]
+    left_bytes, done_bytes, started = sum(shard.num_bytes for shard in waiting), 0, time.monotonic()
+    with start_threads() as pool, ThreadPoolExecutor(1) as disk:
+        settled = []
+        for number, shard in enumerate(waiting, start=len(finished) + 1):
+            file = output / UNFINISHED / shard.file_name
+            shard.write(part := file.with_suffix(".part"), pool)
+            settled.append(disk.submit(settle, part, file))  # the disk writes while the next shard is computed
+            done_bytes += shard.num_bytes
+            seconds = max(time.monotonic() - started, 1e-3)
+            wait = (left_bytes - done_bytes) * seconds / done_bytes
+            print(
+                f"Merge: shard {number} of {len(shards)}, {show_bytes(shard.num_bytes)}; "
+                f"{done_bytes / GIB / seconds:.2f} GiB/s, {wait:.0f} s to go",
+                flush=True,
+            )
+        for shard_on_disk in settled:
+            shard_on_disk.result()
+
+
+def publish(output: Path, shards: list[MergedShard]) -> None:
+    """Give the finished shards their places in the output folder."""
+    for shard in shards:
+        unfinished = output / UNFINISHED / shard.file_name
+        if unfinished.is_file():
+            unfinished.replace(output / shard.file_name)
+
+
+def end(output: Path) -> None:
+    shutil.rmtree(output / UNFINISHED)

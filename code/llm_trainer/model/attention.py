@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which attention kernel a model is trained with: the fastest that is installed and right for it, or the one asked for.
+
+Only what is installed counts: Transformers would fetch other kernels from the Hub.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils.versions import require_version
+
+from llm_trainer.common.errors import UserError, summarize
+from llm_trainer.config.schema import Settings
+from llm_trainer.model.device import Device
+from llm_trainer.model.precision import name_of
+
+# Fastest first. flash-attention 3 and 4 are written for Hopper and Blackwell. Flex attention skips the blocks that
+# packing masks, but compiles its kernels at the start and anew for other shapes: it is for what SDPA cannot compute.
+KERNELS = ("flash_attention_3", "flash_attention_4", "flash_attention_2", "sdpa", "flex_attention", "eager")
+PACKAGES = {  # kernel -> module, distribution: of a version with soft-capping, or sinks in the backward pass too
+    "flash_attention_2": ("flash_attn", "flash-attn>=2.6.0"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+    "flash_attention_4": ("flash_attn.cute", "flash-attn-4>=4.0.0b36"),
+    "flex_attention": ("triton", "triton"),
+}
+# What the kernels' own sources demand; for flash_attention_4: flash_attn/cute/interface.py of 4.0.0b36, both passes.
+CAPABILITIES: dict[str, Callable[[tuple[int, int]], bool]] = {
+    "flash_attention_2": lambda capability: capability >= (8, 0),
+    "flash_attention_3": lambda capability: capability == (9, 0),
+    "flash_attention_4": lambda capability: (9, 0) <= capability < (12, 0),
+    "flex_attention": lambda capability: capability >= (8, 0),
+}
+SINKS = ("flash_attention_4", "flex_attention", "eager")  # the kernels that take `s_aux`, in both passes
+LARGEST_HEAD = 256
+SMALLEST_FLEX_HEAD = 16
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model asks of an attention kernel."""
+
+    model: str  # its class
+    supported: frozenset[str]  # kernels that its code can call, as its class says
+    head_sizes: frozenset[int]  # of its layers, as some models have two
+    has_sinks: bool  # learned weights in the softmax's sum that no value belongs to, as in gpt-oss
+    has_soft_cap: bool  # tanh over the scores, as in Gemma 2
+    dropout: float  # of the attention's probabilities
+
+    @property
+    def largest_head(self) -> int:
+        return max(self.head_sizes, default=0)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The kernel that was chosen, in Transformers' word for it, and why."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"Attention: {self.name} ({self.reason})"
+
+
+def choose_attention(
+    needs: Needs, settings: Settings, dtype: torch.dtype, device: Device, faults: Mapping[str, str]
+) -> Attention:
+    """The kernel to compute `dtype` on the device. `faults` tells why a kernel's package cannot be used, where so.
+
+    Raises UserError for a kernel that the settings name and that cannot run here.
+    """
+    obstacles = {kernel: find_obstacle(kernel, needs, dtype, device, faults) for kernel in KERNELS}
+    usable = [kernel for kernel, obstacle in obstacles.items() if obstacle is None]
+    asked = settings.attn_implementation
+    if asked == "auto":
+        reasons: dict[str, list[str]] = {}
+        for kernel in KERNELS[: KERNELS.index(usable[0])]:
+            reasons.setdefault(str(obstacles[kernel]), []).append(kernel)
+        passed_over = "".join(f"; {', '.join(kernels)}: {reason}" for reason, kernels in reasons.items())
+        return Attention(usable[0], f"auto: the fastest that can run here{passed_over}")
+    if obstacles[asked]:
+        raise UserError(
+            f"attn_implementation={asked}: {asked} {obstacles[asked]}: leave it out, or give one that can run here "
+            f"({', '.join(usable)})."
+        )
+    return Attention(asked, "as asked for")
+
+
+def find_obstacle(
+    kernel: str, needs: Needs, dtype: torch.dtype, device: Device, faults: Mapping[str, str]
+) -> str | None:
+    """Why a kernel cannot be used or would compute something else, as the end of a sentence about it; else None."""
+    is_flash = kernel.startswith("flash_attention")
+    if kernel in CAPABILITIES:
+        if device.capability is None:
+            return "needs an NVIDIA GPU"  # flex attention is compiled for a CPU too, and wrongly by PyTorch 2.13
+        if not CAPABILITIES[kernel](device.capability):
+            return f"is not made for {device}"
+    if is_flash and dtype == torch.float32:
+        return f"computes in bfloat16 or float16, not in {name_of(dtype)}"
+    if needs.has_sinks and kernel not in SINKS:
+        return f"does not know the attention sinks of {needs.model}"
+    if needs.has_soft_cap and kernel == "sdpa":
+        return f"does not know the soft-capping of {needs.model}"
+    if kernel not in needs.supported:
+        return f"is not among those of {needs.model}"
+    return find_size_obstacle(kernel, needs, device) or faults.get(kernel)
+
+
+def find_size_obstacle(kernel: str, needs: Needs, device: Device) -> str | None:
+    if kernel not in CAPABILITIES:
+        return None
+    if needs.largest_head > LARGEST_HEAD:
+        return f"takes heads of at most {LARGEST_HEAD} and {needs.model} has {needs.largest_head}"
+    if kernel == "flex_attention":
+        if needs.dropout:
+            return f"has no dropout and {needs.model} has attention_dropout={needs.dropout:g}"
+        if min(needs.head_sizes, default=SMALLEST_FLEX_HEAD) < SMALLEST_FLEX_HEAD:
+            return f"takes heads of at least {SMALLEST_FLEX_HEAD} and {needs.model} has {min(needs.head_sizes)}"
+    if kernel == "flash_attention_4" and any(size % 8 for size in needs.head_sizes):
+        return f"takes heads of a multiple of 8 and {needs.model} has {needs.largest_head}"
+    if kernel == "flash_attention_4" and device.capability is not None and device.capability[0] > 9:
+        if not all(size <= 128 or size == LARGEST_HEAD for size in needs.head_sizes):
+            return f"takes heads of up to 128 or of 256 on {device} and {needs.model} has {needs.largest_head}"
+        if needs.largest_head == LARGEST_HEAD and (needs.has_sinks or needs.has_soft_cap):
+            return f"has neither sinks nor soft-capping for heads of 256 on {device}"
+    return None
+
+
+def read_needs(model: PreTrainedModel) -> Needs:
+    """What a model needs, read off itself; a skeleton without weights will do."""
+    text = model.config.get_text_config()
+    sizes = [getattr(module, "qk_head_dim", getattr(module, "head_dim", None)) for module in model.modules()]
+    supported = {"eager"}
+    supported |= {"sdpa"} if model._supports_sdpa else set()
+    supported |= {"flex_attention"} if model._supports_flex_attn else set()
+    if model._supports_flash_attn:
+        flash = {kernel for kernel in KERNELS if kernel.startswith("flash_attention")}
+        supported |= flash & set(model._compatible_flash_implementations or flash)
+    dropout = getattr(text, "attention_dropout", getattr(text, "attn_pdrop", 0))
+    return Needs(
+        model=type(model).__name__,
+        supported=frozenset(supported),
+        head_sizes=frozenset(size for size in sizes if isinstance(size, int)),  # none where there is no attention
+        has_sinks=any(name.endswith("sinks") for name, _ in model.named_parameters()),
+        has_soft_cap=getattr(text, "attn_logit_softcapping", None) is not None,
+        dropout=dropout or 0,
+    )
+
+
+def find_faults(device: Device) -> dict[str, str]:
+    """Why the packages of kernels cannot be used, for those that cannot; nothing is imported for a CPU."""
+    faults = {}
+    for kernel, (module, requirement) in PACKAGES.items():
+        try:
+            require_version(requirement)
+            if device.is_gpu:
+                importlib.import_module(module)
+        except PackageNotFoundError:
+            faults[kernel] = "is not installed"
+        except (ImportError, OSError, RuntimeError) as error:
+            faults[kernel] = f"cannot be used ({summarize(error)})"
+    return faults

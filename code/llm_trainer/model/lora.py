@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The LoRA adapter that a job asks for (Hu et al. 2021, arXiv:2106.09685), and what of a model it sits on.
+
+All that can be wrong with it is found on the model's skeleton, before any weights load.
+"""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from peft import LoraConfig, PeftModel, TaskType
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from llm_trainer.common.errors import UserError, shorten, summarize
+from llm_trainer.config.schema import MOVING_STARTS, Settings, is_given
+
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output layer
+LINEAR = (nn.Linear, Conv1D)
+ADAPTABLE = (*LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what PEFT has LoRA layers for
+DECOMPOSING = (*MOVING_STARTS, "loftq")  # begin with a part of a weight matrix, or of its error
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def build_lora(settings: Settings, skeleton: PreTrainedModel) -> LoraConfig:
+    """What PEFT is asked for. Raises UserError for targets that the model lacks, and what PEFT cannot do with them."""
+    modules, parameters = choose_targets(settings, skeleton)
+    config = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=modules,
+        target_parameters=parameters,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        # PEFT's own LoftQ quantizes a whole base by itself; ours, in adapter_start.py, begins on a quantized one.
+        init_lora_weights=True if settings.init_lora_weights in ("default", "loftq") else settings.init_lora_weights,
+        bias="none",
+        task_type=TaskType.CAUSAL_LM,
+    )
+    problems = list(find_absent(config, skeleton))
+    if not problems:
+        try:
+            # Names that experts bore in Transformers 4 become those of the parameters that hold them now.
+            convert_peft_config_for_transformers(config, skeleton, conversions=None)
+        except ValueError as error:
+            raise UserError(f"target_modules={settings.target_modules!r}: {summarize(error)}.") from error
+        problems = list(find_impossible(config, settings, skeleton))
+    if problems:
+        raise UserError(*problems)
+    if config.target_parameters:
+        config.lora_dropout = 0.0
+    return config
+
+
+def choose_targets(settings: Settings, skeleton: PreTrainedModel) -> tuple[str | list[str], list[str] | None]:
+    """`target_modules` and `target_parameters`, as PEFT reads them.
+
+    PEFT matches a string against whole module paths, so that a plain name must become a list to match its end.
+    """
+    targets, parameters = settings.target_modules, settings.target_parameters
+    if targets == "auto":
+        packed = settings.load_in_4bit or settings.load_in_8bit
+        modules, weights = find_linear(skeleton)
+        # A quantized matrix has no shape that an adapter of the bare parameter could follow.
+        experts = (find_experts(skeleton) if parameters is None else parameters) + ([] if packed else weights)
+        return modules, experts or None
+    if isinstance(targets, str) and targets != ALL_LINEAR and re.fullmatch(r"[\w.]+", targets):
+        return [targets], parameters
+    return targets, parameters
+
+
+def find_linear(model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """The decoder's linear layers but the output layer and the routers: names of modules, and of bare weights.
+
+    A bare weight is that of a layer whose name PEFT would take for the experts', as Transformers 4 named them.
+    """
+    routers = set(find_routers(model))
+    decoder = set(model.get_decoder().modules()) - {model.get_output_embeddings()}
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LINEAR) and module in decoder and name not in routers
+    ]
+    leaves = {name.rpartition(".")[2] for name in names}
+    taken = {leaf for leaf in leaves if is_taken_for_experts(leaf, model)}
+    modules = [name for name in names if name.rpartition(".")[2] not in taken]
+    weights = [f"{name}.weight" for name in names if name.rpartition(".")[2] in taken]
+    parameters = [name for name, _ in model.named_parameters()]
+    return (
+        shorten_names(modules, [name for name, _ in model.named_modules()]),
+        shorten_names(weights, parameters, parts=3),
+    )
+
+
+def find_experts(model: PreTrainedModel) -> list[str]:
+    """Parameters that hold a matrix an expert: (experts, in, out) or (experts, out, in).
+
+    PEFT's ParamWrapper learns from `is_transposed` which; where a class does not say (Llama 4), A and B change places,
+    and the product, all that the model sees, has the parameter's shape either way.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    fused = [
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if holds_experts(prefix, module)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    ]
+    return shorten_names(fused, names, parts=3)
+
+
+def holds_experts(name: str, module: nn.Module) -> bool:
+    """As Transformers names them: `mlp.experts`, `mlp.shared_experts`, JetMoeParallelExperts."""
+    return any(part.endswith("experts") for part in name.split(".")) or type(module).__name__.endswith("Experts")
+
+
+def find_routers(model: PreTrainedModel) -> Iterator[str]:
+    """Linear layers that weigh experts: those of a `router`, and those beside `experts` with at most an output each."""
+    for name, module in model.named_modules():
+        if "router" in name.split(".") and isinstance(module, nn.Linear):
+            yield name
+        block, _, leaf = name.rpartition(".")
+        if leaf != "experts":
+            continue
+        num_experts = max([len(p) for p in module.parameters() if p.ndim == 3], default=len(list(module.children())))
+        for other, linear in model.get_submodule(block).named_modules():
+            is_expert = other == "experts" or other.startswith("experts.")
+            if isinstance(linear, nn.Linear) and not is_expert and linear.out_features <= num_experts:
+                yield f"{block}.{other}"
+
+
+def is_taken_for_experts(name: str, model: PreTrainedModel) -> bool:
+    probe = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(probe, model, conversions=None)
+    except ValueError:  # one of two names that only together make a fused parameter
+        return True
+    return not probe.target_modules
+
+
+def shorten_names(names: list[str], all_names: list[str], parts: int = 1) -> list[str]:
+    """The last parts of the names, or the whole names where another one of the model ends in them too."""
+    wanted = set(names)
+    shorts: dict[str, list[str]] = {}
+    for name in names:
+        shorts.setdefault(shorten_name(name, parts), []).append(name)
+    strangers = {shorten_name(name, parts) for name in all_names if name not in wanted}
+    return sorted(chosen for short, long in shorts.items() for chosen in (long if short in strangers else [short]))
+
+
+def shorten_name(name: str, parts: int) -> str:
+    return ".".join(name.split(".")[-parts:])
+
+
+def find_absent(config: LoraConfig, model: PreTrainedModel) -> Iterator[str]:
+    """A sentence for each target of which the model has none."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    parameters = [name for name, _ in model.named_parameters()]
+    existing = list_adaptable(modules)
+    if isinstance(config.target_modules, str) and config.target_modules != ALL_LINEAR:
+        if not any(re.fullmatch(config.target_modules, name) for name in modules):
+            yield f"target_modules={config.target_modules!r} matches no module's path: {tell_existing(existing)}."
+        return
+    for target in sorted(config.target_modules or ()) if config.target_modules != ALL_LINEAR else ():
+        hit = [module for name, module in modules.items() if ends_in(name, target)]
+        if not hit and not is_taken_for_experts(target, model):
+            yield f"target_modules: the model has no {target!r}; {tell_nearest(target, existing)}."
+        elif hit and not any(isinstance(module, ADAPTABLE) for module in hit):
+            kind = type(hit[0]).__name__
+            yield f"target_modules: {target!r} is a {kind}, which takes no adapter; {tell_existing(existing)}."
+    for target in sorted(config.target_parameters or ()):
+        if not any(ends_in(name, target) for name in parameters):
+            yield f"target_parameters: the model has no {target!r}; {tell_nearest(target, find_experts(model))}."
+
+
+def list_adaptable(modules: dict[str, nn.Module]) -> list[str]:
+    """The last parts of the names of those that take an adapter, e.g. q_proj."""
+    names = [name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, ADAPTABLE)]
+    return list(dict.fromkeys(names))
+
+
+def ends_in(name: str, target: str) -> bool:
+    """As PEFT matches a name of a list."""
+    return name == target or name.endswith(f".{target}")
+
+
+def tell_nearest(target: str, existing: list[str]) -> str:
+    close = difflib.get_close_matches(target, existing, n=1, cutoff=0.5)
+    return f"the nearest is {close[0]!r}, and {tell_existing(existing)}" if close else tell_existing(existing)
+
+
+def tell_existing(existing: list[str]) -> str:
+    return f"there are {shorten(', '.join(existing))}" if existing else "there are no experts in one parameter"
+
+
+def find_impossible(config: LoraConfig, settings: Settings, model: PreTrainedModel) -> Iterator[str]:
+    """Sentences about what PEFT's layers cannot do for these targets."""
+    init = settings.init_lora_weights
+    if config.target_parameters:
+        subject = f"adapters on parameters ({shorten(', '.join(sorted(config.target_parameters)))})"
+        fix = "or name linear layers alone with target_modules"
+        if settings.lora_dropout and is_given(settings, "lora_dropout"):
+            yield f"lora_dropout={settings.lora_dropout:g} with {subject}: PEFT has no dropout there; set 0, {fix}."
+        if settings.use_dora:
+            yield f"use_dora=true with {subject}: PEFT has DoRA for modules only; set it to false, {fix}."
+        if init not in ("default", "gaussian"):
+            yield f"init_lora_weights={init} with {subject}: PEFT has only default and gaussian there; use one, {fix}."
+    targets = {name: module for name, module in model.named_modules() if is_linear_target(config, name, module, model)}
+    if init == "olora" and any(isinstance(module, Conv1D) for module in targets.values()):
+        yield f"init_lora_weights=olora: PEFT cannot decompose the Conv1D layers of {type(model).__name__}; use pissa."
+    if init in DECOMPOSING:
+        shapes = {name: module.weight.shape for name, module in targets.items()}
+        smallest = min(shapes, key=lambda name: min(shapes[name]), default=None)
+        if smallest and min(shapes[smallest]) < settings.lora_r:
+            yield (
+                f"lora_r={settings.lora_r} with init_lora_weights={init}: the matrix of {smallest} has only rank "
+                f"{min(shapes[smallest])}; lower lora_r to that."
+            )
+
+
+def is_linear_target(config: LoraConfig, name: str, module: nn.Module, model: PreTrainedModel) -> bool:
+    targets = config.target_modules
+    if not isinstance(module, LINEAR):
+        return False
+    if targets == ALL_LINEAR:
+        return module is not model.get_output_embeddings()
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(ends_in(name, target) for target in targets)
+
+
+def count_targets(model: PeftModel) -> dict[str, int]:
+    """How many modules and parameters of each name got an adapter, e.g. {"self_attn.q_proj": 32}."""
+    tuner = model.base_model
+    names = [*tuner.targeted_module_names, *tuner.targeted_parameter_names]
+    return dict(Counter(NUMBER.sub("N", name).rpartition(".N.")[2] for name in names))
+
+
+def describe(model: PeftModel) -> str:
+    config = model.active_peft_config
+    targets = ", ".join(f"{number} x {name}" for name, number in count_targets(model).items())
+    reason = "; PEFT has no dropout for adapters on parameters" if config.target_parameters else ""
+    return f"Adapter on {targets}; lora_dropout={config.lora_dropout:g}{reason}"
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Those that are trained, and all; a matrix in 4 bit counts its numbers and not its bytes."""
+    if isinstance(model, PeftModel):
+        trained, total = model.get_nb_trainable_parameters()
+        return trained, total
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)

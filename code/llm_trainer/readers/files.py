@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A data file -> chunks of raw rows, whatever container it is. No tokenizer, no torch."""
+
+import codecs
+import gzip
+import io
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from llm_trainer.common.errors import summarize
+from llm_trainer.readers.json import read_json
+from llm_trainer.readers.rows import Chunk, DamagedFile, Numbered
+from llm_trainer.readers.tables import read_arrow, read_csv, read_parquet, read_table
+
+MAX_BYTES = 4 * 2**20  # of raw rows in a chunk
+BUFFER_BYTES = 2**16  # of a file
+PIECE_BYTES = 2**14  # of uncompressed content
+
+BOM = codecs.BOM_UTF8
+MAGIC = {".gz": re.compile(rb"\x1f\x8b"), ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")}
+CODECS = {".gz": "gzip", ".zst": "zstd"}
+
+# What reading raises: the system, gzip, zstd and Arrow; the last two of these, a value that Python has no type for.
+UNREADABLE = (OSError, EOFError, zlib.error, pa.ArrowException, ValueError, OverflowError)
+
+
+def read_chunks(file: Path, name: str, max_rows: int, max_bytes: int = MAX_BYTES) -> Iterator[Chunk]:
+    """The file's rows in order, at most max_rows and little more than max_bytes of them at a time.
+
+    Raises DamagedFile, after the rows that could be read, where the file cannot be read to its end.
+    """
+    numbers: list[int] = []
+    rows: list[Any] = []
+    size = 0
+    place = "before its first row"
+    damage: DamagedFile | None = None
+    try:
+        for number, row, length in read_rows(file, name, max_rows, max_bytes):
+            numbers.append(number)
+            rows.append(row)
+            size += length
+            if len(rows) >= max_rows or size >= max_bytes:
+                yield Chunk(name, numbers, rows)
+                place = describe_end(numbers, rows)
+                numbers, rows, size = [], [], 0
+    except DamagedFile as error:
+        damage = error
+    except UNREADABLE as error:
+        damage = DamagedFile(explain(error, file, name, describe_end(numbers, rows) if rows else place))
+    if rows:
+        yield Chunk(name, numbers, rows)
+    if damage:
+        raise damage
+
+
+def describe_end(numbers: list[int], rows: list[Any]) -> str:
+    return f"after {'line' if isinstance(rows[-1], bytes) else 'row'} {numbers[-1]}"
+
+
+def explain(error: Exception, file: Path, name: str, place: str) -> str:
+    """The sentence for the user about an error of the system or of a library."""
+    if isinstance(error, EOFError) or str(error) == "Truncated compressed stream":
+        codec = CODECS[file.suffix]
+        return f"{name} ends in the middle of its {codec} stream ({place}): it was cut off; upload it again."
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{name} cannot be read {place} ({os.strerror(error.errno)}): check that it is there and readable."
+    return f"{name} is damaged {place} ({summarize(error)}): upload it again, or write it again."
+
+
+def read_rows(file: Path, name: str, max_rows: int, max_bytes: int) -> Iterator[Numbered]:
+    container = Path(file.name.removesuffix(".gz").removesuffix(".zst")).suffix
+    if container == ".parquet":
+        yield from read_table(read_parquet(file, max_rows, max_bytes), name, max_rows, max_bytes)
+    elif container == ".arrow":
+        yield from read_table(read_arrow(file, name), name, max_rows, max_bytes)
+    else:
+        with open_stream(file, name) as stream:
+            if stream.peek(len(BOM)).startswith(BOM):
+                stream.read(len(BOM))
+            is_json_lines = container in (".jsonl", ".ndjson")
+            yield from read_csv(stream, name) if container == ".csv" else read_json(stream, name, is_json_lines)
+
+
+@contextmanager
+def open_stream(file: Path, name: str) -> Iterator[io.BufferedReader]:
+    """The file's content, uncompressed, read once from its beginning to its end."""
+    raw: io.BufferedReader = io.BufferedReader(io.FileIO(file), BUFFER_BYTES)
+    with raw:
+        codec = CODECS.get(file.suffix)
+        if codec is None:
+            yield raw
+            return
+        head = raw.peek(4)
+        if head and not MAGIC[file.suffix].match(head):
+            raise DamagedFile(
+                f"{name} is not a {codec} file: compress it, or name it {name.removesuffix(file.suffix)}."
+            )
+        content: Any = gzip.GzipFile(fileobj=raw) if codec == "gzip" else pa.CompressedInputStream(raw, codec)
+        yield io.BufferedReader(Uncompressed(content), BUFFER_BYTES)
+
+
+class Uncompressed(io.RawIOBase):
+    """What a decompressor gives, a little at a time, because what it gave in a call that then failed is lost."""
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.content.read1(min(len(buffer), PIECE_BYTES))
+        buffer[: len(data)] = data
+        return len(data)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CSV, Parquet and Arrow files -> rows, a bounded number of bytes at a time."""
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llm_trainer.readers.json import is_utf8
+from llm_trainer.readers.rows import BadRow, DamagedFile, Numbered
+
+BUFFER_BYTES = 2**16  # of a Parquet file
+MAX_CELL = 64 * 2**20  # characters of a CSV cell: where a quote is never closed, the rest of the file would be one cell
+ARROW_FILE_MAGIC = b"ARROW1"
+ARROW_STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+
+
+def read_csv(stream: io.BufferedReader, name: str) -> Iterator[Numbered]:
+    csv.field_size_limit(MAX_CELL)
+    table = csv.reader(decode_lines(stream, name), strict=True)
+    number = 0
+    try:
+        header = next((cells for cells in table if ",".join(cells).strip()), [])
+        check_columns(header, name)
+        for number, cells in enumerate(filter(None, table), start=1):
+            matches = len(cells) == len(header)
+            row = dict(zip(header, cells, strict=True)) if matches else BadRow(count_cells(cells, header))
+            yield number, row, sum(map(len, cells))
+    except csv.Error as error:
+        if str(error) == "unexpected end of data":
+            place = f"after row {number}" if number else "before its first row"
+            raise DamagedFile(
+                f"{name} ends in the middle of a quoted cell, {place}: close the quote, or upload the whole file."
+            ) from error
+        raise DamagedFile(f"{name} line {table.line_num} is not valid CSV ({error}): mend or remove it.") from error
+
+
+def decode_lines(stream: io.BufferedReader, name: str) -> Iterator[str]:
+    with io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline="") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not is_utf8(line):
+                raise DamagedFile(f"{name} line {number} is not UTF-8 text: save it as UTF-8.")
+            yield line
+
+
+def count_cells(cells: list[str], header: list[str]) -> str:
+    return f"has {len(cells)} cell{'s' * (len(cells) != 1)} and the header has {len(header)}"
+
+
+def check_columns(names: list[str], file_name: str) -> None:
+    """Raises DamagedFile where a column has no name, or that of another: its values would be lost."""
+    for column, name in enumerate(names, start=1):
+        if not name.strip():
+            raise DamagedFile(f"{file_name} has no name for column {column}: name it, or remove it.")
+        if names.count(name) > 1:
+            raise DamagedFile(f"{file_name} has the column {name!r} twice: rename or remove one of them.")
+
+
+def read_parquet(file: Path, max_rows: int, max_bytes: int) -> Iterator[Any]:
+    """Record batches of little more than max_bytes, as far as the average of a row group tells."""
+    with pq.ParquetFile(file, buffer_size=BUFFER_BYTES) as table:
+        for index in range(table.num_row_groups):
+            group = table.metadata.row_group(index)
+            fitting = max_bytes * group.num_rows // max(1, group.total_byte_size)
+            yield from table.iter_batches(max(1, min(max_rows, fitting)), row_groups=[index], use_threads=False)
+
+
+def read_arrow(file: Path, name: str) -> Iterator[Any]:
+    """Record batches of both of Arrow's containers: the stream, which save_to_disk writes, and the file."""
+    with pa.memory_map(str(file)) as source:
+        if source.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC:
+            table = pa.ipc.open_file(source)
+            yield from (table.get_batch(index) for index in range(table.num_record_batches))
+            return
+        source.seek(0)
+        yield from pa.ipc.open_stream(source)
+        source.seek(-len(ARROW_STREAM_END), io.SEEK_END)
+        if source.read() != ARROW_STREAM_END:  # Arrow does not mind where the cut is between two batches
+            raise DamagedFile(f"{name} ends without Arrow's mark of the end: it was cut off; upload it again.")
+
+
+def read_table(batches: Iterator[Any], name: str, max_rows: int, max_bytes: int) -> Iterator[Numbered]:
+    number = 0
+    for batch in batches:
+        if not number:
+            check_columns(batch.schema.names, name)
+        batch.validate(full=True)  # otherwise damaged offsets end the process
+        for part in halve(batch, max_rows, max_bytes):
+            length = part.nbytes // part.num_rows
+            for fields in part.to_pylist():
+                number += 1
+                yield number, {key: drop_nested_nones(value) for key, value in fields.items()}, length
+
+
+def halve(batch: Any, max_rows: int, max_bytes: int) -> Iterator[Any]:
+    """The batch in parts that hold no more than this many rows and bytes, or one row."""
+    if batch.num_rows <= max_rows and (batch.num_rows <= 1 or batch.nbytes <= max_bytes):
+        if batch.num_rows:
+            yield batch
+        return
+    middle = batch.num_rows // 2
+    yield from halve(batch.slice(0, middle), max_rows, max_bytes)
+    yield from halve(batch.slice(middle), max_rows, max_bytes)
+
+
+def drop_nested_nones(value: Any) -> Any:
+    """The value without the None fields that Arrow adds to objects so that all of a column's have the same fields."""
+    if isinstance(value, dict):
+        return {key: drop_nested_nones(field) for key, field in value.items() if field is not None}
+    if isinstance(value, list):
+        return [drop_nested_nones(element) for element in value]
+    return value

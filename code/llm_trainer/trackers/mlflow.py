@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The job's run in MLflow: on a server, in a database or folder, or in SageMaker by the plugin sagemaker-mlflow."""
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+
+from llm_trainer.common.redaction import hide_secrets
+from llm_trainer.config.tracker_choice import SQLITE
+from llm_trainer.trackers.events import (
+    DataSet,
+    choose_run_name,
+    find_data_sets,
+    find_parameters,
+    find_surroundings,
+    read_rows,
+)
+from llm_trainer.trackers.run_identity import MODEL_PATH, RunIdentity, leave_run, recall_run, remember_run
+
+Record = dict[str, Any]
+Item = TypeVar("Item")
+
+# MLflow's limits (mlflow/utils/validation.py): entities a request, and characters.
+METRICS_A_REQUEST = 1000
+TEXTS_A_REQUEST = 100
+PARAMETER_CHARACTERS = 6000
+TAG_CHARACTERS = 8000
+DIGEST_CHARACTERS = 36
+FORBIDDEN = re.compile(r"[^/\w.\- :]")  # in the name of a metric or parameter
+STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+CONTEXT = {"train": "training"}
+FAILURE_TAG = "failure_reason"
+ARN_TAG, NAME_TAG = "training_job_arn", "training_job_name"
+
+
+class MlflowTracker:
+    name = "MLflow"
+
+    def __init__(self, identity_dir: Path | None, scratch_dir: Path) -> None:
+        """The run's identity is kept in `identity_dir`, if given, and left in `scratch_dir` for the workers."""
+        self.identity_dir, self.scratch_dir = identity_dir, scratch_dir
+
+    def begin(self, job: Record) -> str:
+        uri = os.environ["MLFLOW_TRACKING_URI"]
+        if uri.startswith(SQLITE):  # whose artefacts go to the working directory
+            folder = Path(uri.removeprefix(SQLITE)).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            os.chdir(folder)
+        self.client = MlflowClient(uri)
+        experiment = self.find_experiment()
+        run = self.find_run(job, experiment) or self.create_run(job, experiment)
+        self.run_id, self.parameters = run.info.run_id, dict(run.data.params)
+        self.started = run.info.start_time / 1000
+        if FAILURE_TAG in run.data.tags:
+            self.client.delete_tag(self.run_id, FAILURE_TAG)
+        remember_run(self.identity_dir, "mlflow", RunIdentity(self.run_id, self.started))
+        leave_run(self.scratch_dir, self.run_id)
+        return f"run {run.info.run_name!r} ({self.run_id}) of experiment {run.info.experiment_id} at {uri}"
+
+    def find_experiment(self) -> str:
+        """The experiment's id; it is made if need be."""
+        if given := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+            return given
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"
+        found = self.client.get_experiment_by_name(name)
+        return str(found.experiment_id if found else self.client.create_experiment(name))
+
+    def find_run(self, job: Record, experiment: str) -> Run | None:
+        """The run that this job was given, or that it began before it was interrupted; it runs again."""
+        known = recall_run(self.identity_dir, "mlflow")
+        if given := os.environ.get("MLFLOW_RUN_ID"):
+            run: Run | None = self.client.get_run(given)
+        else:
+            run = (self.read_run(known.run_id) if known else None) or self.search_run(job, experiment)
+        if run is not None:
+            self.client.update_run(run.info.run_id, status="RUNNING")
+        return run
+
+    def read_run(self, run_id: str) -> Run | None:
+        """None where it is of another server, or has been deleted."""
+        try:
+            run = self.client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        return run if run.info.lifecycle_stage == "active" else None
+
+    def search_run(self, job: Record, experiment: str) -> Run | None:
+        """The run of the training job, by its ARN, which SageMaker gives but once."""
+        if not job.get("arn"):
+            return None
+        found = self.client.search_runs([experiment], f"tags.{ARN_TAG} = '{job['arn']}'", max_results=1)
+        return found[0] if found else None
+
+    def create_run(self, job: Record, experiment: str) -> Run:
+        tags = {"mlflow.source.name": "sagemaker-llm-trainer", "mlflow.source.type": "JOB"}
+        if revision := job["environment"].get("revision"):
+            tags["mlflow.source.git.commit"] = revision
+        tags |= {tag: job[key] for tag, key in ((ARN_TAG, "arn"), (NAME_TAG, "name")) if job.get(key)}
+        name = choose_run_name(job, os.environ.get("MLFLOW_RUN_NAME"))
+        return self.client.create_run(experiment, start_time=round(job["time"] * 1000), tags=tags, run_name=name)
+
+    def send(self, records: list[Record]) -> None:
+        self.send_texts(records)
+        inputs = [describe_data_set(data) for data in find_data_sets(records)]
+        if inputs:
+            self.client.log_inputs(self.run_id, inputs)
+        metrics = [
+            Metric(FORBIDDEN.sub("_", name), value, round(row.time * 1000), row.step)
+            for row in read_rows(records, self.started)
+            for name, value in row.values.items()
+        ]
+        for batch in batches(metrics, METRICS_A_REQUEST):
+            self.client.log_batch(self.run_id, metrics=batch, synchronous=True)
+
+    def send_texts(self, records: list[Record]) -> None:
+        """Parameters and tags. MLflow never changes a parameter: what a resumed job set anew becomes a tag."""
+        asked = {
+            FORBIDDEN.sub("_", name): value[:PARAMETER_CHARACTERS] for name, value in find_parameters(records).items()
+        }
+        new = {name: value for name, value in asked.items() if name not in self.parameters}
+        for params in batches([Param(name, value) for name, value in new.items()], TEXTS_A_REQUEST):
+            self.client.log_batch(self.run_id, params=params, synchronous=True)
+        self.parameters |= new
+        tags = {f"resumed.{name}": value for name, value in asked.items() if self.parameters[name] != value}
+        tags |= find_surroundings(records)
+        cut = [RunTag(name, value[:TAG_CHARACTERS]) for name, value in tags.items()]
+        for some in batches(cut, TEXTS_A_REQUEST):
+            self.client.log_batch(self.run_id, tags=some, synchronous=True)
+
+    def upload(self, files: list[Path]) -> None:
+        for file in files:
+            self.client.log_artifact(self.run_id, str(file))
+
+    def upload_model(self, folder: Path) -> None:
+        if not any(
+            file.path == f"{MODEL_PATH}/MLmodel" for file in self.client.list_artifacts(self.run_id, MODEL_PATH)
+        ):
+            self.client.log_artifacts(self.run_id, str(folder), MODEL_PATH)  # it is not registered from there
+
+    def end(self, status: str, reason: str | None) -> None:
+        if reason:
+            self.client.set_tag(self.run_id, FAILURE_TAG, hide_secrets(reason)[:TAG_CHARACTERS])
+        self.client.set_terminated(self.run_id, STATUS[status])
+
+
+def describe_data_set(data: DataSet) -> DatasetInput:
+    first = data.source["files"][0].get("uri") if data.source["files"] else None
+    data_set = Dataset(
+        name=data.split,
+        digest=data.digest[:DIGEST_CHARACTERS],
+        source_type=str(first).partition("://")[0] if first else "local",
+        source=json.dumps(data.source, default=str),
+        profile=json.dumps(data.sizes),
+    )
+    return DatasetInput(data_set, [InputTag("mlflow.data.context", CONTEXT.get(data.split, data.split))])
+
+
+def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    rest = iter(items)
+    while batch := list(itertools.islice(rest, size)):
+        yield batch

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The job's run in Weights & Biases; its own files, with WANDB_MODE=offline all there is, are in output/data/wandb."""
+
+import hashlib
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from llm_trainer.common.redaction import hide_secrets
+from llm_trainer.trackers.events import choose_run_name, find_data_sets, find_parameters, find_surroundings, read_rows
+from llm_trainer.trackers.run_identity import RunIdentity, recall_run, remember_run
+
+Record = dict[str, Any]
+
+INIT_SECONDS = 15
+TAG_CHARACTERS = 64
+SYSTEM_METRICS = ("gpu/*", "host/*")
+
+
+class WandbTracker:
+    name = "W&B"
+
+    def __init__(self, identity_dir: Path | None, data_dir: Path) -> None:
+        self.identity_dir, self.data_dir = identity_dir, data_dir
+
+    def begin(self, job: Record) -> str:
+        identity = recall_run(self.identity_dir, "wandb") or RunIdentity(choose_id(job), job["time"])
+        self.started = identity.started
+        is_offline = os.environ.get("WANDB_MODE") == "offline"
+        self.run = wandb.init(
+            id=os.environ.get("WANDB_RUN_ID") or identity.run_id,
+            name=choose_run_name(job, os.environ.get("WANDB_NAME")),
+            tags=[job["name"][:TAG_CHARACTERS]] if job.get("name") else None,
+            resume=None if is_offline else "allow",
+            dir=os.environ.get("WANDB_DIR", str(self.data_dir)),
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                disable_git=True,
+                disable_code=True,
+                init_timeout=INIT_SECONDS,
+                x_disable_stats=True,  # the journal has the GPUs of all hosts
+                x_disable_meta=True,
+            ),
+        )
+        remember_run(self.identity_dir, "wandb", RunIdentity(self.run.id, identity.started))
+        # Steps of our own: W&B's may only grow, and a resumed job repeats some.
+        self.run.define_metric("*", step_metric="step")
+        for pattern in SYSTEM_METRICS:
+            self.run.define_metric(pattern, step_metric="seconds")
+        where = f"in {self.run.dir}, to be sent with `wandb sync`" if is_offline else f"at {self.run.url}"
+        return f"run {self.run.name!r} ({self.run.id}) {where}"
+
+    def send(self, records: list[Record]) -> None:
+        config: dict[str, Any] = {**find_parameters(records), **find_surroundings(records)}
+        for data in find_data_sets(records):
+            config[f"data/{data.split}"] = {"digest": data.digest, **data.source, **data.sizes}
+        if config:
+            self.run.config.update(config, allow_val_change=True)  # type: ignore[no-untyped-call]
+        for row in read_rows(records, self.started):
+            self.run.log({**row.values, row.axis: row.step, "_timestamp": row.time})
+
+    def upload(self, files: list[Path]) -> None:
+        for file in files:
+            copy = shutil.copy(file, self.run.dir)
+            self.run.save(copy, base_path=self.run.dir, policy="now")
+
+    def upload_model(self, folder: Path) -> None:
+        artifact = wandb.Artifact(f"model-{self.run.id}", type="model")
+        artifact.add_dir(str(folder), policy="immutable")
+        self.run.log_artifact(artifact)
+
+    def end(self, status: str, reason: str | None) -> None:
+        self.run.summary["status"] = status
+        if reason:
+            self.run.summary["failure_reason"] = hide_secrets(reason)
+        self.run.finish(exit_code=1 if status == "failed" else 0)
+        wandb.teardown()
+
+
+def choose_id(job: Record) -> str:
+    """The same for every start of a training job, whose ARN SageMaker gives but once."""
+    if job.get("arn"):
+        return hashlib.sha256(job["arn"].encode()).hexdigest()[:16]
+    return uuid.uuid4().hex[:16]

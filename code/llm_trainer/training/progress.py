@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far the training is, for people: a line now and then in a log, a bar on a terminal.
+
+Time and cost are extrapolated from the steps of this run after its first, which also compiles and allocates.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, Self
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llm_trainer.common.ranks import rank
+from llm_trainer.common.units import count_instance_hours
+
+# Seconds between two lines: soon ones tell whether the job does what it should, later ones would only fill the log.
+EARLY_SECONDS, LATER_SECONDS = 10.0, 60.0
+EARLY_PHASE_SECONDS = 120.0
+REDRAW_SECONDS = 0.2  # at the least, between two states of a bar
+HALF_A_DAY = 12 * 3600
+
+
+class Progress(TrainerCallback):
+    """Follows the training as a context, in which the callback belongs to a trainer."""
+
+    def __init__(self, started: float, num_hosts: int) -> None:
+        """`started` is when the job did, in seconds since the epoch; `num_hosts` counts all that are billed."""
+        self.started, self.num_hosts = started, num_hosts
+        self.first_step, self.first_at = 0, 0.0
+        self.shown_at = self.began_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        now = time.monotonic()
+        if not self.first_at:
+            self.first_step, self.first_at = state.global_step, now
+        elif now - self.shown_at >= self.interval(now):
+            self.shown_at = now
+            self.show(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.show(state, is_over=True)
+
+    def interval(self, now: float) -> float:
+        return EARLY_SECONDS if now - self.began_at < EARLY_PHASE_SECONDS else LATER_SECONDS
+
+    def show(self, state: TrainerState, is_over: bool = False) -> None:
+        percent = 100 * state.global_step // max(1, state.max_steps)
+        text = "; ".join(self.describe(state, is_over))
+        print(f"Progress: step {state.global_step} of {state.max_steps} ({percent} %); {text}", flush=True)
+
+    def describe(self, state: TrainerState, is_over: bool) -> Iterator[str]:
+        """What a step takes, what is left, and what it costs, as far as it can be told."""
+        steps, left = state.global_step - self.first_step, 0.0
+        if steps and self.first_at:
+            seconds_a_step = (time.monotonic() - self.first_at) / steps
+            left = 0.0 if is_over else seconds_a_step * (state.max_steps - state.global_step)
+            yield f"{seconds_a_step:.2g} s a step"
+        hours = f"{self.count_instance_hours():.2f}"
+        if not left:
+            yield f"{hours} instance-hours so far"
+            return
+        day = "%H:%M UTC" if left < HALF_A_DAY else "%d %b %H:%M UTC"
+        yield f"{show_seconds(left)} left, until {time.strftime(day, time.gmtime(time.time() + left))}"
+        yield f"{hours} of about {self.count_instance_hours(left):.2f} instance-hours"
+
+    def count_instance_hours(self, more_seconds: float = 0.0) -> float:
+        """So far, and so many seconds on."""
+        return count_instance_hours(self.num_hosts, self.started, time.time() + more_seconds)
+
+
+class ProgressBar(Progress):
+    """The same on a terminal, where a bar and a line of text stay below what is printed."""
+
+    def __enter__(self) -> Self:
+        from rich.console import Console
+        from rich.live import Live
+
+        # What is printed wraps as the terminal does it, so that lines can be copied whole.
+        console = Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False, emoji=False)
+        self.live = Live(console=console, auto_refresh=False)  # whose thread would take the interpreter from training
+        self.live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.live.stop()
+
+    def interval(self, now: float) -> float:
+        return REDRAW_SECONDS
+
+    def show(self, state: TrainerState, is_over: bool = False) -> None:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar as Bar
+        from rich.table import Column, Table
+        from rich.text import Text
+
+        share = f"{100 * state.global_step // max(1, state.max_steps)} %"
+        row = Table.grid(Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True), padding=(0, 1), expand=True)
+        bar = Bar(total=state.max_steps, completed=state.global_step)
+        row.add_row(f"step {state.global_step} of {state.max_steps}", bar, share)
+        text = Text("; ".join(self.describe(state, is_over)), no_wrap=True, overflow="ellipsis")
+        self.live.update(Group(row, text), refresh=True)
+
+
+def follow(started: float, num_hosts: int) -> Progress:
+    """A bar where a person looks at rank 0's terminal, else lines."""
+    on_terminal = rank() == 0 and sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+    return (ProgressBar if on_terminal else Progress)(started, num_hosts)
+
+
+def show_seconds(seconds: float) -> str:
+    """Such as 45 s, 9 min 50 s or 2 h 5 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

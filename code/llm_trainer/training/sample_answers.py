@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the model answers to a few held-out prompts before and after the training, for people to compare.
+
+Nothing depends on it: it draws no random number, is bounded in time, and a model that cannot be asked stops nothing.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from llm_trainer.common.errors import summarize
+from llm_trainer.common.ranks import rank
+from llm_trainer.data.datasets import Data
+from llm_trainer.data.formats import IGNORED
+from llm_trainer.journal.timeline import Timeline
+from llm_trainer.training.resumable_trainer import ResumableTrainer
+
+MAX_NEW_TOKENS = 64
+MAX_PROMPT_TOKENS = 1024
+MAX_ROWS = 1000  # that are looked at for prompts
+MAX_TEXT_PROMPT_TOKENS = 64  # of a row that has no prompt
+BATCH_PROMPTS = 8
+# For all answers, before and after: a share of what the training took, within bounds; one token more may take its time.
+SHARE, MIN_SECONDS, MAX_SECONDS = 0.05, 2.0, 20.0
+# Of models' own code for generating, and of the kernels below; memory that runs out is a RuntimeError.
+ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens of a row before the first that is trained on, and those that follow without a gap."""
+
+    input_ids: list[int]
+    reference_ids: list[int]
+
+
+class Generations:
+    """The prompts of a job, and its model's greedy answers; empty but on the first rank, and where that holds a shard.
+
+    The base's answers are those of the trained model without its adapter. Where the training changes the base, or an
+    adapter begins with a part of it, they are asked for before.
+    """
+
+    def __init__(
+        self, trainer: ResumableTrainer, data: Data, tokenizer: PreTrainedTokenizerBase, number: int, timeline: Timeline
+    ) -> None:
+        self.trainer, self.tokenizer = trainer, tokenizer
+        self.timeline, self.journal = timeline, timeline.journal
+        self.split = "validation" if "validation" in data.splits else "train"
+        self.prompts: list[Prompt] = []
+        self.before: list[str] = []
+        self.seconds = 0.0
+        if number and trainer.is_fsdp_enabled:
+            text = "no sample answers, since the model is sharded over the devices"
+            self.journal.write("event", level="info", text=text, host=timeline.host)
+        elif number and rank() == 0:
+            rows = data.splits["validation"] if self.split == "validation" else data.sample
+            self.prompts = choose_prompts(rows, number)
+        self.stops = self.find_stops()
+
+    def before_training(self) -> None:
+        changes_base = not isinstance(self.trainer.model, PeftModel) or self.trainer.adapter_start
+        if self.prompts and changes_base:
+            self.before = self.ask()
+            self.timeline.mark("answers_before")
+
+    def after_training(self) -> None:
+        """Enter prompts and answers in the journal."""
+        if not self.prompts:
+            return
+        if not self.before and isinstance(self.trainer.model, PeftModel):
+            with self.trainer.model.disable_adapter():
+                self.before = self.ask()
+        answers = zip(self.prompts, self.before, self.ask(), strict=False)
+        for prompt, before, after in answers:
+            self.journal.write(
+                "generation",
+                split=self.split,
+                prompt=self.tokenizer.decode(prompt.input_ids),
+                reference=self.decode(prompt.reference_ids[:MAX_NEW_TOKENS]),
+                before=before,
+                after=after,
+            )
+        print(f"Answers to {self.split} prompts before and after the training: {self.seconds:.1f} s", flush=True)
+        self.timeline.mark("answers")
+
+    def ask(self) -> list[str]:
+        """An answer to each prompt, to fewer where the time is up, none where the model cannot generate."""
+        model, started, answers = self.trainer.model, time.monotonic(), []
+        was_training = model.training
+        model.eval()
+        try:
+            with self.trainer.accelerator.autocast():
+                for first in range(0, len(self.prompts), BATCH_PROMPTS):
+                    left = self.find_limit() / 2 - (time.monotonic() - started)
+                    if left > 0:
+                        answers += self.answer(self.prompts[first : first + BATCH_PROMPTS], left)
+        except ERRORS as error:
+            text = f"no sample answers, since the model cannot generate here: {summarize(error)}"
+            print(f"Warning: {text}", flush=True)
+            self.journal.write("event", level="warning", text=text, host=self.timeline.host)
+            self.prompts, answers = [], []
+        model.train(was_training)
+        self.seconds += time.monotonic() - started
+        return answers
+
+    def find_limit(self) -> float:
+        """Seconds for all answers."""
+        trained_seconds = self.timeline.seconds.get("training")
+        return MAX_SECONDS if trained_seconds is None else min(max(SHARE * trained_seconds, MIN_SECONDS), MAX_SECONDS)
+
+    def answer(self, prompts: list[Prompt], max_seconds: float) -> list[str]:
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        pad, device = self.tokenizer.pad_token_id, self.trainer.model.device
+        padding = [longest - len(prompt.input_ids) for prompt in prompts]  # at the left: answers follow at the right
+        batch = zip(padding, prompts, strict=True)
+        input_ids = torch.tensor([[pad] * number + prompt.input_ids for number, prompt in batch], device=device)
+        mask = torch.tensor([[0] * number + [1] * (longest - number) for number in padding], device=device)
+        config = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            max_new_tokens=MAX_NEW_TOKENS,
+            max_time=max_seconds,
+            use_cache=True,  # which the model's config has off for the training
+            eos_token_id=sorted(self.stops),
+            pad_token_id=pad,
+        )
+        output = self.trainer.model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
+        return [self.decode(ids) for ids in output[:, longest:].tolist()]
+
+    def find_stops(self) -> set[int]:
+        """The tokens that end an answer: the tokenizer's, the model's own, and special ones that end the references."""
+        own = self.trainer.model.generation_config.eos_token_id
+        ends = {prompt.reference_ids[-1] for prompt in self.prompts}
+        stops = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+        return stops - {None} | ends & set(self.tokenizer.all_special_ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of an answer up to its stop token, or with a mark where it has none."""
+        end = next((place for place, token in enumerate(ids) if token in self.stops), None)
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return f"{text}…" if end is None else text
+
+
+def choose_prompts(rows: Dataset, number: int) -> list[Prompt]:
+    """The first so many different ones that are not too long."""
+    prompts: dict[tuple[int, ...], Prompt] = {}
+    for prompt in find_prompts(rows):
+        if len(prompts) == number:
+            break
+        prompts.setdefault(tuple(prompt.input_ids), prompt)
+    return list(prompts.values())
+
+
+def find_prompts(rows: Dataset) -> Iterator[Prompt]:
+    for row in rows.select(range(min(MAX_ROWS, len(rows)))):
+        ids, labels = row["input_ids"], row["labels"]
+        trained = [place for place, label in enumerate(labels) if label != IGNORED]
+        start = trained[0] if trained else 0
+        if start <= 1:  # a text that is trained on from its first token, or from the one after BOS
+            start = min(len(ids) // 2, MAX_TEXT_PROMPT_TOKENS)
+        end = next((place for place in range(start, len(ids)) if labels[place] == IGNORED), len(ids))
+        if 0 < start <= MAX_PROMPT_TOKENS and start < end:
+            yield Prompt(ids[:start], ids[start:end])

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the user asked for is what the job gets, and every mistake is told at once, in the user's words."""
+
+from pathlib import Path
+
+import pytest
+
+from llm_trainer.common.redaction import REDACTED
+from llm_trainer.config.checks import find_lacks
+from llm_trainer.config.environment import Environment
+from llm_trainer.config.load import read_settings
+from llm_trainer.config.schema import ALIASES, Settings, redact
+
+
+def environment_of(hyperparameters: dict[str, str], num_gpus: int = 0, channels=None) -> Environment:
+    return Environment(
+        base_dir=Path("/opt/ml"),
+        hyperparameters=hyperparameters,
+        channels=channels or {},
+        sharded_channels=frozenset(),
+        hosts=("algo-1",),
+        other_hosts=(),
+        current_host="algo-1",
+        network_interface=None,
+        instance_type=None,
+        num_gpus=num_gpus,
+        num_cpus=2,
+        checkpoint_dir=Path("/opt/ml/checkpoints"),
+    )
+
+
+def settings_of(hyperparameters: dict[str, str], **arguments: str) -> Settings:
+    settings, problems = read_settings(environment_of(hyperparameters), arguments)
+    assert not problems
+    return settings
+
+
+def problems_of(hyperparameters: dict[str, str], num_gpus: int = 0) -> list[str]:
+    environment = environment_of(hyperparameters, num_gpus)
+    settings, problems = read_settings(environment, {})
+    return [*problems, *find_lacks(settings, environment)]
+
+
+def test_the_seeds_argument_file_is_accepted_as_it_is(tmp_path):
+    args = tmp_path / "args.yaml"
+    args.write_text(
+        """
+        model_id: "Qwen/Qwen3-0.6B"
+        mlflow_uri: ""
+        mlflow_experiment_name: "qwen3-06b-ddp"
+        output_dir: "/opt/ml/model"
+        checkpoint_dir: "/opt/ml/checkpoints/"
+        train_dataset_path: "/opt/ml/input/data/train/"
+        val_dataset_path: "/opt/ml/input/data/val/"
+        token: ""
+        merge_weights: true
+        apply_truncation: true
+        attn_implementation: "flash_attention_2"
+        learning_rate: 5e-5
+        num_train_epochs: 1
+        per_device_train_batch_size: 4
+        per_device_eval_batch_size: 2
+        gradient_accumulation_steps: 4
+        gradient_checkpointing: true
+        torch_dtype: "bfloat16"
+        bf16: true
+        tf32: true
+        ignore_data_skip: true
+        logging_strategy: "steps"
+        logging_steps: 1
+        log_on_each_node: false
+        ddp_find_unused_parameters: false
+        save_total_limit: 1
+        save_steps: 100
+        warmup_steps: 100
+        weight_decay: 0.01
+        load_in_4bit: true
+        lora_r: 32
+        lora_alpha: 64
+        lora_dropout: 0.03
+        use_snapshot_download: true
+        early_stopping: false
+        use_mxfp4: false
+        use_peft: true
+        target_modules: ["q_proj", "v_proj"]
+        wandb_token: ""
+        wandb_project: "project"
+        """
+    )
+    settings, problems = read_settings(environment_of({"config": str(args)}, num_gpus=8), {})
+    assert not problems
+    assert settings.learning_rate == 5e-5  # YAML 1.1 reads `5e-5` as a text
+    assert settings.lora_r == 32
+    assert settings.token is None
+    assert settings.mlflow_uri is None
+    assert settings.target_modules == ["q_proj", "v_proj"]
+
+
+def test_the_command_line_wins_over_hyperparameters_and_those_over_the_file(tmp_path):
+    (tmp_path / "args.yaml").write_text("lora_r: 1\nlora_alpha: 1\nseed: 1\n")
+    environment = environment_of({"lora_r": "2", "lora_alpha": "2"}, channels={"config": tmp_path})
+    settings, problems = read_settings(environment, {"lora_r": "3"})
+    assert not problems
+    assert (settings.lora_r, settings.lora_alpha, settings.seed, settings.lora_dropout) == (3, 2, 1, 0.1)
+
+
+def test_every_mistake_is_told_in_one_go():
+    problems = problems_of(
+        {
+            "lora_rnak": "8",
+            "lr": "1e-4",
+            "lora_r": "0",
+            "torch_dtype": "bf16",
+            "learning_rate": "fast",
+            "packing": "maybe",
+            "optim": "adamw",
+            "lora_dropout": "1.5",
+        }
+    )
+    assert problems == [
+        "Hyperparameter 'lora_rnak' is not a setting: the nearest valid name is 'lora_r'.",
+        "Hyperparameter 'lr' is not a setting: the nearest valid name is 'learning_rate'.",
+        "lora_r='0' is not valid: it must be a whole number, at least 1; its default is 8.",
+        "torch_dtype='bf16' is not valid: it must be one of auto, bfloat16, float16, float32; "
+        "the nearest is 'bfloat16'.",
+        "learning_rate='fast' is not valid: it must be a number, above 0; its default is 2e-05.",
+        "packing='maybe' is not valid: it must be true or false or null; leave it out for none.",
+        problems[6],
+        "lora_dropout='1.5' is not valid: it must be a number, at least 0 and below 1; its default is 0.1.",
+    ]
+    assert problems[6].startswith("optim='adamw' is not valid: it must be one of adamw_torch,")
+    assert problems[6].endswith("the nearest is 'adamw_torch'.")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lora_r", "true"),
+        ("lora_r", "8.5"),
+        ("lora_r", "[8]"),
+        ("learning_rate", "NaN"),
+        ("learning_rate", "1e999"),
+        ("max_length", "1"),
+        ("per_device_train_batch_size", "0"),
+        ("num_train_epochs", "-1"),
+        ("use_peft", "2"),
+        ("lr_scheduler_type", "cosine_annealing"),
+        ("report_to", "mlfow"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_or_range_is_refused(name, value):
+    (problem,) = problems_of({name: value})
+    assert problem.startswith(f"{name}={value!r} is not valid")
+
+
+@pytest.mark.parametrize(
+    ("alias", "name", "value"),
+    [
+        ("model_name_or_path", "model_id", "x"),
+        ("dtype", "torch_dtype", "float32"),
+        ("max_seq_length", "max_length", 512),
+        ("warmup_ratio", "warmup_steps", 0.03),
+        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", {"use_reentrant": False}),
+    ],
+)
+def test_the_fields_other_spellings_are_accepted(alias, name, value):
+    assert getattr(settings_of({alias: str(value)}), name) == value
+
+
+def test_two_spellings_of_one_setting_clash():
+    (problem,) = problems_of({"dtype": "float32", "torch_dtype": "bfloat16"})
+    assert "given twice" in problem
+
+
+def test_aliases_point_at_settings():
+    assert set(ALIASES.values()) <= set(Settings.model_fields)
+    assert not set(ALIASES) & set(Settings.model_fields)
+
+
+def test_what_sagemaker_adds_is_not_rejected():
+    settings_of({"sagemaker_program": '"train.py"', "sagemaker_region": "eu-west-1", "_tuning_objective_metric": "x"})
+
+
+def test_null_asks_for_the_default():
+    settings = settings_of({"lora_r": "None", "learning_rate": "null", "max_length": "null"})
+    assert (settings.lora_r, settings.learning_rate, settings.max_length) == (8, 2e-5, None)
+
+
+@pytest.mark.parametrize(
+    "hyperparameters",
+    [
+        {"load_in_4bit": "true", "use_peft": "false"},
+        {"load_in_8bit": "true", "use_peft": "false"},
+        {"load_in_4bit": "true", "load_in_8bit": "true"},
+        {"load_in_4bit": "true", "use_mxfp4": "true"},
+        {"load_in_8bit": "true", "use_mxfp4": "true"},
+        {"bnb_4bit_quant_type": "fp4"},
+        {"bnb_4bit_use_double_quant": "true"},
+        {"use_liger_kernel": "false", "liger_kernel_config": '{"rope": false}'},
+        {"model_init_kwargs": '{"attn_implementation": "eager"}'},
+        {"model_init_kwargs": '{"quantization_config": {"load_in_4bit": true}}'},
+        {"merge_weights": "true", "use_peft": "false"},
+        {"torch_dtype": "float16", "use_peft": "false"},
+        {"use_dora": "true", "use_peft": "false"},
+        {"target_modules": "q_proj", "use_peft": "false"},
+        {"loraplus_lr_ratio": "16", "use_peft": "false"},
+        {"use_dora": "true", "init_lora_weights": "olora"},
+        {"load_in_4bit": "true", "init_lora_weights": "pissa"},
+        {"load_in_8bit": "true", "init_lora_weights": "olora"},
+        {"init_lora_weights": "loftq"},
+        {"init_lora_weights": "orthogonal", "lora_r": "3"},
+        {"loraplus_lr_ratio": "16", "optim": "galore_adamw"},
+        {"bf16": "true", "fp16": "true"},
+        {"packing": "true", "max_length": "null"},
+        {"eval_packing": "true", "max_length": "null"},
+        {"packing": "true", "packing_strategy": "wrapped"},
+        {"packing": "false", "padding_free": "true"},
+        {"packing": "false", "eval_packing": "true"},
+        {"attn_implementation": "flash_attention_2"},
+        {"attn_implementation": "flex_attention"},
+    ],
+)
+def test_settings_that_cannot_hold_together_are_refused(hyperparameters):
+    (problem,) = problems_of(hyperparameters)
+    assert all(name in problem for name in hyperparameters)
+
+
+def test_more_processes_than_gpus_are_refused():
+    (problem,) = problems_of({"nproc_per_node": "4"}, num_gpus=2)
+    assert "nproc_per_node=4" in problem
+
+
+def test_secrets_appear_neither_in_settings_nor_in_messages():
+    settings = settings_of({"token": "hf_secret", "wandb_token": "w_secret", "hub_token": "h_secret"})
+    assert "secret" not in repr(settings) + repr(redact(settings))
+    assert redact(settings)["token"] == REDACTED
+    assert settings.token.get_secret_value() == "hf_secret"
+    assert "hf_secret" not in problems_of({"token": '["hf_secret"]', "lora_r": "x"})[0]
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a list", "just text"])
+def test_a_bad_yaml_file_is_told_with_its_name(tmp_path, text):
+    file = tmp_path / "args.yaml"
+    file.write_text(text)
+    (problem,) = problems_of({"config": str(file)})
+    assert str(file) in problem
+    assert "key: value" in problem
+
+
+def test_a_bad_yaml_file_is_not_quoted_because_a_line_can_hold_a_token(tmp_path):
+    file = tmp_path / "args.yaml"
+    file.write_text("token: hunter2: x\n")
+    (problem,) = problems_of({"config": str(file)})
+    assert "line 1" in problem
+    assert "hunter2" not in problem
+
+
+def test_a_missing_yaml_file_is_told():
+    (problem,) = problems_of({"config": "/nowhere/args.yaml"})
+    assert "config='/nowhere/args.yaml' does not exist" in problem
+
+
+def test_a_config_channel_needs_one_yaml_file(tmp_path):
+    _, problems = read_settings(environment_of({}, channels={"config": tmp_path}), {})
+    assert "must hold exactly one .yaml file but has none" in problems[0]
+
+
+def test_a_password_in_a_url_is_not_shown():
+    settings = settings_of({"mlflow_uri": "https://me:secret@mlflow.example/x", "model_id": "org/name@x"})
+    shown = redact(settings)
+    assert shown["mlflow_uri"] == f"https://{REDACTED}@mlflow.example/x"
+    assert shown["model_id"] == "org/name@x"
+
+
+@pytest.mark.parametrize(
+    ("hyperparameters", "sentence"),
+    [
+        ({"distribution": "fsdp"}, "distribution=fsdp with one process: there is nobody to share the model with"),
+        ({"fsdp": "full_shard"}, "fsdp=full_shard: write distribution=fsdp"),
+        ({"deepspeed": "zero3.json"}, "deepspeed is not part of this image: use distribution=fsdp"),
+        (
+            {"distribution": "ddp", "fsdp_config": '{"min_num_params": 5}'},
+            "with distribution=ddp does nothing",
+        ),
+        ({"fsdp_config": "fsdp.json"}, "fsdp_config='fsdp.json' is not a JSON object"),
+        ({"fsdp_config": '{"version": 1}'}, "fsdp_config: 'version' is not to be set: use FSDP2"),
+        ({"fsdp_config": '{"fsdp_state_dict_type": "FULL_STATE_DICT"}'}, "'fsdp_state_dict_type' is not to be set"),
+        ({"fsdp_config": '{"cpu_offload": true}'}, "it takes auto_wrap_policy, min_num_params, reshard_after_forward"),
+        ({"activation_offloading": "true"}, "activation_offloading=true without a GPU"),
+    ],
+)
+def test_what_sharding_cannot_do_is_told(hyperparameters, sentence):
+    (problem,) = problems_of(hyperparameters)
+    assert sentence in problem
+
+
+def test_a_model_is_sharded_over_two_processes_as_the_config_refines_it():
+    config = '{"reshard_after_forward": false}'
+    settings = settings_of({"distribution": "fsdp", "nproc_per_node": "2", "fsdp_config": config})
+    assert settings.fsdp_config == {"reshard_after_forward": False}
+    (problem,) = problems_of({"distribution": "fsdp", "nproc_per_node": "2", "load_in_8bit": "true"})
+    assert "8-bit weights cannot be sharded" in problem

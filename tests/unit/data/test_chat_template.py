@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where in a conversation's text the assistant speaks, for templates with marks, known to TRL, and of neither kind."""
+
+from pathlib import Path
+
+import pytest
+import trl
+
+from llm_trainer.common.errors import UserError
+from llm_trainer.data.chat_template import ChatTemplate
+from llm_trainer.data.formats import Conversation, RowError
+from support.tiny_model import build_tokenizer
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+FAMILIES = sorted(file.stem for file in TEMPLATES.glob("*.jinja") if not file.stem.endswith("_training"))
+WITH_IMAGES = ("idefics3", "llava_next", "smolvlm")  # their content is a list of parts
+
+ASK, ANSWER = {"role": "user", "content": "one?"}, {"role": "assistant", "content": "first answer"}
+ASK_AGAIN, LAST = {"role": "user", "content": "two?"}, {"role": "assistant", "content": "second answer"}
+CHAT = [ASK, ANSWER, ASK_AGAIN, LAST]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 41}}}
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object"}}}]
+
+MARKED = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}{% else %}{{ message.content }}<|im_end|>"
+    "{% endif %}\n{% endfor %}"
+)
+# The text between turns is not special, and nothing is added to ask for an answer.
+MISTRAL_LIKE = (
+    "{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
+    "{% else %} {{ message.content }}</s>{% endif %}{% endfor %}"
+)
+# Thinking is left out of the history, as Qwen3's own template does.
+FORGETFUL = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content if loop.last else message.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build(source=None, finds_turns=None):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = source or tokenizer.chat_template
+    return ChatTemplate(tokenizer, finds_turns)
+
+
+def turns_of(template, messages, **options):
+    text, spans = template.apply(Conversation(messages, **options))
+    return [text[start:end] for start, end in spans]
+
+
+def problem_of(template, messages, **options):
+    with pytest.raises(RowError) as caught:
+        template.apply(Conversation(messages, **options))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in WITH_IMAGES])
+def test_every_family_that_trl_knows_tells_its_turns(family):
+    template = build((TEMPLATES / f"{family}.jinja").read_text())
+    assert template.tells_turns
+    first, second = turns_of(template, CHAT)
+    assert "first answer" in first
+    assert "second answer" in second
+    for turn in (first, second):
+        assert "one?" not in turn
+        assert "two?" not in turn
+        assert not turn.rstrip().endswith("answer"), "the token that ends the turn is a part of it"
+
+
+def test_a_template_without_marks_is_told_by_what_stands_around_an_answer():
+    template = build()
+    assert not template.is_marked
+    assert turns_of(template, CHAT) == ["first answer<|im_end|>", "second answer<|im_end|>"]
+
+
+def test_marks_of_the_template_win():
+    template = build(MARKED)
+    assert template.is_marked
+    assert turns_of(template, CHAT) == ["first answer<|im_end|>", "second answer<|im_end|>"]
+
+
+def test_a_template_that_asks_with_nothing_is_told_by_rendered_prefixes():
+    assert turns_of(build(MISTRAL_LIKE), CHAT) == [" first answer</s>", " second answer</s>"]
+
+
+def test_thinking_that_the_history_leaves_out_is_no_obstacle():
+    thought = {"role": "assistant", "content": "<think>hm</think>first answer"}
+    assert turns_of(build(FORGETFUL), [ASK, thought, ASK_AGAIN, LAST]) == [
+        "first answer<|im_end|>",
+        "second answer<|im_end|>",
+    ]
+
+
+def test_a_user_who_quotes_the_start_of_a_turn_is_not_trained_on():
+    quote = {"role": "user", "content": "say <|im_start|>assistant\nfirst answer"}
+    assert turns_of(build(), [quote, LAST]) == ["second answer<|im_end|>"]
+
+
+def test_a_conversation_may_begin_with_the_assistant_and_end_with_the_user():
+    assert turns_of(build(), [ANSWER, ASK_AGAIN, LAST, ASK]) == ["first answer<|im_end|>", "second answer<|im_end|>"]
+
+
+@pytest.mark.parametrize("source", [None, MARKED])
+def test_only_completions_and_weighted_turns_are_trained_on(source):
+    template = build(source)
+    assert turns_of(template, CHAT, num_prompt_messages=3) == ["second answer<|im_end|>"]
+    assert turns_of(template, [ASK, {**ANSWER, "weight": 0}, ASK_AGAIN, LAST]) == ["second answer<|im_end|>"]
+    assert "no assistant message to train on" in problem_of(template, [ASK, {**ANSWER, "weight": 0}])
+    assert "no assistant message to train on" in problem_of(template, [ASK])
+
+
+def test_a_template_whose_turns_have_no_end_trains_on_all_or_is_refused():
+    endless = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    template = build(endless)
+    assert not template.tells_turns
+    assert template.apply(Conversation(CHAT))[1] is None
+    with pytest.raises(UserError, match="does not tell where the assistant's turns end"):
+        build(endless, finds_turns=True)
+
+
+def test_turns_are_not_looked_for_where_all_tokens_are_wanted():
+    text, spans = build(finds_turns=False).apply(Conversation(CHAT))
+    assert "first answer" in text
+    assert spans is None
+
+
+def test_a_missing_template_is_told():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        ChatTemplate(tokenizer, None)
+
+
+def test_a_template_that_refuses_a_conversation_says_why():
+    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}" + MARKED
+    assert problem_of(build(strict), [ANSWER]) == "is refused by the model's chat template: roles must alternate."
+
+
+def test_a_role_that_the_template_passes_over_is_told():
+    picky = "{% for message in messages if message.role in ('user', 'assistant') %}" + MARKED.split("%}", 1)[1]
+    narrator = {"role": "narrator", "content": "meanwhile"}
+    assert "message 1 with the role 'narrator'" in problem_of(build(picky), [narrator, *CHAT])
+    assert turns_of(build(), [narrator, ASK, ANSWER]) == ["first answer<|im_end|>"]
+
+
+def test_tools_and_their_calls_are_rendered_or_refused():
+    qwen = build((TEMPLATES / "qwen3.jinja").read_text())
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    result = {"role": "tool", "content": "42"}
+    text, spans = qwen.apply(Conversation([ASK, call, result, LAST], TOOLS))
+    assert '"name": "add"' in text
+    first, second = (text[start:end] for start, end in spans)
+    assert '{"name": "add", "arguments": {"x": 41}}' in first
+    assert "second answer" in second
+    assert "42" not in first + second
+    plain = build()
+    assert "has tools, and" in problem_of(plain, CHAT, tools=TOOLS)
+    assert "has tool calls or results" in problem_of(plain, [ASK, call, result, LAST])
+
+
+def test_reasoning_survives_with_a_place_of_its_own_or_without():
+    thought = {"role": "assistant", "content": "four", "reasoning_content": "two and two"}
+    (marked,) = turns_of(build((TEMPLATES / "qwen3.jinja").read_text()), [ASK, thought])
+    assert marked == "<think>\ntwo and two\n</think>\n\nfour<|im_end|>\n"
+    (folded,) = turns_of(build(), [ASK, thought])
+    assert folded == "<think>\ntwo and two\n</think>\n\nfour<|im_end|>"

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files become rows on disk: counted, judged, kept for the next job, mixed by weight."""
+
+import gzip
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from llm_trainer.common.errors import MAX_FAILURE_CHARACTERS, UserError
+from llm_trainer.config.schema import Settings
+from llm_trainer.data import tokenize
+from llm_trainer.data.datasets import load_data
+from llm_trainer.data.encoding import Vocabulary
+from llm_trainer.data.formats import IGNORED
+from llm_trainer.data.preview import describe_data
+from llm_trainer.model.loading import choose_pad_token
+from llm_trainer.readers.discovery import find_files
+from llm_trainer.readers.sources import FileSource
+from support.tiny_model import build_tokenizer
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
+MARKED = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+)
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """Loads data sets given as {"train" or "validation": {channel: rows, or {file name: bytes}}}."""
+    monkeypatch.setenv("LLM_TRAINER_CACHE", str(tmp_path / "cache"))
+    scratch = iter(range(100))
+
+    def load(train, validation=None, tokenizer=None, **settings):
+        splits = {"train": train} | ({"validation": validation} if validation else {})
+        sources = {name: [build_source(tmp_path, *item) for item in split.items()] for name, split in splits.items()}
+        inputs = SimpleNamespace(train=sources["train"], validation=sources.get("validation", []))
+        environment = SimpleNamespace(output_dir=tmp_path / "output")
+        tokenizer = tokenizer or build_tokenizer()
+        vocabulary = Vocabulary(tokenizer, frozenset({tokenizer.eos_token_id}), len(tokenizer))
+        scratch_dir = tmp_path / f"scratch-{next(scratch)}"
+        scratch_dir.mkdir()
+        job = SimpleNamespace(settings=Settings(**settings), inputs=inputs, environment=environment)
+        return load_data(job, vocabulary, scratch_dir)
+
+    return load
+
+
+def build_source(tmp_path, channel, rows):
+    files = rows if isinstance(rows, dict) else {"rows.jsonl": "".join(f"{json.dumps(row)}\n" for row in rows).encode()}
+    for name, content in files.items():
+        file = tmp_path / channel / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    return FileSource(channel, tmp_path / channel, tuple(find_files(tmp_path / channel)))
+
+
+def texts(*words):
+    return [{"text": word} for word in words]
+
+
+def problems_of(load, *splits, **settings):
+    with pytest.raises(UserError) as caught:
+        load(*splits, **settings)
+    return caught.value.problems
+
+
+def test_rows_are_on_disk_in_their_order_with_a_fingerprint_of_their_files(load):
+    data = load({"train": texts("a", "bb", "ccc")})
+    assert [len(row["input_ids"]) for row in data.splits["train"]] == data.splits["train"]["length"][:] == [2, 3, 4]
+    report = data.reports["train"]
+    assert (report.num_rows, report.num_tokens, report.num_supervised_eos) == (3, 9, 3)
+    assert report.files[0]["name"] == "rows.jsonl"
+    assert len(report.files[0]["sha256"]) == 64
+    assert report.length_percentiles() == {"p50": 3, "p90": 4, "p95": 4, "p99": 4, "longest": 4}
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_chunks_keep_their_order_however_many_processes_there_are(load, monkeypatch, num_processes):
+    monkeypatch.setattr("llm_trainer.data.token_cache.CHUNK_ROWS", 7)
+    rows = [{"text": "x" * (number % 50 + 1)} for number in range(200)]
+    rows[123] = {"text": 5}
+    data = load({"train": rows}, dataset_num_proc=num_processes, max_bad_rows_fraction=0.01)
+    assert data.splits["train"]["length"][:] == [number % 50 + 2 for number in range(200) if number != 123]
+    assert data.reports["train"].num_bad_rows == 1
+
+
+def test_the_same_data_is_prepared_once_and_other_settings_prepare_anew(load, tmp_path):
+    for settings in ({}, {}, {"learning_rate": 0.5}, {"max_length": 5}):
+        load({"train": texts("abc")}, **settings)
+    assert len(list((tmp_path / "cache/data").iterdir())) == 2
+    load({"train": texts("abd")})
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["ab"])
+    data = load({"train": texts("abc")}, tokenizer=tokenizer)
+    assert data.splits["train"]["length"][:] == [3]
+    assert len(list((tmp_path / "cache/data").iterdir())) == 4
+
+
+def test_long_rows_are_cut_or_left_out_and_counted(load):
+    rows = texts("a" * 50, "b")
+    data = load({"train": rows}, max_length=10)
+    assert data.splits["train"]["length"][:] == [10, 2]
+    report = data.reports["train"]
+    assert (report.num_truncated_rows, report.num_dropped_rows, report.longest_row_tokens) == (1, 0, 51)
+    data = load({"train": rows}, max_length=10, apply_truncation=False)
+    assert data.splits["train"]["length"][:] == [2]
+    assert (data.reports["train"].num_truncated_rows, data.reports["train"].num_dropped_rows) == (0, 1)
+    assert load({"train": rows}, max_length=None).splits["train"]["length"][:] == [51, 2]
+    assert load({"train": rows}, max_length=10, truncation_mode="keep_end").splits["train"][0]["input_ids"][-1] == 2
+
+
+def test_rows_of_which_the_cut_leaves_nothing_to_train_on_are_left_out_and_counted(load):
+    long = {"messages": [{"role": "user", "content": "q" * 60}, {"role": "assistant", "content": "a"}]}
+    data = load({"train": [CHAT, long]}, max_length=50)
+    assert (data.reports["train"].num_rows, data.reports["train"].num_unsupervised_rows) == (1, 1)
+
+
+def test_data_that_would_teach_nothing_or_never_to_stop_fails(load):
+    assert "no rows left" in problems_of(load, {"train": texts("a" * 50)}, max_length=10, apply_truncation=False)[0]
+    assert "The train data has no rows: 1 files were read" in problems_of(load, {"empty": {"a.jsonl": b""}})[0]
+    assert "No token of the train data" in problems_of(load, {"train": [CHAT]}, max_length=5)[0]
+    unlabelled = [{"input_ids": [5, 6, 2], "labels": [IGNORED] * 3}]
+    assert "No token of the train data" in problems_of(load, {"train": unlabelled})[0]
+    endless = [{"input_ids": [5, 6, 7]}]
+    assert "No row of the train data trains the end-of-sequence token" in problems_of(load, {"train": endless})[0]
+    masked_eos = [{"input_ids": [5, 6, 2], "labels": [IGNORED, 6, IGNORED]}]
+    assert "1 of 1 rows of the train data train on a turn without" in problems_of(load, {"train": masked_eos})[0]
+    padded = [{"input_ids": [5, 6, 2, 2], "labels": [IGNORED, 6, 2, IGNORED]}]
+    assert load({"train": padded}).reports["train"].num_missed_stops == 0
+
+
+def test_marks_that_leave_out_the_end_of_a_turn_fail(load):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    (problem,) = problems_of(load, {"train": [CHAT]}, tokenizer=tokenizer)
+    assert "without the end-of-sequence token after it" in problem
+
+
+def test_all_problems_of_all_data_are_told_together(load, tmp_path):
+    train = {"a.jsonl": b'{"text": "c"}\n{"text": \n{"text": "\xff"}\n{"text": "a", "text": "b"}\n[1]\n'}
+    train["b.json"] = b'[{"text": "c"}, {"text": "d"'
+    train["c.jsonl.gz"] = gzip.compress(b'{"text": "c"}\n' * 1000)[:-9]
+    problems = problems_of(load, {"train": train}, {"val": texts("ok", " ")})
+    expected = [
+        "b.json ends in the middle of its JSON array",
+        "c.jsonl.gz ends in the middle of its gzip stream",
+        "a.jsonl line 2 is not valid JSON (Expecting value at column 10): write one JSON object a line",
+        "a.jsonl line 3 is not UTF-8 text",
+        "a.jsonl row 4 has the key 'text' twice: keep one of them.",
+        "a.jsonl row 5 is a JSON list: write each row as an object",
+        "rows.jsonl row 2 field 'text' is white space",
+    ]
+    assert len(problems) == len(expected)
+    for problem, beginning in zip(problems, expected, strict=True):
+        assert problem.startswith(beginning)
+    rejected = [json.loads(line) for line in (tmp_path / "output/data/rejected_rows.jsonl").open()]
+    assert [(row["split"], row["file"], row["row"]) for row in rejected] == [
+        *(("train", "a.jsonl", number) for number in (2, 3, 4, 5)),
+        ("validation", "rows.jsonl", 2),
+    ]
+    assert rejected[0]["content"] == '{"text": \n'
+
+
+def test_rows_of_another_format_are_bad_rows(load):
+    (problem,) = problems_of(load, {"train": [*texts("a"), CHAT]})
+    assert problem.startswith("rows.jsonl row 2 is a messages row and rows.jsonl row 1 is a text row: put each format")
+    data = load({"train_a": texts("a"), "train_b": [CHAT]})
+    assert data.reports["train"].formats == {"train_a": "text", "train_b": "messages"}
+    assert data.reports["train"].loss_on == {"train_a": "all tokens", "train_b": "assistant turns"}
+
+
+def test_the_format_is_that_of_the_first_sound_row(load):
+    problems = problems_of(load, {"train": [{"question": 1}, CHAT, *texts("a")]})
+    assert "row 1 has no field" in problems[0]
+    assert "row 3 is a text row and rows.jsonl row 2 is a messages row" in problems[1]
+
+
+def test_bad_rows_up_to_the_fraction_are_left_out(load, tmp_path):
+    rows = [*texts(*"abcdefghi"), {"text": None}]
+    data = load({"train": rows}, max_bad_rows_fraction=0.1)
+    assert (data.reports["train"].num_rows, data.reports["train"].num_bad_rows) == (9, 1)
+    (line,) = (tmp_path / "output/data/rejected_rows.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"].startswith("has no field")
+    problems = problems_of(load, {"train": rows}, max_bad_rows_fraction=0.09)
+    assert "has 1 bad rows among 10" in problems[-1]
+    assert "max_bad_rows_fraction=0.09 allows 0" in problems[-1]
+
+
+def test_many_bad_rows_are_counted_and_the_failure_stays_short(load):
+    problems = problems_of(load, {"train": {"a.jsonl": b"{}\n" * 5000}})
+    assert len(problems) == 21
+    assert "has 5000 bad rows among 5000" in problems[-1]
+    text = str(UserError(*problems))
+    assert text.startswith("a.jsonl row 1 has no field")
+    assert len(text[:MAX_FAILURE_CHARACTERS].splitlines()[0]) < MAX_FAILURE_CHARACTERS
+
+
+def test_an_empty_file_among_full_ones_is_no_mistake(load):
+    lines = b'{"text": "c"}\n'
+    data = load({"train": {"a.jsonl": b"", "b.jsonl": lines, "c.json": b" \n", "d.csv": b"text\nc\n"}})
+    assert data.reports["train"].num_rows == 2
+    assert len(data.reports["train"].files) == 4
+
+
+def test_ten_megabytes_in_one_row_are_cut_like_any_other(load):
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["word " * 100])  # so that it is not as many tokens
+    data = load({"train": texts("b", "word " * 2_000_000, "c")}, tokenizer=tokenizer)
+    assert data.splits["train"]["length"][:] == [2, 2048, 2]
+
+
+def test_duplicates_are_counted_within_and_between(load):
+    data = load({"train": texts("a", "b", "a", "c")}, {"val": texts("c", "d")})
+    assert (data.reports["train"].num_duplicate_rows, data.reports["train"].num_rows_in_validation) == (1, 1)
+    lines = list(describe_data(data, build_tokenizer(), in_colour=False))
+    assert "Warning: 1 rows of the train data are in the validation data too." in lines
+
+
+def test_channels_are_mixed_by_weight_without_losing_a_row(load):
+    channels = {"train_a": texts(*"abcdef"), "train_b": texts("longer", "longest")}
+    data = load(channels, train_weights={"train_a": 1, "train_b": 1})
+    lengths = sorted(data.splits["train"]["length"][:])
+    assert lengths == [2] * 6 + [7] * 3 + [8] * 3
+    data = load(channels, train_weights={"train_a": 3, "train_b": 2})
+    assert len(data.splits["train"]) == 10
+    assert sorted(set(data.splits["train"]["length"][:])) == [2, 7, 8]
+    assert load(channels).splits["train"]["length"][:] == [2] * 6 + [7, 8]
+
+
+def test_the_sample_shows_what_is_trained_on(load):
+    data = load({"train": [CHAT]})
+    plain, coloured = (list(describe_data(data, build_tokenizer(), in_colour))[-1] for in_colour in (False, True))
+    assert "assistant\n⟦yo<|im_end|>⟧\n" in plain
+    assert "assistant\n\x1b[32myo<|im_end|>\x1b[0m\n" in coloured
+    long = load({"train": texts("a" * 500)})
+    sample = list(describe_data(long, build_tokenizer(), in_colour=False))[-1]
+    assert "\n[...]\n" in sample
+    assert len(sample) < 400
+
+
+def test_a_killed_process_is_told(load, monkeypatch):
+    import os
+    import signal
+
+    monkeypatch.setattr("llm_trainer.data.token_cache.CHUNK_ROWS", 2)
+    parent = os.getpid()
+
+    def die(self, chunk):
+        assert os.getpid() != parent
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(tokenize.Preparer, "prepare", die)
+    (problem,) = problems_of(load, {"train": texts(*"abcdef")}, dataset_num_proc=2)
+    assert problem.startswith("A process that tokenizes was killed, most likely because the host ran out of memory")
+
+
+def test_nothing_half_written_is_taken_for_prepared_data(load, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llm_trainer.data.tokenize.build_table", fail)
+        with pytest.raises(OSError, match="No space left"):
+            load({"train": texts("a")})
+    assert list((tmp_path / "cache/data").iterdir()) == []
+    assert load({"train": texts("a")}).reports["train"].num_rows == 1
+
+
+def test_the_pad_token_is_not_the_eos():
+    tokenizer = build_tokenizer()
+    assert tokenizer.pad_token == tokenizer.eos_token
+    assert choose_pad_token(tokenizer) == "<|endoftext|>"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|finetune_right_pad_id|>"]})
+    assert choose_pad_token(tokenizer) == "<|finetune_right_pad_id|>"
+
+
+def test_a_tokenizer_with_nothing_but_eos_pads_with_it():
+    tokenizer = build_tokenizer()
+    tokenizer.bos_token = tokenizer.unk_token = tokenizer.pad_token = tokenizer.eos_token
+    assert choose_pad_token(tokenizer) == tokenizer.eos_token

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token ids and labels of whole rows: what is trained on, where a row ends and begins."""
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+from llm_trainer.common.errors import UserError
+from llm_trainer.config.schema import Settings
+from llm_trainer.data.encoding import Encoder, Vocabulary
+from llm_trainer.data.formats import IGNORED, Conversation, RowError, Text, Tokens
+from support.tiny_model import build_tokenizer
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+RENDERED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n"
+FORMATS = {Conversation: "messages", Text: "text", Tokens: "pretokenized"}
+
+
+def build_bos_tokenizer():
+    """One that puts BOS before every text, as Llama's does."""
+    tokenizer = build_tokenizer()
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    assert tokenizer("abc")["input_ids"][0] == tokenizer.bos_token_id
+    return tokenizer
+
+
+def encode(*examples, tokenizer=None, stop_ids=(), row_format=None, **settings):
+    tokenizer = tokenizer or build_tokenizer()
+    vocabulary = Vocabulary(tokenizer, frozenset({tokenizer.eos_token_id, *stop_ids}), len(tokenizer))
+    encoder = Encoder(vocabulary, Settings(**settings), row_format or FORMATS[type(examples[0])])
+    return tokenizer, encoder, encoder.encode(list(examples))
+
+
+def trained(tokenizer, row):
+    return tokenizer.decode([label for label in row.labels.tolist() if label != IGNORED])
+
+
+def test_the_assistants_turns_and_their_ends_are_trained_on():
+    tokenizer, encoder, [row] = encode(Conversation(CHAT * 2))
+    assert tokenizer.decode(row.input_ids) == RENDERED * 2
+    assert trained(tokenizer, row) == "yo<|im_end|>" * 2
+    assert encoder.loss_on == "assistant turns"
+
+
+def test_all_of_a_conversation_is_trained_on_where_that_is_asked_for():
+    _, encoder, [row] = encode(Conversation(CHAT), assistant_only_loss=False)
+    assert (row.labels == row.input_ids).all()
+    assert encoder.loss_on == "all tokens"
+
+
+def test_all_of_a_conversation_is_trained_on_where_the_template_does_not_tell_turns():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    _, encoder, [row] = encode(Conversation(CHAT), tokenizer=tokenizer)
+    assert (row.labels == row.input_ids).all()
+    assert "since the chat template does not tell turns" in encoder.loss_on
+    with pytest.raises(UserError, match="does not tell where the assistant's turns end"):
+        encode(Conversation(CHAT), tokenizer=tokenizer, assistant_only_loss=True)
+
+
+def test_a_rendered_text_and_its_conversation_give_the_same_tokens():
+    _, _, [chat] = encode(Conversation(CHAT))
+    _, _, [text] = encode(Text(RENDERED))
+    assert chat.input_ids.tolist() == text.input_ids.tolist()
+
+
+def test_completions_are_trained_on_from_the_character_where_they_begin():
+    tokenizer, encoder, [row] = encode(Text("a: b", 2), row_format="prompt_completion")
+    assert tokenizer.decode(row.input_ids) == "a: b<|im_end|>"
+    assert trained(tokenizer, row) == " b<|im_end|>"
+    assert encoder.loss_on == "completions"
+    _, _, [row] = encode(Text("a: b", 2), row_format="prompt_completion", completion_only_loss=False)
+    assert (row.labels == row.input_ids).all()
+    tokenizer, _, [row] = encode(Conversation(CHAT * 2, None, 3), row_format="prompt_completion")
+    assert trained(tokenizer, row) == "yo<|im_end|>"
+
+
+def test_a_text_ends_in_the_supervised_eos_once():
+    tokenizer, _, rows = encode(Text("abc"), Text("abc<|im_end|>"), Text("abc<|im_end|>\n"))
+    for row in rows:
+        assert row.input_ids.tolist().count(tokenizer.eos_token_id) == 1
+        assert tokenizer.eos_token_id in row.labels
+
+
+def test_another_stop_token_of_the_model_ends_a_row_too():
+    tokenizer, _, [row] = encode(Text("abc<|endoftext|>"), stop_ids=[build_tokenizer().unk_token_id])
+    assert row.input_ids[-1] == tokenizer.unk_token_id
+
+
+def test_an_eos_that_is_added_is_trained_on_only_after_a_turn_that_is():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")  # which stops nothing
+    _, _, [ends_in_answer, ends_in_question] = encode(
+        Conversation(CHAT), Conversation([*CHAT, CHAT[0]]), tokenizer=tokenizer
+    )
+    for row, label in ((ends_in_answer, tokenizer.eos_token_id), (ends_in_question, IGNORED)):
+        assert row.input_ids[-1] == tokenizer.eos_token_id
+        assert row.labels[-1] == label
+
+
+@pytest.mark.parametrize("content", ["abc", "<|im_start|>abc", " <|im_start|>abc"])
+def test_bos_is_never_doubled(content):
+    tokenizer, _, [row] = encode(Text(content), tokenizer=build_bos_tokenizer())
+    assert row.input_ids.tolist().count(tokenizer.bos_token_id) == 1
+    tokenizer, _, [row] = encode(Conversation(CHAT), tokenizer=build_bos_tokenizer())
+    assert row.input_ids.tolist().count(tokenizer.bos_token_id) == len(CHAT)
+
+
+def test_the_prompt_stays_the_prompt_behind_an_added_bos():
+    tokenizer, _, [row] = encode(Text("abcd", 3), tokenizer=build_bos_tokenizer(), row_format="prompt_completion")
+    assert trained(tokenizer, row) == "d<|im_end|>"
+
+
+def test_mixed_rows_keep_their_order():
+    tokenizer, _, rows = encode(Text("one"), Text("<|im_start|>two"), Text("three"))
+    decoded = [tokenizer.decode(row.input_ids) for row in rows]
+    assert decoded == ["one<|im_end|>", "<|im_start|>two<|im_end|>", "three<|im_end|>"]
+
+
+def test_tokenized_rows_are_taken_as_they_are():
+    _, encoder, [row] = encode(Tokens([5, 6, 7], [IGNORED, 6, 7]))
+    assert row.input_ids.tolist() == [5, 6, 7]
+    assert row.labels.tolist() == [IGNORED, 6, 7]
+    assert encoder.loss_on == "labels"
+
+
+def test_tokenized_rows_that_the_model_cannot_know_are_bad():
+    bos_id = build_tokenizer().bos_token_id
+    examples = [
+        Tokens([5, 999], [5, 5]),
+        Tokens([5, -1], [5, 5]),
+        Tokens([5, 6], [5, 999]),
+        Tokens([bos_id] * 2, [5, 5]),
+    ]
+    _, _, rows = encode(*examples)
+    assert all(isinstance(row, RowError) for row in rows)
+    assert "has the token id 999 among its input_ids and the model's vocabulary ends before 259" in str(rows[0])
+    assert "token id -1" in str(rows[1])
+    assert "token id 999 among its labels" in str(rows[2])
+    assert "begins with two BOS tokens" in str(rows[3])
+
+
+def test_a_bad_row_leaves_those_around_it():
+    tokenizer, _, rows = encode(Conversation(CHAT), Conversation(CHAT[:1]), Conversation(CHAT))
+    assert isinstance(rows[1], RowError)
+    assert [trained(tokenizer, row) for row in (rows[0], rows[2])] == ["yo<|im_end|>"] * 2
+
+
+def test_half_a_character_is_told():
+    _, _, [row] = encode(Text("a \ud83d b"))
+    assert str(row) == "has half a character ('\\ud83d'): write the whole one."
+
+
+def test_a_loss_that_the_rows_have_no_place_for_is_refused():
+    with pytest.raises(UserError, match="assistant_only_loss=true needs conversations and the data has text rows"):
+        encode(Text("abc"), assistant_only_loss=True)
+    with pytest.raises(UserError, match="completion_only_loss=true needs rows with prompt and completion"):
+        encode(Conversation(CHAT), completion_only_loss=True)
+
+
+def test_conversations_need_a_chat_template():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        encode(Conversation(CHAT), tokenizer=tokenizer)
+
+
+def test_what_a_tokenizers_file_says_of_cutting_and_padding_is_not_followed():
+    tokenizer = build_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=20)
+    _, _, [row] = encode(Text("abcdef"), tokenizer=tokenizer)
+    assert len(row.input_ids) == 7

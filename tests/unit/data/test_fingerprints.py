@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the journal holds of a split: places, one digest for all files, and lengths in few bins."""
+
+from collections import Counter
+
+import pytest
+
+from llm_trainer.data.fingerprints import MAX_LENGTHS, bin_lengths, describe_split, digest
+from llm_trainer.data.report import DataReport
+from llm_trainer.readers.sources import FileSource, HubSource
+
+A, B = {"name": "a.jsonl", "bytes": 3, "sha256": "11"}, {"name": "b.jsonl", "bytes": 3, "sha256": "22"}
+
+
+def test_the_digest_depends_on_contents_alone():
+    assert digest([A, B]) == digest([{**B, "name": "moved/b.jsonl"}, A])
+    assert digest([A, B]) != digest([A, {**B, "sha256": "23"}])
+    assert digest([A]) != digest([A, A])
+    assert 0 < len(digest([A])) <= 36
+    streamed = {"name": "a.jsonl", "bytes": 3, "modified": 7, "audited_rows": 1000}
+    assert digest([streamed]) != digest([{**streamed, "modified": 8}])
+
+
+def test_few_lengths_stay_as_they_are():
+    assert bin_lengths({7: 1, 3: 2}) == {3: 2, 7: 1}
+    assert bin_lengths({}) == {}
+
+
+@pytest.mark.parametrize("longest", [201, 1234, 100_000])
+def test_many_lengths_share_bins_up_to_the_longest(longest):
+    lengths = Counter(dict.fromkeys(range(1, longest + 1), 1))
+    bins = bin_lengths(lengths)
+    assert len(bins) <= MAX_LENGTHS
+    assert sum(bins.values()) == longest == max(bins)
+    ends = list(bins)
+    assert all(rows == end - before for before, end, rows in zip([0, *ends], ends, bins.values(), strict=False))
+
+
+def test_each_file_has_its_place(tmp_path):
+    file = tmp_path / "in here" / "a.jsonl"
+    file.parent.mkdir()
+    file.write_text("{}")
+    hub = HubSource("team/rows", None, "train")
+    sources = [FileSource("train", tmp_path, (file,), prefix="train/"), hub]
+    of_another_host = {"name": "train/shard-2.jsonl", "bytes": 3, "sha256": "33"}
+    files = [{**A, "name": "train/in here/a.jsonl"}, {"name": hub.title, "bytes": 9, "sha256": "f"}, of_another_host]
+    report = DataReport(files=files, num_rows=2, num_tokens=30, num_supervised_tokens=10, lengths=Counter({15: 2}))
+    described = describe_split("train", report, sources)
+    assert [source["uri"] for source in described["sources"]] == [file.as_uri(), "hf://datasets/team/rows", None]
+    assert (described["rows"], described["tokens"], described["supervised_tokens"]) == (2, 30, 10)
+    assert described["summary"] == report.summary()

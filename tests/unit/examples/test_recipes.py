@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every recipe of examples/recipes/ is free of mistakes, and its model fits the instance that it names, as it says."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
+
+from llm_trainer.common.findings import GIB
+from llm_trainer.config.checks import find_lacks
+from llm_trainer.config.environment import Environment
+from llm_trainer.config.load import read_settings
+from llm_trainer.config.schema import ALIASES, Settings
+from llm_trainer.model.attention import choose_attention, read_needs
+from llm_trainer.model.device import Device
+from llm_trainer.model.memory.fit import Case, Target, choose_fit
+from llm_trainer.model.precision import choose_precision
+
+RECIPES = sorted((Path(__file__).parents[3] / "examples/recipes").glob("*.yaml"))
+CPU = Device(torch.device("cpu"))
+NOT_INSTALLED = dict.fromkeys(("flash_attention_3", "flash_attention_4"), "is not in the image")
+
+
+def gpu(name: str, capability: tuple[int, int]) -> Device:
+    return Device(torch.device("cuda"), name, capability)
+
+
+@dataclass(frozen=True)
+class Instance:
+    device: Device
+    num_gpus: int
+    free_gib: float  # of a GPU as torch finds it, with a CUDA context on it; without GPUs, of the host
+
+
+L4, L40S, A100, H100 = gpu("L4", (8, 9)), gpu("L40S", (8, 9)), gpu("A100", (8, 0)), gpu("H100", (9, 0))
+INSTANCES = {
+    "ml.c7i.4xlarge": Instance(CPU, 0, 28),
+    "ml.g6.2xlarge": Instance(L4, 1, 21.5),
+    "ml.g6.12xlarge": Instance(L4, 4, 21.5),
+    "ml.g6e.12xlarge": Instance(L40S, 4, 43.9),
+    "ml.p4d.24xlarge": Instance(A100, 8, 38.9),
+    "ml.p5.4xlarge": Instance(H100, 1, 78.6),
+    "ml.p5.48xlarge": Instance(H100, 8, 78.6),
+}
+
+
+def llama(hidden: int, intermediate: int, layers: int, heads: int, **options) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=options.pop("vocab_size", 128256),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=options.pop("num_key_value_heads", 8),
+        **options,
+    )
+
+
+def qwen3(hidden: int, intermediate: int, layers: int, heads: int, is_tied: bool = False) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=151936,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=is_tied,
+    )
+
+
+# The sizes are those of the models' own config.json.
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": llama(
+        576, 1536, 30, 9, vocab_size=49152, num_key_value_heads=3, tie_word_embeddings=True
+    ),
+    "Qwen/Qwen3-1.7B": qwen3(2048, 6144, 28, 16, is_tied=True),
+    "Qwen/Qwen3-4B": qwen3(2560, 9728, 36, 32, is_tied=True),
+    "Qwen/Qwen3-8B": qwen3(4096, 12288, 36, 32),
+    "Qwen/Qwen3-32B": qwen3(5120, 25600, 64, 64),
+    "meta-llama/Llama-3.1-8B": llama(4096, 14336, 32, 32),
+    "meta-llama/Llama-3.1-8B-Instruct": llama(4096, 14336, 32, 32),
+    "meta-llama/Llama-3.3-70B-Instruct": llama(8192, 28672, 80, 64),
+    "openai/gpt-oss-20b": GptOssConfig(
+        num_hidden_layers=24, num_local_experts=32, quantization_config={"quant_method": "mxfp4"}
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe's comments claim, and the settings below them."""
+
+    path: Path
+    num_instances: int
+    instance: Instance
+    memory: str
+
+    def read_settings(self) -> tuple[Settings, list[str]]:
+        return read_settings(self.build_environment(), {})
+
+    def build_environment(self) -> Environment:
+        hosts = tuple(f"algo-{number + 1}" for number in range(self.num_instances))
+        return Environment(
+            base_dir=Path("/opt/ml"),
+            hyperparameters={},
+            channels={"config": self.path},
+            sharded_channels=frozenset(),
+            hosts=hosts,
+            other_hosts=(),
+            current_host=hosts[0],
+            network_interface=None,
+            instance_type=None,
+            num_gpus=self.instance.num_gpus,
+            num_cpus=16,
+            checkpoint_dir=Path("/opt/ml/checkpoints"),
+        )
+
+
+@pytest.fixture(params=RECIPES, ids=lambda path: path.stem)
+def recipe(request) -> Recipe:
+    text = request.param.read_text(encoding="utf-8")
+    number, kind = re.search(r"^# Instance: (\d+) x (\S+)$", text, re.MULTILINE).groups()
+    assert re.search(r"^# Volume: (\d+ GB|its own NVMe disks.*)$", text, re.MULTILINE)
+    memory = re.search(r"^# Memory: (.*)$", text, re.MULTILINE)[1]
+    return Recipe(request.param, int(number), INSTANCES[kind], memory)
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) >= 9
+
+
+def test_its_settings_are_valid_together_and_on_its_instance(recipe):
+    settings, problems = recipe.read_settings()
+    assert [*problems, *find_lacks(settings, recipe.build_environment())] == []
+    given = yaml.safe_load(recipe.path.read_text(encoding="utf-8"))
+    assert {ALIASES.get(name, name) for name in given} == settings.model_fields_set
+
+
+def test_its_model_fits_its_instance_in_the_way_that_it_says(recipe):
+    settings, _ = recipe.read_settings()
+    instance = recipe.instance
+    target = Target(instance.device, max(1, instance.num_gpus) * recipe.num_instances, int(instance.free_gib * GIB))
+    config = CONFIGS[settings.model_id]
+    skeleton = Case(config, settings, settings.max_length, target, "eager").shape.skeleton
+    compute = choose_precision(settings, instance.device).compute
+    attention = choose_attention(read_needs(skeleton), settings, compute, instance.device, NOT_INSTALLED)
+    fit = choose_fit(config, settings, settings.max_length, target, attention.name)
+    savings = ["gradient checkpointing"] * fit.gradient_checkpointing
+    savings += ["activation offloading"] * fit.activation_offloading
+    way = " and ".join(savings)
+    size = f"{fit.estimate.total_bytes / GIB:.0f} GiB a {target.unit}"
+    assert recipe.memory == (f"{size}, with {way}" if way else size)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from llm_trainer.common.errors import UserError
+from llm_trainer.config.schema import Settings
+from llm_trainer.export import logits_check
+from llm_trainer.export.logits_check import Place, choose_place, choose_rows, compute_logits, measure_difference, prove
+from llm_trainer.model.device import Device
+from llm_trainer.model.loading import load_model
+
+CPU = Device(torch.device("cpu"))
+WHOLE = Place(torch.device("cpu"), "whole on the CPU")
+ROWS = [[3, 4, 5, 6, 7], [9, 8, 7], [5, 5]]
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def test_rows_are_cut_and_as_many_wherever_they_are_chosen():
+    rows = choose_rows(Dataset.from_dict({"input_ids": [list(range(500)), [1, 2]]}))
+    assert [len(row) for row in rows] == [logits_check.CHECKED_TOKENS, 2, logits_check.CHECKED_TOKENS]
+
+
+def test_a_difference_is_relative_to_the_largest_logit():
+    expected = [torch.tensor([[4.0, -8.0]]), torch.tensor([[2.0, 0.0]])]
+    assert measure_difference(expected, [expected[0], torch.tensor([[2.0, -0.4]])]) == pytest.approx(0.05)
+
+
+def test_what_was_lost_of_an_adapter_is_noticed(tiny_model, tmp_path):
+    model = get_peft_model(load(tiny_model), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    expected = compute_logits(model, ROWS, torch.device("cpu"))
+    same = PeftModel.from_pretrained(load(tiny_model), tmp_path / "adapter")
+    record = prove("The adapter", expected, same, WHOLE, ROWS, 1e-4)
+    assert record["relative_logit_difference"] <= 1e-6
+    assert (record["rows"], record["tokens"], record["loaded"]) == (3, 10, "whole on the CPU")
+    with pytest.raises(UserError, match=r"^The adapter does not compute what was trained: logits differ by "):
+        prove("The adapter", expected, load(tiny_model), WHOLE, ROWS, 1e-4)
+    assert prove("Another base", expected, load(tiny_model), WHOLE, ROWS, None)["relative_logit_difference"] > 1e-4
+
+
+def test_not_a_number_is_nobodys_rounding(tiny_model):
+    expected = compute_logits(load(tiny_model), ROWS, torch.device("cpu"))
+    broken = load(tiny_model)
+    broken.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(UserError, match="The export does not compute"):
+        prove("The export", expected, broken, WHOLE, ROWS, None)
+    logits = compute_logits(broken, ROWS, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"diverged; lower learning_rate\.$"):
+        prove("The export", logits, broken, WHOLE, ROWS, None)
+
+
+def test_a_model_larger_than_the_memory_is_asked_layer_by_layer(tiny_model, tmp_path, monkeypatch):
+    weights_bytes = 4 * load(tiny_model).num_parameters()
+    assert choose_place(weights_bytes, CPU, tmp_path).words == "whole on the CPU"
+    monkeypatch.setattr(logits_check, "find_free_memory", lambda device: weights_bytes // 2)
+    place = choose_place(weights_bytes, CPU, tmp_path)
+    assert place.words == "layer by layer on the CPU"
+    model = load_model(str(tiny_model), Settings(), None, torch.float32, place.device, "sdpa", **place.placement)
+    assert "disk" in model.hf_device_map.values()
+    expected = compute_logits(load(tiny_model), ROWS, torch.device("cpu"))
+    assert prove("The export", expected, model, place, ROWS, 1e-6)["loaded"] == place.words

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The card is one that the Hub reads, says what the manifest says, and its snippet runs."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import ModelCard
+
+from llm_trainer.export.model_card import find_licence, write_card
+
+MANIFEST = {
+    "llm_trainer": "0.1.0",
+    "training_job_name": "sums: {{ 7 * 7 }}",
+    "model": "/opt/ml/input/data/model",
+    "settings": {
+        "model_id": "/opt/ml/input/data/model",
+        "lora_r": 8,
+        "hub_token": "***",
+        "train_dataset_path": "org/rows",
+        "wandb_project": None,
+    },
+    "trainable_parameters": 10,
+    "parameters": 1000,
+    "adapter": {},
+    "data": {
+        "train": {
+            "formats": {"train": "messages"},
+            "num_rows": 240,
+            "num_tokens": 16746,
+            "supervised_share": 0.1965,
+            "files": [
+                {"name": "a|b.jsonl", "bytes": 45278, "sha256": "fa99"},
+                {"name": "s.jsonl", "bytes": 7, "modified": 1},
+            ],
+        }
+    },
+    "metrics": {"eval_loss": 0.0424},
+    "num_steps": 60,
+    "total_steps": 60,
+    "stopped": False,
+    "world_size": 1,
+    "export": {"largest_difference": 0.001},
+    "versions": {"python": "3.11.7"},
+}
+
+
+def card_of(folder, base_folder="/nowhere", base_id="org/base", refusals=()):
+    write_card(folder, MANIFEST, str(base_folder), base_id, "abc" if base_id else None, list(refusals))
+    return ModelCard.load(folder / "README.md")
+
+
+def test_an_adapters_card(tmp_path):
+    (tmp_path / "adapter_config.json").touch()
+    card = card_of(tmp_path)
+    data = card.data.to_dict()
+    assert data["base_model"] == "org/base"
+    assert data["base_model_relation"] == "adapter"
+    assert data["library_name"] == "peft"
+    assert data["datasets"] == ["org/rows"]
+    assert "license" not in data
+    for part in (
+        "licence was not found",
+        "| eval_loss | 0.0424 |",
+        "a\\|b.jsonl | 45,278 | fa99 |",
+        "16,746",
+        "{{ 7 * 7 }}",
+    ):
+        assert part in card.text
+    assert "largest_difference" in card.text
+    assert "/opt/ml" not in card.content
+
+
+def test_a_whole_models_card_of_a_base_without_a_name(tmp_path):
+    card = card_of(tmp_path, base_id=None, refusals=["vLLM cannot."])
+    data = card.data.to_dict()
+    assert "base_model" not in data
+    assert "base_model_relation" not in data
+    assert data["library_name"] == "transformers"
+    assert "- vLLM cannot." in card.text
+    assert "serving.properties" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "licence"),
+    [
+        ("README.md", "---\nlicense: other\nlicense_name: x\n---\n", {"license": "other", "license_name": "x"}),
+        ("README.md", "---\n{ no: yaml\n---\n", {}),
+        ("README.md", "no front matter", {}),
+        ("LICENSE", "   Apache License\n  Version 2.0", {"license": "apache-2.0"}),
+        ("LICENSE.txt", "Our own terms", {"license": "other", "license_name": "LICENSE.txt"}),
+    ],
+)
+def test_the_licence_is_the_bases_own(tmp_path, file, content, licence):
+    (tmp_path / file).write_text(content)
+    assert find_licence(tmp_path) == licence
+
+
+def test_the_snippet_answers(tmp_path, tiny_model):
+    for file in tiny_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (code,) = re.findall(r"```python\n(.*?)```", card_of(tmp_path).text, re.DOTALL)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr

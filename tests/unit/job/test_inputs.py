@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a job points at is checked before anything heavy starts."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from llm_trainer.common.errors import UserError
+from llm_trainer.config.environment import read_environment
+from llm_trainer.config.load import read_settings
+from llm_trainer.job.inputs import find_inputs, find_lack_of_weights, find_oddities
+from llm_trainer.job.job import read_job
+
+GIT_LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.fixture
+def inputs_of(tree, monkeypatch):
+    monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(tree.base_dir))
+
+    def read():
+        environment = read_environment()
+        return find_inputs(read_settings(environment, {})[0], environment)
+
+    return read
+
+
+def names(sources):
+    return [file.name for source in sources for file in source.files]
+
+
+def test_channels_are_found_without_settings(tree, inputs_of):
+    inputs, problems = inputs_of()
+    assert not problems
+    assert inputs.model == str(tree.base_dir / "input/data/model")
+    assert names(inputs.train) == ["train.jsonl"]
+    assert names(inputs.validation) == ["validation.json"]
+    assert inputs.model_dir == tree.base_dir / "model"
+
+
+def test_settings_come_before_channels(tree, inputs_of):
+    file = tree.write("elsewhere/rows.jsonl", "")
+    tree.change(train_dataset_path=str(file), output_dir=str(tree.base_dir / "out"), model_id="org/name")
+    inputs, problems = inputs_of()
+    assert not problems
+    assert inputs.train[0].files == (file,)
+    assert inputs.model_dir == tree.base_dir / "out"
+    assert inputs.model == "org/name"
+
+
+@pytest.mark.parametrize("channel", ["val", "validation"])
+def test_the_validation_channel_has_two_names(tree, inputs_of, channel):
+    (tree.base_dir / "input/data/validation").rename(tree.base_dir / "input/data" / channel)
+    tree.write("input/config/inputdataconfig.json", {})
+    assert names(inputs_of()[0].validation) == ["validation.json"]
+
+
+def test_everything_missing_is_told_at_once(tree, inputs_of):
+    for folder in ("model", "train", "validation"):
+        (tree.base_dir / "input/data" / folder).rename(tree.base_dir / folder)
+    tree.write("input/config/inputdataconfig.json", {})
+    tree.change(early_stopping="true")
+    _, problems = inputs_of()
+    assert [problem.split(" ")[0] for problem in problems] == ["model_id", "Training", "early_stopping=true"]
+
+
+def test_a_channel_without_data_files_is_told_with_what_is_there(tree, inputs_of):
+    (tree.base_dir / "input/data/train/train.jsonl").rename(tree.base_dir / "input/data/train/train.xlsx")
+    _, (problem,) = inputs_of()
+    assert "Channel 'train' has no .json, .jsonl, .parquet, .csv or .arrow file" in problem
+    assert "found: train.xlsx" in problem
+
+
+def test_a_listed_channel_without_a_folder_is_told(tree, inputs_of):
+    (tree.base_dir / "input/data/train").rename(tree.base_dir / "train")
+    _, (problem,) = inputs_of()
+    assert "Channel 'train' does not exist" in problem
+
+
+@pytest.mark.parametrize(
+    ("removed", "word"),
+    [("config.json", "no config.json"), ("tokenizer.json", "no tokenizer")],
+)
+def test_an_incomplete_model_folder_is_told(tree, inputs_of, removed, word):
+    (tree.base_dir / "input/data/model" / removed).unlink()
+    _, (problem,) = inputs_of()
+    assert word in problem
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "word"),
+    [
+        ("config.json", "{", "config.json is not valid JSON (Expecting property name"),
+        ("config.json", "{}", "config.json has no model_type"),
+        ("config.json", "[]", "config.json has no model_type"),
+        ("config.json", GIT_LFS_POINTER, "config.json is a Git LFS pointer"),
+        ("tokenizer.json", GIT_LFS_POINTER, "tokenizer.json is a Git LFS pointer"),
+        ("model.safetensors", GIT_LFS_POINTER, "model.safetensors is a Git LFS pointer and not the weights: run"),
+    ],
+)
+def test_a_damaged_model_file_is_told(tree, inputs_of, file, content, word):
+    tree.write(f"input/data/model/{file}", content)
+    _, (problem,) = inputs_of()
+    assert word in problem
+
+
+def test_only_a_job_needs_weights(tree, inputs_of):
+    folder = tree.base_dir / "input/data/model"
+    (folder / "model.safetensors").unlink()
+    _, problems = inputs_of()
+    assert not problems
+    with pytest.raises(UserError, match=f"Model folder {folder} has no weights: put"):
+        read_job([])
+
+
+def test_pickled_weights_are_named_and_not_read(tree, inputs_of):
+    folder = tree.base_dir / "input/data/model"
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (lack,) = find_lack_of_weights(str(folder))
+    assert "found pytorch_model.bin, which is not read" in lack
+
+
+def test_what_is_seldom_meant_is_told(tree, inputs_of):
+    tree.write("input/data/train/notes.docx", "")
+    tree.write("input/data/vaildation/rows.jsonl", "")
+    tree.change(token="hunter2", ignore_data_skip="true")
+    environment = read_environment()
+    settings, _ = read_settings(environment, {})
+    oddities = list(find_oddities(settings, environment, inputs_of()[0]))
+    assert [oddity.split(":")[0] for oddity in oddities] == [
+        "train holds files that are not read",
+        "nothing reads channel vaildation",
+        "everyone who may describe the job can read token",
+        "ignore_data_skip=true",
+    ]
+
+
+def test_a_path_that_is_no_folder_is_no_model(tree, inputs_of):
+    tree.change(model_id="/opt/ml/input/data/modle")
+    _, (problem,) = inputs_of()
+    assert "neither a folder in the container nor a Hugging Face id" in problem
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root can write anywhere; the image tests run this as another user")
+def test_an_unwritable_result_folder_is_told(tree, inputs_of):
+    (tree.base_dir / "model").mkdir(mode=0o500)
+    _, (problem,) = inputs_of()
+    assert "cannot write to" in problem
+
+
+def test_the_launchers_modules_import_neither_torch_nor_trackers(tree):
+    code = (
+        "import sys, llm_trainer.launcher.launch as launch; launch.read_job([]); "
+        "print(sorted({'torch', 'transformers', 'trl', 'mlflow', 'wandb', 'datasets'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "SAGEMAKER_BASE_DIR": str(tree.base_dir)}
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).strip() == "[]"

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A host's workers begin to train, or its launcher stops them before: never both."""
+
+import subprocess
+import sys
+
+import pytest
+
+from llm_trainer.job.start_gate import Gate
+
+PASS = (
+    "import pathlib, sys; from llm_trainer.job.start_gate import Gate; Gate(pathlib.Path(sys.argv[1])).wait_or_pass()"
+)
+
+
+def begin_worker(folder):
+    return subprocess.Popen([sys.executable, "-c", PASS, folder])
+
+
+def test_where_a_worker_has_passed_the_launcher_comes_too_late(tmp_path):
+    assert begin_worker(tmp_path).wait(60) == 0
+    assert not Gate(tmp_path).close()
+
+
+def test_a_closed_gate_holds_the_worker_until_another_attempt(tmp_path):
+    gate = Gate(tmp_path)
+    assert gate.close()
+    worker = begin_worker(tmp_path)
+    with pytest.raises(subprocess.TimeoutExpired):
+        worker.wait(5)
+    gate.reset()
+    assert worker.wait(60) == 0

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the launcher writes to the journal, and on hosts but the first hands over instead."""
+
+import json
+import os
+import time
+from dataclasses import replace
+
+import pytest
+
+from llm_trainer.common.errors import Failure
+from llm_trainer.config.environment import read_environment
+from llm_trainer.config.schema import Settings
+from llm_trainer.job.inputs import Inputs
+from llm_trainer.journal.journal import Journal, read_records
+from llm_trainer.journal.timeline import Timeline
+from llm_trainer.launcher.cluster import Hosts
+from llm_trainer.launcher.job_events import Chronicle
+from llm_trainer.launcher.supervisor import Verdict
+
+
+@pytest.fixture
+def opt_ml(tmp_path, monkeypatch):
+    """An /opt/ml of two hosts."""
+    config = tmp_path / "input/config"
+    config.mkdir(parents=True)
+    resources = {"current_host": "algo-1", "hosts": ["algo-1", "algo-2"], "current_instance_type": "ml.p5.48xlarge"}
+    (config / "resourceconfig.json").write_text(json.dumps(resources))
+    monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRAINING_JOB_NAME", "tune-1")
+    monkeypatch.setenv("TRAINING_JOB_ARN", "arn:aws:sagemaker:eu-west-1:123456789012:training-job/tune-1")
+    monkeypatch.setenv("LLM_TRAINER_REVISION", "4fb1a2")
+    monkeypatch.setenv("LLM_TRAINER_IMAGE", "trainer@sha256:12ab")
+    return tmp_path
+
+
+@pytest.fixture
+def chronicle(opt_ml):
+    environment = read_environment()
+    return Chronicle(environment, Hosts(environment.hosts, environment.current_host))
+
+
+def inputs(opt_ml):
+    return Inputs("", [], [], opt_ml / "model", opt_ml / "checkpoints")
+
+
+def timeline(started):
+    return Timeline(started, Journal(None), "algo-1")
+
+
+def records(opt_ml):
+    return [record for record, _ in read_records(opt_ml / "output/data/metrics.jsonl")]
+
+
+def test_a_job_is_told_at_every_attempt_without_its_secrets(chronicle, opt_ml):
+    chronicle.environment = replace(chronicle.environment, other_hosts=("algo-3",))
+    settings = Settings(model_id="org/model", token="hf_secret", nproc_per_node=4, mlflow_uri="https://me:pass@host/")
+    chronicle.begin(settings, inputs(opt_ml), timeline(1000.5))
+    chronicle.begin_again(settings, 2, Failure("Rank 0 broke.", "fault", time.time()))
+    job, event, again = records(opt_ml)
+    assert (job["name"], job["arn"][:12]) == ("tune-1", "arn:aws:sage")
+    assert (job["attempt"], again["attempt"]) == (1, 2)
+    assert (job["started"], job["billed_hosts"]) == (again["started"], again["billed_hosts"]) == (1000.5, 3)
+    assert (job["hosts"], job["world_size"]) == (["algo-1", "algo-2"], 8)
+    assert job["settings"]["model_id"] == "org/model"
+    assert "hf_secret" not in str(job)
+    assert "pass" not in job["settings"]["mlflow_uri"]
+    environment = job["environment"]
+    assert (environment["revision"], environment["image"]) == ("4fb1a2", "trainer@sha256:12ab")
+    assert environment["instance_type"] == "ml.p5.48xlarge"
+    assert environment["packages"]["torch"]
+    assert event["text"] == "Rank 0 broke. Attempt 2: the workers start again from the newest checkpoint."
+
+
+@pytest.mark.parametrize(("has_checkpoint", "attempts"), [(False, [1]), (True, [1, 1])])
+def test_an_earlier_jobs_journal_stays_for_a_job_that_goes_on_with_it(opt_ml, has_checkpoint, attempts):
+    if has_checkpoint:
+        (opt_ml / "checkpoints/checkpoint-5").mkdir(parents=True)
+    environment = read_environment()
+    for _ in range(2):
+        hosts = Hosts(environment.hosts, environment.current_host)
+        Chronicle(environment, hosts).begin(Settings(), inputs(opt_ml), timeline(1000.0))
+    assert [record["attempt"] for record in records(opt_ml)] == attempts
+
+
+def test_phases_stand_at_the_time_when_they_ended(chronicle, opt_ml):
+    begun = timeline(1000.0)
+    begun.seconds = {"check": 1.5, "meeting": 2.0}
+    chronicle.begin(Settings(), inputs(opt_ml), begun)
+    _, *phases = records(opt_ml)
+    told = [(record["name"], record["time"], record["seconds"], record["host"]) for record in phases]
+    assert told == [("check", 1001.5, 1.5, "algo-1"), ("meeting", 1003.5, 2.0, "algo-1")]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "manifest", "status"),
+    [
+        (Verdict("done"), {"stopped": False}, "done"),
+        (Verdict("done"), {"stopped": True}, "stopped"),
+        (Verdict("done"), None, "done"),
+        (Verdict("stopped"), {"stopped": False}, "stopped"),
+        (Verdict("failed", Failure("Rank 0 broke.", "fault", 1.0)), {"stopped": True}, "failed"),
+    ],
+)
+def test_the_end_says_how_it_ended_and_why(chronicle, opt_ml, verdict, manifest, status):
+    (opt_ml / "model").mkdir()
+    if manifest:
+        (opt_ml / "model/training_manifest.json").write_text(json.dumps(manifest))
+    chronicle.end(verdict, inputs(opt_ml))
+    (end,) = records(opt_ml)
+    reason = verdict.failure and verdict.failure.reason
+    assert (end["kind"], end["status"], end["reason"]) == ("end", status, reason)
+
+
+def test_other_hosts_hand_over_what_they_measure_and_keep_no_journal(opt_ml):
+    resources = {"current_host": "algo-2", "hosts": ["algo-1", "algo-2"]}
+    (opt_ml / "input/config/resourceconfig.json").write_text(json.dumps(resources))
+    environment = read_environment()
+    hosts = Hosts(environment.hosts, environment.current_host)
+    chronicle = Chronicle(environment, hosts)
+    chronicle.begin(Settings(), inputs(opt_ml), timeline(1000.0))
+    chronicle.begin_again(Settings(), 2, Failure("Rank 0 broke.", "fault", time.time()))
+    chronicle.write("system", host="algo-2", gpus={"power_watts": [1.5]})
+    chronicle.end(Verdict("done"), inputs(opt_ml))
+    assert [(record["kind"], record["gpus"]) for record in hosts.records] == [("system", {"power_watts": [1.5]})]
+    assert not (opt_ml / "output").exists()
+
+
+def test_without_a_place_for_the_journal_the_job_goes_on(opt_ml, capsys):
+    (opt_ml / "output").write_text("a file where the folder belongs")
+    environment = read_environment()
+    chronicle = Chronicle(environment, Hosts(environment.hosts, environment.current_host))
+    chronicle.begin(Settings(), inputs(opt_ml), timeline(1000.0))
+    chronicle.end(Verdict("done"), inputs(opt_ml))
+    assert "metrics.jsonl cannot be written" in capsys.readouterr().err
+
+
+def test_a_column_of_gpus_is_read_as_a_name_for_each(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    Journal(file).write("system", host="algo-1", gpus={"power_watts": [1.5, None, 3], "sm_clock_mhz": [1, 2, 3]})
+    Journal(file).write("system", host="algo-1", values={"host/algo-1/cpu_percent": 5})
+    (first, _), (second, offset) = read_records(file)
+    assert first["values"] == {
+        "gpu/algo-1/0/power_watts": 1.5,
+        "gpu/algo-1/2/power_watts": 3,
+        **{f"gpu/algo-1/{index}/sm_clock_mhz": index + 1 for index in range(3)},
+    }
+    assert "gpus" not in first
+    assert second["values"] == {"host/algo-1/cpu_percent": 5}
+    assert offset == os.stat(file).st_size

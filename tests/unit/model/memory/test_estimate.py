@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The estimate beside a real step, every tensor of it counted, and its parts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from transformers import AutoModelForCausalLM, LlamaConfig
+from trl.trainer.utils import add_fused_lm_head
+
+from llm_trainer.config.schema import Settings
+from llm_trainer.model.memory.estimate import Setup, estimate
+from llm_trainer.model.memory.shape import read_shape
+from llm_trainer.model.memory.step_trace import HeldBytes, Step, trace_step
+
+CONFIG = LlamaConfig(
+    vocab_size=1000,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=7,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+STEP = Step(
+    num_sequences=2,
+    length=128,
+    has_mask=False,
+    stores_scores=False,
+    compute_dtype=torch.float32,
+    checkpoints=False,
+    offloads=False,
+    sharded=False,
+    on_gpu=False,
+)
+
+
+def expect(settings=None, config=CONFIG, dtype=torch.float32, world_size=1, optim="adamw_torch", **step):
+    shape = read_shape(config, settings or Settings(use_peft=False), dtype)
+    return estimate(shape, Setup(replace(STEP, **step), world_size, f"{optim}", accumulates=False))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_real_step_holds_what_was_estimated(attention, checkpoints, dtype):
+    settings = Settings(use_peft=False)
+    step = {"checkpoints": checkpoints, "compute_dtype": dtype, "stores_scores": attention == "eager"}
+    expected = expect(settings, optim="adamw_torch_fused", **step)
+    model = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32, attn_implementation=attention).train()
+    if checkpoints:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    ids = torch.randint(0, 1000, (2, 128))
+    with HeldBytes([*model.parameters(), *model.buffers(), ids], "step") as held:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            output = model(input_ids=ids, labels=ids, position_ids=torch.arange(128)[None], fused_lm_head=True)
+        (-output.log_probs.sum()).backward()
+        held.begin("over")
+    assert not _get_current_dispatch_mode_stack()
+    step_bytes = sum(expected.parts[name] for name in ("gradients", "activations", "working memory"))
+    assert step_bytes == pytest.approx(held.spans["step"].peak, rel=0.05)
+
+
+def test_parts_of_full_fine_tuning():
+    parts = expect().parts
+    num_weights = 1000 * 128 + 7 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256 + 2 * 128) + 128
+    assert parts["base weights"] == 4 * num_weights
+    assert parts["optimizer"] == 8 * num_weights
+    assert parts["DDP's buckets"] == 0
+
+
+def test_what_shards_and_what_does_not():
+    alone, sharded = expect(), expect(sharded=True, world_size=4)
+    assert sharded.parts["base weights"] == pytest.approx(alone.parts["base weights"] / 4, rel=0.01)
+    assert sharded.parts["optimizer"] == alone.parts["optimizer"] // 4
+    assert sharded.parts["gathered weights"] > 0
+    assert expect(world_size=4).parts["DDP's buckets"] == alone.parts["base weights"]
+
+
+@pytest.mark.parametrize(
+    ("optim", "share"),
+    [("adamw_torch_fused", 2), ("adamw_8bit", 0.5), ("lion_32bit", 1), ("sgd", 0), ("paged_adamw_8bit", 0)],
+)
+def test_states_of_optimizers(optim, share):
+    parts = expect(optim=optim).parts
+    assert parts["optimizer"] == share * parts["base weights"]
+
+
+def test_adafactor_keeps_rows_and_columns():
+    parts = expect(optim="adafactor").parts
+    assert 0 < parts["optimizer"] < parts["base weights"] / 20
+
+
+def test_the_estimate_follows_the_batch():
+    short, long = expect(length=512), expect(length=1024)
+    assert long.parts["activations"] == pytest.approx(2 * short.parts["activations"], rel=0.05)
+    eager = [expect(stores_scores=True, length=length) for length in (512, 1024)]
+    assert eager[1].parts["activations"] > 2.2 * eager[0].parts["activations"]  # it keeps length x length scores
+    assert expect(checkpoints=True, length=512).parts["activations"] < 0.3 * short.parts["activations"]
+
+
+def test_offloaded_activations_are_the_hosts():
+    offloaded = expect(offloads=True, on_gpu=True)
+    kept = expect(on_gpu=True)
+    assert offloaded.host_bytes > 0.7 * kept.parts["activations"]
+    assert offloaded.parts["activations"] < 0.3 * kept.parts["activations"]
+    assert kept.host_bytes == 0
+
+
+def test_experts_are_traced_too():
+    from transformers import GptOssConfig
+
+    config = GptOssConfig(
+        vocab_size=1000, num_hidden_layers=4, hidden_size=64, intermediate_size=64, num_local_experts=4, head_dim=16
+    )
+    settings = Settings(target_modules=["q_proj", "v_proj"])
+    assert expect(settings, config, torch.bfloat16, compute_dtype=torch.bfloat16).peak_bytes > 0
+
+
+def test_a_quantized_matrix_is_unpacked_to_multiply():
+    wide = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=65536, num_hidden_layers=3, num_attention_heads=4
+    )
+    shape = read_shape(wide, Settings(load_in_4bit=True), torch.bfloat16)
+    trace = trace_step(shape, replace(STEP, num_sequences=1, length=2, compute_dtype=torch.bfloat16, on_gpu=True))
+    assert trace.forward[1].peak > 2 * 64 * 65536
+    assert trace.forward[1].net < 1.5 * 64 * 65536

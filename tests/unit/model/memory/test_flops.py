@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations of a token agree with what PyTorch counts of a real step; peaks with data sheets."""
+
+from collections import Counter
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, PreTrainedConfig
+
+from llm_trainer.config.schema import Settings
+from llm_trainer.model import lora
+from llm_trainer.model.device import Device
+from llm_trainer.model.memory.flops import count_flops, find_full_speed, find_peak_flops, measure_row_tokens
+from llm_trainer.model.memory.shape import read_shape
+
+SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+TINY = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
+ROW = 48
+
+
+def count_by_torch(config: PreTrainedConfig, settings: Settings) -> float:
+    """Of a forward and a backward pass of one row, a token."""
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if settings.use_peft:
+        model = get_peft_model(model, lora.build_lora(settings, model))
+    ids = torch.randint(0, 320, (1, ROW))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    return counter.get_total_flops() / ROW
+
+
+@pytest.mark.parametrize("use_peft", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_tokens_operations_are_those_of_a_real_step(use_peft, tied):
+    # Layers enough that it does not matter that nothing needs the gradient of the first one's input.
+    config = LlamaConfig(**{**TINY, "num_hidden_layers": 8}, tie_word_embeddings=tied)
+    settings = Settings(use_peft=use_peft, lora_dropout=0.0)
+    shape = read_shape(config, settings, torch.float32)
+    assert count_flops(shape, config, ROW) == pytest.approx(count_by_torch(config, settings), rel=0.02)
+
+
+def test_of_a_mixture_the_experts_count_that_a_token_goes_to():
+    sizes = {**SIZES, "num_attention_heads": 4, "head_dim": 16, "num_key_value_heads": 2, "sliding_window": 16}
+    settings = Settings(use_peft=False)
+
+    def count(**experts):
+        config = GptOssConfig(**sizes, **experts)
+        return count_flops(read_shape(config, settings, torch.float32), config, ROW)
+
+    two_of_8, four_of_8 = (
+        count(num_local_experts=8, num_experts_per_tok=2),
+        count(num_experts_per_tok=4, num_local_experts=8),
+    )
+    weights = 3 * 3 * 64 * 128  # of an expert in each layer
+    assert four_of_8 - two_of_8 == pytest.approx(6 * 2 * weights, rel=0.03)  # and biases
+    assert count(num_local_experts=4, num_experts_per_tok=4) == pytest.approx(four_of_8, rel=0.02)
+
+
+def test_a_window_and_layers_without_attention_see_less():
+    config = LlamaConfig(**TINY)
+    shape = read_shape(config, Settings(), torch.float32)
+    full = count_flops(shape, config, 1000)
+    config.layer_types, config.sliding_window = ["full_attention", "sliding_attention", "linear_attention"], 100
+    assert full - count_flops(shape, config, 1000) == 12 * 64 * (900 + 1000)
+
+
+def test_the_row_of_a_token_weighs_long_rows_by_their_tokens():
+    assert measure_row_tokens(Counter({10: 3}), None) == 10
+    assert measure_row_tokens(Counter({10: 10, 100: 1}), None) == 55
+    assert measure_row_tokens(Counter({10: 10, 500: 1}), 100) == 55
+    assert measure_row_tokens(Counter(), 100) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("Tesla T4", 65),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 503.8),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA B300 SXM6 AC", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
+        ("NVIDIA GH200 480GB", None),
+        ("the CPU", None),
+    ],
+)
+def test_peaks_of_the_devices_that_sagemaker_has(name, teraflops):
+    peak = find_peak_flops(Device(torch.device("cuda"), name, (9, 0)))
+    assert peak == (teraflops * 1e12 if teraflops else None)
+
+
+def test_the_speed_at_the_peak():
+    llama_8b = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    shape = read_shape(llama_8b, Settings(use_peft=False), torch.bfloat16)
+    h100 = Device(torch.device("cuda"), "NVIDIA H100 80GB HBM3", (9, 0))
+    # 8.03e9 weights but 0.53e9 of embeddings, and 12 x 32 layers x 4096 x 2048 tokens.
+    assert find_full_speed(shape, llama_8b, h100, 2048) == pytest.approx(989.4e12 / (6 * 7.505e9 + 3.22e9), rel=1e-3)
+    assert find_full_speed(None, llama_8b, h100, 2048) is None
+    assert find_full_speed(shape, llama_8b, Device(torch.device("cpu")), 2048) is None

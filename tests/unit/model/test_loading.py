@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model that cannot be trained is refused in a sentence, by its config alone."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from transformers import dynamic_module_utils
+
+from llm_trainer.common.errors import UserError
+from llm_trainer.config.schema import Settings
+from llm_trainer.model.attention import read_needs
+from llm_trainer.model.loading import build_skeleton, load_model, load_tokenizer, read_config
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+    _supports_flash_attn = False
+"""
+
+
+@pytest.fixture
+def change(tiny_model, tmp_path, monkeypatch):
+    """Makes a copy of the tiny model with another config."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+    def write(**values):
+        folder = tmp_path / "model"
+        shutil.copytree(tiny_model, folder)
+        config = json.loads((folder / "config.json").read_text()) | values
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        return str(folder)
+
+    return write
+
+
+def refusal_of(model, **settings):
+    with pytest.raises(UserError) as refusal:
+        read_config(model, Settings(**settings))
+    (sentence,) = refusal.value.problems
+    assert sentence.startswith(f"model_id='{model}' ")
+    return sentence.removeprefix(f"model_id='{model}' ")
+
+
+def test_an_unknown_type_is_refused(change):
+    assert refusal_of(change(model_type="llama9")) == (
+        f"is of type llama9, which Transformers {transformers.__version__} does not know: "
+        "give a model of a type that it knows."
+    )
+
+
+@pytest.mark.parametrize("kind", ["vit", "clip", "t5"])
+def test_what_is_no_causal_language_model_is_refused(change, kind):
+    assert refusal_of(change(model_type=kind)) == (
+        f"is of type {kind}, which is no causal language model: give one that is."
+    )
+
+
+OWN = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+
+
+def test_a_model_with_code_of_its_own_is_refused_or_trusted(change):
+    model = change(model_type="own", auto_map=OWN)
+    with open(f"{model}/own.py", "w", encoding="utf-8") as file:
+        file.write(OWN_CODE)
+    assert refusal_of(model) == (
+        "needs code of its own and trust_remote_code is false: set it to true if you trust that code."
+    )
+    settings = Settings(trust_remote_code=True)
+    config = read_config(model, settings)
+    needs = read_needs(build_skeleton(model, config, settings))
+    assert needs.model == "OwnForCausalLM"
+    assert needs.supported == {"eager", "sdpa", "flex_attention"}
+    assert load_model(model, settings, None, torch.float32, torch.device("cpu"), "sdpa").config.model_type == "own"
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused(change):
+    model = change()
+    with open(f"{model}/tokenizer_config.json", "w", encoding="utf-8") as file:
+        json.dump({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}, file)
+    with pytest.raises(UserError, match="needs code of its own and trust_remote_code is false"):
+        load_tokenizer(model, Settings())
+
+
+def test_a_model_that_is_not_there_is_refused_offline():
+    with pytest.raises(UserError, match=r"^The config of nobody/nothing could not be loaded"):
+        read_config("nobody/nothing", Settings())
+
+
+def test_the_models_options_change_its_config_too(tiny_model):
+    assert read_config(str(tiny_model), Settings(model_init_kwargs={"rms_norm_eps": 0.5})).rms_norm_eps == 0.5

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows that share a sequence are trained as if they were alone, and little of a sequence is padding."""
+
+import copy
+import itertools
+import random
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GptOssConfig,
+    JambaConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+)
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from llm_trainer.common.errors import UserError
+from llm_trainer.config.schema import Settings
+from llm_trainer.data.formats import IGNORED
+from llm_trainer.data.tokenize import FEATURES
+from llm_trainer.training.packing import SPARE_SHARE, Packing, PackingCollator, choose_packing, distribute
+from llm_trainer.training.packing_check import build_sibling, find_leak
+from support.tiny_model import build_tokenizer
+
+BASE = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+KEEP_APART = {
+    "llama": LlamaConfig(**BASE),
+    "qwen3": Qwen3Config(**BASE, head_dim=16),
+    "qwen3-moe": Qwen3MoeConfig(**BASE, **EXPERTS, head_dim=16, decoder_sparse_step=1),
+    "mistral": MistralConfig(**BASE, sliding_window=4),
+    "gemma3": Gemma3TextConfig(**BASE, **SLIDING, head_dim=16),
+    "gpt2": GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}
+LEAK = {
+    "mamba": MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=8),
+    "lfm2": Lfm2Config(**BASE, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+    "jamba": JambaConfig(**BASE, num_experts=2, use_mamba_kernels=False, attn_layer_period=2, attn_layer_offset=1),
+    "qwen3-next": Qwen3NextConfig(
+        **{**BASE, **EXPERTS},
+        head_dim=16,
+        shared_expert_intermediate_size=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "bloom": BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4),
+    # Transformers 5.23 builds its mask without the position ids.
+    "gpt-oss": GptOssConfig(**BASE, **SLIDING, head_dim=16, num_local_experts=4, num_experts_per_tok=2),
+}
+LENGTHS = [40, 9, 21, 1, 13, 30]
+
+
+def build_model(config, attention="eager"):
+    torch.manual_seed(0)
+    config = copy.deepcopy(config)  # else all models of a config get the kernel of the last one
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+def make_rows(lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, 300, (length,), generator=generator).tolist() for length in lengths]
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def as_one(rows):
+    """The rows as `trl.pack_dataset` packs them into one sequence."""
+    joined = {key: [token for row in rows for token in row[key]] for key in ("input_ids", "labels")}
+    return {**joined, "seq_lengths": [len(row["input_ids"]) for row in rows]}
+
+
+def stack(**options):
+    return PackingCollator(**{"pad_token_id": 0, "max_length": 64, "flattens": False, **options})
+
+
+def rows_of(batch):
+    """Every row of a batch by its place: (sequence, first slot, length)."""
+    for number, positions in enumerate(batch["position_ids"].tolist()):
+        starts = [slot for slot, position in enumerate(positions) if position == 0] + [len(positions)]
+        for start, end in itertools.pairwise(starts):
+            yield number, start, end - start
+
+
+def check_logits(model, batch, rows, model_alone=None):
+    """Each row is in the batch, with the logits that it has alone, there by `model_alone` if that is given."""
+    with torch.no_grad():
+        packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    found = {
+        tuple(batch["input_ids"][number, start : start + length].tolist()): packed[number, start : start + length]
+        for number, start, length in rows_of(batch)
+    }
+    for row in rows:
+        with torch.no_grad():
+            alone = (model_alone or model)(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0]
+        torch.testing.assert_close(found[tuple(row["input_ids"])], alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", KEEP_APART)
+def test_packed_rows_have_the_logits_that_they_have_alone(name, kernel):
+    model = build_model(KEEP_APART[name], kernel)
+    rows = make_rows()
+    batch = stack()(rows)
+    assert len(batch["input_ids"]) < len(rows)
+    check_logits(model, batch, rows)
+    check_logits(model, stack()([as_one(rows[:3]), as_one(rows[3:])]), rows)
+    assert find_leak(model, stack(max_length=None)) is None
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="flex attention compiles its kernels and there is no g++ here")
+def test_flex_attention_keeps_packed_rows_apart():
+    """One shape, heads of 64: for short heads or many shapes torch 2.13's CPU kernel is wrong, packed or not."""
+    config, rows = LlamaConfig(**{**BASE, "hidden_size": 256}), make_rows()
+    check_logits(build_model(config, "flex_attention"), stack()(rows), rows, model_alone=build_model(config))
+
+
+@pytest.mark.parametrize("name", LEAK)
+def test_a_model_that_lets_rows_see_each_other_is_found_out(name):
+    reason = find_leak(build_model(LEAK[name]), stack())
+    assert "ForCausalLM with eager attention lets a row see the one before it" in reason
+
+
+@pytest.mark.parametrize("name", [*KEEP_APART, *LEAK])
+def test_a_small_sibling_tells_what_the_model_would(name):
+    """Twelve layers, of which the last kind comes late; and none of its weights may be needed."""
+    config = copy.deepcopy((KEEP_APART | LEAK)[name])
+    if kinds := vars(config).get("layer_types"):
+        config.layer_types = [kinds[0]] * 3 + kinds[1:] + [kinds[0]] * 8
+    config.num_hidden_layers = 12
+    with torch.device("meta"):
+        model = build_model(config)
+    sibling = build_sibling(model, torch.device("cpu"))
+    assert len(sibling.base_model.layers if hasattr(sibling.base_model, "layers") else sibling.base_model.h) <= 4
+    assert type(sibling) is type(model)
+    reason = find_leak(sibling, stack(max_length=None))
+    assert (reason is None) == (name in KEEP_APART), reason
+
+
+def test_a_leak_in_the_batch_itself_is_found_out():
+    class Contiguous(PackingCollator):
+        def __call__(self, examples):
+            batch = super().__call__(examples)
+            batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+            return batch
+
+    class Shifted(PackingCollator):
+        def __call__(self, examples):
+            batch = super().__call__(examples)
+            batch["position_ids"] = batch["position_ids"] + torch.arange(3, 3 + len(batch["input_ids"]))[:, None]
+            return batch
+
+    model = build_model(KEEP_APART["gpt2"])
+    assert "lets a row see the one before it" in find_leak(model, Contiguous(0, None, False))
+    assert "does not begin anew with a row" in find_leak(model, Shifted(0, None, False))
+
+
+def test_a_model_without_position_ids_is_found_out_and_stays_in_its_mode():
+    model = build_model(KEEP_APART["llama"]).train()
+    forward = model.forward
+    model.forward = lambda input_ids, use_cache=None: forward(input_ids=input_ids)
+    assert "LlamaForCausalLM does not take packed rows" in find_leak(model, stack())
+    assert model.training
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_a_packed_batch_has_the_gradients_of_the_padded_one(kernel):
+    model = build_model(KEEP_APART["llama"], kernel)
+    rows = make_rows()
+
+    def gradients(batch):
+        model.zero_grad()
+        labels = batch["labels"]
+        loss = model(**batch, use_cache=False, num_items_in_batch=(labels[:, 1:] != IGNORED).sum()).loss
+        loss.backward()
+        return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+    packed = stack()(rows)
+    del packed["num_tokens"]
+    torch.testing.assert_close(gradients(packed), gradients(DataCollatorForLanguageModeling(0)(rows)))
+
+
+def test_flash_attention_gets_one_sequence_and_where_its_rows_begin():
+    batch = stack(flattens=True)(make_rows([5, 3, 4]))
+    assert batch["num_tokens"].tolist() == [5, 3, 4]
+    assert batch["input_ids"].shape == (1, 12)
+    assert batch["cu_seq_lens_q"].tolist() == [0, 5, 8, 12]
+    assert batch["max_length_k"] == 5
+    assert [length for _, _, length in rows_of(batch)] == [5, 3, 4]
+    assert (batch["labels"][0, [0, 5, 8]] == IGNORED).all()
+
+
+def test_the_first_tensor_tells_the_examples_and_their_tokens():
+    batch = stack()([as_one(make_rows([30, 20])), as_one(make_rows([9]))])
+    assert next(iter(batch)) == "num_tokens"
+    assert batch["num_tokens"].tolist() == [50, 9]
+
+
+def test_sequences_are_padded_to_a_multiple():
+    batch = stack(pad_to_multiple_of=16)(make_rows([20, 3]))
+    assert batch["input_ids"].shape == (1, 32)
+    assert batch["labels"][0, 23:].tolist() == [IGNORED] * 9
+    assert batch["position_ids"][0, 23:].tolist() == list(range(9))
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=24), spare=st.integers(0, 60))
+@hypothesis_settings(deadline=None)
+def test_rows_are_distributed_over_short_sequences_without_waste(lengths, spare):
+    limit = max(lengths) + spare
+    sequences = distribute(lengths, limit)
+    assert sorted(place for places in sequences for place in places) == list(range(len(lengths)))
+    fullest = max(sum(lengths[place] for place in places) for places in sequences)
+    assert fullest <= limit
+    slots = fullest * len(sequences)
+    assert slots <= max(lengths) * len(lengths)
+    if max(lengths) * len(lengths) <= sum(lengths) * (1 + SPARE_SHARE):
+        assert len(sequences) == len(lengths)
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), limit=st.none() | st.integers(30, 90))
+@hypothesis_settings(deadline=None)
+def test_every_row_is_in_the_batch_once_and_whole(lengths, limit):
+    rows = make_rows(lengths)
+    batch = stack(max_length=limit)(rows)
+    assert batch["input_ids"].shape[1] <= (limit or max(lengths))
+    found = [batch["input_ids"][number, start : start + length].tolist() for number, start, length in rows_of(batch)]
+    trained = [batch["labels"][number, start : start + length].tolist() for number, start, length in rows_of(batch)]
+    real = [(ids, labels) for ids, labels in zip(found, trained, strict=True) if any(ids)]  # padding is 0
+    assert sorted(ids for ids, _ in real) == sorted(row["input_ids"] for row in rows)
+    assert all(labels == [IGNORED, *ids[1:]] for ids, labels in real)
+    assert (batch["labels"] != IGNORED).sum() == sum(lengths) - len(lengths)
+    assert batch["num_tokens"].tolist() == lengths
+
+
+def test_a_data_set_is_packed_into_full_sequences_once_a_host(tmp_path):
+    generator = random.Random(0)
+    lengths = [min(2048, round(generator.lognormvariate(5, 1)) + 1) for _ in range(3000)]
+    numbers = [[place] * length for place, length in enumerate(lengths)]
+    rows = {"input_ids": numbers, "labels": numbers, "length": lengths, "digest": lengths}
+    splits = {"train": Dataset.from_dict(rows, FEATURES), "validation": Dataset.from_dict(rows, FEATURES)}
+    settings = Settings(packing=True, eval_packing=False)
+    for _ in range(2):  # the second time after a restart in place
+        packing = Packing("data set", "", stack())
+        sequences = packing.pack(splits, settings, tmp_path)
+        assert sequences["validation"] is splits["validation"]
+        packed = sequences["train"]
+        assert max(map(sum, packed["seq_lengths"])) <= 2048
+        assert sorted(length for row in packed["seq_lengths"] for length in row) == sorted(lengths)
+        assert packing.splits["train"].filled >= 0.97
+        assert str(packing.splits["train"]).startswith(f"packed 3000 rows into {len(packed)} sequences, 9")
+        assert packing.describe()["train"]["num_sequences"] == len(packed)
+
+
+def choose(config, **settings):
+    arguments = SimpleNamespace(
+        pad_to_multiple_of=None,
+        parallelism_config=settings.get("parallelism_config"),
+        device=torch.device("cpu"),
+        fp16=False,
+        bf16=settings.pop("bf16", False),
+    )
+    return choose_packing(build_model(config), build_tokenizer(), arguments, Settings(**settings), None)
+
+
+def test_rows_are_packed_by_default_where_the_model_keeps_them_apart():
+    assert str(choose(KEEP_APART["llama"])) == (
+        "Packing: the rows of a batch share sequences (eager attention keeps them apart)"
+    )
+    assert choose(KEEP_APART["llama"], packing=True).mode == "data set"
+    assert choose(LEAK["mamba"]).mode == "off"
+    assert choose(LEAK["mamba"]).collator is None
+    assert choose(KEEP_APART["llama"], packing=False).mode == "off"
+    assert choose(KEEP_APART["llama"], bf16=True).mode == "batch"
+    assert "may split a sequence" in str(choose(KEEP_APART["llama"], parallelism_config={"cp_size": 2}))
+
+
+@pytest.mark.parametrize("name", ["packing", "eval_packing"])
+def test_packing_is_refused_with_the_reason_where_the_model_does_not_keep_rows_apart(name):
+    with pytest.raises(UserError, match=f"^{name}=true: MambaForCausalLM .* lets a row see the one before it"):
+        choose(LEAK["mamba"], **{name: True})

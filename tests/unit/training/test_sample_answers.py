@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers before and after the training: whose they are, that they leave no trace, and that they stop nothing."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig
+
+from llm_trainer.data.datasets import Data
+from llm_trainer.data.formats import IGNORED
+from llm_trainer.journal.journal import Journal
+from llm_trainer.journal.timeline import Timeline
+from llm_trainer.training import sample_answers
+from llm_trainer.training.resumable_trainer import ResumableTrainer
+from llm_trainer.training.sample_answers import Generations, choose_prompts
+from llm_trainer.training.stopping import Agreement
+
+PROMPTS = ["one", "two", "three", "four"]
+
+
+def row_of(tokenizer, prompt: str, answer: str) -> dict[str, list[int]]:
+    head = tokenizer(prompt)["input_ids"]
+    tail = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
+    return {"input_ids": head + tail, "labels": [IGNORED] * len(head) + tail}
+
+
+@pytest.fixture
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def make(tiny_model, tokenizer, tmp_path):
+    """Makes a trainer of a few steps and the job's generations."""
+
+    def build(number=2, lora=True, validation=True, sharded=False, **arguments):
+        rows = Dataset.from_list([row_of(tokenizer, prompt, "yes") for prompt in PROMPTS])
+        trainer = ResumableTrainer(
+            model=AutoModelForCausalLM.from_pretrained(tiny_model),
+            args=SFTConfig(
+                output_dir=str(tmp_path),
+                report_to="none",
+                use_cpu=True,
+                max_steps=60,
+                learning_rate=0.05,
+                save_strategy="no",
+                disable_tqdm=True,
+                bf16=False,
+                max_length=None,
+                dataset_kwargs={"skip_prepare_dataset": True},
+                **arguments,
+            ),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+        )
+        trainer.agreement, trainer.is_fsdp_enabled = Agreement(), sharded
+        splits = {"train": rows, **({"validation": rows.select([2, 3, 3])} if validation else {})}
+        timeline = Timeline(0.0, Journal(tmp_path / "metrics.jsonl"), "algo-1")
+        return trainer, Generations(trainer, Data(splits, rows, {}), tokenizer, number, timeline)
+
+    return build
+
+
+def read(tmp_path, kind):
+    records = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if record["kind"] == kind]
+
+
+def states(trainer):
+    return {
+        "weights": {name: value.clone() for name, value in trainer.model.state_dict().items()},
+        "trained": [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad],
+        "training": [name for name, module in trainer.model.named_modules() if module.training],
+        "use_cache": trainer.model.config.use_cache,
+        "generation_config": trainer.model.generation_config.to_dict(),
+        "random": torch.get_rng_state(),
+    }
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    return all(
+        torch.equal(one[key], other[key])
+        if isinstance(one[key], torch.Tensor)
+        else same(one[key], other[key])
+        if isinstance(one[key], dict)
+        else one[key] == other[key]
+        for key in one
+    )
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_before_is_the_base_and_after_what_was_trained(make, tiny_model, tokenizer, tmp_path, lora):
+    trainer, asked = make(lora=lora, gradient_checkpointing=True)
+    asked.before_training()
+    trainer.train()
+    asked.after_training()
+    answers = read(tmp_path, "generation")
+    assert [answer["prompt"] for answer in answers] == ["three", "four"]
+    assert [answer["split"] for answer in answers] == ["validation"] * 2
+    assert [answer["reference"] for answer in answers] == ["yes"] * 2
+    assert [answer["after"] for answer in answers] == ["yes"] * 2
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = torch.tensor([tokenizer("three")["input_ids"]])
+    expected = base.generate(input_ids=ids, do_sample=False, max_new_tokens=64, pad_token_id=0)[0, ids.shape[1] :]
+    assert answers[0]["before"].removesuffix("…") == tokenizer.decode(expected, skip_special_tokens=True)
+    phases = [record["name"] for record in read(tmp_path, "phase")]
+    assert phases == (["answers"] if lora else ["answers_before", "answers"])
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_asking_changes_nothing(make, lora):
+    trainer, asked = make(lora=lora, gradient_checkpointing=True)
+    trainer.model.train()
+    earlier = states(trainer)
+    asked.before_training()
+    asked.after_training()
+    assert same(earlier, states(trainer))
+
+
+def test_an_adapter_that_took_a_part_of_the_base_is_asked_before(make, tmp_path):
+    trainer, asked = make()
+    trainer.adapter_start = tmp_path
+    asked.before_training()
+    assert len(asked.before) == 2
+
+
+def test_without_validation_data_the_prompts_are_training_rows(make, tmp_path):
+    _, asked = make(validation=False, number=3)
+    asked.after_training()
+    answers = read(tmp_path, "generation")
+    assert [(answer["split"], answer["prompt"]) for answer in answers] == [("train", name) for name in PROMPTS[:3]]
+
+
+@pytest.mark.parametrize("change", ["none asked for", "another rank", "sharded"])
+def test_who_does_not_ask(make, tmp_path, monkeypatch, change):
+    if change == "another rank":
+        monkeypatch.setenv("RANK", "1")
+    _, asked = make(number=0 if change == "none asked for" else 2, sharded=change == "sharded")
+    asked.before_training()
+    asked.after_training()
+    kinds = ["event"] if change == "sharded" else []
+    file = tmp_path / "metrics.jsonl"
+    assert [json.loads(line)["kind"] for line in file.read_text().splitlines()] == kinds if file.exists() else not kinds
+
+
+def test_a_model_that_cannot_generate_is_told_once(make, tmp_path, capsys, monkeypatch):
+    trainer, asked = make()
+
+    def fail(*arguments, **options):
+        raise RuntimeError("CUDA error: no kernel image")
+
+    monkeypatch.setattr(trainer.model, "generate", fail)
+    asked.after_training()
+    (event,) = read(tmp_path, "event")
+    assert (event["level"], event["text"].split(": ")[-1]) == ("warning", "no kernel image")
+    assert capsys.readouterr().out.count("Warning: no sample answers") == 1
+    assert read(tmp_path, "generation") == []
+    assert trainer.model.get_model_status().enabled is True
+
+
+def test_when_the_time_is_up_the_rest_is_left_out(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_answers, "MAX_SECONDS", 1e-9)
+    _, asked = make()
+    asked.after_training()
+    assert read(tmp_path, "generation") == []
+
+
+def test_prompts_end_where_the_loss_begins(tokenizer):
+    def prompts(*rows, number=9):
+        return [(prompt.input_ids, prompt.reference_ids) for prompt in choose_prompts(Dataset.from_list(rows), number)]
+
+    two_turns = {"input_ids": [1, 2, 3, 4, 5, 6], "labels": [IGNORED, IGNORED, 3, 4, IGNORED, 6]}
+    assert prompts(two_turns) == [([1, 2], [3, 4])]
+    text = {"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}
+    assert prompts(text) == [([1, 2], [3, 4])]
+    assert prompts(two_turns, text, two_turns) == [([1, 2], [3, 4])]  # the same prompt again
+    long = {"input_ids": [7] * 2000, "labels": [IGNORED] * 1990 + [7] * 10}
+    untrained = {"input_ids": [7] * 3, "labels": [IGNORED] * 3}
+    assert prompts(long, untrained, {"input_ids": [7], "labels": [7]}, two_turns) == [([1, 2], [3, 4])]
+    other = {**two_turns, "input_ids": [0, 2, 3, 4, 5, 6]}
+    assert len(prompts(two_turns, other, number=1)) == 1
