@@ -90,15 +90,15 @@ def measure(name: str) -> tuple[int, int]:
     model_options, sequences, length, options = CASES[name]
     settings = Settings(lora_dropout=0.1, **options)
     on_gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if settings.torch_dtype == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if settings.model.torch_dtype == "bfloat16" else torch.float32
     config = LlamaConfig(pad_token_id=0, **model_options)
-    checkpoints = bool(settings.gradient_checkpointing)
+    checkpoints = bool(settings.parallelism.gradient_checkpointing)
     shape = read_shape(config, settings, dtype)
     step = Step(
         num_sequences=sequences,
         length=length,
         has_mask=False,
-        stores_scores=settings.attn_implementation == "eager",
+        stores_scores=settings.model.attn_implementation == "eager",
         compute_dtype=dtype,
         checkpoints=checkpoints,
         offloads=False,
@@ -109,7 +109,7 @@ def measure(name: str) -> tuple[int, int]:
     for part in estimated.as_table():
         print(part, file=sys.stderr)
     peak = Peak(torch.device("cuda" if on_gpu else "cpu"))
-    attention = "eager" if settings.attn_implementation == "eager" else "sdpa"
+    attention = "eager" if settings.model.attn_implementation == "eager" else "sdpa"
     with torch.device("cuda" if on_gpu else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     rows = [{"input_ids": [5] * length, "labels": [5] * length} for _ in range(sequences * STEPS)]
@@ -133,7 +133,7 @@ def measure(name: str) -> tuple[int, int]:
             args=arguments,
             train_dataset=Dataset.from_list(rows),
             processing_class=build_tokenizer(),
-            peft_config=lora.build_lora(settings, model) if settings.use_peft else None,
+            peft_config=lora.build_lora(settings, model) if settings.adapter.use_peft else None,
         )
         trainer.train()
     return estimated.peak_bytes, peak.read_bytes()

@@ -70,10 +70,11 @@ def run_job(base_dir: Path) -> None:
 def read_results(base_dir: Path) -> dict[str, Any]:
     """Return every loss that the journal holds, in order, and the digest of each file of weights."""
     records = [json.loads(line) for line in (base_dir / "output/data/metrics.jsonl").read_text("utf-8").splitlines()]
+    kept = ("loss", "grad_norm", "accuracy", "learning_rate")
     losses = [
-        {key: value for key, value in record.items() if "loss" in key}
+        {name: value for name, value in record["values"].items() if name.endswith(kept)}
         for record in records
-        if any("loss" in key and isinstance(value, float) for key, value in record.items())
+        if record["kind"] == "metrics"
     ]
     files = sorted((base_dir / "model").rglob("*.safetensors"))
     digests = {

@@ -203,7 +203,7 @@ def build_case(model: str, method: str) -> Case:
 
 def compute_row(scenario: Scenario, case: Case, gpus: int) -> Row:
     """A job whose model, if it is sharded, is so over the case's GPUs, and replicated over the others."""
-    machine, shape, pieces = scenario.machine, case.shape, case.settings.gradient_accumulation_steps
+    machine, shape, pieces = scenario.machine, case.shape, case.settings.training.gradient_accumulation_steps
     needs = [(way, case.estimate(way)) for way in list_ways(case.settings, case.target) if not way.offloads]
     way, need = next(((way, need) for way, need in needs if case.fits(need)), needs[-1])
     traffic = count_traffic(shape, case.types[1], way.sharded)
@@ -221,7 +221,7 @@ def compute_row(scenario: Scenario, case: Case, gpus: int) -> Row:
         waiting_seconds=waiting,
         traffic_seconds=everything,
         network_bytes=count_network_bytes(machine, traffic, gpus, shards, pieces),
-        checkpoint_bytes=shape.trained_bytes + count_states(shape, case.settings.optim),
+        checkpoint_bytes=shape.trained_bytes + count_states(shape, case.settings.training.optim),
         writing_hosts=count_hosts(machine, shards),
     )
 

@@ -61,7 +61,8 @@ with nvml(), tempfile.TemporaryDirectory() as folder:
 """
 # Found by every Python process of a job that has its folder on the PYTHONPATH.
 OFF = """
-from llm_trainer import journal, system_metrics
+from llm_trainer.host import system_metrics
+from llm_trainer.journal import journal
 
 journal.Journal.write = lambda *arguments, **fields: None
 system_metrics.SystemMetrics.__enter__ = lambda self: self

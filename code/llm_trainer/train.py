@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from llm_trainer.common.ranks import local_rank, rank, world_size
-from llm_trainer.config.schema import Settings, is_given
+from llm_trainer.config.schema import Settings
 from llm_trainer.data.datasets import Data, load_data
 from llm_trainer.data.fingerprints import describe_split
 from llm_trainer.data.preview import describe_data
@@ -52,7 +52,7 @@ def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> 
     device = find_device(settings)
     precision = choose_precision(settings, device)
     build_arguments(settings, inputs, device.torch, precision.compute)  # mistakes in them are told before all work
-    request = StopRequest(scratch_dir / "stop", timeline.started, settings.max_run_seconds)
+    request = StopRequest(scratch_dir / "stop", timeline.started, settings.training.max_run_seconds)
     agreement = Agreement()
 
     folder = loading.fetch_model(inputs.model, settings, scratch_dir)
@@ -77,7 +77,7 @@ def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> 
 
     subject = build_sibling(base, device.torch) if fit.sharded else base
     packing = choose_packing(subject, tokenizer, arguments, settings, agreement.group)
-    if packing.mode == "off" and not (settings.streaming or is_given(settings, "train_sampling_strategy")):
+    if packing.mode == "off" and not (settings.data.streaming or settings.is_given("train_sampling_strategy")):
         arguments.train_sampling_strategy = "group_by_length"
     say(f"{packing}; train_sampling_strategy={arguments.train_sampling_strategy}")
     sequences = packing.pack(data.splits, settings, scratch_dir)
@@ -88,19 +88,19 @@ def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> 
 
     trainer = build_trainer(base, tokenizer, plan.lora, sequences, packing.collator, arguments, settings)
     if plan.lora is not None:
-        trainer.adapter_start = lora_init.begin(trainer.model, settings.init_lora_weights, folder, scratch_dir)
-    trainer.agreement, trainer.run, trainer.keeps_checkpoints = agreement, run, settings.use_checkpoints
+        trainer.adapter_start = lora_init.begin(trainer.model, settings.adapter.init_lora_weights, folder, scratch_dir)
+    trainer.agreement, trainer.run, trainer.keeps_checkpoints = agreement, run, settings.training.use_checkpoints
     trainer.journal = journal
-    row_tokens = measure_row_tokens(data.reports["train"].lengths, settings.max_length)
+    row_tokens = measure_row_tokens(data.reports["train"].lengths, settings.data.max_length)
     full_speed = (
         find_full_speed(fit.shape, plan.config, device, row_tokens) if arguments.bf16 or arguments.fp16 else None
     )
     trainer.add_callback(MetricLines(trainer, timeline, journal, peak, full_speed))
-    has_interval = is_given(settings, "save_steps") or is_given(settings, "save_strategy")
+    has_interval = settings.is_given("save_steps") or settings.is_given("save_strategy")
     trainer.add_callback(SaveAndStop(trainer, request, has_interval))
     describe_run(trainer, packing)
     journal.write("model", model=inputs.model, **describe_weights(trainer.model))
-    generations = Generations(trainer, data, tokenizer, settings.sample_prompts, timeline)
+    generations = Generations(trainer, data, tokenizer, settings.tracking.sample_prompts, timeline)
     generations.before_training()
     say(f"Resuming from {checkpoint}" if checkpoint else "Starting from the base model")
     if checkpoint and trainer.adapter_start:
@@ -132,13 +132,13 @@ def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> 
         journal.write("manifest", **manifest)
         if trainer.stopped:
             say(f"Exported {request.age_seconds():.1f} s after the signal")
-        elif settings.use_checkpoints:
+        elif settings.training.use_checkpoints:
             trainer.rotate()
         say(f"The job took {progress.count_instance_hours():.2f} instance-hours")
 
 
 def tell_data(data: Data, job: Job, tokenizer: PreTrainedTokenizerBase, journal: Journal) -> None:
-    if job.settings.streaming:
+    if job.settings.data.streaming:
         say(f"Data train: streamed; what follows is of the first {AUDITED_ROWS} rows of each source")
     say(*describe_data(data, tokenizer, in_colour=sys.stdout.isatty()))
     sources = {"train": job.inputs.train, "validation": job.inputs.validation}
@@ -155,7 +155,7 @@ def load_base(
         types = plan.quantization, plan.precision.weights
         base = loading.load_model(plan.folder, settings, *types, plan.device.torch, plan.attention.name)
     if plan.liger.is_on:
-        apply_liger(base, settings.liger_kernel_config or {})
+        apply_liger(base, settings.model.liger_kernel_config or {})
     return base
 
 

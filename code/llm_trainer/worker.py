@@ -52,9 +52,9 @@ def may_need_bitsandbytes(job: Job) -> bool:
     """Whether the job quantizes, has an optimizer of that package, or a model that may be quantized already."""
     config = Path(job.inputs.model) / "config.json"
     return (
-        job.settings.load_in_4bit
-        or job.settings.load_in_8bit
-        or re.search("bnb|bit|paged|lion|ademamix", job.settings.optim) is not None
+        job.settings.model.load_in_4bit
+        or job.settings.model.load_in_8bit
+        or re.search("bnb|bit|paged|lion|ademamix", job.settings.training.optim) is not None
         or not config.is_file()
         or "quantization_config" in config.read_text(encoding="utf-8")
     )

@@ -51,7 +51,7 @@ def examine_model(arguments: Sequence[str], in_colour: bool) -> Validation:
             validation.tell("model", "error", error.problems)
             return validation
     validation.tell("model", "ok", [name, *planned.reasons])
-    longest_row = settings.max_length or USUAL_ROW_TOKENS
+    longest_row = settings.data.max_length or USUAL_ROW_TOKENS
     validation.tell("memory", "ok", [f"for rows of {longest_row} tokens, which data may stay below"])
     examine_memory(planned.config, settings, environment, longest_row, validation)
     return validation

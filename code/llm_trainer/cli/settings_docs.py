@@ -9,17 +9,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from llm_trainer.config.load import describe_rule
-from llm_trainer.config.schema import ALIASES, OwnSettings, Settings, show
+from llm_trainer.config.schema import FIELDS, OWN_NAMES, show
+from llm_trainer.config.sections import ALIASES
 
 BEGIN, END = "<!-- settings:{} -->\n", "<!-- end of settings -->"
 
 
 def own_names() -> list[str]:
-    return list(OwnSettings.model_fields)
+    return list(OWN_NAMES)
 
 
 def training_argument_names() -> list[str]:
-    return [name for name in Settings.model_fields if name not in OwnSettings.model_fields]
+    return [name for name in FIELDS if name not in OWN_NAMES]
 
 
 def as_help() -> str:
@@ -38,14 +39,14 @@ def as_help() -> str:
 
 
 def describe_setting(name: str) -> str:
-    field = Settings.model_fields[name]
+    field = FIELDS[name]
     return f"  --{name}  ({describe_rule(field)}; default {show(field.default)})\n      {field.description}"
 
 
 def as_markdown(names: Iterable[str]) -> str:
     rows = ["| setting | takes | default | meaning |", "|---|---|---|---|"]
     for name in names:
-        field = Settings.model_fields[name]
+        field = FIELDS[name]
         default = "" if field.default is None else f"`{show(field.default)}`"
         cells = (f"`{name}`", describe_rule(field), default, field.description or "")
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -19,7 +19,7 @@ from llm_trainer.common.errors import MAX_LISTED_PROBLEMS, UserError
 from llm_trainer.common.findings import GIB, MIB, Finding, Verdict, as_row, show_bytes
 from llm_trainer.config.checks import count_processes, find_lacks
 from llm_trainer.config.environment import Environment, read_environment
-from llm_trainer.config.schema import Settings, is_given, redact
+from llm_trainer.config.schema import Settings, redact
 from llm_trainer.config.secret_references import VARIABLES, is_reference, secret_variables
 from llm_trainer.data.report import DataReport
 from llm_trainer.host.nvidia_driver import read_driver
@@ -79,7 +79,7 @@ def examine(arguments: Sequence[str], in_colour: bool) -> Validation:
         validation.tell("script", "warning", ["the job runs a script of your own, of which nothing can be checked."])
         return validation
     settings, problems = collect_settings(environment, arguments)
-    given = {name: value for name, value in redact(settings).items() if is_given(settings, name)}
+    given = {name: value for name, value in redact(settings).items() if settings.is_given(name)}
     validation.settings = given
     validation.tell("settings", "error", problems)
     if not problems:
@@ -151,7 +151,7 @@ def examine_data(
 
 def examine_adapter(folder: str, config: "PreTrainedConfig", settings: Settings, validation: Validation) -> None:
     """Tell whether the adapter can be put on the model, and be served."""
-    if not settings.use_peft:
+    if not settings.adapter.use_peft:
         return
     from llm_trainer.model.loading import build_skeleton
     from llm_trainer.model.lora import build_lora
@@ -162,7 +162,7 @@ def examine_adapter(folder: str, config: "PreTrainedConfig", settings: Settings,
     except UserError as error:
         validation.tell("adapter", "error", error.problems)
         return
-    if not settings.merge_weights:
+    if not settings.output.merge_weights:
         validation.tell("adapter", "warning", find_misplacements(lora, config.get_text_config().model_type))
 
 
@@ -174,8 +174,10 @@ def examine_memory(
     from llm_trainer.model.memory.fit import ATTENTION_ELSEWHERE, Target, choose_fit, find_gpu_size, list_needs
     from llm_trainer.model.memory.shape import UnknownShapeError
 
-    on_gpu = environment.num_gpus > 0 and not settings.use_cpu
-    attention = ATTENTION_ELSEWHERE if settings.attn_implementation == "auto" else settings.attn_implementation
+    on_gpu = environment.num_gpus > 0 and not settings.parallelism.use_cpu
+    attention = (
+        ATTENTION_ELSEWHERE if settings.model.attn_implementation == "auto" else settings.model.attn_implementation
+    )
     driver = read_driver() if on_gpu else None
     try:
         if driver:

@@ -17,7 +17,8 @@ from llm_trainer.common.redaction import REDACTED
 from llm_trainer.config.checks import find_contradictions
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.hyperparameter_decoding import decode
-from llm_trainer.config.schema import ALIASES, SECRETS, Settings, plain_types, show, union_parts
+from llm_trainer.config.schema import FIELDS, Settings, plain_types, show, union_parts
+from llm_trainer.config.sections import ALIASES, SECRETS
 
 # Names from other tools that no spelling distance finds.
 SYNONYMS = {
@@ -103,7 +104,7 @@ def rename(given: Mapping[Any, Any], source: str, problems: list[str]) -> dict[s
         if key.startswith("sagemaker_") or key == "_tuning_objective_metric":
             continue  # SageMaker's own
         name = ALIASES.get(key, key)
-        if name not in Settings.model_fields:
+        if name not in FIELDS:
             problems.append(f"{source} {key!r} is not a setting: {nearest(key, valid_names())}")
         elif name != key and name in given:
             problems.append(f"{source}s {key!r} and {name!r} are the same setting given twice: remove {key!r}.")
@@ -113,7 +114,7 @@ def rename(given: Mapping[Any, Any], source: str, problems: list[str]) -> dict[s
 
 
 def valid_names() -> list[str]:
-    return [*Settings.model_fields, *ALIASES]
+    return [*FIELDS, *ALIASES]
 
 
 def nearest(key: str, names: list[str]) -> str:
@@ -126,7 +127,7 @@ def nearest(key: str, names: list[str]) -> str:
 
 def find_problem(name: str, value: Any, raw: Any) -> str | None:
     """One sentence when the value breaks the field's rule: key, value as it was given, rule, fix."""
-    field = Settings.model_fields[name]
+    field = FIELDS[name]
     adapter = TypeAdapter[Any](Annotated[field.annotation, field], config=Settings.model_config)  # type: ignore[arg-type]
     is_stray_bool = isinstance(value, bool) and "bool" not in plain_types(name)[0]
     is_infinite = isinstance(value, float) and not math.isfinite(value)

@@ -40,7 +40,7 @@ def secret_variables(settings: Settings | None, variables: Mapping[str, str]) ->
     values: dict[str, str] = {}
     problems: list[str] = []
     for variable, setting in VARIABLES.items():
-        secret = getattr(settings, setting) if settings and setting else None
+        secret = settings.value(setting) if settings and setting else None
         value: str = secret.get_secret_value() if secret else variables.get(variable, "")
         if not value:
             continue

@@ -6,6 +6,7 @@
 
 import dataclasses
 import enum
+import functools
 import json
 import re
 import typing
@@ -28,6 +29,7 @@ class Argument(typing.NamedTuple):
     help: str
 
 
+@functools.cache
 def read_snapshot() -> dict[str, Argument]:
     return {name: Argument(**fields) for name, fields in json.loads(SNAPSHOT.read_text(encoding="utf-8")).items()}
 

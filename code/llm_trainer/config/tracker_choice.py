@@ -37,14 +37,21 @@ def choose_trackers(settings: "Settings", variables: Mapping[str, str] = os.envi
 
 def named_trackers(settings: "Settings") -> list[str] | None:
     """What the user gave as `report_to`; None where that was nothing. Its default, none, is Transformers'."""
-    if "report_to" not in settings.model_fields_set or settings.report_to is None:
+    if "report_to" not in settings.given or settings.tracking.report_to is None:
         return None
-    return settings.report_to if isinstance(settings.report_to, list) else [settings.report_to]
+    return (
+        settings.tracking.report_to if isinstance(settings.tracking.report_to, list) else [settings.tracking.report_to]
+    )
 
 
 def find_mlflow_uri(settings: "Settings", variables: Mapping[str, str] = os.environ) -> str | None:
     """The setting's, MLflow's own variable's, or that of AWS's examples; a file's with its whole path."""
-    uri = settings.mlflow_uri or variables.get("MLFLOW_TRACKING_URI") or variables.get("MLFLOW_TRACKING_ARN") or None
+    uri = (
+        settings.tracking.mlflow_uri
+        or variables.get("MLFLOW_TRACKING_URI")
+        or variables.get("MLFLOW_TRACKING_ARN")
+        or None
+    )
     if uri is None or ":" not in uri:
         return uri and str(Path(uri).absolute())
     if uri.startswith(SQLITE):
@@ -54,10 +61,10 @@ def find_mlflow_uri(settings: "Settings", variables: Mapping[str, str] = os.envi
 
 def has_wandb_account(settings: "Settings", variables: Mapping[str, str] = os.environ) -> bool:
     """Whether there is a key, or none is needed as nothing is sent; a workstation's may be in ~/.netrc."""
-    if settings.wandb_token or variables.get("WANDB_API_KEY") or variables.get("WANDB_MODE") == "offline":
+    if settings.tracking.wandb_token or variables.get("WANDB_API_KEY") or variables.get("WANDB_MODE") == "offline":
         return True
     try:
-        return settings.wandb_project is not None and netrc.netrc().authenticators(WANDB_HOST) is not None
+        return settings.tracking.wandb_project is not None and netrc.netrc().authenticators(WANDB_HOST) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -65,10 +72,13 @@ def has_wandb_account(settings: "Settings", variables: Mapping[str, str] = os.en
 def find_tracking_contradictions(settings: "Settings") -> Iterator[str]:
     named = named_trackers(settings) or []
     if not set(named) <= set(TRACKERS):
-        yield f"report_to={settings.report_to!r} is not valid: it must be among {', '.join(TRACKERS)}; leave it out."
+        yield (
+            f"report_to={settings.tracking.report_to!r} is not valid: it must be among {', '.join(TRACKERS)}; leave "
+            "it out."
+        )
     uri = find_mlflow_uri(settings)
     if "mlflow" in named and uri is None:
-        yield f"report_to={settings.report_to!r} without an address: give mlflow_uri, or MLFLOW_TRACKING_URI."
+        yield f"report_to={settings.tracking.report_to!r} without an address: give mlflow_uri, or MLFLOW_TRACKING_URI."
     if uri is not None and urlsplit(uri).scheme.partition("+")[0] not in MLFLOW_SCHEMES:
         yield (
             f"mlflow_uri={hide_secrets(uri)!r} begins with nothing that MLflow knows: give http(s)://, sqlite:///, a "
@@ -76,19 +86,19 @@ def find_tracking_contradictions(settings: "Settings") -> Iterator[str]:
         )
     if "wandb" in named and not has_wandb_account(settings):
         yield (
-            f"report_to={settings.report_to!r} without a W&B key: give WANDB_API_KEY in the job's Environment, or "
-            "WANDB_MODE=offline."
+            f"report_to={settings.tracking.report_to!r} without a W&B key: give WANDB_API_KEY in the job's "
+            "Environment, or WANDB_MODE=offline."
         )
-    if settings.track_model and not choose_trackers(settings):
+    if settings.tracking.track_model and not choose_trackers(settings):
         yield "track_model=true without a tracker: it would do nothing; give mlflow_uri or a W&B key, or remove it."
 
 
 def find_idle_project(settings: "Settings") -> Iterator[str]:
     """A sentence where a project was given, and nothing will go there."""
-    if settings.wandb_project and named_trackers(settings) is None and not has_wandb_account(settings):
+    if settings.tracking.wandb_project and named_trackers(settings) is None and not has_wandb_account(settings):
         yield (
-            f"wandb_project={settings.wandb_project!r} without a W&B key: W&B stays off; give WANDB_API_KEY in the "
-            "job's Environment, or WANDB_MODE=offline."
+            f"wandb_project={settings.tracking.wandb_project!r} without a W&B key: W&B stays off; give WANDB_API_KEY "
+            "in the job's Environment, or WANDB_MODE=offline."
         )
 
 
@@ -96,8 +106,8 @@ def tracker_variables(settings: "Settings", variables: Mapping[str, str] = os.en
     """What the trackers' libraries read. User and password of an address become variables of their own, so that no
     error's text can show them."""
     found = {
-        "MLFLOW_EXPERIMENT_NAME": settings.mlflow_experiment_name,
-        "WANDB_PROJECT": settings.wandb_project,
+        "MLFLOW_EXPERIMENT_NAME": settings.tracking.mlflow_experiment_name,
+        "WANDB_PROJECT": settings.tracking.wandb_project,
         "MLFLOW_ALLOW_FILE_STORE": "true",  # MLflow 3 takes a plain folder only so
     }
     uri = find_mlflow_uri(settings, variables)
@@ -118,7 +128,7 @@ def configure_trackers(settings: "Settings") -> None:
     is Python's way to say that a module is not there. Call this before TRL is imported.
     """
     sys.modules["wandb"] = None  # type: ignore[assignment]
-    if settings.mlflow_register_model:
+    if settings.output.mlflow_register_model:
         os.environ.update(tracker_variables(settings))
     else:
         sys.modules["mlflow"] = None  # type: ignore[assignment]

@@ -32,7 +32,7 @@ class Data:
     def longest_row_tokens(self, settings: Settings) -> int:
         """Of all splits; of a stream, of which only the first rows are known, as many as a row may have."""
         known = max(report.longest_row_tokens for report in self.reports.values())
-        return settings.max_length or known if settings.streaming else known
+        return settings.data.max_length or known if settings.data.streaming else known
 
 
 def load_data(job: Job, vocabulary: Vocabulary, scratch_dir: Path) -> Data:
@@ -59,14 +59,14 @@ def load_data(job: Job, vocabulary: Vocabulary, scratch_dir: Path) -> Data:
         name: concatenate_datasets(list(split.datasets().values())) for name, split in splits.items()
     }
     reports = {name: split.report for name, split in splits.items()}
-    if settings.streaming:
+    if settings.data.streaming:
         stream = open_stream(job, vocabulary, reports["train"].formats)
         return Data({**rows, "train": stream}, rows["train"], reports)
-    if settings.train_weights:
-        places = choose_rows(splits["train"].datasets(), settings.train_weights, settings.seed)
+    if settings.data.train_weights:
+        places = choose_rows(splits["train"].datasets(), settings.data.train_weights, settings.training.seed)
         rows["train"] = rows["train"].select(places)
-    if settings.shuffle_dataset:
-        rows["train"] = rows["train"].shuffle(seed=settings.seed, keep_in_memory=True)
+    if settings.data.shuffle_dataset:
+        rows["train"] = rows["train"].shuffle(seed=settings.training.seed, keep_in_memory=True)
     return Data(rows, rows["train"], reports)
 
 

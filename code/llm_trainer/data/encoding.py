@@ -61,7 +61,7 @@ class Encoder:
         self.settings = settings
         self.white: dict[int, bool] = {}  # token -> whether its text is white space, as far as was asked
         is_completion = row_format == "prompt_completion"
-        self.finds_turns = settings.completion_only_loss if is_completion else settings.assistant_only_loss
+        self.finds_turns = settings.data.completion_only_loss if is_completion else settings.data.assistant_only_loss
         has_template = self.tokenizer.chat_template is not None
         if row_format in ("messages", "sharegpt") or (row_format == "alpaca" and has_template):
             self.template  # noqa: B018 - where it cannot be used, every row would say so
@@ -76,7 +76,7 @@ class Encoder:
         if row_format in ("text", "pretokenized"):
             return "all tokens" if row_format == "text" else "labels"
         if row_format == "prompt_completion" or not has_template:
-            return "all tokens" if self.settings.completion_only_loss is False else "completions"
+            return "all tokens" if self.settings.data.completion_only_loss is False else "completions"
         if self.template.tells_turns:
             return "assistant turns"
         return "all tokens" if self.finds_turns is False else "all tokens, since the chat template does not tell turns"
@@ -119,7 +119,7 @@ class Encoder:
         if isinstance(example, Conversation):
             return self.template.apply(example)
         start = example.num_prompt_characters
-        if not start or self.settings.completion_only_loss is False or not self.tokenizer.is_fast:
+        if not start or self.settings.data.completion_only_loss is False or not self.tokenizer.is_fast:
             return example.text, None
         return example.text, [(start, len(example.text))]
 
@@ -227,11 +227,11 @@ def find_tokens(encoding: Encoding, span: Span) -> tuple[int, int]:
 
 def refuse_contradiction(row_format: str, settings: Settings) -> None:
     """Raises UserError where the loss is asked for in a place that rows of this format do not have."""
-    if settings.assistant_only_loss and row_format in ("text", "pretokenized"):
+    if settings.data.assistant_only_loss and row_format in ("text", "pretokenized"):
         raise UserError(
             f"assistant_only_loss=true needs conversations and the data has {row_format} rows: remove the setting."
         )
-    if settings.completion_only_loss and row_format != "prompt_completion":
+    if settings.data.completion_only_loss and row_format != "prompt_completion":
         raise UserError(
             f"completion_only_loss=true needs rows with prompt and completion and the data has {row_format} rows: "
             "remove the setting."

@@ -78,14 +78,14 @@ def detect_format(fields: Fields, settings: Settings) -> str:
     given = {name for name, value in fields.items() if value is not None}
     needs = {
         "pretokenized": ("input_ids",),
-        "messages": (settings.messages_field,),
+        "messages": (settings.data.messages_field,),
         "sharegpt": ("conversations",),
         "prompt_completion": ("prompt", "completion"),
         "alpaca": ("instruction", "output"),
-        "text": (settings.text_field,),
+        "text": (settings.data.text_field,),
     }
-    if settings.dataset_format != "auto":
-        needs = {settings.dataset_format: needs[settings.dataset_format]}
+    if settings.data.dataset_format != "auto":
+        needs = {settings.data.dataset_format: needs[settings.data.dataset_format]}
     for name, fields_needed in needs.items():
         if given.issuperset(fields_needed):
             return name
@@ -101,11 +101,11 @@ def parse_example(fields: Fields, row_format: str, settings: Settings, has_chat_
     """The example of a row of that format. Raises RowError when the row cannot be used."""
     parsers: dict[str, Callable[[], Example]] = {
         "pretokenized": lambda: parse_tokens(fields),
-        "messages": lambda: parse_conversation(fields, settings.messages_field),
+        "messages": lambda: parse_conversation(fields, settings.data.messages_field),
         "sharegpt": lambda: parse_conversation(fields, "conversations"),
         "prompt_completion": lambda: parse_prompt_completion(fields),
         "alpaca": lambda: parse_alpaca(fields, has_chat_template),
-        "text": lambda: Text(parse_text(fields, settings.text_field)),
+        "text": lambda: Text(parse_text(fields, settings.data.text_field)),
     }
     return parsers[row_format]()
 

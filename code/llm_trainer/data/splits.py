@@ -60,7 +60,7 @@ def prepare_splits(
     problems: list[str] = []
     for name, sources in list_sources(inputs, settings).items():
         splits[name], own = prepare_split(name, sources, vocabulary, settings, rejected_rows, leaders)
-        own += splits[name].report.find_bad_rows(name, settings.max_bad_rows_fraction)
+        own += splits[name].report.find_bad_rows(name, settings.data.max_bad_rows_fraction)
         # Where rows are missing, the others' flaws may only come from that.
         problems += own or splits[name].report.find_flaws(name)
     if leaders:
@@ -73,7 +73,7 @@ def prepare_splits(
 
 def list_sources(inputs: Inputs, settings: Settings) -> dict[str, Sequence[Source | Head]]:
     """Each split's sources; of training data that is streamed only what is audited."""
-    train = [Head(source) for source in inputs.train] if settings.streaming else inputs.train
+    train = [Head(source) for source in inputs.train] if settings.data.streaming else inputs.train
     splits: dict[str, Sequence[Source | Head]] = {"train": train, "validation": inputs.validation}
     return {name: sources for name, sources in splits.items() if sources}
 

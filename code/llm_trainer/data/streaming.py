@@ -89,7 +89,7 @@ def open_stream(job: Job, vocabulary: Vocabulary, formats: dict[str, str]) -> It
         name: Preparer(encoders[name], settings, row_format, f"the first row of {name!r}")
         for name, row_format in formats.items()
     }
-    num_places = world_size() * max(1, settings.dataloader_num_workers)
+    num_places = world_size() * max(1, settings.training.dataloader_num_workers)
     stream = Stream(job.inputs.train, preparers, settings, job.environment, num_places)
     return IterableDataset.from_generator(
         stream.generate, features=FEATURES, gen_kwargs={"places": list(range(num_places))}
@@ -108,7 +108,7 @@ class Stream:
 
     def generate(self, places: list[int]) -> Iterator[dict[str, Any]]:
         (place,) = places
-        weights = self.settings.train_weights or {source.name: 1.0 for source in self.sources}
+        weights = self.settings.data.train_weights or {source.name: 1.0 for source in self.sources}
         rows = {source.name: self.repeat(source, place) for source in self.sources}
         chance = self.seed_random("sources", place)
         names = list(rows)
@@ -147,7 +147,7 @@ class Stream:
                 if number == 0 and num_rows_before >= AUDITED_ROWS:  # the audit listed those before
                     self.keep_rejected(prepared)
                 report.add(prepared.report)
-                problems = list(report.find_bad_rows("train", self.settings.max_bad_rows_fraction))
+                problems = list(report.find_bad_rows("train", self.settings.data.max_bad_rows_fraction))
                 if problems:
                     raise self.mistake(source, *problems)
                 yield from split_rows(prepared)
@@ -168,7 +168,11 @@ class Stream:
         return UserError(*(host + problem for problem in problems))
 
     def seed_random(self, *parts: Any) -> random.Random:
-        seed = self.settings.seed if self.settings.data_seed is None else self.settings.data_seed
+        seed = (
+            self.settings.training.seed
+            if self.settings.training.data_seed is None
+            else self.settings.training.data_seed
+        )
         return random.Random(repr((seed, *parts)))
 
 

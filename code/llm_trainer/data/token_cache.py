@@ -81,7 +81,7 @@ def write_source(source: Source | Head, vocabulary: Vocabulary, settings: Settin
         report.formats["rows"], report.loss_on["rows"] = row_format, encoder.loss_on
         return encoder
 
-    num_processes = settings.dataset_num_proc or len(os.sched_getaffinity(0))
+    num_processes = settings.data.dataset_num_proc or len(os.sched_getaffinity(0))
     prepare(read(), settings, build_encoder, folder / ROWS, folder / REJECTED, num_processes, report)
     (folder / REPORT).write_text(json.dumps(vars(report)), encoding="utf-8")
 
@@ -90,7 +90,7 @@ def build_key(files: list[dict[str, Any]], vocabulary: Vocabulary, settings: Set
     """A name for what these files become under these settings, with this version of our code."""
     package = Path(llm_trainer.__file__).parent
     code = [(package / name).read_bytes() for name in CODE_THAT_DECIDES_TOKENS]
-    chosen = {name: getattr(settings, name) for name in SETTINGS}
+    chosen = {name: settings.value(name) for name in SETTINGS}
     parts = (files, vocabulary.fingerprint, chosen, transformers.__version__, trl.__version__)
     return hashlib.sha256(repr(parts).encode() + b"".join(code)).hexdigest()[:32]
 

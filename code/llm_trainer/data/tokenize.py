@@ -100,14 +100,14 @@ class Preparer:
 
     def fit(self, row: EncodedRow, report: DataReport) -> EncodedRow | None:
         """The row cut to max_length, or None where it is left out; counts it."""
-        limit, length = self.settings.max_length, len(row.input_ids)
+        limit, length = self.settings.data.max_length, len(row.input_ids)
         report.lengths[length] += 1
         if limit is not None and length > limit:
-            if not self.settings.apply_truncation:
+            if not self.settings.data.apply_truncation:
                 report.num_dropped_rows += 1
                 return None
             report.num_truncated_rows += 1
-            kept = slice(-limit, None) if self.settings.truncation_mode == "keep_end" else slice(limit)
+            kept = slice(-limit, None) if self.settings.data.truncation_mode == "keep_end" else slice(limit)
             row = EncodedRow(row.input_ids[kept], row.labels[kept])
         is_trained = row.labels != IGNORED
         is_trained[0] = False  # nothing predicts a row's first token

@@ -34,7 +34,7 @@ def export(trained: Trained, manifest: dict[str, Any]) -> None:
     """
     model_dir, settings = trained.job.inputs.model_dir, trained.job.settings
     staging = model_dir / STAGING
-    merges = settings.merge_weights and not trained.trainer.stopped  # it may take longer than the platform waits
+    merges = settings.output.merge_weights and not trained.trainer.stopped  # it may take longer than the platform waits
     shutil.rmtree(staging, ignore_errors=True)  # of a job that was killed here
     first = staging / ADAPTER if merges else staging
     first.mkdir(parents=True)
@@ -108,11 +108,11 @@ def merge_adapter(trained: Trained, adapter: Path, folder: Path, checks: list[di
     Raises UserError that tells where the adapter is.
     """
     plan, settings = trained.plan, trained.job.settings
-    quantization = plan.quantization if settings.merge_base == "dequantized" else None
+    quantization = plan.quantization if settings.output.merge_base == "dequantized" else None
     try:
         figures = merge(
             *(trained.base_folder, adapter, folder, plan.config, plan.precision.compute, quantization),
-            trust_remote_code=settings.trust_remote_code,
+            trust_remote_code=settings.model.trust_remote_code,
         )
         return {"merge": figures, "checks": [*checks, *prove_merged(trained, adapter, folder)]}
     except (UserError, OSError) as error:

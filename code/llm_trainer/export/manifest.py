@@ -40,7 +40,7 @@ def build_manifest(
             for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed", "bf16", "fp16")
         },
         **describe_weights(trainer.model),
-        "audited_rows_of_each_train_source": AUDITED_ROWS if job.settings.streaming else "all",
+        "audited_rows_of_each_train_source": AUDITED_ROWS if job.settings.data.streaming else "all",
         "data": {name: report.summary() for name, report in reports.items()},
         "packing": packing.describe(),
         "memory": memory,

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from llm_trainer.config.schema import HUB_ID
+from llm_trainer.config.sections import HUB_ID
 
 CARD = "README.md"
 REPOSITORY = "sagemaker-llm-trainer"

@@ -37,15 +37,15 @@ def publish(
     `architecture` is the model's class in Transformers; `base_id` the base's name on the Hub, if it has one.
     """
     problems: list[str] = []
-    if settings.push_to_hub:
+    if settings.output.push_to_hub:
         try:
             print(f"Pushed to {push(settings, model_dir)}", flush=True)
         except UserError as error:
             problems += error.problems
-    if settings.mlflow_register_model:
+    if settings.output.mlflow_register_model:
         try:
             version = register(settings, model_dir, architecture, base_id, base_revision)
-            print(f"Registered in MLflow as version {version} of {settings.mlflow_register_model}", flush=True)
+            print(f"Registered in MLflow as version {version} of {settings.output.mlflow_register_model}", flush=True)
         except UserError as error:
             problems += error.problems
     if problems:
@@ -67,18 +67,18 @@ def advise_compression(model_dir: Path) -> str | None:
 
 def prepare_push(settings: Settings) -> None:
     """Make the repository and the branch now. Raises UserError where that, and so the push, is not possible."""
-    if not settings.push_to_hub:
+    if not settings.output.push_to_hub:
         return
-    api, name = connect(), settings.hub_model_id
+    api, name = connect(), settings.output.hub_model_id
 
     def prepare() -> None:
         account = api.whoami()
         if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise UserError(f"hub_model_id={name!r}: the given token may only read: give one that may write.")
         # An existing repository answers too, also one that the account may but read.
-        repository = api.create_repo(name, private=settings.hub_private_repo, exist_ok=True).repo_id
-        if settings.hub_revision:
-            api.create_branch(repository, branch=settings.hub_revision, exist_ok=True)
+        repository = api.create_repo(name, private=settings.output.hub_private_repo, exist_ok=True).repo_id
+        if settings.output.hub_revision:
+            api.create_branch(repository, branch=settings.output.hub_revision, exist_ok=True)
 
     hub.insist(prepare, f"Preparing {name}", lambda error: f"{refuse_push(settings, error)}.")
 
@@ -88,21 +88,23 @@ def push(settings: Settings, model_dir: Path) -> str:
     api = connect()
 
     def upload() -> str:
-        name = settings.hub_model_id
+        name = settings.output.hub_model_id
         repository = name if "/" in name else f"{api.whoami()['name']}/{name}"
         files = sorted(file for file in model_dir.rglob("*") if file.is_file())
         # Not upload_folder, which makes several commits of a large folder: a reader could find half a model.
         additions = [CommitOperationAdd(file.relative_to(model_dir).as_posix(), file) for file in files]
         message = "Result of sagemaker-llm-trainer"
         try:
-            return str(api.create_commit(repository, additions, commit_message=message, revision=settings.hub_revision))
+            return str(
+                api.create_commit(repository, additions, commit_message=message, revision=settings.output.hub_revision)
+            )
         except RuntimeError as error:  # huggingface_hub hides behind one what the Hub answered to an upload
             raise hub.find_answer(error) from error
 
     def refuse(error: BaseException) -> str:
         return f"{refuse_push(settings, error)}; the artefacts are in {model_dir}: push them by hand."
 
-    return hub.insist(upload, f"Pushing to {settings.hub_model_id}", refuse)
+    return hub.insist(upload, f"Pushing to {settings.output.hub_model_id}", refuse)
 
 
 def connect() -> HfApi:
@@ -112,7 +114,7 @@ def connect() -> HfApi:
 
 def refuse_push(settings: Settings, error: BaseException) -> str:
     """Why the repository cannot be made or written, and what to change, without the full stop."""
-    what = f"hub_model_id={settings.hub_model_id!r}"
+    what = f"hub_model_id={settings.output.hub_model_id!r}"
     answer = hub.find_answer(error)
     status = answer.response.status_code if isinstance(answer, HfHubHTTPError) else None
     if status == 401:
@@ -136,10 +138,10 @@ def register(
     from mlflow.exceptions import MlflowException
     from mlflow.models import Model
 
-    name = settings.mlflow_register_model
+    name = settings.output.mlflow_register_model
     try:
         # Without the job's run, whose server may have been away until now, the model has one of its own.
-        run_id = find_run(settings) or mlflow.start_run(run_name=settings.run_name).info.run_id
+        run_id = find_run(settings) or mlflow.start_run(run_name=settings.tracking.run_name).info.run_id
         client = mlflow.MlflowClient()
         model = Model(artifact_path=MODEL_PATH, run_id=run_id)
         model.add_flavor("transformers", **describe_flavor(model_dir, architecture, base_id, base_revision))

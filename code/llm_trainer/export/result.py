@@ -44,7 +44,7 @@ class Trained:
     def base_revision(self) -> str | None:
         """The commit that was trained on, where the Hub's cache tells it, else what was asked for."""
         folder = Path(self.plan.folder)
-        return folder.name if folder.parent.name == "snapshots" else self.job.settings.model_revision
+        return folder.name if folder.parent.name == "snapshots" else self.job.settings.model.model_revision
 
     @cached_property
     def base_folder(self) -> Path:
@@ -52,4 +52,4 @@ class Trained:
         folder = Path(self.plan.folder)
         if folder.is_dir():
             return folder
-        return Path(download_model(self.plan.folder, self.job.settings.model_revision, with_weights=True))
+        return Path(download_model(self.plan.folder, self.job.settings.model.model_revision, with_weights=True))

@@ -27,19 +27,21 @@ def prove_trained(trained: Trained, folder: Path, expected: list[torch.Tensor], 
     """
     plan, settings, rows = trained.plan, trained.job.settings, trained.rows
     tolerance: float | None = ROUNDING[plan.precision.compute]
-    if settings.init_lora_weights == "loftq":  # made up for quantization, and is exported for the base without it
+    if (
+        settings.adapter.init_lora_weights == "loftq"
+    ):  # made up for quantization, and is exported for the base without it
         what, model_bytes, tolerance = "The adapter on the original weights", measure_base(trained), None
-    elif settings.use_peft:
+    elif settings.adapter.use_peft:
         what, model_bytes = "The adapter on its base", trained_bytes
     else:
         what, model_bytes = "The exported model", measure_weights(folder, plan)
     place = choose_place(model_bytes, plan.device, trained.scratch_dir)
-    if not settings.use_peft:
+    if not settings.adapter.use_peft:
         model = load_whole(trained, folder, place)
     elif place.placement:
         return tell_unproven(what, model_bytes)
     else:
-        model = load_adapted(trained, folder, place, quantized=settings.init_lora_weights != "loftq")
+        model = load_adapted(trained, folder, place, quantized=settings.adapter.init_lora_weights != "loftq")
     try:
         return prove(what, expected, model, place, rows, tolerance)
     except UserError as error:
@@ -60,7 +62,9 @@ def prove_merged(trained: Trained, adapter: Path, folder: Path) -> Iterator[dict
     what, rounding = "The merged model", ROUNDING[plan.precision.compute]
     # LLM.int8() rounds the inputs of its products too, which no merged weights do.
     tolerance = None if is_in_8_bit(plan) else rounding
-    is_other_base = (settings.load_in_4bit or settings.load_in_8bit) and settings.merge_base == "bf16"
+    is_other_base = (
+        settings.model.load_in_4bit or settings.model.load_in_8bit
+    ) and settings.output.merge_base == "bf16"
     place = choose_place(measure_weights(folder, plan), plan.device, trained.scratch_dir)
     on_original = None
     if is_other_base:

@@ -19,7 +19,8 @@ from llm_trainer.common import redaction
 from llm_trainer.common.errors import Failure, Kind, UserError, chain, report_failure, summarize
 from llm_trainer.common.hub import find_refusal
 from llm_trainer.common.ranks import describe_rank
-from llm_trainer.config.schema import SECRETS, Settings
+from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import SECRETS
 
 SHARED_MEMORY_DIR = Path("/dev/shm")
 NEARLY_FULL_BYTES = 16 << 20  # with no more than this left, a write that failed without a reason failed for that
@@ -121,20 +122,22 @@ def save_gpu_memory(error: BaseException, settings: Settings | None) -> str:
     """The settings that reduce GPU memory and are not used yet."""
     ways = []
     if settings is not None:
-        if is_raised_in(error, "evaluation_loop") and settings.per_device_eval_batch_size > 1:
-            ways.append(f"lower per_device_eval_batch_size (now {settings.per_device_eval_batch_size})")
-        elif settings.per_device_train_batch_size > 1:
+        if is_raised_in(error, "evaluation_loop") and settings.training.per_device_eval_batch_size > 1:
+            ways.append(f"lower per_device_eval_batch_size (now {settings.training.per_device_eval_batch_size})")
+        elif settings.training.per_device_train_batch_size > 1:
             ways.append(
-                f"lower per_device_train_batch_size (now {settings.per_device_train_batch_size}) and raise "
-                f"gradient_accumulation_steps (now {settings.gradient_accumulation_steps}) as much"
+                f"lower per_device_train_batch_size (now {settings.training.per_device_train_batch_size}) and raise "
+                f"gradient_accumulation_steps (now {settings.training.gradient_accumulation_steps}) as much"
             )
-        ways.append(f"lower max_length (now {settings.max_length})" if settings.max_length else "set max_length")
-        if settings.gradient_checkpointing is False:
+        ways.append(
+            f"lower max_length (now {settings.data.max_length})" if settings.data.max_length else "set max_length"
+        )
+        if settings.parallelism.gradient_checkpointing is False:
             ways.append("set gradient_checkpointing=true")
-        if not settings.use_peft:
+        if not settings.adapter.use_peft:
             ways.append("train an adapter (use_peft=true)")
-        elif not settings.load_in_4bit:
-            ways.append(f"set load_in_4bit=true{' instead of load_in_8bit' if settings.load_in_8bit else ''}")
+        elif not settings.model.load_in_4bit:
+            ways.append(f"set load_in_4bit=true{' instead of load_in_8bit' if settings.model.load_in_8bit else ''}")
     return ", or ".join([*ways, "use a GPU with more memory."])
 
 
@@ -187,7 +190,7 @@ def is_peer_lost(error: BaseException, text: str) -> bool:
 
 
 def describe_lost_peer(error: BaseException, settings: Settings | None) -> str:
-    limit = "" if settings is None else f" (now {settings.ddp_timeout} s)"
+    limit = "" if settings is None else f" (now {settings.parallelism.ddp_timeout} s)"
     return (
         f"lost the other ranks ({summarize(error)}): the log of the rank that failed first says why; where none did, "
         f"a step took longer than ddp_timeout{limit}: raise it."
@@ -196,7 +199,7 @@ def describe_lost_peer(error: BaseException, settings: Settings | None) -> str:
 
 def hide_secrets(text: str, settings: Settings | None) -> str:
     """The text without the secrets that this process knows."""
-    given = [getattr(settings, name) for name in SECRETS] if settings is not None else []
+    given = [settings.value(name) for name in SECRETS] if settings is not None else []
     return redaction.hide_secrets(text, [secret.get_secret_value() for secret in given if secret is not None])
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from llm_trainer.common.errors import summarize
 from llm_trainer.common.safetensors_files import WEIGHTS_INDEX, check_weights, is_git_lfs_pointer, list_weights
 from llm_trainer.config.environment import Environment
-from llm_trainer.config.schema import HUB_ID, SECRETS, Settings, show
+from llm_trainer.config.schema import Settings, show
 from llm_trainer.config.secret_references import is_reference
+from llm_trainer.config.sections import HUB_ID, SECRETS
 from llm_trainer.config.tracker_choice import find_idle_project
 from llm_trainer.host.free_space import find_nearest_folder
 from llm_trainer.readers.sources import Source, find_train, find_unread, find_unused, find_validation
@@ -43,8 +44,10 @@ def find_inputs(settings: Settings, environment: Environment) -> tuple[Inputs, l
         model=model,
         train=train,
         validation=validation,
-        model_dir=Path(settings.output_dir) if settings.output_dir else environment.model_dir,
-        checkpoint_dir=Path(settings.checkpoint_dir) if settings.checkpoint_dir else environment.checkpoint_dir,
+        model_dir=Path(settings.output.output_dir) if settings.output.output_dir else environment.model_dir,
+        checkpoint_dir=Path(settings.output.checkpoint_dir)
+        if settings.output.checkpoint_dir
+        else environment.checkpoint_dir,
     )
     problems += check_writable(inputs.model_dir, "output_dir")
     return inputs, problems
@@ -52,7 +55,7 @@ def find_inputs(settings: Settings, environment: Environment) -> tuple[Inputs, l
 
 def find_model(settings: Settings, environment: Environment) -> tuple[str, list[str]]:
     """The model's folder or Hub id, empty if there is none, and a sentence for all that is wrong with it."""
-    model = settings.model_id or str(environment.channels.get("model", ""))
+    model = settings.model.model_id or str(environment.channels.get("model", ""))
     if model:
         return model, list(check_model(model))
     return "", ["model_id is missing: give a Hugging Face model id, or the model's files as channel 'model'."]
@@ -113,7 +116,7 @@ def check_evaluation(settings: Settings, has_validation: bool) -> Iterator[str]:
     if has_validation:
         return
     for name, off in (("early_stopping", False), ("load_best_model_at_end", False), ("eval_strategy", "no")):
-        value = getattr(settings, name)
+        value = settings.value(name)
         if value != off:
             yield f"{name}={show(value)} needs validation data and there is none: give a channel 'validation'."
 
@@ -133,7 +136,7 @@ def find_oddities(settings: Settings, environment: Environment, inputs: Inputs) 
     if unused := find_unused(environment):
         yield f"nothing reads channel {', '.join(unused)}: see the README for the channels' names."
     for name in SECRETS:
-        secret = getattr(settings, name)
+        secret = settings.value(name)
         if secret is not None and not is_reference(secret.get_secret_value()):
             yield (
                 f"everyone who may describe the job can read {name}: give it in the job's Environment, or the ARN of a "
@@ -141,5 +144,5 @@ def find_oddities(settings: Settings, environment: Environment, inputs: Inputs) 
             )
     yield from find_idle_project(settings)
     yield from find_limits(settings)
-    if settings.ignore_data_skip:
+    if settings.training.ignore_data_skip:
         yield "ignore_data_skip=true: a resumed run sees rows of this epoch twice and others not at all."

@@ -45,7 +45,7 @@ class Chronicle:
         """
         if self.environment.node_rank > 0:
             return
-        if not (settings.use_checkpoints and checkpoint_dir.list_checkpoints(inputs.checkpoint_dir)):
+        if not (settings.training.use_checkpoints and checkpoint_dir.list_checkpoints(inputs.checkpoint_dir)):
             self.journal.clear()
         self.started = timeline.started
         self.tell_job(settings, 1)

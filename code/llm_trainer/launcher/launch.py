@@ -18,7 +18,7 @@ from types import FrameType
 from llm_trainer.common.errors import Failure, UserError, write_failure
 from llm_trainer.config.checks import count_processes
 from llm_trainer.config.environment import Environment, find_base_dir, read_environment, read_json_object
-from llm_trainer.config.schema import Settings, is_given, redact, show
+from llm_trainer.config.schema import Settings, redact, show
 from llm_trainer.config.secret_references import secret_variables
 from llm_trainer.host.machine import inspect_machine
 from llm_trainer.host.network import network_variables
@@ -84,11 +84,11 @@ def run(environment: Environment, arguments: Sequence[str], started: float) -> F
             job = check_job(environment, arguments)
             os.environ.update(secret_variables(job.settings, os.environ))
             check_machine(job)
-            if environment.node_rank == 0 and job.settings.push_to_hub:
+            if environment.node_rank == 0 and job.settings.output.push_to_hub:
                 from llm_trainer.export.publish import prepare_push  # the Hub's client takes half a second to import
 
                 prepare_push(job.settings)
-            timeout = job.settings.host_timeout_seconds
+            timeout = job.settings.parallelism.host_timeout_seconds
         except UserError as error:
             mistake = Failure(str(error), "mistake", started)
         timeline.mark("check")
@@ -141,7 +141,7 @@ def supervise(
                 failures_dir,
                 stop_file,
                 Gate(scratch_dir),
-                job.settings.max_restarts,
+                job.settings.parallelism.max_restarts,
             ).run()
         chronicle.end(verdict, job.inputs)
     return verdict
@@ -190,7 +190,7 @@ def describe_job(job: Job) -> None:
         for source in sources:
             print(f"{split} data: {source.describe()}")
     for name, value in redact(job.settings).items():
-        if is_given(job.settings, name):
+        if job.settings.is_given(name):
             print(f"Setting {name}={show(value)}")
     for oddity in find_oddities(job.settings, environment, job.inputs):
         print(f"Warning: {oddity}")
@@ -198,7 +198,7 @@ def describe_job(job: Job) -> None:
 
 
 def describe_early_stop(job: Job) -> None:
-    kept = checkpoint_dir.list_checkpoints(job.inputs.checkpoint_dir) if job.settings.use_checkpoints else []
+    kept = checkpoint_dir.list_checkpoints(job.inputs.checkpoint_dir) if job.settings.training.use_checkpoints else []
     stays = f", and {kept[0].name} stays for the next start" if kept else ""
     print(f"Stopped before the training began: there is nothing to save{stays}.", flush=True)
 
@@ -211,7 +211,7 @@ def check_machine(job: Job) -> None:
         print(f"Machine: {finding.verdict}: {finding.subject}: {finding.text}")
     sys.stdout.flush()
     errors = [f"{finding.subject}: {finding.text}" for finding in findings if finding.verdict == "error"]
-    if errors and not job.settings.use_cpu:
+    if errors and not job.settings.parallelism.use_cpu:
         raise UserError(*errors)
 
 
@@ -246,7 +246,7 @@ def worker_variables(job: Job, scratch_dir: Path, started: float) -> dict[str, s
         "OMP_NUM_THREADS": str(max(1, job.environment.num_cpus // num_processes(job))),
         **network_variables(job.environment),
     }
-    if job.settings.use_cpu or not job.environment.num_gpus:
+    if job.settings.parallelism.use_cpu or not job.environment.num_gpus:
         variables |= KEPT_MEMORY
     if len(job.environment.hosts) > 1:
         variables["LLM_TRAINER_HOST"] = job.environment.current_host
@@ -271,9 +271,9 @@ def library_variables(settings: Settings, inputs: Inputs) -> dict[str, str]:
 
 def needs_hub(settings: Settings, inputs: Inputs) -> bool:
     """Whether the model, its chat template or data come from the Hugging Face Hub, or the result goes there."""
-    places = (inputs.model, settings.chat_template_path)
+    places = (inputs.model, settings.model.chat_template_path)
     has_hub_data = any(isinstance(source, HubSource) for source in (*inputs.train, *inputs.validation))
-    return settings.push_to_hub or has_hub_data or any(place and not Path(place).exists() for place in places)
+    return settings.output.push_to_hub or has_hub_data or any(place and not Path(place).exists() for place in places)
 
 
 def cache_variables(variables: Mapping[str, str]) -> dict[str, str]:

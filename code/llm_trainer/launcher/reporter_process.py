@@ -37,12 +37,12 @@ class Reporting:
         self.command += [f"--model-dir={inputs.model_dir}"]
         if trackers := choose_trackers(settings, variables):
             self.command += [f"--trackers={','.join(trackers)}"]
-        if settings.use_checkpoints:
+        if settings.training.use_checkpoints:
             self.command += [f"--checkpoint-dir={inputs.checkpoint_dir}"]
-        if settings.track_model:
+        if settings.tracking.track_model:
             self.command += ["--track-model"]
         self.variables = {**variables, **tracker_variables(settings, variables), "OMP_NUM_THREADS": "1"}
-        self.model_dir = inputs.model_dir if settings.track_model else None
+        self.model_dir = inputs.model_dir if settings.tracking.track_model else None
         self.stop_file = stop_file
 
     def __enter__(self) -> "Reporting":

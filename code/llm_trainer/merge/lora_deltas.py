@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from llm_trainer.common.errors import UserError, summarize
 from llm_trainer.common.safetensors_files import read_header
-from llm_trainer.config.schema import MOVING_STARTS
+from llm_trainer.config.sections import MOVING_STARTS
 from llm_trainer.merge.weight_layout import WeightLayout
 from llm_trainer.model.lora_init import ADAPTER
 

@@ -75,7 +75,7 @@ def choose_attention(
     """
     obstacles = {kernel: find_obstacle(kernel, needs, dtype, device, faults) for kernel in KERNELS}
     usable = [kernel for kernel, obstacle in obstacles.items() if obstacle is None]
-    asked = settings.attn_implementation
+    asked = settings.model.attn_implementation
     if asked == "auto":
         reasons: dict[str, list[str]] = {}
         for kernel in KERNELS[: KERNELS.index(usable[0])]:

@@ -28,7 +28,7 @@ class Device:
 
 def find_device(settings: Settings) -> Device:
     """The device of this process: its own GPU, unless there is none or the settings ask for the CPU."""
-    if settings.use_cpu or not torch.cuda.is_available():
+    if settings.parallelism.use_cpu or not torch.cuda.is_available():
         return Device(torch.device("cpu"))
     device = torch.device("cuda", local_rank())
     return Device(device, torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))

@@ -39,10 +39,10 @@ def choose_liger(config: PreTrainedConfig, settings: Settings, device: Device, k
 
     Raises UserError where the settings ask for them and they cannot be.
     """
-    if settings.use_liger_kernel is False:
+    if settings.model.use_liger_kernel is False:
         return Liger(False, "use_liger_kernel=false")
-    asked = "use_liger_kernel=true" if settings.use_liger_kernel else "liger_kernel_config"
-    options = settings.liger_kernel_config or {}
+    asked = "use_liger_kernel=true" if settings.model.use_liger_kernel else "liger_kernel_config"
+    options = settings.model.liger_kernel_config or {}
     if lost := [name for name in LEFT_OUT if options.get(name)]:
         raise UserError(f"liger_kernel_config has {lost[0]}=true: the loss is TRL's, and layer norms stay: remove it.")
     obstacle = None
@@ -52,7 +52,7 @@ def choose_liger(config: PreTrainedConfig, settings: Settings, device: Device, k
         obstacle = "liger-kernel is not installed"
     elif config.model_type not in known:
         obstacle = f"liger-kernel has none for model type {config.model_type}"
-    if obstacle and (settings.use_liger_kernel or options):
+    if obstacle and (settings.model.use_liger_kernel or options):
         raise UserError(f"{asked}: {obstacle}: leave it out.")
     if obstacle:
         return Liger(False, obstacle)

@@ -30,12 +30,12 @@ UNKNOWN_TYPE = re.compile(r"model type `(.+?)` but Transformers does not recogni
 
 def fetch_model(model: str, settings: Settings, scratch_dir: Path, with_weights: bool = True) -> str:
     """The folder of the model's files: a Hub model is downloaded once a host. Raises UserError when it cannot be."""
-    if Path(model).is_dir() or not settings.use_snapshot_download:
+    if Path(model).is_dir() or not settings.model.use_snapshot_download:
         return model
     place = scratch_dir / "model_folder"
 
     def download() -> None:
-        place.write_text(download_model(model, settings.model_revision, with_weights), encoding="utf-8")
+        place.write_text(download_model(model, settings.model.model_revision, with_weights), encoding="utf-8")
 
     once_per_host(scratch_dir / "model.done", download)
     return place.read_text(encoding="utf-8")
@@ -44,7 +44,7 @@ def fetch_model(model: str, settings: Settings, scratch_dir: Path, with_weights:
 def read_config(model: str, settings: Settings) -> PreTrainedConfig:
     """The config of a causal language model. Raises UserError when it cannot be read, or is of another kind."""
     try:
-        options = {**source_options(settings), **(settings.model_init_kwargs or {})}
+        options = {**source_options(settings), **(settings.model.model_init_kwargs or {})}
         config = AutoConfig.from_pretrained(model, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(explain(error, model, "config")) from error
@@ -81,7 +81,7 @@ def build_on_meta(config: PreTrainedConfig, settings: Settings, dtype: torch.dty
     """The model of a config on the meta device, which changes the config's type to this one."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=settings.trust_remote_code, attn_implementation="eager"
+            config, dtype=dtype, trust_remote_code=settings.model.trust_remote_code, attn_implementation="eager"
         )
 
 
@@ -94,23 +94,23 @@ def load_tokenizer(model: str, settings: Settings) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(model, **source_options(settings))
     except (OSError, ValueError) as error:
         raise UserError(explain(error, model, "tokenizer")) from error
-    if settings.chat_template_path:
-        tokenizer.chat_template = read_chat_template(settings.chat_template_path)
-    if settings.eos_token:
-        tokenizer.eos_token = known_token(tokenizer, "eos_token", settings.eos_token)
+    if settings.model.chat_template_path:
+        tokenizer.chat_template = read_chat_template(settings.model.chat_template_path)
+    if settings.model.eos_token:
+        tokenizer.eos_token = known_token(tokenizer, "eos_token", settings.model.eos_token)
     if tokenizer.eos_token is None:
         raise UserError(f"The tokenizer of {model} has no end-of-sequence token: name one with eos_token.")
-    if settings.pad_token:
-        tokenizer.pad_token = known_token(tokenizer, "pad_token", settings.pad_token)
+    if settings.model.pad_token:
+        tokenizer.pad_token = known_token(tokenizer, "pad_token", settings.model.pad_token)
         if tokenizer.pad_token == tokenizer.eos_token:
-            raise UserError(f"pad_token={settings.pad_token!r} is the end-of-sequence token: name another one.")
+            raise UserError(f"pad_token={settings.model.pad_token!r} is the end-of-sequence token: name another one.")
     elif tokenizer.pad_token in (None, tokenizer.eos_token):
         tokenizer.pad_token = choose_pad_token(tokenizer)
     return tokenizer
 
 
 def source_options(settings: Settings) -> dict[str, Any]:
-    return {"revision": settings.model_revision or "main", "trust_remote_code": settings.trust_remote_code}
+    return {"revision": settings.model.model_revision or "main", "trust_remote_code": settings.model.trust_remote_code}
 
 
 def read_chat_template(path: str) -> str:
@@ -146,7 +146,7 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
 def find_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> frozenset[int]:
     """Token ids at which generation stops: the tokenizer's EOS and those of the model's generation config."""
     try:
-        stop = GenerationConfig.from_pretrained(model, revision=settings.model_revision or "main").eos_token_id
+        stop = GenerationConfig.from_pretrained(model, revision=settings.model.model_revision or "main").eos_token_id
     except OSError:  # many models have no generation_config.json
         stop = None
     stops = stop if isinstance(stop, list) else [stop] if stop is not None else []
@@ -176,7 +176,7 @@ def load_model(
     """
     options: dict[str, Any] = {
         "dtype": dtype,
-        "trust_remote_code": settings.trust_remote_code,
+        "trust_remote_code": settings.model.trust_remote_code,
         "attn_implementation": attention,
     }
     try:
@@ -188,7 +188,7 @@ def load_model(
                 return AutoModelForCausalLM.from_config(config, **options)
         options |= {**source_options(settings), "device_map": {"": device}, "use_safetensors": True}
         options |= placement
-        options |= settings.model_init_kwargs or {}
+        options |= settings.model.model_init_kwargs or {}
         if quantization is not None:  # None would hide how the checkpoint is stored
             options["quantization_config"] = quantization
         return keep_trainable(AutoModelForCausalLM.from_pretrained(model, **options))

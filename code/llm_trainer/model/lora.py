@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llm_trainer.common.errors import UserError, shorten, summarize
-from llm_trainer.config.schema import MOVING_STARTS, Settings, is_given
+from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import MOVING_STARTS
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output layer
 LINEAR = (nn.Linear, Conv1D)
@@ -29,15 +30,17 @@ def build_lora(settings: Settings, skeleton: PreTrainedModel) -> LoraConfig:
     """What PEFT is asked for. Raises UserError for targets that the model lacks, and what PEFT cannot do with them."""
     modules, parameters = choose_targets(settings, skeleton)
     config = LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
+        r=settings.adapter.lora_r,
+        lora_alpha=settings.adapter.lora_alpha,
+        lora_dropout=settings.adapter.lora_dropout,
         target_modules=modules,
         target_parameters=parameters,
-        use_rslora=settings.use_rslora,
-        use_dora=settings.use_dora,
+        use_rslora=settings.adapter.use_rslora,
+        use_dora=settings.adapter.use_dora,
         # PEFT's own LoftQ quantizes a whole base by itself; ours, in adapter_start.py, begins on a quantized one.
-        init_lora_weights=True if settings.init_lora_weights in ("default", "loftq") else settings.init_lora_weights,
+        init_lora_weights=True
+        if settings.adapter.init_lora_weights in ("default", "loftq")
+        else settings.adapter.init_lora_weights,
         bias="none",
         task_type=TaskType.CAUSAL_LM,
     )
@@ -47,7 +50,7 @@ def build_lora(settings: Settings, skeleton: PreTrainedModel) -> LoraConfig:
             # Names that experts bore in Transformers 4 become those of the parameters that hold them now.
             convert_peft_config_for_transformers(config, skeleton, conversions=None)
         except ValueError as error:
-            raise UserError(f"target_modules={settings.target_modules!r}: {summarize(error)}.") from error
+            raise UserError(f"target_modules={settings.adapter.target_modules!r}: {summarize(error)}.") from error
         problems = list(find_impossible(config, settings, skeleton))
     if problems:
         raise UserError(*problems)
@@ -61,9 +64,9 @@ def choose_targets(settings: Settings, skeleton: PreTrainedModel) -> tuple[str |
 
     PEFT matches a string against whole module paths, so that a plain name must become a list to match its end.
     """
-    targets, parameters = settings.target_modules, settings.target_parameters
+    targets, parameters = settings.adapter.target_modules, settings.adapter.target_parameters
     if targets == "auto":
-        packed = settings.load_in_4bit or settings.load_in_8bit
+        packed = settings.model.load_in_4bit or settings.model.load_in_8bit
         modules, weights = find_linear(skeleton)
         # A quantized matrix has no shape that an adapter of the bare parameter could follow.
         experts = (find_experts(skeleton) if parameters is None else parameters) + ([] if packed else weights)
@@ -199,13 +202,16 @@ def tell_existing(existing: list[str]) -> str:
 
 def find_impossible(config: LoraConfig, settings: Settings, model: PreTrainedModel) -> Iterator[str]:
     """Sentences about what PEFT's layers cannot do for these targets."""
-    init = settings.init_lora_weights
+    init = settings.adapter.init_lora_weights
     if config.target_parameters:
         subject = f"adapters on parameters ({shorten(', '.join(sorted(config.target_parameters)))})"
         fix = "or name linear layers alone with target_modules"
-        if settings.lora_dropout and is_given(settings, "lora_dropout"):
-            yield f"lora_dropout={settings.lora_dropout:g} with {subject}: PEFT has no dropout there; set 0, {fix}."
-        if settings.use_dora:
+        if settings.adapter.lora_dropout and settings.is_given("lora_dropout"):
+            yield (
+                f"lora_dropout={settings.adapter.lora_dropout:g} with {subject}: PEFT has no dropout there; set 0, "
+                f"{fix}."
+            )
+        if settings.adapter.use_dora:
             yield f"use_dora=true with {subject}: PEFT has DoRA for modules only; set it to false, {fix}."
         if init not in ("default", "gaussian"):
             yield f"init_lora_weights={init} with {subject}: PEFT has only default and gaussian there; use one, {fix}."
@@ -215,10 +221,10 @@ def find_impossible(config: LoraConfig, settings: Settings, model: PreTrainedMod
     if init in DECOMPOSING:
         shapes = {name: module.weight.shape for name, module in targets.items()}
         smallest = min(shapes, key=lambda name: min(shapes[name]), default=None)
-        if smallest and min(shapes[smallest]) < settings.lora_r:
+        if smallest and min(shapes[smallest]) < settings.adapter.lora_r:
             yield (
-                f"lora_r={settings.lora_r} with init_lora_weights={init}: the matrix of {smallest} has only rank "
-                f"{min(shapes[smallest])}; lower lora_r to that."
+                f"lora_r={settings.adapter.lora_r} with init_lora_weights={init}: the matrix of {smallest} has only "
+                f"rank {min(shapes[smallest])}; lower lora_r to that."
             )
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.ranks import local_rank
 from llm_trainer.common.safetensors_files import list_weights
-from llm_trainer.config.schema import MOVING_STARTS
+from llm_trainer.config.sections import MOVING_STARTS
 
 KEPT = "initial_adapter.safetensors"  # in a checkpoint: PEFT takes a folder with an adapter for another one to load
 ADAPTER = "default"  # PEFT's name of the only one

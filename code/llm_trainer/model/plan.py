@@ -40,7 +40,7 @@ def plan_model(folder: str, settings: Settings, device: Device, precision: Preci
     skeleton = loading.build_skeleton(folder, config, settings)
     attention = choose_attention(read_needs(skeleton), settings, precision.compute, device, find_faults(device))
     liger = choose_liger(config, settings, device, find_known_types(device))
-    lora = build_lora(settings, skeleton) if settings.use_peft else None
+    lora = build_lora(settings, skeleton) if settings.adapter.use_peft else None
 
     def reasons() -> Iterator[str]:
         yield precision.describe(find_stored_type(folder, config))
@@ -48,7 +48,7 @@ def plan_model(folder: str, settings: Settings, device: Device, precision: Preci
             yield describe_quantization(folder, skeleton, quantization, precision.weights)
         yield str(attention)
         yield str(liger)
-        if lora is not None and not settings.merge_weights:
+        if lora is not None and not settings.output.merge_weights:
             misplacements = find_misplacements(lora, config.get_text_config().model_type)
             yield from (f"Warning: {text}" for text in misplacements)
 

@@ -48,21 +48,21 @@ def choose_precision(settings: Settings, device: Device) -> Precision:
     Raises UserError for a type that the device cannot compute in.
     """
     has_bfloat16 = device.capability is not None and device.capability >= BFLOAT16_CAPABILITY
-    if settings.torch_dtype != "auto":
-        if settings.torch_dtype == "bfloat16" and device.is_gpu and not has_bfloat16:
+    if settings.model.torch_dtype != "auto":
+        if settings.model.torch_dtype == "bfloat16" and device.is_gpu and not has_bfloat16:
             raise UserError(
                 f"torch_dtype=bfloat16: {device} only emulates it, which takes compute capability 8.0: leave it out."
             )
-        if settings.torch_dtype == "float16" and not device.is_gpu:
+        if settings.model.torch_dtype == "float16" and not device.is_gpu:
             raise UserError(
                 "torch_dtype=float16: training in it needs an NVIDIA GPU and this runs on a CPU: leave it out."
             )
-        compute = TYPES[settings.torch_dtype]
-        return Precision(compute, compute, f"torch_dtype={settings.torch_dtype}")
+        compute = TYPES[settings.model.torch_dtype]
+        return Precision(compute, compute, f"torch_dtype={settings.model.torch_dtype}")
     if not device.is_gpu:
         return Precision(torch.float32, torch.float32, "auto: on a CPU")
     compute = torch.bfloat16 if has_bfloat16 else torch.float16
-    weights = compute if settings.use_peft else torch.float32
+    weights = compute if settings.adapter.use_peft else torch.float32
     return Precision(compute, weights, f"auto: {device} has {'it' if has_bfloat16 else 'no bfloat16'}")
 
 

@@ -31,16 +31,16 @@ def build_quantization(
     stored = find_stored_method(config)
     if stored == "mxfp4":
         return Mxfp4Config(dequantize=True)
-    if settings.load_in_4bit or settings.load_in_8bit or stored == "bitsandbytes":
+    if settings.model.load_in_4bit or settings.model.load_in_8bit or stored == "bitsandbytes":
         try_bitsandbytes(settings, device.torch)
-    if settings.load_in_8bit:
+    if settings.model.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
-    if not settings.load_in_4bit:
+    if not settings.model.load_in_4bit:
         return None
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
+        bnb_4bit_quant_type=settings.model.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=settings.model.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=dtype,
     )
 
@@ -59,16 +59,16 @@ def find_quantization_problems(model: str, config: PreTrainedConfig, settings: S
     """Sentences about settings that contradict how the checkpoint is stored."""
     stored = find_stored_method(config)
     for name in ("load_in_4bit", "load_in_8bit"):
-        if stored and getattr(settings, name):
+        if stored and settings.value(name):
             yield f"{name}=true: {model} is stored in {stored} already, and a base has one quantization: remove {name}."
-    if settings.use_mxfp4 and stored != "mxfp4":
+    if settings.model.use_mxfp4 and stored != "mxfp4":
         found = f"is stored in {stored}" if stored else "is not quantized"
         yield f"use_mxfp4=true: {model} {found} and is not an MXFP4 checkpoint: remove use_mxfp4."
-    if settings.use_mxfp4 is False and stored == "mxfp4":
+    if settings.model.use_mxfp4 is False and stored == "mxfp4":
         yield f"use_mxfp4=false: {model} is an MXFP4 checkpoint and can only be read as one: remove use_mxfp4."
-    if stored == "bitsandbytes" and not settings.use_peft:
+    if stored == "bitsandbytes" and not settings.adapter.use_peft:
         yield f"use_peft=false: {model} is stored in bitsandbytes, whose weights cannot be trained: set use_peft=true."
-    if stored == "bitsandbytes" and settings.distribution == "fsdp":
+    if stored == "bitsandbytes" and settings.parallelism.distribution == "fsdp":
         yield f"distribution=fsdp: {model} is stored in bitsandbytes, and such weights cannot be sharded: use ddp."
     if stored not in (None, "mxfp4", "bitsandbytes"):
         yield (
@@ -79,14 +79,14 @@ def find_quantization_problems(model: str, config: PreTrainedConfig, settings: S
 
 def try_bitsandbytes(settings: Settings, device: torch.device) -> None:
     """Quantize a few numbers: the package imports even where its native library cannot run."""
-    name = "load_in_8bit" if settings.load_in_8bit else "load_in_4bit"
+    name = "load_in_8bit" if settings.model.load_in_8bit else "load_in_4bit"
     try:
         from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 
-        if settings.load_in_8bit:
+        if settings.model.load_in_8bit:
             int8_vectorwise_quant(torch.ones(1, 64, device=device, dtype=torch.float16))
         else:
-            quantize_4bit(torch.ones(64, device=device), quant_type=settings.bnb_4bit_quant_type)
+            quantize_4bit(torch.ones(64, device=device), quant_type=settings.model.bnb_4bit_quant_type)
     except (ImportError, OSError, RuntimeError, NotImplementedError) as error:
         raise UserError(
             f"{name}=true: bitsandbytes cannot run here ({summarize(error)}): "

@@ -109,10 +109,10 @@ Source = FileSource | HubSource
 
 def find_train(settings: Settings, environment: Environment) -> tuple[list[Source], list[str]]:
     """The sources of the training data, and a sentence for each that is missing or empty."""
-    path = settings.train_dataset_path
+    path = settings.data.train_dataset_path
     if path:
         sources, problems = find_at_path(
-            path, "train_dataset_path", settings.dataset_train_split, settings, environment
+            path, "train_dataset_path", settings.data.dataset_train_split, settings, environment
         )
         return sources, problems + list(check_weights(settings, [path]))
     channels = [name for name in environment.channels if TRAIN_CHANNEL.fullmatch(name)]
@@ -124,9 +124,9 @@ def find_train(settings: Settings, environment: Environment) -> tuple[list[Sourc
 
 def find_validation(settings: Settings, environment: Environment) -> tuple[list[Source], list[str]]:
     """The same of the validation data, of which there may be none."""
-    path = settings.val_dataset_path
+    path = settings.data.val_dataset_path
     if path:
-        return find_at_path(path, "val_dataset_path", settings.dataset_test_split, settings, environment)
+        return find_at_path(path, "val_dataset_path", settings.data.dataset_test_split, settings, environment)
     channels = [name for name in environment.channels if VALIDATION_CHANNEL.fullmatch(name)]
     return find_in_channels(channels, ("validation", "val", "test"), environment)
 
@@ -135,7 +135,7 @@ def find_at_path(
     path: str, setting: str, split: str, settings: Settings, environment: Environment
 ) -> tuple[list[Source], list[str]]:
     if not Path(path).exists() and HUB_DATA_ID.fullmatch(path):
-        return [HubSource(path, settings.dataset_config, split)], []
+        return [HubSource(path, settings.data.dataset_config, split)], []
     return find_files_at(Path(path), f"{setting}={path!r}", path, "", (split,), environment)
 
 
@@ -175,7 +175,7 @@ def find_files_at(
 
 
 def check_weights(settings: Settings, channels: list[str]) -> Iterator[str]:
-    weights = settings.train_weights
+    weights = settings.data.train_weights
     if weights is not None and sorted(weights) != sorted(channels):
         yield (
             f"train_weights={show(weights)} must name each training channel once, and there are "

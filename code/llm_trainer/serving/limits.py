@@ -4,7 +4,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llm_trainer.config.schema import MOVING_STARTS, Settings
+from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import MOVING_STARTS
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -55,17 +56,20 @@ def find_misplacements(lora: "LoraConfig", model_type: str) -> Iterator[str]:
 
 def find_limits(settings: Settings) -> Iterator[str]:
     """The same as far as settings alone tell it, before the training."""
-    if not settings.use_peft or settings.merge_weights:
+    if not settings.adapter.use_peft or settings.output.merge_weights:
         return
-    if settings.use_dora:
+    if settings.adapter.use_dora:
         yield f"use_dora=true: vLLM and LMI cannot load DoRA adapters; {FIX}"
-    doubled = settings.init_lora_weights in (*MOVING_STARTS, "loftq")  # the difference from the start is exported
-    rank = settings.lora_r * (2 if doubled else 1)
+    doubled = settings.adapter.init_lora_weights in (
+        *MOVING_STARTS,
+        "loftq",
+    )  # the difference from the start is exported
+    rank = settings.adapter.lora_r * (2 if doubled else 1)
     if find_served_rank(rank) is None:
-        twice = f", exported as {rank} with init_lora_weights={settings.init_lora_weights}" if doubled else ""
+        twice = f", exported as {rank} with init_lora_weights={settings.adapter.init_lora_weights}" if doubled else ""
         yield (
-            f"lora_r={settings.lora_r}{twice}: vLLM and LMI load adapters of rank {LORA_RANKS[-1]} at most; lower it, "
-            f"or {FIX}"
+            f"lora_r={settings.adapter.lora_r}{twice}: vLLM and LMI load adapters of rank {LORA_RANKS[-1]} at most; "
+            f"lower it, or {FIX}"
         )
 
 

@@ -139,7 +139,7 @@ def choose_options(model: ServedModel, settings: Settings) -> dict[str, str]:
     thinking = find_reasoning_parser(model)
     if thinking:
         options["reasoning_parser"] = thinking
-    if settings.trust_remote_code:
+    if settings.model.trust_remote_code:
         options["trust_remote_code"] = "true"
     return options
 
@@ -149,7 +149,7 @@ def describe_choices(model: ServedModel, settings: Settings) -> Iterator[str]:
     yield "For AWS's LMI container with vLLM. serving.env holds the same as the container's environment variables."
     limit = find_limit(model)
     if limit is not None:
-        trained = settings.max_length or "any number of"
+        trained = settings.data.max_length or "any number of"
         yield (
             f"max_model_len: the model takes {limit} tokens (it was trained on rows of at most {trained}); as many as "
             "the GPUs below hold beside the weights; raise it on larger ones."
@@ -213,7 +213,7 @@ def free_bytes(model: ServedModel, degree: int, gpu_gb: int) -> float:
 
 def advise_gpus(model: ServedModel, settings: Settings) -> tuple[int, int] | None:
     """The fewest GPUs, and the smaller kind of them (GB), that hold the weights and one row as long as in training."""
-    row = cache_bytes(model) * min(settings.max_length or LENGTH_STEP, find_limit(model) or LENGTH_STEP)
+    row = cache_bytes(model) * min(settings.data.max_length or LENGTH_STEP, find_limit(model) or LENGTH_STEP)
     for gpu_gb in GPU_GB:
         for degree in DEGREES:
             if can_split(model, degree) and free_bytes(model, degree, gpu_gb) >= row:
@@ -243,7 +243,7 @@ def choose_length(model: ServedModel, settings: Settings) -> int | None:
     if limit is None or gpus is None:
         return None
     fitting = int(free_bytes(model, *gpus) / cache_bytes(model)) // LENGTH_STEP * LENGTH_STEP
-    return min(limit, max(fitting, settings.max_length or LENGTH_STEP))
+    return min(limit, max(fitting, settings.data.max_length or LENGTH_STEP))
 
 
 def find_tool_parser(model: ServedModel) -> str | None:

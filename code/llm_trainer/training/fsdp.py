@@ -33,11 +33,11 @@ def choose_arguments(settings: Settings) -> dict[str, Any]:
         "version": 2,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",  # a unit is a decoder layer
         "state_dict_type": "SHARDED_STATE_DICT",  # each rank writes its shard; no rank holds a whole optimizer
-        "cpu_ram_efficient_loading": not settings.load_in_4bit,  # of 4-bit weights Accelerate sends none
+        "cpu_ram_efficient_loading": not settings.model.load_in_4bit,  # of 4-bit weights Accelerate sends none
     }
     return {
         "fsdp": True,
-        "fsdp_config": {**config, **(settings.fsdp_config or {})},
+        "fsdp_config": {**config, **(settings.parallelism.fsdp_config or {})},
         "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
     }
 
@@ -66,7 +66,7 @@ def load_base(plan: ModelPlan, settings: Settings, arguments: SFTConfig, group: 
     rank on the CPU: Accelerate shards each layer when it moves it to the device, but cannot send a quantized one.
     """
     store_as_float(plan.quantization, arguments, plan.precision.compute)
-    device = torch.device("cpu") if settings.load_in_4bit or rank() == 0 else None
+    device = torch.device("cpu") if settings.model.load_in_4bit or rank() == 0 else None
     base = load_model(plan.folder, settings, plan.quantization, plan.precision.weights, device, plan.attention.name)
     fill_in(base, group)
     return base

@@ -141,9 +141,12 @@ class Packing:
 
     def pack(self, splits: dict[str, Dataset], settings: Settings, scratch_dir: Path) -> dict[str, Dataset]:
         """The splits as they are trained on and evaluated: in sequences where that is wanted, else as they are."""
-        max_length = cast(int, settings.max_length)  # whoever wants sequences has given it
+        max_length = cast(int, settings.data.max_length)  # whoever wants sequences has given it
         train = self.mode == "data set"
-        wanted = {"train": train, "validation": train if settings.eval_packing is None else settings.eval_packing}
+        wanted = {
+            "train": train,
+            "validation": train if settings.data.eval_packing is None else settings.data.eval_packing,
+        }
         sequences = dict(splits)
         for name in filter(wanted.get, splits):
             sequences[name] = pack_split(name, splits[name], settings, scratch_dir)
@@ -167,20 +170,20 @@ def choose_packing(
 
     Raises UserError where it does not and the settings name packing; where they leave it open, it is off.
     """
-    if settings.packing is False:
+    if settings.data.packing is False:
         return Packing("off", "packing=false")
     flattens = is_flash_attention_requested(model.config)
-    collator = PackingCollator(tokenizer.pad_token_id, settings.max_length, flattens, arguments.pad_to_multiple_of)
+    collator = PackingCollator(tokenizer.pad_token_id, settings.data.max_length, flattens, arguments.pad_to_multiple_of)
     if arguments.parallelism_config is not None:
         reason: str | None = "parallelism_config may split a sequence over devices"
     else:
         with computing_as(arguments):
             reason = find_first(find_leak(model, replace(collator, pad_token_id=0, max_length=None)), group)
     if reason is None:
-        mode: Literal["data set", "batch"] = "data set" if settings.packing else "batch"
+        mode: Literal["data set", "batch"] = "data set" if settings.data.packing else "batch"
         return Packing(mode, f"{model.config._attn_implementation} attention keeps them apart", collator)
     for name in ("packing", "eval_packing"):
-        if getattr(settings, name):
+        if settings.value(name):
             raise UserError(f"{name}=true: {reason}: leave it out, and rows are padded.")
     return Packing("off", reason)
 
@@ -210,8 +213,12 @@ def pack_split(name: str, rows: Dataset, settings: Settings, scratch_dir: Path) 
     def pack() -> None:
         options = {"cache_file_name": str(arrow), "load_from_cache_file": False, "batch_size": BIN_ROWS}
         tokens = rows.select_columns(["input_ids", "labels"])
-        pack_dataset(tokens, settings.max_length, settings.packing_strategy, options)
+        pack_dataset(tokens, settings.data.max_length, settings.data.packing_strategy, options)
 
     once_per_host(scratch_dir / f"{name}-packed.done", pack)
     sequences = Dataset.from_file(str(arrow))
-    return sequences.shuffle(seed=settings.seed, keep_in_memory=True) if settings.shuffle_dataset else sequences
+    return (
+        sequences.shuffle(seed=settings.training.seed, keep_in_memory=True)
+        if settings.data.shuffle_dataset
+        else sequences
+    )

@@ -41,16 +41,16 @@ def identify_run(
 ) -> dict[str, Any]:
     """What two runs have in common of which one goes on where the other was interrupted; ready for JSON."""
     settings = job.settings
-    names = OWN_SETTINGS + DATA_SETTINGS + (ADAPTER_SETTINGS if settings.use_peft else ())
-    identity = {name: getattr(settings, name) for name in names}
+    names = OWN_SETTINGS + DATA_SETTINGS + (ADAPTER_SETTINGS if settings.adapter.use_peft else ())
+    identity = {name: settings.value(name) for name in names}
     identity |= {name: getattr(arguments, name) for name in TRAINING_ARGUMENTS}
-    identity |= {"packing": packing.mode, "packing_strategy": settings.packing_strategy}
+    identity |= {"packing": packing.mode, "packing_strategy": settings.data.packing_strategy}
     identity["distribution"] = "fsdp" if sharded else "ddp"  # their files are of different kinds
     identity["rows a step"] = (
         arguments.per_device_train_batch_size * world_size() * arguments.gradient_accumulation_steps
     )
-    if settings.streaming:  # each rank, or process of a DataLoader, reads a stream of its own
-        identity["streams"] = world_size() * max(1, settings.dataloader_num_workers)
+    if settings.data.streaming:  # each rank, or process of a DataLoader, reads a stream of its own
+        identity["streams"] = world_size() * max(1, settings.training.dataloader_num_workers)
     identity["model"] = hashlib.sha256((Path(model) / "config.json").read_bytes()).hexdigest()[:12]
     files = sorted(file.get("sha256") or f"{file['name']} {file['bytes']}" for file in report.files)
     identity["training data"] = f"{report.num_rows} rows {hashlib.sha256(''.join(files).encode()).hexdigest()[:12]}"
@@ -75,7 +75,10 @@ def find_distribution(job: Job, group: dist.ProcessGroup | None) -> str | None:
 
     What is free on a GPU differs a little from start to start, and must not have a job refuse its own checkpoint.
     """
-    if not job.settings.use_checkpoints or (job.settings.resume_from_checkpoint or "").lower() == "false":
+    if (
+        not job.settings.training.use_checkpoints
+        or (job.settings.training.resume_from_checkpoint or "").lower() == "false"
+    ):
         return None
     gather = gather_over(group)
     for checkpoint in checkpoint_dir.list_over_hosts(job.inputs.checkpoint_dir, gather):
@@ -95,9 +98,9 @@ def gather_over(group: dist.ProcessGroup | None) -> Gather:
 
 
 def choose_checkpoint(job: Job, run: dict[str, Any], gather: Gather = checkpoint_dir.alone) -> Path | None:
-    wish = job.settings.resume_from_checkpoint
+    wish = job.settings.training.resume_from_checkpoint
     folder = job.inputs.checkpoint_dir
-    if (not job.settings.use_checkpoints and wish is None) or (wish or "").lower() == "false":
+    if (not job.settings.training.use_checkpoints and wish is None) or (wish or "").lower() == "false":
         return None
     newest, warnings = checkpoint_dir.find_newest(folder, gather)
     if rank() == 0:

@@ -13,7 +13,7 @@ from trl import SFTConfig
 
 from llm_trainer.common.errors import UserError, summarize
 from llm_trainer.common.ranks import world_size
-from llm_trainer.config.schema import Settings, is_given
+from llm_trainer.config.schema import FIELDS, Settings
 from llm_trainer.config.sft_config_fields import read_snapshot
 from llm_trainer.job.inputs import Inputs
 from llm_trainer.model.memory.fit import Fit
@@ -73,12 +73,12 @@ def build_trainer(
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"TRL refuses these settings: {summarize(error)}.") from error
-    trainer.loraplus_lr_ratio = settings.loraplus_lr_ratio
-    if settings.use_peft:
+    trainer.loraplus_lr_ratio = settings.adapter.loraplus_lr_ratio
+    if settings.adapter.use_peft:
         keep_adapter_in_float32(trainer.model)
     trainer.remove_callback(PrinterCallback)
-    if settings.early_stopping:
-        trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
+    if settings.training.early_stopping:
+        trainer.add_callback(EarlyStoppingCallback(settings.training.early_stopping_patience))
     return trainer
 
 
@@ -94,9 +94,9 @@ def build_arguments(
     Without a fit, which is known once the data are, they serve to find mistakes early.
     """
     given = {
-        name: reveal(getattr(settings, name))
+        name: reveal(settings.value(name))
         for name in read_snapshot()
-        if name not in ACTED_ON and is_given(settings, name)
+        if name in FIELDS and name not in ACTED_ON and settings.is_given(name)
     }
     if isinstance(given.get("parallelism_config"), dict):
         given["parallelism_config"] = ParallelismConfig(**given["parallelism_config"])
@@ -125,9 +125,9 @@ def choose_defaults(
 ) -> dict[str, Any]:
     """Where we choose otherwise than TRL."""
     on_cpu = device.type == "cpu"
-    precision = not (is_given(settings, "bf16") or is_given(settings, "fp16"))
+    precision = not (settings.is_given("bf16") or settings.is_given("fp16"))
     defaults: dict[str, Any] = {
-        "learning_rate": LORA_LEARNING_RATE if settings.use_peft else FULL_LEARNING_RATE,
+        "learning_rate": LORA_LEARNING_RATE if settings.adapter.use_peft else FULL_LEARNING_RATE,
         "bf16": precision and dtype == torch.bfloat16,
         "fp16": precision and dtype == torch.float16,
         "use_cpu": on_cpu,
@@ -144,20 +144,20 @@ def choose_defaults(
     }
     if fit is not None and fit.sharded:
         defaults |= fsdp.choose_arguments(settings)
-    if is_given(settings, "save_steps") and settings.use_checkpoints:
+    if settings.is_given("save_steps") and settings.training.use_checkpoints:
         defaults["save_strategy"] = "steps"
-    if is_given(settings, "eval_steps") and can_evaluate:
+    if settings.is_given("eval_steps") and can_evaluate:
         defaults["eval_strategy"] = "steps"
-    if settings.early_stopping:
-        evaluates = settings.eval_strategy if is_given(settings, "eval_strategy") else defaults["eval_strategy"]
+    if settings.training.early_stopping:
+        evaluates = settings.training.eval_strategy if settings.is_given("eval_strategy") else defaults["eval_strategy"]
         defaults |= {
             "load_best_model_at_end": True,
             "metric_for_best_model": "eval_loss",
             "greater_is_better": False,
             "save_strategy": evaluates,
         }
-        if is_given(settings, "eval_steps"):
-            defaults["save_steps"] = settings.eval_steps
+        if settings.is_given("eval_steps"):
+            defaults["save_steps"] = settings.training.eval_steps
     return defaults
 
 

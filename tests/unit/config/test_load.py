@@ -9,7 +9,8 @@ from llm_trainer.common.redaction import REDACTED
 from llm_trainer.config.checks import find_lacks
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.load import read_settings
-from llm_trainer.config.schema import ALIASES, Settings, redact
+from llm_trainer.config.schema import FIELDS, Settings, redact
+from llm_trainer.config.sections import ALIASES
 
 
 def environment_of(hyperparameters: dict[str, str], num_gpus: int = 0, channels=None) -> Environment:
@@ -89,11 +90,11 @@ def test_the_seeds_argument_file_is_accepted_as_it_is(tmp_path):
     )
     settings, problems = read_settings(environment_of({"config": str(args)}, num_gpus=8), {})
     assert not problems
-    assert settings.learning_rate == 5e-5  # YAML 1.1 reads `5e-5` as a text
-    assert settings.lora_r == 32
-    assert settings.token is None
-    assert settings.mlflow_uri is None
-    assert settings.target_modules == ["q_proj", "v_proj"]
+    assert settings.training.learning_rate == 5e-5  # YAML 1.1 reads `5e-5` as a text
+    assert settings.adapter.lora_r == 32
+    assert settings.model.token is None
+    assert settings.tracking.mlflow_uri is None
+    assert settings.adapter.target_modules == ["q_proj", "v_proj"]
 
 
 def test_the_command_line_wins_over_hyperparameters_and_those_over_the_file(tmp_path):
@@ -101,7 +102,12 @@ def test_the_command_line_wins_over_hyperparameters_and_those_over_the_file(tmp_
     environment = environment_of({"lora_r": "2", "lora_alpha": "2"}, channels={"config": tmp_path})
     settings, problems = read_settings(environment, {"lora_r": "3"})
     assert not problems
-    assert (settings.lora_r, settings.lora_alpha, settings.seed, settings.lora_dropout) == (3, 2, 1, 0.1)
+    assert (
+        settings.adapter.lora_r,
+        settings.adapter.lora_alpha,
+        settings.training.seed,
+        settings.adapter.lora_dropout,
+    ) == (3, 2, 1, 0.1)
 
 
 def test_every_mistake_is_told_in_one_go():
@@ -164,7 +170,7 @@ def test_a_value_of_the_wrong_kind_or_range_is_refused(name, value):
     ],
 )
 def test_the_fields_other_spellings_are_accepted(alias, name, value):
-    assert getattr(settings_of({alias: str(value)}), name) == value
+    assert settings_of({alias: str(value)}).value(name) == value
 
 
 def test_two_spellings_of_one_setting_clash():
@@ -173,8 +179,8 @@ def test_two_spellings_of_one_setting_clash():
 
 
 def test_aliases_point_at_settings():
-    assert set(ALIASES.values()) <= set(Settings.model_fields)
-    assert not set(ALIASES) & set(Settings.model_fields)
+    assert set(ALIASES.values()) <= set(FIELDS)
+    assert not set(ALIASES) & set(FIELDS)
 
 
 def test_what_sagemaker_adds_is_not_rejected():
@@ -183,7 +189,7 @@ def test_what_sagemaker_adds_is_not_rejected():
 
 def test_null_asks_for_the_default():
     settings = settings_of({"lora_r": "None", "learning_rate": "null", "max_length": "null"})
-    assert (settings.lora_r, settings.learning_rate, settings.max_length) == (8, 2e-5, None)
+    assert (settings.adapter.lora_r, settings.training.learning_rate, settings.data.max_length) == (8, 2e-5, None)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +240,7 @@ def test_secrets_appear_neither_in_settings_nor_in_messages():
     settings = settings_of({"token": "hf_secret", "wandb_token": "w_secret", "hub_token": "h_secret"})
     assert "secret" not in repr(settings) + repr(redact(settings))
     assert redact(settings)["token"] == REDACTED
-    assert settings.token.get_secret_value() == "hf_secret"
+    assert settings.model.token.get_secret_value() == "hf_secret"
     assert "hf_secret" not in problems_of({"token": '["hf_secret"]', "lora_r": "x"})[0]
 
 
@@ -297,6 +303,6 @@ def test_what_sharding_cannot_do_is_told(hyperparameters, sentence):
 def test_a_model_is_sharded_over_two_processes_as_the_config_refines_it():
     config = '{"reshard_after_forward": false}'
     settings = settings_of({"distribution": "fsdp", "nproc_per_node": "2", "fsdp_config": config})
-    assert settings.fsdp_config == {"reshard_after_forward": False}
+    assert settings.parallelism.fsdp_config == {"reshard_after_forward": False}
     (problem,) = problems_of({"distribution": "fsdp", "nproc_per_node": "2", "load_in_8bit": "true"})
     assert "8-bit weights cannot be sharded" in problem

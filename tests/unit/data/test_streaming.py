@@ -57,7 +57,9 @@ def read(environment, monkeypatch):
         )
         stream = open_stream(job, VOCABULARY, {source.name: "text" for source in sources})
         loader = prepare_data_loader(
-            DataLoader(stream, batch_size=10, num_workers=job.settings.dataloader_num_workers, collate_fn=list),
+            DataLoader(
+                stream, batch_size=10, num_workers=job.settings.training.dataloader_num_workers, collate_fn=list
+            ),
             num_processes=places,
             process_index=place,
             dispatch_batches=False,

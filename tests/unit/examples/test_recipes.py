@@ -14,7 +14,8 @@ from llm_trainer.common.findings import GIB
 from llm_trainer.config.checks import find_lacks
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.load import read_settings
-from llm_trainer.config.schema import ALIASES, Settings
+from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import ALIASES
 from llm_trainer.model.attention import choose_attention, read_needs
 from llm_trainer.model.device import Device
 from llm_trainer.model.memory.fit import Case, Target, choose_fit
@@ -138,18 +139,18 @@ def test_its_settings_are_valid_together_and_on_its_instance(recipe):
     settings, problems = recipe.read_settings()
     assert [*problems, *find_lacks(settings, recipe.build_environment())] == []
     given = yaml.safe_load(recipe.path.read_text(encoding="utf-8"))
-    assert {ALIASES.get(name, name) for name in given} == settings.model_fields_set
+    assert {ALIASES.get(name, name) for name in given} == settings.given.keys()
 
 
 def test_its_model_fits_its_instance_in_the_way_that_it_says(recipe):
     settings, _ = recipe.read_settings()
     instance = recipe.instance
     target = Target(instance.device, max(1, instance.num_gpus) * recipe.num_instances, int(instance.free_gib * GIB))
-    config = CONFIGS[settings.model_id]
-    skeleton = Case(config, settings, settings.max_length, target, "eager").shape.skeleton
+    config = CONFIGS[settings.model.model_id]
+    skeleton = Case(config, settings, settings.data.max_length, target, "eager").shape.skeleton
     compute = choose_precision(settings, instance.device).compute
     attention = choose_attention(read_needs(skeleton), settings, compute, instance.device, NOT_INSTALLED)
-    fit = choose_fit(config, settings, settings.max_length, target, attention.name)
+    fit = choose_fit(config, settings, settings.data.max_length, target, attention.name)
     savings = ["gradient checkpointing"] * fit.gradient_checkpointing
     savings += ["activation offloading"] * fit.activation_offloading
     way = " and ".join(savings)

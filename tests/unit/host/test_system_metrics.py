@@ -17,7 +17,7 @@ from llm_trainer.journal.journal import Journal, read_records
 SAMPLE = """
 import sys, time
 from pathlib import Path
-from llm_trainer import system_metrics
+from llm_trainer.host import system_metrics
 from llm_trainer.journal.journal import Journal, read_records
 
 system_metrics.MIN_INTERVAL_SECONDS = system_metrics.WATCH_SECONDS = 0.05

@@ -152,7 +152,7 @@ def test_an_unwritable_result_folder_is_told(tree, inputs_of):
 
 def test_the_launchers_modules_import_neither_torch_nor_trackers(tree):
     code = (
-        "import sys, llm_trainer.launcher.launch as launch; launch.read_job([]); "
+        "import sys, llm_trainer.launcher.launch, llm_trainer.job.job as job; job.read_job([]); "
         "print(sorted({'torch', 'transformers', 'trl', 'mlflow', 'wandb', 'datasets'} & set(sys.modules)))"
     )
     environment = {**os.environ, "SAGEMAKER_BASE_DIR": str(tree.base_dir)}

@@ -164,7 +164,7 @@ def test_auto_hits_all_linear_layers_and_all_experts_and_plain_peft_loads_the_re
 
 
 def test_dropout_is_left_out_where_peft_has_none():
-    assert plan(LLAMA).lora_dropout == Settings().lora_dropout > 0
+    assert plan(LLAMA).lora_dropout == Settings().adapter.lora_dropout > 0
     assert plan(MIXTRAL).lora_dropout == 0
     assert plan(MIXTRAL, target_modules=["q_proj"]).lora_dropout > 0
 

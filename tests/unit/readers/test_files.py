@@ -136,7 +136,7 @@ def test_empty_arrays_have_no_rows(tmp_path):
 def test_damaged_json_is_told_with_its_place_after_the_rows_before_it(
     tmp_path, monkeypatch, content, num_rows, sentence, read_bytes
 ):
-    monkeypatch.setattr(json, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(json_rows, "READ_BYTES", read_bytes)
     rows, text = damage_of(write(tmp_path, "a.json", content))
     assert len(rows) == num_rows
     assert text.startswith(f"a.json {sentence}")
@@ -478,8 +478,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
 
 def test_long_rows_of_an_array_do_not_pile_up_and_are_not_parsed_over_and_over(tmp_path, monkeypatch):
     parsed = []
-    decode = json.decode
-    monkeypatch.setattr(json, "decode", lambda text, at: (parsed.append(len(text) - at), decode(text, at))[1])
+    decode = json_rows.decode
+    monkeypatch.setattr(json_rows, "decode", lambda text, at: (parsed.append(len(text) - at), decode(text, at))[1])
     row = json.dumps({"text": "x" * 10_000_000})
     file = write(tmp_path, "a.json", f"[{row},\n{row}]".encode())
     assert [len(chunk.rows) for chunk in read_chunks(file, "a.json", 1000)] == [1, 1]

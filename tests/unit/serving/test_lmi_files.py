@@ -7,7 +7,7 @@ from peft import LoraConfig
 from transformers import AutoConfig
 
 from llm_trainer.config.schema import Settings
-from llm_trainer.serving import lmi_files
+from llm_trainer.serving import limits, lmi_files
 from llm_trainer.serving.lmi_files import ServedModel, write_serving
 
 TURNS = "{% for message in messages %}{{ message.role }}: {{ message.content }}{% endfor %}"
@@ -162,6 +162,6 @@ def test_what_vllm_loads_is_not_refused(lora, model_type):
     ],
 )
 def test_settings_alone_tell_some_of_it_before_the_training(settings, part):
-    texts = list(lmi_files.find_limits(Settings(**settings)))
+    texts = list(limits.find_limits(Settings(**settings)))
     assert len(texts) == (part is not None)
     assert not part or texts[0].startswith(part)

@@ -11,6 +11,7 @@ import torch.multiprocessing
 import xxhash
 
 from llm_trainer.common.errors import UserError
+from llm_trainer.config.schema import Settings
 from llm_trainer.job import checkpoint_dir
 from llm_trainer.training import resume
 
@@ -30,7 +31,7 @@ def folder(tmp_path):
 
 
 def choose(folder, run=RUN, resume_from_checkpoint=None, use_checkpoints=True):
-    settings = SimpleNamespace(resume_from_checkpoint=resume_from_checkpoint, use_checkpoints=use_checkpoints)
+    settings = Settings(resume_from_checkpoint=resume_from_checkpoint, use_checkpoints=use_checkpoints)
     job = SimpleNamespace(settings=settings, inputs=SimpleNamespace(checkpoint_dir=folder))
     return resume.choose_checkpoint(job, run)
 
@@ -39,7 +40,7 @@ def test_the_distribution_is_that_of_the_newest_that_tells(folder):
     def find(**settings):
         settings = {"resume_from_checkpoint": None, "use_checkpoints": True, **settings}
         inputs = SimpleNamespace(checkpoint_dir=folder)
-        return resume.find_distribution(SimpleNamespace(settings=SimpleNamespace(**settings), inputs=inputs), None)
+        return resume.find_distribution(SimpleNamespace(settings=Settings(**settings), inputs=inputs), None)
 
     assert find() is None  # a run of before, whose markers do not tell
     for step, distribution in ((3, "ddp"), (4, "fsdp")):

@@ -15,7 +15,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.common.findings import GIB, show_bytes
 from llm_trainer.common.ranks import local_world_size, world_size
 from llm_trainer.config.checks import find_unshardable
-from llm_trainer.config.schema import Settings, is_given
+from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device, find_free_memory
 from llm_trainer.model.memory.estimate import Estimate, Setup, estimate
 from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError, read_shape
@@ -111,8 +111,14 @@ class Case:
         """Of the weights in memory, and of the computation."""
         settings, precision = self.settings, choose_precision(self.settings, self.target.device)
         compute = precision.compute
-        if is_given(settings, "bf16") or is_given(settings, "fp16"):
-            compute = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else precision.weights
+        if settings.is_given("bf16") or settings.is_given("fp16"):
+            compute = (
+                torch.bfloat16
+                if settings.training.bf16
+                else torch.float16
+                if settings.training.fp16
+                else precision.weights
+            )
         return precision.weights, compute
 
     @functools.cached_property
@@ -123,22 +129,24 @@ class Case:
     def length(self) -> int:
         """Tokens of a sequence."""
         settings = self.settings
-        if settings.packing and settings.max_length:
-            return settings.max_length
-        length = min(settings.max_length or self.longest_row, self.longest_row)
-        multiple = settings.pad_to_multiple_of
+        if settings.data.packing and settings.data.max_length:
+            return settings.data.max_length
+        length = min(settings.data.max_length or self.longest_row, self.longest_row)
+        multiple = settings.data.pad_to_multiple_of
         return length + -length % (int(multiple) if str(multiple).isdigit() else 1)
 
     @property
     def has_mask(self) -> bool:
         """Whether the kernel is told by a mask which tokens a token sees; those of flash attention are not."""
         is_told_lengths = self.attention.startswith(("flash", "flex"))
-        return not is_told_lengths and (self.settings.per_device_train_batch_size > 1 or bool(self.settings.packing))
+        return not is_told_lengths and (
+            self.settings.training.per_device_train_batch_size > 1 or bool(self.settings.data.packing)
+        )
 
     def estimate(self, way: Way) -> Estimate:
         settings = self.settings
         step = Step(
-            num_sequences=settings.per_device_train_batch_size,
+            num_sequences=settings.training.per_device_train_batch_size,
             length=max(2, self.length),
             has_mask=self.has_mask,
             stores_scores=self.attention == "eager",
@@ -148,14 +156,14 @@ class Case:
             sharded=way.sharded,
             on_gpu=self.target.on_gpu,
         )
-        accumulates = settings.gradient_accumulation_steps > 1
-        return estimate(self.shape, Setup(step, self.target.world_size, settings.optim, accumulates))
+        accumulates = settings.training.gradient_accumulation_steps > 1
+        return estimate(self.shape, Setup(step, self.target.world_size, settings.training.optim, accumulates))
 
     def fits(self, need: Estimate) -> bool:
         return need.total_bytes <= self.target.free_bytes
 
     def change(self, **values: Any) -> "Case":
-        changed = replace(self, settings=self.settings.model_copy(update=values))
+        changed = replace(self, settings=self.settings.replace(**values))
         if not values.keys() & {"use_peft", "load_in_4bit", "torch_dtype"}:
             changed.__dict__["shape"] = self.shape  # which is dear, and stays the same
         return changed
@@ -181,8 +189,8 @@ def choose_fit(
     Raises UserError where none does, with the cheapest changes that make it fit; with `check_memory=false` the way that
     takes the least is tried.
     """
-    if earlier and settings.distribution == "auto" and target.world_size > 1:
-        settings = settings.model_copy(update={"distribution": earlier})
+    if earlier and settings.parallelism.distribution == "auto" and target.world_size > 1:
+        settings = settings.replace(distribution=earlier)
     case = Case(config, settings, longest_row, target, attention)
     ways, free = list_ways(settings, target), show_bytes(target.free_bytes)
     refused: list[str] = []
@@ -197,7 +205,7 @@ def choose_fit(
             return build_fit(way, need, f"{needs}: {name}, {size}" if refused else needs, shape=case.shape)
         refused.append(f"{name} needs {size}")
     problem = f"The job needs {size} with {name} and {free} are free"
-    if not settings.check_memory:
+    if not settings.parallelism.check_memory:
         warning = f"{problem}: it may run out of memory."
         return build_fit(way, need, f"{problem}, and check_memory=false", warning, case.shape)
     changes = list(islice(list_changes(case), NUM_CHANGES))
@@ -235,10 +243,10 @@ def list_ways(settings: Settings, target: Target) -> list[Way]:
     open_ways = (False, True)
     spreads = open_ways if target.world_size > 1 and is_shardable(settings) else (False,)
     distribution = {"ddp": (False,), "fsdp": (True,), "auto": spreads}
-    checkpointing, offloading = settings.gradient_checkpointing, settings.activation_offloading
+    checkpointing, offloading = settings.parallelism.gradient_checkpointing, settings.parallelism.activation_offloading
     ways = product(
         open_ways if offloading is None and target.on_gpu else (bool(offloading),),
-        distribution[settings.distribution],
+        distribution[settings.parallelism.distribution],
         open_ways if checkpointing is None else (checkpointing,),
     )
     return [
@@ -260,7 +268,11 @@ def list_needs(config: PreTrainedConfig, settings: Settings, longest_row: int, a
     target = Target(ELSEWHERE, world_size=1, free_bytes=0)
     case = Case(config, settings, longest_row, target, attention)
     ways = list_ways(settings, target)
-    return {way.name(1): case.estimate(way) for way in ways if settings.activation_offloading or not way.offloads}
+    return {
+        way.name(1): case.estimate(way)
+        for way in ways
+        if settings.parallelism.activation_offloading or not way.offloads
+    }
 
 
 def find_gpu_size(need: Estimate) -> int | None:
@@ -305,7 +317,7 @@ def is_enough(case: Case) -> bool:
 
 def shrink_batch(case: Case) -> Iterator[tuple[str, Case]]:
     """The same batches in smaller pieces."""
-    rows, steps = case.settings.per_device_train_batch_size, case.settings.gradient_accumulation_steps
+    rows, steps = case.settings.training.per_device_train_batch_size, case.settings.training.gradient_accumulation_steps
     while rows > 1:
         pieces = 2 if rows % 2 == 0 else rows
         rows, steps = rows // pieces, steps * pieces
@@ -314,17 +326,17 @@ def shrink_batch(case: Case) -> Iterator[tuple[str, Case]]:
 
 
 def checkpoint(case: Case) -> Iterator[tuple[str, Case]]:
-    if case.settings.gradient_checkpointing is False:
+    if case.settings.parallelism.gradient_checkpointing is False:
         yield "gradient_checkpointing=true", case.change(gradient_checkpointing=True)
 
 
 def shard(case: Case) -> Iterator[tuple[str, Case]]:
-    if case.settings.distribution == "ddp" and case.target.world_size > 1 and is_shardable(case.settings):
+    if case.settings.parallelism.distribution == "ddp" and case.target.world_size > 1 and is_shardable(case.settings):
         yield "distribution=fsdp", case.change(distribution="fsdp")
 
 
 def use_small_optimizer(case: Case) -> Iterator[tuple[str, Case]]:
-    if case.target.on_gpu and case.settings.optim in ("adamw_torch", "adamw_torch_fused"):
+    if case.target.on_gpu and case.settings.training.optim in ("adamw_torch", "adamw_torch_fused"):
         yield "optim=adamw_8bit", case.change(optim="adamw_8bit")
 
 
@@ -334,12 +346,12 @@ def halve_type(case: Case) -> Iterator[tuple[str, Case]]:
 
 
 def quantize(case: Case) -> Iterator[tuple[str, Case]]:
-    if case.settings.use_peft and not case.shape.quantization and not case.shape.is_mxfp4:
+    if case.settings.adapter.use_peft and not case.shape.quantization and not case.shape.is_mxfp4:
         yield "load_in_4bit=true", case.change(load_in_4bit=True)
 
 
 def adapt(case: Case) -> Iterator[tuple[str, Case]]:
-    if not case.settings.use_peft:
+    if not case.settings.adapter.use_peft:
         yield "use_peft=true", case.change(use_peft=True)
 
 

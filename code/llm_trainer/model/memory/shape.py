@@ -97,7 +97,7 @@ def read_shape(config: PreTrainedConfig, settings: Settings, weights_dtype: torc
         for name in roles if quantization else ():
             if roles[name] == "linear":
                 base.get_submodule(name.removesuffix(".weight")).quantization = quantization
-        model = add_adapter(base, settings) if settings.use_peft else base
+        model = add_adapter(base, settings) if settings.adapter.use_peft else base
     except (ValueError, ImportError, AttributeError, NotImplementedError) as error:
         raise UnknownShapeError(f"it cannot be built from its config: {summarize(error)}") from error
     text_config = base.config.get_text_config()
@@ -115,9 +115,9 @@ def read_shape(config: PreTrainedConfig, settings: Settings, weights_dtype: torc
 
 
 def choose_quantization(settings: Settings) -> Quantization | None:
-    if settings.load_in_4bit:
-        return settings.bnb_4bit_quant_type
-    return "int8" if settings.load_in_8bit else None
+    if settings.model.load_in_4bit:
+        return settings.model.bnb_4bit_quant_type
+    return "int8" if settings.model.load_in_8bit else None
 
 
 def tell_roles(base: PreTrainedModel) -> Iterator[tuple[str, Role]]:
@@ -167,7 +167,9 @@ def list_parts(
         role = roles.get(name.removeprefix("base_model.model.").replace(".base_layer", ""), "adapter")
         data_bytes, scales_bytes = parameter.nbytes, 0
         if quantization and role == "linear":
-            data_bytes, scales_bytes = quantized_bytes(parameter, quantization, settings.bnb_4bit_use_double_quant)
+            data_bytes, scales_bytes = quantized_bytes(
+                parameter, quantization, settings.model.bnb_4bit_use_double_quant
+            )
         below = name.removeprefix(f"{layers_name}.")
         *rows, columns = parameter.shape or (1,)
         yield Part(

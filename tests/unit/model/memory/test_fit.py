@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaConfig
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.config.schema import ALIASES, Settings
+from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import ALIASES
 from llm_trainer.model.device import Device
 from llm_trainer.model.memory.fit import (
     ELSEWHERE,

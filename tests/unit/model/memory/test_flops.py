@@ -23,7 +23,7 @@ ROW = 48
 def count_by_torch(config: PreTrainedConfig, settings: Settings) -> float:
     """Of a forward and a backward pass of one row, a token."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    if settings.use_peft:
+    if settings.adapter.use_peft:
         model = get_peft_model(model, lora.build_lora(settings, model))
     ids = torch.randint(0, 320, (1, ROW))
     with FlopCounterMode(display=False) as counter:

@@ -88,7 +88,7 @@ def test_it_agrees_with_the_trainers_model(tiny_model, tmp_path, options):
         args=SFTConfig(str(tmp_path), use_cpu=True, report_to="none", bf16=False),
         train_dataset=Dataset.from_list([{"text": "a"}]),
         processing_class=build_tokenizer(),
-        peft_config=lora.build_lora(settings, model) if settings.use_peft else None,
+        peft_config=lora.build_lora(settings, model) if settings.adapter.use_peft else None,
     )
     parameters = list(trainer.model.parameters())
     assert shape.count_bytes() == sum(parameter.nbytes for parameter in parameters)

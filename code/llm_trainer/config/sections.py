@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sections of the settings: each a frozen model of what one part of the code needs to know.
+
+A section holds settings of this project's own, and the fields of `trl.SFTConfig` that belong to the same concern.
+"""
+
+import re
+import typing
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, create_model
+
+from llm_trainer.config.sft_config_fields import Argument, read_snapshot
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+DatasetFormat = Literal["auto", "pretokenized", "messages", "sharegpt", "prompt_completion", "alpaca", "text"]
+Attention = Literal[
+    "auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention", "sdpa", "eager"
+]
+AdapterInit = Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "loftq"]
+
+
+# The field's other spellings of the same thing.
+ALIASES = {
+    "MaxRuntimeInSeconds": "max_run_seconds",
+    "activation_checkpointing": "gradient_checkpointing",
+    "dataset_name": "train_dataset_path",
+    "dataset_text_field": "text_field",
+    "dtype": "torch_dtype",
+    "evaluation_strategy": "eval_strategy",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+    "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
+    "max_seq_length": "max_length",
+    "use_bnb_nested_quant": "bnb_4bit_use_double_quant",
+    "model_name_or_path": "model_id",
+    "warmup_ratio": "warmup_steps",  # a share below 1 in both, since Transformers 5
+}
+
+
+# SFTConfig states no ranges; these would otherwise fail late, or never.
+RANGES: dict[str, dict[str, Any]] = {
+    "learning_rate": {"gt": 0},
+    "num_train_epochs": {"gt": 0},
+    "per_device_train_batch_size": {"ge": 1},
+    "per_device_eval_batch_size": {"ge": 1},
+    "gradient_accumulation_steps": {"ge": 1},
+    "warmup_steps": {"ge": 0},
+    "weight_decay": {"ge": 0},
+    "adam_beta1": {"ge": 0, "lt": 1},
+    "adam_beta2": {"ge": 0, "lt": 1},
+    "adam_epsilon": {"gt": 0},
+    "max_grad_norm": {"ge": 0},
+    "label_smoothing_factor": {"ge": 0, "lt": 1},
+    "logging_steps": {"gt": 0},
+    "eval_steps": {"gt": 0},
+    "save_steps": {"gt": 0},
+    "save_total_limit": {"ge": 1},
+    "dataloader_num_workers": {"ge": 0},
+    "ddp_timeout": {"ge": 1},
+    "seed": {"ge": 0},
+}
+
+MOVING_STARTS = ("pissa", "pissa_niter_16", "olora")  # move a part of the base into the adapter
+
+SECRETS = ("token", "wandb_token", "hub_token")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+PLAIN_TYPES: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str, "dict": dict, "list": list}
+
+
+class Section(BaseModel):
+    """A frozen part of the settings: what one package of the code needs to know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), coerce_numbers_to_str=True)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Return a field of SFTConfig, whose type mypy does not know."""
+
+    def is_given(self, *names: str) -> bool:
+        """Tell whether the user set any of these settings, rather than leaving it at its default."""
+        return not self.model_fields_set.isdisjoint(names)
+
+    def value(self, name: str) -> Any:
+        """Return the setting of that name."""
+        return getattr(self, name)
+
+
+SectionType = TypeVar("SectionType", bound=type[Section])
+
+
+def with_arguments(*names: str) -> Callable[[SectionType], SectionType]:
+    """Return a class decorator that adds these fields of SFTConfig to a section, by their own names and types."""
+
+    def extend(section: SectionType) -> SectionType:
+        fields: dict[str, Any] = {name: build_field(name) for name in names}
+        extended: Any = create_model(section.__name__, __base__=section, __module__=__name__, **fields)
+        extended.__doc__ = section.__doc__
+        return cast(SectionType, extended)
+
+    return extend
+
+
+def remaining_arguments(*sections: type[Section]) -> list[str]:
+    """List the fields of SFTConfig that no section has, and that no alias stands for."""
+    taken = {name for section in sections for name in section.model_fields}
+    return [name for name in read_snapshot() if name not in taken and name not in ALIASES]
+
+
+def build_field(name: str) -> tuple[Any, Any]:
+    """Return type and definition of a field of SFTConfig, as pydantic's `create_model` takes them."""
+    argument = read_snapshot()[name]
+    definition = Field(argument.default, description=argument.help, **RANGES.get(name, {}))
+    return field_type(name, argument), definition
+
+
+def field_type(name: str, argument: Argument) -> Any:
+    if name in SECRETS:
+        return SecretStr | None
+    if argument.choices:
+        kinds: list[Any] = [Literal[tuple(argument.choices)]]
+    else:
+        kinds = [PLAIN_TYPES[kind] for kind in argument.types]
+    if argument.nullable:
+        kinds.append(None)
+    return typing.Union[tuple(kinds)]  # noqa: UP007 - built from a list
+
+
+@with_arguments(
+    *("trust_remote_code", "model_init_kwargs", "chat_template_path", "eos_token", "pad_token"),
+    *("liger_kernel_config", "use_cache"),
+)
+class ModelSettings(Section):
+    """The base model: where it comes from, and how it is loaded."""
+
+    model_id: str | None = Field(None, description="Hub id or model folder; default: the folder of channel `model`.")
+    model_revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
+    use_snapshot_download: bool = Field(True, description="Download a Hub model once a host, before any rank loads it.")
+    token: SecretStr | None = Field(
+        None, description="Hugging Face token, or a secret's ARN; better given as HF_TOKEN in Environment."
+    )
+    torch_dtype: Dtype = Field(
+        "auto", description="Type of the weights and of the computation; auto: by the device (16 bit on a GPU)."
+    )
+    attn_implementation: Attention = Field(
+        "auto", description="Attention kernel; auto: the fastest one that is right for model, type and device."
+    )
+    use_liger_kernel: bool | None = Field(
+        None, description="Liger's fused kernels; default: on a GPU, where Liger knows the model."
+    )
+    load_in_4bit: bool = Field(False, description="QLoRA: load the base in 4 bit.")
+    load_in_8bit: bool = Field(False, description="Load the base in 8 bit (LLM.int8()).")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit type of `load_in_4bit`.")
+    bnb_4bit_use_double_quant: bool = Field(True, description="Quantize the scales of `load_in_4bit` too.")
+    use_mxfp4: bool | None = Field(
+        None, description="The base is an MXFP4 checkpoint (gpt-oss), dequantized for training; default: as it says."
+    )
+
+
+class AdapterSettings(Section):
+    """The LoRA adapter that is trained."""
+
+    use_peft: bool = Field(True, description="Train a LoRA adapter; false: fine-tune all weights.")
+    lora_r: int = Field(8, ge=1, description="LoRA rank.")
+    lora_alpha: float = Field(16, gt=0, description="LoRA scale; the adapter's output is multiplied by alpha / rank.")
+    lora_dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: str | list[str] = Field(
+        "auto", description="Modules that get an adapter: names, or a regex; auto: all linear layers and all experts."
+    )
+    target_parameters: list[str] | None = Field(
+        None, description="Parameters that get an adapter, such as fused experts; default: with `auto`, all experts."
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA).")
+    use_dora: bool = Field(False, description="Learn magnitude and direction apart (DoRA).")
+    init_lora_weights: AdapterInit = Field(
+        "default", description="How the adapter begins; loftq: with what 4 bit lose."
+    )
+    loraplus_lr_ratio: float | None = Field(
+        None, ge=1, description="Learning rate of the adapter's B over that of A (LoRA+); default: the same."
+    )
+
+
+@with_arguments(
+    *("completion_only_loss", "truncation_mode", "packing_strategy", "padding_free", "eval_packing"),
+    *("pad_to_multiple_of", "shuffle_dataset", "dataset_kwargs"),
+)
+class DataSettings(Section):
+    """The rows that are trained and evaluated on, and how they become sequences."""
+
+    train_dataset_path: str | None = Field(
+        None, description="Training file, folder or Hub data set; default: channel `train`, or all named `train_...`."
+    )
+    val_dataset_path: str | None = Field(
+        None, description="The same for validation; default: channel `validation` or `val`, if there is one."
+    )
+    dataset_config: str | None = Field(None, description="Configuration of a Hub data set.")
+    dataset_train_split: str = Field("train", description="Split of a Hub data set that is trained on.")
+    dataset_test_split: str = Field("test", description="Split of a Hub data set that is evaluated on.")
+    dataset_format: DatasetFormat = Field("auto", description="Kind of rows; auto: by their fields.")
+    text_field: str = Field("text", min_length=1, description="Field that holds a row's text.")
+    messages_field: str = Field("messages", min_length=1, description="Field that holds a row's conversation.")
+    max_length: int | None = Field(
+        2048, ge=2, description="Longest row in tokens; `null`: no limit. Tokens, not characters."
+    )
+    apply_truncation: bool = Field(True, description="Cut rows longer than `max_length`; false: leave them out.")
+    assistant_only_loss: bool | None = Field(
+        None, description="Train on what the assistant says; default: in conversations whose template tells the turns."
+    )
+    train_weights: dict[str, float] | None = Field(
+        None, description="Share of each training channel in the rows of an epoch; default: each row once."
+    )
+    max_bad_rows_fraction: float = Field(
+        0, ge=0, lt=1, description="Rows that may be bad before the job stops; they are left out and listed."
+    )
+    streaming: bool = Field(
+        False, description="Tokenize while training, without a copy on disk; needs `max_steps`, and takes no `packing`."
+    )
+    dataset_num_proc: int | None = Field(None, ge=1, description="Processes a host to tokenize with; default: cores.")
+    packing: bool | None = Field(
+        None,
+        description="Rows share sequences instead of being padded; default: those of a batch, where the model keeps "
+        "them apart; true: those of the whole data set, and a batch counts sequences of `max_length` tokens.",
+    )
+
+
+@with_arguments(
+    *("use_cpu", "fsdp", "fsdp_config", "deepspeed", "parallelism_config", "accelerator_config"),
+    *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
+    *("ddp_backend", "ddp_timeout", "activation_checkpointing_kwargs"),
+)
+class ParallelismSettings(Section):
+    """The processes and hosts of the job, and how a model and its step fit on them."""
+
+    distribution: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="A copy of the model a GPU (ddp) or shards of it (fsdp); auto: fsdp where a copy cannot fit.",
+    )
+    gradient_checkpointing: bool | None = Field(
+        None, description="Recompute activations in the backward pass, to save memory; default: where it is needed."
+    )
+    activation_offloading: bool | None = Field(
+        None, description="Keep activations in the host's memory until the backward pass; default: where it is needed."
+    )
+    check_memory: bool = Field(
+        True, description="Stop before the weights load if the estimate says that the job cannot fit; false: try it."
+    )
+    nproc_per_node: int | None = Field(
+        None, ge=1, description="Worker processes a host; default: one a GPU, or one on a CPU."
+    )
+    max_restarts: int = Field(0, ge=0, description="Restarts from the newest checkpoint after a worker has died.")
+    host_timeout_seconds: int = Field(
+        900, ge=1, description="How long to wait at the start for the other hosts of the job."
+    )
+
+
+@with_arguments(
+    *("report_to", "run_name", "project"),
+    *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+)
+class TrackingSettings(Section):
+    """The trackers that see the run, and what the report shows."""
+
+    mlflow_uri: str | None = Field(None, description="MLflow tracking server; switches MLflow on.")
+    mlflow_experiment_name: str | None = Field(None, description="MLflow experiment.")
+    wandb_project: str | None = Field(None, description="Weights & Biases project; switches it on.")
+    wandb_token: SecretStr | None = Field(
+        None, description="W&B key, or a secret's ARN; better given as WANDB_API_KEY in Environment."
+    )
+    track_model: bool = Field(False, description="Upload what is exported to the trackers as an artefact, too.")
+    sample_prompts: int = Field(
+        3, ge=0, description="Held-out prompts whose answers, before and after the training, the report shows."
+    )
+
+
+@with_arguments(
+    *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id"),
+    *("hub_strategy", "hub_always_push", "hub_revision"),
+)
+class OutputSettings(Section):
+    """What the job leaves, and where."""
+
+    output_dir: str | None = Field(None, description="Where the final artefacts go; default: /opt/ml/model.")
+    checkpoint_dir: str | None = Field(None, description="Where checkpoints go; default: /opt/ml/checkpoints.")
+    merge_weights: bool = Field(False, description="Write the merged model, and the adapter beside it.")
+    merge_base: Literal["bf16", "dequantized"] = Field(
+        "bf16",
+        description="What a QLoRA adapter is merged into: the original weights, or what quantization made of them.",
+    )
+    mlflow_register_model: str | None = Field(
+        None, min_length=1, description="Name under which the result is registered in MLflow; default: it is not."
+    )
+
+
+@with_arguments(
+    *remaining_arguments(
+        *(ModelSettings, AdapterSettings, DataSettings, ParallelismSettings, TrackingSettings, OutputSettings)
+    )
+)
+class TrainingSettings(Section):
+    """The steps of the training: their length, checkpoints and end."""
+
+    use_checkpoints: bool = Field(
+        True, description="Save checkpoints, ten times a run unless `save_steps` says otherwise, and resume from them."
+    )
+    max_run_seconds: int | None = Field(
+        None, ge=1, description="Save, export and end before this time is over; give the job's MaxRuntimeInSeconds."
+    )
+    early_stopping: bool = Field(False, description="Stop when eval_loss no longer falls, and keep the best weights.")
+    early_stopping_patience: int = Field(3, ge=1, description="Evaluations without a fall before stopping.")
