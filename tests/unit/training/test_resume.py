@@ -108,7 +108,7 @@ def write_shards(folder, name, own, contents=FILES):
 
 
 def find(folder, group):
-    settings = SimpleNamespace(resume_from_checkpoint=None, use_checkpoints=True)
+    settings = Settings(resume_from_checkpoint=None, use_checkpoints=True)
     job = SimpleNamespace(settings=settings, inputs=SimpleNamespace(checkpoint_dir=folder))
     found = resume.find_checkpoint(job, RUN, group)
     return found and found.name, checkpoint_dir.find_fault(found) if found else None
