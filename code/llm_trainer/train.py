@@ -22,7 +22,7 @@ from llm_trainer.export.logits_check import choose_rows, compute_logits
 from llm_trainer.export.manifest import build_manifest, describe_weights
 from llm_trainer.export.result import Trained
 from llm_trainer.job.job import Job
-from llm_trainer.job.start_gate import Gate
+from llm_trainer.job.start_gate import StartGate
 from llm_trainer.journal.journal import Journal
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.model import loading, lora, lora_init
@@ -106,7 +106,7 @@ def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> 
     if checkpoint and trainer.adapter_start:
         lora_init.return_to(checkpoint, trainer.model, trainer.adapter_start)
     if local_rank() == 0:
-        Gate(scratch_dir).wait_or_pass()
+        StartGate(scratch_dir).wait_or_pass()
     with follow(timeline.started, job.environment.num_billed_hosts) as progress:
         trainer.add_callback(progress)
         result = trainer.resume(checkpoint)

@@ -71,7 +71,9 @@ def tell(error: Exception, job: Job, scratch_dir: Path) -> None:
     }
     failure = explain(error, describe_rank(rank()), job.settings, folders)
     if local_rank() == 0:
-        checkpoint_dir.clean(inputs.checkpoint_dir)  # half a checkpoint may be what filled the disk
+        checkpoint_dir.remove_partial_checkpoints(
+            inputs.checkpoint_dir
+        )  # half a checkpoint may be what filled the disk
     report_failure(scratch_dir / "failures", f"rank-{rank()}", failure)
     if not isinstance(error, UserError):
         name = f"{environment.current_host}-rank-{rank()}.txt"

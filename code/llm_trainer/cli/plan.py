@@ -14,7 +14,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.config.environment import read_environment
 from llm_trainer.job.inputs import Inputs, find_model
 from llm_trainer.job.job import collect_settings
-from llm_trainer.launcher.launch import library_variables
+from llm_trainer.launcher.worker_processes import build_library_variables
 
 USUAL_ROW_TOKENS = 1024  # where max_length=null sets no limit
 
@@ -36,7 +36,9 @@ def examine_model(arguments: Sequence[str], in_colour: bool) -> Validation:
     if problems or missing:
         validation.tell("settings", "error", [*problems, *missing])
         return validation
-    os.environ.update(library_variables(settings, Inputs(name, [], [], environment.model_dir, environment.model_dir)))
+    os.environ.update(
+        build_library_variables(settings, Inputs(name, [], [], environment.model_dir, environment.model_dir))
+    )
     from llm_trainer.model import loading  # Transformers has to find the variables set
     from llm_trainer.model.device import find_device
     from llm_trainer.model.plan import plan_model

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 from llm_trainer.common.errors import MAX_LISTED_PROBLEMS, UserError
 from llm_trainer.common.findings import GIB, MIB, Finding, Verdict, as_row, show_bytes
-from llm_trainer.config.checks import count_processes, find_lacks
+from llm_trainer.config.checks import count_processes, find_missing_hardware
 from llm_trainer.config.environment import Environment, read_environment
 from llm_trainer.config.schema import Settings, redact
 from llm_trainer.config.secret_references import VARIABLES, is_reference, secret_variables
 from llm_trainer.data.report import DataReport
 from llm_trainer.host.nvidia_driver import read_driver
-from llm_trainer.job.disk_budget import inspect_need
-from llm_trainer.job.inputs import Inputs, check_writable, find_inputs, find_lack_of_weights, find_oddities
+from llm_trainer.job.disk_budget import inspect_disk_need
+from llm_trainer.job.inputs import Inputs, check_writable, find_inputs, find_missing_weights, find_warnings
 from llm_trainer.job.job import collect_settings
-from llm_trainer.launcher.launch import library_variables
 from llm_trainer.launcher.user_script import names_a_script
+from llm_trainer.launcher.worker_processes import build_library_variables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -89,19 +89,21 @@ def examine(arguments: Sequence[str], in_colour: bool) -> Validation:
     if not problems:
         validation.tell("inputs", "ok", [inputs.model])
         validation.tell("inputs", "ok", [source.describe() for source in (*inputs.train, *inputs.validation)])
-    lack = [f"{text} Only train needs them." for text in find_lack_of_weights(inputs.model)]
+    lack = [f"{text} Only train needs them." for text in find_missing_weights(inputs.model)]
     validation.tell("weights", "warning", lack)
     # A laptop says nothing of the GPUs that the job will have.
-    validation.tell("machine", "error" if environment.num_gpus else "warning", find_lacks(settings, environment))
-    validation.tell("job", "warning", find_oddities(settings, environment, inputs))
+    validation.tell(
+        "machine", "error" if environment.num_gpus else "warning", find_missing_hardware(settings, environment)
+    )
+    validation.tell("job", "warning", find_warnings(settings, environment, inputs))
     try:
         os.environ.update(secret_variables(settings, os.environ))
     except UserError as error:  # this machine's role is another than the job's
         validation.tell("secrets", "warning", error.problems)
         for name in [name for name in VARIABLES if is_reference(os.environ.get(name, ""))]:
             del os.environ[name]  # the Hub answers nothing to a token that it does not know
-    os.environ.update(library_variables(settings, inputs))  # libraries read them when they are imported
-    validation.findings += inspect_need(settings, inputs, Path(os.environ["LLM_TRAINER_CACHE"]))
+    os.environ.update(build_library_variables(settings, inputs))  # libraries read them when they are imported
+    validation.findings += inspect_disk_need(settings, inputs, Path(os.environ["LLM_TRAINER_CACHE"]))
     if inputs.model and inputs.train:
         examine_data(settings, inputs, environment, validation, in_colour)
     return validation

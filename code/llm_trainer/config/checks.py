@@ -78,7 +78,7 @@ def find_contradictions(settings: Settings) -> typing.Iterator[str]:
         yield f"{other}=true with packing=false: rows are either packed or padded; remove one of them."
 
 
-def find_lacks(settings: Settings, environment: Environment) -> typing.Iterator[str]:
+def find_missing_hardware(settings: Settings, environment: Environment) -> typing.Iterator[str]:
     """What the settings ask for and the job's machines, as they are seen from here, do not have."""
     if settings.model.attn_implementation not in ("auto", "sdpa", "eager") and not environment.num_gpus:
         yield (

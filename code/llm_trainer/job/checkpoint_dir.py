@@ -39,22 +39,22 @@ class Marker:
     files: Files  # of all hosts
 
 
-def partial_dir(folder: Path) -> Path:
+def find_partial_dir(folder: Path) -> Path:
     """Where a checkpoint is written to before it is complete."""
     return folder / PARTIAL
 
 
-def clean(folder: Path) -> None:
+def remove_partial_checkpoints(folder: Path) -> None:
     """Remove what a killed job left half written."""
-    shutil.rmtree(partial_dir(folder), ignore_errors=True)
+    shutil.rmtree(find_partial_dir(folder), ignore_errors=True)
 
 
-def alone(own: Any) -> list[Any]:
+def gather_alone(own: Any) -> list[Any]:
     """The `Gather` of a rank that asks no other."""
     return [own]
 
 
-def my_share(names: list[str]) -> list[str]:
+def select_own_share(names: list[str]) -> list[str]:
     """Those that this rank reads; the ranks of a host share the reading."""
     return names[local_rank() :: local_world_size()]
 
@@ -67,9 +67,11 @@ def describe_files(folder: Path, names: list[str]) -> Files:
     return {name: describe_file(folder / name) for name in names}
 
 
-def complete(partial: Path, run: dict[str, Any], num_tokens: int, evaluation_due: bool, files: Files) -> Path:
+def complete_checkpoint(
+    partial: Path, run: dict[str, Any], num_tokens: int, evaluation_due: bool, files: Files
+) -> Path:
     """Give the written checkpoint its marker and its final name; the folder under that name."""
-    write_marker(partial, Marker(step_of(partial), run, num_tokens, evaluation_due, files))
+    write_marker(partial, Marker(parse_step(partial), run, num_tokens, evaluation_due, files))
     return move_into_place(partial)
 
 
@@ -98,7 +100,7 @@ def describe_file(file: Path) -> tuple[int, str]:
     return file.stat().st_size, digest.hexdigest()
 
 
-def step_of(checkpoint: Path) -> int:
+def parse_step(checkpoint: Path) -> int:
     match = NAME.fullmatch(checkpoint.name)
     return int(match[1]) if match else -1
 
@@ -108,13 +110,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     named = [entry for entry in folder.iterdir() if NAME.fullmatch(entry.name) and entry.is_dir()]
-    return sorted(named, key=step_of, reverse=True)
+    return sorted(named, key=parse_step, reverse=True)
 
 
 def list_over_hosts(folder: Path, gather: Gather) -> list[Path]:
     """Those that any host has, the newest first."""
     found = {name for names in gather([checkpoint.name for checkpoint in list_checkpoints(folder)]) for name in names}
-    return sorted((folder / name for name in found), key=step_of, reverse=True)
+    return sorted((folder / name for name in found), key=parse_step, reverse=True)
 
 
 def read_marker(checkpoint: Path) -> Marker | None:
@@ -131,9 +133,11 @@ def agree_on_marker(checkpoint: Path, gather: Gather) -> Marker | None:
     return next((marker for marker in markers if marker is not None), None)
 
 
-def find_faults(checkpoint: Path, marker: Marker) -> dict[str, str | None]:
+def find_file_faults(checkpoint: Path, marker: Marker) -> dict[str, str | None]:
     """File -> what is wrong with it here, or None; for this rank's share of the files."""
-    return {name: find_file_fault(checkpoint, name, *marker.files[name]) for name in my_share(sorted(marker.files))}
+    return {
+        name: find_file_fault(checkpoint, name, *marker.files[name]) for name in select_own_share(sorted(marker.files))
+    }
 
 
 def find_file_fault(checkpoint: Path, name: str, size: int, digest: str) -> str | None:
@@ -145,7 +149,7 @@ def find_file_fault(checkpoint: Path, name: str, size: int, digest: str) -> str 
     return None if describe_file(file) == (size, digest) else f"{name} is damaged"
 
 
-def find_fault(checkpoint: Path, gather: Gather = alone) -> str | None:
+def find_fault(checkpoint: Path, gather: Gather = gather_alone) -> str | None:
     """What keeps a checkpoint from being complete, e.g. "optimizer.pt is cut short"; None for a complete one.
 
     A file may be on any of the hosts.
@@ -153,7 +157,7 @@ def find_fault(checkpoint: Path, gather: Gather = alone) -> str | None:
     marker = agree_on_marker(checkpoint, gather)
     if marker is None:
         return f"it has no readable {MARKER}"
-    surveys = gather(find_faults(checkpoint, marker))
+    surveys = gather(find_file_faults(checkpoint, marker))
     for name in sorted(marker.files):
         faults = [survey[name] for survey in surveys if name in survey]
         if None not in faults:
@@ -161,7 +165,7 @@ def find_fault(checkpoint: Path, gather: Gather = alone) -> str | None:
     return None
 
 
-def find_newest(folder: Path, gather: Gather = alone) -> tuple[Path | None, list[str]]:
+def find_newest(folder: Path, gather: Gather = gather_alone) -> tuple[Path | None, list[str]]:
     """The newest complete checkpoint, and a warning for every newer one that is not complete."""
     warnings: list[str] = []
     for checkpoint in list_over_hosts(folder, gather):
@@ -172,7 +176,7 @@ def find_newest(folder: Path, gather: Gather = alone) -> tuple[Path | None, list
     return None, warnings
 
 
-def rotate(newest: Path, limit: int | None, best: Path | None) -> None:
+def rotate_checkpoints(newest: Path, limit: int | None, best: Path | None) -> None:
     """Delete the oldest of our checkpoints until `limit` are left; never the newest, never the best.
 
     Only complete ones count. A broken one counts for nothing, and neither does a later step that this run went back
@@ -183,7 +187,7 @@ def rotate(newest: Path, limit: int | None, best: Path | None) -> None:
     complete_ones = [
         checkpoint
         for checkpoint in list_checkpoints(newest.parent)
-        if step_of(checkpoint) <= step_of(newest) and read_marker(checkpoint) is not None
+        if parse_step(checkpoint) <= parse_step(newest) and read_marker(checkpoint) is not None
     ]
     kept = {newest, best} & set(complete_ones)
     for checkpoint in complete_ones:  # the newest first
@@ -193,7 +197,7 @@ def rotate(newest: Path, limit: int | None, best: Path | None) -> None:
             kept.add(checkpoint)
         else:
             # Renamed first: a deletion that is cut short must not leave half a checkpoint under a whole one's name.
-            doomed = partial_dir(newest.parent) / f"deleted-{checkpoint.name}"
+            doomed = find_partial_dir(newest.parent) / f"deleted-{checkpoint.name}"
             doomed.parent.mkdir(exist_ok=True)
             checkpoint.rename(doomed)
             shutil.rmtree(doomed)

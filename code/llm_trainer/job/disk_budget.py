@@ -14,10 +14,10 @@ from llm_trainer.job.inputs import Inputs
 from llm_trainer.readers.sources import FileSource
 
 
-def inspect_need(settings: Settings, inputs: Inputs, cache_dir: Path) -> Iterator[Finding]:
+def inspect_disk_need(settings: Settings, inputs: Inputs, cache_dir: Path) -> Iterator[Finding]:
     """One finding for each disk that the job writes to: whether it has room for that. Less than a MiB finds room."""
     disks: dict[int, list[tuple[str, Path, float]]] = defaultdict(list)
-    for what, folder, need_bytes in estimate(settings, inputs, cache_dir):
+    for what, folder, need_bytes in estimate_writes(settings, inputs, cache_dir):
         if need_bytes >= MIB:
             disks[find_nearest_folder(folder).stat().st_dev].append((what, folder, need_bytes))
     for writes in disks.values():
@@ -31,7 +31,7 @@ def inspect_need(settings: Settings, inputs: Inputs, cache_dir: Path) -> Iterato
             yield Finding("disk need", "warning", f"{text}: {FIX}")
 
 
-def estimate(settings: Settings, inputs: Inputs, cache_dir: Path) -> Iterator[tuple[str, Path, float]]:
+def estimate_writes(settings: Settings, inputs: Inputs, cache_dir: Path) -> Iterator[tuple[str, Path, float]]:
     """What is written, where, and about how many bytes of it, as far as the sizes are known before it begins.
 
     An adapter has rank x (rows + columns) float32 numbers for a matrix. A checkpoint holds what is trained in float32,

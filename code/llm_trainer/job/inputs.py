@@ -102,7 +102,7 @@ def check_tokenizer(file: Path) -> Iterator[str]:
         yield f"{file} {POINTER}"
 
 
-def find_lack_of_weights(model: str) -> Iterator[str]:
+def find_missing_weights(model: str) -> Iterator[str]:
     """A sentence where a model folder has no weights at all: training needs them, and a look at the data does not."""
     folder = Path(model)
     if not model or not folder.is_dir() or list_weights(folder) or (folder / WEIGHTS_INDEX).is_file():
@@ -128,7 +128,7 @@ def check_writable(model_dir: Path, setting: str) -> Iterator[str]:
         yield f"{setting}: user {os.getuid()} cannot write to {nearest}: mount it writable, or run as another user."
 
 
-def find_oddities(settings: Settings, environment: Environment, inputs: Inputs) -> Iterator[str]:
+def find_warnings(settings: Settings, environment: Environment, inputs: Inputs) -> Iterator[str]:
     """Sentences about what a job may be asked for and is seldom meant."""
     for source in (*inputs.train, *inputs.validation):
         if unread := find_unread(source):

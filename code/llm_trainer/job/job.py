@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.config.checks import find_lacks
+from llm_trainer.config.checks import find_missing_hardware
 from llm_trainer.config.environment import Environment, read_environment
 from llm_trainer.config.load import read_settings
 from llm_trainer.config.schema import Settings
-from llm_trainer.job.inputs import Inputs, find_inputs, find_lack_of_weights
+from llm_trainer.job.inputs import Inputs, find_inputs, find_missing_weights
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def check_job(environment: Environment, arguments: Sequence[str]) -> Job:
     """The job, checked. Raises UserError with every mistake there is."""
     settings, problems = collect_settings(environment, arguments)
     inputs, missing = find_inputs(settings, environment)
-    missing += [*find_lack_of_weights(inputs.model), *find_lacks(settings, environment)]
+    missing += [*find_missing_weights(inputs.model), *find_missing_hardware(settings, environment)]
     if problems or missing:
         raise UserError(*problems, *missing)
     return Job(environment, settings, inputs)

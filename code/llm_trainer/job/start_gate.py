@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 
-class Gate:
+class StartGate:
     """One host's, for one attempt."""
 
     def __init__(self, scratch_dir: Path) -> None:

@@ -30,7 +30,7 @@ HEARD_KINDS = ("system", "event")  # of records that the hub takes from others
 
 
 @dataclass(frozen=True)
-class State:
+class HostState:
     """How a host is: `absent`, `ready`, `running` its nth attempt, `done`, `stopped` before it trained, or `failed`; or
     `lost`, which others say."""
 
@@ -43,18 +43,18 @@ class State:
         return self.phase in ("done", "stopped", "failed", "lost")
 
 
-def parse(text: str) -> tuple[str, State, list[str]]:
+def parse_message(text: str) -> tuple[str, HostState, list[str]]:
     """Who speaks, how it is, and whom it misses. Raises ValueError for what no launcher says."""
     try:
         words: dict[str, Any] = json.loads(text)
         state, failure = words["state"], words["state"]["failure"]
-        told = State(state["phase"], state["attempt"], Failure(**failure) if failure else None)
+        told = HostState(state["phase"], state["attempt"], Failure(**failure) if failure else None)
         return words["host"], told, words.get("absent", [])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a launcher's words: {text!r}") from error
 
 
-def find_record(text: str) -> tuple[str, dict[str, Any]] | None:
+def parse_record(text: str) -> tuple[str, dict[str, Any]] | None:
     """Who speaks, and its record for the journal, where its words are one. Raises ValueError for noise."""
     words = json.loads(text)
     if not isinstance(words, dict) or "record" not in words:
@@ -66,27 +66,27 @@ def find_record(text: str) -> tuple[str, dict[str, Any]] | None:
 
 
 @dataclass
-class Contact:
+class HostContact:
     """What is known of a host, and since when."""
 
-    state: State = field(default_factory=State)
+    state: HostState = field(default_factory=HostState)
     heard_at: float = 0.0  # time.monotonic()
     broken_at: float | None = None
 
-    def hear(self, state: State) -> None:
+    def hear(self, state: HostState) -> None:
         self.state, self.heard_at, self.broken_at = state, time.monotonic(), None
 
-    def judge(self) -> State:
+    def judge(self) -> HostState:
         """Its state, or `lost` where it was there, was not at its end, and no longer answers."""
         now = time.monotonic()
         is_cut = self.broken_at is not None and now - self.broken_at > RECONNECT_SECONDS
         is_silent = now - self.heard_at > SILENCE_SECONDS
         if self.state.phase == "absent" or self.state.is_final or not (is_cut or is_silent):
             return self.state
-        return State("lost", self.state.attempt)
+        return HostState("lost", self.state.attempt)
 
 
-class Hosts:
+class ClusterLink:
     """All hosts of a job as one of them sees them: the hub hears every host, the others hear the hub.
 
     A host alone opens nothing. Raises OSError on entry where the hub cannot listen.
@@ -96,7 +96,7 @@ class Hosts:
         self.names = names
         self.own = own
         self.hub = names[0]
-        self.contacts = {name: Contact() for name in names}
+        self.contacts = {name: HostContact() for name in names}
         self.absent: list[str] = [name for name in names if name != own]  # as the hub sees it
         self.error: OSError | None = None  # why the hub cannot be reached
         self.lines: dict[str, socket.socket] = {}
@@ -134,7 +134,7 @@ class Hosts:
                 with suppress(OSError):
                     line.shutdown(socket.SHUT_RDWR)
 
-    def publish(self, state: State) -> None:
+    def publish(self, state: HostState) -> None:
         """Let the others know how this host is."""
         self.contacts[self.own].hear(state)
         self.changed.set()
@@ -144,7 +144,7 @@ class Hosts:
         self.records.append({"time": round(time.time(), 3), "kind": kind, **fields})
         self.has_records.set()
 
-    def state(self, name: str) -> State:
+    def state(self, name: str) -> HostState:
         """How a host is, by what this one has heard; the hub alone has heard all."""
         contact = self.contacts[name]
         return contact.state if name == self.own else contact.judge()
@@ -175,12 +175,12 @@ class Hosts:
         name = None
         with suppress(OSError, ValueError), line, line.makefile(encoding="utf-8") as texts:
             for text in texts:
-                if found := find_record(text):
+                if found := parse_record(text):
                     sender, record = found
                     if sender in self.contacts and self.take_record:
                         self.take_record(record)
                     continue
-                name, state, self.absent = parse(text)
+                name, state, self.absent = parse_message(text)
                 if name not in self.contacts:
                     return
                 self.lines[name] = line

@@ -20,14 +20,14 @@ from llm_trainer.job import checkpoint_dir
 from llm_trainer.job.inputs import Inputs
 from llm_trainer.journal.journal import FILE_NAME, MANIFEST, Journal
 from llm_trainer.journal.timeline import Timeline
-from llm_trainer.launcher.cluster import Hosts
+from llm_trainer.launcher.cluster import ClusterLink
 from llm_trainer.launcher.supervisor import Verdict
 
 
-class Chronicle:
+class JobEventWriter:
     """One host's."""
 
-    def __init__(self, environment: Environment, hosts: Hosts) -> None:
+    def __init__(self, environment: Environment, hosts: ClusterLink) -> None:
         self.environment = environment
         self.hosts = hosts
         self.journal = Journal(environment.output_dir / "data" / FILE_NAME)

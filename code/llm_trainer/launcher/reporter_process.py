@@ -15,7 +15,7 @@ from llm_trainer.launcher.supervisor import end_processes
 from llm_trainer.trackers.reporter import REPORT_SECONDS, find_patience
 
 
-class Reporting:
+class ReporterProcess:
     """The reporter's process while the job's workers run, on the first training host; on the others nothing."""
 
     def __init__(
@@ -45,7 +45,7 @@ class Reporting:
         self.model_dir = inputs.model_dir if settings.tracking.track_model else None
         self.stop_file = stop_file
 
-    def __enter__(self) -> "Reporting":
+    def __enter__(self) -> "ReporterProcess":
         if self.is_first_host:
             # A session of its own: a terminal's Ctrl-C is not for it. The pipe tells it when the job is over.
             self.child = subprocess.Popen(

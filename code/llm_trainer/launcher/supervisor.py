@@ -17,8 +17,8 @@ from typing import Literal
 import psutil
 
 from llm_trainer.common.errors import Failure, choose_cause, read_failures
-from llm_trainer.job.start_gate import Gate
-from llm_trainer.launcher.cluster import Hosts, State
+from llm_trainer.job.start_gate import StartGate
+from llm_trainer.launcher.cluster import ClusterLink, HostState
 
 POLL_SECONDS = 0.1
 SETTLE_SECONDS = 10.0  # the cause of a failure may come after its echo
@@ -44,13 +44,13 @@ class Supervisor:
 
     def __init__(
         self,
-        hosts: Hosts,
+        hosts: ClusterLink,
         trainers: Sequence[str],
         start: Callable[[int, Failure | None], "subprocess.Popen[bytes]"],
         find_gpu_faults: Callable[[], list[str]],
         failures_dir: Path,
         stop_file: Path,
-        gate: Gate,
+        gate: StartGate,
         max_restarts: int,
     ) -> None:
         self.hosts = hosts
@@ -69,14 +69,14 @@ class Supervisor:
             for file in self.failures_dir.iterdir():
                 file.unlink()
             self.gate.reset()
-            self.hosts.publish(State("running", attempt))
+            self.hosts.publish(HostState("running", attempt))
             child = self.start(attempt, earlier)
             try:
                 verdict = (self.lead if self.hosts.own == self.hosts.hub else self.follow)(child, attempt)
             finally:
                 end_processes(child)
             if verdict.what != "again":
-                self.hosts.publish(State(verdict.what, attempt, verdict.failure))
+                self.hosts.publish(HostState(verdict.what, attempt, verdict.failure))
                 return verdict
             attempt, earlier = attempt + 1, verdict.failure
             self.restarts_left -= 1
@@ -108,11 +108,11 @@ class Supervisor:
             hub = self.hosts.state(self.hosts.hub)
             if self.stops_early():
                 has_reported = True
-                self.hosts.publish(State("stopped", attempt))
+                self.hosts.publish(HostState("stopped", attempt))
             if child.poll() is not None and not has_reported:
                 has_reported = True
                 own = self.own_failure(child)
-                self.hosts.publish(State("failed" if own else "done", attempt, own))
+                self.hosts.publish(HostState("failed" if own else "done", attempt, own))
             if hub.phase == "lost":
                 return Verdict("failed", choose_cause(filter(None, [own, describe_loss(self.hosts.hub)])))
             if hub.phase == "failed":
@@ -129,7 +129,7 @@ class Supervisor:
         """Whether a stop has just come in time: before this host's workers train, which now they will not."""
         return self.stop_file.exists() and self.gate.close()
 
-    def states_of_others(self) -> dict[str, State]:
+    def states_of_others(self) -> dict[str, HostState]:
         return {name: self.hosts.state(name) for name in self.others}
 
     def find_cause(self, child: "subprocess.Popen[bytes]", attempt: int) -> Failure:
@@ -163,14 +163,16 @@ class Supervisor:
         return Verdict("again" if is_repairable and self.restarts_left > 0 else "failed", cause)
 
 
-def has_failed(state: State, attempt: int) -> bool:
+def has_failed(state: HostState, attempt: int) -> bool:
     """A host that has yet to hear of this attempt still tells of the last one's failure."""
     return state.phase == "lost" or (state.phase == "failed" and state.attempt == attempt)
 
 
-def meet(hosts: Hosts, own_failure: Failure | None, timeout: float, stop_file: Path) -> Failure | None:
+def wait_for_all_hosts(
+    hosts: ClusterLink, own_failure: Failure | None, timeout: float, stop_file: Path
+) -> Failure | None:
     """Wait until every host is there. The failure of one of them, this one included, or of those that never came."""
-    hosts.publish(State("failed", failure=own_failure) if own_failure else State("ready"))
+    hosts.publish(HostState("failed", failure=own_failure) if own_failure else HostState("ready"))
     failure = own_failure
     deadline = time.monotonic() + timeout
     while not stop_file.exists() and (absent := hosts.find_absent()) and time.monotonic() < deadline:
@@ -181,13 +183,13 @@ def meet(hosts: Hosts, own_failure: Failure | None, timeout: float, stop_file: P
         states = [hosts.state(name) for name in hosts.names]
         failure = choose_cause(filter(None, [failure, *(state.failure for state in states)]))
         if failure:
-            hosts.publish(State("failed", failure=failure))
+            hosts.publish(HostState("failed", failure=failure))
     return failure
 
 
-def wait_for_trainers(hosts: Hosts, stop_file: Path) -> Failure | None:
+def wait_for_trainers(hosts: ClusterLink, stop_file: Path) -> Failure | None:
     """A host that does not train stays until those that do are at their end."""
-    hosts.publish(State("done"))
+    hosts.publish(HostState("done"))
     while True:
         hub = hosts.state(hosts.hub)
         if hub.phase == "lost":
@@ -199,7 +201,7 @@ def wait_for_trainers(hosts: Hosts, stop_file: Path) -> Failure | None:
         time.sleep(POLL_SECONDS)
 
 
-def describe_absence(hosts: Hosts, absent: list[str], timeout: float) -> Failure:
+def describe_absence(hosts: ClusterLink, absent: list[str], timeout: float) -> Failure:
     why = f" ({hosts.error.strerror or hosts.error})" if hosts.error else ""
     return Failure(
         f"Host {', '.join(absent)} could not be reached from {hosts.own} within {timeout:.0f} s{why}: see its log; "

@@ -102,7 +102,7 @@ def run_toolkit(variables: Mapping[str, str]) -> tuple[int, str]:
 
     def forward(signum: int, frame: FrameType | None) -> None:
         print(f"Received {signal.Signals(signum).name}: handing it on to the script.", flush=True)
-        hand_on(signum, toolkit.pid)
+        forward_signal(signum, toolkit.pid)
 
     previous = {signum: signal.signal(signum, forward) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -123,7 +123,7 @@ def copy_to_stderr(source: IO[bytes], kept: bytearray) -> None:
         del kept[:-KEPT_STDERR_BYTES]
 
 
-def hand_on(signum: int, toolkit_pid: int) -> None:
+def forward_signal(signum: int, toolkit_pid: int) -> None:
     """Send a signal to the script. The toolkit would only die of it: it gets it where no script runs yet."""
     try:
         toolkit = psutil.Process(toolkit_pid)
@@ -145,14 +145,14 @@ def find_receivers(signum: int, process: psutil.Process, toolkit_command: list[s
         if process.cmdline() == toolkit_command:
             return []  # the toolkit's fork that uploads output/intermediate, until the toolkit ends it
         below = process.children()
-        if below and Path(process.exe()).name in SHELLS and not catches(signum, process.pid):
+        if below and Path(process.exe()).name in SHELLS and not has_signal_handler(signum, process.pid):
             return [receiver for child in below for receiver in find_receivers(signum, child, toolkit_command)]
     except (psutil.NoSuchProcess, FileNotFoundError):
         return []  # it has just ended
     return [process]
 
 
-def catches(signum: int, pid: int) -> bool:
+def has_signal_handler(signum: int, pid: int) -> bool:
     """Whether a process has a handler for a signal, as a shell with a trap has."""
     status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)

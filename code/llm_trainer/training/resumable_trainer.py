@@ -66,7 +66,7 @@ class ResumableTrainer(SFTTrainer):
     checkpoint_seconds = 0.0  # what the last checkpoint took
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(checkpoint_dir.partial_dir(Path(self.args.output_dir)))
+        return str(checkpoint_dir.find_partial_dir(Path(self.args.output_dir)))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write everything under another name, then mark and rename it. Only rank 0 writes what is not sharded."""
@@ -74,7 +74,7 @@ class ResumableTrainer(SFTTrainer):
         folder = Path(self.args.output_dir)
         partial = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.keeps_house(partial):
-            checkpoint_dir.clean(folder)
+            checkpoint_dir.remove_partial_checkpoints(folder)
         self.await_shards()
         # Trainer's and not SFTTrainer's, which writes a model card beside the checkpoints every time.
         Trainer._save_checkpoint(self, model, trial)
@@ -89,12 +89,12 @@ class ResumableTrainer(SFTTrainer):
         files = self.describe_files(partial)
         keeps_house = self.keeps_house(partial)
         if keeps_house:
-            checkpoint_dir.complete(partial, self.run, self.num_tokens, self.evaluation_due, files)
+            checkpoint_dir.complete_checkpoint(partial, self.run, self.num_tokens, self.evaluation_due, files)
         self.await_shards()  # no host may delete an old one before all have the new one
         if keeps_house:
             # One more than the only one: S3 may not have the new one yet, and mirrors the deletion of the old at once.
             self.rotate(at_least=2)
-            checkpoint_dir.clean(folder)
+            checkpoint_dir.remove_partial_checkpoints(folder)
         self.checkpoint_seconds = time.monotonic() - started
         self.journal.write("checkpoint", step=self.state.global_step, seconds=round(self.checkpoint_seconds, 2))
 
@@ -119,7 +119,9 @@ class ResumableTrainer(SFTTrainer):
                 if self.args.should_save
                 else {}
             )
-        own = checkpoint_dir.describe_files(partial, checkpoint_dir.my_share(checkpoint_dir.list_files(partial)))
+        own = checkpoint_dir.describe_files(
+            partial, checkpoint_dir.select_own_share(checkpoint_dir.list_files(partial))
+        )
         return {name: file for files in gather_over(self.agreement.group)(own) for name, file in sorted(files.items())}
 
     def _load_best_model(self) -> None:
@@ -132,7 +134,7 @@ class ResumableTrainer(SFTTrainer):
         newest = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         best = self.state.best_model_checkpoint
         limit = max(at_least, self.args.save_total_limit or DEFAULT_LIMIT)
-        checkpoint_dir.rotate(newest, limit, Path(best) if best else None)
+        checkpoint_dir.rotate_checkpoints(newest, limit, Path(best) if best else None)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Gather every rank's random state at rank 0, so that one host writes the whole checkpoint."""

@@ -94,10 +94,10 @@ def gather_over(group: dist.ProcessGroup | None) -> Gather:
         dist.all_gather_object(objects, own, group=group)
         return objects
 
-    return checkpoint_dir.alone if group is None else gather
+    return checkpoint_dir.gather_alone if group is None else gather
 
 
-def choose_checkpoint(job: Job, run: dict[str, Any], gather: Gather = checkpoint_dir.alone) -> Path | None:
+def choose_checkpoint(job: Job, run: dict[str, Any], gather: Gather = checkpoint_dir.gather_alone) -> Path | None:
     wish = job.settings.training.resume_from_checkpoint
     folder = job.inputs.checkpoint_dir
     if (not job.settings.training.use_checkpoints and wish is None) or (wish or "").lower() == "false":
@@ -152,8 +152,8 @@ def share(checkpoint: Path, group: dist.ProcessGroup) -> None:
     marker = checkpoint_dir.agree_on_marker(checkpoint, gather)
     if world_size() == local_world_size() or marker is None:  # each host has its own copy of what another tool wrote
         return
-    faults = gather(checkpoint_dir.find_faults(checkpoint, marker))
-    partial = checkpoint_dir.partial_dir(checkpoint.parent) / checkpoint.name
+    faults = gather(checkpoint_dir.find_file_faults(checkpoint, marker))
+    partial = checkpoint_dir.find_partial_dir(checkpoint.parent) / checkpoint.name
     for name in sorted(marker.files):
         sound = {
             place - place % local_world_size() for place, found in enumerate(faults) if found.get(name, "") is None

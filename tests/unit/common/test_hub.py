@@ -11,7 +11,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.config.environment import read_environment
 from llm_trainer.config.schema import Settings
 from llm_trainer.job.inputs import find_inputs
-from llm_trainer.launcher.launch import needs_hub
+from llm_trainer.launcher.worker_processes import needs_hub
 from llm_trainer.model import loading
 from support.fake_hub import MODEL, FakeHub
 

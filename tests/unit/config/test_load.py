@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.common.redaction import REDACTED
-from llm_trainer.config.checks import find_lacks
+from llm_trainer.config.checks import find_missing_hardware
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.load import read_settings
 from llm_trainer.config.schema import FIELDS, Settings, redact
@@ -39,7 +39,7 @@ def settings_of(hyperparameters: dict[str, str], **arguments: str) -> Settings:
 def problems_of(hyperparameters: dict[str, str], num_gpus: int = 0) -> list[str]:
     environment = environment_of(hyperparameters, num_gpus)
     settings, problems = read_settings(environment, {})
-    return [*problems, *find_lacks(settings, environment)]
+    return [*problems, *find_missing_hardware(settings, environment)]
 
 
 def test_the_seeds_argument_file_is_accepted_as_it_is(tmp_path):

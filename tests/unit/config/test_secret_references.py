@@ -9,7 +9,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.config.environment import read_environment
 from llm_trainer.config.schema import Settings
 from llm_trainer.config.secret_references import HUB_TOKEN, secret_variables
-from llm_trainer.job.inputs import find_inputs, find_oddities
+from llm_trainer.job.inputs import find_inputs, find_warnings
 from support.fake_aws import FakeAWS
 
 SECRET = "arn:aws:secretsmanager:eu-west-1:111122223333:secret:team/token-AbCdEf"
@@ -109,7 +109,7 @@ def test_without_a_network_or_credentials(aws, monkeypatch):
 def test_only_a_value_among_the_settings_can_be_read_by_others(tree, monkeypatch):
     monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(tree.base_dir))
     environment, settings = read_environment(), Settings(token=SECRET, wandb_token="key")
-    oddities = list(find_oddities(settings, environment, find_inputs(settings, environment)[0]))
+    oddities = list(find_warnings(settings, environment, find_inputs(settings, environment)[0]))
     assert [text for text in oddities if "can read" in text] == [
         "everyone who may describe the job can read wandb_token: give it in the job's Environment, or the ARN of a "
         "Secrets Manager secret in its place."

@@ -11,7 +11,7 @@ import yaml
 from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from llm_trainer.common.findings import GIB
-from llm_trainer.config.checks import find_lacks
+from llm_trainer.config.checks import find_missing_hardware
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.load import read_settings
 from llm_trainer.config.schema import Settings
@@ -137,7 +137,7 @@ def test_there_are_recipes():
 
 def test_its_settings_are_valid_together_and_on_its_instance(recipe):
     settings, problems = recipe.read_settings()
-    assert [*problems, *find_lacks(settings, recipe.build_environment())] == []
+    assert [*problems, *find_missing_hardware(settings, recipe.build_environment())] == []
     given = yaml.safe_load(recipe.path.read_text(encoding="utf-8"))
     assert {ALIASES.get(name, name) for name in given} == settings.given.keys()
 

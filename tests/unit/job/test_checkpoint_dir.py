@@ -14,13 +14,13 @@ def describe(folder):
 
 def write(folder, step, limit=None):
     """A checkpoint of two files, written the way the trainer does."""
-    partial = checkpoint_dir.partial_dir(folder) / f"checkpoint-{step}"
+    partial = checkpoint_dir.find_partial_dir(folder) / f"checkpoint-{step}"
     (partial / "below").mkdir(parents=True)
     (partial / "weights").write_bytes(b"w" * 100)
     (partial / "below/state").write_bytes(b"s" * 100)
-    final = checkpoint_dir.complete(partial, RUN, step * 10, False, describe(partial))
+    final = checkpoint_dir.complete_checkpoint(partial, RUN, step * 10, False, describe(partial))
     if limit:
-        checkpoint_dir.rotate(final, limit, None)
+        checkpoint_dir.rotate_checkpoints(final, limit, None)
     return final
 
 
@@ -67,11 +67,11 @@ def test_the_one_before_a_broken_one_is_used(tmp_path, damage, fault):
 
 
 def test_what_is_half_written_is_not_found_and_is_cleaned_away(tmp_path):
-    partial = checkpoint_dir.partial_dir(tmp_path) / "checkpoint-3"
+    partial = checkpoint_dir.find_partial_dir(tmp_path) / "checkpoint-3"
     partial.mkdir(parents=True)
     (partial / "weights").write_bytes(b"w")
     assert checkpoint_dir.find_newest(tmp_path) == (None, [])
-    checkpoint_dir.clean(tmp_path)
+    checkpoint_dir.remove_partial_checkpoints(tmp_path)
     assert not any(tmp_path.iterdir())
 
 
@@ -83,7 +83,7 @@ def test_a_broken_checkpoint_of_the_same_step_is_replaced(tmp_path):
 def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     for step in (1, 2, 3):
         write(tmp_path, step)
-    checkpoint_dir.rotate(tmp_path / "checkpoint-3", 2, best=tmp_path / "checkpoint-1")
+    checkpoint_dir.rotate_checkpoints(tmp_path / "checkpoint-3", 2, best=tmp_path / "checkpoint-1")
     assert names(tmp_path) == ["checkpoint-3", "checkpoint-1"]
 
 

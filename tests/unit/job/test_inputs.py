@@ -10,7 +10,7 @@ import pytest
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.environment import read_environment
 from llm_trainer.config.load import read_settings
-from llm_trainer.job.inputs import find_inputs, find_lack_of_weights, find_oddities
+from llm_trainer.job.inputs import find_inputs, find_missing_weights, find_warnings
 from llm_trainer.job.job import read_job
 
 GIT_LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -118,7 +118,7 @@ def test_only_a_job_needs_weights(tree, inputs_of):
 def test_pickled_weights_are_named_and_not_read(tree, inputs_of):
     folder = tree.base_dir / "input/data/model"
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    (lack,) = find_lack_of_weights(str(folder))
+    (lack,) = find_missing_weights(str(folder))
     assert "found pytorch_model.bin, which is not read" in lack
 
 
@@ -128,7 +128,7 @@ def test_what_is_seldom_meant_is_told(tree, inputs_of):
     tree.change(token="hunter2", ignore_data_skip="true")
     environment = read_environment()
     settings, _ = read_settings(environment, {})
-    oddities = list(find_oddities(settings, environment, inputs_of()[0]))
+    oddities = list(find_warnings(settings, environment, inputs_of()[0]))
     assert [oddity.split(":")[0] for oddity in oddities] == [
         "train holds files that are not read",
         "nothing reads channel vaildation",

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from llm_trainer.job.start_gate import Gate
+from llm_trainer.job.start_gate import StartGate
 
 PASS = (
     "import pathlib, sys; from llm_trainer.job.start_gate import Gate; Gate(pathlib.Path(sys.argv[1])).wait_or_pass()"
@@ -19,11 +19,11 @@ def begin_worker(folder):
 
 def test_where_a_worker_has_passed_the_launcher_comes_too_late(tmp_path):
     assert begin_worker(tmp_path).wait(60) == 0
-    assert not Gate(tmp_path).close()
+    assert not StartGate(tmp_path).close()
 
 
 def test_a_closed_gate_holds_the_worker_until_another_attempt(tmp_path):
-    gate = Gate(tmp_path)
+    gate = StartGate(tmp_path)
     assert gate.close()
     worker = begin_worker(tmp_path)
     with pytest.raises(subprocess.TimeoutExpired):

@@ -10,7 +10,7 @@ import pytest
 
 from llm_trainer.common.errors import Failure
 from llm_trainer.launcher import cluster
-from llm_trainer.launcher.cluster import Hosts, State
+from llm_trainer.launcher.cluster import ClusterLink, HostState
 
 NAMES = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
 
@@ -27,34 +27,38 @@ def three(monkeypatch):
     with socket.socket() as free:
         free.bind(("", 0))
         monkeypatch.setattr(cluster, "PORT", free.getsockname()[1])
-    with Hosts(NAMES, NAMES[0]) as hub, Hosts(NAMES, NAMES[1]) as second, Hosts(NAMES, NAMES[2]) as third:
+    with (
+        ClusterLink(NAMES, NAMES[0]) as hub,
+        ClusterLink(NAMES, NAMES[1]) as second,
+        ClusterLink(NAMES, NAMES[2]) as third,
+    ):
         yield hub, second, third
 
 
 def test_all_know_who_is_not_there_yet(three):
     hub, second, third = three
-    hub.publish(State("ready"))
-    second.publish(State("ready"))
+    hub.publish(HostState("ready"))
+    second.publish(HostState("ready"))
     wait_until(lambda: hub.find_absent() == [NAMES[2]])
     wait_until(lambda: second.find_absent() == [NAMES[2]])
-    third.publish(State("ready"))
+    third.publish(HostState("ready"))
     wait_until(lambda: not any(host.find_absent() for host in three))
 
 
 def test_the_hub_hears_a_failure_and_the_others_its_verdict(three):
     hub, second, third = three
     failure = Failure("Rank 1 broke", "fault", 12.5)
-    second.publish(State("failed", 1, failure))
+    second.publish(HostState("failed", 1, failure))
     wait_until(lambda: hub.state(NAMES[1]).failure == failure)
-    hub.publish(State("failed", 1, failure))
-    wait_until(lambda: third.state(NAMES[0]) == State("failed", 1, failure))
+    hub.publish(HostState("failed", 1, failure))
+    wait_until(lambda: third.state(NAMES[0]) == HostState("failed", 1, failure))
 
 
 def test_a_host_that_is_gone_is_lost_unless_it_was_at_its_end(three, monkeypatch):
     monkeypatch.setattr(cluster, "RECONNECT_SECONDS", 0.1)
     hub, second, third = three
-    second.publish(State("running", 1))
-    third.publish(State("done", 1))
+    second.publish(HostState("running", 1))
+    third.publish(HostState("done", 1))
     wait_until(lambda: hub.state(NAMES[1]).phase == "running" and hub.state(NAMES[2]).phase == "done")
     for host in (second, third):
         host.__exit__()
@@ -64,7 +68,7 @@ def test_a_host_that_is_gone_is_lost_unless_it_was_at_its_end(three, monkeypatch
 
 def test_a_host_that_falls_silent_is_lost(three, monkeypatch):
     hub, second, _ = three
-    second.publish(State("running", 1))
+    second.publish(HostState("running", 1))
     wait_until(lambda: hub.state(NAMES[1]).phase == "running")
     monkeypatch.setattr(cluster, "SILENCE_SECONDS", -1.0)
     assert hub.state(NAMES[1]).phase == "lost"
@@ -72,11 +76,11 @@ def test_a_host_that_falls_silent_is_lost(three, monkeypatch):
 
 def test_a_broken_connection_is_made_again(three):
     hub, second, _ = three
-    second.publish(State("running", 1))
+    second.publish(HostState("running", 1))
     wait_until(lambda: hub.state(NAMES[1]).phase == "running")
     second.lines[NAMES[0]].shutdown(socket.SHUT_RDWR)
-    second.publish(State("running", 2))
-    wait_until(lambda: hub.state(NAMES[1]) == State("running", 2))
+    second.publish(HostState("running", 2))
+    wait_until(lambda: hub.state(NAMES[1]) == HostState("running", 2))
 
 
 def test_strangers_and_noise_are_not_heard(three):
@@ -84,13 +88,13 @@ def test_strangers_and_noise_are_not_heard(three):
     for words in (b'{"host": "stranger", "state": {}}\n', b"GET / HTTP/1.1\n", b'{"host": "127.0.0.2"}\n', b"[]\n"):
         with socket.create_connection((NAMES[0], cluster.PORT)) as line:
             line.sendall(words)
-    second.publish(State("ready"))
+    second.publish(HostState("ready"))
     wait_until(lambda: hub.state(NAMES[1]).phase == "ready")
 
 
 def test_a_host_alone_opens_nothing():
-    with Hosts(["algo-1"], "algo-1") as alone:
-        alone.publish(State("ready"))
+    with ClusterLink(["algo-1"], "algo-1") as alone:
+        alone.publish(HostState("ready"))
         assert not alone.find_absent()
 
 
@@ -125,8 +129,8 @@ def test_a_hub_that_takes_records_slowly_still_hears_that_their_host_lives(three
     for _ in range(cluster.MAX_WAITING_RECORDS * 3):
         second.send_record("system", text="x" * 100_000)
     assert len(second.records) <= cluster.MAX_WAITING_RECORDS
-    second.publish(State("running", 7))
-    wait_until(lambda: hub.state(NAMES[1]) == State("running", 7))
+    second.publish(HostState("running", 7))
+    wait_until(lambda: hub.state(NAMES[1]) == HostState("running", 7))
     stuck.set()
 
 

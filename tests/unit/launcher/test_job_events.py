@@ -14,8 +14,8 @@ from llm_trainer.config.schema import Settings
 from llm_trainer.job.inputs import Inputs
 from llm_trainer.journal.journal import Journal, read_records
 from llm_trainer.journal.timeline import Timeline
-from llm_trainer.launcher.cluster import Hosts
-from llm_trainer.launcher.job_events import Chronicle
+from llm_trainer.launcher.cluster import ClusterLink
+from llm_trainer.launcher.job_events import JobEventWriter
 from llm_trainer.launcher.supervisor import Verdict
 
 
@@ -37,7 +37,7 @@ def opt_ml(tmp_path, monkeypatch):
 @pytest.fixture
 def chronicle(opt_ml):
     environment = read_environment()
-    return Chronicle(environment, Hosts(environment.hosts, environment.current_host))
+    return JobEventWriter(environment, ClusterLink(environment.hosts, environment.current_host))
 
 
 def inputs(opt_ml):
@@ -78,8 +78,8 @@ def test_an_earlier_jobs_journal_stays_for_a_job_that_goes_on_with_it(opt_ml, ha
         (opt_ml / "checkpoints/checkpoint-5").mkdir(parents=True)
     environment = read_environment()
     for _ in range(2):
-        hosts = Hosts(environment.hosts, environment.current_host)
-        Chronicle(environment, hosts).begin(Settings(), inputs(opt_ml), timeline(1000.0))
+        hosts = ClusterLink(environment.hosts, environment.current_host)
+        JobEventWriter(environment, hosts).begin(Settings(), inputs(opt_ml), timeline(1000.0))
     assert [record["attempt"] for record in records(opt_ml)] == attempts
 
 
@@ -116,8 +116,8 @@ def test_other_hosts_hand_over_what_they_measure_and_keep_no_journal(opt_ml):
     resources = {"current_host": "algo-2", "hosts": ["algo-1", "algo-2"]}
     (opt_ml / "input/config/resourceconfig.json").write_text(json.dumps(resources))
     environment = read_environment()
-    hosts = Hosts(environment.hosts, environment.current_host)
-    chronicle = Chronicle(environment, hosts)
+    hosts = ClusterLink(environment.hosts, environment.current_host)
+    chronicle = JobEventWriter(environment, hosts)
     chronicle.begin(Settings(), inputs(opt_ml), timeline(1000.0))
     chronicle.begin_again(Settings(), 2, Failure("Rank 0 broke.", "fault", time.time()))
     chronicle.write("system", host="algo-2", gpus={"power_watts": [1.5]})
@@ -129,7 +129,7 @@ def test_other_hosts_hand_over_what_they_measure_and_keep_no_journal(opt_ml):
 def test_without_a_place_for_the_journal_the_job_goes_on(opt_ml, capsys):
     (opt_ml / "output").write_text("a file where the folder belongs")
     environment = read_environment()
-    chronicle = Chronicle(environment, Hosts(environment.hosts, environment.current_host))
+    chronicle = JobEventWriter(environment, ClusterLink(environment.hosts, environment.current_host))
     chronicle.begin(Settings(), inputs(opt_ml), timeline(1000.0))
     chronicle.end(Verdict("done"), inputs(opt_ml))
     assert "metrics.jsonl cannot be written" in capsys.readouterr().err

@@ -21,10 +21,10 @@ RUN = {"lora_r": 8, "learning_rate": 0.01, "rows a step": 16}
 @pytest.fixture
 def folder(tmp_path):
     for step in (1, 2):
-        partial = checkpoint_dir.partial_dir(tmp_path) / f"checkpoint-{step}"
+        partial = checkpoint_dir.find_partial_dir(tmp_path) / f"checkpoint-{step}"
         partial.mkdir(parents=True)
         (partial / "trainer_state.json").write_text("{}")
-        checkpoint_dir.complete(
+        checkpoint_dir.complete_checkpoint(
             partial, RUN, 0, False, checkpoint_dir.describe_files(partial, checkpoint_dir.list_files(partial))
         )
     return tmp_path
@@ -44,9 +44,9 @@ def test_the_distribution_is_that_of_the_newest_that_tells(folder):
 
     assert find() is None  # a run of before, whose markers do not tell
     for step, distribution in ((3, "ddp"), (4, "fsdp")):
-        partial = checkpoint_dir.partial_dir(folder) / f"checkpoint-{step}"
+        partial = checkpoint_dir.find_partial_dir(folder) / f"checkpoint-{step}"
         partial.mkdir(parents=True)
-        checkpoint_dir.complete(partial, {**RUN, "distribution": distribution}, 0, False, {})
+        checkpoint_dir.complete_checkpoint(partial, {**RUN, "distribution": distribution}, 0, False, {})
     assert find() == "fsdp"
     (folder / "checkpoint-4" / checkpoint_dir.MARKER).write_text("half")
     assert find() == "ddp"
@@ -99,12 +99,12 @@ FILES = {"shard-0": b"zero" * 100, "below/shard-1": b"one" * 100}
 
 def write_shards(folder, name, own, contents=FILES):
     """One host's part of a checkpoint, whose marker lists the files of both."""
-    partial = checkpoint_dir.partial_dir(folder) / name
+    partial = checkpoint_dir.find_partial_dir(folder) / name
     for file in own:
         (partial / file).parent.mkdir(parents=True, exist_ok=True)
         (partial / file).write_bytes(contents[file])
     files = {file: (len(content), xxhash.xxh3_64(content).hexdigest()) for file, content in contents.items()}
-    return checkpoint_dir.complete(partial, RUN, 0, False, files)
+    return checkpoint_dir.complete_checkpoint(partial, RUN, 0, False, files)
 
 
 def find(folder, group):
