@@ -37,7 +37,11 @@ def examine_model(arguments: Sequence[str], in_colour: bool) -> Validation:
         validation.tell("settings", "error", [*problems, *missing])
         return validation
     os.environ.update(
-        build_library_variables(settings, Inputs(name, [], [], environment.model_dir, environment.model_dir))
+        build_library_variables(
+            Inputs(name, [], [], environment.model_dir, environment.model_dir),
+            settings.model.chat_template_path,
+            settings.output.push_to_hub,
+        )
     )
     from llm_trainer.model import loading  # Transformers has to find the variables set
     from llm_trainer.model.device import find_device

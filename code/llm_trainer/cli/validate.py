@@ -102,7 +102,9 @@ def examine(arguments: Sequence[str], in_colour: bool) -> Validation:
         validation.tell("secrets", "warning", error.problems)
         for name in [name for name in VARIABLES if is_reference(os.environ.get(name, ""))]:
             del os.environ[name]  # the Hub answers nothing to a token that it does not know
-    os.environ.update(build_library_variables(settings, inputs))  # libraries read them when they are imported
+    os.environ.update(
+        build_library_variables(inputs, settings.model.chat_template_path, settings.output.push_to_hub)
+    )  # libraries read them when they are imported
     validation.findings += inspect_disk_need(settings, inputs, Path(os.environ["LLM_TRAINER_CACHE"]))
     if inputs.model and inputs.train:
         examine_data(settings, inputs, environment, validation, in_colour)
@@ -183,7 +185,7 @@ def examine_memory(
     driver = read_driver() if on_gpu else None
     try:
         if driver:
-            num_processes = count_processes(settings, environment)
+            num_processes = count_processes(settings.parallelism, environment)
             free_bytes = min(gpu.memory_bytes for gpu in driver.gpus)
             target = Target(find_device(settings), num_processes * len(environment.hosts), free_bytes)
             fit = choose_fit(config, settings, longest_row, target, attention)

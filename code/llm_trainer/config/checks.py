@@ -7,7 +7,7 @@ import typing
 
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.schema import FIELDS, Settings, show
-from llm_trainer.config.sections import HUB_ID, MOVING_STARTS
+from llm_trainer.config.sections import HUB_ID, MOVING_STARTS, ParallelismSettings
 from llm_trainer.config.tracker_choice import find_mlflow_uri, find_tracking_contradictions
 
 # What asks for an adapter of a certain kind. Its sizes are no such thing: a recipe may hold them and switch it off.
@@ -89,7 +89,7 @@ def find_missing_hardware(settings: Settings, environment: Environment) -> typin
         yield "activation_offloading=true without a GPU: activations are in the host's memory anyway; remove it."
     if (
         settings.parallelism.distribution == "fsdp"
-        and count_processes(settings, environment) * len(environment.hosts) == 1
+        and count_processes(settings.parallelism, environment) * len(environment.hosts) == 1
     ):
         yield (
             "distribution=fsdp with one process: there is nobody to share the model with; "
@@ -194,10 +194,10 @@ def find_stream_contradictions(settings: Settings) -> typing.Iterator[str]:
         yield "shuffle_dataset=true with streaming=true: rows are shuffled in a buffer anyway; remove shuffle_dataset."
 
 
-def count_processes(settings: Settings, environment: Environment) -> int:
-    """Worker processes on this host: one a GPU, or one on a CPU, unless the user says otherwise."""
-    num_gpus = 0 if settings.parallelism.use_cpu else environment.num_gpus
-    return settings.parallelism.nproc_per_node or num_gpus or 1
+def count_processes(settings: ParallelismSettings, environment: Environment) -> int:
+    """Count the worker processes on this host: one a GPU, or one on a CPU, unless the user says otherwise."""
+    num_gpus = 0 if settings.use_cpu else environment.num_gpus
+    return settings.nproc_per_node or num_gpus or 1
 
 
 def find_distribution_contradictions(settings: Settings) -> typing.Iterator[str]:

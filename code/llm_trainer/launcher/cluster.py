@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launchers of a job's hosts, in touch: they start together, learn of each other's end, and leave together.
+"""Connections between the launchers of a job: hosts start together, learn of each other's end, and leave together.
 
 A host that vanishes leaves the others in a collective that nobody answers, and whose time-out names nobody. So each
-launcher keeps a connection to the first host's, the hub, says every two seconds how it is, and hears how the hub is:
-one JSON object a line. Nothing holds a launcher up, so that silence means that its host is gone. Records for the
-job's journal come over a connection of their own, which may be slow or stuck without being taken for silence.
+launcher keeps a connection to the hub, the first host's launcher. It says every two seconds how it is, and hears how
+the hub is: one JSON object a line. Nothing holds a launcher up: silence means that its host is gone. Records for the
+job's journal take a connection of their own, which may be slow or stuck without being taken for silence.
 """
 
 import json
@@ -22,17 +22,20 @@ from llm_trainer.common.errors import Failure
 PORT = 7778
 HEARTBEAT_SECONDS = 2.0
 SILENCE_SECONDS = 30.0  # a host that says nothing for so long is lost
-RECONNECT_SECONDS = 5.0  # so is one whose connection broke and was not made again; a killed container's is not
+RECONNECT_SECONDS = 5.0  # a host whose connection broke and was not made again for so long is lost too
 CONNECT_SECONDS = 5.0
 MAX_RETRY_SECONDS = 5.0
-MAX_WAITING_RECORDS = 256  # of a host that the hub does not hear: the oldest are dropped
-HEARD_KINDS = ("system", "event")  # of records that the hub takes from others
+MAX_WAITING_RECORDS = 256  # where the hub does not hear a host, its oldest records are dropped
+HEARD_KINDS = ("system", "event")  # the kinds of records that the hub takes from others
 
 
 @dataclass(frozen=True)
 class HostState:
-    """How a host is: `absent`, `ready`, `running` its nth attempt, `done`, `stopped` before it trained, or `failed`; or
-    `lost`, which others say."""
+    """The phase of a host.
+
+    A host says of itself that it is `ready`, `running` its nth attempt, `done`, `stopped` before it trained, or
+    `failed`. The others take one for `absent` before it came, and for `lost` once it no longer answers.
+    """
 
     phase: str = "absent"
     attempt: int = 0
@@ -40,11 +43,12 @@ class HostState:
 
     @property
     def is_final(self) -> bool:
+        """Whether the host's part in the job is over."""
         return self.phase in ("done", "stopped", "failed", "lost")
 
 
 def parse_message(text: str) -> tuple[str, HostState, list[str]]:
-    """Who speaks, how it is, and whom it misses. Raises ValueError for what no launcher says."""
+    """Return who speaks, how it is, and which hosts it misses. Raises ValueError for what no launcher says."""
     try:
         words: dict[str, Any] = json.loads(text)
         state, failure = words["state"], words["state"]["failure"]
@@ -55,7 +59,7 @@ def parse_message(text: str) -> tuple[str, HostState, list[str]]:
 
 
 def parse_record(text: str) -> tuple[str, dict[str, Any]] | None:
-    """Who speaks, and its record for the journal, where its words are one. Raises ValueError for noise."""
+    """Return who speaks and its record for the journal; None for another message. Raises ValueError for noise."""
     words = json.loads(text)
     if not isinstance(words, dict) or "record" not in words:
         return None
@@ -67,17 +71,18 @@ def parse_record(text: str) -> tuple[str, dict[str, Any]] | None:
 
 @dataclass
 class HostContact:
-    """What is known of a host, and since when."""
+    """What this host knows of another one, and since when."""
 
     state: HostState = field(default_factory=HostState)
     heard_at: float = 0.0  # time.monotonic()
     broken_at: float | None = None
 
-    def hear(self, state: HostState) -> None:
+    def update(self, state: HostState) -> None:
+        """Note what the host has just said."""
         self.state, self.heard_at, self.broken_at = state, time.monotonic(), None
 
     def judge(self) -> HostState:
-        """Its state, or `lost` where it was there, was not at its end, and no longer answers."""
+        """Return its state, or `lost` where it was there, was not at its end, and no longer answers."""
         now = time.monotonic()
         is_cut = self.broken_at is not None and now - self.broken_at > RECONNECT_SECONDS
         is_silent = now - self.heard_at > SILENCE_SECONDS
@@ -87,12 +92,13 @@ class HostContact:
 
 
 class ClusterLink:
-    """All hosts of a job as one of them sees them: the hub hears every host, the others hear the hub.
+    """This host's link to the others: the hub hears every host, the others hear the hub.
 
-    A host alone opens nothing. Raises OSError on entry where the hub cannot listen.
+    A host alone opens no connection.
     """
 
     def __init__(self, names: Sequence[str], own: str) -> None:
+        """Take the names of all hosts, the hub's first, and this host's own."""
         self.names = names
         self.own = own
         self.hub = names[0]
@@ -102,24 +108,26 @@ class ClusterLink:
         self.lines: dict[str, socket.socket] = {}
         self.changed = threading.Event()
         self.is_closing = False
-        self.take_record: Callable[[dict[str, Any]], None] | None = None  # the hub's: for the others' records
+        self.write_record: Callable[[dict[str, Any]], None] | None = None  # on the hub, for the others' records
         self.records: deque[dict[str, Any]] = deque(maxlen=MAX_WAITING_RECORDS)
         self.has_records = threading.Event()
 
     def __enter__(self) -> Self:
+        """Open the connections. Raises OSError where the hub cannot listen."""
         if len(self.names) > 1:
             if self.own == self.hub:
                 self.server = socket.create_server(("", PORT))
-                threading.Thread(target=self.accept, daemon=True).start()
+                threading.Thread(target=self.accept_connections, daemon=True).start()
             else:
                 threading.Thread(target=self.stay_connected, daemon=True).start()
                 self.courier = threading.Thread(target=self.deliver_records, daemon=True)
                 self.courier.start()
-            self.speaker = threading.Thread(target=self.speak, daemon=True)
+            self.speaker = threading.Thread(target=self.send_heartbeats, daemon=True)
             self.speaker.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        """Say the last word, and close the connections."""
         if len(self.names) > 1:
             self.is_closing = True
             self.changed.set()
@@ -134,28 +142,32 @@ class ClusterLink:
                 with suppress(OSError):
                     line.shutdown(socket.SHUT_RDWR)
 
+    def accept_records(self, write_record: Callable[[dict[str, Any]], None]) -> None:
+        """Have the records of the other hosts written from now on; only the hub gets any."""
+        self.write_record = write_record
+
     def publish(self, state: HostState) -> None:
         """Let the others know how this host is."""
-        self.contacts[self.own].hear(state)
+        self.contacts[self.own].update(state)
         self.changed.set()
 
     def send_record(self, kind: str, **fields: object) -> None:
-        """Let the hub write a record to the journal, as Journal.write does; never waits."""
+        """Have the hub write a record to the journal, without waiting for it."""
         self.records.append({"time": round(time.time(), 3), "kind": kind, **fields})
         self.has_records.set()
 
     def state(self, name: str) -> HostState:
-        """How a host is, by what this one has heard; the hub alone has heard all."""
+        """Return how a host is, by what this one has heard; the hub alone has heard all."""
         contact = self.contacts[name]
         return contact.state if name == self.own else contact.judge()
 
     def find_absent(self) -> list[str]:
-        """The hosts that are not there yet."""
+        """List the hosts that are not there yet."""
         if self.own == self.hub:
             return [name for name, contact in self.contacts.items() if contact.state.phase == "absent"]
         return [self.hub] if self.contacts[self.hub].state.phase == "absent" else self.absent
 
-    def speak(self) -> None:
+    def send_heartbeats(self) -> None:
         """Say how this host is, at every change and every heartbeat, and once more at the end."""
         while True:
             is_last = self.is_closing
@@ -170,15 +182,13 @@ class ClusterLink:
             self.changed.wait(HEARTBEAT_SECONDS)
             self.changed.clear()
 
-    def listen(self, line: socket.socket) -> None:
-        """Hear a host out, until its connection ends."""
+    def read_messages(self, line: socket.socket) -> None:
+        """Read what a host says, until its connection ends."""
         name = None
         with suppress(OSError, ValueError), line, line.makefile(encoding="utf-8") as texts:
             for text in texts:
                 if found := parse_record(text):
-                    sender, record = found
-                    if sender in self.contacts and self.take_record:
-                        self.take_record(record)
+                    self.receive_record(*found)
                     continue
                 name, state, self.absent = parse_message(text)
                 if name not in self.contacts:
@@ -186,13 +196,18 @@ class ClusterLink:
                 self.lines[name] = line
                 if state.phase != self.contacts[name].state.phase:
                     self.changed.set()
-                self.contacts[name].hear(state)
+                self.contacts[name].update(state)
         if name is not None and self.lines.get(name) is line:
             del self.lines[name]
             self.contacts[name].broken_at = time.monotonic()
 
+    def receive_record(self, sender: str, record: dict[str, Any]) -> None:
+        """Hand a record of another host to whoever writes the journal."""
+        if sender in self.contacts and self.write_record:
+            self.write_record(record)
+
     def deliver_records(self) -> None:
-        """The others' part: every record to the hub, the last ones after the end too if it still listens."""
+        """Send every record to the hub, the last ones after the end too if it still listens."""
         line: socket.socket | None = None
         while True:
             self.has_records.wait()
@@ -211,17 +226,17 @@ class ClusterLink:
             if is_last:
                 return
 
-    def accept(self) -> None:
-        """The hub's part: a thread for every host that calls."""
+    def accept_connections(self) -> None:
+        """Start a thread for every host that calls the hub."""
         while not self.is_closing:
             try:
                 line, _ = self.server.accept()
             except OSError:
                 return  # closed
-            threading.Thread(target=self.listen, args=[line], daemon=True).start()
+            threading.Thread(target=self.read_messages, args=[line], daemon=True).start()
 
     def stay_connected(self) -> None:
-        """The others' part: keep a connection to the hub, whose name may take minutes to resolve."""
+        """Keep a connection to the hub, whose name may take minutes to resolve."""
         wait = 0.1
         while not self.is_closing:
             try:
@@ -235,5 +250,5 @@ class ClusterLink:
             line.settimeout(None)
             self.lines[self.hub] = line
             self.changed.set()
-            self.listen(line)
+            self.read_messages(line)
             time.sleep(wait)

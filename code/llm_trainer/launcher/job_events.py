@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a launcher puts into the job's journal: the job at each attempt, its phases, its restarts and its end.
+"""The launcher's records in the job's journal: the job at each attempt, its phases, its restarts and its end.
 
-The first training host's launcher writes it; the others' hand it what they measure (hosts.py).
+The first training host's launcher writes them; the others send it what they measure (launcher/cluster.py).
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pynvml
@@ -17,7 +18,6 @@ from llm_trainer.config.environment import Environment, read_json_object
 from llm_trainer.config.schema import Settings, redact
 from llm_trainer.host.nvidia_driver import read_driver
 from llm_trainer.job import checkpoint_dir
-from llm_trainer.job.inputs import Inputs
 from llm_trainer.journal.journal import FILE_NAME, MANIFEST, Journal
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.launcher.cluster import ClusterLink
@@ -25,46 +25,50 @@ from llm_trainer.launcher.supervisor import Verdict
 
 
 class JobEventWriter:
-    """One host's."""
+    """Writes one host's events to the journal, by way of the first training host."""
 
-    def __init__(self, environment: Environment, hosts: ClusterLink) -> None:
+    def __init__(self, environment: Environment, link: ClusterLink, settings: Settings, started: float) -> None:
+        """`started` is the job's start in seconds since the epoch."""
         self.environment = environment
-        self.hosts = hosts
+        self.link = link
+        self.settings = settings
+        self.started = started
         self.journal = Journal(environment.output_dir / "data" / FILE_NAME)
 
     def write(self, kind: str, **fields: Any) -> None:
+        """Append a record, here or by way of the first training host."""
         if self.environment.node_rank == 0:
             self.journal.write(kind, **fields)
         else:
-            self.hosts.send_record(kind, **fields)
+            self.link.send_record(kind, **fields)
 
-    def begin(self, settings: Settings, inputs: Inputs, timeline: Timeline) -> None:
-        """The first attempt begins, after the phases so far; from now on records of other hosts are taken.
+    def write_start(self, checkpoints: Path, timeline: Timeline) -> None:
+        """Write that the first attempt begins, after the phases so far, and accept other hosts' records from now on.
 
-        The journal of an earlier job in the same tree goes on with a job that does, and goes otherwise.
+        The journal of an earlier job in the same tree stays where this job goes on from a checkpoint of it.
         """
         if self.environment.node_rank > 0:
             return
-        if not (settings.training.use_checkpoints and checkpoint_dir.list_checkpoints(inputs.checkpoint_dir)):
+        if not (self.settings.training.use_checkpoints and checkpoint_dir.list_checkpoints(checkpoints)):
             self.journal.clear()
-        self.started = timeline.started
-        self.tell_job(settings, 1)
+        self.write_job(1)
         ended_at = timeline.started
         for name, seconds in timeline.seconds.items():
             ended_at += seconds
             host = self.environment.current_host
             self.write("phase", time=round(ended_at, 3), name=name, seconds=seconds, host=host)
-        self.hosts.take_record = lambda record: self.write(**record)
+        self.link.accept_records(lambda record: self.write(**record))
 
-    def begin_again(self, settings: Settings, attempt: int, cause: Failure) -> None:
-        """Another attempt begins, after the failure of the one before."""
+    def write_restart(self, attempt: int, cause: Failure) -> None:
+        """Write that another attempt begins, after the failure of the one before."""
         if self.environment.node_rank > 0:
             return
         text = f"{cause.reason} Attempt {attempt}: the workers start again from the newest checkpoint."
         self.write("event", host=self.environment.current_host, level="warning", text=text)
-        self.tell_job(settings, attempt)
+        self.write_job(attempt)
 
-    def tell_job(self, settings: Settings, attempt: int) -> None:
+    def write_job(self, attempt: int) -> None:
+        """Write what the job is, as it is at the start of an attempt."""
         self.write(
             "job",
             name=os.environ.get("TRAINING_JOB_NAME"),
@@ -73,24 +77,27 @@ class JobEventWriter:
             started=round(self.started, 3),
             hosts=self.environment.hosts,
             billed_hosts=self.environment.num_billed_hosts,
-            world_size=count_processes(settings, self.environment) * len(self.environment.hosts),
-            settings=redact(settings),
+            world_size=count_processes(self.settings.parallelism, self.environment) * len(self.environment.hosts),
+            settings=redact(self.settings),
             environment=describe_environment(self.environment),
         )
 
-    def end(self, verdict: Verdict, inputs: Inputs) -> None:
-        """The last record: nothing of this job comes after it."""
+    def write_end(self, verdict: Verdict, model_dir: Path) -> None:
+        """Write how the job ended. Nothing of this job comes after this record."""
         if self.environment.node_rank > 0:
             return
         if verdict.failure:
             self.write("end", status="failed", reason=verdict.failure.reason)
             return
-        is_stopped = verdict.what == "stopped" or read_json_object(inputs.model_dir / MANIFEST).get("stopped")
+        is_stopped = verdict.what == "stopped" or read_json_object(model_dir / MANIFEST).get("stopped")
         self.write("end", status="stopped" if is_stopped else "done", reason=None)
 
 
 def describe_environment(environment: Environment) -> dict[str, Any]:
-    """The image, the packages in it and the machine below it. An image does not know its name: who starts it may."""
+    """Return the image, the packages in it, and the machine below it.
+
+    An image does not know its own name: LLM_TRAINER_IMAGE gives it, where whoever starts the job sets that.
+    """
     try:
         driver = read_driver()
     except pynvml.NVMLError:

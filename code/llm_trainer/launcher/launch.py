@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PID 1 of the container: checks the job, starts torchrun on this host, and turns its end into SageMaker's answer.
+"""PID 1 of the container: check the job, start its workers on this host, and turn their end into SageMaker's answer.
 
-Never imports torch: a mistake is reported within a second, before any process holds a GPU.
+It stays free of torch: a mistake is reported within a second, before any process holds a GPU.
 """
 
+import contextlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from llm_trainer.common import log
 from llm_trainer.common.errors import Failure, UserError, write_failure
+from llm_trainer.config.checks import count_processes
 from llm_trainer.config.environment import Environment, find_base_dir, read_environment, read_json_object
 from llm_trainer.config.schema import redact, show
 from llm_trainer.config.secret_references import secret_variables
+from llm_trainer.config.tracker_choice import choose_trackers, tracker_variables
 from llm_trainer.host.machine import inspect_machine
 from llm_trainer.host.system_metrics import SystemMetrics
 from llm_trainer.job import checkpoint_dir
@@ -24,39 +28,36 @@ from llm_trainer.job.disk_budget import inspect_disk_need
 from llm_trainer.job.inputs import find_warnings
 from llm_trainer.job.job import Job, check_job
 from llm_trainer.job.start_gate import StartGate
+from llm_trainer.journal.journal import FILE_NAME
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.launcher.cluster import ClusterLink, HostState
 from llm_trainer.launcher.job_events import JobEventWriter
-from llm_trainer.launcher.reporter_process import ReporterProcess
+from llm_trainer.launcher.reporter_process import ReporterOptions, ReporterProcess
 from llm_trainer.launcher.stop_signal import StopSignal
 from llm_trainer.launcher.supervisor import (
     INTRODUCTION_SECONDS,
+    AttemptSignals,
+    HostWorkers,
     Supervisor,
     Verdict,
     wait_for_all_hosts,
     wait_for_trainers,
 )
 from llm_trainer.launcher.user_script import names_a_script, run_script
-from llm_trainer.launcher.worker_processes import (
-    build_cache_variables,
-    build_library_variables,
-    build_worker_command,
-    build_worker_variables,
-    count_worker_processes,
-)
+from llm_trainer.launcher.worker_processes import WorkerProcesses, build_cache_variables, build_library_variables
 
 
 def launch(arguments: Sequence[str]) -> int:
-    """Run the job that the input tree and the command line describe; the container's exit code, 0 or 1."""
+    """Run the job that the input tree and the command line describe. Return the container's exit code, 0 or 1."""
     started = time.time()
     output_dir = find_base_dir() / "output"
     try:
-        (output_dir / "failure").unlink(missing_ok=True)  # of an earlier job in the same tree
+        (output_dir / "failure").unlink(missing_ok=True)  # left by an earlier job in the same tree
         hyperparameters = read_json_object(find_base_dir() / "input" / "config" / "hyperparameters.json")
         if names_a_script(hyperparameters):
             os.environ.update(secret_variables(None, os.environ))
             return run_script(find_base_dir(), hyperparameters, {**build_cache_variables(os.environ), **os.environ})
-        failure = run(read_environment(), arguments, started)
+        failure = run_host(read_environment(), arguments, Timeline(started))
     except UserError as error:
         failure = Failure(str(error), "mistake", started)
     except PermissionError as error:
@@ -66,121 +67,164 @@ def launch(arguments: Sequence[str]) -> int:
         failure = Failure(f"The job could not be started: {error}.", "mistake", started)
     if failure is None:
         return 0
-    print(failure.reason, file=sys.stderr, flush=True)
+    log.error(failure.reason)
     write_failure(output_dir, failure.reason)
     return 1
 
 
-def run(environment: Environment, arguments: Sequence[str], started: float) -> Failure | None:
-    """This host's part in the job, from the check of the job to the end of all hosts; why it failed, if it did."""
+def run_host(environment: Environment, arguments: Sequence[str], timeline: Timeline) -> Failure | None:
+    """Do this host's part in the job, from the check to the end of all hosts. Return why it failed, if it did."""
     with (
         tempfile.TemporaryDirectory(prefix="llm-trainer-") as folder,
         StopSignal(Path(folder) / "stop") as stop,
-        ClusterLink([*environment.hosts, *environment.other_hosts], environment.current_host) as hosts,
+        ClusterLink([*environment.hosts, *environment.other_hosts], environment.current_host) as link,
     ):
         if not environment.trains:
-            print(f"This host, {environment.current_host}, does not train: it waits for {hosts.hub}.", flush=True)
-            return wait_for_trainers(hosts, stop.file)
-        mistake, timeout = None, INTRODUCTION_SECONDS
-        timeline = Timeline(started)
-        try:
-            job = check_job(environment, arguments)
-            os.environ.update(secret_variables(job.settings, os.environ))
-            check_machine(job)
-            if environment.node_rank == 0 and job.settings.output.push_to_hub:
-                from llm_trainer.export.publish import prepare_push  # the Hub's client takes half a second to import
-
-                prepare_push(job.settings)
-            timeout = job.settings.parallelism.host_timeout_seconds
-        except UserError as error:
-            mistake = Failure(str(error), "mistake", started)
-        timeline.mark("check")
-        failure = wait_for_all_hosts(hosts, mistake, timeout, stop.file)
-        timeline.mark("meeting")
-        if failure:
+            log.info(f"This host, {environment.current_host}, does not train: it waits for {link.hub}.")
+            return wait_for_trainers(link, stop.file)
+        job, failure = prepare_host(environment, arguments, link, stop.file, timeline)
+        if job is None or failure is not None:
             return failure
         if stop.file.exists():
-            hosts.publish(HostState("stopped"))
-            describe_early_stop(job)
+            link.publish(HostState("stopped"))
+            log_early_stop(job)
             return None
-        describe_job(job)
-        verdict = supervise(job, arguments, hosts, Path(folder), stop.file, timeline)
+        log_job(job)
+        verdict = HostJob(job, link, Path(folder), stop.file, timeline).supervise(arguments)
         if verdict.what == "stopped":
-            describe_early_stop(job)
-        stop.describe_end()
+            log_early_stop(job)
+        stop.log_end()
         return verdict.failure
 
 
-def supervise(
-    job: Job, arguments: Sequence[str], hosts: ClusterLink, scratch_dir: Path, stop_file: Path, timeline: Timeline
-) -> Verdict:
-    """Run the workers, and what starts them, to the end of the job on all hosts."""
-    environment, started = job.environment, timeline.started
-    failures_dir = scratch_dir / "failures"
-    failures_dir.mkdir()
-    command, variables = build_worker_command(job, arguments), build_worker_variables(job, scratch_dir, started)
+def prepare_host(
+    environment: Environment, arguments: Sequence[str], link: ClusterLink, stop_file: Path, timeline: Timeline
+) -> tuple[Job | None, Failure | None]:
+    """Check the job on this host, and wait until all hosts have done so.
 
-    chronicle = JobEventWriter(environment, hosts)
-    chronicle.begin(job.settings, job.inputs, timeline)
-    folders = {"checkpoints": job.inputs.checkpoint_dir, "temp": Path(tempfile.gettempdir())}
-
-    def start(attempt: int, earlier: Failure | None) -> "subprocess.Popen[bytes]":
-        if earlier:
-            timeline.mark(f"attempt_{attempt - 1}")
-            chronicle.begin_again(job.settings, attempt, earlier)
-        if environment.node_rank == 0:  # who writes them; the folder may be one for all hosts
-            checkpoint_dir.remove_partial_checkpoints(job.inputs.checkpoint_dir)
-        # A session of its own: a terminal's Ctrl-C is for the launcher alone, which then stops the job in order.
-        phases = {"LLM_TRAINER_PHASES": json.dumps(timeline.seconds)}
-        return subprocess.Popen(command, env=variables | phases, start_new_session=True)
-
-    with ReporterProcess(environment, job.settings, job.inputs, variables, stop_file):
-        with SystemMetrics(environment.current_host, folders, chronicle.write, started) as metrics:
-            verdict = Supervisor(
-                hosts,
-                environment.hosts,
-                start,
-                metrics.find_recent_faults,
-                failures_dir,
-                stop_file,
-                StartGate(scratch_dir),
-                job.settings.parallelism.max_restarts,
-            ).run()
-        chronicle.end(verdict, job.inputs)
-    return verdict
+    Returns the job, None where it has a mistake, and the failure of this or another host.
+    """
+    job, mistake = None, None
+    try:
+        job = check_job(environment, arguments)
+        check_host(job)
+    except UserError as error:
+        mistake = Failure(str(error), "mistake", timeline.started)
+    timeline.mark("check")
+    is_checked = job is not None and mistake is None
+    timeout = job.settings.parallelism.host_timeout_seconds if job and is_checked else INTRODUCTION_SECONDS
+    failure = wait_for_all_hosts(link, mistake, timeout, stop_file)
+    timeline.mark("meeting")
+    return job, failure
 
 
-def describe_job(job: Job) -> None:
-    environment = job.environment
-    print(
-        f"Host {environment.current_host} ({environment.node_rank + 1} of {len(environment.hosts)}): "
-        f"{environment.num_gpus} GPUs, {environment.num_cpus} CPU cores, {count_worker_processes(job)} worker processes"
-    )
-    print(f"Model {job.inputs.model}")
-    for split, sources in (("Training", job.inputs.train), ("Validation", job.inputs.validation)):
-        for source in sources:
-            print(f"{split} data: {source.describe()}")
-    for name, value in redact(job.settings).items():
-        if job.settings.is_given(name):
-            print(f"Setting {name}={show(value)}")
-    for oddity in find_warnings(job.settings, environment, job.inputs):
-        print(f"Warning: {oddity}")
-    sys.stdout.flush()
+def check_host(job: Job) -> None:
+    """Read the job's secrets, and check what this host offers. Raises UserError with every mistake there is."""
+    os.environ.update(secret_variables(job.settings, os.environ))
+    check_machine(job)
+    if job.environment.node_rank == 0 and job.settings.output.push_to_hub:
+        from llm_trainer.export.publish import prepare_push  # the Hub's client takes half a second to import
 
-
-def describe_early_stop(job: Job) -> None:
-    kept = checkpoint_dir.list_checkpoints(job.inputs.checkpoint_dir) if job.settings.training.use_checkpoints else []
-    stays = f", and {kept[0].name} stays for the next start" if kept else ""
-    print(f"Stopped before the training began: there is nothing to save{stays}.", flush=True)
+        prepare_push(job.settings)
 
 
 def check_machine(job: Job) -> None:
-    """Say what the host offers, one line each. Raises UserError for what would end the job after it has begun."""
-    cache_dir = Path(build_library_variables(job.settings, job.inputs)["LLM_TRAINER_CACHE"])
+    """Log what the host offers, one line each. Raises UserError for what would end the job after it has begun."""
+    cache_dir = Path(find_library_variables(job)["LLM_TRAINER_CACHE"])
     findings = [*inspect_machine(job.environment), *inspect_disk_need(job.settings, job.inputs, cache_dir)]
-    for finding in findings:
-        print(f"Machine: {finding.verdict}: {finding.subject}: {finding.text}")
-    sys.stdout.flush()
+    log.info(*(f"Machine: {finding.verdict}: {finding.subject}: {finding.text}" for finding in findings))
     errors = [f"{finding.subject}: {finding.text}" for finding in findings if finding.verdict == "error"]
     if errors and not job.settings.parallelism.use_cpu:
         raise UserError(*errors)
+
+
+def find_library_variables(job: Job) -> dict[str, str]:
+    """Return the environment variables that the job's libraries read."""
+    return build_library_variables(job.inputs, job.settings.model.chat_template_path, job.settings.output.push_to_hub)
+
+
+@dataclass(frozen=True)
+class HostJob:
+    """A checked job on one host, in touch with the other hosts."""
+
+    job: Job
+    link: ClusterLink
+    scratch_dir: Path
+    stop_file: Path
+    timeline: Timeline
+
+    @property
+    def workers(self) -> WorkerProcesses:
+        """The workers of this host."""
+        settings, environment = self.job.settings.parallelism, self.job.environment
+        on_gpu = environment.num_gpus > 0 and not settings.use_cpu
+        return WorkerProcesses(environment, count_processes(settings, environment), on_gpu)
+
+    def supervise(self, arguments: Sequence[str]) -> Verdict:
+        """Run the workers, and what starts them, to the end of the job on all hosts."""
+        environment, inputs, started = self.job.environment, self.job.inputs, self.timeline.started
+        signals = AttemptSignals(self.scratch_dir / "failures", self.stop_file, StartGate(self.scratch_dir))
+        signals.failures_dir.mkdir()
+        variables = self.workers.build_variables(self.scratch_dir, started, find_library_variables(self.job))
+        events = JobEventWriter(environment, self.link, self.job.settings, started)
+        events.write_start(inputs.checkpoint_dir, self.timeline)
+        command = self.workers.build_command(arguments)
+
+        def start(attempt: int, earlier: Failure | None) -> "subprocess.Popen[bytes]":
+            if earlier:
+                self.timeline.mark(f"attempt_{attempt - 1}")
+                events.write_restart(attempt, earlier)
+            return self.start_workers(command, variables)
+
+        folders = {"checkpoints": inputs.checkpoint_dir, "temp": Path(tempfile.gettempdir())}
+        with self.run_reporter(variables):
+            with SystemMetrics(environment.current_host, folders, events.write, started) as metrics:
+                workers = HostWorkers(start, metrics.find_recent_faults)
+                max_restarts = self.job.settings.parallelism.max_restarts
+                verdict = Supervisor(self.link, environment.hosts, workers, signals, max_restarts).run()
+            events.write_end(verdict, inputs.model_dir)
+        return verdict
+
+    def start_workers(self, command: Sequence[str], variables: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+        """Start an attempt, in a session of its own: a terminal's Ctrl-C is for the launcher, which stops in order."""
+        if self.job.environment.node_rank == 0:  # the host that writes them; the folder may be one for all hosts
+            checkpoint_dir.remove_partial_checkpoints(self.job.inputs.checkpoint_dir)
+        phases = {"LLM_TRAINER_PHASES": json.dumps(self.timeline.seconds)}
+        return subprocess.Popen(command, env={**variables, **phases}, start_new_session=True)
+
+    def run_reporter(self, variables: Mapping[str, str]) -> contextlib.AbstractContextManager[object]:
+        """Return the reporter's process as a context, on the first training host; on the others an empty one."""
+        environment, settings, inputs = self.job.environment, self.job.settings, self.job.inputs
+        if environment.node_rank > 0:
+            return contextlib.nullcontext()
+        options = ReporterOptions(
+            journal=environment.output_dir / "data" / FILE_NAME,
+            model_dir=inputs.model_dir,
+            checkpoint_dir=inputs.checkpoint_dir if settings.training.use_checkpoints else None,
+            trackers=choose_trackers(settings, variables),
+            tracks_model=settings.tracking.track_model,
+        )
+        return ReporterProcess(options, {**variables, **tracker_variables(settings, variables)}, self.stop_file)
+
+
+def log_job(job: Job) -> None:
+    """Log the host, what the job reads, and the settings that the user gave."""
+    environment, settings, inputs = job.environment, job.settings, job.inputs
+    num_processes = count_processes(settings.parallelism, environment)
+    log.info(
+        f"Host {environment.current_host} ({environment.node_rank + 1} of {len(environment.hosts)}): "
+        f"{environment.num_gpus} GPUs, {environment.num_cpus} CPU cores, {num_processes} worker processes",
+        f"Model {inputs.model}",
+        *(f"Training data: {source.describe()}" for source in inputs.train),
+        *(f"Validation data: {source.describe()}" for source in inputs.validation),
+        *(f"Setting {name}={show(value)}" for name, value in redact(settings).items() if settings.is_given(name)),
+    )
+    for text in find_warnings(settings, environment, inputs):
+        log.warning(text)
+
+
+def log_early_stop(job: Job) -> None:
+    """Log that a stop came before the training, and which checkpoint stays for the next start."""
+    kept = checkpoint_dir.list_checkpoints(job.inputs.checkpoint_dir) if job.settings.training.use_checkpoints else []
+    stays = f", and {kept[0].name} stays for the next start" if kept else ""
+    log.info(f"Stopped before the training began: there is nothing to save{stays}.")

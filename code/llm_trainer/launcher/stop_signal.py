@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stop signal to the launcher, turned into a file that the workers look for."""
+"""A stop signal to the launcher, turned into a file that the workers look for after each step.
+
+As PID 1 the launcher has no default handlers: without these a stop would be ignored until SIGKILL. The signal is not
+passed on, since torchrun would kill the workers 30 s after it.
+"""
 
 import os
 import signal
@@ -7,35 +11,38 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Self
+
+from llm_trainer.common import log
 
 
 class StopSignal:
-    """SIGTERM and SIGINT to this process, turned into a file that the workers look for after each step.
-
-    As PID 1 this process has no default handlers: without ours a stop would be ignored until SIGKILL. The signal is not
-    passed on: torchrun would kill the workers 30 s after it.
-    """
+    """SIGTERM and SIGINT to this process while the block runs; the first one creates `file`."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.asked_at: float | None = None
+        self.received_at: float | None = None  # seconds since the epoch
 
-    def __enter__(self) -> "StopSignal":
+    def __enter__(self) -> Self:
+        """Install the handlers."""
         self.previous = {signum: signal.signal(signum, self.receive) for signum in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *exception: object) -> None:
+        """Give the signals back to who handled them before."""
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
 
     def receive(self, signum: int, frame: FrameType | None) -> None:
-        if self.asked_at is None:
-            self.asked_at = time.time()
+        """Create the file and say so. Later signals change nothing."""
+        if self.received_at is None:
+            self.received_at = time.time()
             self.file.touch()
-            # Not print: the signal may have come in the middle of one.
+            # Written past the log's stream: the signal may have come while that was writing.
             text = f"Received {signal.Signals(signum).name}: after this step, save a checkpoint, export and end.\n"
             os.write(sys.stdout.fileno(), text.encode())
 
-    def describe_end(self) -> None:
-        if self.asked_at is not None:
-            print(f"All processes ended {time.time() - self.asked_at:.1f} s after the signal.", flush=True)
+    def log_end(self) -> None:
+        """Log how long after a signal all processes had ended."""
+        if self.received_at is not None:
+            log.info(f"All processes ended {time.time() - self.received_at:.1f} s after the signal.")

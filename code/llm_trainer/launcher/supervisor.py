@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a job's worker processes to their end, in step with the other hosts, and again after a fault if allowed.
+"""Run a job's worker processes to their end, in step with the other hosts, and again after a fault if allowed.
 
-The first training host decides, when it knows how all others are: to go on, to begin another attempt, or that the job
-has failed, and why. The others report and follow. A stop that reaches a host before its workers train (gate.py) ends
-the workers of all hosts at once; a later one they obey themselves.
+The first training host decides once it knows how all others are: to go on, to begin another attempt, or that the job
+has failed, and why. The others report and follow. A stop that reaches a host before its workers train ends the workers
+of all hosts at once; after that (job/start_gate.py) the workers obey a stop themselves.
 """
 
 import subprocess
@@ -16,6 +16,7 @@ from typing import Literal
 
 import psutil
 
+from llm_trainer.common import log
 from llm_trainer.common.errors import Failure, choose_cause, read_failures
 from llm_trainer.job.start_gate import StartGate
 from llm_trainer.launcher.cluster import ClusterLink, HostState
@@ -35,59 +36,77 @@ class Verdict:
     failure: Failure | None = None
 
 
-class Supervisor:
-    """The life of this host's workers.
+@dataclass(frozen=True)
+class HostWorkers:
+    """The workers of this host, as the supervisor needs them."""
 
-    `start` begins an attempt, after the failure of the one before, and returns the process that starts the workers;
-    `find_gpu_faults` gives sentences about what GPUs of this host reported lately.
-    """
+    # Starts the nth attempt, after the failure of the one before, and returns the process that starts the workers.
+    start: Callable[[int, Failure | None], "subprocess.Popen[bytes]"]
+    find_gpu_faults: Callable[[], list[str]]  # sentences about what GPUs of this host reported lately
+
+
+@dataclass(frozen=True)
+class AttemptSignals:
+    """The files through which launcher and workers of a host speak."""
+
+    failures_dir: Path
+    stop_file: Path
+    gate: StartGate
+
+    def stops_early(self) -> bool:
+        """Tell whether a stop came in time: before this host's workers train, which now they will not."""
+        return self.stop_file.exists() and self.gate.close()
+
+    def reset(self) -> None:
+        """Remove what the attempt before left."""
+        for file in self.failures_dir.iterdir():
+            file.unlink()
+        self.gate.reset()
+
+
+class Supervisor:
+    """The life of this host's workers."""
 
     def __init__(
         self,
-        hosts: ClusterLink,
+        link: ClusterLink,
         trainers: Sequence[str],
-        start: Callable[[int, Failure | None], "subprocess.Popen[bytes]"],
-        find_gpu_faults: Callable[[], list[str]],
-        failures_dir: Path,
-        stop_file: Path,
-        gate: StartGate,
+        workers: HostWorkers,
+        signals: AttemptSignals,
         max_restarts: int,
     ) -> None:
-        self.hosts = hosts
-        self.others = [name for name in trainers if name != hosts.own]
-        self.start = start
-        self.find_gpu_faults = find_gpu_faults
-        self.failures_dir = failures_dir
-        self.stop_file = stop_file
-        self.gate = gate
+        """Take the names of the hosts that train, and how often workers may be restarted."""
+        self.link = link
+        self.others = [name for name in trainers if name != link.own]
+        self.workers = workers
+        self.signals = signals
         self.restarts_left = max_restarts
 
     def run(self) -> Verdict:
-        """Attempt after attempt, until the job is done, stopped, or has failed for good."""
+        """Run attempt after attempt, until the job is done, stopped, or has failed for good."""
         attempt, earlier = 1, None
         while True:
-            for file in self.failures_dir.iterdir():
-                file.unlink()
-            self.gate.reset()
-            self.hosts.publish(HostState("running", attempt))
-            child = self.start(attempt, earlier)
+            self.signals.reset()
+            self.link.publish(HostState("running", attempt))
+            child = self.workers.start(attempt, earlier)
             try:
-                verdict = (self.lead if self.hosts.own == self.hosts.hub else self.follow)(child, attempt)
+                verdict = (self.lead if self.link.own == self.link.hub else self.follow)(child, attempt)
             finally:
                 end_processes(child)
             if verdict.what != "again":
-                self.hosts.publish(HostState(verdict.what, attempt, verdict.failure))
+                self.link.publish(HostState(verdict.what, attempt, verdict.failure))
                 return verdict
             attempt, earlier = attempt + 1, verdict.failure
             self.restarts_left -= 1
             cause = f"{verdict.failure.reason}\n" if verdict.failure else ""
-            print(f"{cause}Attempt {attempt}: the workers start again from the newest checkpoint.", flush=True)
+            log.info(f"{cause}Attempt {attempt}: the workers start again from the newest checkpoint.")
 
     def lead(self, child: "subprocess.Popen[bytes]", attempt: int) -> Verdict:
+        """Watch all hosts from the first one, and decide how the attempt ends."""
         done_at = None
         while True:
-            states = self.states_of_others()
-            if self.stops_early() or any(state.phase == "stopped" for state in states.values()):
+            states = self.read_states()
+            if self.signals.stops_early() or any(state.phase == "stopped" for state in states.values()):
                 return Verdict("stopped")
             exit_code = child.poll()
             if exit_code or any(has_failed(state, attempt) for state in states.values()):
@@ -97,103 +116,119 @@ class Supervisor:
                 if all(state.phase == "done" for state in states.values()):
                     return Verdict("done")
                 if time.monotonic() - done_at > LEAVE_SECONDS:
-                    print("Warning: a host has not ended, though all is written: leaving without it.", flush=True)
+                    log.warning("a host has not ended, though all is written: leaving without it.")
                     return Verdict("done")
             time.sleep(POLL_SECONDS)
 
     def follow(self, child: "subprocess.Popen[bytes]", attempt: int) -> Verdict:
+        """Report how this host is, and end the attempt as the first host says."""
         own: Failure | None = None
         has_reported = False
         while True:
-            hub = self.hosts.state(self.hosts.hub)
-            if self.stops_early():
+            hub = self.link.state(self.link.hub)
+            if self.signals.stops_early():
                 has_reported = True
-                self.hosts.publish(HostState("stopped", attempt))
+                self.link.publish(HostState("stopped", attempt))
             if child.poll() is not None and not has_reported:
                 has_reported = True
-                own = self.own_failure(child)
-                self.hosts.publish(HostState("failed" if own else "done", attempt, own))
-            if hub.phase == "lost":
-                return Verdict("failed", choose_cause(filter(None, [own, describe_loss(self.hosts.hub)])))
-            if hub.phase == "failed":
-                return Verdict("failed", hub.failure)
-            if hub.phase == "stopped":
-                return Verdict("stopped")
-            if hub.phase == "running" and hub.attempt > attempt:
-                return Verdict("again")
-            if hub.phase == "done":
-                return Verdict("failed", own) if own else Verdict("done")
+                own = self.explain_end(child)
+                self.link.publish(HostState("failed" if own else "done", attempt, own))
+            verdict = obey(hub, self.link.hub, attempt, own)
+            if verdict is not None:
+                return verdict
             time.sleep(POLL_SECONDS)
 
-    def stops_early(self) -> bool:
-        """Whether a stop has just come in time: before this host's workers train, which now they will not."""
-        return self.stop_file.exists() and self.gate.close()
-
-    def states_of_others(self) -> dict[str, HostState]:
-        return {name: self.hosts.state(name) for name in self.others}
+    def read_states(self) -> dict[str, HostState]:
+        """Return how the other training hosts are."""
+        return {name: self.link.state(name) for name in self.others}
 
     def find_cause(self, child: "subprocess.Popen[bytes]", attempt: int) -> Failure:
-        """Why the attempt failed. Echoes of a failure elsewhere come first: they are given time to be explained."""
+        """Return why the attempt failed. Echoes of a failure elsewhere come first: they get time to be explained."""
         deadline = time.monotonic() + SETTLE_SECONDS
         while True:
-            states = self.states_of_others()
+            states = self.read_states()
             known = [state.failure for state in states.values() if state.failure and state.attempt == attempt]
             known += [describe_loss(name) for name, state in states.items() if state.phase == "lost"]
             if child.poll() is not None:
-                known += filter(None, [self.own_failure(child)])
+                known += filter(None, [self.explain_end(child)])
             cause = choose_cause(known)
             if cause and (cause.kind != "peer" or not self.others or time.monotonic() > deadline):
                 return cause
             time.sleep(POLL_SECONDS)
 
-    def own_failure(self, child: "subprocess.Popen[bytes]") -> Failure | None:
-        """Why this host's workers failed; None if they did not."""
+    def explain_end(self, child: "subprocess.Popen[bytes]") -> Failure | None:
+        """Return why this host's workers failed; None if they did not."""
         if child.returncode == 0:
             return None
         how = f"was killed by signal {-child.returncode}" if child.returncode < 0 else "failed"
         reason = f"The process that starts the workers {how}: the log above holds its last lines."
-        failure = choose_cause(read_failures(self.failures_dir)) or Failure(reason, "fault", time.time())
+        failure = choose_cause(read_failures(self.signals.failures_dir)) or Failure(reason, "fault", time.time())
         if failure.kind == "mistake":
             return failure
-        return replace(failure, reason=" ".join([failure.reason, *self.find_gpu_faults()]))
+        return replace(failure, reason=" ".join([failure.reason, *self.workers.find_gpu_faults()]))
 
     def judge(self, cause: Failure) -> Verdict:
-        """A mistake would be made again, a lost host does not come back, and who asked for a stop wants no restart."""
-        is_repairable = cause.kind in ("fault", "peer") and not self.stop_file.exists()
+        """Decide whether another attempt makes sense.
+
+        A mistake would be made again, a lost host does not come back, and who asked for a stop wants no restart.
+        """
+        is_repairable = cause.kind in ("fault", "peer") and not self.signals.stop_file.exists()
         return Verdict("again" if is_repairable and self.restarts_left > 0 else "failed", cause)
 
 
+def obey(hub: HostState, hub_name: str, attempt: int, own: Failure | None) -> Verdict | None:
+    """Return how the attempt ends by what the first host says; None while it says nothing final.
+
+    `own` is the failure of this host's workers, if they failed.
+    """
+    match hub.phase:
+        case "lost":
+            return Verdict("failed", choose_cause(filter(None, [own, describe_loss(hub_name)])))
+        case "failed":
+            return Verdict("failed", hub.failure)
+        case "stopped":
+            return Verdict("stopped")
+        case "running" if hub.attempt > attempt:
+            return Verdict("again")
+        case "done":
+            return Verdict("failed", own) if own else Verdict("done")
+    return None
+
+
 def has_failed(state: HostState, attempt: int) -> bool:
-    """A host that has yet to hear of this attempt still tells of the last one's failure."""
+    """Tell whether a host failed in this attempt: one that has yet to hear of it still tells of the last one."""
     return state.phase == "lost" or (state.phase == "failed" and state.attempt == attempt)
 
 
 def wait_for_all_hosts(
-    hosts: ClusterLink, own_failure: Failure | None, timeout: float, stop_file: Path
+    link: ClusterLink, own_failure: Failure | None, timeout: float, stop_file: Path
 ) -> Failure | None:
-    """Wait until every host is there. The failure of one of them, this one included, or of those that never came."""
-    hosts.publish(HostState("failed", failure=own_failure) if own_failure else HostState("ready"))
+    """Wait until every host is there, for `timeout` seconds at most.
+
+    Returns the failure of one of them, this one included, or of those that never came.
+    """
+    link.publish(HostState("failed", failure=own_failure) if own_failure else HostState("ready"))
     failure = own_failure
     deadline = time.monotonic() + timeout
-    while not stop_file.exists() and (absent := hosts.find_absent()) and time.monotonic() < deadline:
+    while not stop_file.exists() and (absent := link.find_absent()) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
     if not stop_file.exists() and absent and failure is None:
-        failure = describe_absence(hosts, absent, timeout)
-    if hosts.own == hosts.hub:
-        states = [hosts.state(name) for name in hosts.names]
+        failure = describe_absence(link, absent, timeout)
+    if link.own == link.hub:
+        states = [link.state(name) for name in link.names]
         failure = choose_cause(filter(None, [failure, *(state.failure for state in states)]))
         if failure:
-            hosts.publish(HostState("failed", failure=failure))
+            link.publish(HostState("failed", failure=failure))
     return failure
 
 
-def wait_for_trainers(hosts: ClusterLink, stop_file: Path) -> Failure | None:
-    """A host that does not train stays until those that do are at their end."""
-    hosts.publish(HostState("done"))
+def wait_for_trainers(link: ClusterLink, stop_file: Path) -> Failure | None:
+    """Keep a host that does not train until those that do are at their end. Return their failure, if they failed."""
+    link.publish(HostState("done"))
     while True:
-        hub = hosts.state(hosts.hub)
+        hub = link.state(link.hub)
         if hub.phase == "lost":
-            return describe_loss(hosts.hub)
+            return describe_loss(link.hub)
         if hub.is_final:
             return hub.failure
         if stop_file.exists() and hub.phase in ("absent", "ready"):
@@ -201,10 +236,11 @@ def wait_for_trainers(hosts: ClusterLink, stop_file: Path) -> Failure | None:
         time.sleep(POLL_SECONDS)
 
 
-def describe_absence(hosts: ClusterLink, absent: list[str], timeout: float) -> Failure:
-    why = f" ({hosts.error.strerror or hosts.error})" if hosts.error else ""
+def describe_absence(link: ClusterLink, absent: list[str], timeout: float) -> Failure:
+    """Return the failure of a job whose hosts did not all come within `timeout` seconds."""
+    why = f" ({link.error.strerror or link.error})" if link.error else ""
     return Failure(
-        f"Host {', '.join(absent)} could not be reached from {hosts.own} within {timeout:.0f} s{why}: see its log; "
+        f"Host {', '.join(absent)} could not be reached from {link.own} within {timeout:.0f} s{why}: see its log; "
         "and let the hosts reach each other on every port (the job's security groups).",
         "lost",
         time.time(),
@@ -212,6 +248,7 @@ def describe_absence(hosts: ClusterLink, absent: list[str], timeout: float) -> F
 
 
 def describe_loss(host: str) -> Failure:
+    """Return the failure of a job that lost a host."""
     return Failure(
         f"Host {host} no longer answers: its container was killed or its machine failed. Start the job again; "
         "it goes on from the newest checkpoint.",
@@ -221,7 +258,7 @@ def describe_loss(host: str) -> Failure:
 
 
 def end_processes(child: "subprocess.Popen[bytes]") -> None:
-    """Kill the process that started the workers, and these, and wait until they are gone, since they hold the GPUs."""
+    """Kill a process and all below it, and wait until they are gone, since they hold the GPUs."""
     if child.poll() is None:
         workers = psutil.Process(child.pid).children(recursive=True)
         child.kill()

@@ -101,7 +101,7 @@ def test_a_host_alone_opens_nothing():
 def test_records_of_the_others_come_to_the_hub_with_their_time(three):
     hub, second, third = three
     heard = []
-    hub.take_record = heard.append
+    hub.accept_records(heard.append)
     second.send_record("system", host=NAMES[1], values={"cpu_percent": 12.5})
     third.send_record("event", host=NAMES[2], text="a word")
     wait_until(lambda: len(heard) == 2)
@@ -113,7 +113,7 @@ def test_records_of_the_others_come_to_the_hub_with_their_time(three):
 def test_the_last_records_are_delivered_before_a_host_leaves(three):
     hub, second, _ = three
     heard = []
-    hub.take_record = heard.append
+    hub.accept_records(heard.append)
     for number in range(100):
         second.send_record("system", number=number)
     second.__exit__()
@@ -124,7 +124,7 @@ def test_the_last_records_are_delivered_before_a_host_leaves(three):
 def test_a_hub_that_takes_records_slowly_still_hears_that_their_host_lives(three, monkeypatch):
     hub, second, _ = three
     stuck = threading.Event()
-    hub.take_record = lambda record: stuck.wait(60)
+    hub.accept_records(lambda record: stuck.wait(60))
     monkeypatch.setattr(cluster, "MAX_RETRY_SECONDS", 0.01)
     for _ in range(cluster.MAX_WAITING_RECORDS * 3):
         second.send_record("system", text="x" * 100_000)
@@ -137,7 +137,7 @@ def test_a_hub_that_takes_records_slowly_still_hears_that_their_host_lives(three
 def test_records_of_strangers_and_of_other_kinds_are_not_taken(three):
     hub, second, _ = three
     heard = []
-    hub.take_record = heard.append
+    hub.accept_records(heard.append)
     for words in (
         {"host": "stranger", "record": {"kind": "system"}},
         {"host": NAMES[1], "record": {"kind": "end"}},

@@ -11,7 +11,6 @@ import pytest
 from llm_trainer.common.errors import Failure
 from llm_trainer.config.environment import read_environment
 from llm_trainer.config.schema import Settings
-from llm_trainer.job.inputs import Inputs
 from llm_trainer.journal.journal import Journal, read_records
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.launcher.cluster import ClusterLink
@@ -34,14 +33,10 @@ def opt_ml(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def chronicle(opt_ml):
-    environment = read_environment()
-    return JobEventWriter(environment, ClusterLink(environment.hosts, environment.current_host))
-
-
-def inputs(opt_ml):
-    return Inputs("", [], [], opt_ml / "model", opt_ml / "checkpoints")
+def build_writer(environment=None, settings=None):
+    environment = environment or read_environment()
+    link = ClusterLink(environment.hosts, environment.current_host)
+    return JobEventWriter(environment, link, settings or Settings(), 1000.5)
 
 
 def timeline(started):
@@ -52,11 +47,11 @@ def records(opt_ml):
     return [record for record, _ in read_records(opt_ml / "output/data/metrics.jsonl")]
 
 
-def test_a_job_is_told_at_every_attempt_without_its_secrets(chronicle, opt_ml):
-    chronicle.environment = replace(chronicle.environment, other_hosts=("algo-3",))
+def test_a_job_is_told_at_every_attempt_without_its_secrets(opt_ml):
     settings = Settings(model_id="org/model", token="hf_secret", nproc_per_node=4, mlflow_uri="https://me:pass@host/")
-    chronicle.begin(settings, inputs(opt_ml), timeline(1000.5))
-    chronicle.begin_again(settings, 2, Failure("Rank 0 broke.", "fault", time.time()))
+    events = build_writer(replace(read_environment(), other_hosts=("algo-3",)), settings)
+    events.write_start(opt_ml / "checkpoints", timeline(1000.5))
+    events.write_restart(2, Failure("Rank 0 broke.", "fault", time.time()))
     job, event, again = records(opt_ml)
     assert (job["name"], job["arn"][:12]) == ("tune-1", "arn:aws:sage")
     assert (job["attempt"], again["attempt"]) == (1, 2)
@@ -76,17 +71,15 @@ def test_a_job_is_told_at_every_attempt_without_its_secrets(chronicle, opt_ml):
 def test_an_earlier_jobs_journal_stays_for_a_job_that_goes_on_with_it(opt_ml, has_checkpoint, attempts):
     if has_checkpoint:
         (opt_ml / "checkpoints/checkpoint-5").mkdir(parents=True)
-    environment = read_environment()
     for _ in range(2):
-        hosts = ClusterLink(environment.hosts, environment.current_host)
-        JobEventWriter(environment, hosts).begin(Settings(), inputs(opt_ml), timeline(1000.0))
+        build_writer().write_start(opt_ml / "checkpoints", timeline(1000.0))
     assert [record["attempt"] for record in records(opt_ml)] == attempts
 
 
-def test_phases_stand_at_the_time_when_they_ended(chronicle, opt_ml):
+def test_phases_stand_at_the_time_when_they_ended(opt_ml):
     begun = timeline(1000.0)
     begun.seconds = {"check": 1.5, "meeting": 2.0}
-    chronicle.begin(Settings(), inputs(opt_ml), begun)
+    build_writer().write_start(opt_ml / "checkpoints", begun)
     _, *phases = records(opt_ml)
     told = [(record["name"], record["time"], record["seconds"], record["host"]) for record in phases]
     assert told == [("check", 1001.5, 1.5, "algo-1"), ("meeting", 1003.5, 2.0, "algo-1")]
@@ -102,11 +95,11 @@ def test_phases_stand_at_the_time_when_they_ended(chronicle, opt_ml):
         (Verdict("failed", Failure("Rank 0 broke.", "fault", 1.0)), {"stopped": True}, "failed"),
     ],
 )
-def test_the_end_says_how_it_ended_and_why(chronicle, opt_ml, verdict, manifest, status):
+def test_the_end_says_how_it_ended_and_why(opt_ml, verdict, manifest, status):
     (opt_ml / "model").mkdir()
     if manifest:
         (opt_ml / "model/training_manifest.json").write_text(json.dumps(manifest))
-    chronicle.end(verdict, inputs(opt_ml))
+    build_writer().write_end(verdict, opt_ml / "model")
     (end,) = records(opt_ml)
     reason = verdict.failure and verdict.failure.reason
     assert (end["kind"], end["status"], end["reason"]) == ("end", status, reason)
@@ -115,23 +108,20 @@ def test_the_end_says_how_it_ended_and_why(chronicle, opt_ml, verdict, manifest,
 def test_other_hosts_hand_over_what_they_measure_and_keep_no_journal(opt_ml):
     resources = {"current_host": "algo-2", "hosts": ["algo-1", "algo-2"]}
     (opt_ml / "input/config/resourceconfig.json").write_text(json.dumps(resources))
-    environment = read_environment()
-    hosts = ClusterLink(environment.hosts, environment.current_host)
-    chronicle = JobEventWriter(environment, hosts)
-    chronicle.begin(Settings(), inputs(opt_ml), timeline(1000.0))
-    chronicle.begin_again(Settings(), 2, Failure("Rank 0 broke.", "fault", time.time()))
-    chronicle.write("system", host="algo-2", gpus={"power_watts": [1.5]})
-    chronicle.end(Verdict("done"), inputs(opt_ml))
-    assert [(record["kind"], record["gpus"]) for record in hosts.records] == [("system", {"power_watts": [1.5]})]
+    events = build_writer()
+    events.write_start(opt_ml / "checkpoints", timeline(1000.0))
+    events.write_restart(2, Failure("Rank 0 broke.", "fault", time.time()))
+    events.write("system", host="algo-2", gpus={"power_watts": [1.5]})
+    events.write_end(Verdict("done"), opt_ml / "model")
+    assert [(record["kind"], record["gpus"]) for record in events.link.records] == [("system", {"power_watts": [1.5]})]
     assert not (opt_ml / "output").exists()
 
 
 def test_without_a_place_for_the_journal_the_job_goes_on(opt_ml, capsys):
     (opt_ml / "output").write_text("a file where the folder belongs")
-    environment = read_environment()
-    chronicle = JobEventWriter(environment, ClusterLink(environment.hosts, environment.current_host))
-    chronicle.begin(Settings(), inputs(opt_ml), timeline(1000.0))
-    chronicle.end(Verdict("done"), inputs(opt_ml))
+    events = build_writer()
+    events.write_start(opt_ml / "checkpoints", timeline(1000.0))
+    events.write_end(Verdict("done"), opt_ml / "model")
     assert "metrics.jsonl cannot be written" in capsys.readouterr().err
 
 
