@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 from llm_trainer.common.errors import UserError, report_failure, reserve_failure
-from llm_trainer.common.processes import die_of_lost_batches, die_with_parent, leave
+from llm_trainer.common.processes import die_with_parent, exit_without_teardown
 from llm_trainer.common.ranks import describe_rank, local_rank, rank
 from llm_trainer.config.tracker_choice import configure_trackers
 from llm_trainer.job import checkpoint_dir
@@ -17,12 +17,13 @@ from llm_trainer.job.failure_reasons import explain, write_traceback
 from llm_trainer.job.job import Job, read_job
 from llm_trainer.journal.journal import FILE_NAME, Journal
 from llm_trainer.journal.timeline import Timeline
+from llm_trainer.training.lost_batches import end_process_on_lost_batch
 
 
 def main() -> int:
     """The worker's exit code."""
     die_with_parent()
-    die_of_lost_batches()
+    end_process_on_lost_batch()
     scratch_dir = Path(os.environ["LLM_TRAINER_SCRATCH"])
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' words to each other, not to the user
     job = read_job(sys.argv[1:])
@@ -82,4 +83,4 @@ def tell(error: Exception, job: Job, scratch_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_without_teardown(main())

@@ -37,14 +37,14 @@ def download_model(model: str, revision: str | None, with_weights: bool) -> str:
     asks for the repository, nor that for a file after a server error.
     """
     files = SMALL_FILES + (WEIGHTS if with_weights else [])
-    return insist(
+    return retry_while_busy(
         lambda: str(snapshot_download(model, revision=revision, allow_patterns=files)),
         f"Downloading {model}",
         lambda error: find_refusal(error, f"model_id={model!r}") or give_up(model, find_answer(error)),
     )
 
 
-def insist(action: Callable[[], Result], what: str, refuse: Callable[[BaseException], str]) -> Result:
+def retry_while_busy(action: Callable[[], Result], what: str, refuse: Callable[[BaseException], str]) -> Result:
     """The result of the action, repeated while the Hub is busy or away; `what` is said of each repetition.
 
     Raises UserError with the sentence that `refuse` makes of the last error.

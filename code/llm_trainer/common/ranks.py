@@ -32,7 +32,7 @@ def describe_rank(number: int) -> str:
     return f"Rank {number} on host {host}" if host else f"Rank {number}"
 
 
-def once_per_host(done: Path, work: Callable[[], None]) -> None:
+def run_on_local_rank_zero(done: Path, work: Callable[[], None]) -> None:
     """Let the host's first worker do the work while the others wait for it to create the file `done`.
 
     A file and not a collective: tokenizing terabytes must not run into NCCL's time-out. If the first worker fails,

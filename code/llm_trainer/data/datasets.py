@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.common.ranks import local_rank, once_per_host
+from llm_trainer.common.ranks import local_rank, run_on_local_rank_zero
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.encoding import Vocabulary
 from llm_trainer.data.report import DataReport
@@ -52,7 +52,7 @@ def load_data(job: Job, vocabulary: Vocabulary, scratch_dir: Path) -> Data:
             raise UserError(*problems)
         index.write_text(json.dumps({name: split.to_json() for name, split in splits.items()}), encoding="utf-8")
 
-    once_per_host(done, work)
+    run_on_local_rank_zero(done, work)
     values = json.loads(index.read_text(encoding="utf-8"))
     splits = {name: Split.from_json(split) for name, split in values.items()}
     rows: dict[str, Any] = {

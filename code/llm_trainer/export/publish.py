@@ -80,7 +80,7 @@ def prepare_push(settings: Settings) -> None:
         if settings.output.hub_revision:
             api.create_branch(repository, branch=settings.output.hub_revision, exist_ok=True)
 
-    hub.insist(prepare, f"Preparing {name}", lambda error: f"{refuse_push(settings, error)}.")
+    hub.retry_while_busy(prepare, f"Preparing {name}", lambda error: f"{refuse_push(settings, error)}.")
 
 
 def push(settings: Settings, model_dir: Path) -> str:
@@ -104,7 +104,7 @@ def push(settings: Settings, model_dir: Path) -> str:
     def refuse(error: BaseException) -> str:
         return f"{refuse_push(settings, error)}; the artefacts are in {model_dir}: push them by hand."
 
-    return hub.insist(upload, f"Pushing to {settings.output.hub_model_id}", refuse)
+    return hub.retry_while_busy(upload, f"Pushing to {settings.output.hub_model_id}", refuse)
 
 
 def connect() -> HfApi:

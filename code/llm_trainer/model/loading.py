@@ -20,7 +20,7 @@ from transformers import (
 
 from llm_trainer.common.errors import UserError, summarize
 from llm_trainer.common.hub import download_model, find_refusal
-from llm_trainer.common.ranks import once_per_host
+from llm_trainer.common.ranks import run_on_local_rank_zero
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.encoding import Vocabulary
 from llm_trainer.model.quantization import Quantization, keep_trainable
@@ -37,7 +37,7 @@ def fetch_model(model: str, settings: Settings, scratch_dir: Path, with_weights:
     def download() -> None:
         place.write_text(download_model(model, settings.model.model_revision, with_weights), encoding="utf-8")
 
-    once_per_host(scratch_dir / "model.done", download)
+    run_on_local_rank_zero(scratch_dir / "model.done", download)
     return place.read_text(encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ from trl import SFTConfig, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.common.ranks import once_per_host
+from llm_trainer.common.ranks import run_on_local_rank_zero
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.formats import IGNORED
 from llm_trainer.training.packing_check import find_leak
@@ -215,7 +215,7 @@ def pack_split(name: str, rows: Dataset, settings: Settings, scratch_dir: Path) 
         tokens = rows.select_columns(["input_ids", "labels"])
         pack_dataset(tokens, settings.data.max_length, settings.data.packing_strategy, options)
 
-    once_per_host(scratch_dir / f"{name}-packed.done", pack)
+    run_on_local_rank_zero(scratch_dir / f"{name}-packed.done", pack)
     sequences = Dataset.from_file(str(arrow))
     return (
         sequences.shuffle(seed=settings.training.seed, keep_in_memory=True)
