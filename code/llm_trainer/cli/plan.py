@@ -32,7 +32,7 @@ def examine_model(arguments: Sequence[str], in_colour: bool) -> Validation:
     except UserError as error:
         validation.tell("tree", "error", error.problems)
         return validation
-    name, missing = find_model(settings, environment)
+    name, missing = find_model(settings.model, environment)
     if problems or missing:
         validation.tell("settings", "error", [*problems, *missing])
         return validation

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoint folder: whole checkpoints or none, whatever kills the job, and whatever of them S3 sends back.
+"""The checkpoint folder: whole checkpoints or none, whatever kills the job, and whichever files S3 sends back.
 
 SageMaker uploads the folder while it is written, mirrors deletions, and hands it back after a spot interruption,
-perhaps half. So a checkpoint is written under another name, gets a list of its files with sizes and digests, and is
-then renamed; only one that still agrees with its list is resumed from. Where the model is sharded, each host's folder
-holds what its ranks wrote, and the list names the files of all hosts. Nothing here needs torch.
+perhaps incomplete. A checkpoint is therefore written under another name, gets a list of its files with sizes and
+digests, and is then renamed. Only one that still agrees with its list is resumed from. Where the model is sharded, each
+host's folder holds what its ranks wrote, and the list names the files of all hosts.
 """
 
 import json
@@ -20,7 +20,7 @@ import xxhash
 from llm_trainer.common.ranks import local_rank, local_world_size
 
 Files = dict[str, tuple[int, str]]  # path below the checkpoint -> bytes, xxh3_64
-Gather = Callable[[Any], list[Any]]  # what each rank gives -> what all gave, in the order of the ranks
+Gather = Callable[[Any], list[Any]]  # takes this rank's object, returns those of all ranks in their order
 
 PARTIAL = ".partial"  # beside the checkpoints, so that moving a finished one is a rename
 MARKER = "complete.json"
@@ -30,57 +30,60 @@ CHUNK_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Marker:
-    """What a complete checkpoint says of itself."""
+    """The content of complete.json, which makes a checkpoint a complete one."""
 
     step: int
-    run: dict[str, Any]  # what a run that goes on from here has to share with the one that wrote it
+    run: dict[str, Any]  # the identity of the run: one that goes on from here has the same
     num_tokens: int  # seen in training so far
     evaluation_due: bool  # the stop came between this step and its evaluation
-    files: Files  # of all hosts
+    files: Files  # the files of all hosts
 
 
 def find_partial_dir(folder: Path) -> Path:
-    """Where a checkpoint is written to before it is complete."""
+    """Return the folder in which a checkpoint is written before it is complete."""
     return folder / PARTIAL
 
 
 def remove_partial_checkpoints(folder: Path) -> None:
-    """Remove what a killed job left half written."""
+    """Remove checkpoints that a killed job left half written."""
     shutil.rmtree(find_partial_dir(folder), ignore_errors=True)
 
 
 def gather_alone(own: Any) -> list[Any]:
-    """The `Gather` of a rank that asks no other."""
+    """Gather over this rank alone."""
     return [own]
 
 
 def select_own_share(names: list[str]) -> list[str]:
-    """Those that this rank reads; the ranks of a host share the reading."""
+    """Return the names that this rank reads; the ranks of a host share the reading."""
     return names[local_rank() :: local_world_size()]
 
 
 def list_files(folder: Path) -> list[str]:
+    """List all files below the folder, by their path there."""
     return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
 
 
 def describe_files(folder: Path, names: list[str]) -> Files:
+    """Return size and digest of each of these files."""
     return {name: describe_file(folder / name) for name in names}
 
 
 def complete_checkpoint(
     partial: Path, run: dict[str, Any], num_tokens: int, evaluation_due: bool, files: Files
 ) -> Path:
-    """Give the written checkpoint its marker and its final name; the folder under that name."""
+    """Give a written checkpoint its marker and its final name. Return the folder under that name."""
     write_marker(partial, Marker(parse_step(partial), run, num_tokens, evaluation_due, files))
     return move_into_place(partial)
 
 
 def write_marker(folder: Path, marker: Marker) -> None:
+    """Write complete.json into a checkpoint that is not in place yet."""
     (folder / MARKER).write_text(json.dumps(asdict(marker)) + "\n", encoding="utf-8")
 
 
 def move_into_place(partial: Path) -> Path:
-    """Rename a marked checkpoint to its final name, in the place of a broken one of that name."""
+    """Rename a marked checkpoint to its final name; it takes the place of a broken one of that name."""
     final = partial.parent.parent / partial.name
     if final.exists():
         replaced = partial.with_name(f"replaced-{partial.name}")
@@ -93,6 +96,7 @@ def move_into_place(partial: Path) -> Path:
 
 
 def describe_file(file: Path) -> tuple[int, str]:
+    """Return a file's size in bytes and its xxh3_64 digest in hexadecimal."""
     digest = xxhash.xxh3_64()
     with file.open("rb") as stream:
         while chunk := stream.read(CHUNK_BYTES):
@@ -101,12 +105,13 @@ def describe_file(file: Path) -> tuple[int, str]:
 
 
 def parse_step(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name; -1 where the name is another."""
     match = NAME.fullmatch(checkpoint.name)
     return int(match[1]) if match else -1
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Those that bear the name of one, the newest first."""
+    """List the folders that bear a checkpoint's name, the newest first."""
     if not folder.is_dir():
         return []
     named = [entry for entry in folder.iterdir() if NAME.fullmatch(entry.name) and entry.is_dir()]
@@ -114,13 +119,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def list_over_hosts(folder: Path, gather: Gather) -> list[Path]:
-    """Those that any host has, the newest first."""
+    """List the checkpoints that any host has, the newest first."""
     found = {name for names in gather([checkpoint.name for checkpoint in list_checkpoints(folder)]) for name in names}
     return sorted((folder / name for name in found), key=parse_step, reverse=True)
 
 
 def read_marker(checkpoint: Path) -> Marker | None:
-    """The checkpoint's marker, or None where there is none that can be read."""
+    """Return the checkpoint's marker, or None where there is none that can be read."""
     try:
         return Marker(**json.loads((checkpoint / MARKER).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -128,19 +133,20 @@ def read_marker(checkpoint: Path) -> Marker | None:
 
 
 def agree_on_marker(checkpoint: Path, gather: Gather) -> Marker | None:
-    """The marker of the first host that has one."""
+    """Return the marker of the first host that has one. Every rank must call this."""
     markers: list[Marker | None] = gather(read_marker(checkpoint) if local_rank() == 0 else None)
     return next((marker for marker in markers if marker is not None), None)
 
 
 def find_file_faults(checkpoint: Path, marker: Marker) -> dict[str, str | None]:
-    """File -> what is wrong with it here, or None; for this rank's share of the files."""
+    """Return file -> fault, None for a sound one, for this rank's share of the files."""
     return {
         name: find_file_fault(checkpoint, name, *marker.files[name]) for name in select_own_share(sorted(marker.files))
     }
 
 
 def find_file_fault(checkpoint: Path, name: str, size: int, digest: str) -> str | None:
+    """Return how a file differs from what its checkpoint's marker says of it; None where it agrees."""
     file = checkpoint / name
     if not file.is_file():
         return f"{name} is missing"
@@ -150,9 +156,9 @@ def find_file_fault(checkpoint: Path, name: str, size: int, digest: str) -> str 
 
 
 def find_fault(checkpoint: Path, gather: Gather = gather_alone) -> str | None:
-    """What keeps a checkpoint from being complete, e.g. "optimizer.pt is cut short"; None for a complete one.
+    """Return why a checkpoint is not complete, such as "optimizer.pt is missing"; None for a complete one.
 
-    A file may be on any of the hosts.
+    A file may be on any of the hosts. Every rank must call this.
     """
     marker = agree_on_marker(checkpoint, gather)
     if marker is None:
@@ -166,7 +172,7 @@ def find_fault(checkpoint: Path, gather: Gather = gather_alone) -> str | None:
 
 
 def find_newest(folder: Path, gather: Gather = gather_alone) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint, and a warning for every newer one that is not complete."""
+    """Return the newest complete checkpoint, and a warning for every newer one that is not complete."""
     warnings: list[str] = []
     for checkpoint in list_over_hosts(folder, gather):
         fault = find_fault(checkpoint, gather)
@@ -179,8 +185,8 @@ def find_newest(folder: Path, gather: Gather = gather_alone) -> tuple[Path | Non
 def rotate_checkpoints(newest: Path, limit: int | None, best: Path | None) -> None:
     """Delete the oldest of our checkpoints until `limit` are left; never the newest, never the best.
 
-    Only complete ones count. A broken one counts for nothing, and neither does a later step that this run went back
-    from: neither may push out a good one.
+    Only complete ones count. A broken one, and one of a later step that this run went back from, must not push out a
+    good one.
     """
     if limit is None:
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Free space on the disks of a job, and an estimate of what the job will write there. No torch."""
+"""An estimate of what a job writes to each disk, beside the space that is free there."""
 
 import math
 from collections import defaultdict
@@ -15,7 +15,7 @@ from llm_trainer.readers.sources import FileSource
 
 
 def inspect_disk_need(settings: Settings, inputs: Inputs, cache_dir: Path) -> Iterator[Finding]:
-    """One finding for each disk that the job writes to: whether it has room for that. Less than a MiB finds room."""
+    """Yield one finding for each disk that the job writes to: whether it has room. Less than a MiB always has."""
     disks: dict[int, list[tuple[str, Path, float]]] = defaultdict(list)
     for what, folder, need_bytes in estimate_writes(settings, inputs, cache_dir):
         if need_bytes >= MIB:
@@ -32,11 +32,11 @@ def inspect_disk_need(settings: Settings, inputs: Inputs, cache_dir: Path) -> It
 
 
 def estimate_writes(settings: Settings, inputs: Inputs, cache_dir: Path) -> Iterator[tuple[str, Path, float]]:
-    """What is written, where, and about how many bytes of it, as far as the sizes are known before it begins.
+    """Yield what is written, the folder, and about how many bytes, as far as sizes are known before the job begins.
 
-    An adapter has rank x (rows + columns) float32 numbers for a matrix. A checkpoint holds what is trained in float32,
-    and AdamW's two moments of it; while one is written, the older ones are still there. A token and its label take 8
-    bytes, and stand for some four of the data.
+    An adapter has rank x (rows + columns) float32 numbers for a matrix. A checkpoint holds the trained weights in
+    float32 and AdamW's two moments of each; while one is written, the older ones are still there. A token and its
+    label take 8 bytes, and stand for about four bytes of the data.
     """
     folder = Path(inputs.model)
     is_known = bool(inputs.model) and folder.is_dir()  # the files of a Hub model come later

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of what the settings point at: the model's files, the channels, the place for the result. No torch."""
+"""The places that a job reads and writes: model, data, result and checkpoints, checked before the job starts."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from llm_trainer.common.safetensors_files import WEIGHTS_INDEX, check_weights, i
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.schema import Settings, show
 from llm_trainer.config.secret_references import is_reference
-from llm_trainer.config.sections import HUB_ID, SECRETS
+from llm_trainer.config.sections import HUB_ID, SECRETS, ModelSettings, TrainingSettings
 from llm_trainer.config.tracker_choice import find_idle_project
 from llm_trainer.host.free_space import find_nearest_folder
 from llm_trainer.readers.sources import Source, find_train, find_unread, find_unused, find_validation
@@ -24,7 +24,7 @@ POINTER = "is a Git LFS pointer and not the file itself: run `git lfs pull`, or 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a job reads and where it writes, resolved from settings and channels."""
+    """The places of a job, resolved from settings and channels."""
 
     model: str  # a folder, or a Hub id
     train: list[Source]
@@ -34,12 +34,12 @@ class Inputs:
 
 
 def find_inputs(settings: Settings, environment: Environment) -> tuple[Inputs, list[str]]:
-    """The job's inputs, and a sentence for every one that is missing or unusable."""
-    model, problems = find_model(settings, environment)
+    """Return the job's inputs, and a sentence for every one that is missing or unusable."""
+    model, problems = find_model(settings.model, environment)
     train, missing = find_train(settings, environment)
     validation, missing_too = find_validation(settings, environment)
     problems += missing + missing_too
-    problems += check_evaluation(settings, has_validation=bool(validation))
+    problems += check_evaluation(settings.training, has_validation=bool(validation))
     inputs = Inputs(
         model=model,
         train=train,
@@ -53,16 +53,16 @@ def find_inputs(settings: Settings, environment: Environment) -> tuple[Inputs, l
     return inputs, problems
 
 
-def find_model(settings: Settings, environment: Environment) -> tuple[str, list[str]]:
-    """The model's folder or Hub id, empty if there is none, and a sentence for all that is wrong with it."""
-    model = settings.model.model_id or str(environment.channels.get("model", ""))
+def find_model(settings: ModelSettings, environment: Environment) -> tuple[str, list[str]]:
+    """Return the model's folder or Hub id, empty if there is none, and a sentence for each thing wrong with it."""
+    model = settings.model_id or str(environment.channels.get("model", ""))
     if model:
         return model, list(check_model(model))
     return "", ["model_id is missing: give a Hugging Face model id, or the model's files as channel 'model'."]
 
 
 def check_model(model: str) -> Iterator[str]:
-    """Sentences about a model folder whose files are incomplete, or a name that can be neither folder nor Hub id."""
+    """Yield sentences about a model folder that is incomplete, or a name that is neither folder nor Hub id."""
     folder = Path(model)
     if not folder.is_dir():
         if not HUB_ID.fullmatch(model):
@@ -83,6 +83,7 @@ def check_model(model: str) -> Iterator[str]:
 
 
 def check_config(file: Path) -> Iterator[str]:
+    """Yield a sentence where a model's config.json is missing, unreadable or none."""
     if not file.is_file():
         yield f"Model folder {file.parent} has no config.json: give the folder that holds the model's files itself."
     elif is_git_lfs_pointer(file):
@@ -98,12 +99,13 @@ def check_config(file: Path) -> Iterator[str]:
 
 
 def check_tokenizer(file: Path) -> Iterator[str]:
+    """Yield a sentence where a tokenizer's file is only a pointer to it."""
     if file.is_file() and is_git_lfs_pointer(file):
         yield f"{file} {POINTER}"
 
 
 def find_missing_weights(model: str) -> Iterator[str]:
-    """A sentence where a model folder has no weights at all: training needs them, and a look at the data does not."""
+    """Yield a sentence where a model folder has no weights at all: only training needs them."""
     folder = Path(model)
     if not model or not folder.is_dir() or list_weights(folder) or (folder / WEIGHTS_INDEX).is_file():
         return
@@ -112,7 +114,8 @@ def find_missing_weights(model: str) -> Iterator[str]:
     yield f"Model folder {folder} has no weights{found}: put the model's .safetensors files there."
 
 
-def check_evaluation(settings: Settings, has_validation: bool) -> Iterator[str]:
+def check_evaluation(settings: TrainingSettings, has_validation: bool) -> Iterator[str]:
+    """Yield a sentence for each setting that needs validation data where there are none."""
     if has_validation:
         return
     for name, off in (("early_stopping", False), ("load_best_model_at_end", False), ("eval_strategy", "no")):
@@ -122,14 +125,14 @@ def check_evaluation(settings: Settings, has_validation: bool) -> Iterator[str]:
 
 
 def check_writable(model_dir: Path, setting: str) -> Iterator[str]:
-    """The nearest folder there is must be writable: an unwritable one would lose the result after hours."""
+    """Yield a sentence where a folder cannot be made or written: the result would be lost after hours."""
     nearest = find_nearest_folder(model_dir)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         yield f"{setting}: user {os.getuid()} cannot write to {nearest}: mount it writable, or run as another user."
 
 
 def find_warnings(settings: Settings, environment: Environment, inputs: Inputs) -> Iterator[str]:
-    """Sentences about what a job may be asked for and is seldom meant."""
+    """Yield sentences about choices that are valid and seldom meant."""
     for source in (*inputs.train, *inputs.validation):
         if unread := find_unread(source):
             yield f"{source.name} holds files that are not read: {', '.join(unread[:5])}"

@@ -14,7 +14,7 @@ from llm_trainer.job.inputs import Inputs, find_inputs, find_missing_weights
 
 @dataclass(frozen=True)
 class Job:
-    """A checked job: nothing about it is known to be wrong."""
+    """A job that is known to have no mistake."""
 
     environment: Environment
     settings: Settings
@@ -22,12 +22,12 @@ class Job:
 
 
 def read_job(arguments: Sequence[str]) -> Job:
-    """The job of the tree, checked, as a worker needs it."""
+    """Read and check the job of the tree, as a worker needs it. Raises UserError with every mistake."""
     return check_job(read_environment(), arguments)
 
 
 def check_job(environment: Environment, arguments: Sequence[str]) -> Job:
-    """The job, checked. Raises UserError with every mistake there is."""
+    """Read the job of this environment. Raises UserError with every mistake there is."""
     settings, problems = collect_settings(environment, arguments)
     inputs, missing = find_inputs(settings, environment)
     missing += [*find_missing_weights(inputs.model), *find_missing_hardware(settings, environment)]
@@ -37,7 +37,7 @@ def check_job(environment: Environment, arguments: Sequence[str]) -> Job:
 
 
 def collect_settings(environment: Environment, arguments: Sequence[str]) -> tuple[Settings, list[str]]:
-    """The settings as far as they are valid, and a sentence for every mistake in them and in the command line."""
+    """Return the settings as far as they are valid, and a sentence for every mistake in them and the command line."""
     try:
         given, problems = parse_arguments(arguments), []
     except UserError as error:
@@ -47,7 +47,10 @@ def collect_settings(environment: Environment, arguments: Sequence[str]) -> tupl
 
 
 def parse_arguments(arguments: Sequence[str]) -> dict[str, str]:
-    """`--key value` and `--key=value` -> {key: value}; a lone `--key` means true."""
+    """Parse `--key value` and `--key=value`; a lone `--key` means true.
+
+    Returns key -> value, with underscores in the key. Raises UserError for a word in the place of a key.
+    """
     values: dict[str, str] = {}
     rest = list(arguments)
     while rest:

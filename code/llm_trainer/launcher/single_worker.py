@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the worker of a job of one process: torchrun imports torch for seconds to group it with nobody."""
+"""Start the worker of a job of one process, without torchrun: it imports torch for seconds to group one process."""
 
 import subprocess
 import sys
@@ -9,6 +9,7 @@ from llm_trainer.common.processes import die_with_parent
 
 
 def main() -> int:
+    """Run the worker to its end. Return 0 or 1, and report a worker that died."""
     die_with_parent()
     exit_code = subprocess.Popen([sys.executable, "-m", "llm_trainer.worker", *sys.argv[1:]]).wait()
     if exit_code:

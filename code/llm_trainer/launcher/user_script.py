@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A user's own script in place of our training: SageMaker's training toolkit installs and runs it, as our child.
 
-The toolkit provides the script's folder, requirements, arguments and SM_* variables. Here is what it lacks: a stop
-signal reaches the script, the failure names the cause first, and no end counts as success that was not reported as one.
+The toolkit provides the script's folder, requirements, arguments and SM_* variables. This module adds what it lacks: a
+stop signal reaches the script, the failure names its cause first, and only an end that was reported as success is one.
 """
 
 import os
@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import psutil
 
+from llm_trainer.common import log
 from llm_trainer.common.errors import write_failure
 from llm_trainer.common.redaction import hide_secrets
 from llm_trainer.config.environment import read_json_object
@@ -39,23 +40,24 @@ PIP_ERROR = re.compile(r"^(ERROR: .*\S)", re.MULTILINE)
 
 
 def names_a_script(hyperparameters: Mapping[str, Any]) -> bool:
-    """Whether the job asks for a script of the user's. Not from within one, which may well call our training."""
+    """Tell whether the job asks for a user's script; from within one, which may call our training, it does not."""
     return find_script(hyperparameters) is not None and "SM_USER_ENTRY_POINT" not in os.environ
 
 
 def find_script(hyperparameters: Mapping[str, Any]) -> str | None:
+    """Return the name of the user's script; None where the job names none."""
     value = decode(str(hyperparameters.get("sagemaker_program", "")), frozenset({"str"}), nullable=True)
     return None if value is None else str(value)
 
 
 def run_script(base_dir: Path, hyperparameters: Mapping[str, Any], variables: Mapping[str, str]) -> int:
-    """Run the script that the job names; the container's exit code, 0 only if the script ended with 0, else 1.
+    """Run the script that the job names. Return the container's exit code: 0 if the script ended with 0, else 1.
 
     `variables` are the environment of toolkit and script. Raises PermissionError where the tree cannot be written.
     """
     output_dir = base_dir / "output"
     output_dir.mkdir(parents=True, exist_ok=True)  # where the toolkit cannot write a failure, it ends with exit code 0
-    (output_dir / "success").unlink(missing_ok=True)  # of an earlier job in the same tree
+    (output_dir / "success").unlink(missing_ok=True)  # left by an earlier job in the same tree
     provide_code(base_dir, hyperparameters)
     with tempfile.TemporaryDirectory(prefix="llm-trainer-") as scratch_dir:
         exit_code, last_errors = run_toolkit(toolkit_variables(base_dir, variables, Path(scratch_dir)))
@@ -66,7 +68,7 @@ def run_script(base_dir: Path, hyperparameters: Mapping[str, Any], variables: Ma
 
 
 def provide_code(base_dir: Path, hyperparameters: Mapping[str, Any]) -> None:
-    """Copy the channel `code` to where the toolkit runs scripts, for a job that names no folder to fetch them from."""
+    """Copy the channel `code` to the toolkit's folder of scripts, for a job that names no folder to fetch them from."""
     channel, code_dir = base_dir / "input" / "data" / "code", base_dir / "code"
     is_provided = "sagemaker_submit_directory" in hyperparameters or (code_dir.is_dir() and any(code_dir.iterdir()))
     if channel.is_dir() and not is_provided:
@@ -74,7 +76,7 @@ def provide_code(base_dir: Path, hyperparameters: Mapping[str, Any]) -> None:
 
 
 def toolkit_variables(base_dir: Path, variables: Mapping[str, str], scratch_dir: Path) -> dict[str, str]:
-    """The given variables, and those with which the script finds this environment's commands and packages."""
+    """Return the given variables, and those by which the script finds this environment's commands and packages."""
     search_path = [sysconfig.get_path("scripts"), *variables.get("PATH", os.defpath).split(os.pathsep)]
     changed = {"SAGEMAKER_BASE_DIR": str(base_dir)}
     resources = read_json_object(base_dir / "input" / "config" / "resourceconfig.json")
@@ -92,7 +94,10 @@ def toolkit_variables(base_dir: Path, variables: Mapping[str, str], scratch_dir:
 
 
 def run_toolkit(variables: Mapping[str, str]) -> tuple[int, str]:
-    """Run the toolkit, hand SIGTERM and SIGINT on to the script; the toolkit's exit code and the end of its stderr."""
+    """Run the toolkit, and forward SIGTERM and SIGINT to the script.
+
+    Returns the toolkit's exit code and the end of its standard error.
+    """
     # A session of its own: Ctrl-C in a terminal reaches this process alone, which knows whom to hand it on to.
     toolkit = subprocess.Popen(TOOLKIT, env=variables, stderr=subprocess.PIPE, start_new_session=True)
     assert toolkit.stderr is not None
@@ -101,7 +106,7 @@ def run_toolkit(variables: Mapping[str, str]) -> tuple[int, str]:
     copier.start()
 
     def forward(signum: int, frame: FrameType | None) -> None:
-        print(f"Received {signal.Signals(signum).name}: handing it on to the script.", flush=True)
+        log.info(f"Received {signal.Signals(signum).name}: handing it on to the script.")
         forward_signal(signum, toolkit.pid)
 
     previous = {signum: signal.signal(signum, forward) for signum in (signal.SIGTERM, signal.SIGINT)}
@@ -115,7 +120,7 @@ def run_toolkit(variables: Mapping[str, str]) -> tuple[int, str]:
 
 
 def copy_to_stderr(source: IO[bytes], kept: bytearray) -> None:
-    """Copy a pipe to our stderr as it comes, and keep its last bytes."""
+    """Copy a pipe to our standard error as it comes, and keep its last bytes in `kept`."""
     while chunk := os.read(source.fileno(), KEPT_STDERR_BYTES):
         sys.stderr.buffer.write(chunk)
         sys.stderr.buffer.flush()
@@ -124,7 +129,7 @@ def copy_to_stderr(source: IO[bytes], kept: bytearray) -> None:
 
 
 def forward_signal(signum: int, toolkit_pid: int) -> None:
-    """Send a signal to the script. The toolkit would only die of it: it gets it where no script runs yet."""
+    """Send a signal to the script, or to the toolkit where no script runs yet: the toolkit would only die of it."""
     try:
         toolkit = psutil.Process(toolkit_pid)
         command = toolkit.cmdline()
@@ -136,7 +141,7 @@ def forward_signal(signum: int, toolkit_pid: int) -> None:
 
 
 def find_receivers(signum: int, process: psutil.Process, toolkit_command: list[str]) -> list[psutil.Process]:
-    """Who should get a signal meant for a process: itself, or what it runs where it is a shell without a trap.
+    """List the processes that should get a signal: the given one, or its children where it is a shell without a trap.
 
     Such a shell would die at once, and with it the job, while its command still saves its work. A script's other
     children are its own affair: data loader workers that die of the signal would fail the script that waits for them.
@@ -153,7 +158,7 @@ def find_receivers(signum: int, process: psutil.Process, toolkit_command: list[s
 
 
 def has_signal_handler(signum: int, pid: int) -> bool:
-    """Whether a process has a handler for a signal, as a shell with a trap has."""
+    """Tell whether a process has a handler for a signal, as a shell with a trap has."""
     status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)
     assert caught is not None
@@ -161,7 +166,7 @@ def has_signal_handler(signum: int, pid: int) -> bool:
 
 
 def explain_failure(output_dir: Path, script: str, exit_code: int, last_errors: str) -> None:
-    """Put one sentence in the place of the toolkit's report. What the script itself wrote to output/failure stays."""
+    """Replace the toolkit's report by one sentence. A failure file that the script itself wrote stays."""
     failure = output_dir / "failure"
     report = failure.read_text(encoding="utf-8", errors="replace") if failure.exists() else ""
     ended = re.match(r"(Execute|Install)\w+Error:\nExitCode (-?\d+)\n", report)
@@ -177,12 +182,13 @@ def explain_failure(output_dir: Path, script: str, exit_code: int, last_errors: 
         errors = PYTHON_ERROR.findall(last_errors)
         reason = describe_end(f"SageMaker's training toolkit, which runs {script},", exit_code, errors)
     reason = hide_secrets(reason)
-    print(reason, file=sys.stderr, flush=True)
+    log.error(reason)
     failure.unlink(missing_ok=True)
     write_failure(output_dir, reason)
 
 
 def describe_end(what: str, exit_code: int, errors: list[str]) -> str:
+    """Return a sentence about how a process ended; `errors` are the last lines that name errors."""
     if exit_code == -signal.SIGKILL:
         return f"{what} was killed by SIGKILL, most likely because the host ran out of memory."
     if exit_code < 0:

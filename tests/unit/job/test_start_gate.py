@@ -9,7 +9,8 @@ import pytest
 from llm_trainer.job.start_gate import StartGate
 
 PASS = (
-    "import pathlib, sys; from llm_trainer.job.start_gate import Gate; Gate(pathlib.Path(sys.argv[1])).wait_or_pass()"
+    "import pathlib, sys; from llm_trainer.job.start_gate import StartGate; "
+    "StartGate(pathlib.Path(sys.argv[1])).wait_or_pass()"
 )
 
 
