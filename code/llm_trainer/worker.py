@@ -32,7 +32,7 @@ def main() -> int:
     timeline = Timeline.go_on(journal, environment.current_host)
     try:
         reserve_failure(scratch_dir / "failures", f"rank-{rank()}")
-        configure_trackers(job.settings)
+        configure_trackers(job.settings.tracking, job.settings.output)
         if not may_need_bitsandbytes(job):
             sys.modules["bitsandbytes"] = None  # type: ignore[assignment] # PEFT would import it, for seconds
         timeline.mark("launch")

@@ -21,7 +21,7 @@ import psutil
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.findings import Finding, as_row
 from llm_trainer.config.environment import Environment, read_environment
-from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import TrackingSettings
 from llm_trainer.config.tracker_choice import choose_trackers, find_mlflow_uri
 from llm_trainer.host.machine import inspect_machine
 from llm_trainer.host.network import network_variables
@@ -56,7 +56,7 @@ def examine(environment: Environment, arguments: Sequence[str]) -> Iterator[Find
     settings, problems = collect_settings(environment, arguments)
     if problems:
         yield Finding("settings", "warning", f"1 of {len(problems)} problems: {problems[0]}")
-    yield from try_trackers(settings, os.environ)
+    yield from try_trackers(settings.tracking, os.environ)
     yield try_all_reduce(environment, num_gpus=environment.num_gpus if torch_cuda else 0)
 
 
@@ -70,7 +70,7 @@ def inspect_nccl(torch_cuda: str | None) -> Finding:
         return Finding("NCCL", "ok", f"of an unknown version ({package} is not installed)")
 
 
-def try_trackers(settings: Settings, variables: Mapping[str, str]) -> Iterator[Finding]:
+def try_trackers(settings: TrackingSettings, variables: Mapping[str, str]) -> Iterator[Finding]:
     trackers = choose_trackers(settings, variables)
     uri = find_mlflow_uri(settings, variables)
     if "mlflow" in trackers and uri is not None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from llm_trainer.config.load import describe_rule
-from llm_trainer.config.schema import FIELDS, OWN_NAMES, show
+from llm_trainer.config.schema import FIELDS, OWN_NAMES, show_value
 from llm_trainer.config.sections import ALIASES
 
 BEGIN, END = "<!-- settings:{} -->\n", "<!-- end of settings -->"
@@ -40,14 +40,14 @@ def as_help() -> str:
 
 def describe_setting(name: str) -> str:
     field = FIELDS[name]
-    return f"  --{name}  ({describe_rule(field)}; default {show(field.default)})\n      {field.description}"
+    return f"  --{name}  ({describe_rule(field)}; default {show_value(field.default)})\n      {field.description}"
 
 
 def as_markdown(names: Iterable[str]) -> str:
     rows = ["| setting | takes | default | meaning |", "|---|---|---|---|"]
     for name in names:
         field = FIELDS[name]
-        default = "" if field.default is None else f"`{show(field.default)}`"
+        default = "" if field.default is None else f"`{show_value(field.default)}`"
         cells = (f"`{name}`", describe_rule(field), default, field.description or "")
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"

@@ -19,8 +19,8 @@ from llm_trainer.common.errors import MAX_LISTED_PROBLEMS, UserError
 from llm_trainer.common.findings import GIB, MIB, Finding, Verdict, as_row, show_bytes
 from llm_trainer.config.checks import count_processes, find_missing_hardware
 from llm_trainer.config.environment import Environment, read_environment
-from llm_trainer.config.schema import Settings, redact
-from llm_trainer.config.secret_references import VARIABLES, is_reference, secret_variables
+from llm_trainer.config.schema import Settings, redact_settings
+from llm_trainer.config.secret_references import VARIABLES, is_reference, read_secret_variables
 from llm_trainer.data.report import DataReport
 from llm_trainer.host.nvidia_driver import read_driver
 from llm_trainer.job.disk_budget import inspect_disk_need
@@ -79,7 +79,7 @@ def examine(arguments: Sequence[str], in_colour: bool) -> Validation:
         validation.tell("script", "warning", ["the job runs a script of your own, of which nothing can be checked."])
         return validation
     settings, problems = collect_settings(environment, arguments)
-    given = {name: value for name, value in redact(settings).items() if settings.is_given(name)}
+    given = {name: value for name, value in redact_settings(settings).items() if settings.is_given(name)}
     validation.settings = given
     validation.tell("settings", "error", problems)
     if not problems:
@@ -97,7 +97,7 @@ def examine(arguments: Sequence[str], in_colour: bool) -> Validation:
     )
     validation.tell("job", "warning", find_warnings(settings, environment, inputs))
     try:
-        os.environ.update(secret_variables(settings, os.environ))
+        os.environ.update(read_secret_variables(settings, os.environ))
     except UserError as error:  # this machine's role is another than the job's
         validation.tell("secrets", "warning", error.problems)
         for name in [name for name in VARIABLES if is_reference(os.environ.get(name, ""))]:

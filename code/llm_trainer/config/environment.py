@@ -71,13 +71,13 @@ def read_environment() -> Environment:
     config_dir = base_dir / "input" / "config"
     resources = read_json_object(config_dir / "resourceconfig.json")
     all_hosts = read_hosts(resources)
-    hosts = pick_group(resources.get("instance_groups") or [], all_hosts)
+    hosts = choose_training_group(resources.get("instance_groups") or [], all_hosts)
     input_data_config = read_json_object(config_dir / "inputdataconfig.json")
     return Environment(
         base_dir=base_dir,
         hyperparameters=read_json_object(config_dir / "hyperparameters.json"),
         channels=find_channels(base_dir, input_data_config),
-        sharded_channels=find_sharded(input_data_config, len(hosts)),
+        sharded_channels=find_sharded_channels(input_data_config, len(hosts)),
         hosts=hosts,
         other_hosts=tuple(host for host in all_hosts if host not in hosts),
         current_host=resources.get("current_host", all_hosts[0]),
@@ -103,7 +103,7 @@ def read_hosts(resources: dict[str, Any]) -> list[str]:
     return hosts
 
 
-def pick_group(groups: list[dict[str, Any]], all_hosts: list[str]) -> tuple[str, ...]:
+def choose_training_group(groups: list[dict[str, Any]], all_hosts: list[str]) -> tuple[str, ...]:
     """The hosts that train: the largest group with GPUs of a heterogeneous cluster, the first if equally large."""
     with_gpus = [group for group in groups if GPU_INSTANCE.match(group.get("instance_type", ""))]
     candidates: list[list[str]] = [group["hosts"] for group in with_gpus or groups if group.get("hosts")]
@@ -137,7 +137,7 @@ def find_channels(base_dir: Path, input_data_config: dict[str, Any]) -> dict[str
     names = set(input_data_config)
     if data_dir.is_dir():
         names |= {entry.name for entry in data_dir.iterdir() if entry.is_dir()}
-    if piped := find_with(input_data_config, "TrainingInputMode", "Pipe"):
+    if piped := find_channels_with(input_data_config, "TrainingInputMode", "Pipe"):
         raise UserError(
             f"Channel {', '.join(piped)} uses TrainingInputMode=Pipe, which cannot be read twice: use File or FastFile "
             "mode."
@@ -145,11 +145,11 @@ def find_channels(base_dir: Path, input_data_config: dict[str, Any]) -> dict[str
     return {name: data_dir / name for name in sorted(names)}
 
 
-def find_sharded(input_data_config: dict[str, Any], num_hosts: int) -> frozenset[str]:
+def find_sharded_channels(input_data_config: dict[str, Any], num_hosts: int) -> frozenset[str]:
     """The channels whose files SageMaker shares out among the hosts."""
     if num_hosts == 1:  # which has them all
         return frozenset()
-    sharded = find_with(input_data_config, "S3DistributionType", "ShardedByS3Key")
+    sharded = find_channels_with(input_data_config, "S3DistributionType", "ShardedByS3Key")
     if broken := [name for name in sharded if name in WHOLE_CHANNELS]:
         raise UserError(
             f"Channel {', '.join(broken)} uses S3DistributionType=ShardedByS3Key, and every host needs all of its "
@@ -158,7 +158,7 @@ def find_sharded(input_data_config: dict[str, Any], num_hosts: int) -> frozenset
     return frozenset(sharded)
 
 
-def find_with(input_data_config: dict[str, Any], key: str, value: str) -> list[str]:
+def find_channels_with(input_data_config: dict[str, Any], key: str, value: str) -> list[str]:
     """The names of the channels whose configuration has this value."""
     channels = input_data_config.items()
     return sorted(name for name, channel in channels if isinstance(channel, dict) and channel.get(key) == value)

@@ -15,7 +15,7 @@ from typing import Any
 COMMA_SEPARATED_NAMES = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)+")
 
 
-def decode(text: str, types: frozenset[str], nullable: bool) -> Any:
+def decode_value(text: str, types: frozenset[str], nullable: bool) -> Any:
     """The value that `text` stands for in a field of these plain types; `text` itself where it stands for none.
 
     Only a value of one of the types is taken, so that "007" stays a string where a string is asked for and becomes
@@ -28,7 +28,7 @@ def decode(text: str, types: frozenset[str], nullable: bool) -> Any:
         return None
     if text == "" and nullable:
         return None
-    if fits(value, types):
+    if is_of_type(value, types):
         return value
     if "list" in types and ("str" not in types or COMMA_SEPARATED_NAMES.fullmatch(text)):
         return [part.strip() for part in text.split(",")]
@@ -52,7 +52,7 @@ def parse_literal(text: str) -> Any:
         return NO_LITERAL
 
 
-def fits(value: Any, types: frozenset[str]) -> bool:
+def is_of_type(value: Any, types: frozenset[str]) -> bool:
     """Whether the value is of one of the types; a whole number also serves where a float is asked for."""
     name = type(value).__name__
     return name in types or (name == "int" and "float" in types and "str" not in types)

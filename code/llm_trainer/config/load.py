@@ -16,8 +16,8 @@ from llm_trainer.common.errors import shorten
 from llm_trainer.common.redaction import REDACTED
 from llm_trainer.config.checks import find_contradictions
 from llm_trainer.config.environment import Environment
-from llm_trainer.config.hyperparameter_decoding import decode
-from llm_trainer.config.schema import FIELDS, Settings, plain_types, show, union_parts
+from llm_trainer.config.hyperparameter_decoding import decode_value
+from llm_trainer.config.schema import FIELDS, Settings, list_plain_types, show_value, split_union
 from llm_trainer.config.sections import ALIASES, SECRETS
 
 # Names from other tools that no spelling distance finds.
@@ -40,12 +40,12 @@ def read_settings(environment: Environment, arguments: Mapping[str, str]) -> tup
     """
     problems: list[str] = []
     given = {**environment.hyperparameters, **arguments}
-    asked = rename(read_yaml(find_config_file(environment, given), problems), "YAML key", problems)
-    asked |= rename(given, "Hyperparameter", problems)
+    asked = resolve_names(read_yaml(find_config_file(environment, given), problems), "YAML key", problems)
+    asked |= resolve_names(given, "Hyperparameter", problems)
     values = {}
     for name, raw in asked.items():
-        types, nullable = plain_types(name)
-        value = decode(raw, types, nullable) if isinstance(raw, str) else raw
+        types, nullable = list_plain_types(name)
+        value = decode_value(raw, types, nullable) if isinstance(raw, str) else raw
         if value is None and not nullable:
             continue  # null asks for the default
         problem = find_problem(name, value, raw)
@@ -60,7 +60,7 @@ def read_settings(environment: Environment, arguments: Mapping[str, str]) -> tup
 def find_config_file(environment: Environment, given: Mapping[str, Any]) -> Path | None:
     """The YAML file that `config` names, or the one in the channel of that name."""
     if given.get("config"):
-        return Path(decode(str(given["config"]), frozenset({"str"}), nullable=True))
+        return Path(decode_value(str(given["config"]), frozenset({"str"}), nullable=True))
     return environment.channels.get("config")
 
 
@@ -96,7 +96,7 @@ def read_yaml(path: Path | None, problems: list[str]) -> dict[str, Any]:
     return value
 
 
-def rename(given: Mapping[Any, Any], source: str, problems: list[str]) -> dict[str, Any]:
+def resolve_names(given: Mapping[Any, Any], source: str, problems: list[str]) -> dict[str, Any]:
     """The given values under the settings' own names. Unknown names and clashing aliases become problems."""
     values: dict[str, Any] = {}
     for key, value in given.items():
@@ -105,7 +105,7 @@ def rename(given: Mapping[Any, Any], source: str, problems: list[str]) -> dict[s
             continue  # SageMaker's own
         name = ALIASES.get(key, key)
         if name not in FIELDS:
-            problems.append(f"{source} {key!r} is not a setting: {nearest(key, valid_names())}")
+            problems.append(f"{source} {key!r} is not a setting: {suggest_name(key, list_valid_names())}")
         elif name != key and name in given:
             problems.append(f"{source}s {key!r} and {name!r} are the same setting given twice: remove {key!r}.")
         else:
@@ -113,11 +113,11 @@ def rename(given: Mapping[Any, Any], source: str, problems: list[str]) -> dict[s
     return values
 
 
-def valid_names() -> list[str]:
+def list_valid_names() -> list[str]:
     return [*FIELDS, *ALIASES]
 
 
-def nearest(key: str, names: list[str]) -> str:
+def suggest_name(key: str, names: list[str]) -> str:
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
     name = SYNONYMS.get(key.lower()) or (close[0] if close else None)
     if name:
@@ -129,7 +129,7 @@ def find_problem(name: str, value: Any, raw: Any) -> str | None:
     """One sentence when the value breaks the field's rule: key, value as it was given, rule, fix."""
     field = FIELDS[name]
     adapter = TypeAdapter[Any](Annotated[field.annotation, field], config=Settings.model_config)  # type: ignore[arg-type]
-    is_stray_bool = isinstance(value, bool) and "bool" not in plain_types(name)[0]
+    is_stray_bool = isinstance(value, bool) and "bool" not in list_plain_types(name)[0]
     is_infinite = isinstance(value, float) and not math.isfinite(value)
     try:
         adapter.validate_python(value)
@@ -139,7 +139,7 @@ def find_problem(name: str, value: Any, raw: Any) -> str | None:
         if not (is_stray_bool or is_infinite):
             return None
     shown = REDACTED if name in SECRETS else shorten(repr(raw))
-    return f"{name}={shown} is not valid: it must be {describe_rule(field)}; {suggest(field, value)}"
+    return f"{name}={shown} is not valid: it must be {describe_rule(field)}; {suggest_value(field, value)}"
 
 
 def describe_rule(field: FieldInfo) -> str:
@@ -147,7 +147,7 @@ def describe_rule(field: FieldInfo) -> str:
     words = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
     words |= {"dict": "a JSON object", "list": "a list"}
     kinds = []
-    for part in union_parts(field.annotation):
+    for part in split_union(field.annotation):
         origin = typing.get_origin(part) or part
         if origin is Literal:
             kinds.append("one of " + ", ".join(typing.get_args(part)))
@@ -166,10 +166,10 @@ def describe_rule(field: FieldInfo) -> str:
     return f"{rule}, {' and '.join(bounds)}" if bounds else rule
 
 
-def suggest(field: FieldInfo, value: Any) -> str:
-    choices = [str(choice) for part in union_parts(field.annotation) for choice in typing.get_args(part)]
+def suggest_value(field: FieldInfo, value: Any) -> str:
+    choices = [str(choice) for part in split_union(field.annotation) for choice in typing.get_args(part)]
     longer = [choice for choice in choices if choice.startswith(str(value))]
     close = longer or difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
     if close and value != "":
         return f"the nearest is {close[0]!r}."
-    return "leave it out for none." if field.default is None else f"its default is {show(field.default)}."
+    return "leave it out for none." if field.default is None else f"its default is {show_value(field.default)}."

@@ -104,11 +104,11 @@ def find_own_names(section: type[Section]) -> list[str]:
 OWN_NAMES = ("config", *(name for section in SECTIONS.values() for name in find_own_names(section)))
 
 
-def plain_types(name: str) -> tuple[frozenset[str], bool]:
+def list_plain_types(name: str) -> tuple[frozenset[str], bool]:
     """The names of the plain types that a setting takes, and whether it takes null."""
     names: set[str] = set()
     nullable = False
-    for part in union_parts(FIELDS[name].annotation):
+    for part in split_union(FIELDS[name].annotation):
         origin = typing.get_origin(part) or part
         if part is type(None):
             nullable = True
@@ -117,17 +117,17 @@ def plain_types(name: str) -> tuple[frozenset[str], bool]:
     return frozenset(names), nullable
 
 
-def union_parts(annotation: Any) -> tuple[Any, ...]:
+def split_union(annotation: Any) -> tuple[Any, ...]:
     is_union = typing.get_origin(annotation) in (typing.Union, pytypes.UnionType)
     return typing.get_args(annotation) if is_union else (annotation,)
 
 
-def show(value: Any) -> str:
+def show_value(value: Any) -> str:
     """A value the way a user writes it."""
     return str(value).lower() if isinstance(value, bool) or value is None else repr(value)
 
 
-def redact(settings: Settings) -> dict[str, Any]:
+def redact_settings(settings: Settings) -> dict[str, Any]:
     """Return the settings that were asked for and our own defaults, fit for a log or a manifest."""
     names = [name for name in FIELDS if name in OWN_NAMES or settings.is_given(name)]
     return {name: redact_value(name, settings.value(name)) for name in names}

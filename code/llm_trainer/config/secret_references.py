@@ -31,7 +31,7 @@ def is_reference(value: str) -> bool:
     return value.startswith("arn:")
 
 
-def secret_variables(settings: Settings | None, variables: Mapping[str, str]) -> dict[str, str]:
+def read_secret_variables(settings: Settings | None, variables: Mapping[str, str]) -> dict[str, str]:
     """The variables in which libraries look for secrets, with values, read where there is a reference to one.
 
     Without settings, which a user's own script does not have, they come from the variables alone.
@@ -46,7 +46,7 @@ def secret_variables(settings: Settings | None, variables: Mapping[str, str]) ->
             continue
         name = setting if secret and setting else variable
         try:
-            values[variable] = read(value, name, variable) if is_reference(value) else value
+            values[variable] = read_secret(value, name, variable) if is_reference(value) else value
         except UserError as error:
             problems += error.problems
     if problems:
@@ -54,7 +54,7 @@ def secret_variables(settings: Settings | None, variables: Mapping[str, str]) ->
     return values
 
 
-def read(arn: str, name: str, variable: str) -> str:
+def read_secret(arn: str, name: str, variable: str) -> str:
     """The value that the ARN stands for; `name` is what the user gave it as. Raises UserError."""
     match = REFERENCE.fullmatch(arn)
     if match is None:
@@ -63,10 +63,10 @@ def read(arn: str, name: str, variable: str) -> str:
             "secret:NAME) nor an SSM parameter (arn:aws:ssm:REGION:ACCOUNT:parameter/NAME): give one of these."
         )
     service, region = filter(None, match.groups())
-    return choose_value(fetch(arn, service, region, name), arn, name, variable)
+    return choose_value(fetch_secret(arn, service, region, name), arn, name, variable)
 
 
-def fetch(arn: str, service: str, region: str, name: str) -> str:
+def fetch_secret(arn: str, service: str, region: str, name: str) -> str:
     """The text of a secret or parameter, decrypted."""
     import boto3  # a quarter of a second, which most jobs need not spend
     from botocore.config import Config
@@ -80,13 +80,13 @@ def fetch(arn: str, service: str, region: str, name: str) -> str:
             return client.get_parameter(Name=arn, WithDecryption=True)["Parameter"]["Value"]
         answer = client.get_secret_value(SecretId=arn)
     except (BotoCoreError, ClientError) as error:
-        raise UserError(f"{name} refers to {arn}, {explain(error, service, region)}.") from error
+        raise UserError(f"{name} refers to {arn}, {explain_refusal(error, service, region)}.") from error
     if "SecretString" not in answer:
         raise UserError(f"{name} refers to {arn}, which holds bytes and no text: store the value as SecretString.")
     return answer["SecretString"]
 
 
-def explain(error: Exception, service: str, region: str) -> str:
+def explain_refusal(error: Exception, service: str, region: str) -> str:
     """Why AWS did not give the value, and what to change, without the full stop."""
     from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
 

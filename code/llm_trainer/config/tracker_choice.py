@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which trackers a job has, from its settings and its environment, and the variables that tell their libraries so.
+"""The choice of a job's trackers, from its settings and its environment, and the variables that their libraries read.
 
-The reporter's process feeds them (reporter.py); the workers never import one.
+One process a job, the reporter, feeds the trackers. The workers never import one.
 """
 
 import netrc
@@ -9,23 +9,21 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from llm_trainer.common.redaction import hide_secrets
+from llm_trainer.config.sections import OutputSettings, TrackingSettings
 
-if TYPE_CHECKING:  # settings.py asks this module what contradicts itself
-    from llm_trainer.config.schema import Settings
-
-TRACKERS = ("mlflow", "wandb", "tensorboard", "none")  # those that the image carries
+TRACKERS = ("mlflow", "wandb", "tensorboard", "none")  # the image carries these
 MLFLOW_SCHEMES = ("", "file", "sqlite", "postgresql", "mysql", "mssql", "http", "https", "arn", "databricks")
 SQLITE = "sqlite:///"
 WANDB_HOST = "api.wandb.ai"
+# These import trackers wherever they are installed, once they are imported themselves.
+TRACKER_IMPORTERS = ("transformers", "trl")
 
 
-def choose_trackers(settings: "Settings", variables: Mapping[str, str] = os.environ) -> list[str]:
-    """Those that `report_to` names, else those that are configured."""
-    named = named_trackers(settings)
+def choose_trackers(settings: TrackingSettings, variables: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the trackers that `report_to` names, else those that the settings or variables configure."""
+    named = list_named_trackers(settings)
     if named is not None:
         return [name for name in named if name != "none"]
     configured = {
@@ -35,23 +33,22 @@ def choose_trackers(settings: "Settings", variables: Mapping[str, str] = os.envi
     return [name for name, is_configured in configured.items() if is_configured]
 
 
-def named_trackers(settings: "Settings") -> list[str] | None:
-    """What the user gave as `report_to`; None where that was nothing. Its default, none, is Transformers'."""
-    if "report_to" not in settings.given or settings.tracking.report_to is None:
+def list_named_trackers(settings: TrackingSettings) -> list[str] | None:
+    """Return what the user gave as `report_to`, or None where the user gave nothing.
+
+    Its default says "none", which is Transformers' word and not the user's.
+    """
+    if not settings.is_given("report_to") or settings.report_to is None:
         return None
-    return (
-        settings.tracking.report_to if isinstance(settings.tracking.report_to, list) else [settings.tracking.report_to]
-    )
+    return settings.report_to if isinstance(settings.report_to, list) else [settings.report_to]
 
 
-def find_mlflow_uri(settings: "Settings", variables: Mapping[str, str] = os.environ) -> str | None:
-    """The setting's, MLflow's own variable's, or that of AWS's examples; a file's with its whole path."""
-    uri = (
-        settings.tracking.mlflow_uri
-        or variables.get("MLFLOW_TRACKING_URI")
-        or variables.get("MLFLOW_TRACKING_ARN")
-        or None
-    )
+def find_mlflow_uri(settings: TrackingSettings, variables: Mapping[str, str] = os.environ) -> str | None:
+    """Return the address of MLflow's server, or None; a file's or folder's has its absolute path.
+
+    The setting wins over MLflow's own variable, and that over the variable of AWS's examples.
+    """
+    uri = settings.mlflow_uri or variables.get("MLFLOW_TRACKING_URI") or variables.get("MLFLOW_TRACKING_ARN") or None
     if uri is None or ":" not in uri:
         return uri and str(Path(uri).absolute())
     if uri.startswith(SQLITE):
@@ -59,56 +56,37 @@ def find_mlflow_uri(settings: "Settings", variables: Mapping[str, str] = os.envi
     return uri
 
 
-def has_wandb_account(settings: "Settings", variables: Mapping[str, str] = os.environ) -> bool:
-    """Whether there is a key, or none is needed as nothing is sent; a workstation's may be in ~/.netrc."""
-    if settings.tracking.wandb_token or variables.get("WANDB_API_KEY") or variables.get("WANDB_MODE") == "offline":
+def has_wandb_account(settings: TrackingSettings, variables: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether there is a key for W&B, or none is needed since nothing is sent.
+
+    A workstation may keep its key in ~/.netrc, which counts where a project is given.
+    """
+    if settings.wandb_token or variables.get("WANDB_API_KEY") or variables.get("WANDB_MODE") == "offline":
         return True
     try:
-        return settings.tracking.wandb_project is not None and netrc.netrc().authenticators(WANDB_HOST) is not None
+        return settings.wandb_project is not None and netrc.netrc().authenticators(WANDB_HOST) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
 
-def find_tracking_contradictions(settings: "Settings") -> Iterator[str]:
-    named = named_trackers(settings) or []
-    if not set(named) <= set(TRACKERS):
+def find_idle_project(settings: TrackingSettings) -> Iterator[str]:
+    """Yield a sentence where a W&B project is given, and nothing will be sent to it."""
+    if settings.wandb_project and list_named_trackers(settings) is None and not has_wandb_account(settings):
         yield (
-            f"report_to={settings.tracking.report_to!r} is not valid: it must be among {', '.join(TRACKERS)}; leave "
-            "it out."
-        )
-    uri = find_mlflow_uri(settings)
-    if "mlflow" in named and uri is None:
-        yield f"report_to={settings.tracking.report_to!r} without an address: give mlflow_uri, or MLFLOW_TRACKING_URI."
-    if uri is not None and urlsplit(uri).scheme.partition("+")[0] not in MLFLOW_SCHEMES:
-        yield (
-            f"mlflow_uri={hide_secrets(uri)!r} begins with nothing that MLflow knows: give http(s)://, sqlite:///, a "
-            "folder, or the ARN of a SageMaker tracking server or MLflow app."
-        )
-    if "wandb" in named and not has_wandb_account(settings):
-        yield (
-            f"report_to={settings.tracking.report_to!r} without a W&B key: give WANDB_API_KEY in the job's "
-            "Environment, or WANDB_MODE=offline."
-        )
-    if settings.tracking.track_model and not choose_trackers(settings):
-        yield "track_model=true without a tracker: it would do nothing; give mlflow_uri or a W&B key, or remove it."
-
-
-def find_idle_project(settings: "Settings") -> Iterator[str]:
-    """A sentence where a project was given, and nothing will go there."""
-    if settings.tracking.wandb_project and named_trackers(settings) is None and not has_wandb_account(settings):
-        yield (
-            f"wandb_project={settings.tracking.wandb_project!r} without a W&B key: W&B stays off; give WANDB_API_KEY "
+            f"wandb_project={settings.wandb_project!r} without a W&B key: W&B stays off; give WANDB_API_KEY "
             "in the job's Environment, or WANDB_MODE=offline."
         )
 
 
-def tracker_variables(settings: "Settings", variables: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What the trackers' libraries read. User and password of an address become variables of their own, so that no
-    error's text can show them."""
+def build_tracker_variables(settings: TrackingSettings, variables: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment variables that the libraries of the trackers read.
+
+    User and password of an address become variables of their own. The text of an error can then show neither.
+    """
     found = {
-        "MLFLOW_EXPERIMENT_NAME": settings.tracking.mlflow_experiment_name,
-        "WANDB_PROJECT": settings.tracking.wandb_project,
-        "MLFLOW_ALLOW_FILE_STORE": "true",  # MLflow 3 takes a plain folder only so
+        "MLFLOW_EXPERIMENT_NAME": settings.mlflow_experiment_name,
+        "WANDB_PROJECT": settings.wandb_project,
+        "MLFLOW_ALLOW_FILE_STORE": "true",  # without it, MLflow 3 refuses a plain folder
     }
     uri = find_mlflow_uri(settings, variables)
     if uri is not None:
@@ -121,14 +99,18 @@ def tracker_variables(settings: "Settings", variables: Mapping[str, str] = os.en
     return {name: value for name, value in found.items() if value}
 
 
-def configure_trackers(settings: "Settings") -> None:
-    """Hide the trackers from a worker, but MLflow's registry where the result goes there.
+def configure_trackers(tracking_settings: TrackingSettings, output_settings: OutputSettings) -> None:
+    """Hide the trackers' libraries from a worker, except MLflow's where the result goes to its registry.
 
-    TRL and Transformers import them wherever they are installed, for seconds and 100 MB a rank; a None in `sys.modules`
-    is Python's way to say that a module is not there. Call this before TRL is imported.
+    Transformers and TRL import every tracker that is installed, for seconds and 100 MB a rank, and have no switch
+    against it. A None in `sys.modules` is Python's way to say that a module is not there. This works only before
+    these libraries are imported: raises RuntimeError when it is too late.
     """
+    too_late = [name for name in TRACKER_IMPORTERS if name in sys.modules]
+    if too_late:
+        raise RuntimeError(f"Trackers must be hidden before {' and '.join(too_late)} is imported.")
     sys.modules["wandb"] = None  # type: ignore[assignment]
-    if settings.output.mlflow_register_model:
-        os.environ.update(tracker_variables(settings))
+    if output_settings.mlflow_register_model:
+        os.environ.update(build_tracker_variables(tracking_settings))
     else:
         sys.modules["mlflow"] = None  # type: ignore[assignment]

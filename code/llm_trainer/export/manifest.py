@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from llm_trainer import __version__
 from llm_trainer.common.ranks import world_size
 from llm_trainer.common.versions import read_versions
-from llm_trainer.config.schema import redact
+from llm_trainer.config.schema import redact_settings
 from llm_trainer.data.report import DataReport
 from llm_trainer.data.streaming import AUDITED_ROWS
 from llm_trainer.job.job import Job
@@ -34,7 +34,7 @@ def build_manifest(
         "llm_trainer": __version__,
         "training_job_name": os.environ.get("TRAINING_JOB_NAME"),
         "model": job.inputs.model,
-        "settings": redact(job.settings),
+        "settings": redact_settings(job.settings),
         "training_arguments": {
             name: getattr(trainer.args, name)
             for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed", "bf16", "fp16")

@@ -161,7 +161,7 @@ def register(
 
 
 def find_run(settings: Settings) -> str | None:
-    if "mlflow" not in choose_trackers(settings):
+    if "mlflow" not in choose_trackers(settings.tracking):
         return None
     return find_left_run(Path(os.environ["LLM_TRAINER_SCRATCH"]), RUN_PATIENCE_SECONDS)
 

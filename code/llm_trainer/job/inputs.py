@@ -10,7 +10,7 @@ from pathlib import Path
 from llm_trainer.common.errors import summarize
 from llm_trainer.common.safetensors_files import WEIGHTS_INDEX, check_weights, is_git_lfs_pointer, list_weights
 from llm_trainer.config.environment import Environment
-from llm_trainer.config.schema import Settings, show
+from llm_trainer.config.schema import Settings, show_value
 from llm_trainer.config.secret_references import is_reference
 from llm_trainer.config.sections import HUB_ID, SECRETS, ModelSettings, TrainingSettings
 from llm_trainer.config.tracker_choice import find_idle_project
@@ -121,7 +121,7 @@ def check_evaluation(settings: TrainingSettings, has_validation: bool) -> Iterat
     for name, off in (("early_stopping", False), ("load_best_model_at_end", False), ("eval_strategy", "no")):
         value = settings.value(name)
         if value != off:
-            yield f"{name}={show(value)} needs validation data and there is none: give a channel 'validation'."
+            yield f"{name}={show_value(value)} needs validation data and there is none: give a channel 'validation'."
 
 
 def check_writable(model_dir: Path, setting: str) -> Iterator[str]:
@@ -145,7 +145,7 @@ def find_warnings(settings: Settings, environment: Environment, inputs: Inputs) 
                 f"everyone who may describe the job can read {name}: give it in the job's Environment, or the ARN of a "
                 "Secrets Manager secret in its place."
             )
-    yield from find_idle_project(settings)
+    yield from find_idle_project(settings.tracking)
     yield from find_limits(settings)
     if settings.training.ignore_data_skip:
         yield "ignore_data_skip=true: a resumed run sees rows of this epoch twice and others not at all."

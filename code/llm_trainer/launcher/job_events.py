@@ -15,7 +15,7 @@ from llm_trainer.common.errors import Failure
 from llm_trainer.common.versions import read_versions
 from llm_trainer.config.checks import count_processes
 from llm_trainer.config.environment import Environment, read_json_object
-from llm_trainer.config.schema import Settings, redact
+from llm_trainer.config.schema import Settings, redact_settings
 from llm_trainer.host.nvidia_driver import read_driver
 from llm_trainer.job import checkpoint_dir
 from llm_trainer.journal.journal import FILE_NAME, MANIFEST, Journal
@@ -78,7 +78,7 @@ class JobEventWriter:
             hosts=self.environment.hosts,
             billed_hosts=self.environment.num_billed_hosts,
             world_size=count_processes(self.settings.parallelism, self.environment) * len(self.environment.hosts),
-            settings=redact(self.settings),
+            settings=redact_settings(self.settings),
             environment=describe_environment(self.environment),
         )
 

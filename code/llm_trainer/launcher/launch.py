@@ -18,9 +18,9 @@ from llm_trainer.common import log
 from llm_trainer.common.errors import Failure, UserError, write_failure
 from llm_trainer.config.checks import count_processes
 from llm_trainer.config.environment import Environment, find_base_dir, read_environment, read_json_object
-from llm_trainer.config.schema import redact, show
-from llm_trainer.config.secret_references import secret_variables
-from llm_trainer.config.tracker_choice import choose_trackers, tracker_variables
+from llm_trainer.config.schema import redact_settings, show_value
+from llm_trainer.config.secret_references import read_secret_variables
+from llm_trainer.config.tracker_choice import build_tracker_variables, choose_trackers
 from llm_trainer.host.machine import inspect_machine
 from llm_trainer.host.system_metrics import SystemMetrics
 from llm_trainer.job import checkpoint_dir
@@ -55,7 +55,7 @@ def launch(arguments: Sequence[str]) -> int:
         (output_dir / "failure").unlink(missing_ok=True)  # left by an earlier job in the same tree
         hyperparameters = read_json_object(find_base_dir() / "input" / "config" / "hyperparameters.json")
         if names_a_script(hyperparameters):
-            os.environ.update(secret_variables(None, os.environ))
+            os.environ.update(read_secret_variables(None, os.environ))
             return run_script(find_base_dir(), hyperparameters, {**build_cache_variables(os.environ), **os.environ})
         failure = run_host(read_environment(), arguments, Timeline(started))
     except UserError as error:
@@ -120,7 +120,7 @@ def prepare_host(
 
 def check_host(job: Job) -> None:
     """Read the job's secrets, and check what this host offers. Raises UserError with every mistake there is."""
-    os.environ.update(secret_variables(job.settings, os.environ))
+    os.environ.update(read_secret_variables(job.settings, os.environ))
     check_machine(job)
     if job.environment.node_rank == 0 and job.settings.output.push_to_hub:
         from llm_trainer.export.publish import prepare_push  # the Hub's client takes half a second to import
@@ -201,10 +201,12 @@ class HostJob:
             journal=environment.output_dir / "data" / FILE_NAME,
             model_dir=inputs.model_dir,
             checkpoint_dir=inputs.checkpoint_dir if settings.training.use_checkpoints else None,
-            trackers=choose_trackers(settings, variables),
+            trackers=choose_trackers(settings.tracking, variables),
             tracks_model=settings.tracking.track_model,
         )
-        return ReporterProcess(options, {**variables, **tracker_variables(settings, variables)}, self.stop_file)
+        return ReporterProcess(
+            options, {**variables, **build_tracker_variables(settings.tracking, variables)}, self.stop_file
+        )
 
 
 def log_job(job: Job) -> None:
@@ -217,7 +219,11 @@ def log_job(job: Job) -> None:
         f"Model {inputs.model}",
         *(f"Training data: {source.describe()}" for source in inputs.train),
         *(f"Validation data: {source.describe()}" for source in inputs.validation),
-        *(f"Setting {name}={show(value)}" for name, value in redact(settings).items() if settings.is_given(name)),
+        *(
+            f"Setting {name}={show_value(value)}"
+            for name, value in redact_settings(settings).items()
+            if settings.is_given(name)
+        ),
     )
     for text in find_warnings(settings, environment, inputs):
         log.warning(text)

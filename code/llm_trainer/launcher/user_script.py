@@ -25,7 +25,7 @@ from llm_trainer.common import log
 from llm_trainer.common.errors import write_failure
 from llm_trainer.common.redaction import hide_secrets
 from llm_trainer.config.environment import read_json_object
-from llm_trainer.config.hyperparameter_decoding import decode
+from llm_trainer.config.hyperparameter_decoding import decode_value
 
 # By module and not by its console script `train`; -P, because the working folder is no place to import from.
 TOOLKIT = [sys.executable, "-P", "-m", "sagemaker_training.cli.train"]
@@ -46,7 +46,7 @@ def names_a_script(hyperparameters: Mapping[str, Any]) -> bool:
 
 def find_script(hyperparameters: Mapping[str, Any]) -> str | None:
     """Return the name of the user's script; None where the job names none."""
-    value = decode(str(hyperparameters.get("sagemaker_program", "")), frozenset({"str"}), nullable=True)
+    value = decode_value(str(hyperparameters.get("sagemaker_program", "")), frozenset({"str"}), nullable=True)
     return None if value is None else str(value)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from llm_trainer.common.errors import UserError, summarize
 from llm_trainer.config.environment import Environment
-from llm_trainer.config.schema import Settings, show
+from llm_trainer.config.schema import Settings, show_value
 from llm_trainer.readers.discovery import find_files, find_ignored
 from llm_trainer.readers.files import read_chunks
 from llm_trainer.readers.rows import Chunk
@@ -178,7 +178,7 @@ def check_weights(settings: Settings, channels: list[str]) -> Iterator[str]:
     weights = settings.data.train_weights
     if weights is not None and sorted(weights) != sorted(channels):
         yield (
-            f"train_weights={show(weights)} must name each training channel once, and there are "
+            f"train_weights={show_value(weights)} must name each training channel once, and there are "
             f"{', '.join(channels)}: name them, or leave it out to take each row once."
         )
 

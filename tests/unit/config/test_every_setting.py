@@ -17,7 +17,7 @@ from pydantic import SecretStr
 
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.load import read_settings
-from llm_trainer.config.schema import FIELDS, plain_types, union_parts
+from llm_trainer.config.schema import FIELDS, list_plain_types, split_union
 from llm_trainer.config.tracker_choice import TRACKERS
 
 # Names, paths, addresses, regular expressions, and texts that look like something else.
@@ -63,7 +63,7 @@ def values_of(name: str) -> SearchStrategy[Any]:
         return st.sampled_from([*TRACKERS, None, ["mlflow", "wandb"]])
     field = FIELDS[name]
     bounds = {key: getattr(rule, key) for rule in field.metadata for key in ("ge", "gt", "lt") if hasattr(rule, key)}
-    return st.one_of([values_of_type(part, bounds) for part in union_parts(field.annotation)])
+    return st.one_of([values_of_type(part, bounds) for part in split_union(field.annotation)])
 
 
 def values_of_type(kind: Any, bounds: dict[str, float]) -> SearchStrategy[Any]:
@@ -110,7 +110,7 @@ def is_ambiguous(value: Any, name: str) -> bool:
     """Whether a text is written as a client, or a person, writes another value of the same setting."""
     if not isinstance(value, str):
         return False
-    types, nullable = plain_types(name)
+    types, nullable = list_plain_types(name)
     if nullable and value in ("None", "null", ""):
         return True  # no value is written like that
     if "list" in types and "," in value:

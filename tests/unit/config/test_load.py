@@ -9,7 +9,7 @@ from llm_trainer.common.redaction import REDACTED
 from llm_trainer.config.checks import find_missing_hardware
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.load import read_settings
-from llm_trainer.config.schema import FIELDS, Settings, redact
+from llm_trainer.config.schema import FIELDS, Settings, redact_settings
 from llm_trainer.config.sections import ALIASES
 
 
@@ -238,8 +238,8 @@ def test_more_processes_than_gpus_are_refused():
 
 def test_secrets_appear_neither_in_settings_nor_in_messages():
     settings = settings_of({"token": "hf_secret", "wandb_token": "w_secret", "hub_token": "h_secret"})
-    assert "secret" not in repr(settings) + repr(redact(settings))
-    assert redact(settings)["token"] == REDACTED
+    assert "secret" not in repr(settings) + repr(redact_settings(settings))
+    assert redact_settings(settings)["token"] == REDACTED
     assert settings.model.token.get_secret_value() == "hf_secret"
     assert "hf_secret" not in problems_of({"token": '["hf_secret"]', "lora_r": "x"})[0]
 
@@ -273,7 +273,7 @@ def test_a_config_channel_needs_one_yaml_file(tmp_path):
 
 def test_a_password_in_a_url_is_not_shown():
     settings = settings_of({"mlflow_uri": "https://me:secret@mlflow.example/x", "model_id": "org/name@x"})
-    shown = redact(settings)
+    shown = redact_settings(settings)
     assert shown["mlflow_uri"] == f"https://{REDACTED}@mlflow.example/x"
     assert shown["model_id"] == "org/name@x"
 

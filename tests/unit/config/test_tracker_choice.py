@@ -10,7 +10,7 @@ import pytest
 from llm_trainer.common.redaction import hide_secrets
 from llm_trainer.config.checks import find_contradictions
 from llm_trainer.config.schema import Settings
-from llm_trainer.config.tracker_choice import choose_trackers, find_idle_project, tracker_variables
+from llm_trainer.config.tracker_choice import build_tracker_variables, choose_trackers, find_idle_project
 from llm_trainer.trackers.run_identity import RunIdentity, recall_run, remember_run
 
 KEY = {"WANDB_API_KEY": "key"}
@@ -44,7 +44,7 @@ def bare_environment(monkeypatch, tmp_path):
     ],
 )
 def test_what_is_configured_is_on_unless_report_to_says_otherwise(given, variables, trackers):
-    assert choose_trackers(Settings(**given), variables) == trackers
+    assert choose_trackers(Settings(**given).tracking, variables) == trackers
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_addresses_that_mlflow_takes_are_taken(uri):
 
 
 def test_a_project_without_a_key_is_told_and_a_netrc_is_a_key(tmp_path):
-    settings = Settings(wandb_project="project")
+    settings = Settings(wandb_project="project").tracking
     assert "W&B stays off" in next(find_idle_project(settings))
     (tmp_path / ".netrc").touch(0o600)  # Python reads no other's
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
@@ -77,7 +77,7 @@ def test_a_project_without_a_key_is_told_and_a_netrc_is_a_key(tmp_path):
 
 
 def test_the_password_of_an_address_becomes_a_variable():
-    variables = tracker_variables(Settings(mlflow_uri="https://me:p%40ss@host:5000/path"), {})
+    variables = build_tracker_variables(Settings(mlflow_uri="https://me:p%40ss@host:5000/path").tracking, {})
     assert variables["MLFLOW_TRACKING_URI"] == "https://host:5000/path"
     assert (variables["MLFLOW_TRACKING_USERNAME"], variables["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p@ss")
 
@@ -90,7 +90,7 @@ def test_files_are_named_by_their_whole_path(monkeypatch, tmp_path):
         ("sqlite:////b/a.db", "sqlite:////b/a.db"),
         ("http://host", "http://host"),
     ):
-        assert tracker_variables(Settings(mlflow_uri=uri), {})["MLFLOW_TRACKING_URI"] == whole
+        assert build_tracker_variables(Settings(mlflow_uri=uri).tracking, {})["MLFLOW_TRACKING_URI"] == whole
 
 
 def test_secrets_are_hidden_wherever_they_stand(monkeypatch):

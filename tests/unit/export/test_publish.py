@@ -8,7 +8,7 @@ from llm_trainer.common import hub
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.checks import find_publish_contradictions
 from llm_trainer.config.schema import Settings
-from llm_trainer.config.secret_references import secret_variables
+from llm_trainer.config.secret_references import read_secret_variables
 from llm_trainer.export import publish
 from llm_trainer.trackers.run_identity import leave_run
 from support.fake_hub import MODEL, FakeHub
@@ -63,7 +63,7 @@ def test_a_push_is_one_commit_of_the_whole_folder(fake_hub, artefacts, capsys):
 
 def test_the_pushs_own_token_and_branch(fake_hub, artefacts, monkeypatch):
     settings = Settings(**PUSH, hub_token="hf_other", hub_revision="trial")
-    for name, value in secret_variables(settings, {}).items():
+    for name, value in read_secret_variables(settings, {}).items():
         monkeypatch.setenv(name, value)
     publish.prepare_push(settings)
     assert fake_hub.created[-1] == {"branch": "trial"}

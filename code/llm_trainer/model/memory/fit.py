@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.findings import GIB, show_bytes
 from llm_trainer.common.ranks import local_world_size, world_size
-from llm_trainer.config.checks import find_unshardable
+from llm_trainer.config.rules import supports_fsdp
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device, find_free_memory
 from llm_trainer.model.memory.estimate import Estimate, Setup, estimate
@@ -257,7 +257,7 @@ def list_ways(settings: Settings, target: Target) -> list[Way]:
 
 
 def is_shardable(settings: Settings) -> bool:
-    return not any(find_unshardable(settings))
+    return supports_fsdp(settings.model, settings.adapter)
 
 
 def list_needs(config: PreTrainedConfig, settings: Settings, longest_row: int, attention: str) -> dict[str, Estimate]:

@@ -1,0 +1,452 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of rules: settings that are each valid, and contradict each other.
+
+The rules are told in the order of the table. In their conditions, `s` stands for the settings of the job.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from llm_trainer.common.redaction import hide_secrets
+from llm_trainer.config.rule import Rule
+from llm_trainer.config.schema import FIELDS, Settings
+from llm_trainer.config.sections import HUB_ID, MOVING_STARTS, AdapterSettings, ModelSettings
+from llm_trainer.config.tracker_choice import (
+    MLFLOW_SCHEMES,
+    TRACKERS,
+    choose_trackers,
+    find_mlflow_uri,
+    has_wandb_account,
+    list_named_trackers,
+)
+
+# These settings ask for an adapter of a certain kind. Sizes such as lora_r do not: a recipe may hold them and switch
+# the adapter off.
+ADAPTER_CHOICES = (
+    "target_modules",
+    "target_parameters",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+    "loraplus_lr_ratio",
+)
+# An adapter that began so cannot be told apart from its base once both are sharded.
+UNSHARDABLE_STARTS = (*MOVING_STARTS, "loftq")
+OWN_PARAMETER_GROUPS = ("galore", "lomo", "adalomo", "apollo")  # these optimizers do not take the trainer's groups
+# Options of Transformers' from_pretrained that this project sets itself, and the settings to use in their place.
+SETTING_OF_MODEL_OPTION = {
+    "attn_implementation": "attn_implementation",
+    "dtype": "torch_dtype",
+    "torch_dtype": "torch_dtype",
+    "quantization_config": "load_in_4bit, load_in_8bit or use_mxfp4",
+    "load_in_4bit": "load_in_4bit",
+    "load_in_8bit": "load_in_8bit",
+    "revision": "model_revision",
+    "trust_remote_code": "trust_remote_code",
+}
+# Keys of fsdp_config that a user may set. Checkpoints, loading and export rely on all the others.
+REFINABLE = frozenset({"reshard_after_forward", "auto_wrap_policy", "transformer_layer_cls_to_wrap", "min_num_params"})
+OTHER_WAYS = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "version": "FSDP2, which is always used",
+    "state_dict_type": "sharded checkpoints, which are always written",
+}
+HUB_NAMES = tuple(name for name in FIELDS if name.startswith("hub_") and name != "hub_token")
+
+
+def supports_fsdp(model_settings: ModelSettings, adapter_settings: AdapterSettings) -> bool:
+    """Tell whether a base that is loaded so, with an adapter that begins so, can be sharded."""
+    return not model_settings.load_in_8bit and adapter_settings.init_lora_weights not in UNSHARDABLE_STARTS
+
+
+def is_quantized(settings: Settings) -> bool:
+    """Tell whether bitsandbytes quantizes the base."""
+    return settings.model.load_in_4bit or settings.model.load_in_8bit
+
+
+def uses_fsdp(settings: Settings) -> bool:
+    """Tell whether the user asked for FSDP."""
+    return settings.parallelism.distribution == "fsdp"
+
+
+def names_tracker(settings: Settings, tracker: str) -> bool:
+    """Tell whether `report_to` names this tracker."""
+    return tracker in (list_named_trackers(settings.tracking) or [])
+
+
+def is_unknown_address(settings: Settings) -> bool:
+    """Tell whether MLflow's address has a scheme that MLflow does not know."""
+    uri = find_mlflow_uri(settings.tracking)
+    return uri is not None and urlsplit(uri).scheme.partition("+")[0] not in MLFLOW_SCHEMES
+
+
+def fill_address(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Yield MLflow's address without its password."""
+    yield {"uri": hide_secrets(find_mlflow_uri(settings.tracking) or "")}
+
+
+def fill_fsdp_keys(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Yield each key of fsdp_config that a user may not set, and what to do in its place."""
+    for key in sorted(settings.parallelism.fsdp_config.keys() - REFINABLE):
+        name = key.removeprefix("fsdp_")
+        fix = f"use {OTHER_WAYS[name]}" if name in OTHER_WAYS else f"it takes {', '.join(sorted(REFINABLE))}"
+        yield {"key": key, "fix": fix}
+
+
+def refuse_quantized_training(name: str) -> Rule:
+    """Return the rule that this kind of quantized base is not fine-tuned as a whole."""
+    return Rule(
+        (name, "use_peft"),
+        lambda s: s.value(name) and not s.adapter.use_peft,
+        f"{name}=true with use_peft=false: quantized weights cannot be trained themselves; set use_peft=true.",
+    )
+
+
+def refuse_without_4bit(name: str) -> Rule:
+    """Return the rule that this setting needs a base in 4 bit."""
+    return Rule(
+        (name, "load_in_4bit"),
+        lambda s: s.is_given(name) and not s.model.load_in_4bit,
+        f"{name} without load_in_4bit=true: it would do nothing; set load_in_4bit=true or remove it.",
+    )
+
+
+def refuse_model_option(option: str, setting: str) -> Rule:
+    """Return the rule that an option of from_pretrained is given by this setting."""
+    return Rule(
+        ("model_init_kwargs",),
+        lambda s: option in (s.model.model_init_kwargs or {}),
+        f"model_init_kwargs has {option!r}, which is a setting of its own: give {setting} instead.",
+    )
+
+
+def refuse_without_push(name: str) -> Rule:
+    """Return the rule that this setting needs a push to the Hub."""
+    return Rule(
+        (name, "push_to_hub"),
+        lambda s: s.is_given(name) and not s.output.push_to_hub,
+        f"{name} without push_to_hub=true: it would do nothing; set push_to_hub=true, or remove {name}.",
+    )
+
+
+def refuse_without_adapter(name: str) -> Rule:
+    """Return the rule that this setting needs an adapter."""
+    return Rule(
+        (name, "use_peft"),
+        lambda s: not s.adapter.use_peft and s.value(name) != FIELDS[name].default,
+        f"{name}={{{name}!r}} with use_peft=false: full fine-tuning has no adapter; remove {name}.",
+    )
+
+
+QUANTIZATION_RULES = (
+    Rule(
+        ("load_in_4bit", "load_in_8bit"),
+        lambda s: s.model.load_in_4bit and s.model.load_in_8bit,
+        "load_in_4bit=true with load_in_8bit=true: a base has one quantization; set one of them to false.",
+    ),
+    Rule(
+        ("load_in_4bit", "use_mxfp4"),
+        lambda s: s.model.load_in_4bit and not s.model.load_in_8bit and bool(s.model.use_mxfp4),
+        "load_in_4bit=true with use_mxfp4=true: a base has one quantization; set one of them to false.",
+    ),
+    Rule(
+        ("load_in_8bit", "use_mxfp4"),
+        lambda s: s.model.load_in_8bit and not s.model.load_in_4bit and bool(s.model.use_mxfp4),
+        "load_in_8bit=true with use_mxfp4=true: a base has one quantization; set one of them to false.",
+    ),
+    *(refuse_quantized_training(name) for name in ("load_in_4bit", "load_in_8bit")),
+    *(refuse_without_4bit(name) for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")),
+)
+
+MODEL_RULES = (
+    Rule(
+        ("liger_kernel_config", "use_liger_kernel"),
+        lambda s: s.model.use_liger_kernel is False and bool(s.model.liger_kernel_config),
+        "liger_kernel_config with use_liger_kernel=false: it would do nothing; remove one of them.",
+    ),
+    *(refuse_model_option(option, setting) for option, setting in SETTING_OF_MODEL_OPTION.items()),
+)
+
+MERGE_RULES = (
+    Rule(
+        ("merge_weights", "use_peft"),
+        lambda s: s.output.merge_weights and not s.adapter.use_peft,
+        "merge_weights=true with use_peft=false: full fine-tuning has no adapter to merge; remove merge_weights.",
+    ),
+    Rule(
+        ("merge_base", "merge_weights"),
+        lambda s: s.is_given("merge_base") and not s.output.merge_weights,
+        "merge_base={merge_base} without merge_weights=true: it would do nothing; remove it.",
+    ),
+    Rule(
+        ("merge_base", "load_in_4bit", "load_in_8bit"),
+        lambda s: s.output.merge_weights and s.output.merge_base == "dequantized" and not is_quantized(s),
+        "merge_base=dequantized without load_in_4bit or load_in_8bit: the base was not quantized; remove it.",
+    ),
+    Rule(
+        ("merge_base", "init_lora_weights"),
+        lambda s: (
+            s.output.merge_weights
+            and s.output.merge_base == "dequantized"
+            and is_quantized(s)
+            and s.adapter.init_lora_weights == "loftq"
+        ),
+        "merge_base=dequantized with init_lora_weights=loftq: its adapter is for the original weights; use bf16.",
+    ),
+)
+
+PUBLISH_RULES = (
+    Rule(
+        ("mlflow_register_model", "mlflow_uri"),
+        lambda s: bool(s.output.mlflow_register_model) and not find_mlflow_uri(s.tracking),
+        "mlflow_register_model={mlflow_register_model!r} without mlflow_uri: give the tracking server.",
+    ),
+    *(refuse_without_push(name) for name in HUB_NAMES),
+    Rule(
+        ("push_to_hub", "hub_model_id"),
+        lambda s: s.output.push_to_hub and not HUB_ID.fullmatch(s.output.hub_model_id or ""),
+        "push_to_hub=true with hub_model_id={hub_model_id}: give a name such as 'organization/name'.",
+    ),
+    Rule(
+        ("push_to_hub", "hub_token", "token"),
+        lambda s: s.output.push_to_hub and not (s.output.hub_token or s.model.token or os.environ.get("HF_TOKEN")),
+        "push_to_hub=true without a token: give one that may write as HF_TOKEN in the job's Environment.",
+    ),
+    Rule(
+        ("hub_strategy",),
+        lambda s: s.output.push_to_hub and s.is_given("hub_strategy") and s.output.hub_strategy != "end",
+        "hub_strategy={hub_strategy}: the result is pushed once, at the end; remove it.",
+    ),
+    Rule(
+        ("hub_always_push",),
+        lambda s: s.output.push_to_hub and s.output.hub_always_push,
+        "hub_always_push=true: the result is pushed once, at the end; remove it.",
+    ),
+)
+
+ADAPTER_RULES = (
+    *(refuse_without_adapter(name) for name in ADAPTER_CHOICES),
+    Rule(
+        ("use_dora", "init_lora_weights"),
+        lambda s: (
+            s.adapter.use_peft and s.adapter.use_dora and s.adapter.init_lora_weights in (*MOVING_STARTS, "loftq")
+        ),
+        "use_dora=true with init_lora_weights={init_lora_weights}: DoRA begins at the base as it is; use default.",
+    ),
+    Rule(
+        ("init_lora_weights", "load_in_4bit"),
+        lambda s: s.adapter.use_peft and s.adapter.init_lora_weights in MOVING_STARTS and s.model.load_in_4bit,
+        "init_lora_weights={init_lora_weights} with load_in_4bit=true: it moves a part of the base, in full precision; "
+        "use loftq.",
+    ),
+    Rule(
+        ("init_lora_weights", "load_in_8bit"),
+        lambda s: (
+            s.adapter.use_peft
+            and s.adapter.init_lora_weights in MOVING_STARTS
+            and s.model.load_in_8bit
+            and not s.model.load_in_4bit
+        ),
+        "init_lora_weights={init_lora_weights} with load_in_8bit=true: it moves a part of the base, in full precision; "
+        "use loftq.",
+    ),
+    Rule(
+        ("init_lora_weights", "load_in_4bit"),
+        lambda s: s.adapter.use_peft and s.adapter.init_lora_weights == "loftq" and not s.model.load_in_4bit,
+        "init_lora_weights=loftq begins with the error of 4-bit weights: set load_in_4bit=true, or use default.",
+    ),
+    Rule(
+        ("init_lora_weights", "lora_r"),
+        lambda s: s.adapter.use_peft and s.adapter.init_lora_weights == "orthogonal" and s.adapter.lora_r % 2 == 1,
+        "init_lora_weights=orthogonal with lora_r={lora_r}: the rank must be even; add 1.",
+    ),
+    Rule(
+        ("loraplus_lr_ratio", "optim"),
+        lambda s: (
+            s.adapter.use_peft
+            and s.adapter.loraplus_lr_ratio is not None
+            and s.training.optim.startswith(OWN_PARAMETER_GROUPS)
+        ),
+        "loraplus_lr_ratio={loraplus_lr_ratio:g} with optim={optim}: it groups the weights by itself; "
+        "use adamw_torch_fused.",
+    ),
+)
+
+TRAINING_RULES = (
+    Rule(
+        ("torch_dtype", "use_peft"),
+        lambda s: s.model.torch_dtype == "float16" and not s.adapter.use_peft,
+        "torch_dtype=float16 with use_peft=false: float16 weights overflow in training; use bfloat16 or float32.",
+    ),
+    Rule(
+        ("bf16", "fp16"),
+        lambda s: s.training.bf16 and s.training.fp16,
+        "bf16=true with fp16=true: mixed precision has one type; set one of them to false.",
+    ),
+    Rule(
+        ("enable_jit_checkpoint",),
+        lambda s: s.training.enable_jit_checkpoint,
+        "enable_jit_checkpoint=true: a stop is saved anyway, by all ranks at the same step; remove it.",
+    ),
+    Rule(
+        ("save_only_model",),
+        lambda s: s.training.save_only_model,
+        "save_only_model=true: such checkpoints cannot be resumed from; remove it.",
+    ),
+    Rule(
+        ("save_on_each_node",),
+        lambda s: s.training.save_on_each_node,
+        "save_on_each_node=true: one host writes for all, and a host that lacks a checkpoint gets it; remove it.",
+    ),
+    Rule(
+        ("packing", "max_length"),
+        lambda s: bool(s.data.packing) and s.data.max_length is None,
+        "packing=true with max_length=null: rows are packed into sequences of max_length tokens; give it.",
+    ),
+    Rule(
+        ("eval_packing", "max_length"),
+        lambda s: s.data.eval_packing and not s.data.packing and s.data.max_length is None,
+        "eval_packing=true with max_length=null: rows are packed into sequences of max_length tokens; give it.",
+    ),
+)
+
+TRACKING_RULES = (
+    Rule(
+        ("report_to",),
+        lambda s: not set(list_named_trackers(s.tracking) or []) <= set(TRACKERS),
+        f"report_to={{report_to!r}} is not valid: it must be among {', '.join(TRACKERS)}; leave it out.",
+    ),
+    Rule(
+        ("report_to", "mlflow_uri"),
+        lambda s: names_tracker(s, "mlflow") and find_mlflow_uri(s.tracking) is None,
+        "report_to={report_to!r} without an address: give mlflow_uri, or MLFLOW_TRACKING_URI.",
+    ),
+    Rule(
+        ("mlflow_uri",),
+        is_unknown_address,
+        "mlflow_uri={uri!r} begins with nothing that MLflow knows: give http(s)://, sqlite:///, a folder, or the ARN "
+        "of a SageMaker tracking server or MLflow app.",
+        fill_address,
+    ),
+    Rule(
+        ("report_to", "wandb_token"),
+        lambda s: names_tracker(s, "wandb") and not has_wandb_account(s.tracking),
+        "report_to={report_to!r} without a W&B key: give WANDB_API_KEY in the job's Environment, or "
+        "WANDB_MODE=offline.",
+    ),
+    Rule(
+        ("track_model", "mlflow_uri", "wandb_token"),
+        lambda s: s.tracking.track_model and not choose_trackers(s.tracking),
+        "track_model=true without a tracker: it would do nothing; give mlflow_uri or a W&B key, or remove it.",
+    ),
+)
+
+STREAMING_RULES = (
+    Rule(
+        ("streaming", "max_steps"),
+        lambda s: s.data.streaming and s.training.max_steps <= 0,
+        "streaming=true needs max_steps: how many rows there are is not known before they are read; set it.",
+    ),
+    Rule(
+        ("streaming", "packing"),
+        lambda s: s.data.streaming and bool(s.data.packing),
+        "packing=true with streaming=true: packing needs the lengths of all rows first; set one of them to false.",
+    ),
+    Rule(
+        ("streaming", "train_sampling_strategy"),
+        lambda s: s.data.streaming and s.training.train_sampling_strategy != "random",
+        "train_sampling_strategy={train_sampling_strategy} with streaming=true: rows come as they are read, shuffled "
+        "in a buffer; leave it out.",
+    ),
+    Rule(
+        ("streaming", "shuffle_dataset"),
+        lambda s: s.data.streaming and s.data.shuffle_dataset,
+        "shuffle_dataset=true with streaming=true: rows are shuffled in a buffer anyway; remove shuffle_dataset.",
+    ),
+)
+
+PARALLELISM_RULES = (
+    Rule(
+        ("deepspeed",),
+        lambda s: s.parallelism.deepspeed is not None,
+        "deepspeed is not part of this image: use distribution=fsdp, which shards a model as ZeRO does.",
+    ),
+    Rule(
+        ("fsdp",),
+        lambda s: s.parallelism.fsdp is not None,
+        "fsdp={fsdp}: write distribution=fsdp; fsdp_config may refine it.",
+    ),
+    Rule(
+        ("fsdp_config", "distribution"),
+        lambda s: s.parallelism.fsdp_config is not None and s.parallelism.distribution == "ddp",
+        "fsdp_config with distribution=ddp does nothing: set distribution=fsdp, or remove it.",
+    ),
+    Rule(
+        ("fsdp_config",),
+        lambda s: s.parallelism.fsdp_config is not None and not isinstance(s.parallelism.fsdp_config, dict),
+        "fsdp_config={fsdp_config!r} is not a JSON object: write what it is to refine into it.",
+    ),
+    Rule(
+        ("fsdp_config",),
+        lambda s: isinstance(s.parallelism.fsdp_config, dict),
+        "fsdp_config: {key!r} is not to be set: {fix}.",
+        fill_fsdp_keys,
+    ),
+    Rule(
+        ("load_in_8bit", "distribution"),
+        lambda s: uses_fsdp(s) and s.model.load_in_8bit,
+        "load_in_8bit=true with distribution=fsdp: 8-bit weights cannot be sharded; use load_in_4bit=true.",
+    ),
+    Rule(
+        ("init_lora_weights", "distribution"),
+        lambda s: uses_fsdp(s) and s.adapter.init_lora_weights in UNSHARDABLE_STARTS,
+        "init_lora_weights={init_lora_weights} with distribution=fsdp: what such an adapter began with cannot be taken "
+        "off its shards; use default.",
+    ),
+    Rule(
+        ("activation_offloading", "distribution", "gradient_checkpointing"),
+        lambda s: (
+            uses_fsdp(s) and bool(s.parallelism.activation_offloading) and s.parallelism.gradient_checkpointing is False
+        ),
+        "activation_offloading=true with distribution=fsdp and gradient_checkpointing=false would offload gathered "
+        "weights: set gradient_checkpointing=true.",
+    ),
+)
+
+DATA_RULES = (
+    Rule(
+        ("train_weights",),
+        lambda s: any(weight <= 0 for weight in (s.data.train_weights or {}).values()),
+        "train_weights={train_weights} is not valid: each weight must be above 0; leave the channel out.",
+    ),
+    Rule(
+        ("packing_strategy",),
+        lambda s: s.data.packing_strategy == "wrapped",
+        "packing_strategy=wrapped: it cuts rows and lets them see each other's tokens; use bfd or bfd_split.",
+    ),
+    Rule(
+        ("padding_free", "packing"),
+        lambda s: s.data.packing is False and s.data.padding_free,
+        "padding_free=true with packing=false: rows are either packed or padded; remove one of them.",
+    ),
+    Rule(
+        ("eval_packing", "packing"),
+        lambda s: s.data.packing is False and s.data.eval_packing and not s.data.padding_free,
+        "eval_packing=true with packing=false: rows are either packed or padded; remove one of them.",
+    ),
+)
+
+RULES: tuple[Rule, ...] = (
+    *QUANTIZATION_RULES,
+    *MODEL_RULES,
+    *MERGE_RULES,
+    *PUBLISH_RULES,
+    *ADAPTER_RULES,
+    *TRAINING_RULES,
+    *TRACKING_RULES,
+    *STREAMING_RULES,
+    *PARALLELISM_RULES,
+    *DATA_RULES,
+)
