@@ -13,6 +13,9 @@ BUILD_OPTIONS ?=
 # JUNIT=--junit-xml=FILE has the tests leave a report that CI systems read.
 JUNIT ?=
 UNIT_TESTS ?= tests/unit
+# SHARD=1/3 runs one of three parts of the long tests; after STOP_AFTER_SECONDS no more of them are begun.
+SHARD ?=
+STOP_AFTER_SECONDS ?=
 # IMAGE may carry a tag of its own.
 TAGGED_IMAGE = $(if $(findstring :,$(notdir $(IMAGE))),$(IMAGE),$(IMAGE):$(VARIANT))
 CPU_TORCH = $(firstword $(wildcard docker/wheels/torch-*cpu*.whl))
@@ -67,8 +70,9 @@ bench: venv .demo/opt/ml ## Measure against TRL's command line, scripts and floo
 test: venv lint ## Lint, types, unit and integration tests; needs no Docker
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope -m "not long" $(JUNIT)
 
-test-long: venv ## Jobs beyond the main ones: several ranks and hosts, kills, faults, quantized bases, servers that go away
-	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope -m long $(JUNIT)
+test-long: venv ## SHARD=1/3 for a third of them: jobs beyond the main ones: several ranks and hosts, kills, faults, quantized bases, servers that go away
+	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope -m long $(JUNIT) \
+		$(if $(SHARD),--shard $(SHARD)) $(if $(STOP_AFTER_SECONDS),--stop-after-seconds $(STOP_AFTER_SECONDS))
 
 test-unit: venv ## The unit tests alone
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope $(JUNIT) $(UNIT_TESTS)

@@ -13,6 +13,14 @@ import pytest
 from filelock import FileLock
 
 from support.sagemaker_tree import HOSTS, HYPERPARAMETERS, ROWS, RunningJob, SageMakerTree
+from support.schedule import (  # noqa: F401  # hooks, which pytest finds here
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_configure_node,
+    pytest_runtest_setup,
+    pytest_terminal_summary,
+)
 from support.tiny_model import build_tiny_model
 
 
