@@ -31,7 +31,7 @@ import json, sys, tempfile, time
 from pathlib import Path
 
 import pynvml
-from llm_trainer.host.nvidia_driver import nvml
+from llm_trainer.host.nvidia_driver import open_nvml
 from llm_trainer.host.gpu_metrics import Gpus
 from llm_trainer.host.host_metrics import HostReader
 from llm_trainer.journal.journal import Journal
@@ -51,13 +51,13 @@ def cost(what, work):
     print(f"{what}: {milliseconds:.2f} ms of CPU time, {len(calls) // repeats} calls of NVML")
 
 pynvml._nvmlGetFunctionPointer = count
-with nvml(), tempfile.TemporaryDirectory() as folder:
+with open_nvml(), tempfile.TemporaryDirectory() as folder:
     journal = Journal(Path(folder) / "metrics.jsonl")
     gpus, host = Gpus("algo-1", print), HostReader({"checkpoints": Path(folder), "temp": Path("/tmp")})
     gpus.read()
     cost("A sample of 8 GPUs, at most every 5 s", lambda: journal.write("system", host="algo-1", gpus=gpus.read()))
     cost("A sample of the host, as often", lambda: journal.write("system", host="algo-1", values=host.read()))
-    cost("A look for XIDs, every second", gpus.watch)
+    cost("A look for XIDs, every second", gpus.collect_xids)
 """
 # Found by every Python process of a job that has its folder on the PYTHONPATH.
 OFF = """

@@ -24,8 +24,8 @@ from llm_trainer.config.environment import Environment, read_environment
 from llm_trainer.config.sections import TrackingSettings
 from llm_trainer.config.tracker_choice import choose_trackers, find_mlflow_uri
 from llm_trainer.host.machine import inspect_machine
-from llm_trainer.host.network import network_variables
-from llm_trainer.host.nvidia_driver import driver_variables, find_torch_cuda
+from llm_trainer.host.network import build_network_variables
+from llm_trainer.host.nvidia_driver import build_driver_variables, find_torch_cuda
 from llm_trainer.job.job import collect_settings
 
 CONNECT_SECONDS = 5
@@ -145,9 +145,9 @@ def run_self_test(environment: Environment, num_processes: int, backend: str) ->
         [*torchrun, f"--nproc-per-node={num_processes}", "--module", "llm_trainer.cli.all_reduce", backend],
         env={
             "OMP_NUM_THREADS": "1",
-            **network_variables(environment),
+            **build_network_variables(environment),
             **os.environ,
-            **driver_variables(os.environ),
+            **build_driver_variables(os.environ),
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each GPU's load, memory, heat and errors, as NVML tells them: NVIDIA's NVML API Reference Guide. Never torch.
+"""Load, memory, heat and errors of each GPU, read through NVML (NVIDIA's NVML API Reference Guide).
 
-What a GPU does not support is left out for it from then on; a GPU that is lost is told of once and asked no more.
+A metric that a GPU does not support is left out from then on. A GPU that is lost is reported once, and asked no more.
 """
 
 import ctypes
@@ -91,41 +91,50 @@ MAX_XIDS_AT_ONCE = 100
 
 
 def read_load(handle: Any) -> dict[str, float]:
+    """Return the load of a GPU and of its memory controller, in percent."""
     rates = pynvml.nvmlDeviceGetUtilizationRates(handle)
     return {"utilization_percent": rates.gpu, "memory_controller_percent": rates.memory}
 
 
 def read_memory(handle: Any) -> dict[str, float]:
+    """Return the device memory in use and in all, in bytes."""
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     return {"memory_used_bytes": memory.used, "memory_total_bytes": memory.total}
 
 
 def read_power(handle: Any) -> dict[str, float]:
+    """Return the power drawn, in watts."""
     return {"power_watts": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000}
 
 
 def read_power_limit(handle: Any) -> dict[str, float]:
+    """Return the power that the GPU may draw, in watts."""
     return {"power_limit_watts": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000}
 
 
 def read_temperature(handle: Any) -> dict[str, float]:
+    """Return the chip's temperature, in degrees Celsius."""
     return {"temperature_celsius": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)}
 
 
 def read_sm_clock(handle: Any) -> dict[str, float]:
+    """Return the clock of the SMs, in MHz."""
     return {"sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)}
 
 
 def read_memory_clock(handle: Any) -> dict[str, float]:
+    """Return the clock of the device memory, in MHz."""
     return {"memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)}
 
 
 def read_throttling(handle: Any) -> dict[str, float]:
+    """Return 1 for each cause that slows the clocks now, 0 for the others."""
     reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
     return {name: int(reasons & bits != 0) for name, bits in THROTTLING.items()}
 
 
 def read_ecc(handle: Any) -> dict[str, float]:
+    """Return the memory errors since the driver was loaded."""
     kinds = {
         "ecc_uncorrected_errors": pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
         "ecc_corrected_errors": pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED,
@@ -134,10 +143,11 @@ def read_ecc(handle: Any) -> dict[str, float]:
     return {name: pynvml.nvmlDeviceGetTotalEccErrors(handle, kind, counter) for name, kind in kinds.items()}
 
 
-class Activity:
-    """What one GPU's SMs, memory and links did between two samples of their counters, by NVML's GPM."""
+class ActivityCounter:
+    """The activity of one GPU's SMs, memory and links between two samples of their counters, by NVML's GPM."""
 
     def __init__(self) -> None:
+        """Prepare the request for all metrics of ACTIVITY."""
         self.earlier: Any = None
         self.later: Any = None
         self.request = pynvml.c_nvmlGpmMetricsGet_t()
@@ -147,6 +157,7 @@ class Activity:
             metric.metricId = number
 
     def __call__(self, handle: Any) -> dict[str, float]:
+        """Return the activity since the last call; {} at the first. Raises NVMLError_NotSupported before Hopper."""
         if self.earlier is None:
             if not pynvml.nvmlGpmQueryDeviceSupport(handle).isSupportedDevice:
                 raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
@@ -166,12 +177,13 @@ class Activity:
 
 
 class Gpu:
-    """One GPU, and what it is worth asking for."""
+    """One GPU, and the queries that it answers."""
 
     def __init__(self, index: int) -> None:
+        """Take the number that NVML has for it."""
         self.index = index
         self.handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        self.num_xids: int | None = None  # until NVML promises to tell of them
+        self.num_xids: int | None = None  # None until NVML agrees to report them
         self.queries: list[Callable[[Any], dict[str, float]]] = [
             read_load,
             read_memory,
@@ -182,11 +194,11 @@ class Gpu:
             read_memory_clock,
             read_throttling,
             read_ecc,
-            Activity(),
+            ActivityCounter(),
         ]
 
     def read(self) -> dict[str, float]:
-        """Raises one of LOST."""
+        """Return the value of each metric. Raises one of LOST."""
         values: dict[str, float] = {} if self.num_xids is None else {"xid_errors": self.num_xids}
         for query in list(self.queries):
             try:
@@ -201,22 +213,23 @@ class Gpu:
 
 
 class Gpus:
-    """The GPUs that the job may use; `warn` gets a sentence for each XID, loss or harmful throttling, once.
-
-    Raises NVMLError on creation where NVML does not answer.
-    """
+    """The GPUs that the job may use."""
 
     def __init__(self, host: str, warn: Callable[[str], None]) -> None:
+        """Take a function that gets one sentence for each XID, loss or harmful throttling.
+
+        Raises NVMLError where NVML does not answer.
+        """
         self.host = host
         self.warn = warn
         self.gpus: dict[int, Gpu] = {}
-        self.said: set[tuple[int | None, object]] = set()
-        self.faults: dict[str, float] = {}  # what happened -> when it last did, by time.monotonic()
-        for index in find_visible(pynvml.nvmlDeviceGetCount(), os.environ):
+        self.reported: set[tuple[int | None, object]] = set()
+        self.faults: dict[str, float] = {}  # sentence -> when it last happened, by time.monotonic()
+        for index in find_visible_gpus(pynvml.nvmlDeviceGetCount(), os.environ):
             try:
                 self.gpus[index] = Gpu(index)
             except LOST as error:
-                self.lose(index, error)
+                self.drop_gpu(index, error)
         self.events = None
         with suppress(pynvml.NVMLError):  # as under WSL
             self.events = pynvml.nvmlEventSetCreate()
@@ -226,54 +239,63 @@ class Gpus:
                 gpu.num_xids = 0
 
     def read(self) -> dict[str, list[float | None]]:
-        """Metric -> its value for every index up to the last, None where there is none."""
+        """Return metric -> its value for every index up to the last, None where there is none."""
         columns: dict[str, list[float | None]] = {}
         size = max(self.gpus, default=-1) + 1
         for index, gpu in list(self.gpus.items()):
             try:
                 values = gpu.read()
             except LOST as error:
-                self.lose(index, error)
+                self.drop_gpu(index, error)
                 continue
             for name, value in values.items():
                 columns.setdefault(name, [None] * size)[index] = value
             for name, meaning in HARMFUL.items():
                 if values.get(name):
-                    self.say_once(index, name, f"GPU {index} of {self.host}: {meaning}.")
+                    self.warn_once(index, name, f"GPU {index} of {self.host}: {meaning}.")
         return columns
 
-    def watch(self) -> None:
-        """Take the XIDs that came since the last time; returns at once."""
+    def collect_xids(self) -> None:
+        """Report the XIDs that came since the last call, without waiting."""
         for _ in range(MAX_XIDS_AT_ONCE if self.events else 0):
             try:
                 event = pynvml.nvmlEventSetWait_v2(self.events, 0)
             except pynvml.NVMLError:  # Timeout: there is none
                 return
-            gpu = next((gpu for gpu in self.gpus.values() if address(gpu.handle) == address(event.device)), None)
+            gpu = next(
+                (
+                    gpu
+                    for gpu in self.gpus.values()
+                    if read_device_address(gpu.handle) == read_device_address(event.device)
+                ),
+                None,
+            )
             index = gpu.index if gpu else None
             if gpu:
                 gpu.num_xids = (gpu.num_xids or 0) + 1
             text = describe_xid(index, self.host, event.eventData)
             self.faults[text] = time.monotonic()
-            self.say_once(index, event.eventData, text)
+            self.warn_once(index, event.eventData, text)
 
-    def lose(self, index: int, error: Exception) -> None:
+    def drop_gpu(self, index: int, error: Exception) -> None:
+        """Report a lost GPU, and ask it no more."""
         self.gpus.pop(index, None)
         text = f"GPU {index} of {self.host} no longer answers ({error}): its metrics end."
         self.faults[text] = time.monotonic()
-        self.say_once(index, "lost", text)
+        self.warn_once(index, "lost", text)
 
-    def say_once(self, index: int | None, what: object, text: str) -> None:
-        if (index, what) not in self.said:
-            self.said.add((index, what))
+    def warn_once(self, index: int | None, what: object, text: str) -> None:
+        """Warn of something about a GPU, unless that was done before."""
+        if (index, what) not in self.reported:
+            self.reported.add((index, what))
             self.warn(text)
 
 
-def find_visible(num_gpus: int, variables: Mapping[str, str]) -> list[int]:
-    """NVML's numbers of the GPUs that CUDA_VISIBLE_DEVICES leaves; all where it names them otherwise (UUIDs, MIG).
+def find_visible_gpus(num_gpus: int, variables: Mapping[str, str]) -> list[int]:
+    """List NVML's numbers of the GPUs that CUDA_VISIBLE_DEVICES leaves; all where it has UUIDs or MIG names.
 
-    NVIDIA_VISIBLE_DEVICES needs no look: what it leaves out is not in the container. On a machine of unlike GPUs CUDA
-    numbers them as NVML does with CUDA_DEVICE_ORDER=PCI_BUS_ID alone.
+    GPUs that NVIDIA_VISIBLE_DEVICES leaves out are not in the container. On a machine of unlike GPUs, CUDA numbers them
+    as NVML does only with CUDA_DEVICE_ORDER=PCI_BUS_ID.
     """
     named = [name.strip() for name in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     if "CUDA_VISIBLE_DEVICES" not in variables or not all(name.lstrip("-").isdigit() for name in named):
@@ -282,11 +304,12 @@ def find_visible(num_gpus: int, variables: Mapping[str, str]) -> list[int]:
 
 
 def describe_xid(index: int | None, host: str, xid: int) -> str:
+    """Return a sentence about an error that the driver reported."""
     who = "A GPU" if index is None else f"GPU {index}"
     meaning = XIDS.get(xid, "see NVIDIA's list of XID errors")
     return f"{who} of {host} reported XID {xid}: {meaning}."
 
 
-def address(handle: Any) -> int | None:
-    """Of the device that a handle points to: NVML has one for each GPU."""
+def read_device_address(handle: Any) -> int | None:
+    """Return the address of the device that a handle points to: NVML has one for each GPU."""
     return ctypes.cast(handle, ctypes.c_void_p).value

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A host's load beside its GPUs: processor, memory, disks, network. Reads psutil and cgroup files."""
+"""The load of a host beside its GPUs: processor, memory, disks and network. Reads psutil and cgroup files."""
 
 import shutil
 import time
@@ -26,19 +26,21 @@ HOST_METRICS = {
 }
 CGROUP_DIRS = tuple(limit.parent for limit in CGROUP_LIMITS)  # v2, v1
 USAGES = ("memory.current", "memory.usage_in_bytes")
-CACHES = ("inactive_file", "total_inactive_file")  # of memory.stat: what the kernel gives back when asked
+CACHES = ("inactive_file", "total_inactive_file")  # lines of memory.stat: memory that the kernel gives back
 
 
 class HostReader:
     """Reads the figures of HOST_METRICS; rates are over the time since the last reading."""
 
     def __init__(self, folders: Mapping[str, Path], cgroup_dirs: tuple[Path, ...] = CGROUP_DIRS) -> None:
-        self.folders = folders  # what is in a metric's name -> the folder whose disk it is of
+        """Take folders by the name that stands in the metric of their disk."""
+        self.folders = folders
         self.cgroup_dirs = cgroup_dirs
         psutil.cpu_percent()  # its first answer means nothing
         self.totals, self.read_at = read_totals(), time.monotonic()
 
     def read(self) -> dict[str, float]:
+        """Return the value of each metric."""
         used_bytes, limit_bytes = read_memory(self.cgroup_dirs)
         values: dict[str, float] = {
             "cpu_percent": psutil.cpu_percent(),
@@ -57,7 +59,7 @@ class HostReader:
 
 
 def read_totals() -> dict[str, int]:
-    """Bytes since the machine's start."""
+    """Return the bytes read, written, received and sent since the machine's start."""
     totals: dict[str, int] = {}
     if disks := psutil.disk_io_counters():  # None where the kernel shows no disks
         totals |= {"disk_read": disks.read_bytes, "disk_written": disks.write_bytes}
@@ -68,7 +70,7 @@ def read_totals() -> dict[str, int]:
 
 
 def read_memory(cgroup_dirs: tuple[Path, ...]) -> tuple[int, int]:
-    """Bytes in use and the most there may be: the container's where it has a limit, else the machine's."""
+    """Return the bytes in use and the limit: the container's where it has one, else the machine's."""
     machine = psutil.virtual_memory()
     for folder, limit, usage, cache in zip(cgroup_dirs, CGROUP_LIMITS, USAGES, CACHES, strict=True):
         file = folder / limit.name

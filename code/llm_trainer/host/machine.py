@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host offers a job, and what of it a job would suffer from. Reads kernel files and NVML, never torch."""
+"""Findings about this host: what it offers a job, and what would harm one. Reads kernel files and NVML."""
 
 import os
 import resource
@@ -17,10 +17,10 @@ from llm_trainer.host.network import find_efa_devices, find_verbs_devices, is_ef
 from llm_trainer.host.nvidia_driver import (
     COMPAT_DIR,
     Driver,
-    branch,
     find_compat_version,
     find_torch_cuda,
     is_compat_usable,
+    parse_major_version,
     read_driver,
 )
 
@@ -32,7 +32,7 @@ CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/
 
 
 def inspect_machine(environment: Environment) -> list[Finding]:
-    """One finding about each part of this host that a job depends on."""
+    """List one finding about each part of this host that a job depends on."""
     return [
         *inspect_driver(environment),
         inspect_disk("disk", environment.base_dir),
@@ -46,7 +46,7 @@ def inspect_machine(environment: Environment) -> list[Finding]:
 
 
 def inspect_driver(environment: Environment) -> list[Finding]:
-    """The findings about GPUs and driver."""
+    """List the findings about GPUs and driver."""
     try:
         driver = read_driver()
     except pynvml.NVMLError as error:
@@ -63,6 +63,7 @@ def inspect_driver(environment: Environment) -> list[Finding]:
 
 
 def judge_gpus(driver: Driver, num_usable: int) -> Finding:
+    """Return a finding on the GPUs, of which a job may use `num_usable`."""
     if not driver.gpus:
         return Finding("GPUs", "ok", "none: jobs run on the CPU")
     kinds = dict.fromkeys(f"{gpu.name}, {show_bytes(gpu.memory_bytes)}" for gpu in driver.gpus)
@@ -71,7 +72,10 @@ def judge_gpus(driver: Driver, num_usable: int) -> Finding:
 
 
 def judge_driver(driver: Driver, torch_cuda: str | None, compat_version: str | None) -> Finding:
-    """Whether torch's CUDA runs on the driver: any driver of the same CUDA major release does, or cuda-compat does."""
+    """Return a finding on whether torch's CUDA runs on the driver.
+
+    It does on any driver of the same CUDA major release or a later one, and with a cuda-compat newer than the driver.
+    """
     if not driver.gpus:
         return Finding("driver", "ok", f"{driver.version}, without a GPU")
     if torch_cuda is None:
@@ -84,19 +88,20 @@ def judge_driver(driver: Driver, torch_cuda: str | None, compat_version: str | N
         )
         return Finding("driver", "error", text)
     versions = f"{driver.version} supports CUDA {driver.cuda}, torch is built with CUDA {torch_cuda}"
-    if branch(driver.cuda) >= branch(torch_cuda):
+    if parse_major_version(driver.cuda) >= parse_major_version(torch_cuda):
         return Finding("driver", "ok", versions)
     if is_compat_usable(driver.version, compat_version):
         return Finding("driver", "ok", f"{versions}; cuda-compat {compat_version} bridges them")
     text = (
         f"{versions}, and no cuda-compat newer than the driver is in {COMPAT_DIR}: "
-        f"use a host (on SageMaker, a newer instance type) whose driver supports CUDA {branch(torch_cuda)}.0, "
-        "or an image that has its cuda-compat."
+        f"use a host (on SageMaker, a newer instance type) whose driver supports CUDA "
+        f"{parse_major_version(torch_cuda)}.0, or an image that has its cuda-compat."
     )
     return Finding("driver", "error", text)
 
 
 def inspect_shared_memory(folder: Path, num_gpus: int) -> Finding:
+    """Return a finding on the size of the shared memory, which NCCL and data loader processes use."""
     try:
         statistics = os.statvfs(folder)
         size_bytes = statistics.f_blocks * statistics.f_frsize
@@ -115,7 +120,7 @@ def inspect_shared_memory(folder: Path, num_gpus: int) -> Finding:
 
 
 def inspect_memory(cgroup_limits: tuple[Path, ...]) -> Finding:
-    """The machine's memory, or what the container may use of it."""
+    """Return a finding on the machine's memory, or on the container's limit where that is lower."""
     total_bytes = psutil.virtual_memory().total
     limit_bytes = min(total_bytes, find_limit(cgroup_limits))
     text = f"{show_bytes(limit_bytes)}{' by the cgroup limit' if limit_bytes < total_bytes else ''}"
@@ -126,21 +131,23 @@ def inspect_memory(cgroup_limits: tuple[Path, ...]) -> Finding:
 
 
 def find_available_memory() -> int:
-    """Bytes that processes can still take of the machine's memory, or of the container's."""
+    """Return the bytes of memory that processes can still take, within the container's limit."""
     return int(min(psutil.virtual_memory().available, find_limit(CGROUP_LIMITS)))
 
 
 def find_limit(cgroup_limits: tuple[Path, ...]) -> float:
-    """Bytes that the container may use."""
+    """Return the bytes of memory that the container may use; infinity where it has no limit."""
     return min(map(read_limit, filter(Path.is_file, cgroup_limits)), default=float("inf"))
 
 
 def read_limit(file: Path) -> float:
+    """Return the limit in a cgroup file, in bytes; infinity for none."""
     text = file.read_text(encoding="ascii").strip()
     return float("inf") if text == "max" else int(text)
 
 
 def inspect_open_files() -> Finding:
+    """Return a finding on how many files a process may have open."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY or limit >= MIN_OPEN_FILES:
         return Finding("open files", "ok", "unlimited" if limit == resource.RLIM_INFINITY else f"{limit} a process")
@@ -152,6 +159,7 @@ def inspect_open_files() -> Finding:
 
 
 def inspect_locked_memory(rdma_devices: list[str]) -> Finding:
+    """Return a finding on the limit of locked memory, which RDMA devices need without limit."""
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if limit == resource.RLIM_INFINITY:
         return Finding("locked memory", "ok", "unlimited")
@@ -167,7 +175,7 @@ def inspect_locked_memory(rdma_devices: list[str]) -> Finding:
 def judge_efa(
     efa_devices: list[str], verbs_devices: list[str], variables: Mapping[str, str], num_hosts: int
 ) -> Finding:
-    """Whether NCCL can use EFA; that it cannot is no warning to a job of one host."""
+    """Return a finding on whether NCCL can use EFA; a job of one host is not warned."""
     if not efa_devices:
         return Finding("EFA", "ok", "none: hosts talk over TCP")
     if not verbs_devices:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the hosts of a job reach each other: EFA devices and network interfaces, by what is there, not by instance type.
+"""The network between the hosts of a job: EFA devices and interfaces, found by what is there, not by instance type.
 
-Set here is only what NCCL and Gloo cannot find out. RDMAV_FORK_SAFE, FI_PROVIDER and FI_EFA_USE_DEVICE_RDMA are not:
-aws-ofi-nccl sets what it needs, and its documentation says not to use them.
+Only variables that NCCL and Gloo cannot find out are set. RDMAV_FORK_SAFE, FI_PROVIDER and FI_EFA_USE_DEVICE_RDMA are
+left alone: aws-ofi-nccl sets what it needs, and its documentation says not to use them.
 """
 
 import ctypes.util
@@ -20,10 +20,10 @@ AMAZON_VENDOR = "0x1d0f"
 DISCARD_PORT = 9  # any port would do: nothing is sent
 
 
-def network_variables(
+def build_network_variables(
     environment: Environment, sys_dir: Path = INFINIBAND_SYS_DIR, dev_dir: Path = INFINIBAND_DEV_DIR
 ) -> dict[str, str]:
-    """The workers' variables in a job of several hosts; {} on one host, where NCCL and Gloo need none."""
+    """Return the workers' variables in a job of several hosts; {} on one host, where NCCL and Gloo need none."""
     if len(environment.hosts) == 1:
         return {}
     variables = {"NCCL_HOSTID": environment.current_host}  # the kernel's host names may all be the same
@@ -36,18 +36,18 @@ def network_variables(
 
 
 def find_efa_devices(sys_dir: Path = INFINIBAND_SYS_DIR) -> list[str]:
-    """The host's EFA devices by name. The kernel lists them even where the container was not given them."""
+    """List the host's EFA devices by name. The kernel shows them even where the container was not given them."""
     vendors = sorted(sys_dir.glob("*/device/vendor"))
     return [file.parent.parent.name for file in vendors if file.read_text(encoding="ascii").strip() == AMAZON_VENDOR]
 
 
 def find_verbs_devices(dev_dir: Path = INFINIBAND_DEV_DIR) -> list[str]:
-    """The RDMA devices, of any maker, that this container may open."""
+    """List the RDMA devices, of any maker, that this container may open."""
     return sorted(file.name for file in dev_dir.glob("uverbs*"))
 
 
 def is_efa_plugin_present(variables: Mapping[str, str]) -> bool:
-    """Whether the loader would find NCCL's network plugin, under either of the names that aws-ofi-nccl installs."""
+    """Tell whether the loader would find NCCL's network plugin, by either name that aws-ofi-nccl installs."""
     folders = [Path(folder) for folder in variables.get("LD_LIBRARY_PATH", "").split(":") if folder]
     return any(
         ctypes.util.find_library(name) or any((folder / f"lib{name}.so").exists() for folder in folders)
@@ -56,8 +56,10 @@ def is_efa_plugin_present(variables: Mapping[str, str]) -> bool:
 
 
 def find_interface(environment: Environment) -> str | None:
-    """The interface that SageMaker names if it exists (the SDK's local mode names one that does not), else the one
-    that leads to another host."""
+    """Return the interface that SageMaker names, else the one that leads to another host.
+
+    The SDK's local mode names an interface that does not exist.
+    """
     if environment.network_interface in psutil.net_if_addrs():
         return environment.network_interface
     others = (host for host in environment.hosts if host != environment.current_host)
@@ -65,7 +67,7 @@ def find_interface(environment: Environment) -> str | None:
 
 
 def find_interface_to(host: str) -> str | None:
-    """The interface whose address the kernel would send from; None while the host's name is not known yet."""
+    """Return the interface that leads to a host; None while the host's name is not known yet."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, DISCARD_PORT, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host's NVIDIA driver, asked through NVML, and cuda-compat for a driver that is older than the image's CUDA.
 
-Loads neither torch nor CUDA: which libcuda the workers load is decided before any of them starts.
+Neither torch nor CUDA is loaded: the libcuda of the workers is chosen before any of them starts.
 """
 
 import importlib.util
@@ -18,19 +18,24 @@ COMPAT_DIR = Path("/usr/local/cuda/compat")
 
 @dataclass(frozen=True)
 class Gpu:
+    """A GPU as the driver describes it."""
+
     name: str
     memory_bytes: int
 
 
 @dataclass(frozen=True)
 class Driver:
-    version: str  # such as 580.95.05; what is before the first point is its branch
+    """An NVIDIA driver, and the GPUs that it drives."""
+
+    version: str  # such as 580.95.05, where 580 is the branch
     cuda: str | None  # newest CUDA it supports; None where its libcuda is not in the container
     gpus: tuple[Gpu, ...]
 
 
 @contextmanager
-def nvml() -> Iterator[None]:
+def open_nvml() -> Iterator[None]:
+    """Open NVML for the block. Raises NVMLError where there is no driver, or one that does not work."""
     pynvml.nvmlInit()
     try:
         yield
@@ -39,9 +44,9 @@ def nvml() -> Iterator[None]:
 
 
 def read_driver() -> Driver | None:
-    """The driver and its GPUs, or None without a driver. Raises NVMLError when there is one that does not work."""
+    """Return the driver and its GPUs, or None without a driver. Raises NVMLError for one that does not work."""
     try:
-        with nvml():
+        with open_nvml():
             handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
             return Driver(
                 version=pynvml.nvmlSystemGetDriverVersion(),
@@ -56,6 +61,7 @@ def read_driver() -> Driver | None:
 
 
 def read_driver_cuda() -> str | None:
+    """Return the newest CUDA version that the driver supports; None where its libcuda is not in the container."""
     try:
         version = pynvml.nvmlSystemGetCudaDriverVersion_v2()  # 13000 is 13.0
     except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_FunctionNotFound):
@@ -64,7 +70,7 @@ def read_driver_cuda() -> str | None:
 
 
 def find_torch_cuda() -> str | None:
-    """The CUDA that torch was built with, from torch/version.py; None for a CPU build."""
+    """Return the CUDA version that torch was built with, from torch/version.py; None for a CPU build."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -74,31 +80,32 @@ def find_torch_cuda() -> str | None:
 
 
 def find_compat_version(compat_dir: Path = COMPAT_DIR) -> str | None:
-    """The driver version that cuda-compat brings, from the name of its libcuda.so.580.95.05."""
+    """Return the driver version of cuda-compat, from the name of its libcuda.so; None without one."""
     versions = [file.name.removeprefix("libcuda.so.") for file in compat_dir.glob("libcuda.so.*.*")]
-    return max(versions, key=branch, default=None)
+    return max(versions, key=parse_major_version, default=None)
 
 
-def branch(version: str) -> int:
+def parse_major_version(version: str) -> int:
+    """Return the number before the first point: the branch of a driver, the major release of CUDA."""
     return int(version.partition(".")[0])
 
 
 def is_compat_usable(driver_version: str, compat_version: str | None) -> bool:
-    """Whether cuda-compat gives the workers a newer CUDA than the host's driver does.
+    """Tell whether cuda-compat gives the workers a newer CUDA than the host's driver does.
 
-    Compares branches, as NVIDIA's container toolkit does: within one the CUDA version is the same, so that compat gains
-    nothing, and on GeForce cards, which do not support it, it would break what works (CUDA error 804).
+    Branches are compared, as NVIDIA's container toolkit does. Within a branch the CUDA version is the same: compat
+    gains nothing, and breaks GeForce cards, which do not support it (CUDA error 804).
     """
-    return compat_version is not None and branch(driver_version) < branch(compat_version)
+    return compat_version is not None and parse_major_version(driver_version) < parse_major_version(compat_version)
 
 
-def driver_variables(variables: Mapping[str, str], compat_dir: Path = COMPAT_DIR) -> dict[str, str]:
-    """What to set beside the given variables so that the workers load cuda-compat's libcuda; {} for the host's own."""
+def build_driver_variables(variables: Mapping[str, str], compat_dir: Path = COMPAT_DIR) -> dict[str, str]:
+    """Return the variables by which workers load cuda-compat's libcuda; {} where they load the host's own."""
     compat_version = find_compat_version(compat_dir)
     if compat_version is None:
         return {}
     try:
-        with nvml():
+        with open_nvml():
             driver_version = pynvml.nvmlSystemGetDriverVersion()
     except pynvml.NVMLError:
         return {}

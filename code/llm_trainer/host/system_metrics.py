@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples a host's GPUs and the host itself while a job runs, in threads of its launcher.
+"""Samples of a host's GPUs and of the host itself while a job runs, taken in threads of its launcher.
 
-GPUs have a thread of their own: a driver that hangs holds up nothing but it, and is told of by the other.
+GPUs have a thread of their own: a driver that hangs holds up only that thread, and the other one reports it.
 """
 
 import threading
@@ -13,11 +13,12 @@ from typing import Protocol, Self
 
 import pynvml
 
+from llm_trainer.common import log
 from llm_trainer.host.gpu_metrics import Gpus
 from llm_trainer.host.host_metrics import HostReader
-from llm_trainer.host.nvidia_driver import nvml
+from llm_trainer.host.nvidia_driver import open_nvml
 
-# The interval grows with the job, so that what a day of 8 hosts with 8 GPUs each leaves in the journal is 42 MB.
+# The interval grows with the job, so that a day of 8 hosts with 8 GPUs each leaves 42 MB in the journal.
 MIN_INTERVAL_SECONDS = 5.0
 MAX_INTERVAL_SECONDS = 60.0
 INTERVALS_IN_AGE = 360
@@ -27,25 +28,27 @@ HANG_SECONDS = 60.0
 END_SECONDS = 2.0  # a thread that has not ended by then, which a hung driver holds, is left behind
 
 
-class Write(Protocol):
-    """Takes a record for the journal, as Journal.write does."""
+class WriteRecord(Protocol):
+    """A function that takes a record for the journal."""
 
-    def __call__(self, kind: str, **fields: object) -> None: ...
+    def __call__(self, kind: str, **fields: object) -> None:
+        """Append a record of this kind."""
 
 
 def choose_interval(age_seconds: float) -> float:
-    """Seconds from one sample to the next in a job of that age."""
+    """Return the seconds from one sample to the next in a job of that age."""
     return min(max(MIN_INTERVAL_SECONDS, age_seconds / INTERVALS_IN_AGE), MAX_INTERVAL_SECONDS)
 
 
 class SystemMetrics:
-    """From entry to exit, `system` records of this host go to `write`, and `event` records about its GPUs."""
+    """Writes `system` records of this host, and `event` records about its GPUs, while the block runs."""
 
-    def __init__(self, host: str, folders: Mapping[str, Path], write: Write, started: float) -> None:
+    def __init__(self, host: str, folders: Mapping[str, Path], write: WriteRecord, started: float) -> None:
+        """Take names and folders whose disks are sampled, and the job's start in seconds since the epoch."""
         self.host = host
         self.folders = folders
         self.write = write
-        self.started = started  # seconds since the epoch
+        self.started = started
         self.ended = threading.Event()
         self.gpus: Gpus | None = None
         self.asking_since: float | None = None  # time.monotonic(), while NVML owes an answer
@@ -55,30 +58,35 @@ class SystemMetrics:
         ]
 
     def __enter__(self) -> Self:
+        """Start the threads."""
         for thread in self.threads:
             thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        """End the threads; one that a hung driver holds is left behind."""
         self.ended.set()
         deadline = time.monotonic() + END_SECONDS
         for thread in self.threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def warn(self, text: str) -> None:
-        print(f"Warning: {text}", flush=True)
+        """Log a warning, and write it to the journal."""
+        log.warning(text)
         self.write("event", host=self.host, level="warning", text=text)
 
     def find_recent_faults(self) -> list[str]:
-        """What GPUs of this host reported within the last minutes."""
+        """List what GPUs of this host reported within the last minutes."""
         faults = self.gpus.faults.copy() if self.gpus else {}
         since = time.monotonic() - RECENT_SECONDS
         return [text for text, at in faults.items() if at > since]
 
     def choose_interval(self) -> float:
+        """Return the seconds to the next sample."""
         return choose_interval(time.time() - self.started)
 
     def sample_host(self) -> None:
+        """Sample the host until the end, and report a driver that hangs."""
         reader = HostReader(self.folders)
         told = False
         while not self.ended.wait(self.choose_interval()):
@@ -91,23 +99,24 @@ class SystemMetrics:
                 self.warn(f"NVML on {self.host} has not answered for {HANG_SECONDS:.0f} s: a GPU or its driver hangs.")
 
     def sample_gpus(self) -> None:
+        """Sample the GPUs until the end; a machine without NVIDIA's driver has none."""
         self.asking_since = time.monotonic()
         try:
-            with nvml():
+            with open_nvml():
                 self.gpus = Gpus(self.host, self.warn)
-                self.follow(self.gpus)
+                self.sample_until_end(self.gpus)
         except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
             pass  # a machine without NVIDIA's driver: the host's figures are all there is
         except pynvml.NVMLError as error:
             self.warn(f"NVML on {self.host} says {error}: there are no metrics of its GPUs.")
         self.asking_since = None
 
-    def follow(self, gpus: Gpus) -> None:
-        """Until the end: XIDs every second, a sample at every interval."""
+    def sample_until_end(self, gpus: Gpus) -> None:
+        """Take XIDs every second, and a sample at every interval, until the end."""
         due = time.monotonic()
         while True:
             self.asking_since = time.monotonic()
-            gpus.watch()
+            gpus.collect_xids()
             if time.monotonic() >= due:
                 if columns := gpus.read():
                     self.write("system", host=self.host, gpus=columns)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_trainer.config.environment import Environment
-from llm_trainer.host.network import network_variables
-from llm_trainer.host.nvidia_driver import driver_variables
+from llm_trainer.host.network import build_network_variables
+from llm_trainer.host.nvidia_driver import build_driver_variables
 from llm_trainer.job.inputs import Inputs
 from llm_trainer.readers.sources import HubSource
 
@@ -60,14 +60,14 @@ class WorkerProcesses:
             "LLM_TRAINER_STARTED": str(started),
             # torchrun would set 1, which halves the speed of a single CPU rank.
             "OMP_NUM_THREADS": str(max(1, environment.num_cpus // self.num_processes)),
-            **network_variables(environment),
+            **build_network_variables(environment),
         }
         if not self.on_gpu:
             variables |= KEPT_MEMORY
         if len(environment.hosts) > 1:
             variables["LLM_TRAINER_HOST"] = environment.current_host
         variables |= libraries
-        return variables | driver_variables(variables)
+        return variables | build_driver_variables(variables)
 
 
 def build_library_variables(inputs: Inputs, chat_template_path: str | None, pushes_to_hub: bool) -> dict[str, str]:

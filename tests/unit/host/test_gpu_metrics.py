@@ -8,19 +8,19 @@ import sys
 
 import pytest
 
-from llm_trainer.host.gpu_metrics import ACTIVITY, GPU_METRICS, XIDS, describe_xid, find_visible
+from llm_trainer.host.gpu_metrics import ACTIVITY, GPU_METRICS, XIDS, describe_xid, find_visible_gpus
 
 READ = """
 import json, sys, time
-from llm_trainer.host.nvidia_driver import nvml
+from llm_trainer.host.nvidia_driver import open_nvml
 from llm_trainer.host.gpu_metrics import Gpus
 
 warnings, samples = [], []
-with nvml():
+with open_nvml():
     gpus = Gpus("algo-1", warnings.append)
     for state in json.loads(sys.argv[1]):
         open(sys.argv[2], "w").write(state)
-        gpus.watch()
+        gpus.collect_xids()
         samples.append(gpus.read())
 print(json.dumps([samples, warnings, list(gpus.faults)]))
 assert "torch" not in sys.modules
@@ -118,7 +118,7 @@ def test_hidden_gpus_are_not_read_and_the_others_keep_their_numbers(read):
     ],
 )
 def test_visible_gpus(variables, indices):
-    assert find_visible(3, variables) == indices
+    assert find_visible_gpus(3, variables) == indices
 
 
 @pytest.mark.parametrize("xid", [13, 31, 43, 45, 48, 63, 64, 74, 79, 94, 95, 119])

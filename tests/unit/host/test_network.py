@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.config.environment import Environment, read_environment
-from llm_trainer.host.network import network_variables
+from llm_trainer.host.network import build_network_variables
 
 
 @pytest.fixture
@@ -33,17 +33,17 @@ def efa_dirs(tmp_path) -> tuple[Path, Path]:
 
 
 def test_one_host_needs_nothing(environment):
-    assert network_variables(dataclasses.replace(environment, hosts=("127.0.0.1",), network_interface="lo")) == {}
+    assert build_network_variables(dataclasses.replace(environment, hosts=("127.0.0.1",), network_interface="lo")) == {}
 
 
 def test_without_efa_nccl_keeps_to_sockets(environment, tmp_path):
-    variables = network_variables(environment, tmp_path / "no-sys", tmp_path / "no-dev")
+    variables = build_network_variables(environment, tmp_path / "no-sys", tmp_path / "no-dev")
     assert variables["NCCL_NET"] == "Socket"
     assert variables["NCCL_HOSTID"] == "127.0.0.1"
 
 
 def test_with_efa_nccl_chooses_itself(environment, efa_dirs):
-    assert network_variables(environment, *efa_dirs) == {
+    assert build_network_variables(environment, *efa_dirs) == {
         "NCCL_HOSTID": "127.0.0.1",
         "NCCL_SOCKET_IFNAME": "lo",
         "GLOO_SOCKET_IFNAME": "lo",
@@ -53,26 +53,26 @@ def test_with_efa_nccl_chooses_itself(environment, efa_dirs):
 def test_efa_that_the_container_may_not_open_is_none(environment, efa_dirs):
     sys_dir, dev_dir = efa_dirs
     (dev_dir / "uverbs0").unlink()
-    assert network_variables(environment, sys_dir, dev_dir)["NCCL_NET"] == "Socket"
+    assert build_network_variables(environment, sys_dir, dev_dir)["NCCL_NET"] == "Socket"
 
 
 def test_another_makers_device_is_no_efa(environment, efa_dirs):
     sys_dir, dev_dir = efa_dirs
     (sys_dir / "rdmap0/device/vendor").write_text("0x15b3\n")
-    assert network_variables(environment, sys_dir, dev_dir)["NCCL_NET"] == "Socket"
+    assert build_network_variables(environment, sys_dir, dev_dir)["NCCL_NET"] == "Socket"
 
 
 def test_the_interface_that_sagemaker_names_is_used_if_it_exists(environment):
     named = dataclasses.replace(environment, hosts=("algo-1.invalid", "algo-2.invalid"), network_interface="lo")
-    assert network_variables(named)["NCCL_SOCKET_IFNAME"] == "lo"
+    assert build_network_variables(named)["NCCL_SOCKET_IFNAME"] == "lo"
 
 
 def test_else_the_one_that_leads_to_another_host(environment):
-    assert network_variables(environment)["GLOO_SOCKET_IFNAME"] == "lo"
+    assert build_network_variables(environment)["GLOO_SOCKET_IFNAME"] == "lo"
     unnamed = dataclasses.replace(environment, network_interface=None)
-    assert network_variables(unnamed)["NCCL_SOCKET_IFNAME"] == "lo"
+    assert build_network_variables(unnamed)["NCCL_SOCKET_IFNAME"] == "lo"
 
 
 def test_else_none_is_set(environment):
     alone = dataclasses.replace(environment, hosts=("127.0.0.1", "algo-2.invalid"))
-    assert not {"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"} & set(network_variables(alone))
+    assert not {"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"} & set(build_network_variables(alone))

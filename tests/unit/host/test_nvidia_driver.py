@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_trainer.host.nvidia_driver import driver_variables, find_compat_version, find_torch_cuda
+from llm_trainer.host.nvidia_driver import build_driver_variables, find_compat_version, find_torch_cuda
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ assert "torch" not in sys.modules
 @pytest.mark.parametrize("driver", ["570.172.08", "535.183.01"])
 def test_compat_comes_first_for_an_older_driver(fake_nvml, compat_dir, driver):
     variables = fake_nvml(driver=driver)
-    assert ask(f"driver_variables(os.environ, Path({str(compat_dir)!r}))", variables) == {
+    assert ask(f"build_driver_variables(os.environ, Path({str(compat_dir)!r}))", variables) == {
         "LD_LIBRARY_PATH": f"{compat_dir}:{variables['LD_LIBRARY_PATH']}"
     }
 
@@ -50,12 +50,15 @@ def test_compat_comes_first_for_an_older_driver(fake_nvml, compat_dir, driver):
 # In one branch (580) the CUDA version is the same, and compat would only break GeForce cards.
 @pytest.mark.parametrize("driver", ["580.95.05", "580.65.06", "590.44.01"])
 def test_compat_is_left_alone_for_a_driver_as_new(fake_nvml, compat_dir, driver):
-    assert ask(f"driver_variables(os.environ, Path({str(compat_dir)!r}))", fake_nvml(driver=driver)) == {}
+    assert ask(f"build_driver_variables(os.environ, Path({str(compat_dir)!r}))", fake_nvml(driver=driver)) == {}
 
 
 def test_without_compat_or_driver_nothing_is_set(fake_nvml, compat_dir, tmp_path):
-    assert ask(f"driver_variables(os.environ, Path({str(tmp_path / 'none')!r}))", fake_nvml(driver="535.183.01")) == {}
-    assert driver_variables({}, compat_dir) == {}
+    assert (
+        ask(f"build_driver_variables(os.environ, Path({str(tmp_path / 'none')!r}))", fake_nvml(driver="535.183.01"))
+        == {}
+    )
+    assert build_driver_variables({}, compat_dir) == {}
 
 
 def test_compats_version_is_that_of_its_library(compat_dir, tmp_path):
