@@ -18,7 +18,7 @@ from llm_trainer.data.fingerprints import describe_split
 from llm_trainer.data.preview import describe_data
 from llm_trainer.data.streaming import AUDITED_ROWS
 from llm_trainer.export.export import export
-from llm_trainer.export.logits_check import choose_rows, compute_logits
+from llm_trainer.export.logits_check import choose_check_rows, compute_logits
 from llm_trainer.export.manifest import build_manifest, describe_weights
 from llm_trainer.export.result import Trained
 from llm_trainer.job.job import Job
@@ -115,7 +115,7 @@ def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> 
 
     memory = fit.compare(peak.read_bytes(), device.is_gpu)
     say(f"Memory: {memory['comparison']}")
-    rows, logits = choose_rows(data.sample), None
+    rows, logits = choose_check_rows(data.sample), None
     if trainer.stopped:
         describe_stop(trainer)
     elif fit.sharded or rank() == 0:

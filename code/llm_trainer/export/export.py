@@ -14,8 +14,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from llm_trainer.common.errors import UserError, summarize
-from llm_trainer.export.model_card import write_card
-from llm_trainer.export.publish import advise_compression, publish
+from llm_trainer.export.base_source import BaseSource
+from llm_trainer.export.model_card import write_model_card
+from llm_trainer.export.publish import Artefacts, advise_compression, publish
 from llm_trainer.export.result import Trained
 from llm_trainer.export.verify import prove_merged, prove_trained
 from llm_trainer.journal.journal import MANIFEST
@@ -60,7 +61,8 @@ def export(trained: Trained, manifest: dict[str, Any]) -> None:
     if advice := advise_compression(model_dir):
         print(advice, flush=True)
     if not trained.trainer.stopped:
-        publish(settings, model_dir, trained.architecture, trained.base_id, trained.base_revision)
+        base = BaseSource(trained.base_id, trained.base_revision)
+        publish(settings.output, settings.tracking, Artefacts(model_dir, trained.architecture, base))
 
 
 def save_trained(trained: Trained, folder: Path) -> None:
@@ -132,7 +134,8 @@ def finish(folder: Path, trained: Trained, manifest: dict[str, Any], is_served: 
     for refusal in refusals:
         print(f"Serving: {refusal}", flush=True)
     manifest["export"]["served_by_vllm"] = not refusals
-    write_card(folder, manifest, str(trained.base_folder), trained.base_id, trained.base_revision, refusals)
+    base = BaseSource(trained.base_id, trained.base_revision)
+    write_model_card(folder, manifest, trained.base_folder, base, refusals)
     manifest["files"] = sorted([MANIFEST, *(file.name for file in folder.iterdir())])
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 

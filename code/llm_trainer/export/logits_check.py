@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether what was written computes what was trained: both are asked for the logits of a few training rows."""
+"""The proof that a written model computes what was trained: both give their logits on a few training rows."""
 
 import math
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from llm_trainer.common import log
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.findings import show_bytes
 from llm_trainer.model.device import Device, find_free_memory
@@ -20,63 +21,75 @@ from llm_trainer.model.device import Device, find_free_memory
 CHECKED_ROWS, CHECKED_TOKENS = 3, 128
 # Largest difference of logits that rounding explains, relative to the largest logit.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-ROOM = 1.2  # what loading and the logits take, of the weights' size
+ROOM = 1.2  # memory that loading and the logits take, as a multiple of the weights' size
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a model is loaded to be asked."""
+class CheckPlace:
+    """The place where a model is loaded for the check."""
 
     device: torch.device
     words: str
-    placement: dict[str, Any] = field(default_factory=dict)  # of Transformers, where it is not all on the device
+    placement: dict[str, Any] = field(default_factory=dict)  # Transformers' options for several places
 
 
-def choose_rows(sample: Dataset) -> list[list[int]]:
-    """The beginnings of a few training rows. Their number is fixed, as ranks with shards must ask equally often."""
+def choose_check_rows(sample: Dataset) -> list[list[int]]:
+    """Return the first tokens of a few training rows.
+
+    Their number is fixed: ranks that hold shards must compute equally often.
+    """
     return list(islice(cycle([row[:CHECKED_TOKENS] for row in sample[:CHECKED_ROWS]["input_ids"]]), CHECKED_ROWS))
 
 
 @torch.no_grad()
 def compute_logits(model: torch.nn.Module, rows: Sequence[list[int]], device: torch.device) -> list[torch.Tensor]:
-    """(tokens, vocabulary) of each row, in float32 on the CPU. Every rank that holds shards must call this."""
+    """Return the logits of each row, (tokens, vocabulary) in float32 on the CPU.
+
+    Every rank that holds shards must call this.
+    """
     model.eval()  # without dropout
     tokens = [torch.tensor([row], device=device) for row in rows]
     return [model(input_ids=row).logits[0].float().cpu() for row in tokens]
 
 
 def measure_difference(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
-    """The largest difference of two logits, relative to the largest logit."""
+    """Return the largest difference of two logits, relative to the largest expected logit."""
     largest = max(logits.abs().max().item() for logits in expected)
     return max((a - b).abs().max().item() for a, b in zip(expected, found, strict=True)) / largest
 
 
-def choose_place(weights_bytes: int, device: Device, scratch_dir: Path) -> Place:
-    """The device, else the host's memory, where the weights fit in; else both and the disk, layer by layer."""
+def choose_place(weights_bytes: int, device: Device, scratch_dir: Path) -> CheckPlace:
+    """Return the first place that holds the weights: the device, the host's memory, or both and the disk by layers."""
     free_bytes = {place: find_free_memory(place) for place in dict.fromkeys((device, Device(torch.device("cpu"))))}
     for place, free in free_bytes.items():
         if ROOM * weights_bytes <= free:
-            return Place(place.torch, f"whole on {place.name}")
+            return CheckPlace(place.torch, f"whole on {place.name}")
     limits = {place.torch.index if place.is_gpu else "cpu": int(free / ROOM) for place, free in free_bytes.items()}
     placement = {"device_map": "auto", "max_memory": limits, "offload_folder": str(scratch_dir / "offloaded")}
-    return Place(device.torch, f"layer by layer on {device.name}", placement)
+    return CheckPlace(device.torch, f"layer by layer on {device.name}", placement)
 
 
-def prove(
-    what: str,
-    expected: list[torch.Tensor],
-    model: PreTrainedModel | PeftModel,
-    place: Place,
-    rows: Sequence[list[int]],
-    tolerance: float | None,
+@dataclass(frozen=True, eq=False)
+class Expectation:
+    """The logits that a written model has to compute on some rows."""
+
+    rows: Sequence[list[int]]
+    logits: list[torch.Tensor]
+    tolerance: float | None  # relative to the largest logit
+
+
+def compare_logits(
+    what: str, expected: Expectation, model: PreTrainedModel | PeftModel, place: CheckPlace
 ) -> dict[str, Any]:
-    """Compare what was written and loaded again: the record of it for the manifest.
+    """Compare a model that was written and loaded again with the expected logits. Return the record for the manifest.
 
-    Without a tolerance any difference will do but not-a-number. Raises UserError when there is more than it allows.
+    Raises UserError where the difference exceeds the tolerance, or is not-a-number. Without a tolerance only
+    not-a-number is refused.
     """
-    if not all(logits.isfinite().all() for logits in expected):
+    if not all(logits.isfinite().all() for logits in expected.logits):
         raise UserError("The trained model computes not-a-number: the training diverged; lower learning_rate.")
-    difference = measure_difference(expected, compute_logits(model, rows, place.device))
+    difference = measure_difference(expected.logits, compute_logits(model, expected.rows, place.device))
+    tolerance, rows = expected.tolerance, expected.rows
     if not difference <= (math.inf if tolerance is None else tolerance):  # not-a-number fails too
         limit = "" if tolerance is None else f", and rounding explains {tolerance:.0e}"
         raise UserError(
@@ -92,7 +105,12 @@ def prove(
     }
 
 
-def tell_unproven(what: str, weights_bytes: int) -> dict[str, Any]:
-    """The record where no memory holds the base: PEFT cannot put an adapter on one that lies on the disk."""
-    print(f"{what} is not compared with the trained model: no memory here holds {show_bytes(weights_bytes)} of weights")
+def describe_unproven(what: str, weights_bytes: int) -> dict[str, Any]:
+    """Return the record for a check that cannot run, since no memory holds the base.
+
+    PEFT cannot put an adapter on a base that lies on the disk.
+    """
+    log.info(
+        f"{what} is not compared with the trained model: no memory here holds {show_bytes(weights_bytes)} of weights"
+    )
     return {"what": what, "loaded": "not at all: the base is larger than the memory", "rows": 0}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README.md of the result: a model card as the Hugging Face Hub reads it, written from the manifest."""
+"""The result's README.md: a model card as the Hugging Face Hub reads it, written from the manifest."""
 
 import json
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from llm_trainer.config.sections import HUB_ID
+from llm_trainer.export.base_source import BaseSource
 
 CARD = "README.md"
 REPOSITORY = "sagemaker-llm-trainer"
@@ -18,49 +19,51 @@ LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*")
 LICENCE_TITLES = {"apache license": "apache-2.0", "mit license": "mit"}
 
 
-def write_card(
-    folder: Path,
-    manifest: dict[str, Any],
-    base_folder: str,
-    base_id: str | None,
-    base_revision: str | None,
-    refusals: list[str],
+def write_model_card(
+    folder: Path, manifest: dict[str, Any], base_folder: Path, base: BaseSource, refusals: list[str]
 ) -> None:
-    """Write the card. `base_folder` holds the base's files; `base_id` is its name on the Hub, if it came from there.
+    """Write the card of the result in `folder`. The manifest has no secrets, and so the card has none.
 
-    `refusals` are sentences on what serves this result not. Secrets are not in the manifest, and so not here.
+    `base_folder` holds the base's files. `refusals` are sentences on why vLLM does not serve this result.
     """
-    licence = find_licence(Path(base_folder))
+    licence = find_licence(base_folder)
     is_adapter = (folder / "adapter_config.json").is_file()
     data = ModelCardData(
-        base_model=base_id,
-        base_model_relation=("adapter" if is_adapter else "finetune") if base_id else None,
+        base_model=base.hub_id,
+        base_model_relation=("adapter" if is_adapter else "finetune") if base.hub_id else None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[REPOSITORY, *(["lora"] if "adapter" in manifest else []), "sft"],
         datasets=list_hub_data(manifest) or None,
         **licence,
     )
-    base = f"[{base_id}](https://huggingface.co/{base_id})" if base_id else "a model whose name is not known"
-    if base_revision:
-        base += f" (revision `{base_revision}`)"
     parts = [
         f"# {manifest['training_job_name'] or 'Fine-tuned model'}",
-        describe_result(manifest, base, is_adapter, licence),
+        describe_result(manifest, describe_base(base), is_adapter, licence),
         "## Use",
-        *describe_use(manifest, base_id, base_revision, is_adapter, refusals),
+        *describe_use(manifest, base, is_adapter, refusals),
         "## Data",
         *describe_data(manifest),
         "## Training",
         *describe_training(manifest),
     ]
-    # Not by a Jinja template, for which ModelCard has from_template: what users wrote must not be run as one.
+    # ModelCard.from_template is not used: text that users wrote must not run as a Jinja template.
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
     card.save(folder / CARD)
 
 
+def describe_base(base: BaseSource) -> str:
+    """Return the base's name as a link, and its revision."""
+    name = base.hub_id
+    link = f"[{name}](https://huggingface.co/{name})" if name else "a model whose name is not known"
+    return f"{link} (revision `{base.revision}`)" if base.revision else link
+
+
 def find_licence(base: Path) -> dict[str, str]:
-    """The base's licence as its own card states it, else as its licence file does; empty where neither tells."""
+    """Return the base's licence by its own card, else by its licence file; {} where neither tells.
+
+    The keys are those of a model card's metadata.
+    """
     if (base / CARD).is_file():
         try:
             stated = ModelCard.load(base / CARD, ignore_metadata_errors=True).data.to_dict()
@@ -79,12 +82,13 @@ def find_licence(base: Path) -> dict[str, str]:
 
 
 def list_hub_data(manifest: dict[str, Any]) -> list[str]:
-    """Hub ids of data sets, as the settings name them; a file or folder of the container is none."""
+    """List the Hub ids of data sets that the settings name; a file or folder of the container is none."""
     names = (manifest["settings"].get(key) for key in ("train_dataset_path", "val_dataset_path"))
     return [name for name in dict.fromkeys(names) if name and HUB_ID.fullmatch(name) and "/" in name]
 
 
 def describe_result(manifest: dict[str, Any], base: str, is_adapter: bool, licence: dict[str, str]) -> str:
+    """Return what the result is: its kind, its base, what was trained, and the licence."""
     kind = "A LoRA adapter of" if is_adapter else "All weights of a fine-tuned copy of"
     merged = " with its LoRA adapter merged in" if not is_adapter and "adapter" in manifest else ""
     trained = f"{manifest['trainable_parameters']:,} of {manifest['parameters']:,} weights were trained"
@@ -94,10 +98,9 @@ def describe_result(manifest: dict[str, Any], base: str, is_adapter: bool, licen
     return f"{kind} {base}{merged}; {trained}, by {REPOSITORY} {manifest['llm_trainer']}. {stopped}{terms}"
 
 
-def describe_use(
-    manifest: dict[str, Any], base_id: str | None, base_revision: str | None, is_adapter: bool, refusals: list[str]
-) -> Iterator[str]:
-    yield f"```python\n{write_snippet(base_id, base_revision, is_adapter)}\n```"
+def describe_use(manifest: dict[str, Any], base: BaseSource, is_adapter: bool, refusals: list[str]) -> Iterator[str]:
+    """Yield how the result is loaded, what serves it, and how it was checked."""
+    yield f"```python\n{write_snippet(base, is_adapter)}\n```"
     if refusals:
         yield "\n".join(f"- {refusal}" for refusal in refusals)
     else:
@@ -110,15 +113,15 @@ def describe_use(
         yield f"Checked when it was written:\n\n```json\n{json.dumps(check, indent=2, default=str)}\n```"
 
 
-def write_snippet(base_id: str | None, base_revision: str | None, is_adapter: bool) -> str:
-    """Python that answers a message, run in the folder of the artefacts."""
+def write_snippet(base: BaseSource, is_adapter: bool) -> str:
+    """Return a Python program that answers a message, to be run in the folder of the artefacts."""
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if is_adapter:
-        revision = f", revision={base_revision!r}" if base_id and base_revision else ""
+        revision = f", revision={base.revision!r}" if base.hub_id and base.revision else ""
         lines.insert(0, "from peft import PeftModel")
-        base = repr(base_id) if base_id else '"path/to/the/base"'
+        name = repr(base.hub_id) if base.hub_id else '"path/to/the/base"'
         lines += [
-            f'base = AutoModelForCausalLM.from_pretrained({base}{revision}, dtype="auto")',
+            f'base = AutoModelForCausalLM.from_pretrained({name}{revision}, dtype="auto")',
             'model = PeftModel.from_pretrained(base, ".")',
         ]
     else:
@@ -138,14 +141,17 @@ def write_snippet(base_id: str | None, base_revision: str | None, is_adapter: bo
 
 
 def describe_data(manifest: dict[str, Any]) -> Iterator[str]:
+    """Yield a table of the splits, and one of their files."""
     rows = ["| split | sources | rows | tokens | trained on |", "|---|---|---|---|---|"]
     files = ["| file | bytes | sha256 |", "|---|---|---|"]
     for split, report in manifest["data"].items():
         sources = ", ".join(f"{source}: {kind}" for source, kind in report["formats"].items())
         share = f"{report['supervised_share']:.1%} of the tokens"
-        rows.append(f"| {split} | {cell(sources)} | {report['num_rows']:,} | {report['num_tokens']:,} | {share} |")
+        rows.append(
+            f"| {split} | {escape_cell(sources)} | {report['num_rows']:,} | {report['num_tokens']:,} | {share} |"
+        )
         files += [
-            f"| {cell(file['name'])} | {file['bytes']:,} | {file.get('sha256', 'streamed')} |"
+            f"| {escape_cell(file['name'])} | {file['bytes']:,} | {file.get('sha256', 'streamed')} |"
             for file in report["files"]
         ]
     yield "\n".join(rows)
@@ -153,24 +159,25 @@ def describe_data(manifest: dict[str, Any]) -> Iterator[str]:
         yield "\n".join(files)
 
 
-def cell(text: str) -> str:
-    """What Markdown takes for one cell of a table."""
+def escape_cell(text: str) -> str:
+    """Return a text that Markdown takes for one cell of a table."""
     return text.replace("|", "\\|").replace("\n", " ")
 
 
 def describe_training(manifest: dict[str, Any]) -> Iterator[str]:
+    """Yield steps, metrics, settings and versions."""
     metrics = {name: value for name, value in manifest["metrics"].items() if isinstance(value, int | float)}
     yield f"{manifest['num_steps']} of {manifest['total_steps']} steps on {manifest['world_size']} devices."
     yield "\n".join(
         ["| metric | value |", "|---|---|", *(f"| {name} | {value:g} |" for name, value in metrics.items())]
     )
-    yield f"Settings:\n\n```json\n{json.dumps(asked_for(manifest), indent=2, default=str)}\n```"
+    yield f"Settings:\n\n```json\n{json.dumps(select_given_settings(manifest), indent=2, default=str)}\n```"
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     yield f"Versions: {versions}."
 
 
-def asked_for(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Settings that are set, without the container's folders, which mean nothing elsewhere."""
+def select_given_settings(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that are set, without the container's folders, which mean nothing elsewhere."""
     return {
         name: value
         for name, value in manifest["settings"].items()

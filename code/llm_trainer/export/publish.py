@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of the finished artefacts besides SageMaker's upload: a push to the Hub, a version in MLflow's registry.
+"""Publication of the finished artefacts: a push to the Hugging Face Hub, a version in MLflow's registry.
 
-Rank 0 alone calls this, after the artefacts lie in the model folder, so that a failure here loses nothing. The job
-fails then all the same: the user asked for the push. Nothing of the Trainer's own pushing is used.
+Rank 0 alone calls this once the artefacts lie in the model folder: a failure here loses nothing. The job fails all the
+same, since the user asked for the push. The Trainer's own pushing is not used.
 """
 
 import json
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from llm_trainer.common import hub
+from llm_trainer.common import hub, log
 from llm_trainer.common.errors import UserError, summarize
-from llm_trainer.config.schema import Settings
 from llm_trainer.config.secret_references import HUB_TOKEN
+from llm_trainer.config.sections import OutputSettings, TrackingSettings
 from llm_trainer.config.tracker_choice import choose_trackers
+from llm_trainer.export.base_source import BaseSource
 from llm_trainer.trackers.run_identity import MODEL_PATH, find_left_run
 
 LARGE_BYTES = 10**9
@@ -29,23 +31,30 @@ RUN_PATIENCE_SECONDS = 10.0
 MLFLOW_ERROR = "the artefacts are in {model_dir}: register them by hand, or mend this and start the job again."
 
 
-def publish(
-    settings: Settings, model_dir: Path, architecture: str, base_id: str | None, base_revision: str | None
-) -> None:
-    """Push and register as the settings ask. Raises UserError with what failed; the artefacts are left alone.
+@dataclass(frozen=True)
+class Artefacts:
+    """A finished result, and what MLflow has to know to load it."""
 
-    `architecture` is the model's class in Transformers; `base_id` the base's name on the Hub, if it has one.
+    model_dir: Path
+    architecture: str  # the model's class in Transformers
+    base: BaseSource
+
+
+def publish(settings: OutputSettings, tracking: TrackingSettings, artefacts: Artefacts) -> None:
+    """Push and register the artefacts, as far as the settings ask for it.
+
+    Raises UserError with everything that failed; the artefacts are left alone.
     """
     problems: list[str] = []
-    if settings.output.push_to_hub:
+    if settings.push_to_hub:
         try:
-            print(f"Pushed to {push(settings, model_dir)}", flush=True)
+            log.info(f"Pushed to {push_to_hub(settings, artefacts.model_dir)}")
         except UserError as error:
             problems += error.problems
-    if settings.output.mlflow_register_model:
+    if settings.mlflow_register_model:
         try:
-            version = register(settings, model_dir, architecture, base_id, base_revision)
-            print(f"Registered in MLflow as version {version} of {settings.output.mlflow_register_model}", flush=True)
+            version = register_in_mlflow(settings.mlflow_register_model, tracking, artefacts)
+            log.info(f"Registered in MLflow as version {version} of {settings.mlflow_register_model}")
         except UserError as error:
             problems += error.problems
     if problems:
@@ -53,7 +62,7 @@ def publish(
 
 
 def advise_compression(model_dir: Path) -> str | None:
-    """A sentence on packing, where the artefacts are so large that it costs minutes."""
+    """Return a sentence on packing where the artefacts are so large that it costs minutes; else None."""
     size = sum(file.stat().st_size for file in model_dir.rglob("*") if file.is_file())
     if size < LARGE_BYTES:
         return None
@@ -65,56 +74,54 @@ def advise_compression(model_dir: Path) -> str | None:
     )
 
 
-def prepare_push(settings: Settings) -> None:
-    """Make the repository and the branch now. Raises UserError where that, and so the push, is not possible."""
-    if not settings.output.push_to_hub:
+def prepare_push(settings: OutputSettings) -> None:
+    """Create the repository and the branch before the training. Raises UserError where no push is possible."""
+    if not settings.push_to_hub:
         return
-    api, name = connect(), settings.output.hub_model_id
+    api, name = connect_to_hub(), settings.hub_model_id
 
     def prepare() -> None:
         account = api.whoami()
         if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise UserError(f"hub_model_id={name!r}: the given token may only read: give one that may write.")
-        # An existing repository answers too, also one that the account may but read.
-        repository = api.create_repo(name, private=settings.output.hub_private_repo, exist_ok=True).repo_id
-        if settings.output.hub_revision:
-            api.create_branch(repository, branch=settings.output.hub_revision, exist_ok=True)
+        # An existing repository answers too, even one that the account may only read.
+        repository = api.create_repo(name, private=settings.hub_private_repo, exist_ok=True).repo_id
+        if settings.hub_revision:
+            api.create_branch(repository, branch=settings.hub_revision, exist_ok=True)
 
     hub.retry_while_busy(prepare, f"Preparing {name}", lambda error: f"{refuse_push(settings, error)}.")
 
 
-def push(settings: Settings, model_dir: Path) -> str:
-    """Upload the artefacts in one commit; its address. Raises UserError where the Hub refuses, or stays away."""
-    api = connect()
+def push_to_hub(settings: OutputSettings, model_dir: Path) -> str:
+    """Upload the artefacts in one commit. Return its address. Raises UserError where the Hub refuses or stays away."""
+    api = connect_to_hub()
 
     def upload() -> str:
-        name = settings.output.hub_model_id
+        name = settings.hub_model_id
         repository = name if "/" in name else f"{api.whoami()['name']}/{name}"
         files = sorted(file for file in model_dir.rglob("*") if file.is_file())
         # Not upload_folder, which makes several commits of a large folder: a reader could find half a model.
         additions = [CommitOperationAdd(file.relative_to(model_dir).as_posix(), file) for file in files]
         message = "Result of sagemaker-llm-trainer"
         try:
-            return str(
-                api.create_commit(repository, additions, commit_message=message, revision=settings.output.hub_revision)
-            )
+            return str(api.create_commit(repository, additions, commit_message=message, revision=settings.hub_revision))
         except RuntimeError as error:  # huggingface_hub hides behind one what the Hub answered to an upload
             raise hub.find_answer(error) from error
 
     def refuse(error: BaseException) -> str:
         return f"{refuse_push(settings, error)}; the artefacts are in {model_dir}: push them by hand."
 
-    return hub.retry_while_busy(upload, f"Pushing to {settings.output.hub_model_id}", refuse)
+    return hub.retry_while_busy(upload, f"Pushing to {settings.hub_model_id}", refuse)
 
 
-def connect() -> HfApi:
-    """The Hub with the token of the push, else that of the whole job."""
+def connect_to_hub() -> HfApi:
+    """Return a client of the Hub with the token of the push, else the job's."""
     return HfApi(token=os.environ.get(HUB_TOKEN))
 
 
-def refuse_push(settings: Settings, error: BaseException) -> str:
-    """Why the repository cannot be made or written, and what to change, without the full stop."""
-    what = f"hub_model_id={settings.output.hub_model_id!r}"
+def refuse_push(settings: OutputSettings, error: BaseException) -> str:
+    """Return why the repository cannot be made or written, and what to change, without the full stop."""
+    what = f"hub_model_id={settings.hub_model_id!r}"
     answer = hub.find_answer(error)
     status = answer.response.status_code if isinstance(answer, HfHubHTTPError) else None
     if status == 401:
@@ -126,25 +133,23 @@ def refuse_push(settings: Settings, error: BaseException) -> str:
     return f"{what} could not be pushed to ({summarize(answer)})"
 
 
-def register(
-    settings: Settings, model_dir: Path, architecture: str, base_id: str | None, base_revision: str | None
-) -> str:
-    """Log the artefacts to the job's run, which is the reporter's, as an MLflow model, and register them; the version.
+def register_in_mlflow(name: str, tracking: TrackingSettings, artefacts: Artefacts) -> str:
+    """Log the artefacts to the job's run as an MLflow model, and register them. Return the version.
 
-    Nothing is loaded into memory, nor copied on the way: `mlflow.transformers.log_model` would do one of them. The
-    files go to the run as they are, as in MLflow 2, so that servers of MLflow 2 and 3 take them.
+    Nothing is loaded into memory or copied, as `mlflow.transformers.log_model` would do. The files go to the run as
+    they are, as in MLflow 2: servers of MLflow 2 and 3 take them. Raises UserError where MLflow refuses.
     """
     import mlflow
     from mlflow.exceptions import MlflowException
     from mlflow.models import Model
 
-    name = settings.output.mlflow_register_model
+    model_dir = artefacts.model_dir
     try:
         # Without the job's run, whose server may have been away until now, the model has one of its own.
-        run_id = find_run(settings) or mlflow.start_run(run_name=settings.tracking.run_name).info.run_id
+        run_id = find_run(tracking) or mlflow.start_run(run_name=tracking.run_name).info.run_id
         client = mlflow.MlflowClient()
         model = Model(artifact_path=MODEL_PATH, run_id=run_id)
-        model.add_flavor("transformers", **describe_flavor(model_dir, architecture, base_id, base_revision))
+        model.add_flavor("transformers", **describe_flavor(artefacts))
         with tempfile.TemporaryDirectory() as folder:
             model.save(f"{folder}/MLmodel")
             client.log_artifact(run_id, f"{folder}/MLmodel", MODEL_PATH)
@@ -160,16 +165,15 @@ def register(
     return str(version)
 
 
-def find_run(settings: Settings) -> str | None:
-    if "mlflow" not in choose_trackers(settings.tracking):
+def find_run(tracking: TrackingSettings) -> str | None:
+    """Return the id of the run that the reporter made for this job; None without one."""
+    if "mlflow" not in choose_trackers(tracking):
         return None
     return find_left_run(Path(os.environ["LLM_TRAINER_SCRATCH"]), RUN_PATIENCE_SECONDS)
 
 
-def describe_flavor(
-    model_dir: Path, architecture: str, base_id: str | None, base_revision: str | None
-) -> dict[str, Any]:
-    """How `mlflow.transformers.load_model` reads the artefacts: its file format's own names."""
+def describe_flavor(artefacts: Artefacts) -> dict[str, Any]:
+    """Return how `mlflow.transformers.load_model` reads the artefacts, in the names of its file format."""
     import transformers
 
     flavor = {
@@ -177,20 +181,20 @@ def describe_flavor(
         "code": None,
         "task": "text-generation",
         "instance_type": "TextGenerationPipeline",
-        "pipeline_model_type": architecture,
+        "pipeline_model_type": artefacts.architecture,
         "components": ["tokenizer"],
         "tokenizer_type": "AutoTokenizer",
     }
-    adapter = model_dir / "adapter_config.json"
+    adapter, base = artefacts.model_dir / "adapter_config.json", artefacts.base
     if not adapter.is_file():
         return {**flavor, "model_binary": "."}
-    if base_id is None:
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        return {**flavor, "peft_adaptor": ".", "local_base_model_path": base}
-    # A revision, whichever, has it load the base from the Hub.
+    if base.hub_id is None:
+        folder = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return {**flavor, "peft_adaptor": ".", "local_base_model_path": folder}
+    # MLflow loads the base from the Hub only where a revision is named.
     return {
         **flavor,
         "peft_adaptor": ".",
-        "source_model_name": base_id,
-        "source_model_revision": base_revision or "main",
+        "source_model_name": base.hub_id,
+        "source_model_revision": base.revision or "main",
     }

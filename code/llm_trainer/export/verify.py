@@ -12,7 +12,15 @@ from transformers import Mxfp4Config, PreTrainedModel
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.safetensors_files import count_weights
-from llm_trainer.export.logits_check import ROUNDING, Place, choose_place, compute_logits, prove, tell_unproven
+from llm_trainer.export.logits_check import (
+    ROUNDING,
+    CheckPlace,
+    Expectation,
+    choose_place,
+    compare_logits,
+    compute_logits,
+    describe_unproven,
+)
 from llm_trainer.export.result import Trained
 from llm_trainer.model.loading import load_model
 from llm_trainer.model.plan import ModelPlan
@@ -39,11 +47,11 @@ def prove_trained(trained: Trained, folder: Path, expected: list[torch.Tensor], 
     if not settings.adapter.use_peft:
         model = load_whole(trained, folder, place)
     elif place.placement:
-        return tell_unproven(what, model_bytes)
+        return describe_unproven(what, model_bytes)
     else:
         model = load_adapted(trained, folder, place, quantized=settings.adapter.init_lora_weights != "loftq")
     try:
-        return prove(what, expected, model, place, rows, tolerance)
+        return compare_logits(what, Expectation(rows, expected, tolerance), model, place)
     except UserError as error:
         rejected = trained.job.environment.output_dir / "data" / REJECTED
         shutil.rmtree(rejected, ignore_errors=True)
@@ -71,17 +79,17 @@ def prove_merged(trained: Trained, adapter: Path, folder: Path) -> Iterator[dict
         base_bytes = measure_base(trained)
         base_place = choose_place(base_bytes, plan.device, trained.scratch_dir)
         if base_place.placement:
-            yield tell_unproven("The adapter on the original weights", base_bytes)
+            yield describe_unproven("The adapter on the original weights", base_bytes)
         else:
             adapted = load_adapted(trained, adapter, base_place, quantized=False)
             on_original = compute_logits(adapted, rows, base_place.device)
             del adapted  # before the other model is loaded
     merged = load_whole(trained, folder, place)
     if on_original is not None:
-        yield prove(what, on_original, merged, place, rows, rounding)
+        yield compare_logits(what, Expectation(rows, on_original, rounding), merged, place)
     if is_other_base:
         what, tolerance = "The merged model, beside the adapter on its quantized base,", None
-    yield prove(what, trained.logits, merged, place, rows, tolerance)
+    yield compare_logits(what, Expectation(rows, trained.logits, tolerance), merged, place)
 
 
 def is_in_8_bit(plan: ModelPlan) -> bool:
@@ -98,7 +106,7 @@ def measure_base(trained: Trained) -> int:
     return measure_weights(trained.base_folder, trained.plan)
 
 
-def load_adapted(trained: Trained, adapter: Path, place: Place, quantized: bool) -> PeftModel:
+def load_adapted(trained: Trained, adapter: Path, place: CheckPlace, quantized: bool) -> PeftModel:
     """The base, as it was trained on or as it is stored, with the adapter of a folder."""
     plan, settings = trained.plan, trained.job.settings
     quantization = plan.quantization if quantized or isinstance(plan.quantization, Mxfp4Config) else None
@@ -106,7 +114,7 @@ def load_adapted(trained: Trained, adapter: Path, place: Place, quantized: bool)
     return PeftModel.from_pretrained(base, str(adapter))
 
 
-def load_whole(trained: Trained, folder: Path, place: Place) -> PreTrainedModel:
+def load_whole(trained: Trained, folder: Path, place: CheckPlace) -> PreTrainedModel:
     """Weights that were written, as a consumer loads them."""
     plan, settings = trained.plan, trained.job.settings
     options = (None, plan.precision.compute, place.device, plan.attention.name)

@@ -125,7 +125,7 @@ def check_host(job: Job) -> None:
     if job.environment.node_rank == 0 and job.settings.output.push_to_hub:
         from llm_trainer.export.publish import prepare_push  # the Hub's client takes half a second to import
 
-        prepare_push(job.settings)
+        prepare_push(job.settings.output)
 
 
 def check_machine(job: Job) -> None:

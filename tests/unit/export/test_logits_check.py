@@ -8,12 +8,20 @@ from transformers import AutoModelForCausalLM
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.export import logits_check
-from llm_trainer.export.logits_check import Place, choose_place, choose_rows, compute_logits, measure_difference, prove
+from llm_trainer.export.logits_check import (
+    CheckPlace,
+    Expectation,
+    choose_check_rows,
+    choose_place,
+    compare_logits,
+    compute_logits,
+    measure_difference,
+)
 from llm_trainer.model.device import Device
 from llm_trainer.model.loading import load_model
 
 CPU = Device(torch.device("cpu"))
-WHOLE = Place(torch.device("cpu"), "whole on the CPU")
+WHOLE = CheckPlace(torch.device("cpu"), "whole on the CPU")
 ROWS = [[3, 4, 5, 6, 7], [9, 8, 7], [5, 5]]
 
 
@@ -22,7 +30,7 @@ def load(folder):
 
 
 def test_rows_are_cut_and_as_many_wherever_they_are_chosen():
-    rows = choose_rows(Dataset.from_dict({"input_ids": [list(range(500)), [1, 2]]}))
+    rows = choose_check_rows(Dataset.from_dict({"input_ids": [list(range(500)), [1, 2]]}))
     assert [len(row) for row in rows] == [logits_check.CHECKED_TOKENS, 2, logits_check.CHECKED_TOKENS]
 
 
@@ -36,12 +44,17 @@ def test_what_was_lost_of_an_adapter_is_noticed(tiny_model, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     expected = compute_logits(model, ROWS, torch.device("cpu"))
     same = PeftModel.from_pretrained(load(tiny_model), tmp_path / "adapter")
-    record = prove("The adapter", expected, same, WHOLE, ROWS, 1e-4)
+    record = compare_logits("The adapter", Expectation(ROWS, expected, 1e-4), same, WHOLE)
     assert record["relative_logit_difference"] <= 1e-6
     assert (record["rows"], record["tokens"], record["loaded"]) == (3, 10, "whole on the CPU")
     with pytest.raises(UserError, match=r"^The adapter does not compute what was trained: logits differ by "):
-        prove("The adapter", expected, load(tiny_model), WHOLE, ROWS, 1e-4)
-    assert prove("Another base", expected, load(tiny_model), WHOLE, ROWS, None)["relative_logit_difference"] > 1e-4
+        compare_logits("The adapter", Expectation(ROWS, expected, 1e-4), load(tiny_model), WHOLE)
+    assert (
+        compare_logits("Another base", Expectation(ROWS, expected, None), load(tiny_model), WHOLE)[
+            "relative_logit_difference"
+        ]
+        > 1e-4
+    )
 
 
 def test_not_a_number_is_nobodys_rounding(tiny_model):
@@ -49,10 +62,10 @@ def test_not_a_number_is_nobodys_rounding(tiny_model):
     broken = load(tiny_model)
     broken.model.norm.weight.data.fill_(torch.nan)
     with pytest.raises(UserError, match="The export does not compute"):
-        prove("The export", expected, broken, WHOLE, ROWS, None)
+        compare_logits("The export", Expectation(ROWS, expected, None), broken, WHOLE)
     logits = compute_logits(broken, ROWS, torch.device("cpu"))
     with pytest.raises(UserError, match=r"diverged; lower learning_rate\.$"):
-        prove("The export", logits, broken, WHOLE, ROWS, None)
+        compare_logits("The export", Expectation(ROWS, logits, None), broken, WHOLE)
 
 
 def test_a_model_larger_than_the_memory_is_asked_layer_by_layer(tiny_model, tmp_path, monkeypatch):
@@ -64,4 +77,4 @@ def test_a_model_larger_than_the_memory_is_asked_layer_by_layer(tiny_model, tmp_
     model = load_model(str(tiny_model), Settings(), None, torch.float32, place.device, "sdpa", **place.placement)
     assert "disk" in model.hf_device_map.values()
     expected = compute_logits(load(tiny_model), ROWS, torch.device("cpu"))
-    assert prove("The export", expected, model, place, ROWS, 1e-6)["loaded"] == place.words
+    assert compare_logits("The export", expected, model, place, ROWS, 1e-6)["loaded"] == place.words

@@ -5,11 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
-from llm_trainer.export.model_card import find_licence, write_card
+from llm_trainer.export.base_source import BaseSource
+from llm_trainer.export.model_card import find_licence, write_model_card
 
 MANIFEST = {
     "llm_trainer": "0.1.0",
@@ -48,7 +50,9 @@ MANIFEST = {
 
 
 def card_of(folder, base_folder="/nowhere", base_id="org/base", refusals=()):
-    write_card(folder, MANIFEST, str(base_folder), base_id, "abc" if base_id else None, list(refusals))
+    write_model_card(
+        folder, MANIFEST, Path(base_folder), BaseSource(base_id, "abc" if base_id else None), list(refusals)
+    )
     return ModelCard.load(folder / "README.md")
 
 

@@ -10,6 +10,7 @@ from llm_trainer.config.checks import find_publish_contradictions
 from llm_trainer.config.schema import Settings
 from llm_trainer.config.secret_references import read_secret_variables
 from llm_trainer.export import publish
+from llm_trainer.export.base_source import BaseSource
 from llm_trainer.trackers.run_identity import leave_run
 from support.fake_hub import MODEL, FakeHub
 from support.mlflow_server import MlflowServer
@@ -48,11 +49,15 @@ def refuse(action, *arguments) -> str:
     return str(information.value)
 
 
+def describe(model_dir):
+    return publish.Artefacts(model_dir, "LlamaForCausalLM", BaseSource(None, None))
+
+
 def test_a_push_is_one_commit_of_the_whole_folder(fake_hub, artefacts, capsys):
     settings = Settings(**PUSH, hub_private_repo=True)
-    publish.prepare_push(settings)
+    publish.prepare_push(settings.output)
     assert fake_hub.created == [{"name": "model", "organization": "tiny", "visibility": "private"}]
-    publish.publish(settings, artefacts, "LlamaForCausalLM", None, None)
+    publish.publish(settings.output, settings.tracking, describe(artefacts))
     (files,) = fake_hub.commits
     assert files == {
         file.relative_to(artefacts).as_posix(): file.read_bytes() for file in artefacts.rglob("*") if file.is_file()
@@ -65,22 +70,22 @@ def test_the_pushs_own_token_and_branch(fake_hub, artefacts, monkeypatch):
     settings = Settings(**PUSH, hub_token="hf_other", hub_revision="trial")
     for name, value in read_secret_variables(settings, {}).items():
         monkeypatch.setenv(name, value)
-    publish.prepare_push(settings)
+    publish.prepare_push(settings.output)
     assert fake_hub.created[-1] == {"branch": "trial"}
-    publish.push(settings, artefacts)
+    publish.push_to_hub(settings.output, artefacts)
     assert f"POST /api/models/{MODEL}/commit/trial" in fake_hub.requests
     assert fake_hub.tokens <= {"Bearer hf_other", None}
 
 
 def test_without_being_asked_nothing_is_pushed(fake_hub, artefacts):
-    publish.prepare_push(Settings())
-    publish.publish(Settings(), artefacts, "LlamaForCausalLM", None, None)
+    publish.prepare_push(Settings().output)
+    publish.publish(Settings().output, Settings().tracking, describe(artefacts))
     assert fake_hub.requests == []
 
 
 def test_a_token_that_may_only_read_is_told_before_training(fake_hub):
     fake_hub.role = "read"
-    assert "the given token may only read" in refuse(publish.prepare_push, Settings(**PUSH))
+    assert "the given token may only read" in refuse(publish.prepare_push, Settings(**PUSH).output)
 
 
 @pytest.mark.parametrize(
@@ -95,13 +100,13 @@ def test_what_forbids_a_push_is_told_before_training(fake_hub, monkeypatch, stat
     monkeypatch.setattr(hub, "PATIENCE_SECONDS", 0.5)
     fake_hub.repository = "nobody/knows"  # or create_repo would take it for one that is there
     fake_hub.refuse(status)
-    assert sentence in refuse(publish.prepare_push, Settings(**PUSH))
+    assert sentence in refuse(publish.prepare_push, Settings(**PUSH).output)
 
 
 def test_a_busy_hub_is_pushed_to_again(fake_hub, artefacts, capsys):
     fake_hub.refused = "/commit/"
     fake_hub.refuse(429, times=1)
-    publish.push(Settings(**PUSH), artefacts)
+    publish.push_to_hub(Settings(**PUSH).output, artefacts)
     assert len(fake_hub.commits) == 1
     assert f"Pushing to {MODEL}: 429" in capsys.readouterr().out
 
@@ -110,7 +115,8 @@ def test_a_push_that_fails_leaves_the_artefacts(fake_hub, artefacts):
     fake_hub.refused = "/upload/"
     fake_hub.refuse(403)
     before = sorted(artefacts.rglob("*"))
-    sentence = refuse(publish.publish, Settings(**PUSH), artefacts, "LlamaForCausalLM", None, None)
+    settings = Settings(**PUSH)
+    sentence = refuse(publish.publish, settings.output, settings.tracking, describe(artefacts))
     assert "(403)" in sentence
     assert sentence.endswith(f"the artefacts are in {artefacts}: push them by hand.")
     assert sorted(artefacts.rglob("*")) == before
@@ -165,7 +171,10 @@ def test_the_artefacts_become_a_version_of_a_registered_model(mlflow_server, tin
     run = mlflow.MlflowClient().create_run("0")  # the reporter's
     leave_run(tmp_path, run.info.run_id)
     settings = Settings(mlflow_uri=mlflow_server, mlflow_register_model="sums")
-    versions = [publish.register(settings, tiny_model, "LlamaForCausalLM", None, None) for _ in range(2)]
+    versions = [
+        publish.register_in_mlflow(settings.output.mlflow_register_model, settings.tracking, describe(tiny_model))
+        for _ in range(2)
+    ]
     assert versions == ["1", "2"]
     version = mlflow.MlflowClient().get_model_version("sums", "1")
     assert version.run_id == run.info.run_id
@@ -182,7 +191,10 @@ def test_without_a_run_of_the_job_the_model_gets_its_own(mlflow_server, tiny_mod
     monkeypatch.setenv("LLM_TRAINER_SCRATCH", str(tmp_path))
     monkeypatch.setattr(publish, "RUN_PATIENCE_SECONDS", 0)
     settings = Settings(mlflow_uri=mlflow_server, mlflow_register_model="own", run_name="its own")
-    assert publish.register(settings, tiny_model, "LlamaForCausalLM", None, None) == "1"
+    assert (
+        publish.register_in_mlflow(settings.output.mlflow_register_model, settings.tracking, describe(tiny_model))
+        == "1"
+    )
     run = mlflow.get_run(mlflow.MlflowClient().get_model_version("own", "1").run_id)
     assert (run.info.run_name, run.info.status) == ("its own", "FINISHED")
 
@@ -193,5 +205,7 @@ def test_a_server_that_is_gone_is_told(tiny_model, monkeypatch, tmp_path):
     monkeypatch.setenv("LLM_TRAINER_SCRATCH", str(tmp_path))
     monkeypatch.setattr(publish, "RUN_PATIENCE_SECONDS", 0)
     settings = Settings(mlflow_uri="http://127.0.0.1:9", mlflow_register_model="sums")
-    sentence = refuse(publish.register, settings, tiny_model, "LlamaForCausalLM", None, None)
+    sentence = refuse(
+        publish.register_in_mlflow, settings.output.mlflow_register_model, settings.tracking, describe(tiny_model)
+    )
     assert f"the artefacts are in {tiny_model}" in sentence
