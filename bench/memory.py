@@ -82,7 +82,7 @@ def measure(name: str) -> tuple[int, int]:
 
     from llm_trainer.config.schema import Settings
     from llm_trainer.model import lora
-    from llm_trainer.model.memory.estimate import Setup, estimate
+    from llm_trainer.model.memory.estimate import Setup, estimate_memory
     from llm_trainer.model.memory.peak import Peak
     from llm_trainer.model.memory.shape import read_shape
     from llm_trainer.model.memory.step_trace import Step
@@ -105,7 +105,7 @@ def measure(name: str) -> tuple[int, int]:
         sharded=False,
         on_gpu=on_gpu,
     )
-    estimated = estimate(shape, Setup(step, 1, "adamw_torch_fused", accumulates=False))
+    estimated = estimate_memory(shape, Setup(step, 1, "adamw_torch_fused", accumulates=False))
     for part in estimated.as_table():
         print(part, file=sys.stderr)
     peak = Peak(torch.device("cuda" if on_gpu else "cpu"))
@@ -133,7 +133,7 @@ def measure(name: str) -> tuple[int, int]:
             args=arguments,
             train_dataset=Dataset.from_list(rows),
             processing_class=build_tokenizer(),
-            peft_config=lora.build_lora(settings, model) if settings.adapter.use_peft else None,
+            peft_config=lora.build_lora_config(settings, model) if settings.adapter.use_peft else None,
         )
         trainer.train()
     return estimated.peak_bytes, peak.read_bytes()

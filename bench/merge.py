@@ -108,10 +108,10 @@ def prepare_copy(folder: Path) -> Any:
 def prepare_ours(folder: Path) -> Any:
     from transformers import AutoConfig, LlamaForCausalLM  # noqa: F401
 
-    from llm_trainer.merge.merge import merge
+    from llm_trainer.merge.merge import write_merged_model
 
     config = AutoConfig.from_pretrained(folder / "base")
-    return lambda: merge(folder / "base", folder / "adapter", folder / "llm-trainer", config)
+    return lambda: write_merged_model(folder / "base", folder / "adapter", folder / "llm-trainer", config)
 
 
 def prepare_peft(folder: Path) -> Any:

@@ -18,8 +18,8 @@ from transformers import LlamaConfig
 from llm_trainer.common.findings import GIB
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device
-from llm_trainer.model.memory.estimate import count_states, gathered_bytes
-from llm_trainer.model.memory.fit import Case, Target, list_ways, usable_bytes
+from llm_trainer.model.memory.estimate import count_gathered_bytes, count_optimizer_states
+from llm_trainer.model.memory.fit import MemoryScenario, Target, count_usable_bytes, list_parallelism_plans
 from llm_trainer.model.memory.flops import count_attention, count_flops, find_peak_flops
 from llm_trainer.model.memory.shape import ModelShape, Part
 
@@ -182,7 +182,7 @@ def list_rows(scenario: Scenario) -> Iterator[Row]:
     machine, base = scenario.machine, build_case(scenario.model, scenario.method)
     device = Device(torch.device("cuda"), machine.gpu, (8, 0))
     on_machine = base.change(distribution=scenario.distribution).move(
-        device=device, free_bytes=usable_bytes(machine.memory_gib)
+        device=device, free_bytes=count_usable_bytes(machine.memory_gib)
     )
     for gpus in SIZES:
         if gpus >= machine.gpus or scenario.distribution == "ddp":
@@ -194,17 +194,19 @@ def list_rows(scenario: Scenario) -> Iterator[Row]:
 
 
 @functools.cache
-def build_case(model: str, method: str) -> Case:
+def build_case(model: str, method: str) -> MemoryScenario:
     """A job of one row at a time, on no machine yet. Its shape, which is dear, serves all."""
     settings = Settings(packing=True, max_length=ROW_TOKENS, per_device_train_batch_size=1, **METHODS[method])
     target = Target(Device(torch.device("cuda"), P5.gpu, (8, 0)), world_size=1, free_bytes=0)
-    return Case(MODELS[model], settings, ROW_TOKENS, target, "flash_attention_2")
+    return MemoryScenario(MODELS[model], settings, ROW_TOKENS, target, "flash_attention_2")
 
 
-def compute_row(scenario: Scenario, case: Case, gpus: int) -> Row:
+def compute_row(scenario: Scenario, case: MemoryScenario, gpus: int) -> Row:
     """A job whose model, if it is sharded, is so over the case's GPUs, and replicated over the others."""
     machine, shape, pieces = scenario.machine, case.shape, case.settings.training.gradient_accumulation_steps
-    needs = [(way, case.estimate(way)) for way in list_ways(case.settings, case.target) if not way.offloads]
+    needs = [
+        (way, case.estimate(way)) for way in list_parallelism_plans(case.settings, case.target) if not way.offloads
+    ]
     way, need = next(((way, need) for way, need in needs if case.fits(need)), needs[-1])
     traffic = count_traffic(shape, case.types[1], way.sharded)
     forward, backward = time_batch(machine, case, way.checkpoints)
@@ -221,7 +223,7 @@ def compute_row(scenario: Scenario, case: Case, gpus: int) -> Row:
         waiting_seconds=waiting,
         traffic_seconds=everything,
         network_bytes=count_network_bytes(machine, traffic, gpus, shards, pieces),
-        checkpoint_bytes=shape.trained_bytes + count_states(shape, case.settings.training.optim),
+        checkpoint_bytes=shape.trained_bytes + count_optimizer_states(shape, case.settings.training.optim),
         writing_hosts=count_hosts(machine, shards),
     )
 
@@ -236,7 +238,7 @@ def count_traffic(shape: ModelShape, compute_dtype: torch.dtype, sharded: bool) 
     if not sharded:
         return Traffic(0, 0, 2 * shape.trained_bytes, 0, -(-shape.trained_bytes // BUCKET_BYTES))
     units = [unit for unit in list_units(shape) if unit]
-    sizes = [gathered_bytes(unit, compute_dtype) for unit in units]
+    sizes = [count_gathered_bytes(unit, compute_dtype) for unit in units]
     return Traffic(
         gathered=sum(sizes),
         gathered_again=sum(sizes[:-1]),
@@ -253,7 +255,7 @@ def list_units(shape: ModelShape) -> list[list[Part]]:
     return [first, *shape.list_layers(), [part for part in others if part not in first]]
 
 
-def time_batch(machine: Machine, case: Case, recomputes: bool) -> tuple[float, float]:
+def time_batch(machine: Machine, case: MemoryScenario, recomputes: bool) -> tuple[float, float]:
     """Seconds that a GPU computes for a row: forward and backward pass."""
     shape, config = case.shape, case.config
     peak = find_peak_flops(case.target.device)

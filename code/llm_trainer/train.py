@@ -28,8 +28,8 @@ from llm_trainer.journal.timeline import Timeline
 from llm_trainer.model import loading, lora, lora_init
 from llm_trainer.model.device import find_device
 from llm_trainer.model.liger import apply_liger
-from llm_trainer.model.memory.fit import Fit, choose_fit, describe_fit, find_target
-from llm_trainer.model.memory.flops import find_full_speed, measure_row_tokens
+from llm_trainer.model.memory.fit import MemoryPlan, choose_memory_plan, describe_memory_plan, find_target
+from llm_trainer.model.memory.flops import find_peak_tokens_per_second, measure_row_tokens
 from llm_trainer.model.memory.peak import Peak
 from llm_trainer.model.plan import ModelPlan, plan_model
 from llm_trainer.model.precision import choose_precision
@@ -68,8 +68,8 @@ def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> 
 
     target = find_target(device, agreement.group)
     longest_row, earlier = data.longest_row_tokens(settings), find_distribution(job, agreement.group)
-    fit = choose_fit(plan.config, settings, longest_row, target, plan.attention.name, earlier)
-    say(*describe_fit(fit))
+    fit = choose_memory_plan(plan.config, settings, longest_row, target, plan.attention.name, earlier)
+    say(*describe_memory_plan(fit))
     arguments = build_arguments(settings, inputs, device.torch, precision.compute, fit)
     peak = Peak(device.torch)
     base = load_base(plan, fit, settings, arguments, agreement)
@@ -88,12 +88,16 @@ def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> 
 
     trainer = build_trainer(base, tokenizer, plan.lora, sequences, packing.collator, arguments, settings)
     if plan.lora is not None:
-        trainer.adapter_start = lora_init.begin(trainer.model, settings.adapter.init_lora_weights, folder, scratch_dir)
+        trainer.adapter_start = lora_init.initialize_adapter(
+            trainer.model, settings.adapter.init_lora_weights, folder, scratch_dir
+        )
     trainer.agreement, trainer.run, trainer.keeps_checkpoints = agreement, run, settings.training.use_checkpoints
     trainer.journal = journal
     row_tokens = measure_row_tokens(data.reports["train"].lengths, settings.data.max_length)
     full_speed = (
-        find_full_speed(fit.shape, plan.config, device, row_tokens) if arguments.bf16 or arguments.fp16 else None
+        find_peak_tokens_per_second(fit.shape, plan.config, device, row_tokens)
+        if arguments.bf16 or arguments.fp16
+        else None
     )
     trainer.add_callback(MetricLines(trainer, timeline, journal, peak, full_speed))
     has_interval = settings.is_given("save_steps") or settings.is_given("save_strategy")
@@ -104,7 +108,7 @@ def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> 
     generations.before_training()
     say(f"Resuming from {checkpoint}" if checkpoint else "Starting from the base model")
     if checkpoint and trainer.adapter_start:
-        lora_init.return_to(checkpoint, trainer.model, trainer.adapter_start)
+        lora_init.restore_initial_adapter(checkpoint, trainer.model, trainer.adapter_start)
     if local_rank() == 0:
         StartGate(scratch_dir).wait_or_pass()
     with follow(timeline.started, job.environment.num_billed_hosts) as progress:
@@ -147,7 +151,7 @@ def tell_data(data: Data, job: Job, tokenizer: PreTrainedTokenizerBase, journal:
 
 
 def load_base(
-    plan: ModelPlan, fit: Fit, settings: Settings, arguments: SFTConfig, agreement: Agreement
+    plan: ModelPlan, fit: MemoryPlan, settings: Settings, arguments: SFTConfig, agreement: Agreement
 ) -> PreTrainedModel:
     if fit.sharded:
         base = fsdp.load_base(plan, settings, arguments, agreement.group)
@@ -171,7 +175,7 @@ def describe_run(trainer: ResumableTrainer, packing: Packing) -> None:
     per_device, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     trainable, total = lora.count_parameters(trainer.model)
     if isinstance(trainer.model, PeftModel):
-        say(lora.describe(trainer.model))
+        say(lora.describe_adapter(trainer.model))
     say(
         f"Training {trainable:,} of {total:,} weights ({trainable / total:.2%}) on {world_size()} x "
         f"{arguments.device.type}; "

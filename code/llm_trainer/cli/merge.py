@@ -44,13 +44,13 @@ def run(arguments: Sequence[str]) -> int:
         trusts = asked.trust_remote_code == "true"
         warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' words to each other, not to the user
         # Only now: torch and what is built on it take seconds, and mistakes need none of it.
-        from llm_trainer.merge.merge import merge
+        from llm_trainer.merge.merge import write_merged_model
         from llm_trainer.model.loading import read_config
-        from llm_trainer.model.precision import TYPES
+        from llm_trainer.model.precision import DTYPES
 
         config = read_config(str(base), Settings.model_validate({"trust_remote_code": trusts}))
         quantization = build_quantization(manifest) if asked.merge_base == "dequantized" else None
-        figures = merge(base, adapter, output, config, TYPES.get(asked.dtype), quantization, trusts)
+        figures = write_merged_model(base, adapter, output, config, DTYPES.get(asked.dtype), quantization, trusts)
         copy_tokenizer(adapter, base, output)
     except UserError as error:
         print(error, file=sys.stderr)

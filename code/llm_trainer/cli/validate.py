@@ -158,11 +158,11 @@ def examine_adapter(folder: str, config: "PreTrainedConfig", settings: Settings,
     if not settings.adapter.use_peft:
         return
     from llm_trainer.model.loading import build_skeleton
-    from llm_trainer.model.lora import build_lora
+    from llm_trainer.model.lora import build_lora_config
     from llm_trainer.serving.limits import find_misplacements
 
     try:
-        lora = build_lora(settings, build_skeleton(folder, config, settings))
+        lora = build_lora_config(settings, build_skeleton(folder, config, settings))
     except UserError as error:
         validation.tell("adapter", "error", error.problems)
         return
@@ -175,7 +175,13 @@ def examine_memory(
 ) -> None:
     """Tell what the job needs of a GPU: of those that are here, or of whichever the job will run on."""
     from llm_trainer.model.device import find_device
-    from llm_trainer.model.memory.fit import ATTENTION_ELSEWHERE, Target, choose_fit, find_gpu_size, list_needs
+    from llm_trainer.model.memory.fit import (
+        ATTENTION_ELSEWHERE,
+        Target,
+        choose_memory_plan,
+        estimate_on_one_gpu,
+        find_smallest_gpu,
+    )
     from llm_trainer.model.memory.shape import UnknownShapeError
 
     on_gpu = environment.num_gpus > 0 and not settings.parallelism.use_cpu
@@ -188,12 +194,12 @@ def examine_memory(
             num_processes = count_processes(settings.parallelism, environment)
             free_bytes = min(gpu.memory_bytes for gpu in driver.gpus)
             target = Target(find_device(settings), num_processes * len(environment.hosts), free_bytes)
-            fit = choose_fit(config, settings, longest_row, target, attention)
+            fit = choose_memory_plan(config, settings, longest_row, target, attention)
             validation.memory = fit.describe()
             validation.tell("memory", "warning" if fit.warning else "ok", [fit.warning or fit.reason])
             return
-        for way, need in list_needs(config, settings, longest_row, attention).items():
-            size = find_gpu_size(need)
+        for way, need in estimate_on_one_gpu(config, settings, longest_row, attention).items():
+            size = find_smallest_gpu(need)
             fitting = f"one GPU of {size} GiB holds that" if size else "no single GPU holds that"
             validation.memory[way] = {"gpu_gib": size, **need.describe()}
             validation.tell("memory", "ok", [f"{way} needs {show_bytes(need.total_bytes)} on a GPU: {fitting}"])

@@ -20,7 +20,7 @@ from llm_trainer.export.publish import Artefacts, advise_compression, publish
 from llm_trainer.export.result import Trained
 from llm_trainer.export.verify import prove_merged, prove_trained
 from llm_trainer.journal.journal import MANIFEST
-from llm_trainer.merge.merge import merge
+from llm_trainer.merge.merge import write_merged_model
 from llm_trainer.model.lora_init import save_adapter
 from llm_trainer.serving.lmi_files import ServedModel, write_serving
 
@@ -112,7 +112,7 @@ def merge_adapter(trained: Trained, adapter: Path, folder: Path, checks: list[di
     plan, settings = trained.plan, trained.job.settings
     quantization = plan.quantization if settings.output.merge_base == "dequantized" else None
     try:
-        figures = merge(
+        figures = write_merged_model(
             *(trained.base_folder, adapter, folder, plan.config, plan.precision.compute, quantization),
             trust_remote_code=settings.model.trust_remote_code,
         )

@@ -92,7 +92,7 @@ class StoredTensor:
         return rows.view(self.dtype).reshape((last - first, *self.shape[1:]) if self.shape else ())
 
     def read_all(self) -> torch.Tensor:
-        return self.read(0, num_rows(self.shape))
+        return self.read(0, count_rows(self.shape))
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class CopiedTensor(DerivedTensor):
         return self.original.read(first, last)
 
 
-def num_rows(shape: tuple[int, ...]) -> int:
+def count_rows(shape: tuple[int, ...]) -> int:
     return shape[0] if shape else 1
 
 
@@ -259,12 +259,12 @@ def list_shards(base: Path) -> list[Path]:
 
 def list_tensors(shards: Iterable[Path], dtype: torch.dtype) -> list[BaseTensor]:
     """The tensors of the files in their order there; MXFP4 becomes `dtype`, wherever its blocks lie."""
-    stored = {tensor.name: tensor for file in shards for tensor in list_stored(file)}
+    stored = {tensor.name: tensor for file in shards for tensor in list_stored_tensors(file)}
     parts: set[str] = set()
     tensors: list[BaseTensor] = []
     for name, tensor in stored.items():
         scales = stored.get(name.removesuffix(MXFP4_BLOCKS) + MXFP4_SCALES) if name.endswith(MXFP4_BLOCKS) else None
-        statistics = find_statistics(name, stored) if tensor.dtype in (torch.uint8, torch.int8) else {}
+        statistics = find_quantization_statistics(name, stored) if tensor.dtype in (torch.uint8, torch.int8) else {}
         if scales is not None:
             tensors.append(Mxfp4Tensor(tensor, scales, dtype))
             parts.add(scales.name)
@@ -276,7 +276,7 @@ def list_tensors(shards: Iterable[Path], dtype: torch.dtype) -> list[BaseTensor]
     return [tensor for tensor in tensors if tensor.name not in parts]
 
 
-def list_stored(file: Path) -> Iterator[StoredTensor]:
+def list_stored_tensors(file: Path) -> Iterator[StoredTensor]:
     header = read_header(file)
     with file.open("rb") as stream:
         start = 8 + int.from_bytes(stream.read(8), "little")
@@ -287,7 +287,7 @@ def list_stored(file: Path) -> Iterator[StoredTensor]:
         yield StoredTensor(name, file, DTYPES[tensor["dtype"]], tuple(tensor["shape"]), offset)
 
 
-def find_statistics(name: str, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def find_quantization_statistics(name: str, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """What bitsandbytes stores beside a quantized weight: `weight.absmax` and others in 4 bit, `SCB` in 8 bit."""
     scales = stored.get(f"{name.removesuffix('weight')}{BNB_8BIT_SCALES}")
     if scales is not None:

@@ -36,7 +36,7 @@ MERGED_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant")
 BASE_CHANGING_STARTS = (*MOVING_STARTS, "corda", "lora_ga")
 
 
-class Change(Protocol):
+class WeightDelta(Protocol):
     @property
     def is_whole(self) -> bool:
         """Whether rows cannot be changed apart from the others."""
@@ -46,7 +46,7 @@ class Change(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class LowRank:
+class LowRankDelta:
     """scale * left @ right."""
 
     left: torch.Tensor  # ([experts,] rows, rank), float32
@@ -59,10 +59,10 @@ class LowRank:
             return weight.addmm_(self.left[first:last], self.right, alpha=self.scale)
         return weight.baddbmm_(self.left[first:last], self.right[first:last], alpha=self.scale)
 
-    def equals(self, other: Change) -> bool:
+    def equals(self, other: WeightDelta) -> bool:
         """Whether the other is the same, as it is where one adapter is shared by tied weights."""
         return (
-            isinstance(other, LowRank)
+            isinstance(other, LowRankDelta)
             and self.scale == other.scale
             and torch.equal(self.left, other.left)
             and torch.equal(self.right, other.right)
@@ -70,7 +70,7 @@ class LowRank:
 
 
 @dataclass(frozen=True, eq=False)
-class Shift:
+class BiasDelta:
     """A vector on a bias."""
 
     vector: torch.Tensor
@@ -81,7 +81,7 @@ class Shift:
 
 
 @dataclass(frozen=True, eq=False)
-class OwnMerge:
+class PeftMerge:
     """What PEFT's layer itself does with the whole matrix."""
 
     layer: LoraLayer
@@ -99,11 +99,11 @@ class OwnMerge:
 
 
 @dataclass(frozen=True, eq=False)
-class Reverted:
+class ConvertedDelta:
     """The changes of parameters as they are on one of the tensors that these are made of."""
 
     layout: WeightLayout
-    changes: dict[str, LowRank | None]  # of the parameters that are converted together
+    changes: dict[str, LowRankDelta | None]  # of the parameters that are converted together
     name: str  # the tensor
     place: int | None = None  # its number, where it alone is a row (an expert) of the parameters
     is_whole: bool = True
@@ -122,13 +122,13 @@ class Reverted:
         return weight.add_(self.layout.revert(values)[name])
 
 
-def put_on(skeleton: PreTrainedModel, adapter: Path) -> PeftModel:
+def attach_adapter(skeleton: PreTrainedModel, adapter: Path) -> PeftModel:
     """The skeleton with the adapter, its tensors in float32. Raises UserError when they do not fit each other.
 
     The base's parameters become single numbers that look like tensors of the right shape: on the meta device PEFT
     would move the adapter there, too.
     """
-    config = read_config(adapter)
+    config = read_adapter_config(adapter)
     for module in skeleton.modules():
         for name, parameter in module.named_parameters(recurse=False):
             number = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
@@ -140,7 +140,7 @@ def put_on(skeleton: PreTrainedModel, adapter: Path) -> PeftModel:
             model = PeftModelForCausalLM(skeleton, config, ADAPTER, low_cpu_mem_usage=True)
         except (ValueError, TypeError) as error:
             raise UserError(f"The adapter in {adapter} does not fit the base: {summarize(error)}.") from error
-        shapes = {name: tuple(tensor.shape) for name, tensor in list_expected(model).items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in list_adapter_tensors(model).items()}
         try:
             weights = {name: tensor.float() for name, tensor in load_file(file).items()}
             result = set_peft_model_state_dict(model, weights, ADAPTER, low_cpu_mem_usage=True)
@@ -155,7 +155,7 @@ def put_on(skeleton: PreTrainedModel, adapter: Path) -> PeftModel:
     return model
 
 
-def read_config(adapter: Path) -> LoraConfig:
+def read_adapter_config(adapter: Path) -> LoraConfig:
     try:
         config = PeftConfig.from_pretrained(str(adapter))
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -172,7 +172,7 @@ def read_config(adapter: Path) -> LoraConfig:
     return config
 
 
-def list_expected(model: PeftModel) -> dict[str, torch.Tensor]:
+def list_adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
 
 
@@ -207,7 +207,7 @@ def is_placeholder(parameter: torch.Tensor) -> bool:
     return not any(parameter.stride())
 
 
-def list_changes(model: PeftModel) -> Iterator[tuple[str, Change]]:
+def list_deltas(model: PeftModel) -> Iterator[tuple[str, WeightDelta]]:
     """The changed parameters, by the names that they have in the base. Raises UserError for what cannot be merged."""
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, TrainableTokensWrapper):
@@ -217,35 +217,35 @@ def list_changes(model: PeftModel) -> Iterator[tuple[str, Change]]:
             while path.endswith(".base_layer"):  # adapters on several parameters of a module are wrapped in each other
                 path = path.removesuffix(".base_layer")
             own = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
-            yield f"{path}.{own}", read_change(path, module)
+            yield f"{path}.{own}", read_delta(path, module)
             if module.lora_bias.get(ADAPTER):
                 if module.get_base_layer().bias is None:
                     raise UserError(
                         f"The adapter has a bias on {path}, which has none in the base: it cannot be merged."
                     )
-                yield f"{path}.bias", Shift(module.lora_B[ADAPTER].bias.data * module.scaling[ADAPTER])
+                yield f"{path}.bias", BiasDelta(module.lora_B[ADAPTER].bias.data * module.scaling[ADAPTER])
                 module.lora_bias[ADAPTER] = False  # PEFT's layer must not add it again to the placeholder
 
 
-def read_change(name: str, layer: LoraLayer) -> Change:
+def read_delta(name: str, layer: LoraLayer) -> WeightDelta:
     variant = layer.lora_variant.get(ADAPTER)
     if variant is not None:
         kind = getattr(variant, "__name__", type(variant).__name__)
         if kind not in MERGED_VARIANTS:
             raise UserError(f"The adapter on {name} is of PEFT's {kind}, which cannot be merged here: use PEFT.")
-        return OwnMerge(layer)
+        return PeftMerge(layer)
     scale = layer.scaling[ADAPTER]
     if isinstance(layer, ParamWrapper):
         if layer.get_param().ndim == 3:
             left, right, scale = layer.get_delta_factors(ADAPTER)
-            return LowRank(left.data, right.data, scale)
-        return LowRank(layer.lora_B[ADAPTER].weight.data, layer.lora_A[ADAPTER].weight.data, scale)
+            return LowRankDelta(left.data, right.data, scale)
+        return LowRankDelta(layer.lora_B[ADAPTER].weight.data, layer.lora_A[ADAPTER].weight.data, scale)
     if isinstance(layer, Linear):
         left, right = layer.lora_B[ADAPTER].weight.data, layer.lora_A[ADAPTER].weight.data
-        return LowRank(right.T, left.T, scale) if layer.fan_in_fan_out else LowRank(left, right, scale)
+        return LowRankDelta(right.T, left.T, scale) if layer.fan_in_fan_out else LowRankDelta(left, right, scale)
     if isinstance(layer, Embedding):
         left, right = layer.lora_embedding_A[ADAPTER].data.T, layer.lora_embedding_B[ADAPTER].data.T
-        return LowRank(left, right, scale)
+        return LowRankDelta(left, right, scale)
     if hasattr(layer.get_base_layer(), "weight") and not isinstance(layer.get_base_layer(), nn.MultiheadAttention):
-        return OwnMerge(layer)  # convolutions
+        return PeftMerge(layer)  # convolutions
     raise UserError(f"The adapter on {name} is a {type(layer).__name__}, which cannot be merged here: use PEFT.")

@@ -35,11 +35,11 @@ from llm_trainer.merge.base_tensors import (
     list_shards,
     list_tensors,
 )
-from llm_trainer.merge.lora_deltas import Change, LowRank, Reverted
+from llm_trainer.merge.lora_deltas import ConvertedDelta, LowRankDelta, WeightDelta
 from llm_trainer.merge.shard_writer import MergedShard, MergedTensor, write_json
 from llm_trainer.merge.weight_layout import WeightLayout
 from llm_trainer.model.loading import build_on_meta
-from llm_trainer.model.precision import name_of
+from llm_trainer.model.precision import show_dtype
 from llm_trainer.model.quantization import find_stored_method
 from llm_trainer.readers.sources import digest
 
@@ -53,7 +53,7 @@ SERVED_FILES = (
 )
 
 
-def merge(
+def write_merged_model(
     base: Path,
     adapter: Path,
     output: Path,
@@ -70,17 +70,17 @@ def merge(
     """
     started = time.monotonic()
     settings = Settings.model_validate({"trust_remote_code": trust_remote_code})
-    shards, is_untied = plan(base, adapter, config, dtype, quantization, settings)
-    check_room(output, shards)
-    shard_writer.begin(output, describe_origin(base, adapter, dtype, quantization))
+    shards, is_untied = plan_merge(base, adapter, config, dtype, quantization, settings)
+    check_free_space(output, shards)
+    shard_writer.claim_output(output, describe_origin(base, adapter, dtype, quantization))
     try:
         shard_writer.write_shards(output, shards)
         written_dtype = find_main_dtype(shards)
         copy_small_files(base, output, trust_remote_code)
-        shard_writer.publish(output, shards)
+        shard_writer.publish_shards(output, shards)
         write_index(output, shards)
         write_config(base, output, written_dtype, is_untied)
-        shard_writer.end(output)
+        shard_writer.remove_record(output)
     except OSError as error:
         raise UserError(
             f"The merged model could not be written to {output} ({error}): merge again, it goes on."
@@ -89,13 +89,13 @@ def merge(
         "merge_base": "dequantized" if quantization else "bf16",
         "shards": len(shards),
         "merged_tensors": sum(tensor.change is not None for shard in shards for tensor in shard.tensors),
-        "dtype": name_of(written_dtype),
+        "dtype": show_dtype(written_dtype),
         "bytes": sum(shard.num_bytes for shard in shards),
         "seconds": round(time.monotonic() - started, 3),
     }
 
 
-def plan(
+def plan_merge(
     base: Path,
     adapter: Path,
     config: PreTrainedConfig,
@@ -112,14 +112,14 @@ def plan(
     check_shapes(base, layout)
     if quantization is not None:
         tensors |= {tensor.name: tensor for tensor in list_rounded(layout, tensors, quantization, dtype)}
-    model = lora_deltas.put_on(build_skeleton(config, settings), adapter)
-    changes = dict(lora_deltas.list_changes(model))
+    model = lora_deltas.attach_adapter(build_skeleton(config, settings), adapter)
+    changes = dict(lora_deltas.list_deltas(model))
     replaced = lora_deltas.list_replaced(model)
-    is_untied = untie(layout, tensors, changes, replaced)
+    is_untied = split_tied_embeddings(layout, tensors, changes, replaced)
     for parameter, values in replaced.items():
         name = find_tensor(layout, parameter)
         tensors[name] = ReplacedTensor(tensors[name], values)
-    stored_changes = dict(locate(layout, changes))
+    stored_changes = dict(map_deltas_to_tensors(layout, changes))
     kept = find_kept_in_float32(skeleton, dtype)
     shards = [MergedShard(file.name, []) for file in files]
     by_file = dict(zip(files, shards, strict=True))
@@ -179,10 +179,10 @@ def list_rounded(
             yield RoundedTensor(tensors[name], quantization, loaded, issubclass(module.source_cls, Conv1D))
 
 
-def untie(
+def split_tied_embeddings(
     layout: WeightLayout,
     tensors: dict[str, BaseTensor],
-    changes: dict[str, Change],
+    changes: dict[str, WeightDelta],
     replaced: dict[str, torch.Tensor],
 ) -> bool:
     """Give input and output embeddings, where they are one tensor, one each if the adapter changes them differently.
@@ -199,7 +199,7 @@ def untie(
         return False
     absent = next((end for end in ends if end not in layout.stored), None)
     first, second = (changes.get(end) for end in ends)
-    if isinstance(first, LowRank) and isinstance(second, LowRank) and first.equals(second):
+    if isinstance(first, LowRankDelta) and isinstance(second, LowRankDelta) and first.equals(second):
         if absent:
             del changes[absent]
             replaced.pop(absent, None)  # PEFT saves the base's embeddings beside an adapter on them
@@ -212,23 +212,25 @@ def untie(
     return True
 
 
-def locate(layout: WeightLayout, changes: dict[str, Change]) -> Iterator[tuple[str, Change]]:
+def map_deltas_to_tensors(layout: WeightLayout, changes: dict[str, WeightDelta]) -> Iterator[tuple[str, WeightDelta]]:
     """The changed tensors, and what is done to each. Raises UserError for a parameter that cannot be turned back."""
-    groups: dict[tuple[str, ...], dict[str, Change]] = {}
+    groups: dict[tuple[str, ...], dict[str, WeightDelta]] = {}
     for parameter, change in changes.items():
         if parameter in layout.stored:
             yield layout.stored[parameter], change
         else:
             groups.setdefault(tuple(layout.find_group(parameter)), {})[parameter] = change
     for group, own in groups.items():
-        yield from revert(layout, {parameter: own.get(parameter) for parameter in group})
+        yield from convert_to_checkpoint_layout(layout, {parameter: own.get(parameter) for parameter in group})
 
 
-def revert(layout: WeightLayout, changes: dict[str, Change | None]) -> Iterator[tuple[str, Change]]:
+def convert_to_checkpoint_layout(
+    layout: WeightLayout, changes: dict[str, WeightDelta | None]
+) -> Iterator[tuple[str, WeightDelta]]:
     """The changes of parameters that are converted together, on the tensors that these are made of."""
     parameter = next(name for name, change in changes.items() if change is not None)
     fix = "serve the adapter on the base instead."
-    low_rank = {name: change if isinstance(change, LowRank) else None for name, change in changes.items()}
+    low_rank = {name: change if isinstance(change, LowRankDelta) else None for name, change in changes.items()}
     if low_rank != changes:
         raise UserError(
             f"{parameter} lies in the base's files in another form, which DoRA cannot be merged into: {fix}"
@@ -246,18 +248,18 @@ def revert(layout: WeightLayout, changes: dict[str, Change | None]) -> Iterator[
                 f"have {list(shape)} there: {fix}"
             )
     num_rows = {len(layout.skeleton.get_parameter(name)) for name in changes}
-    row = try_row(layout, changes)
+    row = find_row_shapes(layout, changes)
     for name, shape in shapes.items():
         first, place, number = layout.places.get(name, (name, 0, 1))
         if row == {each: (1, *shape[1:]) for each, shape in shapes.items()}:
-            yield name, Reverted(layout, low_rank, name, is_whole=False)
+            yield name, ConvertedDelta(layout, low_rank, name, is_whole=False)
         elif row.get(first) == shape and num_rows == {number}:
-            yield name, Reverted(layout, low_rank, name, place)
+            yield name, ConvertedDelta(layout, low_rank, name, place)
         else:
-            yield name, Reverted(layout, low_rank, name)
+            yield name, ConvertedDelta(layout, low_rank, name)
 
 
-def try_row(layout: WeightLayout, parameters: Iterable[str]) -> dict[str, tuple[int, ...]]:
+def find_row_shapes(layout: WeightLayout, parameters: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """The shapes that a row (an expert) of each parameter becomes; nothing where rows are not converted apart."""
     if any(layout.skeleton.get_parameter(name).ndim < 3 for name in parameters):
         return {}
@@ -275,11 +277,11 @@ def find_tensor(layout: WeightLayout, parameter: str) -> str:
 
 def find_kept_in_float32(skeleton: PreTrainedModel, dtype: torch.dtype | None) -> re.Pattern[str] | None:
     """The names of what Transformers would not load in a short type, such as the bias of some routers."""
-    plan = skeleton._get_dtype_plan(dtype) if dtype else {}
-    return re.compile("|".join(name.replace("*", ".*") for name in plan)) if plan else None
+    plan_merge = skeleton._get_dtype_plan(dtype) if dtype else {}
+    return re.compile("|".join(name.replace("*", ".*") for name in plan_merge)) if plan_merge else None
 
 
-def check_room(output: Path, shards: list[MergedShard]) -> None:
+def check_free_space(output: Path, shards: list[MergedShard]) -> None:
     finished = shard_writer.find_finished(output, shards)
     needed_bytes = sum(shard.num_bytes for shard in shards if shard.file_name not in finished)
     free_bytes = find_free_bytes(output)
@@ -299,7 +301,7 @@ def describe_origin(
         "config": digest(base / "config.json"),
         "adapter": digest(adapter / SAFETENSORS_WEIGHTS_NAME),
         "adapter_config": digest(adapter / "adapter_config.json"),
-        "dtype": name_of(dtype) if dtype else None,
+        "dtype": show_dtype(dtype) if dtype else None,
         "quantization": json.loads(quantization.to_json_string(use_diff=False)) if quantization else None,
     }
 
@@ -345,7 +347,7 @@ def write_config(base: Path, output: Path, dtype: torch.dtype, is_untied: bool) 
     for part in (config, config.get("text_config") or {}):
         if part is config or "dtype" in part or "torch_dtype" in part:
             part.pop("torch_dtype", None)
-            part["dtype"] = name_of(dtype)
+            part["dtype"] = show_dtype(dtype)
         if part is config or "use_cache" in part:
             part["use_cache"] = True
         if is_untied and (part is config or "tie_word_embeddings" in part):

@@ -22,8 +22,8 @@ import torch
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.findings import GIB, show_bytes
-from llm_trainer.merge.base_tensors import CODES, BaseTensor, num_rows
-from llm_trainer.merge.lora_deltas import Change
+from llm_trainer.merge.base_tensors import CODES, BaseTensor, count_rows
+from llm_trainer.merge.lora_deltas import WeightDelta
 
 UNFINISHED = ".llm-trainer-merge"  # in the output folder: finished shards until all are, and what they are made from
 RECORD = "made_from.json"
@@ -56,7 +56,7 @@ class MergedTensor:
     name: str
     dtype: torch.dtype
     source: BaseTensor
-    change: Change | None
+    change: WeightDelta | None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ class MergedTensor:
 
     def list_blocks(self) -> Iterator[tuple[int, int]]:
         """The first row, and the one after the last, of what is merged at a time."""
-        rows = num_rows(self.shape)
+        rows = count_rows(self.shape)
         numbers = math.prod(self.shape[1:])
         is_whole = self.source.is_whole or (self.change is not None and self.change.is_whole)
         step = rows if is_whole else max(1, BLOCK_NUMBERS // max(1, numbers))
@@ -131,7 +131,7 @@ class MergedShard:
             os.truncate(part, self.num_bytes)
 
 
-def settle(part: Path, file: Path) -> None:
+def sync_and_rename(part: Path, file: Path) -> None:
     """Give a written shard its name once it is on the disk, whatever becomes of the machine."""
     with part.open("rb") as stream:
         os.fsync(stream.fileno())
@@ -140,7 +140,7 @@ def settle(part: Path, file: Path) -> None:
 
 def write_block(stream: int, tensor: MergedTensor, first: int, last: int, offset: int) -> None:
     block = tensor.merge(first, last)
-    row_bytes = tensor.num_bytes // max(1, num_rows(tensor.shape))
+    row_bytes = tensor.num_bytes // max(1, count_rows(tensor.shape))
     write_at(stream, block.view(-1).view(torch.uint8).numpy().data, offset + first * row_bytes)
 
 
@@ -163,7 +163,7 @@ def start_threads() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-def begin(output: Path, made_from: dict[str, Any]) -> None:
+def claim_output(output: Path, made_from: dict[str, Any]) -> None:
     """Note in the output folder what the shards are made from, or check that those there are made from the same."""
     record = output / UNFINISHED / RECORD
     others = [path.name for path in output.iterdir() if path.name != UNFINISHED] if output.is_dir() else []
@@ -204,7 +204,7 @@ def write_shards(output: Path, shards: list[MergedShard]) -> None:
         for number, shard in enumerate(waiting, start=len(finished) + 1):
             file = output / UNFINISHED / shard.file_name
             shard.write(part := file.with_suffix(".part"), pool)
-            settled.append(disk.submit(settle, part, file))  # the disk writes while the next shard is computed
+            settled.append(disk.submit(sync_and_rename, part, file))  # the disk writes while the next shard is computed
             done_bytes += shard.num_bytes
             seconds = max(time.monotonic() - started, 1e-3)
             wait = (left_bytes - done_bytes) * seconds / done_bytes
@@ -217,7 +217,7 @@ def write_shards(output: Path, shards: list[MergedShard]) -> None:
             shard_on_disk.result()
 
 
-def publish(output: Path, shards: list[MergedShard]) -> None:
+def publish_shards(output: Path, shards: list[MergedShard]) -> None:
     """Give the finished shards their places in the output folder."""
     for shard in shards:
         unfinished = output / UNFINISHED / shard.file_name
@@ -225,5 +225,5 @@ def publish(output: Path, shards: list[MergedShard]) -> None:
             unfinished.replace(output / shard.file_name)
 
 
-def end(output: Path) -> None:
+def remove_record(output: Path) -> None:
     shutil.rmtree(output / UNFINISHED)

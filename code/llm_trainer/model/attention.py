@@ -16,7 +16,7 @@ from transformers.utils.versions import require_version
 from llm_trainer.common.errors import UserError, summarize
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device
-from llm_trainer.model.precision import name_of
+from llm_trainer.model.precision import show_dtype
 
 # Fastest first. flash-attention 3 and 4 are written for Hopper and Blackwell. Flex attention skips the blocks that
 # packing masks, but compiles its kernels at the start and anew for other shapes: it is for what SDPA cannot compute.
@@ -40,7 +40,7 @@ SMALLEST_FLEX_HEAD = 16
 
 
 @dataclass(frozen=True)
-class Needs:
+class AttentionNeeds:
     """What a model asks of an attention kernel."""
 
     model: str  # its class
@@ -56,7 +56,7 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionChoice:
     """The kernel that was chosen, in Transformers' word for it, and why."""
 
     name: str
@@ -67,8 +67,8 @@ class Attention:
 
 
 def choose_attention(
-    needs: Needs, settings: Settings, dtype: torch.dtype, device: Device, faults: Mapping[str, str]
-) -> Attention:
+    needs: AttentionNeeds, settings: Settings, dtype: torch.dtype, device: Device, faults: Mapping[str, str]
+) -> AttentionChoice:
     """The kernel to compute `dtype` on the device. `faults` tells why a kernel's package cannot be used, where so.
 
     Raises UserError for a kernel that the settings name and that cannot run here.
@@ -81,17 +81,17 @@ def choose_attention(
         for kernel in KERNELS[: KERNELS.index(usable[0])]:
             reasons.setdefault(str(obstacles[kernel]), []).append(kernel)
         passed_over = "".join(f"; {', '.join(kernels)}: {reason}" for reason, kernels in reasons.items())
-        return Attention(usable[0], f"auto: the fastest that can run here{passed_over}")
+        return AttentionChoice(usable[0], f"auto: the fastest that can run here{passed_over}")
     if obstacles[asked]:
         raise UserError(
             f"attn_implementation={asked}: {asked} {obstacles[asked]}: leave it out, or give one that can run here "
             f"({', '.join(usable)})."
         )
-    return Attention(asked, "as asked for")
+    return AttentionChoice(asked, "as asked for")
 
 
 def find_obstacle(
-    kernel: str, needs: Needs, dtype: torch.dtype, device: Device, faults: Mapping[str, str]
+    kernel: str, needs: AttentionNeeds, dtype: torch.dtype, device: Device, faults: Mapping[str, str]
 ) -> str | None:
     """Why a kernel cannot be used or would compute something else, as the end of a sentence about it; else None."""
     is_flash = kernel.startswith("flash_attention")
@@ -101,7 +101,7 @@ def find_obstacle(
         if not CAPABILITIES[kernel](device.capability):
             return f"is not made for {device}"
     if is_flash and dtype == torch.float32:
-        return f"computes in bfloat16 or float16, not in {name_of(dtype)}"
+        return f"computes in bfloat16 or float16, not in {show_dtype(dtype)}"
     if needs.has_sinks and kernel not in SINKS:
         return f"does not know the attention sinks of {needs.model}"
     if needs.has_soft_cap and kernel == "sdpa":
@@ -111,7 +111,7 @@ def find_obstacle(
     return find_size_obstacle(kernel, needs, device) or faults.get(kernel)
 
 
-def find_size_obstacle(kernel: str, needs: Needs, device: Device) -> str | None:
+def find_size_obstacle(kernel: str, needs: AttentionNeeds, device: Device) -> str | None:
     if kernel not in CAPABILITIES:
         return None
     if needs.largest_head > LARGEST_HEAD:
@@ -131,7 +131,7 @@ def find_size_obstacle(kernel: str, needs: Needs, device: Device) -> str | None:
     return None
 
 
-def read_needs(model: PreTrainedModel) -> Needs:
+def read_needs(model: PreTrainedModel) -> AttentionNeeds:
     """What a model needs, read off itself; a skeleton without weights will do."""
     text = model.config.get_text_config()
     sizes = [getattr(module, "qk_head_dim", getattr(module, "head_dim", None)) for module in model.modules()]
@@ -142,7 +142,7 @@ def read_needs(model: PreTrainedModel) -> Needs:
         flash = {kernel for kernel in KERNELS if kernel.startswith("flash_attention")}
         supported |= flash & set(model._compatible_flash_implementations or flash)
     dropout = getattr(text, "attention_dropout", getattr(text, "attn_pdrop", 0))
-    return Needs(
+    return AttentionNeeds(
         model=type(model).__name__,
         supported=frozenset(supported),
         head_sizes=frozenset(size for size in sizes if isinstance(size, int)),  # none where there is no attention

@@ -24,7 +24,7 @@ LEFT_OUT = {"cross_entropy": False, "fused_linear_cross_entropy": False, "layer_
 
 
 @dataclass(frozen=True)
-class Liger:
+class LigerChoice:
     """Whether the model gets Liger's kernels, and why."""
 
     is_on: bool
@@ -34,13 +34,15 @@ class Liger:
         return f"Liger kernels: {'on' if self.is_on else 'off'} ({self.reason})"
 
 
-def choose_liger(config: PreTrainedConfig, settings: Settings, device: Device, known: frozenset[str] | None) -> Liger:
+def choose_liger(
+    config: PreTrainedConfig, settings: Settings, device: Device, known: frozenset[str] | None
+) -> LigerChoice:
     """On where they can be, unless the settings say no. `known`: model types with kernels; None: Liger is not there.
 
     Raises UserError where the settings ask for them and they cannot be.
     """
     if settings.model.use_liger_kernel is False:
-        return Liger(False, "use_liger_kernel=false")
+        return LigerChoice(False, "use_liger_kernel=false")
     asked = "use_liger_kernel=true" if settings.model.use_liger_kernel else "liger_kernel_config"
     options = settings.model.liger_kernel_config or {}
     if lost := [name for name in LEFT_OUT if options.get(name)]:
@@ -55,8 +57,8 @@ def choose_liger(config: PreTrainedConfig, settings: Settings, device: Device, k
     if obstacle and (settings.model.use_liger_kernel or options):
         raise UserError(f"{asked}: {obstacle}: leave it out.")
     if obstacle:
-        return Liger(False, obstacle)
-    return Liger(True, "RMSNorm, rotary embeddings and SwiGLU; the loss is TRL's")
+        return LigerChoice(False, obstacle)
+    return LigerChoice(True, "RMSNorm, rotary embeddings and SwiGLU; the loss is TRL's")
 
 
 def find_known_types(device: Device) -> frozenset[str] | None:
@@ -88,10 +90,10 @@ def apply_liger(model: PreTrainedModel, options: dict[str, Any]) -> None:
     for module, name, plain in before:
         fused = getattr(module, name)
         if fused is not plain:
-            setattr(module, name, plain if isinstance(plain, type) else dispatch(fused, plain))
+            setattr(module, name, plain if isinstance(plain, type) else dispatch_by_device(fused, plain))
 
 
-def dispatch(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+def dispatch_by_device(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
     """The fused function for tensors on a GPU, the plain one elsewhere."""
 
     @functools.wraps(plain)

@@ -44,10 +44,10 @@ def fetch_model(model: str, settings: Settings, scratch_dir: Path, with_weights:
 def read_config(model: str, settings: Settings) -> PreTrainedConfig:
     """The config of a causal language model. Raises UserError when it cannot be read, or is of another kind."""
     try:
-        options = {**source_options(settings), **(settings.model.model_init_kwargs or {})}
+        options = {**build_source_options(settings), **(settings.model.model_init_kwargs or {})}
         config = AutoConfig.from_pretrained(model, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(explain(error, model, "config")) from error
+        raise UserError(explain_failure(error, model, "config")) from error
     is_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})  # code that comes with the model
     if not is_own and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(
@@ -56,7 +56,7 @@ def read_config(model: str, settings: Settings) -> PreTrainedConfig:
     return config
 
 
-def explain(error: Exception, model: str, part: str) -> str:
+def explain_failure(error: Exception, model: str, part: str) -> str:
     """The sentence for a part of the model that could not be loaded."""
     what = f"model_id={model!r}"
     if "trust_remote_code=True" in str(error):
@@ -74,7 +74,7 @@ def build_skeleton(model: str, config: PreTrainedConfig, settings: Settings) -> 
     try:
         return build_on_meta(config, settings, config.dtype)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(explain(error, model, "code")) from error
+        raise UserError(explain_failure(error, model, "code")) from error
 
 
 def build_on_meta(config: PreTrainedConfig, settings: Settings, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -91,17 +91,17 @@ def load_tokenizer(model: str, settings: Settings) -> PreTrainedTokenizerBase:
     Collators that mask by pad id would otherwise mask the EOS too, and the model would never learn to stop.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, **source_options(settings))
+        tokenizer = AutoTokenizer.from_pretrained(model, **build_source_options(settings))
     except (OSError, ValueError) as error:
-        raise UserError(explain(error, model, "tokenizer")) from error
+        raise UserError(explain_failure(error, model, "tokenizer")) from error
     if settings.model.chat_template_path:
         tokenizer.chat_template = read_chat_template(settings.model.chat_template_path)
     if settings.model.eos_token:
-        tokenizer.eos_token = known_token(tokenizer, "eos_token", settings.model.eos_token)
+        tokenizer.eos_token = check_token(tokenizer, "eos_token", settings.model.eos_token)
     if tokenizer.eos_token is None:
         raise UserError(f"The tokenizer of {model} has no end-of-sequence token: name one with eos_token.")
     if settings.model.pad_token:
-        tokenizer.pad_token = known_token(tokenizer, "pad_token", settings.model.pad_token)
+        tokenizer.pad_token = check_token(tokenizer, "pad_token", settings.model.pad_token)
         if tokenizer.pad_token == tokenizer.eos_token:
             raise UserError(f"pad_token={settings.model.pad_token!r} is the end-of-sequence token: name another one.")
     elif tokenizer.pad_token in (None, tokenizer.eos_token):
@@ -109,7 +109,7 @@ def load_tokenizer(model: str, settings: Settings) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def source_options(settings: Settings) -> dict[str, Any]:
+def build_source_options(settings: Settings) -> dict[str, Any]:
     return {"revision": settings.model.model_revision or "main", "trust_remote_code": settings.model.trust_remote_code}
 
 
@@ -127,7 +127,7 @@ def read_chat_template(path: str) -> str:
     return template
 
 
-def known_token(tokenizer: PreTrainedTokenizerBase, setting: str, token: str) -> str:
+def check_token(tokenizer: PreTrainedTokenizerBase, setting: str, token: str) -> str:
     if token not in tokenizer.get_vocab():
         raise UserError(f"{setting}={token!r} is not in the model's vocabulary: name a token that is.")
     return token
@@ -186,11 +186,11 @@ def load_model(
                 del config.quantization_config
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, **options)
-        options |= {**source_options(settings), "device_map": {"": device}, "use_safetensors": True}
+        options |= {**build_source_options(settings), "device_map": {"": device}, "use_safetensors": True}
         options |= placement
         options |= settings.model.model_init_kwargs or {}
         if quantization is not None:  # None would hide how the checkpoint is stored
             options["quantization_config"] = quantization
         return keep_trainable(AutoModelForCausalLM.from_pretrained(model, **options))
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise UserError(explain(error, model, "weights")) from error
+        raise UserError(explain_failure(error, model, "weights")) from error

@@ -26,7 +26,7 @@ DECOMPOSING = (*MOVING_STARTS, "loftq")  # begin with a part of a weight matrix,
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def build_lora(settings: Settings, skeleton: PreTrainedModel) -> LoraConfig:
+def build_lora_config(settings: Settings, skeleton: PreTrainedModel) -> LoraConfig:
     """What PEFT is asked for. Raises UserError for targets that the model lacks, and what PEFT cannot do with them."""
     modules, parameters = choose_targets(settings, skeleton)
     config = LoraConfig(
@@ -44,14 +44,14 @@ def build_lora(settings: Settings, skeleton: PreTrainedModel) -> LoraConfig:
         bias="none",
         task_type=TaskType.CAUSAL_LM,
     )
-    problems = list(find_absent(config, skeleton))
+    problems = list(find_absent_targets(config, skeleton))
     if not problems:
         try:
             # Names that experts bore in Transformers 4 become those of the parameters that hold them now.
             convert_peft_config_for_transformers(config, skeleton, conversions=None)
         except ValueError as error:
             raise UserError(f"target_modules={settings.adapter.target_modules!r}: {summarize(error)}.") from error
-        problems = list(find_impossible(config, settings, skeleton))
+        problems = list(find_unsupported_options(config, settings, skeleton))
     if problems:
         raise UserError(*problems)
     if config.target_parameters:
@@ -67,16 +67,16 @@ def choose_targets(settings: Settings, skeleton: PreTrainedModel) -> tuple[str |
     targets, parameters = settings.adapter.target_modules, settings.adapter.target_parameters
     if targets == "auto":
         packed = settings.model.load_in_4bit or settings.model.load_in_8bit
-        modules, weights = find_linear(skeleton)
+        modules, weights = find_linear_layers(skeleton)
         # A quantized matrix has no shape that an adapter of the bare parameter could follow.
-        experts = (find_experts(skeleton) if parameters is None else parameters) + ([] if packed else weights)
+        experts = (find_expert_parameters(skeleton) if parameters is None else parameters) + ([] if packed else weights)
         return modules, experts or None
     if isinstance(targets, str) and targets != ALL_LINEAR and re.fullmatch(r"[\w.]+", targets):
         return [targets], parameters
     return targets, parameters
 
 
-def find_linear(model: PreTrainedModel) -> tuple[list[str], list[str]]:
+def find_linear_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     """The decoder's linear layers but the output layer and the routers: names of modules, and of bare weights.
 
     A bare weight is that of a layer whose name PEFT would take for the experts', as Transformers 4 named them.
@@ -99,7 +99,7 @@ def find_linear(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     )
 
 
-def find_experts(model: PreTrainedModel) -> list[str]:
+def find_expert_parameters(model: PreTrainedModel) -> list[str]:
     """Parameters that hold a matrix an expert: (experts, in, out) or (experts, out, in).
 
     PEFT's ParamWrapper learns from `is_transposed` which; where a class does not say (Llama 4), A and B change places,
@@ -159,25 +159,26 @@ def shorten_name(name: str, parts: int) -> str:
     return ".".join(name.split(".")[-parts:])
 
 
-def find_absent(config: LoraConfig, model: PreTrainedModel) -> Iterator[str]:
+def find_absent_targets(config: LoraConfig, model: PreTrainedModel) -> Iterator[str]:
     """A sentence for each target of which the model has none."""
     modules = {name: module for name, module in model.named_modules() if name}
     parameters = [name for name, _ in model.named_parameters()]
     existing = list_adaptable(modules)
     if isinstance(config.target_modules, str) and config.target_modules != ALL_LINEAR:
         if not any(re.fullmatch(config.target_modules, name) for name in modules):
-            yield f"target_modules={config.target_modules!r} matches no module's path: {tell_existing(existing)}."
+            yield f"target_modules={config.target_modules!r} matches no module's path: {describe_existing(existing)}."
         return
     for target in sorted(config.target_modules or ()) if config.target_modules != ALL_LINEAR else ():
-        hit = [module for name, module in modules.items() if ends_in(name, target)]
+        hit = [module for name, module in modules.items() if matches_end(name, target)]
         if not hit and not is_taken_for_experts(target, model):
-            yield f"target_modules: the model has no {target!r}; {tell_nearest(target, existing)}."
+            yield f"target_modules: the model has no {target!r}; {suggest_nearest(target, existing)}."
         elif hit and not any(isinstance(module, ADAPTABLE) for module in hit):
             kind = type(hit[0]).__name__
-            yield f"target_modules: {target!r} is a {kind}, which takes no adapter; {tell_existing(existing)}."
+            yield f"target_modules: {target!r} is a {kind}, which takes no adapter; {describe_existing(existing)}."
     for target in sorted(config.target_parameters or ()):
-        if not any(ends_in(name, target) for name in parameters):
-            yield f"target_parameters: the model has no {target!r}; {tell_nearest(target, find_experts(model))}."
+        if not any(matches_end(name, target) for name in parameters):
+            nearest = suggest_nearest(target, find_expert_parameters(model))
+            yield f"target_parameters: the model has no {target!r}; {nearest}."
 
 
 def list_adaptable(modules: dict[str, nn.Module]) -> list[str]:
@@ -186,21 +187,21 @@ def list_adaptable(modules: dict[str, nn.Module]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def ends_in(name: str, target: str) -> bool:
+def matches_end(name: str, target: str) -> bool:
     """As PEFT matches a name of a list."""
     return name == target or name.endswith(f".{target}")
 
 
-def tell_nearest(target: str, existing: list[str]) -> str:
+def suggest_nearest(target: str, existing: list[str]) -> str:
     close = difflib.get_close_matches(target, existing, n=1, cutoff=0.5)
-    return f"the nearest is {close[0]!r}, and {tell_existing(existing)}" if close else tell_existing(existing)
+    return f"the nearest is {close[0]!r}, and {describe_existing(existing)}" if close else describe_existing(existing)
 
 
-def tell_existing(existing: list[str]) -> str:
+def describe_existing(existing: list[str]) -> str:
     return f"there are {shorten(', '.join(existing))}" if existing else "there are no experts in one parameter"
 
 
-def find_impossible(config: LoraConfig, settings: Settings, model: PreTrainedModel) -> Iterator[str]:
+def find_unsupported_options(config: LoraConfig, settings: Settings, model: PreTrainedModel) -> Iterator[str]:
     """Sentences about what PEFT's layers cannot do for these targets."""
     init = settings.adapter.init_lora_weights
     if config.target_parameters:
@@ -236,7 +237,7 @@ def is_linear_target(config: LoraConfig, name: str, module: nn.Module, model: Pr
         return module is not model.get_output_embeddings()
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
-    return any(ends_in(name, target) for target in targets)
+    return any(matches_end(name, target) for target in targets)
 
 
 def count_targets(model: PeftModel) -> dict[str, int]:
@@ -246,7 +247,7 @@ def count_targets(model: PeftModel) -> dict[str, int]:
     return dict(Counter(NUMBER.sub("N", name).rpartition(".N.")[2] for name in names))
 
 
-def describe(model: PeftModel) -> str:
+def describe_adapter(model: PeftModel) -> str:
     config = model.active_peft_config
     targets = ", ".join(f"{number} x {name}" for name, number in count_targets(model).items())
     reason = "; PEFT has no dropout for adapters on parameters" if config.target_parameters else ""

@@ -26,14 +26,16 @@ from llm_trainer.common.ranks import local_rank
 from llm_trainer.common.safetensors_files import list_weights
 from llm_trainer.config.sections import MOVING_STARTS
 
-KEPT = "initial_adapter.safetensors"  # in a checkpoint: PEFT takes a folder with an adapter for another one to load
+INITIAL_ADAPTER = (
+    "initial_adapter.safetensors"  # in a checkpoint: PEFT takes a folder with an adapter for another one to load
+)
 ADAPTER = "default"  # PEFT's name of the only one
 
 
-def begin(model: PeftModel, init: str, base: str, scratch_dir: Path) -> Path | None:
+def initialize_adapter(model: PeftModel, init: str, base: str, scratch_dir: Path) -> Path | None:
     """Give the adapter its first values where PEFT has not, and keep them: the folder, None for one that adds zero."""
     if init == "loftq":
-        begin_loftq(model, Path(base))
+        initialize_loftq(model, Path(base))
     elif init not in MOVING_STARTS:
         return None
     start = scratch_dir / f"initial_adapter_{local_rank()}"
@@ -42,14 +44,14 @@ def begin(model: PeftModel, init: str, base: str, scratch_dir: Path) -> Path | N
 
 
 @torch.no_grad()
-def begin_loftq(model: PeftModel, base: Path) -> None:
+def initialize_loftq(model: PeftModel, base: Path) -> None:
     """Have each adapter make up for its matrix's quantization error, as far as its rank reaches: one LoftQ step.
 
     PEFT's replace_lora_weights_loftq leaves the adapter's scale alpha / rank out, by which it would correct too much,
     and needs a GPU. The matrices come from the files one at a time.
     """
-    places = {name: file for file in list_weights(base) for name in read_names(file)}
-    for name, layer in lora_layers(model):
+    places = {name: file for file in list_weights(base) for name in list_tensor_names(file)}
+    for name, layer in list_lora_layers(model):
         whole = read_weight(f"{name}.weight", places, model.get_base_model().base_model_prefix)
         held = dequantize_module_weight(layer.get_base_layer()).float()
         left, values, right = torch.linalg.svd(whole.to(held.device).float() - held, full_matrices=False)
@@ -58,14 +60,14 @@ def begin_loftq(model: PeftModel, base: Path) -> None:
         layer.lora_B[ADAPTER].weight.copy_(left[:, :rank] * root)
 
 
-def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+def list_lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
     """Every adapted layer by the name that it has in the base model."""
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
             yield name, module
 
 
-def read_names(file: Path) -> list[str]:
+def list_tensor_names(file: Path) -> list[str]:
     with safe_open(file, framework="pt") as tensors:
         return list(tensors.keys())
 
@@ -83,13 +85,13 @@ def read_weight(name: str, places: dict[str, Path], prefix: str) -> torch.Tensor
 
 
 @torch.no_grad()
-def return_to(checkpoint: Path, model: PeftModel, start: Path) -> None:
+def restore_initial_adapter(checkpoint: Path, model: PeftModel, start: Path) -> None:
     """Make the start, and what it left of the base, those of the checkpoint's run.
 
     The same machine decomposes a matrix into the same numbers, and nothing changes here; another one may not.
     Raises UserError when the checkpoint does not hold its start.
     """
-    kept = checkpoint / KEPT
+    kept = checkpoint / INITIAL_ADAPTER
     if not kept.is_file():
         raise UserError(
             f"{checkpoint} does not hold the values that its adapter began with, which init_lora_weights needs: name "
@@ -97,7 +99,7 @@ def return_to(checkpoint: Path, model: PeftModel, start: Path) -> None:
         )
     ours, theirs = load_file(start / SAFETENSORS_WEIGHTS_NAME), load_file(kept)
     moved = model.peft_config[ADAPTER].init_lora_weights in MOVING_STARTS
-    for name, layer in lora_layers(model):
+    for name, layer in list_lora_layers(model):
         keys = [f"base_model.model.{name}.lora_{part}.weight" for part in "BA"]
         if moved and not all(torch.equal(ours[key], theirs[key]) for key in keys):
             weight = layer.get_base_layer().weight
@@ -109,9 +111,9 @@ def return_to(checkpoint: Path, model: PeftModel, start: Path) -> None:
     shutil.copyfile(kept, start / SAFETENSORS_WEIGHTS_NAME)
 
 
-def keep(start: Path, checkpoint: Path) -> None:
+def save_initial_adapter(start: Path, checkpoint: Path) -> None:
     """Put the start into a checkpoint."""
-    shutil.copyfile(start / SAFETENSORS_WEIGHTS_NAME, checkpoint / KEPT)
+    shutil.copyfile(start / SAFETENSORS_WEIGHTS_NAME, checkpoint / INITIAL_ADAPTER)
 
 
 def save_adapter(

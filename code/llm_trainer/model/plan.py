@@ -9,11 +9,11 @@ from transformers import PreTrainedConfig
 
 from llm_trainer.config.schema import Settings
 from llm_trainer.model import loading
-from llm_trainer.model.attention import Attention, choose_attention, find_faults, read_needs
+from llm_trainer.model.attention import AttentionChoice, choose_attention, find_faults, read_needs
 from llm_trainer.model.device import Device
-from llm_trainer.model.liger import Liger, choose_liger, find_known_types
-from llm_trainer.model.lora import build_lora
-from llm_trainer.model.precision import Precision, find_stored_type
+from llm_trainer.model.liger import LigerChoice, choose_liger, find_known_types
+from llm_trainer.model.lora import build_lora_config
+from llm_trainer.model.precision import Precision, find_stored_dtype
 from llm_trainer.model.quantization import Quantization, build_quantization, describe_quantization
 from llm_trainer.serving.limits import find_misplacements
 
@@ -27,8 +27,8 @@ class ModelPlan:
     device: Device
     precision: Precision
     quantization: Quantization | None
-    attention: Attention
-    liger: Liger
+    attention: AttentionChoice
+    liger: LigerChoice
     lora: LoraConfig | None
     reasons: tuple[str, ...]  # a line for the log each
 
@@ -40,10 +40,10 @@ def plan_model(folder: str, settings: Settings, device: Device, precision: Preci
     skeleton = loading.build_skeleton(folder, config, settings)
     attention = choose_attention(read_needs(skeleton), settings, precision.compute, device, find_faults(device))
     liger = choose_liger(config, settings, device, find_known_types(device))
-    lora = build_lora(settings, skeleton) if settings.adapter.use_peft else None
+    lora = build_lora_config(settings, skeleton) if settings.adapter.use_peft else None
 
     def reasons() -> Iterator[str]:
-        yield precision.describe(find_stored_type(folder, config))
+        yield precision.describe(find_stored_dtype(folder, config))
         if quantization is not None:
             yield describe_quantization(folder, skeleton, quantization, precision.weights)
         yield str(attention)

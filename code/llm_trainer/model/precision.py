@@ -14,8 +14,8 @@ from llm_trainer.common.safetensors_files import list_weights, read_header
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device
 
-TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-STORED_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 BFLOAT16_CAPABILITY = (8, 0)  # Ampere; before it, PyTorch emulates bfloat16, and says that it is supported
 
 
@@ -29,10 +29,10 @@ class Precision:
 
     def describe(self, stored: torch.dtype | None) -> str:
         """A line for the log; `stored` is the checkpoint's own type, None where it does not tell."""
-        weights = "" if self.weights == self.compute else f", weights in {name_of(self.weights)}"
+        weights = "" if self.weights == self.compute else f", weights in {show_dtype(self.weights)}"
         rounds = stored is not None and torch.finfo(stored).eps < torch.finfo(self.weights).eps
-        rounded = f"; the checkpoint's {name_of(stored)} weights are rounded to it" if stored and rounds else ""
-        return f"Precision: {name_of(self.compute)}{weights} ({self.reason}{rounded})"
+        rounded = f"; the checkpoint's {show_dtype(stored)} weights are rounded to it" if stored and rounds else ""
+        return f"Precision: {show_dtype(self.compute)}{weights} ({self.reason}{rounded})"
 
 
 def choose_precision(settings: Settings, device: Device) -> Precision:
@@ -57,7 +57,7 @@ def choose_precision(settings: Settings, device: Device) -> Precision:
             raise UserError(
                 "torch_dtype=float16: training in it needs an NVIDIA GPU and this runs on a CPU: leave it out."
             )
-        compute = TYPES[settings.model.torch_dtype]
+        compute = DTYPES[settings.model.torch_dtype]
         return Precision(compute, compute, f"torch_dtype={settings.model.torch_dtype}")
     if not device.is_gpu:
         return Precision(torch.float32, torch.float32, "auto: on a CPU")
@@ -66,7 +66,7 @@ def choose_precision(settings: Settings, device: Device) -> Precision:
     return Precision(compute, weights, f"auto: {device} has {'it' if has_bfloat16 else 'no bfloat16'}")
 
 
-def find_stored_type(model: str, config: PreTrainedConfig) -> torch.dtype | None:
+def find_stored_dtype(model: str, config: PreTrainedConfig) -> torch.dtype | None:
     """The type of a checkpoint's numbers: as its config says, else that of most numbers in its files."""
     stated = config.get_text_config().dtype or config.dtype
     if stated is not None:
@@ -74,10 +74,10 @@ def find_stored_type(model: str, config: PreTrainedConfig) -> torch.dtype | None
     sizes: Counter[torch.dtype] = Counter()
     for file in list_weights(Path(model)):
         for tensor in read_header(file).values():
-            if tensor["dtype"] in STORED_TYPES:
-                sizes[STORED_TYPES[tensor["dtype"]]] += prod(tensor["shape"])
+            if tensor["dtype"] in STORED_DTYPES:
+                sizes[STORED_DTYPES[tensor["dtype"]]] += prod(tensor["shape"])
     return max(sizes, key=lambda stored: sizes[stored], default=None)
 
 
-def name_of(dtype: torch.dtype) -> str:
+def show_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -14,7 +14,7 @@ from llm_trainer.common.findings import show_bytes
 from llm_trainer.common.safetensors_files import count_weights, list_weights
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device
-from llm_trainer.model.precision import name_of
+from llm_trainer.model.precision import show_dtype
 
 Quantization: TypeAlias = BitsAndBytesConfig | Mxfp4Config
 
@@ -100,11 +100,11 @@ def describe_quantization(folder: str, model: PreTrainedModel, quantization: Qua
         stored = sum(file.stat().st_size for file in list_weights(Path(folder)))
         whole = count_weights(Path(folder)) * dtype.itemsize
         sizes = f": {show_bytes(stored)} on disk become {show_bytes(whole)} in memory" if stored else ""
-        return f"Quantization: the checkpoint's MXFP4 is dequantized to {name_of(dtype)} for training{sizes}"
+        return f"Quantization: the checkpoint's MXFP4 is dequantized to {show_dtype(dtype)} for training{sizes}"
     method = "LLM.int8()" if quantization.load_in_8bit else quantization.bnb_4bit_quant_type
     double = ", its scales too" if quantization.load_in_4bit and quantization.bnb_4bit_use_double_quant else ""
     share = measure_linear_share(model)
-    return f"Quantization: {method}{double}: {share:.0%} of the weights, as the others stay in {name_of(dtype)}"
+    return f"Quantization: {method}{double}: {share:.0%} of the weights, as the others stay in {show_dtype(dtype)}"
 
 
 def keep_trainable(model: PreTrainedModel) -> PreTrainedModel:

@@ -84,7 +84,7 @@ class ResumableTrainer(SFTTrainer):
             self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
             (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that holds tokens, and nobody reads
             if self.adapter_start:
-                lora_init.keep(self.adapter_start, partial)
+                lora_init.save_initial_adapter(self.adapter_start, partial)
         self.await_shards()
         files = self.describe_files(partial)
         keeps_house = self.keeps_house(partial)

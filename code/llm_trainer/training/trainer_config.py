@@ -16,7 +16,7 @@ from llm_trainer.common.ranks import world_size
 from llm_trainer.config.schema import FIELDS, Settings
 from llm_trainer.config.sft_config_fields import read_snapshot
 from llm_trainer.job.inputs import Inputs
-from llm_trainer.model.memory.fit import Fit
+from llm_trainer.model.memory.fit import MemoryPlan
 from llm_trainer.model.quantization import keep_adapter_in_float32
 from llm_trainer.training import fsdp
 from llm_trainer.training.packing import PackingCollator
@@ -87,7 +87,7 @@ def build_arguments(
     inputs: Inputs,
     device: torch.device,
     dtype: torch.dtype,
-    fit: Fit | None = None,
+    fit: MemoryPlan | None = None,
 ) -> SFTConfig:
     """SFTConfig from our defaults and every field of it that the user set, which wins.
 
@@ -121,7 +121,7 @@ def build_arguments(
 
 
 def choose_defaults(
-    settings: Settings, device: torch.device, dtype: torch.dtype, can_evaluate: bool, fit: Fit | None
+    settings: Settings, device: torch.device, dtype: torch.dtype, can_evaluate: bool, fit: MemoryPlan | None
 ) -> dict[str, Any]:
     """Where we choose otherwise than TRL."""
     on_cpu = device.type == "cpu"

@@ -18,7 +18,7 @@ from llm_trainer.config.schema import Settings
 from llm_trainer.config.sections import ALIASES
 from llm_trainer.model.attention import choose_attention, read_needs
 from llm_trainer.model.device import Device
-from llm_trainer.model.memory.fit import Case, Target, choose_fit
+from llm_trainer.model.memory.fit import MemoryScenario, Target, choose_memory_plan
 from llm_trainer.model.precision import choose_precision
 
 RECIPES = sorted((Path(__file__).parents[3] / "examples/recipes").glob("*.yaml"))
@@ -147,10 +147,10 @@ def test_its_model_fits_its_instance_in_the_way_that_it_says(recipe):
     instance = recipe.instance
     target = Target(instance.device, max(1, instance.num_gpus) * recipe.num_instances, int(instance.free_gib * GIB))
     config = CONFIGS[settings.model.model_id]
-    skeleton = Case(config, settings, settings.data.max_length, target, "eager").shape.skeleton
+    skeleton = MemoryScenario(config, settings, settings.data.max_length, target, "eager").shape.skeleton
     compute = choose_precision(settings, instance.device).compute
     attention = choose_attention(read_needs(skeleton), settings, compute, instance.device, NOT_INSTALLED)
-    fit = choose_fit(config, settings, settings.data.max_length, target, attention.name)
+    fit = choose_memory_plan(config, settings, settings.data.max_length, target, attention.name)
     savings = ["gradient checkpointing"] * fit.gradient_checkpointing
     savings += ["activation offloading"] * fit.activation_offloading
     way = " and ".join(savings)

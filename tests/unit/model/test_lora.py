@@ -119,7 +119,7 @@ def load(folder, in_4bit=False):
 
 def plan(config, **settings):
     settings = Settings(**{"lora_r": 4, **settings})
-    return lora.build_lora(settings, build_skeleton("", config, settings))
+    return lora.build_lora_config(settings, build_skeleton("", config, settings))
 
 
 def adapt(base, config, in_4bit=False, **settings):
@@ -267,7 +267,7 @@ def test_what_peft_cannot_do_is_told_before_weights_load(config, settings, sente
 def test_each_variant_begins_at_the_base_and_ends_as_an_adapter_of_it(variant, make_base, tmp_path):
     base = make_base(LLAMA)
     model = adapt(base, LLAMA, **variant)
-    start = lora_init.begin(model, variant.get("init_lora_weights", "default"), str(base), tmp_path)
+    start = lora_init.initialize_adapter(model, variant.get("init_lora_weights", "default"), str(base), tmp_path)
     untrained = logits_of(load(base))
     torch.testing.assert_close(logits_of(model), untrained, rtol=0, atol=1e-5)
     losses = train(model)
@@ -281,7 +281,7 @@ def test_each_variant_begins_at_the_base_and_ends_as_an_adapter_of_it(variant, m
 def test_pissa_on_the_transposed_matrices_of_gpt2(make_base, tmp_path):
     base = make_base(GPT2)
     model = adapt(base, GPT2, init_lora_weights="pissa")
-    start = lora_init.begin(model, "pissa", str(base), tmp_path)
+    start = lora_init.initialize_adapter(model, "pissa", str(base), tmp_path)
     train(model)
     lora_init.save_adapter(model, tmp_path / "adapter", "base", None, start)
     loaded = logits_of(PeftModel.from_pretrained(load(base), tmp_path / "adapter"))
@@ -293,29 +293,29 @@ def test_a_resumed_run_gets_the_base_of_its_own_decomposition(config, make_base,
     """The second machine decomposes otherwise: another random seed stands for it."""
     base, init = make_base(config), "pissa_niter_16"
     first = adapt(base, config, init_lora_weights=init)
-    lora_init.keep(lora_init.begin(first, init, str(base), tmp_path / "first"), tmp_path)
+    lora_init.save_initial_adapter(lora_init.initialize_adapter(first, init, str(base), tmp_path / "first"), tmp_path)
     second = load(base)
     torch.manual_seed(1)
     second = get_peft_model(second, plan(config, init_lora_weights=init))
-    other = lora_init.begin(second, init, str(base), tmp_path / "second")
+    other = lora_init.initialize_adapter(second, init, str(base), tmp_path / "second")
 
     def weights(model):
-        return [layer.get_base_layer().weight for _, layer in lora_init.lora_layers(model)]
+        return [layer.get_base_layer().weight for _, layer in lora_init.list_lora_layers(model)]
 
     assert not all(map(torch.allclose, weights(first), weights(second)))
-    lora_init.return_to(tmp_path, second, other)
+    lora_init.restore_initial_adapter(tmp_path, second, other)
     for ours, theirs in zip(weights(second), weights(first), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     before = [weight.clone() for weight in weights(second)]
-    lora_init.return_to(tmp_path, second, other)  # which is its own by now
+    lora_init.restore_initial_adapter(tmp_path, second, other)  # which is its own by now
     assert all(map(torch.equal, before, weights(second)))
 
 
 def test_a_checkpoint_without_its_start_is_refused(make_base, tmp_path):
     model = adapt(make_base(LLAMA), LLAMA, init_lora_weights="pissa")
-    start = lora_init.begin(model, "pissa", "", tmp_path)
+    start = lora_init.initialize_adapter(model, "pissa", "", tmp_path)
     with pytest.raises(UserError, match="checkpoint-3 does not hold the values that its adapter began with"):
-        lora_init.return_to(tmp_path / "checkpoint-3", model, start)
+        lora_init.restore_initial_adapter(tmp_path / "checkpoint-3", model, start)
 
 
 def test_loftq_begins_nearer_to_the_unquantized_base_than_zero(make_base, tmp_path):
@@ -324,9 +324,9 @@ def test_loftq_begins_nearer_to_the_unquantized_base_than_zero(make_base, tmp_pa
     whole = load(base)
     model = adapt(base, LLAMA, in_4bit=True, init_lora_weights="loftq", lora_r=16)
     from_zero = (logits_of(model) - logits_of(whole)).norm()
-    start = lora_init.begin(model, "loftq", str(base), tmp_path)
+    start = lora_init.initialize_adapter(model, "loftq", str(base), tmp_path)
     assert (logits_of(model) - logits_of(whole)).norm() < 0.8 * from_zero
-    for name, layer in lora_init.lora_layers(model):
+    for name, layer in lora_init.list_lora_layers(model):
         stored = whole.get_submodule(name).weight
         error = stored - lora_init.dequantize_module_weight(layer.get_base_layer())
         assert (error - layer.get_delta_weight("default")).norm() < 0.85 * error.norm()

@@ -8,7 +8,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device, find_device
-from llm_trainer.model.precision import choose_precision, find_stored_type
+from llm_trainer.model.precision import choose_precision, find_stored_dtype
 
 GPU = torch.device("cuda", 0)
 T4, V100 = Device(GPU, "Tesla T4", (7, 5)), Device(GPU, "Tesla V100", (7, 0))
@@ -81,7 +81,7 @@ def test_the_checkpoints_own_type_is_that_of_its_config_or_its_files(tmp_path, s
     assert config.dtype == stored
     if not is_stated:
         config.dtype = None
-    assert find_stored_type(str(tmp_path), config) == stored
+    assert find_stored_dtype(str(tmp_path), config) == stored
 
 
 def test_the_real_device_is_found():

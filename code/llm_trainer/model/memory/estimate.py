@@ -64,16 +64,16 @@ class Estimate:
         yield f"  {'in all':22} {self.total_bytes / GIB:8.2f} GiB"
 
 
-def estimate(shape: ModelShape, setup: Setup) -> Estimate:
+def estimate_memory(shape: ModelShape, setup: Setup) -> Estimate:
     """What a device needs for a step and the update after it."""
     trace = trace_step(shape, setup.step)
     shards = setup.world_size if setup.step.sharded else 1
     weights = {
-        "base weights": sum(stored(part, shards) for part in shape.parts if part.role != "adapter"),
-        "adapter": sum(stored(part, shards) for part in shape.parts if part.role == "adapter"),
-        "gathered weights": count_gathered(shape, setup.step) if setup.step.sharded else 0,
+        "base weights": sum(count_stored_bytes(part, shards) for part in shape.parts if part.role != "adapter"),
+        "adapter": sum(count_stored_bytes(part, shards) for part in shape.parts if part.role == "adapter"),
+        "gathered weights": count_gathered_weights(shape, setup.step) if setup.step.sharded else 0,
     }
-    optimizer = count_states(shape, setup.optimizer) // shards
+    optimizer = count_optimizer_states(shape, setup.optimizer) // shards
     gradients, activations, working = find_peak(shape, trace, shards, setup.accumulates)
     update = shape.trained_bytes // shards  # at the update there are all gradients, and nothing of the step
     scratch = update if setup.optimizer == "adamw_torch" else 0  # the plain one computes all updates before any is made
@@ -99,26 +99,28 @@ def estimate(shape: ModelShape, setup: Setup) -> Estimate:
     return Estimate(parts, fixed if setup.step.on_gpu else {"malloc": round(MALLOC_SHARE * peak)}, host_bytes)
 
 
-def stored(part: Part, shards: int) -> int:
+def count_stored_bytes(part: Part, shards: int) -> int:
     """A device's part of some weights; the scales of quantized ones are no parameters, and stay whole."""
     return -(-part.data_bytes // shards) + part.scales_bytes
 
 
-def count_gathered(shape: ModelShape, step: Step) -> int:
+def count_gathered_weights(shape: ModelShape, step: Step) -> int:
     """Weights that FSDP2 has gathered at once: a layer, the next one, and the last module with what is in no layer.
 
     The output layer stays from the forward to the backward pass (accelerate's fsdp2_prepare_model).
     """
-    layers = sorted(gathered_bytes(layer, step.compute_dtype) for layer in shape.list_layers())
-    return sum(layers[-2:]) + gathered_bytes([part for part in shape.parts if part.layer is None], step.compute_dtype)
+    layers = sorted(count_gathered_bytes(layer, step.compute_dtype) for layer in shape.list_layers())
+    return sum(layers[-2:]) + count_gathered_bytes(
+        [part for part in shape.parts if part.layer is None], step.compute_dtype
+    )
 
 
-def gathered_bytes(parts: list[Part], compute_dtype: torch.dtype) -> int:
+def count_gathered_bytes(parts: list[Part], compute_dtype: torch.dtype) -> int:
     """Weights as FSDP2 gathers them: in the type of the computation where they are not quantized."""
     return sum(part.data_bytes if part.scales_bytes else part.num_weights * compute_dtype.itemsize for part in parts)
 
 
-def count_states(shape: ModelShape, optimizer: str) -> int:
+def count_optimizer_states(shape: ModelShape, optimizer: str) -> int:
     """The optimizer's states; those of a paged one lie in the host's memory when there is no room."""
     if optimizer.startswith("paged_"):
         return 0

@@ -17,7 +17,7 @@ from llm_trainer.common.ranks import local_world_size, world_size
 from llm_trainer.config.rules import supports_fsdp
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device, find_free_memory
-from llm_trainer.model.memory.estimate import Estimate, Setup, estimate
+from llm_trainer.model.memory.estimate import Estimate, Setup, estimate_memory
 from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError, read_shape
 from llm_trainer.model.memory.step_trace import Step
 from llm_trainer.model.precision import choose_precision
@@ -48,7 +48,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Way:
+class ParallelismPlan:
     """How a model is spread over devices, and what is done to hold less of a step."""
 
     sharded: bool
@@ -62,7 +62,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Fit:
+class MemoryPlan:
     """What was chosen, and why."""
 
     distribution: Literal["ddp", "fsdp"]
@@ -97,7 +97,7 @@ class Fit:
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class MemoryScenario:
     """A job as far as its memory depends on it: its changed copies are tried out too."""
 
     config: PreTrainedConfig
@@ -143,7 +143,7 @@ class Case:
             self.settings.training.per_device_train_batch_size > 1 or bool(self.settings.data.packing)
         )
 
-    def estimate(self, way: Way) -> Estimate:
+    def estimate(self, way: ParallelismPlan) -> Estimate:
         settings = self.settings
         step = Step(
             num_sequences=settings.training.per_device_train_batch_size,
@@ -157,32 +157,32 @@ class Case:
             on_gpu=self.target.on_gpu,
         )
         accumulates = settings.training.gradient_accumulation_steps > 1
-        return estimate(self.shape, Setup(step, self.target.world_size, settings.training.optim, accumulates))
+        return estimate_memory(self.shape, Setup(step, self.target.world_size, settings.training.optim, accumulates))
 
     def fits(self, need: Estimate) -> bool:
         return need.total_bytes <= self.target.free_bytes
 
-    def change(self, **values: Any) -> "Case":
+    def change(self, **values: Any) -> "MemoryScenario":
         changed = replace(self, settings=self.settings.replace(**values))
         if not values.keys() & {"use_peft", "load_in_4bit", "torch_dtype"}:
             changed.__dict__["shape"] = self.shape  # which is dear, and stays the same
         return changed
 
-    def move(self, **values: Any) -> "Case":
+    def move(self, **values: Any) -> "MemoryScenario":
         """The same job on other devices."""
         moved = replace(self, target=replace(self.target, **values))
         moved.__dict__["shape"] = self.shape
         return moved
 
 
-def choose_fit(
+def choose_memory_plan(
     config: PreTrainedConfig,
     settings: Settings,
     longest_row: int,
     target: Target,
     attention: str,
     earlier: str | None = None,
-) -> Fit:
+) -> MemoryPlan:
     """The cheapest way that fits, of those that the settings leave open. `longest_row` is in tokens.
 
     `earlier` is the distribution of a run that this one goes on from; where the settings leave it open, it stays.
@@ -191,29 +191,29 @@ def choose_fit(
     """
     if earlier and settings.parallelism.distribution == "auto" and target.world_size > 1:
         settings = settings.replace(distribution=earlier)
-    case = Case(config, settings, longest_row, target, attention)
-    ways, free = list_ways(settings, target), show_bytes(target.free_bytes)
+    case = MemoryScenario(config, settings, longest_row, target, attention)
+    ways, free = list_parallelism_plans(settings, target), show_bytes(target.free_bytes)
     refused: list[str] = []
     for way in ways:
         try:
             need = case.estimate(way)
         except UnknownShapeError as error:
-            return choose_blindly(ways, target, f"the model's memory is not known, since {error}")
+            return choose_without_estimate(ways, target, f"the model's memory is not known, since {error}")
         name, size = way.name(target.world_size), f"{show_bytes(need.total_bytes)} a {target.unit}"
         if case.fits(need):
             needs = f"{', '.join(refused) or f'{name} needs {size}'} and {free} are free"
-            return build_fit(way, need, f"{needs}: {name}, {size}" if refused else needs, shape=case.shape)
+            return build_memory_plan(way, need, f"{needs}: {name}, {size}" if refused else needs, shape=case.shape)
         refused.append(f"{name} needs {size}")
     problem = f"The job needs {size} with {name} and {free} are free"
     if not settings.parallelism.check_memory:
         warning = f"{problem}: it may run out of memory."
-        return build_fit(way, need, f"{problem}, and check_memory=false", warning, case.shape)
+        return build_memory_plan(way, need, f"{problem}, and check_memory=false", warning, case.shape)
     changes = list(islice(list_changes(case), NUM_CHANGES))
     fix = f"what makes it fit: {'; or '.join(changes)}" if changes else "use a smaller model, or larger devices"
     raise UserError(f"{problem}; {fix}.")
 
 
-def describe_fit(fit: Fit) -> Iterator[str]:
+def describe_memory_plan(fit: MemoryPlan) -> Iterator[str]:
     """Lines for the log."""
     yield f"Memory: {fit.reason}"
     yield from fit.estimate.as_table() if fit.estimate else ()
@@ -221,18 +221,20 @@ def describe_fit(fit: Fit) -> Iterator[str]:
         yield f"Warning: {fit.warning}"
 
 
-def choose_blindly(ways: list[Way], target: Target, reason: str) -> Fit:
+def choose_without_estimate(ways: list[ParallelismPlan], target: Target, reason: str) -> MemoryPlan:
     """On a GPU the first way that recomputes activations, if there is one: most models need that there."""
     way = next((way for way in ways if way.checkpoints == target.on_gpu), ways[0])
-    return build_fit(way, None, reason, f"{reason[0].upper()}{reason[1:]}.")
+    return build_memory_plan(way, None, reason, f"{reason[0].upper()}{reason[1:]}.")
 
 
-def build_fit(way: Way, need: Estimate | None, reason: str, warning: str = "", shape: ModelShape | None = None) -> Fit:
+def build_memory_plan(
+    way: ParallelismPlan, need: Estimate | None, reason: str, warning: str = "", shape: ModelShape | None = None
+) -> MemoryPlan:
     distribution: Literal["ddp", "fsdp"] = "fsdp" if way.sharded else "ddp"
-    return Fit(distribution, way.checkpoints, way.offloads, need, reason, warning, shape)
+    return MemoryPlan(distribution, way.checkpoints, way.offloads, need, reason, warning, shape)
 
 
-def list_ways(settings: Settings, target: Target) -> list[Way]:
+def list_parallelism_plans(settings: Settings, target: Target) -> list[ParallelismPlan]:
     """The ways that the settings leave open, the cheapest first.
 
     Checkpointing computes each layer's forward pass twice, a third more work, and sends nothing. FSDP gathers all
@@ -250,7 +252,7 @@ def list_ways(settings: Settings, target: Target) -> list[Way]:
         open_ways if checkpointing is None else (checkpointing,),
     )
     return [
-        Way(sharded, checkpoints, offloads)
+        ParallelismPlan(sharded, checkpoints, offloads)
         for offloads, sharded, checkpoints in ways
         if checkpoints or not offloads or offloading or checkpointing is False
     ]
@@ -260,14 +262,16 @@ def is_shardable(settings: Settings) -> bool:
     return supports_fsdp(settings.model, settings.adapter)
 
 
-def list_needs(config: PreTrainedConfig, settings: Settings, longest_row: int, attention: str) -> dict[str, Estimate]:
+def estimate_on_one_gpu(
+    config: PreTrainedConfig, settings: Settings, longest_row: int, attention: str
+) -> dict[str, Estimate]:
     """What each way that the settings leave open needs on one GPU of today, wherever that is.
 
     Raises UnknownShapeError.
     """
     target = Target(ELSEWHERE, world_size=1, free_bytes=0)
-    case = Case(config, settings, longest_row, target, attention)
-    ways = list_ways(settings, target)
+    case = MemoryScenario(config, settings, longest_row, target, attention)
+    ways = list_parallelism_plans(settings, target)
     return {
         way.name(1): case.estimate(way)
         for way in ways
@@ -275,21 +279,21 @@ def list_needs(config: PreTrainedConfig, settings: Settings, longest_row: int, a
     }
 
 
-def find_gpu_size(need: Estimate) -> int | None:
+def find_smallest_gpu(need: Estimate) -> int | None:
     """The smallest usual size of a GPU's memory that holds this, in GiB."""
-    return next((size for size in GPU_SIZES_GIB if need.total_bytes <= usable_bytes(size)), None)
+    return next((size for size in GPU_SIZES_GIB if need.total_bytes <= count_usable_bytes(size)), None)
 
 
-def usable_bytes(size_gib: int) -> int:
+def count_usable_bytes(size_gib: int) -> int:
     return int(USABLE_SHARE * size_gib * GIB)
 
 
-def list_changes(case: Case) -> Iterator[str]:
+def list_changes(case: MemoryScenario) -> Iterator[str]:
     """Sentences' ends that name what makes the job fit, tried out, the cheapest first: single changes, then several."""
     told: set[str] = set()
     for kind in CHANGES:
         for text, changed in kind(case):
-            if is_enough(changed):
+            if fits_at_best(changed):
                 told.add(text)
                 yield text
                 break
@@ -299,23 +303,23 @@ def list_changes(case: Case) -> Iterator[str]:
             *_, strongest = [("", changed), *kind(changed)]
             texts += [strongest[0]] if strongest[0] else []
             changed = strongest[1]
-            if is_enough(changed):
+            if fits_at_best(changed):
                 break
         text = " and ".join(texts)
-        if is_enough(changed) and text not in told:
+        if fits_at_best(changed) and text not in told:
             told.add(text)
             yield text
 
 
-def is_enough(case: Case) -> bool:
+def fits_at_best(case: MemoryScenario) -> bool:
     """Whether the way that takes the least fits."""
     try:
-        return case.fits(case.estimate(list_ways(case.settings, case.target)[-1]))
+        return case.fits(case.estimate(list_parallelism_plans(case.settings, case.target)[-1]))
     except UnknownShapeError:
         return False
 
 
-def shrink_batch(case: Case) -> Iterator[tuple[str, Case]]:
+def shrink_batch(case: MemoryScenario) -> Iterator[tuple[str, MemoryScenario]]:
     """The same batches in smaller pieces."""
     rows, steps = case.settings.training.per_device_train_batch_size, case.settings.training.gradient_accumulation_steps
     while rows > 1:
@@ -325,73 +329,73 @@ def shrink_batch(case: Case) -> Iterator[tuple[str, Case]]:
         yield text, case.change(per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
 
 
-def checkpoint(case: Case) -> Iterator[tuple[str, Case]]:
+def recompute_activations(case: MemoryScenario) -> Iterator[tuple[str, MemoryScenario]]:
     if case.settings.parallelism.gradient_checkpointing is False:
         yield "gradient_checkpointing=true", case.change(gradient_checkpointing=True)
 
 
-def shard(case: Case) -> Iterator[tuple[str, Case]]:
+def use_fsdp(case: MemoryScenario) -> Iterator[tuple[str, MemoryScenario]]:
     if case.settings.parallelism.distribution == "ddp" and case.target.world_size > 1 and is_shardable(case.settings):
         yield "distribution=fsdp", case.change(distribution="fsdp")
 
 
-def use_small_optimizer(case: Case) -> Iterator[tuple[str, Case]]:
+def use_small_optimizer(case: MemoryScenario) -> Iterator[tuple[str, MemoryScenario]]:
     if case.target.on_gpu and case.settings.training.optim in ("adamw_torch", "adamw_torch_fused"):
         yield "optim=adamw_8bit", case.change(optim="adamw_8bit")
 
 
-def halve_type(case: Case) -> Iterator[tuple[str, Case]]:
+def halve_type(case: MemoryScenario) -> Iterator[tuple[str, MemoryScenario]]:
     if case.types[0] == torch.float32:
         yield "torch_dtype=bfloat16", case.change(torch_dtype="bfloat16")
 
 
-def quantize(case: Case) -> Iterator[tuple[str, Case]]:
+def quantize_base(case: MemoryScenario) -> Iterator[tuple[str, MemoryScenario]]:
     if case.settings.adapter.use_peft and not case.shape.quantization and not case.shape.is_mxfp4:
         yield "load_in_4bit=true", case.change(load_in_4bit=True)
 
 
-def adapt(case: Case) -> Iterator[tuple[str, Case]]:
+def train_adapter(case: MemoryScenario) -> Iterator[tuple[str, MemoryScenario]]:
     if not case.settings.adapter.use_peft:
         yield "use_peft=true", case.change(use_peft=True)
 
 
-def shorten_rows(case: Case) -> Iterator[tuple[str, Case]]:
+def shorten_rows(case: MemoryScenario) -> Iterator[tuple[str, MemoryScenario]]:
     length = case.length
     while length > 256:
         length //= 2
         yield f"max_length={length}", case.change(max_length=length)
 
 
-def add_gpus(case: Case) -> Iterator[tuple[str, Case]]:
+def add_gpus(case: MemoryScenario) -> Iterator[tuple[str, MemoryScenario]]:
     number = case.target.world_size
     while case.target.on_gpu and number < MAX_WORLD_SIZE and is_shardable(case.settings):
         number *= 2
         yield f"{number} such GPUs with distribution=fsdp", case.change(distribution="fsdp").move(world_size=number)
 
 
-def enlarge(case: Case) -> Iterator[tuple[str, Case]]:
+def enlarge_devices(case: MemoryScenario) -> Iterator[tuple[str, MemoryScenario]]:
     """Devices with more memory."""
     if not case.target.on_gpu:
-        need = case.estimate(list_ways(case.settings, case.target)[-1]).total_bytes
+        need = case.estimate(list_parallelism_plans(case.settings, case.target)[-1]).total_bytes
         yield f"a machine with {show_bytes(need)} free for each process", case.move(free_bytes=need)
         return
     for size in GPU_SIZES_GIB:
-        if usable_bytes(size) > case.target.free_bytes:
-            yield f"GPUs of {size} GiB", case.move(free_bytes=usable_bytes(size))
+        if count_usable_bytes(size) > case.target.free_bytes:
+            yield f"GPUs of {size} GiB", case.move(free_bytes=count_usable_bytes(size))
 
 
 # What costs nothing of the result first, then time, then precision, then data, then money.
-CHANGES: tuple[Callable[[Case], Iterator[tuple[str, Case]]], ...] = (
+CHANGES: tuple[Callable[[MemoryScenario], Iterator[tuple[str, MemoryScenario]]], ...] = (
     shrink_batch,
-    checkpoint,
-    shard,
+    recompute_activations,
+    use_fsdp,
     use_small_optimizer,
     halve_type,
-    quantize,
-    adapt,
+    quantize_base,
+    train_adapter,
     shorten_rows,
     add_gpus,
-    enlarge,
+    enlarge_devices,
 )
 
 

@@ -31,7 +31,7 @@ PEAK_FLOPS = {
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # as configs name it
 
 
-def find_full_speed(
+def find_peak_tokens_per_second(
     shape: ModelShape | None, config: PreTrainedConfig, device: Device, row_tokens: float
 ) -> float | None:
     """Tokens a second at which the device would compute at its peak; None where the model or the device is unknown."""

@@ -93,7 +93,7 @@ def read_shape(config: PreTrainedConfig, settings: Settings, weights_dtype: torc
     quantization = choose_quantization(settings)
     try:
         base = build_on_meta(copy.deepcopy(config), settings, weights_dtype)
-        roles = dict(tell_roles(base))
+        roles = dict(assign_roles(base))
         for name in roles if quantization else ():
             if roles[name] == "linear":
                 base.get_submodule(name.removesuffix(".weight")).quantization = quantization
@@ -101,7 +101,7 @@ def read_shape(config: PreTrainedConfig, settings: Settings, weights_dtype: torc
     except (ValueError, ImportError, AttributeError, NotImplementedError) as error:
         raise UnknownShapeError(f"it cannot be built from its config: {summarize(error)}") from error
     text_config = base.config.get_text_config()
-    layers_name = find_layers(model, text_config.num_hidden_layers)
+    layers_name = find_layer_list(model, text_config.num_hidden_layers)
     parts = tuple(list_parts(model, roles, layers_name, quantization, settings))
     return ModelShape(
         parts=parts,
@@ -110,7 +110,7 @@ def read_shape(config: PreTrainedConfig, settings: Settings, weights_dtype: torc
         is_mxfp4=find_stored_method(config) == "mxfp4",
         skeleton=model,
         layers_name=layers_name,
-        kinds=prune(model, layers_name, text_config),
+        kinds=prune_layers(model, layers_name, text_config),
     )
 
 
@@ -120,7 +120,7 @@ def choose_quantization(settings: Settings) -> Quantization | None:
     return "int8" if settings.model.load_in_8bit else None
 
 
-def tell_roles(base: PreTrainedModel) -> Iterator[tuple[str, Role]]:
+def assign_roles(base: PreTrainedModel) -> Iterator[tuple[str, Role]]:
     """Each parameter's name, and what it is for."""
     kept = [*get_keys_to_not_convert(base), *(base._keep_in_fp32_modules or ())]  # as Transformers' quantizers have it
     output = base.get_output_embeddings()
@@ -138,7 +138,7 @@ def tell_roles(base: PreTrainedModel) -> Iterator[tuple[str, Role]]:
 
 
 def add_adapter(base: PreTrainedModel, settings: Settings) -> PeftModel:
-    config = lora.build_lora(settings, base)
+    config = lora.build_lora_config(settings, base)
     config.init_lora_weights = True  # others look at the weights, and have as many numbers
     with torch.device("meta"):
         model = get_peft_model(base, config)
@@ -148,7 +148,7 @@ def add_adapter(base: PreTrainedModel, settings: Settings) -> PeftModel:
     return model
 
 
-def find_layers(model: nn.Module, num_layers: int) -> str:
+def find_layer_list(model: nn.Module, num_layers: int) -> str:
     """The name of the list of decoder layers."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
@@ -167,7 +167,7 @@ def list_parts(
         role = roles.get(name.removeprefix("base_model.model.").replace(".base_layer", ""), "adapter")
         data_bytes, scales_bytes = parameter.nbytes, 0
         if quantization and role == "linear":
-            data_bytes, scales_bytes = quantized_bytes(
+            data_bytes, scales_bytes = count_quantized_bytes(
                 parameter, quantization, settings.model.bnb_4bit_use_double_quant
             )
         below = name.removeprefix(f"{layers_name}.")
@@ -183,7 +183,7 @@ def list_parts(
         )
 
 
-def quantized_bytes(weight: nn.Parameter, quantization: Quantization, is_nested: bool) -> tuple[int, int]:
+def count_quantized_bytes(weight: nn.Parameter, quantization: Quantization, is_nested: bool) -> tuple[int, int]:
     """What bitsandbytes makes of a matrix: its numbers, and their scales.
 
     8 bit: a float32 scale a row (Dettmers et al. 2022, arXiv:2208.07339). 4 bit: a float32 scale a block of 64, or,
@@ -197,7 +197,7 @@ def quantized_bytes(weight: nn.Parameter, quantization: Quantization, is_nested:
     return math.ceil(number / 2), scales_bytes
 
 
-def prune(model: nn.Module, layers_name: str, config: PreTrainedConfig) -> tuple[int, ...]:
+def prune_layers(model: nn.Module, layers_name: str, config: PreTrainedConfig) -> tuple[int, ...]:
     """Leave the first and the last layer, whose neighbours hold other things, and of those between one of each kind.
 
     Returns which of those each layer was like.

@@ -136,16 +136,16 @@ def trace_step(shape: ModelShape, step: Step) -> StepTrace:
     Raises UnknownShapeError where the model's code wants to know the numbers that the tensors do not have.
     """
     try:
-        return run_step(shape, step)
+        return run_fake_step(shape, step)
     except Exception as error:  # the code of any model runs here, which may ask for anything
         raise UnknownShapeError(f"its code does not run without numbers: {summarize(error)}") from error
 
 
-def run_step(shape: ModelShape, step: Step) -> StepTrace:
+def run_fake_step(shape: ModelShape, step: Step) -> StepTrace:
     mode = FakeTensorMode()
     model = copy.deepcopy(shape.skeleton)
     with mode:
-        flesh_out(model, step)
+        make_computable(model, step)
         layers = model.get_submodule(shape.layers_name)
         batch = build_batch(step)
     parameters = list(model.parameters())
@@ -154,9 +154,11 @@ def run_step(shape: ModelShape, step: Step) -> StepTrace:
     moved: list[int] = []  # when each layer begins, and when the last one ends
     with mode, held, ExitStack() as hooks:
         for number, layer in enumerate(layers):
-            follow(layer, number, len(layers), held, hooks, lambda: moved.append(offload.moved_bytes if offload else 0))
+            trace_layer(
+                layer, number, len(layers), held, hooks, lambda: moved.append(offload.moved_bytes if offload else 0)
+            )
         hooks.enter_context(offload or nullcontext())
-        hooks.enter_context(kernels(step.on_gpu))
+        hooks.enter_context(replace_kernels(step.on_gpu))
         with torch.autocast("cpu", step.compute_dtype, enabled=step.compute_dtype != torch.float32):
             output = model(**batch, fused_lm_head=True)
         moved.append(offload.moved_bytes if offload else 0)
@@ -176,7 +178,7 @@ def run_step(shape: ModelShape, step: Step) -> StepTrace:
     )
 
 
-def flesh_out(model: nn.Module, step: Step) -> None:
+def make_computable(model: nn.Module, step: Step) -> None:
     """Make a skeleton a model that can compute, and that trains as TRL's trainer would have it."""
 
     def fill(tensor: torch.Tensor) -> torch.Tensor:
@@ -249,14 +251,14 @@ def apply_attention(
     return FusedAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype), mask)
 
 
-def attend(
+def call_attention(
     module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, **_: Any
 ) -> tuple[torch.Tensor, None]:
     """Transformers' interface to a kernel."""
     return apply_attention(q, k, v, mask).transpose(1, 2), None
 
 
-AttentionInterface.register(FUSED, attend)
+AttentionInterface.register(FUSED, call_attention)
 AttentionMaskInterface.register(FUSED, masking_utils.sdpa_mask)
 
 
@@ -266,7 +268,7 @@ def apply_quantized(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return out if module.bias is None else out + module.bias
 
 
-def follow(
+def trace_layer(
     layer: nn.Module, number: int, num_layers: int, held: HeldBytes, hooks: ExitStack, note: Callable[[], None]
 ) -> None:
     """Have a layer's forward and backward pass counted as spans of their own."""
@@ -292,7 +294,7 @@ def follow(
 
 
 @contextmanager
-def kernels(on_gpu: bool) -> Iterator[None]:
+def replace_kernels(on_gpu: bool) -> Iterator[None]:
     """What a device computes otherwise than tensors without numbers do.
 
     Attention: a fused kernel stores no scores. On a GPU TRL's loss: a kernel works on the logits in place, and products

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from llm_trainer.config.schema import Settings
-from llm_trainer.model.memory.estimate import Setup, estimate
+from llm_trainer.model.memory.estimate import Setup, estimate_memory
 from llm_trainer.model.memory.shape import read_shape
 from llm_trainer.model.memory.step_trace import HeldBytes, Step, trace_step
 
@@ -38,7 +38,7 @@ STEP = Step(
 
 def expect(settings=None, config=CONFIG, dtype=torch.float32, world_size=1, optim="adamw_torch", **step):
     shape = read_shape(config, settings or Settings(use_peft=False), dtype)
-    return estimate(shape, Setup(replace(STEP, **step), world_size, f"{optim}", accumulates=False))
+    return estimate_memory(shape, Setup(replace(STEP, **step), world_size, f"{optim}", accumulates=False))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

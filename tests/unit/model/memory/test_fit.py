@@ -15,13 +15,13 @@ from llm_trainer.model.device import Device
 from llm_trainer.model.memory.fit import (
     ELSEWHERE,
     GIB,
-    Case,
+    MemoryScenario,
     Target,
-    choose_fit,
-    enlarge,
+    choose_memory_plan,
+    enlarge_devices,
+    estimate_on_one_gpu,
     find_target,
-    is_enough,
-    list_needs,
+    fits_at_best,
 )
 
 LLAMA_8B = LlamaConfig(
@@ -46,7 +46,7 @@ def gpus(number: int, gib: float) -> Target:
 
 
 def choose(target, config=LLAMA_8B, row=2048, attention="flash_attention_2", **options):
-    return choose_fit(config, Settings(**options), row, target, attention)
+    return choose_memory_plan(config, Settings(**options), row, target, attention)
 
 
 @pytest.mark.parametrize(
@@ -102,10 +102,11 @@ def test_what_a_job_that_cannot_fit_is_told_makes_it_fit(number, gib, options):
 def test_a_run_that_goes_on_stays_distributed_as_it_was():
     target = gpus(2, 20)
     fits = [
-        choose_fit(SMALL, Settings(), 16, target, "flash_attention_2", earlier) for earlier in (None, "ddp", "fsdp")
+        choose_memory_plan(SMALL, Settings(), 16, target, "flash_attention_2", earlier)
+        for earlier in (None, "ddp", "fsdp")
     ]
     assert [fit.distribution for fit in fits] == ["ddp", "ddp", "fsdp"]
-    assert choose_fit(SMALL, Settings(), 16, gpus(1, 20), "flash_attention_2", "fsdp").distribution == "ddp"
+    assert choose_memory_plan(SMALL, Settings(), 16, gpus(1, 20), "flash_attention_2", "fsdp").distribution == "ddp"
 
 
 def test_what_cannot_be_sharded_is_not():
@@ -139,14 +140,14 @@ def test_a_cpu_is_asked_for_its_memory():
     assert GIB / 8 < target.free_bytes < 2**50
     fit = choose(target, SMALL, row=16, attention="sdpa")
     assert (fit.distribution, fit.gradient_checkpointing) == ("ddp", False)
-    case = Case(SMALL, Settings(), 16, replace(target, free_bytes=2**20), "sdpa")
-    ((change, larger),) = enlarge(case)
+    case = MemoryScenario(SMALL, Settings(), 16, replace(target, free_bytes=2**20), "sdpa")
+    ((change, larger),) = enlarge_devices(case)
     assert re.fullmatch(r"a machine with [\d.]+ MiB free for each process", change)
-    assert is_enough(larger) and not is_enough(case)
+    assert fits_at_best(larger) and not fits_at_best(case)
 
 
 def test_needs_of_one_gpu_anywhere():
-    needs = list_needs(LLAMA_8B, Settings(), 2048, "flash_attention_2")
+    needs = estimate_on_one_gpu(LLAMA_8B, Settings(), 2048, "flash_attention_2")
     assert list(needs) == ["training", "training with gradient checkpointing"]
     plain, checkpointed = (need.total_bytes for need in needs.values())
     assert checkpointed < plain / 3

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, PreTra
 from llm_trainer.config.schema import Settings
 from llm_trainer.model import lora
 from llm_trainer.model.device import Device
-from llm_trainer.model.memory.flops import count_flops, find_full_speed, find_peak_flops, measure_row_tokens
+from llm_trainer.model.memory.flops import count_flops, find_peak_flops, find_peak_tokens_per_second, measure_row_tokens
 from llm_trainer.model.memory.shape import read_shape
 
 SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
@@ -24,7 +24,7 @@ def count_by_torch(config: PreTrainedConfig, settings: Settings) -> float:
     """Of a forward and a backward pass of one row, a token."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     if settings.adapter.use_peft:
-        model = get_peft_model(model, lora.build_lora(settings, model))
+        model = get_peft_model(model, lora.build_lora_config(settings, model))
     ids = torch.randint(0, 320, (1, ROW))
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
@@ -111,6 +111,8 @@ def test_the_speed_at_the_peak():
     shape = read_shape(llama_8b, Settings(use_peft=False), torch.bfloat16)
     h100 = Device(torch.device("cuda"), "NVIDIA H100 80GB HBM3", (9, 0))
     # 8.03e9 weights but 0.53e9 of embeddings, and 12 x 32 layers x 4096 x 2048 tokens.
-    assert find_full_speed(shape, llama_8b, h100, 2048) == pytest.approx(989.4e12 / (6 * 7.505e9 + 3.22e9), rel=1e-3)
-    assert find_full_speed(None, llama_8b, h100, 2048) is None
-    assert find_full_speed(shape, llama_8b, Device(torch.device("cpu")), 2048) is None
+    assert find_peak_tokens_per_second(shape, llama_8b, h100, 2048) == pytest.approx(
+        989.4e12 / (6 * 7.505e9 + 3.22e9), rel=1e-3
+    )
+    assert find_peak_tokens_per_second(None, llama_8b, h100, 2048) is None
+    assert find_peak_tokens_per_second(shape, llama_8b, Device(torch.device("cpu")), 2048) is None

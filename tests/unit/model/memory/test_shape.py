@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from llm_trainer.config.schema import Settings
 from llm_trainer.model import lora
-from llm_trainer.model.memory.shape import UnknownShapeError, find_layers, read_shape
+from llm_trainer.model.memory.shape import UnknownShapeError, find_layer_list, read_shape
 from support.tiny_model import build_tokenizer
 
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -88,7 +88,7 @@ def test_it_agrees_with_the_trainers_model(tiny_model, tmp_path, options):
         args=SFTConfig(str(tmp_path), use_cpu=True, report_to="none", bf16=False),
         train_dataset=Dataset.from_list([{"text": "a"}]),
         processing_class=build_tokenizer(),
-        peft_config=lora.build_lora(settings, model) if settings.adapter.use_peft else None,
+        peft_config=lora.build_lora_config(settings, model) if settings.adapter.use_peft else None,
     )
     parameters = list(trainer.model.parameters())
     assert shape.count_bytes() == sum(parameter.nbytes for parameter in parameters)
@@ -105,4 +105,4 @@ def test_layers_of_each_kind_stay_in_the_skeleton():
 
 def test_a_model_without_a_list_of_its_layers_is_not_known():
     with pytest.raises(UnknownShapeError, match="no list of the 3 layers"):
-        find_layers(nn.ModuleList([nn.Linear(2, 2)]), 3)
+        find_layer_list(nn.ModuleList([nn.Linear(2, 2)]), 3)
