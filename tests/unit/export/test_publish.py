@@ -6,7 +6,7 @@ from huggingface_hub import constants
 
 from llm_trainer.common import hub
 from llm_trainer.common.errors import UserError
-from llm_trainer.config.checks import find_publish_contradictions
+from llm_trainer.config.checks import find_contradictions
 from llm_trainer.config.schema import Settings
 from llm_trainer.config.secret_references import read_secret_variables
 from llm_trainer.export import publish
@@ -136,13 +136,13 @@ def test_a_push_that_fails_leaves_the_artefacts(fake_hub, artefacts):
 def test_what_cannot_be_honoured_is_refused(monkeypatch, given, part):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (problem,) = find_publish_contradictions(Settings(**given))
+    (problem,) = find_contradictions(Settings(**given))
     assert part in problem
 
 
 def test_a_push_needs_a_token(monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    assert "without a token" in next(find_publish_contradictions(Settings(**PUSH)))
+    assert "without a token" in next(find_contradictions(Settings(**PUSH)))
 
 
 def test_large_artefacts_are_better_left_unpacked(tmp_path):
