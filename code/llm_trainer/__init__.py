@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tunes language models inside a SageMaker training container. Read the modules in design order:
-environment, settings, preflight, launch, train, formats, data, model, adapters, trainer, export."""
+"""A training container for Amazon SageMaker that fine-tunes language models.
+
+Read `train.py` first, the story of a job; docs/architecture.md has the map of the packages.
+"""
 
 __version__ = "0.1.0"

@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The commands of `llm-trainer`, one module each. They may use everything below."""

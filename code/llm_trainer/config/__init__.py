@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Settings and environment of a job, read, checked, and sorted into sections."""

@@ -77,4 +77,4 @@ def test_a_model_larger_than_the_memory_is_asked_layer_by_layer(tiny_model, tmp_
     model = load_model(str(tiny_model), Settings(), None, torch.float32, place.device, "sdpa", **place.placement)
     assert "disk" in model.hf_device_map.values()
     expected = compute_logits(load(tiny_model), ROWS, torch.device("cpu"))
-    assert compare_logits("The export", expected, model, place, ROWS, 1e-6)["loaded"] == place.words
+    assert compare_logits("The export", Expectation(ROWS, expected, 1e-6), model, place)["loaded"] == place.words
