@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from llm_trainer.cli.merge import run
+from llm_trainer.cli.main import main
 from llm_trainer.merge.shard_writer import UNFINISHED
 from support.tiny_model import build_tokenizer
 
@@ -64,8 +64,8 @@ def test_killed_merge_goes_on(folders: tuple[Path, Path], tmp_path: Path, capfd:
     assert process.returncode == -signal.SIGKILL
     assert [file.name for file in (tmp_path / "out").iterdir()] == [UNFINISHED]
     again = ["--base", str(base), "--adapter", str(adapter)]
-    assert run([*again, "--output", str(tmp_path / "out")]) == 0
-    assert run([*again, "--output", str(tmp_path / "whole")]) == 0
+    assert main(["merge", *again, "--output", str(tmp_path / "out")]) == 0
+    assert main(["merge", *again, "--output", str(tmp_path / "whole")]) == 0
     output = capfd.readouterr().out
     assert "shards were merged before" in output and "Merged 80 tensors of" in output
     assert read(tmp_path / "out") == read(tmp_path / "whole")
@@ -75,15 +75,15 @@ def test_killed_merge_goes_on(folders: tuple[Path, Path], tmp_path: Path, capfd:
 def test_mistakes(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, adapter = folders
     output = ["--output", str(tmp_path / "out")]
-    assert run(["--adapter", str(base), *output, "--merge_base", "dequantized"]) == 1
+    assert main(["merge", "--adapter", str(base), *output, "--merge_base", "dequantized"]) == 1
     told = capsys.readouterr().err
     assert "has no adapter_config.json and no adapter_model.safetensors" in told and "training_manifest.json" in told
-    assert run(["--adapter", str(adapter), "--base", "/nowhere", *output]) == 1
+    assert main(["merge", "--adapter", str(adapter), "--base", "/nowhere", *output]) == 1
     assert "The base /nowhere is no folder here" in capsys.readouterr().err
-    assert run(["--adapter", str(adapter), "--base", str(tmp_path), *output]) == 1
+    assert main(["merge", "--adapter", str(adapter), "--base", str(tmp_path), *output]) == 1
     assert f"The base {tmp_path} has no config.json: give a model's folder" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        run(["--adapter", str(adapter), *output, "--dtype", "int4"])
+        main(["merge", "--adapter", str(adapter), *output, "--dtype", "int4"])
 
 
 def test_dequantized_by_the_manifest(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_dequantized_by_the_manifest(folders: tuple[Path, Path], tmp_path: Path)
     manifest.write_text(json.dumps({"settings": settings}))
     try:
         arguments = ["--adapter", str(adapter), "--output", str(tmp_path / "out"), "--merge_base", "dequantized"]
-        assert run(arguments) == 0
+        assert main(["merge", *arguments]) == 0
     finally:
         manifest.unlink()
     weights = "model.layers.0.self_attn.k_proj.weight"

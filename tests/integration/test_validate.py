@@ -4,13 +4,15 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 from unittest.mock import patch
 
 import pytest
 
 from llm_trainer.cli.plan import examine_model
-from llm_trainer.cli.validate import as_json, as_text, examine
+from llm_trainer.cli.validate import examine_job
+from llm_trainer.cli.validation import format_json, format_text
 from support.fake_hub import MODEL, FakeHub
 from support.sagemaker_tree import LLM_TRAINER
 
@@ -42,7 +44,7 @@ def examine_tree(tree, tmp_path):
     """What the command finds out, in this process, whose environment it changes."""
     places = {"SAGEMAKER_BASE_DIR": str(tree.base_dir), "LLM_TRAINER_CACHE": str(tmp_path / "cache")}
     with patch.dict(os.environ, places):
-        yield lambda *arguments, in_colour=False: examine(arguments, in_colour)
+        yield lambda *arguments, in_colour=False: examine_job(arguments, in_colour)
 
 
 def write_rows(tree, *rows):
@@ -62,8 +64,8 @@ def test_what_a_gpu_has_to_hold_is_told_without_one(examine_tree):
     assert plain["parts"]["base weights"] == checkpointed["parts"]["base weights"] > 0
     assert plain["parts"]["activations"] > checkpointed["parts"]["activations"]
     assert plain["gpu_gib"] == 16
-    assert json.loads(as_json(validation))["memory"].keys() == {"training", "training with gradient checkpointing"}
-    table = "\n".join(as_text(validation, in_colour=False))
+    assert json.loads(format_json(validation))["memory"].keys() == {"training", "training with gradient checkpointing"}
+    table = "\n".join(format_text(validation, in_colour=False))
     assert re.search(r"^CUDA +0\.59 +0\.59$", table, re.MULTILINE)
     assert "NCCL" not in table  # of which one GPU has no use
 
@@ -93,13 +95,40 @@ def test_a_good_job_is_shown_to_a_person(tree, run_validate):
 
 def test_a_model_is_planned_without_any_data(tiny_model, tmp_path):
     with patch.dict(os.environ, {"SAGEMAKER_BASE_DIR": str(tmp_path)}):
-        planned = examine_model(["--model_id", str(tiny_model), "--max_length", "64"], in_colour=False)
-        mistaken = examine_model(["--lora_rnak", "3"], in_colour=False)
+        planned = examine_model(["--model_id", str(tiny_model), "--max_length", "64"])
+        mistaken = examine_model(["--lora_rnak", "3"])
     assert planned.list_texts("error") == []
     assert "Precision: float32 (auto: on a CPU)" in planned.list_texts("ok")
     assert "for rows of 64 tokens, which data may stay below" in planned.list_texts("ok")
     assert planned.memory["training"]["total_bytes"] > 0
     assert [text.split()[0] for text in mistaken.list_texts("error")] == ["Hyperparameter", "model_id"]
+
+
+def test_a_plan_needs_no_more_than_config_json(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copyfile(tiny_model / "config.json", folder / "config.json")
+    with patch.dict(os.environ, {"SAGEMAKER_BASE_DIR": str(tmp_path), "LLM_TRAINER_CACHE": str(tmp_path)}):
+        planned = examine_model(["--model_id", str(folder), "--load_in_4bit"])
+        validation = examine_job(["--model_id", str(folder)], in_colour=False)
+    assert planned.list_texts("error") == []
+    assert planned.memory["training"]["parts"]["base weights"] > 0
+    assert any("has no tokenizer" in text for text in validation.list_texts("error"))
+
+
+def test_a_plan_of_a_hub_model_reads_no_more_than_its_config(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copyfile(tiny_model / "config.json", folder / "config.json")
+    server = FakeHub(folder)
+    places = {"SAGEMAKER_BASE_DIR": str(tmp_path), "HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "hub")}
+    command = [str(LLM_TRAINER), "plan", "--model_id", MODEL, "--json"]
+    try:
+        result = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True, check=False)
+    finally:
+        server.close()
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads(result.stdout)["memory"]["training"]["total_bytes"] > 0
 
 
 def test_several_mistakes_are_told_at_once_to_a_machine_and_no_secret_is(tree, run_validate):
@@ -201,7 +230,7 @@ def test_an_empty_tree_is_told(tree, examine_tree):
         "model_id is missing",
         "Training data is missing",
     ]
-    assert not json.loads(as_json(validation))["ok"]
+    assert not json.loads(format_json(validation))["ok"]
 
 
 def test_a_tree_that_cannot_be_read_is_told(tree, examine_tree):
@@ -214,19 +243,19 @@ def test_a_script_of_the_users_is_left_to_the_user(tree, examine_tree):
     tree.change(sagemaker_program="train.py")
     validation = examine_tree()
     assert [finding.subject for finding in validation.findings] == ["script"]
-    assert list(as_text(validation, in_colour=False))[-1] == "errors: 0, warnings: 1; this job would start."
+    assert list(format_text(validation, in_colour=False))[-1] == "errors: 0, warnings: 1; this job would start."
 
 
 def test_the_first_errors_are_shown_and_the_others_counted(tree, examine_tree):
     tree.change(**{f"unknown_{number}": "1" for number in range(25)})
-    lines = list(as_text(examine_tree(), in_colour=False))
+    lines = list(format_text(examine_tree(), in_colour=False))
     assert len([line for line in lines if re.match(r"settings +error", line)]) == 20
     assert "and 5 more errors, which --json lists." in lines
     assert lines[-1].startswith("errors: 25,")
 
 
 def test_a_terminal_shows_in_colour_what_is_trained_on(examine_tree):
-    text = "\n".join(as_text(examine_tree(in_colour=True), in_colour=True))
+    text = "\n".join(format_text(examine_tree(in_colour=True), in_colour=True))
     assert "\033[32m0<|im_end|>\033[0m" in text
     assert "green: trained on" in text
 

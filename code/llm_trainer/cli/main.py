@@ -1,69 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `llm-trainer train`, which is what SageMaker starts, and the commands around it."""
+"""The entry point `llm-trainer`: finds the command, runs it, and returns the exit code of the process."""
 
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 
-from llm_trainer import __version__
+from llm_trainer.cli.commands import build_parser, list_commands, parse_command
 
-USAGE = """usage: llm-trainer train [--SETTING VALUE ...]
-       llm-trainer train --help
-       llm-trainer validate [--SETTING VALUE ...] [--json]
-       llm-trainer plan [--SETTING VALUE ...] [--json]
-       llm-trainer doctor [--SETTING VALUE ...]
-       llm-trainer merge --adapter FOLDER --output FOLDER [--base FOLDER_OR_HUB_ID] [...]
-       llm-trainer merge --help
-       llm-trainer metrics [--json]
-       llm-trainer --version
-
-train fine-tunes the model and data of the SageMaker tree under /opt/ml (or SAGEMAKER_BASE_DIR).
-validate tells, without GPU or weights, whether that job would start, and what it would train on.
-plan tells how its model would be loaded, and what that takes on a GPU, from the model's config alone.
-doctor tells whether such a job would run well on this machine.
-merge adds an adapter to its base, from disk to disk, and goes on where an earlier merge ended.
-metrics prints the metric definitions with which SageMaker reads the log.
-"""
+USAGE_ERROR = 2  # argparse's code for words that it does not understand
+CLOSED_PIPE = 141  # 128 + SIGPIPE: the code of a program that writes to a reader who has left
 
 
-def main() -> int:
-    name, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
-    if name == "--version":
-        print(__version__)
-        return 0
-    command = find_command(name)
-    wants_help = bool({"--help", "-h"} & {name, *arguments})
-    if name == "train" and wants_help:
-        from llm_trainer.cli.settings_docs import as_help
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line, by default that of the process, and return the exit code.
 
-        print(as_help())
-        return 0
-    if command is not None and (name == "merge" or not wants_help):  # which has a help of its own
-        return command(arguments)
-    if command is None and os.getpid() == 1 and shutil.which(name):
+    Raises SystemExit after --help and --version, and where an argument is wrong, as argparse does.
+    """
+    try:
+        try:
+            return run_command(sys.argv[1:] if words is None else words)
+        finally:
+            sys.stdout.flush()  # Python itself would do it after this function, where nothing can catch an error
+    except BrokenPipeError:
+        # The reader, such as `head`, has left. Python's last flush must not meet the closed pipe again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+
+
+def run_command(words: Sequence[str]) -> int:
+    """Run the command that the words name, and return its exit code."""
+    if not words:
+        build_parser().print_help(sys.stderr)
+        return USAGE_ERROR
+    name = words[0]
+    if name.startswith("-") or name in list_commands():
+        asked = parse_command(words)
+        exit_code: int = asked.run(asked)
+        return exit_code
+    if os.getpid() == 1 and shutil.which(name):
         # A container's own command, as other images run it: SDK 3 cleans up after its local mode with
         # `docker run IMAGE chmod -R 777 FOLDER`, and for all but root fails where that does.
-        os.execvp(name, sys.argv[1:])
-    print(USAGE, end="", file=sys.stdout if wants_help else sys.stderr)
-    return 0 if wants_help else 2
+        os.execvp(name, list(words))
+    print(f"llm-trainer: {name!r} is not a command: {suggest_command(name)}\n", file=sys.stderr)
+    build_parser().print_help(sys.stderr)
+    return USAGE_ERROR
 
 
-def find_command(name: str) -> Callable[[list[str]], int] | None:
-    """The function of a command, imported alone: others' imports would take seconds."""
-    match name:
-        case "train":
-            from llm_trainer.launcher.launch import launch as command
-        case "validate":
-            from llm_trainer.cli.validate import validate as command
-        case "plan":
-            from llm_trainer.cli.plan import plan as command
-        case "doctor":
-            from llm_trainer.cli.doctor import diagnose as command
-        case "merge":
-            from llm_trainer.cli.merge import run as command
-        case "metrics":
-            from llm_trainer.journal.metric_definitions import print_definitions as command
-        case _:
-            return None
-    return command
+def suggest_command(name: str) -> str:
+    """Return the end of a sentence about a word that is no command: the command that was probably meant."""
+    import difflib  # only a mistake needs it
+
+    nearest = difflib.get_close_matches(name, list_commands(), n=1, cutoff=0.5)
+    return f"the nearest is {nearest[0]!r}." if nearest else f"the commands are {', '.join(list_commands())}."

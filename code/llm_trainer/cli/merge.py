@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`llm-trainer merge`: an adapter into its base outside a job. Adds the tokenizer's files to what merge.py writes."""
+"""`llm-trainer merge`: an adapter is merged into its base outside a job, and gets the tokenizer's files beside it."""
 
-import argparse
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ from llm_trainer.serving.lmi_files import ADAPTER_FILES
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
-DTYPES = ("bfloat16", "float16", "float32")
 TOKENIZER_FILES = (
     "tokenizer*",
     "chat_template*",
@@ -31,27 +29,24 @@ TOKENIZER_FILES = (
 )
 
 
-def run(arguments: Sequence[str]) -> int:
-    """The exit code: 1 for what cannot be merged, one sentence each; argparse itself leaves with 2."""
-    asked = parse(arguments)
-    try:
-        adapter, output = Path(asked.adapter), Path(asked.output)
-        adapter_config, manifest = read_adapter(adapter, asked.merge_base)
-        name = asked.base or adapter_config.get("base_model_name_or_path")
-        if not name:
-            raise UserError(f"{adapter / 'adapter_config.json'} names no base: give one with --base.")
-        base = find_base(name, asked.model_revision or adapter_config.get("revision"))
-        trusts = asked.trust_remote_code == "true"
-        warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' words to each other, not to the user
-        # Only now: torch and what is built on it take seconds, and mistakes need none of it.
-        from llm_trainer.merge.merge import write_merged_model
-        from llm_trainer.model.loading import read_config
-        from llm_trainer.model.precision import DTYPES
+@dataclass(frozen=True)
+class MergeOptions:
+    """The arguments of `llm-trainer merge`."""
 
-        config = read_config(str(base), Settings.model_validate({"trust_remote_code": trusts}))
-        quantization = build_quantization(manifest) if asked.merge_base == "dequantized" else None
-        figures = write_merged_model(base, adapter, output, config, DTYPES.get(asked.dtype), quantization, trusts)
-        copy_tokenizer(adapter, base, output)
+    adapter: str  # a folder
+    output: str  # a folder: new, empty, or left by a merge that was cut off
+    base: str | None = None  # a folder or Hub id; None: the one that the adapter names
+    merge_base: str = "bf16"  # or "dequantized"
+    dtype: str = "auto"  # "auto": as the base is stored
+    model_revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def merge_adapter(options: MergeOptions) -> int:
+    """Merge an adapter into its base, and return the exit code; it is 1 after printing why they cannot be merged."""
+    output = Path(options.output)
+    try:
+        base, figures = merge_files(options, Path(options.adapter), output)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
@@ -62,20 +57,36 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("llm-trainer merge", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--base", help="folder or Hub id of the base; default: the one that the adapter names")
-    parser.add_argument("--adapter", required=True, help="folder of the adapter")
-    parser.add_argument("--output", required=True, help="empty or new folder, or one that an ended merge left")
-    parser.add_argument("--merge_base", choices=["bf16", "dequantized"], default="bf16")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as the base is stored")
-    parser.add_argument("--model_revision", help="of a base from the Hub")
-    parser.add_argument("--trust_remote_code", choices=["true", "false"], default="false")
-    return parser.parse_args(arguments)
+def merge_files(options: MergeOptions, adapter: Path, output: Path) -> tuple[Path, dict[str, Any]]:
+    """Write the merged weights and the tokenizer's files.
+
+    Returns the folder of the base, and the figures that `write_merged_model` returns. Raises UserError where the
+    adapter cannot be merged.
+    """
+    adapter_config, manifest = read_adapter(adapter, options.merge_base)
+    name = options.base or adapter_config.get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{adapter / 'adapter_config.json'} names no base: give one with --base.")
+    base = find_base(name, options.model_revision or adapter_config.get("revision"))
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' words to each other, not to the user
+    # Only now: torch and what is built on it take seconds, and mistakes need none of it.
+    from llm_trainer.merge.merge import write_merged_model
+    from llm_trainer.model.loading import read_config
+    from llm_trainer.model.precision import DTYPES
+
+    trusts = options.trust_remote_code
+    config = read_config(str(base), Settings.model_validate({"trust_remote_code": trusts}))
+    quantization = build_quantization(manifest) if options.merge_base == "dequantized" else None
+    figures = write_merged_model(base, adapter, output, config, DTYPES.get(options.dtype), quantization, trusts)
+    copy_tokenizer(adapter, base, output)
+    return base, figures
 
 
 def read_adapter(adapter: Path, merge_base: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """adapter_config.json, and the manifest of the run that made the adapter. Raises UserError with all mistakes."""
+    """Return adapter_config.json, and the manifest of the run that made the adapter, which only "dequantized" needs.
+
+    Raises UserError with all mistakes.
+    """
     problems = []
     absent = [name for name in ADAPTER_FILES if not (adapter / name).is_file()]
     if absent:
@@ -92,6 +103,7 @@ def read_adapter(adapter: Path, merge_base: str) -> tuple[dict[str, Any], dict[s
 
 
 def find_base(name: str, revision: str | None) -> Path:
+    """Return the folder of the base, which is downloaded if it is on the Hub. Raises UserError where there is none."""
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise UserError(f"The base {name} has no config.json: give a model's folder with --base.")
@@ -102,7 +114,7 @@ def find_base(name: str, revision: str | None) -> Path:
 
 
 def build_quantization(manifest: dict[str, Any]) -> "BitsAndBytesConfig":
-    """As the job loaded the base, which this tells of."""
+    """Return the quantization with which the job of this manifest loaded the base. Raises UserError if it had none."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -122,7 +134,7 @@ def build_quantization(manifest: dict[str, Any]) -> "BitsAndBytesConfig":
 
 
 def copy_tokenizer(adapter: Path, base: Path, output: Path) -> None:
-    """The adapter's, which may have a template or tokens of its own, else the base's."""
+    """Copy the tokenizer's files: the adapter's, which may have a template or tokens of its own, else the base's."""
     source = adapter if list(adapter.glob("tokenizer*")) else base
     for pattern in TOKENIZER_FILES:
         for file in source.glob(pattern):

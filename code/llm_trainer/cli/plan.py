@@ -1,63 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
 """`llm-trainer plan`: how a job's model would be loaded and computed, and what that takes on a GPU.
 
-From the model's config alone: neither data nor weights nor a GPU are needed. `validate` tells all the rest.
+The model's config.json is enough: neither data nor weights nor a GPU are needed. `validate` tells all the rest.
 """
 
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llm_trainer.cli.validate import Validation, answer, examine_memory
+from llm_trainer.cli.gpu_memory import examine_memory
+from llm_trainer.cli.validation import Validation, print_validation
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.environment import read_environment
+from llm_trainer.config.schema import Settings
 from llm_trainer.job.inputs import Inputs, find_model
 from llm_trainer.job.job import collect_settings
 from llm_trainer.launcher.worker_processes import build_library_variables
 
+if TYPE_CHECKING:
+    from llm_trainer.model.plan import ModelPlan
+
 USUAL_ROW_TOKENS = 1024  # where max_length=null sets no limit
 
 
-def plan(arguments: Sequence[str]) -> int:
-    """Print what is planned; the exit code, 1 when the model cannot be trained so."""
-    return answer(arguments, examine_model)
+def plan(words: Sequence[str], as_json: bool) -> int:
+    """Print what is planned for the model, and return the exit code: 1 when it cannot be trained so."""
+    return print_validation(lambda in_colour: examine_model(words), as_json)
 
 
-def examine_model(arguments: Sequence[str], in_colour: bool) -> Validation:
+def examine_model(words: Sequence[str]) -> Validation:
+    """Return how the model would be loaded with the settings of these words. Sets environment variables."""
     validation = Validation()
     try:
         environment = read_environment()
-        settings, problems = collect_settings(environment, arguments)
+        settings, problems = collect_settings(environment, words)
     except UserError as error:
-        validation.tell("tree", "error", error.problems)
+        validation.add_findings("tree", "error", error.problems)
         return validation
-    name, missing = find_model(settings.model, environment)
+    name, missing = find_model(settings.model, environment, needs_tokenizer=False)
     if problems or missing:
-        validation.tell("settings", "error", [*problems, *missing])
+        validation.add_findings("settings", "error", [*problems, *missing])
         return validation
-    os.environ.update(
-        build_library_variables(
-            Inputs(name, [], [], environment.model_dir, environment.model_dir),
-            settings.model.chat_template_path,
-            settings.output.push_to_hub,
-        )
-    )
+    try:
+        planned = plan_loading(name, settings, environment.model_dir)
+    except UserError as error:
+        validation.add_findings("model", "error", error.problems)
+        return validation
+    validation.add_findings("model", "ok", [name, *planned.reasons])
+    longest_row = settings.data.max_length or USUAL_ROW_TOKENS
+    validation.add_findings("memory", "ok", [f"for rows of {longest_row} tokens, which data may stay below"])
+    examine_memory(planned.config, settings, environment, longest_row, validation)
+    return validation
+
+
+def plan_loading(name: str, settings: Settings, model_dir: Path) -> "ModelPlan":
+    """Return how the model, a folder or a Hub id, would be loaded. Raises UserError where it cannot be."""
+    inputs = Inputs(name, [], [], model_dir, model_dir)
+    os.environ.update(build_library_variables(inputs, settings.model.chat_template_path, settings.output.push_to_hub))
     from llm_trainer.model import loading  # Transformers has to find the variables set
     from llm_trainer.model.device import find_device
     from llm_trainer.model.plan import plan_model
     from llm_trainer.model.precision import choose_precision
 
     with tempfile.TemporaryDirectory(prefix="llm-trainer-") as scratch_dir:
-        try:
-            folder = loading.fetch_model(name, settings, Path(scratch_dir), with_weights=False)
-            device = find_device(settings)
-            planned = plan_model(folder, settings, device, choose_precision(settings, device))
-        except UserError as error:
-            validation.tell("model", "error", error.problems)
-            return validation
-    validation.tell("model", "ok", [name, *planned.reasons])
-    longest_row = settings.data.max_length or USUAL_ROW_TOKENS
-    validation.tell("memory", "ok", [f"for rows of {longest_row} tokens, which data may stay below"])
-    examine_memory(planned.config, settings, environment, longest_row, validation)
-    return validation
+        folder = loading.fetch_model(name, settings, Path(scratch_dir), with_weights=False)
+        device = find_device(settings)
+        return plan_model(folder, settings, device, choose_precision(settings, device))

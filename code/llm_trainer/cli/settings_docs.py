@@ -1,68 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All settings as a person reads them: `llm-trainer train --help`, and the tables in the documentation.
+"""All settings and the rules between them as a person reads them: in `llm-trainer train --help` and in the documents.
 
-`python -m llm_trainer.cli.settings_docs README.md examples/settings.md` renews the tables; a test keeps them current.
+`python -m llm_trainer.cli.settings_docs README.md docs/settings.md` renews the tables between markers, such as
+`<!-- rules -->` and `<!-- end of rules -->`. A test keeps them current.
 """
 
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from llm_trainer.common.files import write_text
+from llm_trainer.config.checks import HARDWARE_RULES
 from llm_trainer.config.load import describe_rule
-from llm_trainer.config.schema import FIELDS, OWN_NAMES, show_value
+from llm_trainer.config.rule import HardwareRule, Rule
+from llm_trainer.config.rules import RULES
+from llm_trainer.config.schema import FIELDS, OWN_NAMES, SECTIONS, show_value
 from llm_trainer.config.sections import ALIASES
 
-BEGIN, END = "<!-- settings:{} -->\n", "<!-- end of settings -->"
+PLACEHOLDER = re.compile(r"\{[^{}]*\}")
 
 
-def own_names() -> list[str]:
-    return list(OWN_NAMES)
+def list_own_names(section: str) -> list[str]:
+    """Return the names of the project's own settings in a section, in their order."""
+    return [name for name in SECTIONS[section].model_fields if name in OWN_NAMES]
 
 
-def training_argument_names() -> list[str]:
+def list_training_arguments() -> list[str]:
+    """Return the names of the settings that are fields of trl.SFTConfig."""
     return [name for name in FIELDS if name not in OWN_NAMES]
 
 
-def as_help() -> str:
-    """Plain text for a terminal."""
-    parts = [
-        "usage: llm-trainer train [--SETTING VALUE ...]",
-        "Settings also come as hyperparameters, and from a YAML file (channel `config`, or config=PATH); "
-        "the command line wins, then hyperparameters, then the file.",
-        "Settings:",
-        *map(describe_setting, own_names()),
+def format_settings() -> str:
+    """Return a paragraph for each setting, as plain text for a terminal."""
+    parts = ["Settings:", format_setting("config")]
+    for section in SECTIONS:
+        parts += [f"\n{section.capitalize()}:", *map(format_setting, list_own_names(section))]
+    parts += [
         "\nFields of trl.SFTConfig and transformers.TrainingArguments:",
-        *map(describe_setting, training_argument_names()),
+        *map(format_setting, list_training_arguments()),
         "\nOther spellings: " + ", ".join(f"{alias} = {name}" for alias, name in ALIASES.items()),
     ]
     return "\n".join(parts)
 
 
-def describe_setting(name: str) -> str:
+def format_setting(name: str) -> str:
+    """Return two lines on a setting: its name with what it takes and its default, and its description."""
     field = FIELDS[name]
     return f"  --{name}  ({describe_rule(field)}; default {show_value(field.default)})\n      {field.description}"
 
 
-def as_markdown(names: Iterable[str]) -> str:
-    rows = ["| setting | takes | default | meaning |", "|---|---|---|---|"]
+def format_own_settings() -> str:
+    """Return a Markdown table of the project's own settings for each section, below a heading."""
+    tables = [format_settings_table(["config"])]
+    tables += [
+        f"### {section.capitalize()}\n\n{format_settings_table(list_own_names(section))}" for section in SECTIONS
+    ]
+    return "\n".join(tables)
+
+
+def format_settings_table(names: Iterable[str]) -> str:
+    """Return a Markdown table with a row for each of these settings."""
+    rows = []
     for name in names:
         field = FIELDS[name]
         default = "" if field.default is None else f"`{show_value(field.default)}`"
-        cells = (f"`{name}`", describe_rule(field), default, field.description or "")
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(rows) + "\n"
+        rows.append((f"`{name}`", describe_rule(field), default, field.description or ""))
+    return format_table(("setting", "takes", "default", "meaning"), rows)
+
+
+def format_rules(rules: Sequence[Rule | HardwareRule]) -> str:
+    """Return a Markdown table of rules between settings, with three dots in place of the values that users give."""
+    rows = []
+    for rule in rules:
+        names = ", ".join(f"`{name}`" for name in rule.settings)
+        rows.append((names, PLACEHOLDER.sub("...", rule.message)))
+    return format_table(("settings", "what the job says"), rows)
+
+
+def format_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table with these titles of columns."""
+    lines = [titles, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    table = [f"| {' | '.join(line)} |" for line in lines]
+    table.insert(1, f"|{'---|' * len(titles)}")
+    return "\n".join(table) + "\n"
 
 
 def renew_tables(text: str) -> str:
-    """The document with each marked table replaced by the current one."""
-    for kind, names in (("own", own_names()), ("training arguments", training_argument_names())):
-        begin = BEGIN.format(kind)
+    """Return the document with the current table between each pair of markers that it has."""
+    for begin, end, table in (
+        ("<!-- settings:own -->\n", "<!-- end of settings -->", format_own_settings()),
+        (
+            "<!-- settings:training arguments -->\n",
+            "<!-- end of settings -->",
+            format_settings_table(list_training_arguments()),
+        ),
+        ("<!-- rules -->\n", "<!-- end of rules -->", format_rules(RULES)),
+        ("<!-- hardware rules -->\n", "<!-- end of rules -->", format_rules(HARDWARE_RULES)),
+    ):
         if begin in text:
             before, rest = text.split(begin)
-            text = before + begin + "\n" + as_markdown(names) + "\n" + rest[rest.index(END) :]
+            text = f"{before}{begin}\n{table}\n{rest[rest.index(end) :]}"
     return text
 
 
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]):
-        path.write_text(renew_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+        write_text(path, renew_tables(path.read_text(encoding="utf-8")))

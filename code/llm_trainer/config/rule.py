@@ -55,7 +55,7 @@ class HardwareRule:
 class MessageFormatter(string.Formatter):
     """A formatter whose `{name}` is a value without quotes, and whose `{name!r}` is one with them.
 
-    Both write true, false and null the way JSON does, as users do.
+    Both write true and false as users do.
     """
 
     def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

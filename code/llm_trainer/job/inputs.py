@@ -53,15 +53,20 @@ def find_inputs(settings: Settings, environment: Environment) -> tuple[Inputs, l
     return inputs, problems
 
 
-def find_model(settings: ModelSettings, environment: Environment) -> tuple[str, list[str]]:
-    """Return the model's folder or Hub id, empty if there is none, and a sentence for each thing wrong with it."""
+def find_model(
+    settings: ModelSettings, environment: Environment, needs_tokenizer: bool = True
+) -> tuple[str, list[str]]:
+    """Return the model's folder or Hub id, empty if there is none, and a sentence for each thing wrong with it.
+
+    Without `needs_tokenizer`, a folder may lack its tokenizer, as where only the model's config is of interest.
+    """
     model = settings.model_id or str(environment.channels.get("model", ""))
     if model:
-        return model, list(check_model(model))
+        return model, list(check_model(model, needs_tokenizer))
     return "", ["model_id is missing: give a Hugging Face model id, or the model's files as channel 'model'."]
 
 
-def check_model(model: str) -> Iterator[str]:
+def check_model(model: str, needs_tokenizer: bool = True) -> Iterator[str]:
     """Yield sentences about a model folder that is incomplete, or a name that is neither folder nor Hub id."""
     folder = Path(model)
     if not folder.is_dir():
@@ -74,7 +79,7 @@ def check_model(model: str) -> Iterator[str]:
     unreadable = [file for file in folder.glob("*.*") if not os.access(file, os.R_OK)]
     for file in unreadable:
         yield f"Model file {file} cannot be read by user {os.getuid()}: make it readable, or run as another user."
-    if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+    if needs_tokenizer and not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         yield f"Model folder {folder} has no tokenizer ({TOKENIZER_FILES[0]}): put the tokenizer beside the weights."
     if not unreadable:
         yield from check_config(folder / "config.json")

@@ -1,12 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metric line, `train_loss=0.5123; step=20; ...`: what it holds, how it is written, and how SageMaker reads it.
-
-`llm-trainer metrics` prints what reads it, for AlgorithmSpecification's MetricDefinitions. Needs no torch.
-"""
-
-import json
-import sys
-from collections.abc import Sequence
+"""The metric line, `train_loss=0.5123; step=20; ...`: what it holds, how it is written, and how SageMaker reads it."""
 
 METRICS = {
     "train_loss": "loss on the tokens that are trained on",
@@ -54,17 +47,3 @@ def define_metrics() -> list[dict[str, str]]:
     eval_loss is not read as train_loss.
     """
     return [{"Name": key, "Regex": f"(?:^|; ){key}={NUMBER}"} for key in METRICS]
-
-
-def print_definitions(arguments: Sequence[str]) -> int:
-    """Print them for a person, or with `--json` for a program; the exit code, 2 after any other argument."""
-    if arguments not in ([], ["--json"]):
-        print(f"llm-trainer metrics takes --json or nothing, and not {' '.join(arguments)}.", file=sys.stderr)
-        return 2
-    if arguments:
-        print(json.dumps(define_metrics(), indent=2))
-        return 0
-    for definition in define_metrics():
-        print(f"{definition['Name']:30}{METRICS[definition['Name']]:80}{definition['Regex']}")
-    print(f"Objectives of automatic model tuning: {', '.join(OBJECTIVES)}")
-    return 0

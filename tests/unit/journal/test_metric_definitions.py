@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """SageMaker's metric definitions read each value of the metric line under its own name, and nothing else."""
 
-import json
 import re
-import subprocess
-import sys
 
 import pytest
 
-from llm_trainer.journal.metric_definitions import METRICS, OBJECTIVES, RENAMED, define_metrics, format_line
+from llm_trainer.journal.metric_definitions import METRICS, RENAMED, define_metrics, format_line
 
 REGEXES = {definition["Name"]: definition["Regex"] for definition in define_metrics()}
 
@@ -49,21 +46,3 @@ def test_what_cloudwatch_does_not_take_is_not_read(value):
 def test_other_lines_of_a_log_are_no_metrics():
     for line in ("Setting learning_rate=0.01", "learning_rate='x' is not valid", "  step=3", "lora_step=3; x_step=4"):
         assert all(read(name, line) == [] for name in METRICS)
-
-
-def test_the_command_prints_them_without_torch():
-    script = (
-        "import sys, llm_trainer.cli.main as cli; code = cli.main(); assert 'torch' not in sys.modules; sys.exit(code)"
-    )
-    command = [sys.executable, "-c", script, "metrics"]
-    printed = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
-    assert json.loads(printed) == define_metrics()
-    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    *rows, objectives = table
-    assert [line.split()[0] for line in rows] == list(METRICS)
-    assert all(line.endswith(f"  {regex}") for line, regex in zip(rows, REGEXES.values(), strict=True))
-    assert objectives.endswith("eval_loss, train_loss, eval_mean_token_accuracy")
-    assert set(OBJECTIVES) <= METRICS.keys()
-    wrong = subprocess.run([*command, "--jsn"], capture_output=True, text=True, check=False)
-    assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert "--jsn" in wrong.stderr

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a job needs of a GPU's memory, for `validate` and `plan`."""
+
+from typing import TYPE_CHECKING
+
+from llm_trainer.cli.validation import Validation
+from llm_trainer.common.errors import UserError
+from llm_trainer.common.findings import show_bytes
+from llm_trainer.config.checks import count_processes
+from llm_trainer.config.environment import Environment
+from llm_trainer.config.schema import Settings
+from llm_trainer.host.nvidia_driver import read_driver
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from llm_trainer.model.memory.fit import Target
+
+
+def examine_memory(
+    config: "PreTrainedConfig", settings: Settings, environment: Environment, longest_row: int, validation: Validation
+) -> None:
+    """Add what the job needs of the GPUs that are here, or of whichever GPUs it will run on.
+
+    `longest_row` is the length of the longest row in tokens.
+    """
+    from llm_trainer.model.memory.shape import UnknownShapeError
+
+    try:
+        target = find_gpus(settings, environment)
+        if target:
+            fit_here(config, settings, longest_row, target, validation)
+        else:
+            fit_elsewhere(config, settings, longest_row, validation)
+    except UserError as error:
+        validation.add_findings("memory", "error", error.problems)
+    except UnknownShapeError as error:
+        text = f"What memory the model needs is not known, since {error}."
+        validation.add_findings("memory", "warning", [text])
+
+
+def find_gpus(settings: Settings, environment: Environment) -> "Target | None":
+    """Return the GPUs that a job would train on, or None where there are none or it would not use them."""
+    from llm_trainer.model.device import find_device
+    from llm_trainer.model.memory.fit import Target
+
+    on_gpu = environment.num_gpus > 0 and not settings.parallelism.use_cpu
+    driver = read_driver() if on_gpu else None
+    if driver is None:
+        return None
+    num_processes = count_processes(settings.parallelism, environment) * len(environment.hosts)
+    return Target(find_device(settings), num_processes, min(gpu.memory_bytes for gpu in driver.gpus))
+
+
+def fit_here(
+    config: "PreTrainedConfig", settings: Settings, longest_row: int, target: "Target", validation: Validation
+) -> None:
+    """Add how the job would fit on these GPUs."""
+    from llm_trainer.model.memory.fit import choose_memory_plan
+
+    plan = choose_memory_plan(config, settings, longest_row, target, choose_attention(settings))
+    validation.memory = plan.describe()
+    validation.add_findings("memory", "warning" if plan.warning else "ok", [plan.warning or plan.reason])
+
+
+def fit_elsewhere(config: "PreTrainedConfig", settings: Settings, longest_row: int, validation: Validation) -> None:
+    """Add what each way of training needs, and the smallest GPU that holds it."""
+    from llm_trainer.model.memory.fit import estimate_on_one_gpu, find_smallest_gpu
+
+    for way, need in estimate_on_one_gpu(config, settings, longest_row, choose_attention(settings)).items():
+        size = find_smallest_gpu(need)
+        fitting = f"one GPU of {size} GiB holds that" if size else "no single GPU holds that"
+        validation.memory[way] = {"gpu_gib": size, **need.describe()}
+        validation.add_findings("memory", "ok", [f"{way} needs {show_bytes(need.total_bytes)} on a GPU: {fitting}"])
+
+
+def choose_attention(settings: Settings) -> str:
+    """Return the attention kernel that the user asks for, else the one that a GPU would get."""
+    from llm_trainer.model.memory.fit import ATTENTION_ELSEWHERE
+
+    asked = settings.model.attn_implementation
+    return ATTENTION_ELSEWHERE if asked == "auto" else asked

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `validate` and `plan` find out about a job, and how it is printed: as text for a person, or as JSON."""
+
+import contextlib
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm_trainer.common.errors import MAX_LISTED_PROBLEMS
+from llm_trainer.common.findings import GIB, MIB, Finding, Verdict, as_row
+from llm_trainer.data.report import DataReport
+
+
+@dataclass
+class Validation:
+    """What is known of a job before it starts."""
+
+    findings: list[Finding] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)  # those that the user gave, without secrets
+    reports: dict[str, DataReport] = field(default_factory=dict)  # by the name of the split
+    memory: dict[str, Any] = field(default_factory=dict)  # bytes that a GPU needs, and their parts
+    sample: str = ""  # a training row whose trained part is marked
+
+    def add_findings(self, subject: str, verdict: Verdict, texts: Iterable[str]) -> None:
+        """Add a finding for each text."""
+        self.findings += [Finding(subject, verdict, text) for text in texts]
+
+    def list_texts(self, verdict: Verdict) -> list[str]:
+        """Return the texts of the findings with this verdict."""
+        return [finding.text for finding in self.findings if finding.verdict == verdict]
+
+
+def print_validation(examine: Callable[[bool], Validation], as_json: bool) -> int:
+    """Print what the function finds out, and return the exit code: 1 when there are errors.
+
+    The function is told whether its texts may have colours.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' words to each other, not to the user
+    in_colour = not as_json and sys.stdout.isatty()
+    # A library, or a wait for the Hub, may print too, and must not break the JSON.
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        validation = examine(in_colour)
+    lines = [format_json(validation)] if as_json else format_text(validation, in_colour)
+    print(*lines, sep="\n")
+    return 1 if validation.list_texts("error") else 0
+
+
+def format_json(validation: Validation) -> str:
+    """Return all that is known as one JSON object."""
+    problems = validation.list_texts("error")
+    values = {
+        "ok": not problems,
+        "problems": problems,
+        "warnings": validation.list_texts("warning"),
+        "data": {name: report.summary() for name, report in validation.reports.items()},
+        "memory": validation.memory,
+        "sample": validation.sample,
+        "settings": validation.settings,
+    }
+    return json.dumps(values, default=str)
+
+
+def format_text(validation: Validation, in_colour: bool) -> Iterator[str]:
+    """Yield the lines for a person: findings, tables of the data and of the memory, a sample, and the verdict."""
+    errors = [finding for finding in validation.findings if finding.verdict == "error"]
+    unlisted = errors[MAX_LISTED_PROBLEMS:]
+    for finding in validation.findings:
+        if finding not in unlisted:
+            yield as_row(finding, in_colour)
+    if unlisted:
+        yield f"and {len(unlisted)} more errors, which --json lists."
+    if validation.reports:
+        rows = {name: format_counts(report) for name, report in validation.reports.items()}
+        yield from ("", *format_table(rows, "data"))
+    if validation.memory:
+        yield from ("", *format_memory(validation.memory))
+    if validation.sample:
+        from llm_trainer.data.preview import describe_marks
+
+        yield from ("", f"The first training row ({describe_marks(in_colour)}):", validation.sample)
+    num_warnings = len(validation.list_texts("warning"))
+    is_plan = validation.memory and not validation.reports
+    verdict = "fail" if errors else "start, as far as is known without its data" if is_plan else "start"
+    yield f"errors: {len(errors)}, warnings: {num_warnings}; this job would {verdict}."
+
+
+def format_counts(report: DataReport) -> dict[str, str]:
+    """Return the figures of a split by the names of their columns."""
+    counts = {
+        "rows": report.num_rows,
+        "tokens": report.num_tokens,
+        "trained on": f"{report.supervised_share:.1%}",
+        **report.length_percentiles(),
+        "cut": report.num_truncated_rows,
+        "left out": report.num_dropped_rows + report.num_unsupervised_rows,
+        "bad": report.num_bad_rows,
+        "duplicates": report.num_duplicate_rows,
+        "in validation": report.num_rows_in_validation,
+    }
+    return {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in counts.items()}
+
+
+def format_memory(memory: dict[str, Any]) -> Iterator[str]:
+    """Yield a table of the GiB that each part takes on a GPU, with a column for each way of training."""
+    needs = memory if "estimate" not in memory else {"here": memory["estimate"]} if memory["estimate"] else {}
+    names = dict.fromkeys(part for need in needs.values() for part, size in need["parts"].items() if size >= MIB)
+    rows = {part: {way: f"{need['parts'].get(part, 0) / GIB:.2f}" for way, need in needs.items()} for part in names}
+    rows["in all"] = {way: f"{need['total_bytes'] / GIB:.2f}" for way, need in needs.items()}
+    yield from format_table(rows, "GiB a GPU")
+
+
+def format_table(rows: dict[str, dict[str, str]], title: str) -> Iterator[str]:
+    """Yield a line with the names of the columns, and a line for each row, with the cells right-aligned."""
+    columns = {column: column for row in rows.values() for column in row}
+    widths = {column: max(len(column), *(len(row.get(column, "")) for row in rows.values())) for column in columns}
+    name_width = max(10, *map(len, rows))
+    for name, cells in (title, columns), *rows.items():
+        yield f"{name:{name_width}}" + "".join(f"  {cells[column]:>{widths[column]}}" for column in cells)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Help and documents name every setting and every rule, and are current."""
+
+from pathlib import Path
+
+import pytest
+
+from llm_trainer.cli.settings_docs import (
+    format_own_settings,
+    format_rules,
+    format_settings,
+    list_own_names,
+    list_training_arguments,
+    renew_tables,
+)
+from llm_trainer.config.checks import HARDWARE_RULES
+from llm_trainer.config.rules import RULES
+from llm_trainer.config.schema import FIELDS, SECTIONS
+from llm_trainer.config.sections import ALIASES
+
+REPOSITORY = Path(__file__).parents[3]
+DOCUMENTS = [file for file in (REPOSITORY / "README.md", REPOSITORY / "docs/settings.md") if file.exists()]
+
+
+def test_help_names_every_setting():
+    text = format_settings()
+    assert all(f"  --{name}  (" in text for name in FIELDS)
+    assert all(f"{alias} = {name}" in text for alias, name in ALIASES.items())
+
+
+def test_each_setting_stands_in_one_table():
+    own = [name for section in SECTIONS for name in list_own_names(section)]
+    assert sorted(["config", *own, *list_training_arguments()]) == sorted(FIELDS)
+
+
+def test_own_settings_stand_below_the_headings_of_their_sections():
+    text = format_own_settings()
+    headings = [line.removeprefix("### ") for line in text.splitlines() if line.startswith("#")]
+    assert headings == ["Model", "Adapter", "Data", "Training", "Parallelism", "Tracking", "Output"]
+    adapter = text.partition("### Adapter")[2].partition("### ")[0]
+    assert "| `lora_r` | a whole number, at least 1 | `8` |" in adapter
+    assert "`model_id`" not in adapter
+
+
+def test_every_rule_is_listed_with_dots_for_values():
+    table = format_rules(RULES)
+    assert len(table.splitlines()) == len(RULES) + 2
+    row = "init_lora_weights=orthogonal with lora_r=...: the rank must be even; add 1."
+    assert f"| `init_lora_weights`, `lora_r` | {row} |" in table
+    assert "{" not in table
+    assert "this host's ... GPUs" in format_rules(HARDWARE_RULES)
+
+
+def test_tables_are_renewed_between_their_markers():
+    text = (
+        "before\n<!-- rules -->\nstale\n<!-- end of rules -->\nafter\n<!-- hardware rules -->\n<!-- end of rules -->\n"
+    )
+    renewed = renew_tables(text)
+    assert renewed.startswith("before\n<!-- rules -->\n\n| settings |")
+    assert "stale" not in renewed
+    assert format_rules(RULES) in renewed
+    assert format_rules(HARDWARE_RULES) in renewed
+    assert "<!-- end of rules -->\nafter\n" in renewed
+    assert renew_tables(renewed) == renewed
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+def test_the_tables_of_the_documents_are_current(file):
+    text = file.read_text(encoding="utf-8")
+    assert renew_tables(text) == text
+
+
+def test_the_documents_have_every_setting():
+    text = "".join(file.read_text(encoding="utf-8") for file in DOCUMENTS)
+    assert all(f"| `{name}` |" in text for name in FIELDS)
