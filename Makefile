@@ -3,7 +3,9 @@
 
 VARIANT ?= cuda
 IMAGE ?= sagemaker-llm-trainer
-PYTHON ?= $(shell command -v python3.11 || echo python3)
+# Names a Python for all that is made here; without it docker/venv.sh takes the first of 3.11, 3.12 and 3.13 that runs.
+PYTHON ?=
+ANY_PYTHON = $(or $(PYTHON),$(shell docker/venv.sh python))
 # The distribution's own client first: a newer one earlier on the PATH may lack the buildx plugin it then needs.
 DOCKER ?= $(shell test -x /usr/bin/docker && echo /usr/bin/docker || echo docker)
 
@@ -18,7 +20,9 @@ SHARD ?=
 STOP_AFTER_SECONDS ?=
 # IMAGE may carry a tag of its own.
 TAGGED_IMAGE = $(if $(findstring :,$(notdir $(IMAGE))),$(IMAGE),$(IMAGE):$(VARIANT))
-CPU_TORCH = $(firstword $(wildcard docker/wheels/torch-*cpu*.whl))
+# The cpu image's Python is Debian 12's.
+CPU_TORCH = $(firstword $(wildcard docker/wheels/torch-*cpu-cp311-*.whl))
+MACHINE = $(subst arm64,aarch64,$(shell uname -m))
 NO_CPU_TORCH := "Set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index, or PIP_FIND_LINKS to a folder that holds the wheel \
 named in $(REQUIREMENTS)/torch-cpu.txt."
 
@@ -41,15 +45,9 @@ help: ## List the commands
 
 venv: .venv/.made ## Create .venv from the hash-locked requirements
 
-.venv/.made: $(REQUIREMENTS)/build.txt $(REQUIREMENTS)/torch-cpu.txt $(REQUIREMENTS)/dev.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
-		|| { echo "$(PYTHON) is not Python 3.11: name one with PYTHON=."; exit 1; }
-	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --no-compile --require-hashes -r $(REQUIREMENTS)/build.txt
-	.venv/bin/pip install --quiet --no-compile --require-hashes --no-deps -r $(REQUIREMENTS)/torch-cpu.txt \
-		|| { echo $(NO_CPU_TORCH); exit 1; }
-	.venv/bin/pip install --quiet --no-compile --require-hashes --no-build-isolation -r $(REQUIREMENTS)/dev.txt
-	.venv/bin/pip install --quiet --no-compile --no-deps --no-build-isolation -e .
+.venv/.made: $(REQUIREMENTS)/build.txt $(REQUIREMENTS)/torch-cpu.txt $(REQUIREMENTS)/torch.txt $(REQUIREMENTS)/dev.txt \
+		pyproject.toml
+	@PYTHON="$(PYTHON)" docker/venv.sh
 	@touch $@
 
 demo: venv .demo/download ## Fine-tune SmolLM2-135M on this machine's CPU, and measure it before and after
@@ -89,12 +87,14 @@ lint: venv ## Lint, formatting and types, of Dockerfile and shell scripts too
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	.venv/bin/hadolint docker/Dockerfile
-	.venv/bin/shellcheck .ci/run $$(git ls-files '*.sh')
+	@test -x .venv/bin/shellcheck || command -v shellcheck >/dev/null \
+		|| { echo "shellcheck is missing, which has no wheel for this machine: install this system's package shellcheck."; exit 1; }
+	PATH=".venv/bin:$$PATH" shellcheck .ci/run $$(git ls-files '*.sh')
 
 image: ## Build sagemaker-llm-trainer:VARIANT (cuda or cpu); IMAGE=, BASE_IMAGE= and BUILDER_IMAGE= override
 ifeq ($(VARIANT),cpu)
-	$(if $(CPU_TORCH),,$(PYTHON) -m pip download --quiet --no-deps --require-hashes --only-binary :all: --python-version 3.11 \
-		--platform manylinux_2_28_x86_64 -r $(REQUIREMENTS)/torch-cpu.txt -d docker/wheels || { echo $(NO_CPU_TORCH); exit 1; })
+	$(if $(CPU_TORCH),,$(ANY_PYTHON) -m pip download --quiet --no-deps --require-hashes --only-binary :all: --python-version 3.11 \
+		--platform manylinux_2_28_$(MACHINE) -r $(REQUIREMENTS)/torch-cpu.txt -d docker/wheels || { echo $(NO_CPU_TORCH); exit 1; })
 endif
 	base=$(BASE); case $$base in \
 		*@sha256:*) ;; \
@@ -125,11 +125,11 @@ gates: sbom .venv-supply/.made ## Fail for a licence or a known vulnerability th
 	.venv-supply/bin/python docker/gates.py vulnerabilities build/sbom.cdx.json $(if $(OSV_URL),--osv-url $(OSV_URL))
 
 image-report: ## Print the image's size by layer and by package, and what could go
-	$(PYTHON) docker/image_report.py $(TAGGED_IMAGE) --docker $(DOCKER)
+	$(ANY_PYTHON) docker/image_report.py $(TAGGED_IMAGE) --docker $(DOCKER)
 
 reproducible: ## Build the image once more, without any cache, and fail where a file of it differs
 	$(MAKE) image IMAGE=$(TAGGED_IMAGE)-again BUILD_OPTIONS="$(BUILD_OPTIONS) --no-cache"
-	$(PYTHON) docker/same_files.py $(TAGGED_IMAGE) $(TAGGED_IMAGE)-again --docker $(DOCKER)
+	$(ANY_PYTHON) docker/same_files.py $(TAGGED_IMAGE) $(TAGGED_IMAGE)-again --docker $(DOCKER)
 	$(DOCKER) image rm $(TAGGED_IMAGE)-again
 
 login: ## Let docker push to REPOSITORY, if it is in ECR, by the AWS command line's credentials
@@ -161,9 +161,7 @@ test-codebuild: venv .venv-supply/.made engine ## Execute buildspec.yml against 
 	DOCKER=$(DOCKER) .venv-supply/bin/pytest --confcutdir tests/codebuild tests/codebuild
 
 .venv-%/.made: $(REQUIREMENTS)/build.txt $(REQUIREMENTS)/%.txt
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet --no-compile --require-hashes -r $(REQUIREMENTS)/build.txt
-	$(@D)/bin/pip install --quiet --no-compile --require-hashes --no-build-isolation -r $(REQUIREMENTS)/$*.txt
+	@PYTHON="$(PYTHON)" docker/venv.sh $(@D) $*
 	@touch $@
 
 image-here: engine # as the tests have it: also where its bases cannot be pulled
@@ -175,10 +173,10 @@ engine: # ends again with `tests/image/engine.sh stop`
 	tests/image/engine.sh start
 
 lock: ## Resolve every requirements file anew
-	PYTHON=$(PYTHON) docker/lock.sh
+	PYTHON="$(PYTHON)" docker/lock.sh
 
 lock-check: ## Fail where a requirements file is not what `make lock` would write
-	PYTHON=$(PYTHON) docker/lock.sh --check
+	PYTHON="$(PYTHON)" docker/lock.sh --check
 
 outdated: ## List what a newer resolution would change
-	PYTHON=$(PYTHON) docker/lock.sh --outdated
+	PYTHON="$(PYTHON)" docker/lock.sh --outdated

