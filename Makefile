@@ -38,7 +38,7 @@ BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --build-arg V
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-long test-unit test-gpu test-notebook lint image flash-attn flash-attn-cached test-image smoke \
 	test-local-mode test-codebuild image-here engine sbom gates image-report reproducible login push-cache push lock \
-	lock-check outdated bench
+	lock-check outdated bench docs report-picture
 
 help: ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -91,6 +91,12 @@ lint: venv ## Lint, formatting and types, of Dockerfile and shell scripts too
 		|| { echo "shellcheck is missing, which has no wheel for this machine: install this system's package shellcheck."; exit 1; }
 	PATH=".venv/bin:$$PATH" shellcheck .ci/run $$(git ls-files '*.sh')
 
+docs: .venv-docs/.made ## Build the documentation to build/docs; a broken link fails it
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet --site-dir build/docs
+
+report-picture: venv .demo/opt/ml ## Take the README's picture of a report from the demo's job; needs Chromium
+	.venv/bin/python tests/support/report_picture.py .demo/opt/ml/output/data/report.html docs/images/report.png
+
 image: ## Build sagemaker-llm-trainer:VARIANT (cuda or cpu); IMAGE=, BASE_IMAGE= and BUILDER_IMAGE= override
 ifeq ($(VARIANT),cpu)
 	$(if $(CPU_TORCH),,$(ANY_PYTHON) -m pip download --quiet --no-deps --require-hashes --only-binary :all: --python-version 3.11 \
@@ -102,7 +108,7 @@ endif
 	esac; \
 	$(BUILD) --tag $(TAGGED_IMAGE) --build-arg BASE=$$base \
 		$(if $(BASE_IMAGE),--label org.opencontainers.image.base.name=$(BASE_IMAGE)) \
-		--build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+		--build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' code/llm_trainer/__init__.py) \
 		--build-arg REVISION=$$(git describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null || echo unknown) \
 		--build-arg CREATED=$$(git log -1 --format=%cI 2>/dev/null || echo unknown) .
 
