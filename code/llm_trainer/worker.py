@@ -29,7 +29,7 @@ def main() -> int:
     job = read_job(sys.argv[1:])
     environment = job.environment
     journal = Journal(environment.output_dir / "data" / FILE_NAME if rank() == 0 else None)
-    timeline = Timeline.go_on(journal, environment.current_host)
+    timeline = Timeline.continue_from_launcher(journal, environment.current_host)
     try:
         reserve_failure(scratch_dir / "failures", f"rank-{rank()}")
         configure_trackers(job.settings.tracking, job.settings.output)

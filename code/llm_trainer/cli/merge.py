@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_trainer.common.errors import UserError
+from llm_trainer.common.files import read_json_object
 from llm_trainer.common.findings import show_bytes
 from llm_trainer.common.hub import download_model
-from llm_trainer.config.environment import read_json_object
 from llm_trainer.config.schema import Settings
-from llm_trainer.journal.journal import MANIFEST
+from llm_trainer.journal.manifest import MANIFEST, Manifest, read_manifest
 from llm_trainer.serving.lmi_files import ADAPTER_FILES
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def merge_files(options: MergeOptions, adapter: Path, output: Path) -> tuple[Pat
     return base, figures
 
 
-def read_adapter(adapter: Path, merge_base: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_adapter(adapter: Path, merge_base: str) -> tuple[dict[str, Any], Manifest]:
     """Return adapter_config.json, and the manifest of the run that made the adapter, which only "dequantized" needs.
 
     Raises UserError with all mistakes.
@@ -98,7 +98,7 @@ def read_adapter(adapter: Path, merge_base: str) -> tuple[dict[str, Any], dict[s
         )
     if problems:
         raise UserError(*problems)
-    manifest = read_json_object(adapter / MANIFEST) if merge_base == "dequantized" else {}
+    manifest = read_manifest(adapter) if merge_base == "dequantized" else Manifest()
     return read_json_object(adapter / "adapter_config.json"), manifest
 
 
@@ -113,7 +113,7 @@ def find_base(name: str, revision: str | None) -> Path:
     return Path(download_model(name, revision, with_weights=True))
 
 
-def build_quantization(manifest: dict[str, Any]) -> "BitsAndBytesConfig":
+def build_quantization(manifest: Manifest) -> "BitsAndBytesConfig":
     """Return the quantization with which the job of this manifest loaded the base. Raises UserError if it had none."""
     import torch
     from transformers import BitsAndBytesConfig

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes that a user can mend, why a job failed, and the failure file in which SageMaker looks for that."""
+"""Mistakes that a user can mend, failures of a job, and the failure file that SageMaker reads."""
 
 import json
 import sys
@@ -8,18 +8,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-# mistake: would happen again; fault: may not; lost: a host no longer answers; peer: the echo of a failure elsewhere
+# A mistake would happen again, a fault may not. Lost is a host that no longer answers, peer a failure's echo elsewhere.
 Kind = Literal["mistake", "fault", "lost", "peer"]
 
 MAX_FAILURE_CHARACTERS = 1024  # SageMaker shows no more than this of output/failure as the job's FailureReason
 MAX_LISTED_PROBLEMS = 20
-MAX_QUOTED_CHARACTERS = 300  # of a library's text or a user's value, so that the rest of the sentence fits too
+MAX_QUOTED_CHARACTERS = 300  # of a library's text or a user's value: the rest of the sentence must fit, too
 RESERVED_BYTES = 16384
-QUOTES_A_WORKER = "Original Traceback (most recent call last)"  # PyTorch's, about a DataLoader's process
+QUOTES_A_WORKER = "Original Traceback (most recent call last)"  # PyTorch quotes a DataLoader's process so
 
 
 class UserError(Exception):
-    """One or more mistakes of the user, one sentence each: key or file, value found, rule, fix. Never a traceback."""
+    """One or more mistakes of the user, one sentence each: key or file, value found, rule and fix."""
 
     def __init__(self, *problems: str) -> None:
         self.problems = problems
@@ -28,7 +28,7 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a process or a host failed, in a sentence for the user."""
+    """A sentence for the user on why a process or a host failed."""
 
     reason: str
     kind: Kind
@@ -36,13 +36,13 @@ class Failure:
 
 
 def choose_cause(failures: Iterable[Failure]) -> Failure | None:
-    """The failure that caused the others: the first that is not an echo of one elsewhere."""
+    """Return the failure that caused the others: the first that is not an echo of one elsewhere."""
     weights = {"mistake": 0, "fault": 0, "lost": 1, "peer": 2}
     return min(failures, key=lambda failure: (weights[failure.kind], failure.time), default=None)
 
 
 def reserve_failure(folder: Path, name: str) -> None:
-    """Take the disk space of a failure now: when there is one to report, the disk may be full."""
+    """Take the disk space for a failure now, because the disk may be full when there is one to report."""
     (folder / f".{name}").write_bytes(bytes(RESERVED_BYTES))
 
 
@@ -60,11 +60,12 @@ def report_failure(folder: Path, name: str, failure: Failure) -> None:
 
 
 def read_failures(folder: Path) -> list[Failure]:
+    """Return the failures that processes left in a folder."""
     return [Failure(**json.loads(file.read_text(encoding="utf-8"))) for file in folder.glob("*.json")]
 
 
 def describe(problems: tuple[str, ...]) -> str:
-    """All problems as text, the first sentence first, because SageMaker and people read only the beginning."""
+    """Return all problems as one text. The first one comes first, as SageMaker and people read only the beginning."""
     if len(problems) == 1:
         return problems[0]
     listed = [f"- {problem}" for problem in problems[1:MAX_LISTED_PROBLEMS]]
@@ -75,7 +76,7 @@ def describe(problems: tuple[str, ...]) -> str:
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and those that it was raised from."""
+    """Yield the error, and those that it was raised from."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -84,20 +85,21 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def shorten(text: str) -> str:
+    """Cut a text that is too long to be quoted in a sentence."""
     return text if len(text) <= MAX_QUOTED_CHARACTERS else f"{text[:MAX_QUOTED_CHARACTERS]}..."
 
 
 def summarize(error: BaseException) -> str:
-    """The line of an error's text that says what happened, short enough to stand inside a sentence."""
+    """Return the line of an error's text that says what happened, short enough to stand inside a sentence."""
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     return shorten((lines[-1] if QUOTES_A_WORKER in text else lines[0]).rstrip(".:"))
 
 
 def write_failure(output_dir: Path, reason: str) -> None:
-    """Write output/failure, at most 1,024 characters. The first writer wins: its error caused the later ones.
+    """Write output/failure, at most 1,024 characters. The first writer wins, as its error caused the later ones.
 
-    Where it cannot be written, the log says so: the reason itself is in the log already.
+    Where it cannot be written the log says so. The reason itself is in the log already.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)

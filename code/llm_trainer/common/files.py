@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are written whole or not at all, their digests, and their removal."""
+"""Files that are written whole or not at all, their digests, their removal, and JSON files of one object."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from llm_trainer.common.errors import UserError
 
 
 @contextmanager
@@ -23,10 +27,17 @@ def replace_file(file: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a UTF-8 text file whole or not at all."""
+def write_text(file: Path, text: str, errors: str = "strict") -> None:
+    """Write a UTF-8 text file whole or not at all. `errors` says what becomes of characters that UTF-8 cannot hold."""
     with replace_file(file) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8", errors=errors)
+
+
+def rename_durably(unfinished: Path, file: Path) -> None:
+    """Give a written file its name once its content is on the disk, so that a machine's crash cannot empty it."""
+    with unfinished.open("rb") as stream:
+        os.fsync(stream.fileno())
+    unfinished.replace(file)
 
 
 def compute_digest(file: Path) -> str:
@@ -41,3 +52,16 @@ def remove_path(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, or {} where there is no file. Raises UserError on any other content."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): write it as one JSON object.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}: write it as one JSON object.")
+    return value

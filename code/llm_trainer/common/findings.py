@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One fact that `doctor`, `validate` or the launcher tells, with its verdict, and how it looks on a line."""
+"""Facts that `doctor`, `validate` or the launcher tells, each with its verdict and its form on a line."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,10 @@ COLOURS = {"ok": "\033[32m", "warning": "\033[33m", "error": "\033[31m"}
 
 @dataclass(frozen=True)
 class Finding:
-    """A warning means a slower or less certain job, an error a job that fails; their text ends with what to change."""
+    """A fact with its verdict.
+
+    A warning means a slower or less certain job, an error a job that fails. Their text ends with what to change.
+    """
 
     subject: str
     verdict: Verdict
@@ -21,6 +24,7 @@ class Finding:
 
 
 def as_row(finding: Finding, in_colour: bool) -> str:
+    """Return a finding as a line: subject, verdict and text."""
     verdict = f"{finding.verdict:8}"
     if in_colour:
         verdict = f"{COLOURS[finding.verdict]}{verdict}\033[0m"
@@ -28,7 +32,7 @@ def as_row(finding: Finding, in_colour: bool) -> str:
 
 
 def show_bytes(size_bytes: float) -> str:
-    """Such as 9.6 GiB, 80 GiB or 64 MiB."""
+    """Return a size such as 9.6 GiB, 80 GiB or 64 MiB."""
     if size_bytes < GIB:
         return f"{size_bytes / 2**20:.0f} MiB"
     return f"{size_bytes / GIB:.1f}".removesuffix(".0") + " GiB"

@@ -18,9 +18,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import parse_ratelimit_headers
 
+from llm_trainer.common import log
 from llm_trainer.common.errors import UserError, chain, summarize
+from llm_trainer.common.retry import Backoff
 
-# What a causal language model needs; a repository may hold the same weights in other formats besides.
+# A causal language model needs these. A repository may hold the same weights in other formats besides.
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken"]
 WEIGHTS = ["*.safetensors"]
 FIRST_WAIT_SECONDS = 2.0
@@ -31,40 +33,41 @@ Result = TypeVar("Result")
 
 
 def download_model(model: str, revision: str | None, with_weights: bool) -> str:
-    """The folder of the model's files in the cache. Raises UserError when the Hub does not deliver them.
+    """Download a model, and return the folder of its files in the cache. Raises UserError when the Hub refuses.
 
-    huggingface_hub repeats some of its requests itself, five times within half a minute, but not the first one, which
-    asks for the repository, nor that for a file after a server error.
+    huggingface_hub repeats some requests itself, five times within half a minute. It does not repeat the first one,
+    which asks for the repository, nor a request for a file after a server error.
     """
     files = SMALL_FILES + (WEIGHTS if with_weights else [])
     return retry_while_busy(
         lambda: str(snapshot_download(model, revision=revision, allow_patterns=files)),
         f"Downloading {model}",
-        lambda error: find_refusal(error, f"model_id={model!r}") or give_up(model, find_answer(error)),
+        lambda error: find_refusal(error, f"model_id={model!r}") or describe_outage(model, find_answer(error)),
     )
 
 
 def retry_while_busy(action: Callable[[], Result], what: str, refuse: Callable[[BaseException], str]) -> Result:
-    """The result of the action, repeated while the Hub is busy or away; `what` is said of each repetition.
+    """Return the action's result. Repeat it while the Hub is busy or away; the log names each repetition by `what`.
 
-    Raises UserError with the sentence that `refuse` makes of the last error.
+    Raises UserError with the sentence that `refuse` makes from the last error.
     """
     give_up_at = time.monotonic() + PATIENCE_SECONDS
-    wait = FIRST_WAIT_SECONDS
+    backoff = Backoff(FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS)
     while True:
         try:
             return action()
         except (httpx2.HTTPError, LocalEntryNotFoundError, HFValidationError) as error:
             answer = find_answer(error)
-            seconds = max(wait, asked_wait(answer)) * random.uniform(1, 1.5)  # apart from the other hosts
+            # Longer by chance, since all hosts ask at the same time.
+            seconds = max(backoff.note_failure(), read_asked_wait(answer)) * random.uniform(1, 1.5)
             if not is_passing(answer) or time.monotonic() + seconds > give_up_at:
                 raise UserError(refuse(error)) from error
-            print(f"{what}: {summarize(answer)}: next try in {seconds:.1f} s", flush=True)
+            log.info(f"{what}: {summarize(answer)}: next try in {seconds:.1f} s", every_rank=True)
             time.sleep(seconds)
-            wait = min(2 * wait, LONGEST_WAIT_SECONDS)
 
 
-def give_up(model: str, answer: BaseException) -> str:
+def describe_outage(model: str, answer: BaseException) -> str:
+    """Return the sentence on a Hub or network that stayed away."""
     way = "start the job again later" if isinstance(answer, HfHubHTTPError) else "give the container a network"
     return (
         f"model_id={model!r} could not be downloaded ({summarize(answer)}): {way}, or give the model's files as "
@@ -73,19 +76,19 @@ def give_up(model: str, answer: BaseException) -> str:
 
 
 def find_answer(error: BaseException) -> BaseException:
-    """What the Hub or the network said, inside of what huggingface_hub makes of it; else the error itself."""
+    """Return the Hub's or network's own error inside of huggingface_hub's, else the error itself."""
     return next((link for link in chain(error) if isinstance(link, httpx2.HTTPError)), error)
 
 
 def is_passing(answer: BaseException) -> bool:
-    """Whether the same request may succeed a little later."""
+    """Tell whether the same request may succeed a little later."""
     if isinstance(answer, HfHubHTTPError):
         return answer.response.status_code in BUSY
     return isinstance(answer, httpx2.TransportError)
 
 
-def asked_wait(answer: BaseException) -> float:
-    """The seconds that the Hub asks to wait for, in a header of its own or the standard one; 0 where it does not."""
+def read_asked_wait(answer: BaseException) -> float:
+    """Return the seconds that the Hub asks to wait for, in its own header or the standard one; 0 where it does not."""
     if not isinstance(answer, HfHubHTTPError):
         return 0
     limits = parse_ratelimit_headers(answer.response.headers)
@@ -96,7 +99,7 @@ def asked_wait(answer: BaseException) -> float:
 
 
 def find_refusal(error: BaseException, what: str) -> str | None:
-    """The sentence for what the Hub refuses, and would refuse again; `what` is the setting with its value."""
+    """Return the sentence for a refusal that would come again, else None. `what` is the setting with its value."""
     given = "the given token may not read it" if get_token() else "no token is given"
     permit = "give a token that may read it as HF_TOKEN in the job's Environment."
     for link in chain(error):

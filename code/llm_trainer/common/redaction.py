@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a log, a report or a tracker shows in the place of a secret. Imports nothing heavy: every process needs it."""
+"""Redaction of secrets in a log, a report or a tracker. Imports nothing heavy, since every process needs it."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 REDACTED = "***"
 URL_PASSWORD = re.compile(r"""(?<=://)[^/@\s"'<>]+(?=@)""")  # a tracking server's, say, with the user's name
-# Where the environment holds a secret in plain text.
+# These variables hold a secret in plain text.
 SECRET_VARIABLES = (
     "HF_TOKEN",
     "LLM_TRAINER_HUB_TOKEN",
@@ -19,14 +19,14 @@ SECRET_VARIABLES = (
 
 
 def hide_secrets(text: str, others: Iterable[str] = ()) -> str:
-    """The text without passwords in addresses, the secrets of this process's environment, and `others`."""
+    """Return the text without passwords in addresses, secrets of this process's environment, and `others`."""
     for secret in filter(None, [*(os.environ.get(name) for name in SECRET_VARIABLES), *others]):
         text = text.replace(secret, REDACTED)
     return URL_PASSWORD.sub(REDACTED, text)
 
 
 def hide_in(value: Any) -> Any:
-    """The value, ready for JSON, with every text of it so."""
+    """Return a value for JSON, with the secrets in all its texts hidden."""
     if isinstance(value, str):
         return hide_secrets(value)
     if isinstance(value, dict):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The .safetensors files of a model folder: whether they are whole, and how large. Reads their headers only, no torch.
+"""The .safetensors files of a model folder: whether they are whole, and how large. Only their headers are read.
 
 A file is 8 bytes with the header's length, the header, a JSON object of tensors, and the tensors' bytes.
 """
@@ -18,17 +18,18 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 def list_weights(folder: Path) -> list[Path]:
+    """Return the .safetensors files of a folder, sorted by name."""
     return sorted(folder.glob("*.safetensors"))
 
 
 def is_git_lfs_pointer(file: Path) -> bool:
-    """Whether the file is what `git clone` leaves in its place without Git LFS."""
+    """Tell whether `git clone` left a pointer in the place of the file, for want of Git LFS."""
     with file.open("rb") as stream:
         return stream.read(len(GIT_LFS_POINTER)) == GIT_LFS_POINTER
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """Tensor -> dtype, shape and offsets. Raises ValueError with what is wrong with the file."""
+    """Return dtype, shape and offsets by tensor. Raises ValueError with what is wrong with the file."""
     if is_git_lfs_pointer(file):
         raise ValueError("is a Git LFS pointer and not the weights: run `git lfs pull`, or download the model again.")
     size = file.stat().st_size
@@ -49,7 +50,7 @@ def read_header(file: Path) -> dict[str, Any]:
 
 
 def check_weights(folder: Path) -> Iterator[str]:
-    """Sentences about weights that are there and not whole; that there are none at all is for the caller to judge."""
+    """Yield sentences on what is missing or damaged. A folder without any weights is for the caller to judge."""
     try:
         tensors = read_index(folder / WEIGHTS_INDEX) or {file.name: set() for file in list_weights(folder)}
     except ValueError as error:
@@ -72,7 +73,7 @@ def check_weights(folder: Path) -> Iterator[str]:
 
 
 def read_index(index: Path) -> dict[str, set[str]]:
-    """File -> the tensors in it; nothing where there is no index. Raises ValueError with what is wrong with it."""
+    """Return the tensors of an index by file, nothing where there is none. Raises ValueError with what is wrong."""
     if not index.is_file():
         return {}
     tensors: dict[str, set[str]] = {}
@@ -85,10 +86,10 @@ def read_index(index: Path) -> dict[str, set[str]]:
 
 
 def list_shapes(folder: Path) -> list[list[int]]:
-    """The shape of every tensor in the files that can be read; of MXFP4 blocks, that of the numbers in them."""
+    """Return the shape of every tensor in the readable files. MXFP4 blocks count as the numbers that they hold."""
     shapes = []
     for file in list_weights(folder):
-        with contextlib.suppress(ValueError, OSError):  # which the check of the model tells
+        with contextlib.suppress(ValueError, OSError):  # the check of the model tells of a file that cannot be read
             tensors = read_header(file)
             shapes += [
                 unpack_shape(tensor["shape"]) if name.endswith(MXFP4_BLOCKS) else tensor["shape"]
@@ -99,11 +100,11 @@ def list_shapes(folder: Path) -> list[list[int]]:
 
 
 def count_weights(folder: Path) -> int:
-    """Numbers in the files that can be read."""
+    """Return how many numbers the readable files hold."""
     return sum(map(math.prod, list_shapes(folder)))
 
 
 def unpack_shape(shape: list[int]) -> list[int]:
-    """[..., groups, bytes] as the [..., columns] numbers of MXFP4 that they hold: two in a byte (OCP MX 1.0)."""
+    """Return the [..., columns] numbers in MXFP4 blocks of [..., groups, bytes]: a byte holds two (OCP MX 1.0)."""
     *rows, groups, size_bytes = shape
     return [*rows, 2 * groups * size_bytes]

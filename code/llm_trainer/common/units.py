@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers as people read them, and the one that they pay for."""
+"""Numbers as people read them, and the instance hours that they pay for."""
 
 
 def show_count(number: float) -> str:
+    """Return a whole number in groups of three digits."""
     return f"{number:,.0f}"
 
 
 def show_large(number: float) -> str:
-    """Three significant digits of thousands, millions and so on, such as 8.19 B."""
+    """Return three significant digits of millions, billions or trillions, such as 8.19 B."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -15,11 +16,12 @@ def show_large(number: float) -> str:
 
 
 def show_share(share: float) -> str:
+    """Return a share of 1 in percent, such as 8.3% or 42%."""
     return f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
 
 
 def show_duration(seconds: float) -> str:
-    """The two largest units, such as `2 h 5 min`."""
+    """Return a duration in its two largest units, such as `2 h 5 min`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -31,10 +33,10 @@ def show_duration(seconds: float) -> str:
 
 
 def count_instance_hours(num_hosts: int, started: float, until: float) -> float:
-    """What is billed of a job between two times in seconds: all its hosts, those that only wait too."""
+    """Return the hours that are billed between two times in seconds, for all hosts, also those that only wait."""
     return num_hosts * (until - started) / 3600
 
 
 def show_number(number: float) -> str:
-    """Four significant digits; grouped from a thousand on."""
+    """Return four significant digits, or from a thousand on a whole number in groups of three digits."""
     return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of other people's software makes a model, by the metadata of what is installed: nothing is imported."""
+"""Versions of the packages that decide a result. They are read from metadata, so that nothing is imported."""
 
 import platform
 from importlib.metadata import version
@@ -8,4 +8,5 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "b
 
 
 def read_versions() -> dict[str, str]:
+    """Return the versions of Python and of each package, by name."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}

@@ -4,7 +4,6 @@
 Source: "How Amazon SageMaker AI provides training information", the developer guide.
 """
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_trainer.common.errors import UserError
+from llm_trainer.common.files import read_json_object
 
 DEFAULT_BASE_DIR = "/opt/ml"
 # EC2 names instances with NVIDIA GPUs p... and g...; a host cannot look for the devices of another group's hosts.
@@ -116,19 +116,6 @@ def find_checkpoint_dir(base_dir: Path, checkpoint_config: dict[str, Any]) -> Pa
     """The folder that SageMaker synchronizes with S3: its default, or the job's CheckpointConfig.LocalPath."""
     local_path = checkpoint_config.get("LocalPath")
     return Path(local_path) if local_path else base_dir / "checkpoints"
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or {} when there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): write it as one JSON object.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}: write it as one JSON object.")
-    return value
 
 
 def find_channels(base_dir: Path, input_data_config: dict[str, Any]) -> dict[str, Path]:

@@ -14,12 +14,13 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from llm_trainer.common.errors import UserError, summarize
+from llm_trainer.common.files import remove_path
 from llm_trainer.export.base_source import BaseSource
 from llm_trainer.export.model_card import write_model_card
 from llm_trainer.export.publish import Artefacts, advise_compression, publish
 from llm_trainer.export.result import Trained
 from llm_trainer.export.verify import prove_merged, prove_trained
-from llm_trainer.journal.journal import MANIFEST
+from llm_trainer.journal.manifest import MANIFEST, Manifest, read_manifest
 from llm_trainer.merge.merge import write_merged_model
 from llm_trainer.model.lora_init import save_adapter
 from llm_trainer.serving.lmi_files import ServedModel, write_serving
@@ -28,7 +29,7 @@ STAGING = ".llm-trainer-export"  # beside the result, so that moving a finished 
 ADAPTER = "adapter"  # the folder beside merged weights
 
 
-def export(trained: Trained, manifest: dict[str, Any]) -> None:
+def export(trained: Trained, manifest: Manifest) -> None:
     """Write the result whole or not at all, by way of a staging folder. Only global rank 0 calls this.
 
     Raises UserError when what was written does not compute what was trained.
@@ -125,7 +126,7 @@ def merge_adapter(trained: Trained, adapter: Path, folder: Path, checks: list[di
         ) from error
 
 
-def finish(folder: Path, trained: Trained, manifest: dict[str, Any], is_served: bool) -> None:
+def finish(folder: Path, trained: Trained, manifest: Manifest, is_served: bool) -> None:
     """Write what stands beside the weights. `is_served` says whether an endpoint gets this folder."""
     trained.tokenizer.save_pretrained(folder)
     refusals = (
@@ -140,7 +141,7 @@ def finish(folder: Path, trained: Trained, manifest: dict[str, Any], is_served: 
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def describe_served(folder: Path, trained: Trained, manifest: dict[str, Any]) -> ServedModel:
+def describe_served(folder: Path, trained: Trained, manifest: Manifest) -> ServedModel:
     is_adapter = (folder / CONFIG_NAME).is_file()
     return ServedModel(
         config=trained.plan.config,
@@ -156,9 +157,8 @@ def describe_served(folder: Path, trained: Trained, manifest: dict[str, Any]) ->
 def remove_earlier_result(model_dir: Path) -> None:
     """What an earlier run in the same tree left, by its manifest: an adapter beside merged weights misleads servers."""
     for folder in (model_dir / ADAPTER, model_dir):
-        if (folder / MANIFEST).is_file():
-            for name in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]:
-                remove(folder / name)
+        for name in read_manifest(folder).get("files", []):
+            remove_path(folder / name)
     if (model_dir / ADAPTER).is_dir() and not any((model_dir / ADAPTER).iterdir()):
         (model_dir / ADAPTER).rmdir()
 
@@ -170,14 +170,7 @@ def put_in_place(folder: Path, target: Path) -> None:
     for path in folder.rglob("*"):  # safetensors writes files that only the container's root can read
         path.chmod(0o755 if path.is_dir() else 0o644)
     for name in names:
-        remove(target / name)
+        remove_path(target / name)
         (folder / name).replace(target / name)
     folder.rmdir()
     print(f"Wrote {', '.join(names)} to {target}", flush=True)
-
-
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -14,6 +14,8 @@ from llm_trainer.config.schema import redact_settings
 from llm_trainer.data.report import DataReport
 from llm_trainer.data.streaming import AUDITED_ROWS
 from llm_trainer.job.job import Job
+from llm_trainer.journal.manifest import Manifest
+from llm_trainer.journal.records import SCHEMA_VERSION
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.model.lora import count_parameters, count_targets
 from llm_trainer.training.packing import Packing
@@ -28,9 +30,10 @@ def build_manifest(
     totals: dict[str, float],
     timeline: Timeline,
     memory: dict[str, Any],
-) -> dict[str, Any]:
-    """Ready for JSON, without secrets."""
+) -> Manifest:
+    """Return the manifest, ready for JSON and without secrets."""
     return {
+        "schema_version": SCHEMA_VERSION,
         "llm_trainer": __version__,
         "training_job_name": os.environ.get("TRAINING_JOB_NAME"),
         "model": job.inputs.model,
@@ -54,10 +57,10 @@ def build_manifest(
     }
 
 
-def describe_weights(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
-    """How many are trained, and on what an adapter sits."""
+def describe_weights(model: PreTrainedModel | PeftModel) -> Manifest:
+    """Return the manifest's fields on how many weights are trained, and on what an adapter sits."""
     trainable, total = count_parameters(model)
-    described: dict[str, Any] = {"trainable_parameters": trainable, "parameters": total}
+    described: Manifest = {"trainable_parameters": trainable, "parameters": total}
     if isinstance(model, PeftModel):
         described["adapter"] = {
             "targets": count_targets(model),

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from llm_trainer.config.sections import HUB_ID
 from llm_trainer.export.base_source import BaseSource
+from llm_trainer.journal.manifest import Manifest
 
 CARD = "README.md"
 REPOSITORY = "sagemaker-llm-trainer"
@@ -20,7 +21,7 @@ LICENCE_TITLES = {"apache license": "apache-2.0", "mit license": "mit"}
 
 
 def write_model_card(
-    folder: Path, manifest: dict[str, Any], base_folder: Path, base: BaseSource, refusals: list[str]
+    folder: Path, manifest: Manifest, base_folder: Path, base: BaseSource, refusals: list[str]
 ) -> None:
     """Write the card of the result in `folder`. The manifest has no secrets, and so the card has none.
 
@@ -81,13 +82,13 @@ def find_licence(base: Path) -> dict[str, str]:
     return {}
 
 
-def list_hub_data(manifest: dict[str, Any]) -> list[str]:
+def list_hub_data(manifest: Manifest) -> list[str]:
     """List the Hub ids of data sets that the settings name; a file or folder of the container is none."""
     names = (manifest["settings"].get(key) for key in ("train_dataset_path", "val_dataset_path"))
     return [name for name in dict.fromkeys(names) if name and HUB_ID.fullmatch(name) and "/" in name]
 
 
-def describe_result(manifest: dict[str, Any], base: str, is_adapter: bool, licence: dict[str, str]) -> str:
+def describe_result(manifest: Manifest, base: str, is_adapter: bool, licence: dict[str, str]) -> str:
     """Return what the result is: its kind, its base, what was trained, and the licence."""
     kind = "A LoRA adapter of" if is_adapter else "All weights of a fine-tuned copy of"
     merged = " with its LoRA adapter merged in" if not is_adapter and "adapter" in manifest else ""
@@ -98,7 +99,7 @@ def describe_result(manifest: dict[str, Any], base: str, is_adapter: bool, licen
     return f"{kind} {base}{merged}; {trained}, by {REPOSITORY} {manifest['llm_trainer']}. {stopped}{terms}"
 
 
-def describe_use(manifest: dict[str, Any], base: BaseSource, is_adapter: bool, refusals: list[str]) -> Iterator[str]:
+def describe_use(manifest: Manifest, base: BaseSource, is_adapter: bool, refusals: list[str]) -> Iterator[str]:
     """Yield how the result is loaded, what serves it, and how it was checked."""
     yield f"```python\n{write_snippet(base, is_adapter)}\n```"
     if refusals:
@@ -140,7 +141,7 @@ def write_snippet(base: BaseSource, is_adapter: bool) -> str:
     )
 
 
-def describe_data(manifest: dict[str, Any]) -> Iterator[str]:
+def describe_data(manifest: Manifest) -> Iterator[str]:
     """Yield a table of the splits, and one of their files."""
     rows = ["| split | sources | rows | tokens | trained on |", "|---|---|---|---|---|"]
     files = ["| file | bytes | sha256 |", "|---|---|---|"]
@@ -164,7 +165,7 @@ def escape_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def describe_training(manifest: dict[str, Any]) -> Iterator[str]:
+def describe_training(manifest: Manifest) -> Iterator[str]:
     """Yield steps, metrics, settings and versions."""
     metrics = {name: value for name, value in manifest["metrics"].items() if isinstance(value, int | float)}
     yield f"{manifest['num_steps']} of {manifest['total_steps']} steps on {manifest['world_size']} devices."
@@ -176,7 +177,7 @@ def describe_training(manifest: dict[str, Any]) -> Iterator[str]:
     yield f"Versions: {versions}."
 
 
-def select_given_settings(manifest: dict[str, Any]) -> dict[str, Any]:
+def select_given_settings(manifest: Manifest) -> dict[str, Any]:
     """Return the settings that are set, without the container's folders, which mean nothing elsewhere."""
     return {
         name: value

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import pynvml
 
@@ -17,6 +17,7 @@ from llm_trainer.common import log
 from llm_trainer.host.gpu_metrics import Gpus
 from llm_trainer.host.host_metrics import HostReader
 from llm_trainer.host.nvidia_driver import open_nvml
+from llm_trainer.journal.records import RecordKind
 
 # The interval grows with the job, so that a day of 8 hosts with 8 GPUs each leaves 42 MB in the journal.
 MIN_INTERVAL_SECONDS = 5.0
@@ -31,7 +32,7 @@ END_SECONDS = 2.0  # a thread that has not ended by then, which a hung driver ho
 class WriteRecord(Protocol):
     """A function that takes a record for the journal."""
 
-    def __call__(self, kind: str, **fields: object) -> None:
+    def __call__(self, kind: RecordKind, **fields: Any) -> None:
         """Append a record of this kind."""
 
 

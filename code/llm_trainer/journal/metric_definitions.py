@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metric line, `train_loss=0.5123; step=20; ...`: what it holds, how it is written, and how SageMaker reads it."""
+"""The metric line, `train_loss=0.5123; step=20; ...`: its metrics, its format, and SageMaker's definitions of them."""
 
 METRICS = {
     "train_loss": "loss on the tokens that are trained on",
@@ -33,15 +33,17 @@ NUMBER = r"(-?[0-9.]+(?:e[-+]?[0-9]+)?)"
 
 
 def format_line(metrics: dict[str, float]) -> str:
+    """Return the metric line."""
     return "; ".join(f"{key}={format_number(value)}" for key, value in metrics.items())
 
 
 def format_number(value: float) -> str:
+    """Return a whole number as it is, and any other with six significant digits."""
     return str(value) if isinstance(value, int) else f"{value:.6g}"
 
 
 def define_metrics() -> list[dict[str, str]]:
-    """MetricDefinitions as CreateTrainingJob takes them: at most 40, of one capture group each.
+    """Return MetricDefinitions as CreateTrainingJob takes them: at most 40, of one capture group each.
 
     A key counts at the beginning of a line or after a semicolon: `Setting learning_rate=0.1` is no metric, and
     eval_loss is not read as train_loss.

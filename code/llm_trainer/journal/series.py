@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Bucket(NamedTuple):
-    """Neighbouring points as one: how many, where on average, and between which values."""
+    """Neighbouring points as one: their number, their mean place, and the range and mean of their values."""
 
     points: int
     x: float
@@ -17,6 +17,7 @@ class Bucket(NamedTuple):
     high: float
 
     def join(self, other: "Bucket") -> "Bucket":
+        """Return this bucket and another one as one."""
         points = self.points + other.points
         share = other.points / points
         return Bucket(
@@ -30,7 +31,7 @@ class Bucket(NamedTuple):
 
 @dataclass
 class Series:
-    """At most `limit` buckets, an even number, whatever is added: when they are full, two neighbours become one."""
+    """Buckets of a growing number of points, at most `limit`, which is even. When full, two neighbours become one."""
 
     limit: int = 1000
     buckets: list[Bucket] = field(default_factory=list)
@@ -39,7 +40,7 @@ class Series:
     not_finite_at: list[float] = field(default_factory=list)
 
     def add(self, x: float, y: float) -> None:
-        """Append a point. Values that are no number are only noted, and the first hundred of them."""
+        """Append a point. A value that is not finite is only noted, if it is among the first hundred."""
         if not math.isfinite(y):
             if len(self.not_finite_at) < 100:
                 self.not_finite_at.append(x)
@@ -47,7 +48,7 @@ class Series:
         self.last = y
         if self.buckets and self.buckets[-1].points < self.points_a_bucket:
             points, at, low, mean, high = self.buckets[-1]
-            points += 1  # a million times in a report: Bucket.join() would take twice as long
+            points += 1  # in place, since Bucket.join() takes twice as long, and a report adds a million points
             self.buckets[-1] = Bucket(
                 points, at + (x - at) / points, min(low, y), mean + (y - mean) / points, max(high, y)
             )
@@ -58,21 +59,22 @@ class Series:
         self.buckets.append(Bucket(1, x, y, y, y))
 
     def drop_from(self, x: float) -> None:
-        """Forget what lies at `x` and behind it: an attempt after it began again there."""
+        """Forget the buckets at `x` and behind it, because another attempt began there."""
         while self.buckets and self.buckets[-1].x >= x:
             self.buckets.pop()
             self.last = self.buckets[-1].mean if self.buckets else None
 
-    def between(self, start: float, end: float) -> "Series":
+    def cut_out(self, start: float, end: float) -> "Series":
+        """Return the buckets between two places, both included."""
         return Series(self.limit, [bucket for bucket in self.buckets if start <= bucket.x <= end])
 
     def scale(self, factor: float) -> "Series":
-        """The same in another unit."""
+        """Return the series in another unit."""
         scaled = [Bucket(bucket.points, bucket.x, *(factor * value for value in bucket[2:])) for bucket in self.buckets]
         return Series(self.limit, scaled)
 
     def smooth(self) -> list[float]:
-        """For each bucket the mean of those around it, up to a fiftieth of all on either side."""
+        """Return a running mean: for each bucket the mean of its neighbours, up to a fiftieth of all on either side."""
         num = len(self.buckets)
         reach = num // 50 + 1
         sums = list(accumulate((bucket.mean for bucket in self.buckets), initial=0.0))
@@ -84,16 +86,20 @@ class Series:
 
     @property
     def count(self) -> int:
+        """Number of points."""
         return sum(bucket.points for bucket in self.buckets)
 
     @property
     def low(self) -> float:
+        """Lowest value of all points."""
         return min(bucket.low for bucket in self.buckets)
 
     @property
     def high(self) -> float:
+        """Highest value of all points."""
         return max(bucket.high for bucket in self.buckets)
 
     @property
     def mean(self) -> float:
+        """Mean of all points' values."""
         return math.fsum(bucket.mean * bucket.points for bucket in self.buckets) / self.count

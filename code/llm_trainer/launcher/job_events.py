@@ -14,11 +14,13 @@ from llm_trainer import __version__
 from llm_trainer.common.errors import Failure
 from llm_trainer.common.versions import read_versions
 from llm_trainer.config.checks import count_processes
-from llm_trainer.config.environment import Environment, read_json_object
+from llm_trainer.config.environment import Environment
 from llm_trainer.config.schema import Settings, redact_settings
 from llm_trainer.host.nvidia_driver import read_driver
 from llm_trainer.job import checkpoint_dir
-from llm_trainer.journal.journal import FILE_NAME, MANIFEST, Journal
+from llm_trainer.journal.journal import FILE_NAME, Journal
+from llm_trainer.journal.manifest import read_manifest
+from llm_trainer.journal.records import SCHEMA_VERSION, RecordKind
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.launcher.cluster import ClusterLink
 from llm_trainer.launcher.supervisor import Verdict
@@ -35,7 +37,7 @@ class JobEventWriter:
         self.started = started
         self.journal = Journal(environment.output_dir / "data" / FILE_NAME)
 
-    def write(self, kind: str, **fields: Any) -> None:
+    def write(self, kind: RecordKind, **fields: Any) -> None:
         """Append a record, here or by way of the first training host."""
         if self.environment.node_rank == 0:
             self.journal.write(kind, **fields)
@@ -71,6 +73,7 @@ class JobEventWriter:
         """Write what the job is, as it is at the start of an attempt."""
         self.write(
             "job",
+            schema_version=SCHEMA_VERSION,
             name=os.environ.get("TRAINING_JOB_NAME"),
             arn=os.environ.get("TRAINING_JOB_ARN"),
             attempt=attempt,
@@ -89,7 +92,7 @@ class JobEventWriter:
         if verdict.failure:
             self.write("end", status="failed", reason=verdict.failure.reason)
             return
-        is_stopped = verdict.what == "stopped" or read_json_object(model_dir / MANIFEST).get("stopped")
+        is_stopped = verdict.what == "stopped" or read_manifest(model_dir).get("stopped")
         self.write("end", status="stopped" if is_stopped else "done", reason=None)
 
 

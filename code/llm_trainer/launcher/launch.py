@@ -16,8 +16,9 @@ from pathlib import Path
 
 from llm_trainer.common import log
 from llm_trainer.common.errors import Failure, UserError, write_failure
+from llm_trainer.common.files import read_json_object
 from llm_trainer.config.checks import count_processes
-from llm_trainer.config.environment import Environment, find_base_dir, read_environment, read_json_object
+from llm_trainer.config.environment import Environment, find_base_dir, read_environment
 from llm_trainer.config.schema import redact_settings, show_value
 from llm_trainer.config.secret_references import read_secret_variables
 from llm_trainer.config.tracker_choice import build_tracker_variables, choose_trackers

@@ -23,8 +23,8 @@ import psutil
 
 from llm_trainer.common import log
 from llm_trainer.common.errors import write_failure
+from llm_trainer.common.files import read_json_object
 from llm_trainer.common.redaction import hide_secrets
-from llm_trainer.config.environment import read_json_object
 from llm_trainer.config.hyperparameter_decoding import decode_value
 
 # By module and not by its console script `train`; -P, because the working folder is no place to import from.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What slowed a job down or spoils its result, and what to change: each with the figures that say so."""
+"""Advice on what slowed a job down or spoils its result, with the figures that say so, and what to change."""
 
 from collections.abc import Callable, Iterator
 from itertools import accumulate
@@ -13,17 +13,17 @@ BUSY_GPU = 70.0  # percent of the time
 BUSY_CPU = 85.0  # percent of the cores
 FULL_MEMORY = 60.0  # percent: below, a batch of half as much again fits
 THROTTLED_SHARE = 2.0  # percent of the samples
-SLOW_CLOCK = 0.92  # of the median GPU's
-LONG_START = 0.2  # of the job, if it is
+SLOW_CLOCK = 0.92  # as a share of the median GPU's clock
+LONG_START = 0.2  # as a share of the job's duration; a start must exceed both limits
 LONG_START_SECONDS = 300
-EVALUATION_SHARE = 0.1  # of the training
+EVALUATION_SHARE = 0.1  # of the training's duration, as the next
 CHECKPOINT_SHARE = 0.05
-LONG_INTERRUPTION = 60  # seconds in all: less is not worth a change
+LONG_INTERRUPTION = 60  # seconds in all, since less is not worth a change
 PADDING_SHARE = 0.15
 CUT_SHARE = 0.01  # of the rows
-OVERFIT = 1.02  # of the lowest loss of an evaluation
-FALLEN = 0.98  # of the loss of the first tenth
-# What a phase of the start is shortened with.
+OVERFIT = 1.02  # as a multiple of the lowest loss of an evaluation
+FALLEN = 0.98  # as a share of the loss of the first tenth of the steps
+# The advice by the phase of the start that takes longest.
 SHORTER_STARTS = {
     "download": "Keep the weights in a channel with FastFile mode, or in a warm pool (KeepAlivePeriodInSeconds).",
     "data": "Tokenized rows are kept in a warm pool's folder: start the next job in one, or give pretokenized rows.",
@@ -33,19 +33,22 @@ SHORTER_STARTS = {
 
 
 class Advice(NamedTuple):
+    """A title, the figures that it rests on, and what to change."""
+
     title: str
     evidence: str
     change: str
 
 
-def advise(history: History) -> list[Advice]:
-    """What is wrong first, then what is slow."""
+def find_advice(history: History) -> list[Advice]:
+    """Return all advice on a job: what is wrong first, then what is slow."""
     return [advice for rule in RULES for advice in rule(history)]
 
 
 def find_lost_numbers(history: History) -> Iterator[Advice]:
+    """Advise where a metric was not a number."""
     for name in ("train_loss", "grad_norm"):
-        steps = history.values(name).not_finite_at
+        steps = history.find_metric(name).not_finite_at
         if steps:
             times = "100 times or more" if len(steps) == 100 else "Once" if len(steps) == 1 else f"{len(steps)} times"
             yield Advice(
@@ -56,7 +59,8 @@ def find_lost_numbers(history: History) -> Iterator[Advice]:
 
 
 def find_overfit(history: History) -> Iterator[Advice]:
-    series = history.values("eval_loss")
+    """Advise where the evaluation loss rose again after its lowest point."""
+    series = history.find_metric("eval_loss")
     if series.count < 3 or series.last is None:
         return
     best = min(series.buckets, key=lambda bucket: bucket.low)
@@ -70,7 +74,8 @@ def find_overfit(history: History) -> Iterator[Advice]:
 
 
 def find_flat_loss(history: History) -> Iterator[Advice]:
-    means = [bucket.mean for bucket in history.values("train_loss").buckets]
+    """Advise where the training loss did not fall."""
+    means = [bucket.mean for bucket in history.find_metric("train_loss").buckets]
     tenth = len(means) // 10
     if not tenth:
         return
@@ -84,6 +89,7 @@ def find_flat_loss(history: History) -> Iterator[Advice]:
 
 
 def find_cut_rows(history: History) -> Iterator[Advice]:
+    """Advise where many rows are cut or left out."""
     parts, longest = [], 0
     for split, record in history.data.items():
         summary = record.get("summary") or {}
@@ -104,14 +110,15 @@ def find_cut_rows(history: History) -> Iterator[Advice]:
 
 
 def find_low_utilization(history: History) -> Iterator[Advice]:
-    gpus = history.while_training("gpu/utilization_percent")
+    """Advise where GPUs did not compute most of the time."""
+    gpus = history.list_devices_in_training("gpu/utilization_percent")
     if not gpus:
         return
     mean = sum(series.mean for series in gpus.values()) / len(gpus)
     if mean >= BUSY_GPU:
         return
     evidence = f"The GPUs computed {mean:.0f}% of the time during the training"
-    cpus = history.while_training("host/cpu_percent")
+    cpus = history.list_devices_in_training("host/cpu_percent")
     busiest = max(cpus, key=lambda host: cpus[host].mean, default="")
     if busiest and cpus[busiest].mean >= BUSY_CPU:
         yield Advice(
@@ -130,12 +137,13 @@ def find_low_utilization(history: History) -> Iterator[Advice]:
 
 
 def find_free_memory(history: History) -> Iterator[Advice]:
-    gpus = history.while_training("gpu/memory_percent")
+    """Advise where a larger batch fits into the GPUs."""
+    gpus = history.list_devices_in_training("gpu/memory_percent")
     if not gpus:
         return
     fullest = max(gpus, key=lambda gpu: gpus[gpu].high)
     if gpus[fullest].high < FULL_MEMORY:
-        batch = history.setting("per_device_train_batch_size")
+        batch = history.find_setting("per_device_train_batch_size")
         yield Advice(
             "GPU memory is left unused",
             f"The fullest GPU, {fullest}, never used more than {gpus[fullest].high:.0f}% of its memory"
@@ -146,7 +154,8 @@ def find_free_memory(history: History) -> Iterator[Advice]:
 
 
 def find_throttling(history: History) -> Iterator[Advice]:
-    gpus = history.while_training("gpu/throttled_percent")
+    """Advise where GPUs ran at lower clocks for heat, power supply or a fault."""
+    gpus = history.list_devices_in_training("gpu/throttled_percent")
     shares = {gpu: series.mean for gpu, series in gpus.items() if series.mean > THROTTLED_SHARE}
     if shares:
         worst = max(shares, key=lambda gpu: shares[gpu])
@@ -159,7 +168,8 @@ def find_throttling(history: History) -> Iterator[Advice]:
 
 
 def find_slow_gpu(history: History) -> Iterator[Advice]:
-    clocks = {gpu: series.mean for gpu, series in history.while_training("gpu/sm_clock_mhz").items()}
+    """Advise where one GPU has a lower clock than the others."""
+    clocks = {gpu: series.mean for gpu, series in history.list_devices_in_training("gpu/sm_clock_mhz").items()}
     if len(clocks) < 2:
         return
     usual, slowest = median(clocks.values()), min(clocks, key=lambda gpu: clocks[gpu])
@@ -173,8 +183,9 @@ def find_slow_gpu(history: History) -> Iterator[Advice]:
 
 
 def find_gpu_errors(history: History) -> Iterator[Advice]:
+    """Advise where GPUs reported errors."""
     for metric, name in (("xid_errors", "XID errors"), ("ecc_uncorrected_errors", "memory errors that lost data")):
-        counts = {gpu: series.high for gpu, series in history.by_device(f"gpu/{metric}").items() if series.high}
+        counts = {gpu: series.high for gpu, series in history.list_devices(f"gpu/{metric}").items() if series.high}
         if counts:
             yield Advice(
                 "GPUs reported errors",
@@ -184,12 +195,14 @@ def find_gpu_errors(history: History) -> Iterator[Advice]:
 
 
 def find_padding(history: History) -> Iterator[Advice]:
+    """Advise where much of a batch is padding."""
     packing = history.manifest.get("packing", {})
-    batch = history.setting("per_device_train_batch_size")
+    batch = history.find_setting("per_device_train_batch_size")
     if packing.get("mode") != "off" or not isinstance(batch, int):
         return
-    limit = history.setting("max_length") or float("inf")
-    lengths = (history.data.get("train") or {}).get("lengths") or {}
+    limit = history.find_setting("max_length") or float("inf")
+    train = history.data.get("train")
+    lengths = (train.get("lengths") if train else None) or {}
     share = expect_padding({min(int(length), limit): rows for length, rows in lengths.items()}, batch)
     if share > PADDING_SHARE:
         yield Advice(
@@ -202,7 +215,11 @@ def find_padding(history: History) -> Iterator[Advice]:
 
 
 def expect_padding(lengths: dict[float, int], batch: int) -> float:
-    """The share of padding in a batch of random rows: 1 - mean length / expected longest, from the order statistic."""
+    """Return the expected share of padding in a batch of random rows.
+
+    It is 1 - mean length / expected longest length. The latter is the mean of the maximum of `batch` independent
+    lengths: the sum over lengths of length * (F(length)^batch - F(shorter)^batch), with F the share of rows as short.
+    """
     total = sum(lengths.values())
     if not total:
         return 0.0
@@ -216,6 +233,7 @@ def expect_padding(lengths: dict[float, int], batch: int) -> float:
 
 
 def find_long_start(history: History) -> Iterator[Advice]:
+    """Advise where much of the job had passed before the training began."""
     seconds = {
         name: max((phase.seconds for phase in history.phases if phase.name == name), default=0.0)
         for name in SHORTER_STARTS
@@ -231,7 +249,8 @@ def find_long_start(history: History) -> Iterator[Advice]:
 
 
 def find_interruptions(history: History) -> Iterator[Advice]:
-    training = history.training_seconds()
+    """Advise where evaluations or checkpoints took much of the time."""
+    training = history.measure_training()
     evaluation = sum(phase.seconds for phase in history.phases if phase.name == "evaluation")
     checkpoints = sum(record.get("seconds", 0) for record in history.checkpoints)
     if training and evaluation > max(LONG_INTERRUPTION, EVALUATION_SHARE * training):
@@ -250,6 +269,7 @@ def find_interruptions(history: History) -> Iterator[Advice]:
 
 
 def find_restarts(history: History) -> Iterator[Advice]:
+    """Advise where the job needed several attempts."""
     if len(history.attempts) > 1:
         after = show_duration(history.attempts[-1] - history.first_time)
         yield Advice(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The charts of the report: what each shows as numbers, in a sentence, and as a table. report.js draws them.
+"""The charts of the report: each as numbers, as a sentence and as a table. assets/report.js draws them.
 
-A chart's `data`, by its kind:
+A chart's `data` has these fields, by the chart's kind:
 
     lines     series [{name, style (`line`, `faint`, `marks`), points [[x, y]], band [[x, low, high]] or []}]
     heat      rows [name], columns [x], cells [[column, row, value]], range [lowest, highest]
@@ -10,9 +10,9 @@ A chart's `data`, by its kind:
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm_trainer.common.findings import GIB
 from llm_trainer.common.units import show_count, show_duration, show_number, show_share
@@ -20,12 +20,12 @@ from llm_trainer.journal.series import Series
 from llm_trainer.report.history import History
 
 MAX_LINES = 4  # of one chart; more devices than that are a heat map
-MAX_CELLS = 2400  # of a heat map: each is an element of the page
+MAX_CELLS = 2400  # of a heat map, since each is an element of the page
 TABLE_ROWS = 24
 HISTOGRAM_BINS = 40
 MAX_TIMELINE_BARS = 150  # of one row
 
-# Metric -> title, unit, and how many of the metric's own unit that is.
+# By metric: title, unit, and how many of the metric's own units that unit is.
 GPU_CHARTS = {
     "gpu/utilization_percent": ("GPU utilization", "%", 1),
     "gpu/sm_activity_percent": ("Busy multiprocessors (SMs)", "%", 1),
@@ -46,17 +46,21 @@ HOST_CHARTS = {
     "host/network_received_bytes_per_second": ("Received from the network", "MB/s", 1_000_000),
     "host/network_sent_bytes_per_second": ("Sent to the network", "MB/s", 1_000_000),
 }
-OFTEN_ZERO = ("gpu/throttled_percent", "host/shared_memory_used_bytes")  # then they are no chart
+OFTEN_ZERO = ("gpu/throttled_percent", "host/shared_memory_used_bytes")  # no chart where they always are
 
 
 @dataclass
 class Table:
+    """The figures of a chart, for whoever cannot see it."""
+
     columns: list[str]
     rows: list[list[str]]
 
 
 @dataclass
 class Chart:
+    """A chart of the report."""
+
     name: str
     title: str
     kind: str
@@ -70,8 +74,8 @@ class Chart:
     from_zero: bool = False
     note: str = ""
 
-    def drawing(self) -> dict[str, Any]:
-        """What report.js needs."""
+    def describe_drawing(self) -> dict[str, Any]:
+        """Return the fields that report.js needs."""
         told = ("kind", "x", "unit", "is_log", "from_zero", "summary")
         return {**{name: getattr(self, name) for name in told}, **self.data}
 
@@ -80,41 +84,75 @@ class Chart:
 class Clock:
     """Time since the first record, in the unit that suits the job's duration."""
 
-    start: float
-    duration: float
+    start: float  # seconds since the epoch
+    duration: float  # seconds
     unit: str = field(init=False)
-    seconds: int = field(init=False)
+    seconds: int = field(init=False)  # of the unit
 
     def __post_init__(self) -> None:
+        """Choose the largest unit that fits three times into the duration."""
         choices = (("hours", 3600), ("minutes", 60), ("seconds", 1))
         self.unit, self.seconds = next(choice for choice in choices if self.duration >= 3 * choice[1] or choice[1] == 1)
 
     @property
     def axis(self) -> str:
+        """Title of a time axis."""
         return f"{self.unit} since the start"
 
     def read(self, time: float) -> float:
+        """Return a time, given in seconds since the epoch, in the clock's unit since the start."""
         return round((time - self.start) / self.seconds, 3)
 
 
-def short(number: float) -> float:
-    """Five significant digits: what a chart can show."""
+class StepChart(NamedTuple):
+    """A chart of metrics by step."""
+
+    name: str
+    title: str
+    metrics: dict[str, str]  # label of each metric
+    unit: str = ""
+    smooth: bool = True
+    is_wide: bool = False
+    from_zero: bool = False
+    may_be_log: bool = False  # where the values differ by more than a factor of 100
+
+
+STEP_CHARTS = (
+    StepChart("loss", "Loss", {"train_loss": "training", "eval_loss": "evaluation"}, is_wide=True, may_be_log=True),
+    StepChart(
+        "accuracy",
+        "Token accuracy",
+        {"train_token_accuracy": "training", "eval_mean_token_accuracy": "evaluation"},
+    ),
+    StepChart("learning_rate", "Learning rate", {"learning_rate": "learning rate"}, smooth=False),
+    StepChart("grad_norm", "Gradient norm", {"grad_norm": "gradient norm"}, may_be_log=True),
+    StepChart("speed", "Throughput", {"tokens_per_second": "tokens a second"}, unit="tokens/s", from_zero=True),
+    StepChart("mfu", "Model FLOPs utilization", {"mfu": "MFU"}, from_zero=True),
+)
+
+
+def round_value(number: float) -> float:
+    """Return five significant digits, as many as a chart can show."""
     return float(f"{number:.5g}")
 
 
-def line(name: str, series: Series, style: str = "line", with_band: bool = False) -> dict[str, Any]:
-    points = [[round(bucket.x, 1), short(bucket.mean)] for bucket in series.buckets]
-    band = [[round(bucket.x, 1), short(bucket.low), short(bucket.high)] for bucket in series.buckets]
+def draw_line(name: str, series: Series, style: str = "line", with_band: bool = False) -> dict[str, Any]:
+    """Return a line of the buckets' means, with a band of their ranges where it is asked for and they have any."""
+    points = [[round(bucket.x, 1), round_value(bucket.mean)] for bucket in series.buckets]
+    band = [[round(bucket.x, 1), round_value(bucket.low), round_value(bucket.high)] for bucket in series.buckets]
     is_thinned = with_band and any(bucket.points > 1 for bucket in series.buckets)
     return {"name": name, "style": style, "points": points, "band": band if is_thinned else []}
 
 
-def smoothed(name: str, series: Series) -> dict[str, Any]:
-    points = [[round(bucket.x, 1), short(value)] for bucket, value in zip(series.buckets, series.smooth(), strict=True)]
+def draw_smoothed_line(name: str, series: Series) -> dict[str, Any]:
+    """Return a line of the running mean."""
+    means = zip(series.buckets, series.smooth(), strict=True)
+    points = [[round(bucket.x, 1), round_value(value)] for bucket, value in means]
     return {"name": name, "style": "line", "points": points, "band": []}
 
 
-def describe(name: str, series: Series, unit: str = "") -> str:
+def describe_course(name: str, series: Series, unit: str = "") -> str:
+    """Return a series' first, last, lowest and highest value in words."""
     unit = unit and f" {unit}"
     first, last = series.buckets[0].mean, series.buckets[-1].mean if series.last is None else series.last
     return (
@@ -123,8 +161,8 @@ def describe(name: str, series: Series, unit: str = "") -> str:
     )
 
 
-def tabulate(x: str, named: dict[str, Series]) -> Table:
-    """Each series in a thinned table: mean, and from where to where its values lie."""
+def tabulate_series(x: str, named: dict[str, Series]) -> Table:
+    """Return each series in at most TABLE_ROWS rows of mean, lowest and highest value."""
     rows = []
     for name, series in named.items():
         stride = max(1, -(-len(series.buckets) // TABLE_ROWS))
@@ -137,87 +175,68 @@ def tabulate(x: str, named: dict[str, Series]) -> Table:
 
 
 def draw_curves(history: History) -> Iterator[Chart]:
-    """What is logged by step: loss first."""
-    yield from draw_steps(history, "loss", "Loss", {"train_loss": "training", "eval_loss": "evaluation"}, is_wide=True)
-    accuracies = {"train_token_accuracy": "training", "eval_mean_token_accuracy": "evaluation"}
-    yield from draw_steps(history, "accuracy", "Token accuracy", accuracies)
-    yield from draw_steps(history, "learning_rate", "Learning rate", {"learning_rate": "learning rate"}, smooth=False)
-    yield from draw_steps(history, "grad_norm", "Gradient norm", {"grad_norm": "gradient norm"})
-    speed = {"tokens_per_second": "tokens a second"}
-    yield from draw_steps(history, "speed", "Throughput", speed, unit="tokens/s")
-    yield from draw_steps(history, "mfu", "Model FLOPs utilization", {"mfu": "MFU"})
+    """Yield a chart of each group of metrics that was logged, loss first."""
+    for asked in STEP_CHARTS:
+        logged = {label: history.find_metric(metric) for metric, label in asked.metrics.items()}
+        shown = {label: series for label, series in logged.items() if series}
+        if shown:
+            yield draw_steps(asked, shown)
 
 
-def draw_steps(
-    history: History,
-    name: str,
-    title: str,
-    metrics: dict[str, str],
-    unit: str = "",
-    smooth: bool = True,
-    is_wide: bool = False,
-) -> Iterator[Chart]:
-    """A chart of these metrics, if any was logged: where they are noisy, a smoothed line over the values themselves."""
-    shown = {label: history.values(metric) for metric, label in metrics.items() if history.values(metric)}
-    lines, not_finite = [], 0
-    for label, series in shown.items():
-        not_finite += len(series.not_finite_at)
-        if label == "evaluation":
-            lines.append(line(label, series, "marks"))
-        elif smooth and len(series.buckets) >= 20:
-            lines += [line(f"{label}, as logged", series, "faint", with_band=True), smoothed(label, series)]
-        else:
-            lines.append(line(label, series))
-    if lines:
-        positive = all(series.low > 0 for series in shown.values())
-        spread = (
-            max(series.high for series in shown.values()) / min(series.low for series in shown.values())
-            if positive
-            else 1
-        )
-        yield Chart(
-            name,
-            title,
-            "lines",
-            f"{title} by step: " + "; ".join(describe(label, series, unit) for label, series in shown.items()) + ".",
-            tabulate("step", shown),
-            {"series": lines},
-            x="step",
-            unit=unit,
-            is_log=name in ("loss", "grad_norm") and spread > 100,
-            is_wide=is_wide,
-            from_zero=name in ("speed", "mfu"),
-            note=f"Left out, since not a number: {not_finite}." if not_finite else "",
-        )
+def draw_steps(asked: StepChart, shown: dict[str, Series]) -> Chart:
+    """Return a chart of metrics by step. A noisy metric has a smoothed line over its values."""
+    lines = [drawn for label, series in shown.items() for drawn in draw_metric(label, series, asked.smooth)]
+    not_finite = sum(len(series.not_finite_at) for series in shown.values())
+    courses = "; ".join(describe_course(label, series, asked.unit) for label, series in shown.items())
+    return Chart(
+        asked.name,
+        asked.title,
+        "lines",
+        f"{asked.title} by step: {courses}.",
+        tabulate_series("step", shown),
+        {"series": lines},
+        x="step",
+        unit=asked.unit,
+        is_log=asked.may_be_log and measure_spread(shown.values()) > 100,
+        is_wide=asked.is_wide,
+        from_zero=asked.from_zero,
+        note=f"Left out, since not a number: {not_finite}." if not_finite else "",
+    )
+
+
+def draw_metric(label: str, series: Series, smooth: bool) -> list[dict[str, Any]]:
+    """Return the lines of one metric."""
+    if label == "evaluation":
+        return [draw_line(label, series, "marks")]
+    if smooth and len(series.buckets) >= 20:
+        faint = draw_line(f"{label}, as logged", series, "faint", with_band=True)
+        return [faint, draw_smoothed_line(label, series)]
+    return [draw_line(label, series)]
+
+
+def measure_spread(shown: Collection[Series]) -> float:
+    """Return the highest value divided by the lowest one, or 1 where not all values are positive."""
+    lowest = min(series.low for series in shown)
+    return max(series.high for series in shown) / lowest if lowest > 0 else 1
 
 
 def draw_devices(history: History, clock: Clock, wanted: dict[str, tuple[str, str, int]]) -> Iterator[Chart]:
-    """A chart over time of every such metric of GPUs or hosts: lines for a few devices, a heat map for many."""
+    """Yield a chart over time of every such metric of GPUs or hosts: lines for a few devices, a heat map for many."""
     for what, (title, unit, size) in wanted.items():
-        devices = {device: series.scale(1 / size) for device, series in history.by_device(what).items()}
+        devices = {device: series.scale(1 / size) for device, series in history.list_devices(what).items()}
         if not devices or (what in OFTEN_ZERO and not any(series.high for series in devices.values())):
             continue
-        lowest = min(devices, key=lambda device: devices[device].mean)
-        highest = max(devices, key=lambda device: devices[device].mean)
-        mean = sum(series.mean for series in devices.values()) / len(devices)
-        summary = f"{title} over time: {show_number(mean)} {unit} on average over {len(devices)} "
-        summary += "GPUs" if what.startswith("gpu/") else "hosts"
-        if len(devices) > 1:
-            least, most = show_number(devices[lowest].mean), show_number(devices[highest].mean)
-            summary += f", from {least} ({lowest}) to {most} ({highest})"
         few = len(devices) <= MAX_LINES
+        noun = "GPU" if what.startswith("gpu/") else "host"
+        rows = [
+            [device, *map(show_number, (series.mean, series.low, series.high))] for device, series in devices.items()
+        ]
         yield Chart(
             what.replace("/", "-"),
             title,
             "lines" if few else "heat",
-            summary + ".",
-            Table(
-                ["GPU" if what.startswith("gpu/") else "Host", "Mean", "Lowest", "Highest"],
-                [
-                    [device, *map(show_number, (series.mean, series.low, series.high))]
-                    for device, series in devices.items()
-                ],
-            ),
+            f"{title} over time: {describe_devices(devices, noun, unit)}.",
+            Table([f"{noun[0].upper()}{noun[1:]}", "Mean", "Lowest", "Highest"], rows),
             draw_lines(devices, clock) if few else draw_heat(devices, clock),
             x=clock.axis,
             unit=unit,
@@ -225,8 +244,21 @@ def draw_devices(history: History, clock: Clock, wanted: dict[str, tuple[str, st
         )
 
 
+def describe_devices(devices: dict[str, Series], noun: str, unit: str) -> str:
+    """Return the mean over all devices, and those with the lowest and the highest mean, in words."""
+    lowest = min(devices, key=lambda device: devices[device].mean)
+    highest = max(devices, key=lambda device: devices[device].mean)
+    mean = sum(series.mean for series in devices.values()) / len(devices)
+    text = f"{show_number(mean)} {unit} on average over {len(devices)} {noun}s"
+    if len(devices) > 1:
+        least, most = show_number(devices[lowest].mean), show_number(devices[highest].mean)
+        text += f", from {least} ({lowest}) to {most} ({highest})"
+    return text
+
+
 def draw_lines(devices: dict[str, Series], clock: Clock) -> dict[str, Any]:
-    lines = [line(device, series, with_band=len(devices) == 1) for device, series in devices.items()]
+    """Return a line for each device, over the clock's time."""
+    lines = [draw_line(device, series, with_band=len(devices) == 1) for device, series in devices.items()]
     for drawn in lines:
         for point in [*drawn["points"], *drawn["band"]]:
             point[0] = clock.read(point[0])
@@ -234,7 +266,7 @@ def draw_lines(devices: dict[str, Series], clock: Clock) -> dict[str, Any]:
 
 
 def draw_heat(devices: dict[str, Series], clock: Clock) -> dict[str, Any]:
-    """A row for each device, a column for each span of time; a cell is the mean in it."""
+    """Return a row for each device and a column for each span of time. A cell is the mean in the span."""
     num_columns = max(24, min(120, MAX_CELLS // len(devices)))
     width = max(clock.duration, 1e-9) / num_columns
     cells = []
@@ -245,7 +277,7 @@ def draw_heat(devices: dict[str, Series], clock: Clock) -> dict[str, Any]:
             total = columns.setdefault(column, [0.0, 0.0])
             total[0] += bucket.mean * bucket.points
             total[1] += bucket.points
-        cells += [[column, row, short(total / count)] for column, (total, count) in columns.items()]
+        cells += [[column, row, round_value(total / count)] for column, (total, count) in columns.items()]
     values = [value for _, _, value in cells]
     return {
         "rows": list(devices),
@@ -256,7 +288,7 @@ def draw_heat(devices: dict[str, Series], clock: Clock) -> dict[str, Any]:
 
 
 def draw_lengths(history: History) -> Iterator[Chart]:
-    """How long the rows are, as shares of each split's, since a validation split is much smaller."""
+    """Yield a histogram of the rows' lengths, in percent of each split's rows, as splits differ in size."""
     splits = {
         name: {int(length): rows for length, rows in record["lengths"].items()}
         for name, record in history.data.items()
@@ -265,74 +297,92 @@ def draw_lengths(history: History) -> Iterator[Chart]:
     if not splits:
         return
     width = choose_bin_width(max(splits.values(), key=max))
-    num_bins = max(bin_of(max(lengths), width) for lengths in splits.values()) + 1
-    series, parts = [], []
-    for name, lengths in splits.items():
-        total, bins = sum(lengths.values()), [0] * num_bins
-        for length, rows in lengths.items():
-            bins[bin_of(length, width)] += rows
-        series.append({"name": name, "values": [short(100 * rows / total) for rows in bins]})
-        parts.append(f"{name}: {show_count(total)} rows, at most {show_count(max(lengths))} tokens")
-    starts = [place * width + 1 for place in range(num_bins)]
-    labels = [f"{start:,}" if width == 1 else f"{start:,}-{start + width - 1:,}" for start in starts]
-    rows = [[label, *(f"{drawn['values'][place]:.2f} %" for drawn in series)] for place, label in enumerate(labels)]
+    num_bins = max(find_bin(max(lengths), width) for lengths in splits.values()) + 1
+    shares = {name: count_bins(lengths, width, num_bins) for name, lengths in splits.items()}
+    parts = [
+        f"{name}: {show_count(sum(lengths.values()))} rows, at most {show_count(max(lengths))} tokens"
+        for name, lengths in splits.items()
+    ]
+    labels = label_bins(width, num_bins)
+    rows = [[label, *(f"{each[place]:.2f} %" for each in shares.values())] for place, label in enumerate(labels)]
     yield Chart(
         "lengths",
         "Length of the rows",
         "bars",
         "Lengths of the rows in tokens. " + "; ".join(parts) + ".",
         Table(["Tokens", *splits], rows),
-        {"labels": labels, "series": series},
+        {"labels": labels, "series": [{"name": name, "values": each} for name, each in shares.items()]},
         x="tokens",
         unit="% of rows",
         is_wide=True,
     )
 
 
+def count_bins(lengths: dict[int, int], width: int, num_bins: int) -> list[float]:
+    """Return the percentage of rows in each bin."""
+    total, bins = sum(lengths.values()), [0] * num_bins
+    for length, rows in lengths.items():
+        bins[find_bin(length, width)] += rows
+    return [round_value(100 * rows / total) for rows in bins]
+
+
+def label_bins(width: int, num_bins: int) -> list[str]:
+    """Return the range of lengths in each bin."""
+    starts = [place * width + 1 for place in range(num_bins)]
+    return [f"{start:,}" if width == 1 else f"{start:,}-{start + width - 1:,}" for start in starts]
+
+
 def choose_bin_width(lengths: dict[int, int]) -> int:
-    """For some HISTOGRAM_BINS bars; a multiple of the width that the journal's own bins have, each named by its end."""
+    """Return the width for some HISTOGRAM_BINS bars, in tokens.
+
+    It is a multiple of the width of the journal's own bins, each of which is named by its end.
+    """
     own = math.gcd(*sorted(lengths)[:-1]) if len(lengths) > 2 else 1
     return own * max(1, math.ceil(max(lengths) / own / HISTOGRAM_BINS))
 
 
-def bin_of(length: int, width: int) -> int:
+def find_bin(length: int, width: int) -> int:
+    """Return the number of the bin that holds a length, from 0."""
     return max(0, length - 1) // width
 
 
+class Span(NamedTuple):
+    """A part of the job on the timeline, from start to end in seconds since the epoch."""
+
+    start: float
+    end: float
+    text: str
+
+    @property
+    def seconds(self) -> float:
+        """Duration in seconds."""
+        return self.end - self.start
+
+
 def draw_timeline(history: History, clock: Clock) -> Iterator[Chart]:
-    """What the job did when: a row for each phase, and a line for every new attempt."""
-    spans: dict[str, list[tuple[float, float, str]]] = {}
-    for phase in sorted(history.phases, key=lambda phase: phase.start):
-        text = show_duration(phase.seconds) + (f" on {phase.host}" if phase.host else "")
-        spans.setdefault(phase.name.replace("_", " "), []).append((phase.start, phase.start + phase.seconds, text))
-    for record in history.checkpoints:
-        seconds = record.get("seconds", 0)
-        text = f"step {record.get('step', 0):,}, {show_duration(seconds)}"
-        spans.setdefault("checkpoints", []).append((record["time"] - seconds, record["time"], text))
+    """Yield a chart of what the job did when: a row for each phase, and a line for every new attempt."""
+    spans = collect_spans(history)
     if not spans:
         return
-    spans = dict(sorted(spans.items(), key=lambda item: item[1][0][0]))
+    totals = {name: sum(span.seconds for span in times) for name, times in spans.items()}
     marks = [[clock.read(start), f"attempt {number}"] for number, start in enumerate(history.attempts[1:], 2)]
-    bars, rows = [], []
-    for row, (name, times) in enumerate(spans.items()):
-        drawn = join_spans(times)
-        bars += [[row, clock.read(start), clock.read(end), f"{name}: {text}"] for start, end, text in drawn]
-        rows.append(
-            [
-                name,
-                show_number(clock.read(times[0][0])),
-                show_duration(sum(end - start for start, end, _ in times)),
-                str(len(times)),
-            ]
-        )
-    longest = max(spans, key=lambda name: sum(end - start for start, end, _ in spans[name]))
-    seconds = sum(end - start for start, end, _ in spans[longest])
+    bars = [
+        [row, clock.read(span.start), clock.read(span.end), f"{name}: {span.text}"]
+        for row, (name, times) in enumerate(spans.items())
+        for span in join_spans(times)
+    ]
+    rows = [
+        [name, show_number(clock.read(times[0].start)), show_duration(totals[name]), str(len(times))]
+        for name, times in spans.items()
+    ]
+    longest = max(totals, key=lambda name: totals[name])
     yield Chart(
         "timeline",
         "Timeline",
         "timeline",
         f"What the job did when, over {show_duration(clock.duration)}: {', '.join(spans)}. The longest part is "
-        f"{longest}, {show_duration(seconds)}." + (f" It was started {len(history.attempts)} times." if marks else ""),
+        f"{longest}, {show_duration(totals[longest])}."
+        + (f" It was started {len(history.attempts)} times." if marks else ""),
         Table(["Phase", f"Start, {clock.axis}", "In all", "Times"], rows),
         {"rows": list(spans), "bars": bars, "marks": marks, "end": clock.read(clock.start + clock.duration)},
         x=clock.axis,
@@ -340,17 +390,31 @@ def draw_timeline(history: History, clock: Clock) -> Iterator[Chart]:
     )
 
 
-def join_spans(spans: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
-    """Of very many, so many neighbours as one that a row can be drawn."""
+def collect_spans(history: History) -> dict[str, list[Span]]:
+    """Return the spans of each phase, and of the checkpoints, in the order in which the phases began."""
+    spans: dict[str, list[Span]] = {}
+    for phase in sorted(history.phases, key=lambda phase: phase.start):
+        text = show_duration(phase.seconds) + (f" on {phase.host}" if phase.host else "")
+        span = Span(phase.start, phase.start + phase.seconds, text)
+        spans.setdefault(phase.name.replace("_", " "), []).append(span)
+    for record in history.checkpoints:
+        seconds = record.get("seconds", 0)
+        text = f"step {record.get('step', 0):,}, {show_duration(seconds)}"
+        spans.setdefault("checkpoints", []).append(Span(record["time"] - seconds, record["time"], text))
+    return dict(sorted(spans.items(), key=lambda item: item[1][0].start))
+
+
+def join_spans(spans: list[Span]) -> list[Span]:
+    """Join neighbours where there are too many spans for a row."""
     stride = -(-len(spans) // MAX_TIMELINE_BARS)
     if stride == 1:
         return spans
     groups = [spans[place : place + stride] for place in range(0, len(spans), stride)]
-    return [(group[0][0], group[-1][1], f"{len(group)} times, {group[0][2]} and on") for group in groups]
+    return [Span(group[0].start, group[-1].end, f"{len(group)} times, {group[0].text} and on") for group in groups]
 
 
 def describe_supervision(history: History) -> list[tuple[str, float, str]]:
-    """Of each split: its name, the share of its tokens that is trained on, and that as text."""
+    """Return for each split its name, the share of its tokens that is trained on, and the share as text."""
     found = []
     for name, record in history.data.items():
         tokens = record.get("tokens") or 0

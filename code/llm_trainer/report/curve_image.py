@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The curves as an image, for a mail or a page that shows no HTML: curves.png."""
+"""The image curves.png of the curves, for a mail or a page that shows no HTML."""
 
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure  # a figure of its own needs no display and no global state
 
+from llm_trainer.common.files import replace_file
 from llm_trainer.report.charts import Chart
 
 COLOURS = ("#0b62a4", "#b3560b", "#4c7a34", "#8a4a86")
@@ -15,7 +16,7 @@ PANEL_INCHES = (6.0, 3.4)
 
 
 def write_image(charts: list[Chart], file: Path) -> None:
-    """A panel for each of these charts that the job has; no file where it has none."""
+    """Write a panel for each chart that belongs into the image; no file where there is none."""
     drawn = [chart for chart in charts if chart.name in DRAWN]
     if not drawn:
         return
@@ -25,14 +26,14 @@ def write_image(charts: list[Chart], file: Path) -> None:
     for axes in list(panels)[len(drawn) :]:
         axes.remove()
     for axes, chart in zip(panels, drawn, strict=False):
-        draw(chart, axes)
-    part = file.with_name(f"{file.name}.part")
-    figure.savefig(part, format="png")
-    part.replace(file)
+        draw_panel(chart, axes)
+    with replace_file(file) as unfinished:
+        figure.savefig(unfinished, format="png")
 
 
-def draw(chart: Chart, axes: Any) -> None:
-    for curve, colour in zip(chart.data["series"], colours_of(chart), strict=True):
+def draw_panel(chart: Chart, axes: Any) -> None:
+    """Draw the lines, bands and titles of a chart."""
+    for curve, colour in zip(chart.data["series"], choose_colours(chart), strict=True):
         if curve["band"]:
             x, low, high = zip(*curve["band"], strict=True)
             axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
@@ -50,7 +51,7 @@ def draw(chart: Chart, axes: Any) -> None:
         axes.legend(frameon=False)
 
 
-def colours_of(chart: Chart) -> list[str]:
-    """A curve and its smoothed form share one."""
+def choose_colours(chart: Chart) -> list[str]:
+    """Return a colour for each curve. A curve and its smoothed form share one."""
     names = list(dict.fromkeys(drawn["name"].partition(", ")[0] for drawn in chart.data["series"]))
     return [COLOURS[names.index(drawn["name"].partition(", ")[0]) % len(COLOURS)] for drawn in chart.data["series"]]

@@ -2,7 +2,6 @@
 """The history of a job: what its journal tells, put together for the report. Everything in it may be missing."""
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -10,12 +9,25 @@ from typing import Any, NamedTuple
 
 from llm_trainer.common.units import count_instance_hours
 from llm_trainer.journal.journal import read_records
+from llm_trainer.journal.records import (
+    CheckpointRecord,
+    DataRecord,
+    EndRecord,
+    EventRecord,
+    GenerationRecord,
+    JobRecord,
+    ManifestRecord,
+    MetricsRecord,
+    ModelRecord,
+    PhaseRecord,
+    Record,
+    SystemRecord,
+)
 from llm_trainer.journal.series import Series
 
-Record = dict[str, Any]
 MAX_EVENTS = 500  # of a GPU that reports an error every second, the first ones tell enough
-SYSTEM_POINTS = 240  # of each of perhaps a thousand system metrics
-# Those that the report shows or judges by. The others are in metrics.jsonl.
+SYSTEM_POINTS = 240  # few, since there are perhaps a thousand system metrics
+# The report shows or judges by these. The others are in metrics.jsonl.
 SYSTEM_METRICS = {
     *("utilization_percent", "sm_activity_percent", "memory_percent", "power_watts", "temperature_celsius"),
     *("sm_clock_mhz", "throttled_percent", "xid_errors", "ecc_uncorrected_errors"),
@@ -27,6 +39,8 @@ HARMFUL_THROTTLING = ("throttled_hardware", "throttled_thermal", "throttled_powe
 
 
 class Phase(NamedTuple):
+    """A part of the job, on one host or on all (an empty name)."""
+
     name: str
     start: float  # seconds since the epoch
     seconds: float
@@ -35,23 +49,25 @@ class Phase(NamedTuple):
 
 @dataclass
 class History:
-    job: Record = field(default_factory=dict)  # of the last attempt
+    """What a journal tells. A record that the journal lacks has no fields but its kind and a time of 0."""
+
+    job: JobRecord = field(default_factory=lambda: JobRecord(time=0, kind="job"))  # of the last attempt
     attempts: list[float] = field(default_factory=list)  # when each began
-    model: Record = field(default_factory=dict)
-    manifest: Record = field(default_factory=dict)
-    end: Record = field(default_factory=dict)
-    data: dict[str, Record] = field(default_factory=dict)  # split -> its record
+    model: ModelRecord = field(default_factory=lambda: ModelRecord(time=0, kind="model"))
+    manifest: ManifestRecord = field(default_factory=lambda: ManifestRecord(time=0, kind="manifest"))
+    end: EndRecord = field(default_factory=lambda: EndRecord(time=0, kind="end"))
+    data: dict[str, DataRecord] = field(default_factory=dict)  # by split
     metrics: dict[str, Series] = field(default_factory=lambda: defaultdict(Series))  # by step
     system: dict[str, Series] = field(default_factory=lambda: defaultdict(partial(Series, SYSTEM_POINTS)))  # by time
     phases: list[Phase] = field(default_factory=list)
-    checkpoints: list[Record] = field(default_factory=list)
-    generations: list[Record] = field(default_factory=list)
-    events: list[Record] = field(default_factory=list)
+    checkpoints: list[CheckpointRecord] = field(default_factory=list)
+    generations: list[GenerationRecord] = field(default_factory=list)
+    events: list[EventRecord] = field(default_factory=list)
     num_events: int = 0
     step: int = 0
     total_steps: int = 0
     tokens: float = 0
-    first_time: float = 0  # of any record
+    first_time: float = 0  # of any record, in seconds since the epoch, as the others
     last_time: float = 0
     first_metrics_time: float = 0
     last_metrics_time: float = 0
@@ -62,78 +78,122 @@ class History:
         return max(0.0, self.last_time - self.first_time)
 
     @property
-    def settings(self) -> Record:
+    def settings(self) -> dict[str, Any]:
+        """Settings of the job without secrets, by name."""
         return self.job.get("settings") or self.manifest.get("settings") or {}
 
-    def setting(self, name: str) -> Any:
-        """A setting of the job, or an argument of the training that was left to its default."""
+    def find_setting(self, name: str) -> Any:
+        """Return a setting of the job, or an argument of the training that was left to its default."""
         return self.settings.get(name, self.manifest.get("training_arguments", {}).get(name))
 
     @property
     def hosts(self) -> list[str]:
+        """Names of the hosts that train."""
         return self.job.get("hosts") or sorted({name.split("/")[1] for name in self.system if "/" in name})
 
     @property
     def instance_hours(self) -> float | None:
-        """Of the last job, as it counted them itself (progress.py): a job that it goes on with was billed by itself."""
+        """Instance hours of the last job, as it counted them itself (training/progress.py), if the journal tells.
+
+        A job that this one goes on with was billed by itself.
+        """
         if not {"billed_hosts", "started"} <= self.job.keys():
             return None
         return count_instance_hours(self.job["billed_hosts"], self.job["started"], self.last_time)
 
-    def training_seconds(self) -> float:
-        """From the first metric line to the last."""
+    def measure_training(self) -> float:
+        """Return the seconds from the first metric line to the last."""
         return max(0.0, self.last_metrics_time - self.first_metrics_time)
 
-    def while_training(self, what: str) -> dict[str, Series]:
-        """The system metric of each device or host, such as `algo-1/0`, between the first metric line and the last."""
+    def list_devices_in_training(self, what: str) -> dict[str, Series]:
+        """Return what `list_devices` does, between the first metric line and the last."""
         found = {
-            device: series.between(self.first_metrics_time, self.last_metrics_time)
-            for device, series in self.by_device(what).items()
+            device: series.cut_out(self.first_metrics_time, self.last_metrics_time)
+            for device, series in self.list_devices(what).items()
         }
         return {device: series for device, series in found.items() if series}
 
-    def by_device(self, what: str) -> dict[str, Series]:
-        """The system metric `gpu/<what>` or `host/<what>` of each GPU (`algo-1/0`) or host (`algo-1`), in order."""
+    def list_devices(self, what: str) -> dict[str, Series]:
+        """Return a system metric of each device, in order.
+
+        `what` is `gpu/<metric>`, with devices such as `algo-1/0`, or `host/<metric>`, with hosts such as `algo-1`.
+        """
         scope, metric = what.split("/")
         found = {}
         for name, series in self.system.items():
             first, *device, last = name.split("/")
             if first == scope and last == metric and series:
                 found["/".join(device)] = series
-        return dict(sorted(found.items(), key=lambda item: natural_order(item[0])))
+        return dict(sorted(found.items(), key=lambda item: split_numbers(item[0])))
 
-    def values(self, name: str) -> Series:
-        """The metric by step; empty where it was never logged."""
+    def find_metric(self, name: str) -> Series:
+        """Return a metric by step, empty where it was never logged."""
         return self.metrics.get(name) or Series()
 
 
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """So that algo-10 comes after algo-2."""
+def split_numbers(name: str) -> list[tuple[int, str]]:
+    """Return a key to sort names by, in which algo-10 comes after algo-2."""
     parts = name.replace("-", "/").split("/")
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def read_history(journal: Path) -> History:
-    """All of the journal, thinned. Records of a kind that is not known are passed over."""
+    """Read all of a journal, thinned."""
     history = History()
     for record, _ in read_records(journal):
         time = record["time"]
         history.first_time = min(history.first_time or time, time)
         history.last_time = max(history.last_time, time)
-        if record["kind"] in READERS:
-            READERS[record["kind"]](history, record)
+        if record["kind"] == "system":  # first, since almost all records are samples
+            add_sample(history, record)
+        else:
+            add_record(history, record)
     return history
 
 
-def read_job(history: History, record: Record) -> None:
+def add_record(history: History, record: Record) -> None:
+    """Take a record that says what happened."""
+    match record["kind"]:
+        case "metrics":
+            add_metrics(history, record)
+        case "phase":
+            add_phase(history, record)
+        case "checkpoint":
+            history.checkpoints.append(record)
+        case "generation":
+            history.generations.append(record)
+        case "event":
+            add_event(history, record)
+        case _:
+            add_description(history, record)
+
+
+def add_description(history: History, record: Record) -> None:
+    """Take a record that says what the job, its data and its result are."""
+    match record["kind"]:
+        case "job":
+            add_job(history, record)
+        case "data":
+            history.data[record["split"]] = record
+        case "model":
+            history.model.update(record)
+        case "manifest":
+            history.manifest.update(record)
+        case "end":
+            history.end.update(record)
+
+
+def add_job(history: History, record: JobRecord) -> None:
+    """Take the beginning of an attempt. The end of the one before does not count."""
     history.job = record
-    history.end = {}  # of an attempt that was repeated
+    history.end = EndRecord(time=0, kind="end")
     history.attempts.append(record["time"])
 
 
-def read_metrics(history: History, record: Record) -> None:
+def add_metrics(history: History, record: MetricsRecord) -> None:
+    """Take a metric line. Where its step is not the next, an attempt began again from a checkpoint."""
     step, time = record.get("step", 0), record["time"]
-    if step < history.step:  # another attempt, from a checkpoint
+    if step < history.step:
         for series in history.metrics.values():
             series.drop_from(step)
     history.step = step
@@ -149,7 +209,8 @@ def read_metrics(history: History, record: Record) -> None:
         history.phases.append(Phase("evaluation", time - values["eval_runtime"], values["eval_runtime"], ""))
 
 
-def read_system(history: History, record: Record) -> None:
+def add_sample(history: History, record: SystemRecord) -> None:
+    """Take a sample of the system. Shares of memory and of throttling are made from the figures in it."""
     values, time = record["values"], record["time"]
     for name, value in values.items():
         device, metric = split_name(name)
@@ -158,41 +219,28 @@ def read_system(history: History, record: Record) -> None:
         elif metric == "memory_used_bytes" and f"{device}/memory_total_bytes" in values:
             history.system[f"{device}/memory_percent"].add(time, 100 * value / values[f"{device}/memory_total_bytes"])
         elif metric == HARMFUL_THROTTLING[0]:
-            # The power limit, which all GPUs under full load are at, is left out.
+            # Under full load all GPUs are at the power limit, so that it is left out.
             is_throttled = any(values.get(f"{device}/{reason}") for reason in HARMFUL_THROTTLING)
             history.system[f"{device}/throttled_percent"].add(time, 100 * is_throttled)
 
 
-@cache
+@cache  # there are few names, and millions of samples
 def split_name(name: str) -> tuple[str, str]:
-    """`gpu/algo-1/0` and `power_watts`, of which there are few, and millions of samples."""
+    """Split a system metric's name into the device and the metric: `gpu/algo-1/0` and `power_watts`."""
     device, _, metric = name.rpartition("/")
     return device, metric
 
 
-def read_phase(history: History, record: Record) -> None:
+def add_phase(history: History, record: PhaseRecord) -> None:
+    """Take a phase, which may have begun before the first record."""
     seconds = float(record.get("seconds", 0))
     name, host = str(record.get("name", "?")), str(record.get("host") or "")
     history.phases.append(Phase(name, record["time"] - seconds, seconds, host))
     history.first_time = min(history.first_time, record["time"] - seconds)
 
 
-def read_event(history: History, record: Record) -> None:
+def add_event(history: History, record: EventRecord) -> None:
+    """Count an event, and keep it if it is among the first."""
     history.num_events += 1
     if len(history.events) < MAX_EVENTS:
         history.events.append(record)
-
-
-READERS: dict[str, Callable[[History, Record], None]] = {
-    "job": read_job,
-    "data": lambda history, record: history.data.update({record["split"]: record}),
-    "model": lambda history, record: history.model.update(record),
-    "manifest": lambda history, record: history.manifest.update(record),
-    "metrics": read_metrics,
-    "system": read_system,
-    "phase": read_phase,
-    "checkpoint": lambda history, record: history.checkpoints.append(record),
-    "generation": lambda history, record: history.generations.append(record),
-    "event": read_event,
-    "end": lambda history, record: history.end.update(record),
-}

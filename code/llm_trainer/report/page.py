@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""output/data/report.html: what became of a job, on one page without network; the curves as JSON and PNG beside it.
+"""The report of a job, output/data/report.html: one page that needs no network, with the curves as JSON and PNG beside.
 
-Apache ECharts draws the charts (assets/README.md). Everything is made of the journal; what it lacks is left out.
+Apache ECharts draws the charts (assets/README.md). The report is made from the journal; what that lacks is left out.
 """
 
 import base64
@@ -11,12 +11,14 @@ from collections import Counter
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, StrictUndefined
 
+from llm_trainer.common.files import write_text
 from llm_trainer.common.units import show_count, show_duration, show_large, show_number, show_share
-from llm_trainer.report.advice import advise
+from llm_trainer.journal.records import GenerationRecord
+from llm_trainer.report.advice import find_advice
 from llm_trainer.report.charts import (
     GPU_CHARTS,
     HOST_CHARTS,
@@ -34,7 +36,14 @@ from llm_trainer.report.history import History, read_history
 PAGE = files("llm_trainer.report") / "assets"
 OUTCOMES = {"done": "Done", "stopped": "Stopped", "failed": "Failed"}
 MAX_GENERATIONS = 20
-MAX_TEXT = 5000  # characters of a generation, so that one that never ended does not make the page too large
+MAX_TEXT = 5000  # characters of a generation, since one that never ended would make the page too large
+TEXTS: tuple[Literal["split", "prompt", "reference", "before", "after"], ...] = (
+    "split",
+    "prompt",
+    "reference",
+    "before",
+    "after",
+)
 
 
 def write_report(journal: Path, data_dir: Path) -> None:
@@ -43,18 +52,14 @@ def write_report(journal: Path, data_dir: Path) -> None:
     clock = Clock(history.first_time, history.duration)
     curves = list(draw_curves(history))
     data_dir.mkdir(parents=True, exist_ok=True)
-    replace_file(data_dir / "report.html", render(history, clock, curves))
-    replace_file(data_dir / "curves.json", json.dumps(list_curves(history), separators=(",", ":"), allow_nan=False))
+    page = render_page(history, clock, curves)
+    write_text(data_dir / "report.html", page, errors="replace")  # half of a surrogate pair in a generation
+    write_text(data_dir / "curves.json", json.dumps(list_curves(history), separators=(",", ":"), allow_nan=False))
     write_image(curves, data_dir / "curves.png")
 
 
-def replace_file(file: Path, text: str) -> None:
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text, encoding="utf-8", errors="replace")  # half of a surrogate pair in a generation
-    part.replace(file)
-
-
-def render(history: History, clock: Clock, curves: list[Chart]) -> str:
+def render_page(history: History, clock: Clock, curves: list[Chart]) -> str:
+    """Return the page as HTML."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     environment.filters |= {"count": show_count, "large": show_large, "duration": show_duration, "elapsed": clock.read}
@@ -71,52 +76,44 @@ def render(history: History, clock: Clock, curves: list[Chart]) -> str:
         clock=clock,
         outcome=OUTCOMES.get(history.end.get("status", ""), "Unfinished"),
         facts=list(list_facts(history)),
-        advice=advise(history),
+        advice=find_advice(history),
         groups=groups,
-        drawings={chart.name: chart.drawing() for charts in groups.values() for chart in charts},
+        drawings={chart.name: chart.describe_drawing() for charts in groups.values() for chart in charts},
         supervision=describe_supervision(history),
-        generations=[shorten(record) for record in history.generations[:MAX_GENERATIONS]],
+        generations=[shorten_texts(record) for record in history.generations[:MAX_GENERATIONS]],
         settings=list_settings(history),
         unset=sorted(name for name, value in history.settings.items() if value is None),
         versions=list_versions(history),
         style=read_asset("report.css"),
         scripts=scripts,
-        script_hashes=[hash_of(script) for script in scripts],
+        script_hashes=[compute_script_hash(script) for script in scripts],
     )
 
 
 def read_asset(name: str) -> str:
+    """Return a file of the page as text."""
     return (PAGE / name).read_text(encoding="utf-8")
 
 
-def hash_of(script: str) -> str:
-    """As a Content-Security-Policy names a script that may run."""
+def compute_script_hash(script: str) -> str:
+    """Return a script's hash, by which a Content-Security-Policy names a script that may run."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def list_facts(history: History) -> Iterator[tuple[str, str]]:
-    """The figures that a person asks for first, as far as the job got."""
+    """Yield title and text of the figures that a person asks for first, as far as the job got."""
     if history.step:
         is_cut = history.step < history.total_steps
         yield "Steps", show_count(history.step) + (f" of {show_count(history.total_steps)}" if is_cut else "")
-    named = {
-        "train_loss": "Training loss",
-        "eval_loss": "Evaluation loss",
-        "eval_mean_token_accuracy": "Token accuracy",
-    }
-    if not history.values("eval_mean_token_accuracy"):
-        named = {
-            "train_loss": "Training loss",
-            "eval_loss": "Evaluation loss",
-            "train_token_accuracy": "Token accuracy",
-        }
+    accuracy = "eval_mean_token_accuracy" if history.find_metric("eval_mean_token_accuracy") else "train_token_accuracy"
+    named = {"train_loss": "Training loss", "eval_loss": "Evaluation loss", accuracy: "Token accuracy"}
     for name, title in named.items():
-        last = history.values(name).last
+        last = history.find_metric(name).last
         if last is not None:
             yield title, show_share(last) if "accuracy" in name else show_number(last)
     if history.tokens:
         yield "Tokens", show_large(history.tokens)
-    speed = history.values("tokens_per_second")
+    speed = history.find_metric("tokens_per_second")
     if speed:
         yield "Tokens a second", show_number(speed.mean)
     if history.duration:
@@ -128,15 +125,17 @@ def list_facts(history: History) -> Iterator[tuple[str, str]]:
 
 
 def list_settings(history: History) -> list[tuple[str, str]]:
+    """Return the settings that have a value, by name."""
     return [(name, show_setting(value)) for name, value in sorted(history.settings.items()) if value is not None]
 
 
 def show_setting(value: Any) -> str:
+    """Return a text as it is, and any other value as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def list_versions(history: History) -> list[tuple[str, str]]:
-    """The image, then its packages."""
+    """Return what the image and the machine are, then the versions of packages."""
     environment = history.job.get("environment") or {}
     packages = {**(history.manifest.get("versions") or {}), **(environment.get("packages") or {})}
     image = {name: value for name, value in environment.items() if name != "packages" and value not in (None, [])}
@@ -145,13 +144,14 @@ def list_versions(history: History) -> list[tuple[str, str]]:
     return [(name, show_setting(value)) for name, value in [*image.items(), *sorted(packages.items())]]
 
 
-def shorten(generation: dict[str, Any]) -> dict[str, str]:
-    texts = {name: str(generation.get(name) or "") for name in ("split", "prompt", "reference", "before", "after")}
+def shorten_texts(generation: GenerationRecord) -> dict[str, str]:
+    """Return a generation's texts, cut where they are too long for the page."""
+    texts = {name: str(generation.get(name) or "") for name in TEXTS}
     return {name: text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} ..." for name, text in texts.items()}
 
 
 def list_curves(history: History) -> dict[str, Any]:
-    """Every metric by step, thinned: all values are in metrics.jsonl."""
+    """Return every metric by step, thinned. All values are in metrics.jsonl."""
     return {
         name: {
             "step": [round(bucket.x, 1) for bucket in series.buckets],

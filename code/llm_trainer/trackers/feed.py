@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps a tracker up to date with the journal, in a thread and from an offset of its own.
+"""Threads that keep trackers up to date with the journal, each from an offset of its own.
 
-So one that is down, slow or broken holds up nobody, and gets what it missed, with its times and steps, when it is back.
+A tracker that is down, slow or broken holds up nobody. When it is back it gets what it missed, with times and steps.
 """
 
 import errno
@@ -9,15 +9,16 @@ import itertools
 import re
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from llm_trainer.common import log
 from llm_trainer.common.errors import chain, summarize
-from llm_trainer.common.redaction import hide_secrets
+from llm_trainer.common.retry import Backoff
 from llm_trainer.journal.journal import read_records
-
-Record = dict[str, Any]
+from llm_trainer.journal.records import EndStatus, JobRecord, Record
 
 POLL_SECONDS = 1.0
 RECORDS_A_BATCH = 100
@@ -29,66 +30,81 @@ FULL_DISK = re.compile(r"No space left|disk (is )?full|quota exceeded", re.IGNOR
 
 
 class Tracker(Protocol):
-    """Where a run is told. Every method may raise whatever the library does, and is then called again."""
+    """A service or folder that is told of a run.
+
+    Every method may raise whatever the tracker's library does, and is then called again.
+    """
 
     name: str  # for people
 
-    def begin(self, job: Record) -> str:
-        """Make the job's run or continue it; where it is, for the log."""
+    def begin(self, job: JobRecord) -> str:
+        """Make the job's run or continue it. Return where it is, for the log."""
 
-    def send(self, records: list[Record]) -> None:
-        """Some records that follow each other."""
+    def send(self, records: Sequence[Record]) -> None:
+        """Send some records that follow each other."""
 
-    def upload(self, files: list[Path]) -> None: ...
+    def upload(self, files: list[Path]) -> None:
+        """Attach small files to the run."""
 
-    def upload_model(self, folder: Path) -> None: ...
+    def upload_model(self, folder: Path) -> None:
+        """Attach the exported model to the run."""
 
-    def end(self, status: str, reason: str | None) -> None:
-        """`status` is the journal's: done, stopped or failed."""
+    def end(self, status: EndStatus, reason: str | None) -> None:
+        """End the run as the job has ended. `reason` is given where it failed."""
 
 
 @dataclass
 class Ending:
-    """The end of the job, and what it leaves for the trackers."""
+    """The end of the job, and what it leaves for the trackers. All feeds share it."""
 
     came: threading.Event = field(default_factory=threading.Event)
-    status: str = "stopped"  # of a launcher that ended without a word
+    status: EndStatus = "stopped"  # of a launcher that ended without a word
     reason: str | None = None
     files: list[Path] = field(default_factory=list)
     model_dir: Path | None = None  # to upload
 
+    def note_status(self, status: EndStatus, reason: str | None) -> None:
+        """Keep how the job ended, for when the end is announced."""
+        self.status, self.reason = status, reason
+
+    def announce(self, files: list[Path], model_dir: Path | None) -> None:
+        """Tell the feeds that the job is over, and what to upload."""
+        self.files, self.model_dir = files, model_dir
+        self.came.set()
+
 
 class Feed(threading.Thread):
-    """Keeps one tracker up to date with the journal."""
+    """A thread that keeps one tracker up to date with the journal."""
 
     def __init__(self, tracker: Tracker, journal: Path, since: float, ending: Ending) -> None:
+        """Feed the records from `since` on, in seconds since the epoch: earlier ones are another job's."""
         super().__init__(daemon=True)  # one that hangs is left behind
         self.tracker, self.journal, self.since, self.ending = tracker, journal, since, ending
         self.offset = 0
         self.has_begun = self.uploads_model = self.is_done = False
-        self.num_failures = 0  # without a success between them
+        self.backoff = Backoff(FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS)
 
     def run(self) -> None:
+        """Send records until the job is over and all are sent, or the last attempts have failed."""
         attempts_left = LAST_ATTEMPTS
         while not self.is_done and attempts_left > 0:
             is_over = self.ending.came.is_set()
             try:
-                has_more = self.advance()
+                has_more = self.send_batch()
                 if is_over and not has_more:
-                    self.finish()
+                    self.finish_run()
             except Exception as error:  # whatever a tracker's library raises, here it ends
-                self.describe_failure(error)
-                self.num_failures += 1
+                self.log_failure(error)
                 attempts_left -= is_over
-                self.wait()
+                self.wait_after_failure()
             else:
-                self.describe_return()
-                self.num_failures = 0
+                self.log_return()
+                self.backoff.note_success()
                 if not has_more and not is_over:
                     self.ending.came.wait(POLL_SECONDS)
 
-    def advance(self) -> bool:
-        """Send the next records, if there are any; whether there may be more of them."""
+    def send_batch(self) -> bool:
+        """Send the next records, if there are any. Return whether there may be more of them."""
         new = ((record, end) for record, end in read_records(self.journal, self.offset) if record["time"] >= self.since)
         batch = list(itertools.islice(new, RECORDS_A_BATCH))
         records = [record for record, _ in batch]
@@ -98,13 +114,14 @@ class Feed(threading.Thread):
                 return False
             where = self.tracker.begin(job)
             self.has_begun = True
-            say(f"{self.tracker.name}: {where}")
+            log.info(f"{self.tracker.name}: {where}")
         if batch:
             self.tracker.send(records)
             self.offset = batch[-1][1]
         return len(batch) == RECORDS_A_BATCH
 
-    def finish(self) -> None:
+    def finish_run(self) -> None:
+        """Upload what the job leaves, and end the run."""
         if self.has_begun:
             self.tracker.upload(self.ending.files)
             if self.ending.model_dir is not None:
@@ -113,26 +130,30 @@ class Feed(threading.Thread):
             self.tracker.end(self.ending.status, self.ending.reason)
         self.is_done = True
 
-    def wait(self) -> None:
+    def wait_after_failure(self) -> None:
+        """Count a failure, and wait before the next attempt. The job's end cuts the wait short."""
+        seconds = self.backoff.note_failure()
         if self.ending.came.is_set():
             time.sleep(FIRST_WAIT_SECONDS)
         else:
-            self.ending.came.wait(min(FIRST_WAIT_SECONDS * 2 ** (self.num_failures - 1), LONGEST_WAIT_SECONDS))
+            self.ending.came.wait(seconds)
 
-    def describe_failure(self, error: Exception) -> None:
-        if self.num_failures == 0:
-            say(
-                f"Warning: {self.tracker.name} does not take the metrics ({summarize(error)}): they are kept in "
-                f"{self.journal} and sent when it does; {advise(error)}."
+    def log_failure(self, error: Exception) -> None:
+        """Say what failed and what to change, once until the tracker is back."""
+        if self.backoff.num_failures == 0:
+            log.warning(
+                f"{self.tracker.name} does not take the metrics ({summarize(error)}): they are kept in "
+                f"{self.journal} and sent when it does; {choose_advice(error)}."
             )
 
-    def describe_return(self) -> None:
-        if self.num_failures:
-            say(f"{self.tracker.name} is back, and has got what it missed.")
+    def log_return(self) -> None:
+        """Say that the tracker is back, where it was away."""
+        if self.backoff.num_failures:
+            log.info(f"{self.tracker.name} is back, and has got what it missed.")
 
 
-def advise(error: Exception) -> str:
-    """What to change, by what the libraries say of it."""
+def choose_advice(error: Exception) -> str:
+    """Return what to change, by what the libraries say about the error."""
     text = " ".join(f"{type(cause).__name__} {cause}" for cause in chain(error))
     if FULL_DISK.search(text) or any(
         isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in chain(error)
@@ -141,7 +162,3 @@ def advise(error: Exception) -> str:
     if REFUSAL.search(text):
         return "give credentials that may write there"
     return "check its address, and that the job's network leads there"
-
-
-def say(text: str) -> None:
-    print(f"{hide_secrets(text)}\n", end="", flush=True)  # in one write, or the workers' lines could come between

@@ -5,9 +5,9 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
@@ -15,6 +15,7 @@ from mlflow.exceptions import MlflowException
 
 from llm_trainer.common.redaction import hide_secrets
 from llm_trainer.config.tracker_choice import SQLITE
+from llm_trainer.journal.records import EndStatus, JobRecord, Record
 from llm_trainer.trackers.events import (
     DataSet,
     choose_run_name,
@@ -25,7 +26,6 @@ from llm_trainer.trackers.events import (
 )
 from llm_trainer.trackers.run_identity import MODEL_PATH, RunIdentity, leave_run, recall_run, remember_run
 
-Record = dict[str, Any]
 Item = TypeVar("Item")
 
 # MLflow's limits (mlflow/utils/validation.py): entities a request, and characters.
@@ -35,22 +35,25 @@ PARAMETER_CHARACTERS = 6000
 TAG_CHARACTERS = 8000
 DIGEST_CHARACTERS = 36
 FORBIDDEN = re.compile(r"[^/\w.\- :]")  # in the name of a metric or parameter
-STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-CONTEXT = {"train": "training"}
+STATUS: dict[EndStatus, str] = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+CONTEXT = {"train": "training"}  # MLflow's word for a split; the others keep their name
 FAILURE_TAG = "failure_reason"
 ARN_TAG, NAME_TAG = "training_job_arn", "training_job_name"
 
 
 class MlflowTracker:
+    """The job's run in MLflow."""
+
     name = "MLflow"
 
     def __init__(self, identity_dir: Path | None, scratch_dir: Path) -> None:
-        """The run's identity is kept in `identity_dir`, if given, and left in `scratch_dir` for the workers."""
+        """Keep the run's identity in `identity_dir`, if given, and leave it in `scratch_dir` for the workers."""
         self.identity_dir, self.scratch_dir = identity_dir, scratch_dir
 
-    def begin(self, job: Record) -> str:
+    def begin(self, job: JobRecord) -> str:
+        """Make the job's run or continue it. Return where it is."""
         uri = os.environ["MLFLOW_TRACKING_URI"]
-        if uri.startswith(SQLITE):  # whose artefacts go to the working directory
+        if uri.startswith(SQLITE):  # MLflow puts the artefacts of such a run into the working directory
             folder = Path(uri.removeprefix(SQLITE)).parent
             folder.mkdir(parents=True, exist_ok=True)
             os.chdir(folder)
@@ -66,15 +69,15 @@ class MlflowTracker:
         return f"run {run.info.run_name!r} ({self.run_id}) of experiment {run.info.experiment_id} at {uri}"
 
     def find_experiment(self) -> str:
-        """The experiment's id; it is made if need be."""
+        """Return the experiment's id. The experiment is made where there is none of its name."""
         if given := os.environ.get("MLFLOW_EXPERIMENT_ID"):
             return given
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"
         found = self.client.get_experiment_by_name(name)
         return str(found.experiment_id if found else self.client.create_experiment(name))
 
-    def find_run(self, job: Record, experiment: str) -> Run | None:
-        """The run that this job was given, or that it began before it was interrupted; it runs again."""
+    def find_run(self, job: JobRecord, experiment: str) -> Run | None:
+        """Return the run that this job was given, or that it began before it was interrupted. Have it run again."""
         known = recall_run(self.identity_dir, "mlflow")
         if given := os.environ.get("MLFLOW_RUN_ID"):
             run: Run | None = self.client.get_run(given)
@@ -85,7 +88,7 @@ class MlflowTracker:
         return run
 
     def read_run(self, run_id: str) -> Run | None:
-        """None where it is of another server, or has been deleted."""
+        """Return a run by its id, or None where this server does not have it or it has been deleted."""
         try:
             run = self.client.get_run(run_id)
         except MlflowException as error:
@@ -94,22 +97,25 @@ class MlflowTracker:
             raise
         return run if run.info.lifecycle_stage == "active" else None
 
-    def search_run(self, job: Record, experiment: str) -> Run | None:
-        """The run of the training job, by its ARN, which SageMaker gives but once."""
+    def search_run(self, job: JobRecord, experiment: str) -> Run | None:
+        """Return the training job's run, found by the ARN, which SageMaker gives but once."""
         if not job.get("arn"):
             return None
         found = self.client.search_runs([experiment], f"tags.{ARN_TAG} = '{job['arn']}'", max_results=1)
         return found[0] if found else None
 
-    def create_run(self, job: Record, experiment: str) -> Run:
+    def create_run(self, job: JobRecord, experiment: str) -> Run:
+        """Create a run with the tags by which people and `search_run` find it."""
         tags = {"mlflow.source.name": "sagemaker-llm-trainer", "mlflow.source.type": "JOB"}
         if revision := job["environment"].get("revision"):
             tags["mlflow.source.git.commit"] = revision
-        tags |= {tag: job[key] for tag, key in ((ARN_TAG, "arn"), (NAME_TAG, "name")) if job.get(key)}
+        named = {ARN_TAG: job.get("arn"), NAME_TAG: job.get("name")}
+        tags |= {tag: value for tag, value in named.items() if value}
         name = choose_run_name(job, os.environ.get("MLFLOW_RUN_NAME"))
         return self.client.create_run(experiment, start_time=round(job["time"] * 1000), tags=tags, run_name=name)
 
-    def send(self, records: list[Record]) -> None:
+    def send(self, records: Sequence[Record]) -> None:
+        """Send the settings, data sets and numbers in the records."""
         self.send_texts(records)
         inputs = [describe_data_set(data) for data in find_data_sets(records)]
         if inputs:
@@ -119,41 +125,45 @@ class MlflowTracker:
             for row in read_rows(records, self.started)
             for name, value in row.values.items()
         ]
-        for batch in batches(metrics, METRICS_A_REQUEST):
+        for batch in split_batches(metrics, METRICS_A_REQUEST):
             self.client.log_batch(self.run_id, metrics=batch, synchronous=True)
 
-    def send_texts(self, records: list[Record]) -> None:
-        """Parameters and tags. MLflow never changes a parameter: what a resumed job set anew becomes a tag."""
+    def send_texts(self, records: Sequence[Record]) -> None:
+        """Send parameters and tags. MLflow never changes a parameter, so a resumed job's new value becomes a tag."""
         asked = {
             FORBIDDEN.sub("_", name): value[:PARAMETER_CHARACTERS] for name, value in find_parameters(records).items()
         }
         new = {name: value for name, value in asked.items() if name not in self.parameters}
-        for params in batches([Param(name, value) for name, value in new.items()], TEXTS_A_REQUEST):
+        for params in split_batches([Param(name, value) for name, value in new.items()], TEXTS_A_REQUEST):
             self.client.log_batch(self.run_id, params=params, synchronous=True)
         self.parameters |= new
         tags = {f"resumed.{name}": value for name, value in asked.items() if self.parameters[name] != value}
         tags |= find_surroundings(records)
         cut = [RunTag(name, value[:TAG_CHARACTERS]) for name, value in tags.items()]
-        for some in batches(cut, TEXTS_A_REQUEST):
+        for some in split_batches(cut, TEXTS_A_REQUEST):
             self.client.log_batch(self.run_id, tags=some, synchronous=True)
 
     def upload(self, files: list[Path]) -> None:
+        """Log files as artifacts of the run."""
         for file in files:
             self.client.log_artifact(self.run_id, str(file))
 
     def upload_model(self, folder: Path) -> None:
+        """Log the model's folder, unless the worker that registers the model has logged it."""
         if not any(
             file.path == f"{MODEL_PATH}/MLmodel" for file in self.client.list_artifacts(self.run_id, MODEL_PATH)
         ):
             self.client.log_artifacts(self.run_id, str(folder), MODEL_PATH)  # it is not registered from there
 
-    def end(self, status: str, reason: str | None) -> None:
+    def end(self, status: EndStatus, reason: str | None) -> None:
+        """End the run with the job's status, and with the reason as a tag."""
         if reason:
             self.client.set_tag(self.run_id, FAILURE_TAG, hide_secrets(reason)[:TAG_CHARACTERS])
         self.client.set_terminated(self.run_id, STATUS[status])
 
 
 def describe_data_set(data: DataSet) -> DatasetInput:
+    """Return a split as the input of a run."""
     first = data.source["files"][0].get("uri") if data.source["files"] else None
     data_set = Dataset(
         name=data.split,
@@ -165,7 +175,8 @@ def describe_data_set(data: DataSet) -> DatasetInput:
     return DatasetInput(data_set, [InputTag("mlflow.data.context", CONTEXT.get(data.split, data.split))])
 
 
-def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+def split_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield lists of at most `size` items."""
     rest = iter(items)
     while batch := list(itertools.islice(rest, size)):
         yield batch

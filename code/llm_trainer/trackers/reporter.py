@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that tells the trackers what the journal holds, and writes the report at the end. Never imports torch.
+"""The process that tells the trackers what the journal holds, and writes the report at the end.
 
-    python -m llm_trainer.trackers.reporter JOURNAL [--trackers mlflow,wandb] [--checkpoint-dir DIR] [--model-dir DIR]
+    python -m llm_trainer.trackers.reporter JOURNAL [--trackers mlflow,wandb] [--checkpoint-dir DIR] --model-dir DIR
 
-The first training host's launcher starts it before the workers (reporting.py), and closes its standard input when the
-job is over. Every tracker is fed by a thread of its own, from an offset of its own: one that is down holds up nobody,
-and gets what it missed when it is back. Addresses and secrets come in the trackers' own variables (tracking.py).
+The first training host's launcher starts it before the workers (launcher/reporter_process.py), and closes its standard
+input when the job is over. Every tracker is fed by a thread of its own (feed.py). Addresses and secrets come in the
+trackers' own variables (config/tracker_choice.py).
 """
 
 import argparse
@@ -19,14 +19,16 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from llm_trainer.common import log
 from llm_trainer.common.errors import summarize
 from llm_trainer.common.processes import die_with_parent
-from llm_trainer.journal.journal import MANIFEST, read_records
-from llm_trainer.trackers.feed import POLL_SECONDS, Ending, Feed, Tracker, say
+from llm_trainer.journal.journal import read_records
+from llm_trainer.journal.manifest import MANIFEST
+from llm_trainer.trackers.feed import POLL_SECONDS, Ending, Feed, Tracker
 
 REPORT_SECONDS = 20.0
 FINISH_SECONDS = 20.0  # for what is left, when the job is over
-FINISH_SECONDS_OF_STOP = 10.0  # SageMaker kills a stopped job after 120 s, most of which belong to the export
+FINISH_SECONDS_OF_STOP = 10.0  # SageMaker kills a stopped job after 120 s, and the export needs most of them
 UPLOAD_BYTES_A_SECOND = 20e6  # a model may take this long
 # Libraries' own patience is a multiple of this; the feeds have theirs.
 VARIABLES = {
@@ -41,15 +43,8 @@ VARIABLES = {
 
 def main(arguments: Sequence[str]) -> None:
     """Follow the journal to the end of the job."""
-    die_with_parent()
-    for signum in (signal.SIGTERM, signal.SIGINT):  # the container's, which the launcher acts upon
-        signal.signal(signum, signal.SIG_IGN)
-    os.nice(10)
-    os.environ.update(VARIABLES)
-    sys.modules["torch"] = None  # type: ignore[assignment] # tensorboardX would import it, for seconds and 200 MB
-    logging.disable(logging.CRITICAL)  # libraries' words and tracebacks: what matters is said in one line
-    warnings.simplefilter("ignore")
-    options = parse(arguments)
+    isolate_process()
+    options = parse_arguments(arguments)
     stop_file = Path(os.environ["LLM_TRAINER_SCRATCH"]) / "stop"
     ending = Ending()
     # Rounded as the journal rounds: what was written before it are another job's records.
@@ -64,16 +59,27 @@ def main(arguments: Sequence[str]) -> None:
     try:
         write_report(options.journal, options.journal.parent)
     except Exception as error:  # whatever it is: a job that has succeeded must not look as if it had not
-        say(f"Warning: the report could not be written ({summarize(error)}).")
+        log.warning(f"the report could not be written ({summarize(error)}).")
     found = [options.model_dir / MANIFEST, options.journal.parent / "report.html"]
-    ending.files = [file for file in found if file.is_file()]
-    if options.track_model and options.model_dir.is_dir():
-        ending.model_dir = options.model_dir
-    ending.came.set()
-    wait_for_feeds(feeds, find_patience(stop_file, ending.model_dir), FINISH_SECONDS)
+    model_dir = options.model_dir if options.track_model and options.model_dir.is_dir() else None
+    ending.announce([file for file in found if file.is_file()], model_dir)
+    wait_for_feeds(feeds, find_patience(stop_file, model_dir), FINISH_SECONDS)
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
+def isolate_process() -> None:
+    """Keep this process out of the training's way, and libraries' words out of the log."""
+    die_with_parent()
+    for signum in (signal.SIGTERM, signal.SIGINT):  # the container's, which the launcher acts upon
+        signal.signal(signum, signal.SIG_IGN)
+    os.nice(10)
+    os.environ.update(VARIABLES)
+    sys.modules["torch"] = None  # type: ignore[assignment] # tensorboardX would import it, for seconds and 200 MB
+    logging.disable(logging.CRITICAL)  # libraries' words and tracebacks: what matters is said in one line
+    warnings.simplefilter("ignore")
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(prog="python -m llm_trainer.trackers.reporter")
     parser.add_argument("journal", type=Path)
     parser.add_argument("--trackers", type=lambda names: names.split(","), default=[])
@@ -84,21 +90,24 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def build_trackers(options: argparse.Namespace) -> list[Tracker]:
-    """Before any thread runs: two threads that import parts of one package can wait for each other for ever."""
+    """Build the trackers that are asked for, without those that cannot be loaded.
+
+    No thread may run yet: two threads that import parts of one package can wait for each other for ever.
+    """
     trackers = []
     for name in options.trackers:
         try:
             trackers.append(build_tracker(name, options))
         except Exception as error:  # whatever the library raises that a user's requirements replaced
-            say(
-                f"Warning: {name} cannot be loaded ({summarize(error)}): its metrics are only in {options.journal}; "
+            log.warning(
+                f"{name} cannot be loaded ({summarize(error)}): its metrics are only in {options.journal}; "
                 "check what requirements.txt installs."
             )
     return trackers
 
 
 def build_tracker(name: str, options: argparse.Namespace) -> Tracker:
-    """Only the library of a tracker that is used is imported."""
+    """Build one tracker. Only the library that it needs is imported."""
     if name == "mlflow":
         from llm_trainer.trackers.mlflow import MlflowTracker
 
@@ -113,19 +122,19 @@ def build_tracker(name: str, options: argparse.Namespace) -> Tracker:
 
 
 def wait_for_end(journal: Path, since: float, ending: Ending) -> None:
-    """Return when the journal has an `end`, or when the launcher has closed the standard input or is gone."""
+    """Wait until the journal has an `end`, or until the launcher has closed the standard input or is gone."""
     offset, is_over = 0, False
     while not is_over:
         is_over = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])
         for record, end in read_records(journal, offset):
             offset = end
             if record["kind"] == "end" and record["time"] >= since:
-                ending.status, ending.reason = record["status"], record.get("reason")
+                ending.note_status(record["status"], record.get("reason"))
                 is_over = True
 
 
 def find_patience(stop_file: Path, model_dir: Path | None) -> float:
-    """Seconds that the trackers have for what is left when the job is over."""
+    """Return the seconds that the trackers have for what is left when the job is over."""
     if stop_file.exists():
         return FINISH_SECONDS_OF_STOP
     if model_dir is None:
@@ -135,16 +144,15 @@ def find_patience(stop_file: Path, model_dir: Path | None) -> float:
 
 
 def wait_for_feeds(feeds: list[Feed], patience: float, patience_without_model: float) -> None:
-    """Wait until all have ended; the rest of the time is only for one that uploads the model."""
+    """Wait until all feeds have ended, and up to `patience` seconds only for those that upload the model."""
     started = time.monotonic()
     for feed in feeds:
         feed.join(max(0.0, started + min(patience, patience_without_model) - time.monotonic()))
         if feed.uploads_model:
             feed.join(max(0.0, started + patience - time.monotonic()))
         if not feed.is_done:
-            say(
-                f"Warning: {feed.tracker.name} has not got everything before the job's end: all of it is in "
-                f"{feed.journal}."
+            log.warning(
+                f"{feed.tracker.name} has not got everything before the job's end: all of it is in {feed.journal}."
             )
 
 

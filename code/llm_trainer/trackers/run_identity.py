@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The run of each tracker that a job writes to, kept beside its checkpoints, so that a resumed job continues it.
 
-MLflow's is also left in the scratch folder, for the worker that registers the model.
+The scratch folder holds MLflow's run, too, for the worker that registers the model.
 """
 
 import json
-import os
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from llm_trainer.common import log
+from llm_trainer.common.files import write_text
 
 RUN_FILE = "mlflow-run"  # in the scratch folder
 MODEL_PATH = "model"  # of the exported model in MLflow's run
@@ -17,48 +18,46 @@ MODEL_PATH = "model"  # of the exported model in MLflow's run
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a tracker calls the run, and when the first job of it began, in seconds since the epoch."""
+    """A tracker's name for the run, and when its first job began, in seconds since the epoch."""
 
     run_id: str
     started: float
 
 
 def recall_run(folder: Path | None, tracker: str) -> RunIdentity | None:
-    """The run that the job before this one wrote to; None where there was none, or where that cannot be read."""
+    """Return the run that the job before this one wrote to, or None where none can be read."""
     if folder is None:
         return None
     try:
-        return RunIdentity(**json.loads(identity_file(folder, tracker).read_text(encoding="utf-8")))
+        return RunIdentity(**json.loads(name_identity_file(folder, tracker).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
 def remember_run(folder: Path | None, tracker: str, identity: RunIdentity) -> None:
-    """Keep it, whole or not at all. Where that fails the run goes on: only a resumed job would begin another."""
+    """Keep a run for a resumed job. Where that fails the run goes on, and a resumed job would begin another."""
     if folder is None:
         return
-    file = identity_file(folder, tracker)
-    unfinished = file.with_name(f".{file.name}")
+    file = name_identity_file(folder, tracker)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(asdict(identity)) + "\n", encoding="utf-8")
-        os.replace(unfinished, file)
+        write_text(file, json.dumps(asdict(identity)) + "\n")
     except OSError as error:
-        print(f"Warning: {file} cannot be written ({error}): a resumed job begins another run.", file=sys.stderr)
+        log.error(f"Warning: {file} cannot be written ({error}): a resumed job begins another run.")
 
 
-def identity_file(folder: Path, tracker: str) -> Path:
+def name_identity_file(folder: Path, tracker: str) -> Path:
+    """Return the path of a tracker's file beside the checkpoints."""
     return folder / f"tracked-run-{tracker}.json"
 
 
 def leave_run(scratch_dir: Path, run_id: str) -> None:
-    unfinished = scratch_dir / f".{RUN_FILE}"
-    unfinished.write_text(run_id, encoding="utf-8")
-    os.replace(unfinished, scratch_dir / RUN_FILE)
+    """Leave the id of MLflow's run for the worker that registers the model."""
+    write_text(scratch_dir / RUN_FILE, run_id)
 
 
 def find_left_run(scratch_dir: Path, patience: float) -> str | None:
-    """The id of the job's run, as soon as there is one; None if there is none after so many seconds."""
+    """Return the id of the job's run as soon as there is one, or None if there is none after `patience` seconds."""
     deadline = time.monotonic() + patience
     while not (scratch_dir / RUN_FILE).is_file():
         if time.monotonic() > deadline:

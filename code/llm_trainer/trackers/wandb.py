@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The job's run in Weights & Biases; its own files, with WANDB_MODE=offline all there is, are in output/data/wandb."""
+"""The job's run in Weights & Biases.
+
+Its own files are in output/data/wandb. With WANDB_MODE=offline they are all there is.
+"""
 
 import hashlib
 import os
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import wandb
 
 from llm_trainer.common.redaction import hide_secrets
+from llm_trainer.journal.records import EndStatus, JobRecord, Record
 from llm_trainer.trackers.events import choose_run_name, find_data_sets, find_parameters, find_surroundings, read_rows
 from llm_trainer.trackers.run_identity import RunIdentity, recall_run, remember_run
-
-Record = dict[str, Any]
 
 INIT_SECONDS = 15
 TAG_CHARACTERS = 64
@@ -22,19 +25,24 @@ SYSTEM_METRICS = ("gpu/*", "host/*")
 
 
 class WandbTracker:
+    """The job's run in Weights & Biases."""
+
     name = "W&B"
 
     def __init__(self, identity_dir: Path | None, data_dir: Path) -> None:
+        """Keep the run's identity in `identity_dir`, if given, and W&B's files in `data_dir`."""
         self.identity_dir, self.data_dir = identity_dir, data_dir
 
-    def begin(self, job: Record) -> str:
-        identity = recall_run(self.identity_dir, "wandb") or RunIdentity(choose_id(job), job["time"])
+    def begin(self, job: JobRecord) -> str:
+        """Make the job's run or continue it. Return where it is."""
+        identity = recall_run(self.identity_dir, "wandb") or RunIdentity(choose_run_id(job), job["time"])
         self.started = identity.started
+        name = job.get("name")
         is_offline = os.environ.get("WANDB_MODE") == "offline"
         self.run = wandb.init(
             id=os.environ.get("WANDB_RUN_ID") or identity.run_id,
             name=choose_run_name(job, os.environ.get("WANDB_NAME")),
-            tags=[job["name"][:TAG_CHARACTERS]] if job.get("name") else None,
+            tags=[name[:TAG_CHARACTERS]] if name else None,
             resume=None if is_offline else "allow",
             dir=os.environ.get("WANDB_DIR", str(self.data_dir)),
             settings=wandb.Settings(
@@ -55,7 +63,8 @@ class WandbTracker:
         where = f"in {self.run.dir}, to be sent with `wandb sync`" if is_offline else f"at {self.run.url}"
         return f"run {self.run.name!r} ({self.run.id}) {where}"
 
-    def send(self, records: list[Record]) -> None:
+    def send(self, records: Sequence[Record]) -> None:
+        """Send the settings, data sets and numbers in the records."""
         config: dict[str, Any] = {**find_parameters(records), **find_surroundings(records)}
         for data in find_data_sets(records):
             config[f"data/{data.split}"] = {"digest": data.digest, **data.source, **data.sizes}
@@ -65,16 +74,19 @@ class WandbTracker:
             self.run.log({**row.values, row.axis: row.step, "_timestamp": row.time})
 
     def upload(self, files: list[Path]) -> None:
+        """Copy files into the run's folder, and save them with the run."""
         for file in files:
             copy = shutil.copy(file, self.run.dir)
             self.run.save(copy, base_path=self.run.dir, policy="now")
 
     def upload_model(self, folder: Path) -> None:
+        """Log the model's folder as an artifact."""
         artifact = wandb.Artifact(f"model-{self.run.id}", type="model")
         artifact.add_dir(str(folder), policy="immutable")
         self.run.log_artifact(artifact)
 
-    def end(self, status: str, reason: str | None) -> None:
+    def end(self, status: EndStatus, reason: str | None) -> None:
+        """End the run, and W&B's own process."""
         self.run.summary["status"] = status
         if reason:
             self.run.summary["failure_reason"] = hide_secrets(reason)
@@ -82,8 +94,8 @@ class WandbTracker:
         wandb.teardown()
 
 
-def choose_id(job: Record) -> str:
-    """The same for every start of a training job, whose ARN SageMaker gives but once."""
-    if job.get("arn"):
-        return hashlib.sha256(job["arn"].encode()).hexdigest()[:16]
+def choose_run_id(job: JobRecord) -> str:
+    """Return an id that is the same at every start of a training job, whose ARN SageMaker gives but once."""
+    if arn := job.get("arn"):
+        return hashlib.sha256(arn.encode()).hexdigest()[:16]
     return uuid.uuid4().hex[:16]

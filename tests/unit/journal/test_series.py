@@ -69,5 +69,5 @@ def test_a_part_of_a_series_and_the_same_in_another_unit():
     series = Series()
     for x in range(10):
         series.add(x, 1000 * x)
-    part = series.between(3, 5).scale(1 / 1000)
+    part = series.cut_out(3, 5).scale(1 / 1000)
     assert [(bucket.x, bucket.mean) for bucket in part.buckets] == [(3, 3), (4, 4), (5, 5)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_trainer.report.advice import advise, expect_padding
+from llm_trainer.report.advice import expect_padding, find_advice
 from llm_trainer.report.history import read_history
 from support.journals import FakeJournal
 
@@ -36,7 +36,7 @@ class Job:
     attempts: int = 1
 
     def advise(self, folder: Path) -> list[str]:
-        return [advice.title for advice in advise(read_history(self.write(folder / "metrics.jsonl")))]
+        return [advice.title for advice in find_advice(read_history(self.write(folder / "metrics.jsonl")))]
 
     def write(self, file: Path) -> Path:
         journal = FakeJournal(file)
@@ -128,7 +128,7 @@ def test_what_only_looks_like_a_flaw_is_passed_over(tmp_path, changes):
 
 def test_the_advice_names_what_takes_longest_at_the_start(tmp_path):
     job = Job(start_seconds={"download": 10 * MINUTE, "data": 40 * MINUTE, "model": 60})
-    (advice,) = advise(read_history(job.write(tmp_path / "metrics.jsonl")))
+    (advice,) = find_advice(read_history(job.write(tmp_path / "metrics.jsonl")))
     assert "40 min of them with 'data'" in advice.evidence
     assert "pretokenized" in advice.change
 

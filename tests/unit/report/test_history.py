@@ -14,13 +14,13 @@ def test_a_restart_continues_the_curve_at_its_checkpoint(tmp_path):
     for at, step, loss in [(6, 30, 1.5), (7, 40, 1.0)]:
         journal.add(at, "metrics", step=step, total_steps=40, values={"train_loss": loss})
     history = read_history(journal.write())
-    assert [(bucket.x, bucket.mean) for bucket in history.values("train_loss").buckets] == [
+    assert [(bucket.x, bucket.mean) for bucket in history.find_metric("train_loss").buckets] == [
         (10, 3.0),
         (20, 2.0),
         (30, 1.5),
         (40, 1.0),
     ]
-    assert (history.step, len(history.attempts), history.end) == (40, 2, {})
+    assert (history.step, len(history.attempts), history.end.get("status")) == (40, 2, None)
 
 
 def test_a_phase_that_began_before_the_first_record_is_in_the_duration(tmp_path):
@@ -57,10 +57,10 @@ def test_memory_and_throttling_of_a_gpu_are_made_of_its_own_figures(tmp_path):
     }
     journal.add(0, "system", host="algo-1", values=values)
     history = read_history(journal.write())
-    assert [(gpu, series.mean) for gpu, series in history.by_device("gpu/memory_percent").items()] == [
+    assert [(gpu, series.mean) for gpu, series in history.list_devices("gpu/memory_percent").items()] == [
         ("algo-1/10", 25)
     ]
-    throttled = history.by_device("gpu/throttled_percent")
+    throttled = history.list_devices("gpu/throttled_percent")
     assert [(gpu, series.mean) for gpu, series in throttled.items()] == [("algo-1/2", 100), ("algo-1/10", 0)]
 
 
@@ -76,4 +76,4 @@ def test_only_the_samples_between_metric_lines_count_as_training(tmp_path):
     for at in (5, 25):
         journal.add(at, "metrics", step=at, total_steps=25, values={"train_loss": 1.0})
     history = read_history(journal.write())
-    assert history.while_training("gpu/utilization_percent")["a/0"].mean == 85
+    assert history.list_devices_in_training("gpu/utilization_percent")["a/0"].mean == 85

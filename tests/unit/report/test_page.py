@@ -8,7 +8,7 @@ import pytest
 from llm_trainer.common.units import show_duration, show_large
 from llm_trainer.report.charts import draw_lengths
 from llm_trainer.report.history import read_history
-from llm_trainer.report.page import hash_of, write_report
+from llm_trainer.report.page import compute_script_hash, write_report
 from support.journals import HOSTILE, FakeJournal, write_long_job
 
 
@@ -87,7 +87,7 @@ def test_only_the_pages_own_scripts_may_run_and_nothing_may_be_fetched(long_job)
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
     assert policy.startswith("default-src 'none'")
     scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
-    assert [f"'{hash_of(script)}'" in policy.replace("&#43;", "+") for script in scripts] == [True, True]
+    assert [f"'{compute_script_hash(script)}'" in policy.replace("&#43;", "+") for script in scripts] == [True, True]
     assert not re.search(r'(?:src|href)="(?:https?:)?//', page.replace(scripts[0], ""))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from llm_trainer.journal.journal import Journal
 from llm_trainer.trackers import feed
-from llm_trainer.trackers.feed import Ending, Feed, advise
+from llm_trainer.trackers.feed import Ending, Feed, choose_advice
 
 
 class FlakyTracker:
@@ -124,4 +124,4 @@ def test_nothing_of_an_earlier_job_is_sent(journal):
     ],
 )
 def test_the_advice_fits_the_error(error, advice):
-    assert advise(error).startswith(advice)
+    assert choose_advice(error).startswith(advice)
