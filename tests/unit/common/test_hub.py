@@ -11,7 +11,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.config.environment import read_environment
 from llm_trainer.config.schema import Settings
 from llm_trainer.job.inputs import find_inputs
-from llm_trainer.launcher.worker_processes import needs_hub
+from llm_trainer.launcher.worker_processes import reads_from_hub
 from llm_trainer.model import loading
 from support.fake_hub import MODEL, FakeHub
 
@@ -142,4 +142,4 @@ def test_no_network(fake_hub, tmp_path, monkeypatch):
 def test_the_hub_is_left_alone_only_by_a_job_that_takes_nothing_from_it(tree, monkeypatch, settings, needs):
     monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(tree.base_dir))
     inputs, _ = find_inputs(Settings(**settings), read_environment())
-    assert needs_hub(Settings(**settings), inputs) is needs
+    assert reads_from_hub(inputs, Settings(**settings).model.chat_template_path) is needs
