@@ -24,8 +24,9 @@ import pytest
 import requests
 from moto.server import ThreadedMotoServer
 
-SOURCE = Path(__file__).parents[2]
-REGION = "us-west-2"
+from support.checkout import SOURCE, Checkout, call
+from support.codebuild import REGION
+
 MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 START_TIMEOUT_SECONDS = 30
 STORAGE = """version: 0.1
@@ -35,13 +36,6 @@ storage:
 http:
   addr: 127.0.0.1:{port}
 """
-
-
-def call(*command: str | Path, **options: Any) -> str:
-    """What a command prints; where it fails, the failure shows all of it."""
-    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
-    assert run.returncode == 0, f"{command}:\n{run.stdout}"
-    return run.stdout
 
 
 @dataclass(frozen=True)
@@ -83,15 +77,6 @@ def registry(tmp_path_factory) -> Iterator[Registry]:
         process.terminate()
         process.wait()
         shutil.rmtree(folder / "docker", ignore_errors=True)  # some hundred megabytes of layers
-
-
-def remove_images(docker: str, repository: str) -> None:
-    """From this machine; the registry keeps what was pushed."""
-    names = call(docker, "images", "--format", "{{.Repository}}:{{.Tag}}", repository).split()
-    names += call(docker, "images", "--digests", "--format", "{{.Repository}}@{{.Digest}}", repository).split()
-    for name in names:
-        if "<none>" not in name:
-            subprocess.run([docker, "rmi", name], capture_output=True)
 
 
 def wait_for(address: str, process: subprocess.Popen) -> None:
@@ -204,28 +189,6 @@ def osv_server() -> Iterator[Osv]:
 def osv(osv_server) -> Iterator[Osv]:
     yield osv_server
     osv_server.advisories.clear()
-
-
-@dataclass(frozen=True)
-class Checkout:
-    """The source as CodeBuild has it: a clone of one commit, in a folder of its own."""
-
-    folder: Path
-
-    def git(self, *arguments: str) -> str:
-        who = ["-c", "user.name=Test", "-c", "user.email=test@example.com"]
-        return call("git", *who, *arguments, cwd=self.folder).strip()
-
-    @property
-    def revision(self) -> str:
-        return self.git("rev-parse", "HEAD")
-
-    def commit(self, path: str, old: str, new: str) -> None:
-        file = self.folder / path
-        text = file.read_text(encoding="utf-8")
-        assert old in text
-        file.write_text(text.replace(old, new, 1), encoding="utf-8")
-        self.git("commit", "--quiet", "--message", "Planted by the test", path)
 
 
 @pytest.fixture(scope="module")

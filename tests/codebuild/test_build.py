@@ -10,10 +10,10 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 
 import pytest
-from secrets_in_layers import find_secrets
 
-from codebuild import FAILED, SUCCEEDED, Build, run_buildspec
-from conftest import SOURCE, Checkout, call, remove_images
+from support.checkout import SOURCE, Checkout, call, remove_images
+from support.codebuild import FAILED, SUCCEEDED, Build, run_buildspec
+from support.secrets_in_layers import find_secrets
 
 pytestmark = pytest.mark.timeout(1800)  # of which building, pushing and pulling two gigabytes take most
 
@@ -21,7 +21,7 @@ VERSION = "0.1.0"
 # A build secret's password. An index at such an address answers nothing, and pip goes on to the next one.
 MARKER = "marker-of-a-build-secret-5f2d"
 # `make lint lock-check` and all unit tests take long, and CI runs them beside this: left out unless WHOLE is set.
-UNIT_TESTS = "tests/unit/test_environment.py"
+UNIT_TESTS = "tests/unit/config/test_environment.py"
 SHORTER_MAKE = """#!/bin/bash
 for goal; do shift; case $goal in lint | lock-check) ;; *) set -- "$@" "$goal" ;; esac; done
 [ $# = 0 ] || exec %s "$@"

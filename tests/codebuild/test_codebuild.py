@@ -4,7 +4,7 @@
 import pytest
 import yaml
 
-from codebuild import FAILED, SUCCEEDED, run_buildspec
+from support.codebuild import FAILED, SUCCEEDED, run_buildspec
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from conftest import SOURCE
+from support.checkout import SOURCE
 
 ALLOWED = """
 [[vulnerabilities]]

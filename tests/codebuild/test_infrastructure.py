@@ -17,7 +17,8 @@ import pytest
 from botocore.exceptions import ClientError
 from cfnlint.decode.cfn_yaml import load
 
-from conftest import REGION, SOURCE
+from support.checkout import SOURCE
+from support.codebuild import REGION
 
 TEMPLATES = SOURCE / "examples/infrastructure"
 ACCOUNT = "123456789012"  # moto's

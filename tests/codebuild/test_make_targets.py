@@ -8,8 +8,8 @@ import uuid
 
 import pytest
 
-from codebuild import OF_MAKE
-from conftest import REGION, call, remove_images
+from support.checkout import call, remove_images
+from support.codebuild import OF_MAKE, REGION
 
 ACCOUNT = "123456789012"  # moto's
 REGISTRY = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com"

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from conftest import SOURCE, call, remove_images
+from support.checkout import SOURCE, call, remove_images
 
 NAME = "llm-trainer-test-same"
 DOCKERFILE = 'FROM scratch\nCOPY . /\nENTRYPOINT ["/file"]\n'

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each attention kernel that is there computes what eager attention in float32 does, forward and backward."""
 
-import importlib.util
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+
+from support.attention_kernels import KERNELS, find_lack
 
 BASE = {
     "vocab_size": 512,
@@ -20,20 +20,9 @@ CONFIGS = {
     "grouped-query": LlamaConfig(**BASE, num_key_value_heads=2),
     "sliding-window": MistralConfig(**BASE, num_key_value_heads=2, sliding_window=64),
 }
-PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-KERNELS = ("eager", "sdpa", "flex_attention", *PACKAGES)
 SHAPE = (2, 300)  # no multiple of a kernel's block
 # Share of the reference's norm. bfloat16 rounds to 0.4 %, and each of some ten operations of a layer rounds.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
-
-
-def find_lack(kernel: str, device: torch.device) -> str | None:
-    """Why a kernel cannot run here."""
-    if kernel in PACKAGES and importlib.util.find_spec(PACKAGES[kernel]) is None:
-        return f"{PACKAGES[kernel]} is not installed here"
-    if kernel not in ("eager", "sdpa") and device.type != "cuda":
-        return f"{kernel} is meant for a GPU"
-    return None
 
 
 def run(config, kernel: str, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

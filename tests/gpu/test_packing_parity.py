@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows that share a sequence have the logits that they have alone, on this device, in each type and with each kernel.
 
-Prints how far they move, by which the tolerances of llm_trainer/leaks.py can be judged.
+Prints how far they move, by which the tolerances of llm_trainer/training/packing_check.py can be judged.
 """
 
 import pytest
 import torch
-from test_attention_kernels import KERNELS, find_lack
 from transformers import AutoModelForCausalLM
 
 import gpu
+from support.attention_kernels import KERNELS, find_lack
 
-for package in ("trl", "datasets", "pydantic"):  # what llm_trainer.packing imports
+for package in ("trl", "datasets", "pydantic"):  # what llm_trainer.training.packing imports
     pytest.importorskip(package)
 from llm_trainer.training import packing_check  # noqa: E402
 from llm_trainer.training.packing import PackingCollator  # noqa: E402

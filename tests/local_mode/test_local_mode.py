@@ -7,7 +7,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from job import HYPERPARAMETERS
+from local_mode.job import HYPERPARAMETERS
 from support.sagemaker_tree import ROWS
 
 pytestmark = pytest.mark.timeout(540)

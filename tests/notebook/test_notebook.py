@@ -378,7 +378,7 @@ def test_the_trainer_takes_the_job(run):
     trainer = REPOSITORY / ".venv/bin/llm-trainer"
     if not trainer.exists():
         pytest.skip("llm-trainer is not installed here: run `make venv`")
-    build = "import sys; from pathlib import Path; from tiny_model import build_tiny_model as b; b(Path(sys.argv[1]))"
+    build = "import pathlib, sys; from support import tiny_model as t; t.build_tiny_model(pathlib.Path(sys.argv[1]))"
     model, paths = run.folder / "tiny", [str(REPOSITORY / "code"), str(REPOSITORY / "tests")]
     variables = {
         **os.environ,

@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+REGION = "us-west-2"
 PHASES = ("install", "pre_build", "build", "post_build")
 SUCCEEDED, FAILED = "SUCCEEDED", "FAILED"
 # What `make test-codebuild` would hand down, and CodeBuild's shell has not.
