@@ -5,7 +5,6 @@ from html.parser import HTMLParser
 
 import pytest
 
-from llm_trainer.common.units import show_duration, show_large
 from llm_trainer.report.charts import draw_lengths
 from llm_trainer.report.history import read_history
 from llm_trainer.report.page import compute_script_hash, write_report
@@ -145,13 +144,6 @@ def test_a_later_report_replaces_an_earlier_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.44, "0.4 s"), (75, "1 min 15 s"), (7200, "2 h"), (90_061, "1 d 1 h"), (59.7, "1 min")]
-)
-def test_durations_are_read_at_a_glance(seconds, text):
-    assert show_duration(seconds) == text
-
-
-@pytest.mark.parametrize(
     ("lengths", "labels"),
     [
         ({"39": 31, "40": 1}, [str(length) for length in range(1, 41)]),
@@ -164,7 +156,3 @@ def test_the_histogram_splits_no_bin_of_the_journal(tmp_path, lengths, labels):
     (chart,) = draw_lengths(read_history(journal.write()))
     assert chart.data["labels"][: len(labels)] == labels
     assert sum(chart.data["series"][0]["values"]) == pytest.approx(100, abs=0.01)
-
-
-def test_large_numbers_are_short():
-    assert [show_large(number) for number in (950, 43_646_976, 8.19e9, 1.5e13)] == ["950", "43.6 M", "8.19 B", "15 T"]

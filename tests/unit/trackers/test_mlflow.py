@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What MLflow is sent fits its limits; tests/integration/test_tracking.py sends it to a server."""
+
+import json
+
+import pytest
+
+from llm_trainer.trackers.events import DataSet
+from llm_trainer.trackers.mlflow import DIGEST_CHARACTERS, FORBIDDEN, describe_data_set, split_batches
+
+
+@pytest.mark.parametrize(
+    ("split", "files", "context", "source_type"),
+    [("train", [{"uri": "s3://b/a"}], "training", "s3"), ("validation", [{"uri": None}], "validation", "local")],
+)
+def test_a_split_is_an_input_of_the_run(split, files, context, source_type):
+    data = DataSet(split, "ab" * 40, {"num_files": 1, "files": files}, {"rows": 3})
+    described = describe_data_set(data)
+    assert (described.dataset.name, described.dataset.source_type) == (split, source_type)
+    assert described.dataset.digest == ("ab" * 40)[:DIGEST_CHARACTERS]
+    assert json.loads(described.dataset.profile) == {"rows": 3}
+    assert [(tag.key, tag.value) for tag in described.tags] == [("mlflow.data.context", context)]
+
+
+def test_batches_hold_all_items_in_order():
+    assert list(split_batches(range(5), 2)) == [[0, 1], [2, 3], [4]]
+    assert list(split_batches([], 2)) == []
+
+
+def test_names_keep_what_mlflow_takes():
+    assert FORBIDDEN.sub("_", "gpu/algo-1/0/memory (GiB)!") == "gpu/algo-1/0/memory _GiB__"
