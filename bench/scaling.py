@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from llm_trainer.common.findings import GIB
+from llm_trainer.common.units import GIB
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device
 from llm_trainer.model.memory.estimate import count_gathered_bytes, count_optimizer_states

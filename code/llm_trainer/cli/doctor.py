@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.common.findings import Finding, as_row
+from llm_trainer.common.findings import Finding, format_finding
 from llm_trainer.config.environment import Environment, read_environment
 from llm_trainer.config.sections import TrackingSettings
 from llm_trainer.config.tracker_choice import choose_trackers, find_mlflow_uri
@@ -42,7 +42,7 @@ def diagnose(arguments: Sequence[str]) -> int:
         return 1
     verdicts = []
     for finding in examine(environment, arguments):
-        print(as_row(finding, in_colour=sys.stdout.isatty()), flush=True)
+        print(format_finding(finding, in_colour=sys.stdout.isatty()), flush=True)
         verdicts.append(finding.verdict)
     errors, warnings = verdicts.count("error"), verdicts.count("warning")
     print(f"errors: {errors}, warnings: {warnings}; a job would {'fail' if errors else 'run'} here.")

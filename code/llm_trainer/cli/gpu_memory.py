@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from llm_trainer.cli.validation import Validation
 from llm_trainer.common.errors import UserError
-from llm_trainer.common.findings import show_bytes
+from llm_trainer.common.units import show_bytes
 from llm_trainer.config.checks import count_processes
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.schema import Settings

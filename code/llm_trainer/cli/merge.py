@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.files import read_json_object
-from llm_trainer.common.findings import show_bytes
 from llm_trainer.common.hub import download_model
+from llm_trainer.common.units import show_bytes
 from llm_trainer.config.schema import Settings
 from llm_trainer.journal.manifest import MANIFEST, Manifest, read_manifest
 from llm_trainer.serving.lmi_files import ADAPTER_FILES

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llm_trainer.common.errors import MAX_LISTED_PROBLEMS
-from llm_trainer.common.findings import GIB, MIB, Finding, Verdict, as_row
+from llm_trainer.common.findings import Finding, Verdict, format_finding
+from llm_trainer.common.units import GIB, MIB
 from llm_trainer.data.report import DataReport
 
 
@@ -69,7 +70,7 @@ def format_text(validation: Validation, in_colour: bool) -> Iterator[str]:
     unlisted = errors[MAX_LISTED_PROBLEMS:]
     for finding in validation.findings:
         if finding not in unlisted:
-            yield as_row(finding, in_colour)
+            yield format_finding(finding, in_colour)
     if unlisted:
         yield f"and {len(unlisted)} more errors, which --json lists."
     if validation.reports:

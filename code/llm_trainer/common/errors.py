@@ -2,11 +2,12 @@
 """Mistakes that a user can mend, failures of a job, and the failure file that SageMaker reads."""
 
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+from llm_trainer.common import log
 
 # A mistake would happen again, a fault may not. Lost is a host that no longer answers, peer a failure's echo elsewhere.
 Kind = Literal["mistake", "fault", "lost", "peer"]
@@ -23,7 +24,7 @@ class UserError(Exception):
 
     def __init__(self, *problems: str) -> None:
         self.problems = problems
-        super().__init__(describe(problems))
+        super().__init__(list_problems(problems))
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def report_failure(folder: Path, name: str, failure: Failure) -> None:
             file.truncate()
         unfinished.rename(folder / f"{name}.json")
     except OSError as error:
-        print(f"{failure.reason}\nThis could not be left for the launcher: {error}", file=sys.stderr, flush=True)
+        log.error(f"{failure.reason}\nThis could not be left for the launcher: {error}")
 
 
 def read_failures(folder: Path) -> list[Failure]:
@@ -64,7 +65,7 @@ def read_failures(folder: Path) -> list[Failure]:
     return [Failure(**json.loads(file.read_text(encoding="utf-8"))) for file in folder.glob("*.json")]
 
 
-def describe(problems: tuple[str, ...]) -> str:
+def list_problems(problems: tuple[str, ...]) -> str:
     """Return all problems as one text. The first one comes first, as SageMaker and people read only the beginning."""
     if len(problems) == 1:
         return problems[0]
@@ -75,7 +76,7 @@ def describe(problems: tuple[str, ...]) -> str:
     return "\n".join([f"{problems[0]} ({len(problems)} problems in all, the others below.)", *listed])
 
 
-def chain(error: BaseException | None) -> Iterator[BaseException]:
+def walk_causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield the error, and those that it was raised from."""
     seen = set()
     while error is not None and id(error) not in seen:
@@ -84,16 +85,16 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def shorten(text: str) -> str:
+def cut_quote(text: str) -> str:
     """Cut a text that is too long to be quoted in a sentence."""
     return text if len(text) <= MAX_QUOTED_CHARACTERS else f"{text[:MAX_QUOTED_CHARACTERS]}..."
 
 
-def summarize(error: BaseException) -> str:
+def quote_error(error: BaseException) -> str:
     """Return the line of an error's text that says what happened, short enough to stand inside a sentence."""
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
-    return shorten((lines[-1] if QUOTES_A_WORKER in text else lines[0]).rstrip(".:"))
+    return cut_quote((lines[-1] if QUOTES_A_WORKER in text else lines[0]).rstrip(".:"))
 
 
 def write_failure(output_dir: Path, reason: str) -> None:
@@ -108,4 +109,4 @@ def write_failure(output_dir: Path, reason: str) -> None:
     except FileExistsError:
         return
     except OSError as error:
-        print(f"The failure file could not be written: {error}", file=sys.stderr, flush=True)
+        log.error(f"The failure file could not be written: {error}")

@@ -6,8 +6,6 @@ from typing import Literal
 
 Verdict = Literal["ok", "warning", "error"]
 
-MIB = 2**20
-GIB = 2**30
 COLOURS = {"ok": "\033[32m", "warning": "\033[33m", "error": "\033[31m"}
 
 
@@ -23,16 +21,9 @@ class Finding:
     text: str
 
 
-def as_row(finding: Finding, in_colour: bool) -> str:
+def format_finding(finding: Finding, in_colour: bool) -> str:
     """Return a finding as a line: subject, verdict and text."""
     verdict = f"{finding.verdict:8}"
     if in_colour:
         verdict = f"{COLOURS[finding.verdict]}{verdict}\033[0m"
     return f"{finding.subject:14} {verdict} {finding.text}"
-
-
-def show_bytes(size_bytes: float) -> str:
-    """Return a size such as 9.6 GiB, 80 GiB or 64 MiB."""
-    if size_bytes < GIB:
-        return f"{size_bytes / 2**20:.0f} MiB"
-    return f"{size_bytes / GIB:.1f}".removesuffix(".0") + " GiB"

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from llm_trainer.common import log
-from llm_trainer.common.errors import UserError, chain, summarize
+from llm_trainer.common.errors import UserError, quote_error, walk_causes
 from llm_trainer.common.retry import Backoff
 
 # A causal language model needs these. A repository may hold the same weights in other formats besides.
@@ -62,7 +62,7 @@ def retry_while_busy(action: Callable[[], Result], what: str, refuse: Callable[[
             seconds = max(backoff.note_failure(), read_asked_wait(answer)) * random.uniform(1, 1.5)
             if not is_passing(answer) or time.monotonic() + seconds > give_up_at:
                 raise UserError(refuse(error)) from error
-            log.info(f"{what}: {summarize(answer)}: next try in {seconds:.1f} s", every_rank=True)
+            log.info(f"{what}: {quote_error(answer)}: next try in {seconds:.1f} s", every_rank=True)
             time.sleep(seconds)
 
 
@@ -70,14 +70,14 @@ def describe_outage(model: str, answer: BaseException) -> str:
     """Return the sentence on a Hub or network that stayed away."""
     way = "start the job again later" if isinstance(answer, HfHubHTTPError) else "give the container a network"
     return (
-        f"model_id={model!r} could not be downloaded ({summarize(answer)}): {way}, or give the model's files as "
+        f"model_id={model!r} could not be downloaded ({quote_error(answer)}): {way}, or give the model's files as "
         "channel 'model'."
     )
 
 
 def find_answer(error: BaseException) -> BaseException:
     """Return the Hub's or network's own error inside of huggingface_hub's, else the error itself."""
-    return next((link for link in chain(error) if isinstance(link, httpx2.HTTPError)), error)
+    return next((link for link in walk_causes(error) if isinstance(link, httpx2.HTTPError)), error)
 
 
 def is_passing(answer: BaseException) -> bool:
@@ -102,7 +102,7 @@ def find_refusal(error: BaseException, what: str) -> str | None:
     """Return the sentence for a refusal that would come again, else None. `what` is the setting with its value."""
     given = "the given token may not read it" if get_token() else "no token is given"
     permit = "give a token that may read it as HF_TOKEN in the job's Environment."
-    for link in chain(error):
+    for link in walk_causes(error):
         status = link.response.status_code if isinstance(link, HfHubHTTPError) else None
         if isinstance(link, GatedRepoError):
             return f"{what} is gated and {given}: accept its licence on its Hub page, and {permit}"

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers as people read them, and the instance hours that they pay for."""
 
+MIB = 2**20
+GIB = 2**30
+
 
 def show_count(number: float) -> str:
     """Return a whole number in groups of three digits."""
@@ -40,3 +43,10 @@ def count_instance_hours(num_hosts: int, started: float, until: float) -> float:
 def show_number(number: float) -> str:
     """Return four significant digits, or from a thousand on a whole number in groups of three digits."""
     return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
+
+
+def show_bytes(size_bytes: float) -> str:
+    """Return a size such as 9.6 GiB, 80 GiB or 64 MiB."""
+    if size_bytes < GIB:
+        return f"{size_bytes / MIB:.0f} MiB"
+    return f"{size_bytes / GIB:.1f}".removesuffix(".0") + " GiB"

@@ -12,7 +12,7 @@ import yaml
 from pydantic import SecretStr, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from llm_trainer.common.errors import shorten
+from llm_trainer.common.errors import cut_quote
 from llm_trainer.common.redaction import REDACTED
 from llm_trainer.config.checks import find_contradictions
 from llm_trainer.config.environment import Environment
@@ -138,7 +138,7 @@ def find_problem(name: str, value: Any, raw: Any) -> str | None:
     else:
         if not (is_stray_bool or is_infinite):
             return None
-    shown = REDACTED if name in SECRETS else shorten(repr(raw))
+    shown = REDACTED if name in SECRETS else cut_quote(repr(raw))
     return f"{name}={shown} is not valid: it must be {describe_rule(field)}; {suggest_value(field, value)}"
 
 

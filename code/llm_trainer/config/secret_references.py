@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from llm_trainer.common.errors import UserError, summarize
+from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.config.schema import Settings
 
 HUB_TOKEN = "LLM_TRAINER_HUB_TOKEN"  # for the push alone, which must write, where HF_TOKEN need only read
@@ -95,15 +95,15 @@ def explain_refusal(error: Exception, service: str, region: str) -> str:
         return f"and there are no AWS credentials here: run under a role that is allowed {action}"
     if not isinstance(error, ClientError):
         return (
-            f"and {service} in {region} cannot be reached ({summarize(error)}): give the job's subnets a VPC endpoint "
-            f"for {service}, or a NAT gateway, and no network isolation"
+            f"and {service} in {region} cannot be reached ({quote_error(error)}): give the job's subnets a VPC "
+            f"endpoint for {service}, or a NAT gateway, and no network isolation"
         )
     code = error.response["Error"]["Code"]
     if code in NOT_THERE:
         return "which does not exist: check name, account and region"
     if code.startswith("AccessDenied"):
         return f"which may not be read: allow the job's role {action}, and kms:Decrypt where your own key encrypts it"
-    return f"which could not be read ({code}: {summarize(error)}): the job's role needs {action}"
+    return f"which could not be read ({code}: {quote_error(error)}): the job's role needs {action}"
 
 
 def choose_value(text: str, arn: str, name: str, variable: str) -> str:

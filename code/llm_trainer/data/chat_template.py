@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers, supports_tool_calling
 
-from llm_trainer.common.errors import UserError, summarize
+from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.data.formats import Conversation, Fields, RowError
 
 Span = tuple[int, int]  # from the first character to the one after the last
@@ -120,7 +120,7 @@ class ChatTemplate:
                 **self.special_tokens,
             )
         except (TemplateError, TypeError, ValueError) as error:
-            raise RowError(f"is refused by the model's chat template: {summarize(error)}.") from error
+            raise RowError(f"is refused by the model's chat template: {quote_error(error)}.") from error
         return text, join_spans(spans[0]) if spans else []
 
     def find_turns(self, conversation: Conversation, text: str) -> list[Span]:

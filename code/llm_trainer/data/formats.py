@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from llm_trainer.common.errors import shorten
+from llm_trainer.common.errors import cut_quote
 from llm_trainer.config.schema import Settings
 from llm_trainer.readers.json import parse_json
 
@@ -92,8 +92,8 @@ def detect_format(fields: Fields, settings: Settings) -> str:
     wanted = " or ".join(" with ".join(map(repr, names)) for names in needs.values())
     found = ", ".join(f"{name} (null)" if value is None else name for name, value in fields.items())
     raise RowError(
-        f"has no field {wanted} (found: {shorten(found) or 'none'}): rename the field, or name it with messages_field "
-        "or text_field."
+        f"has no field {wanted} (found: {cut_quote(found) or 'none'}): rename the field, or name it with "
+        "messages_field or text_field."
     )
 
 
@@ -286,5 +286,5 @@ def parse_tools(value: Any) -> list[Fields] | None:
     if isinstance(tools, list):
         tools = [from_json_text(tool) for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError(f"field 'tools' is {shorten(repr(tools))} and not a list of JSON schemas: write a list.")
+        raise RowError(f"field 'tools' is {cut_quote(repr(tools))} and not a list of JSON schemas: write a list.")
     return tools

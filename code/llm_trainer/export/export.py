@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from llm_trainer.common.errors import UserError, summarize
+from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.files import remove_path
 from llm_trainer.export.base_source import BaseSource
 from llm_trainer.export.model_card import write_model_card
@@ -119,7 +119,7 @@ def merge_adapter(trained: Trained, adapter: Path, folder: Path, checks: list[di
         )
         return {"merge": figures, "checks": [*checks, *prove_merged(trained, adapter, folder)]}
     except (UserError, OSError) as error:
-        reason = str(error) if isinstance(error, UserError) else f"{summarize(error)}."
+        reason = str(error) if isinstance(error, UserError) else f"{quote_error(error)}."
         raise UserError(
             f"merge_weights=true: the merge failed, and nothing is lost: the adapter is in {adapter}, and "
             f"`llm-trainer merge` merges it later. {reason}"

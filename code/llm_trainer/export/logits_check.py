@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError
-from llm_trainer.common.findings import show_bytes
+from llm_trainer.common.units import show_bytes
 from llm_trainer.model.device import Device, find_free_memory
 
 CHECKED_ROWS, CHECKED_TOKENS = 3, 128

@@ -16,7 +16,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from llm_trainer.common import hub, log
-from llm_trainer.common.errors import UserError, summarize
+from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.config.secret_references import HUB_TOKEN
 from llm_trainer.config.sections import OutputSettings, TrackingSettings
 from llm_trainer.config.tracker_choice import choose_trackers
@@ -130,7 +130,7 @@ def refuse_push(settings: OutputSettings, error: BaseException) -> str:
         return f"{what} cannot be pushed to ({status}): give a token that may write there, or a name of your own"
     if status == 409:
         return f"{what} cannot be pushed to (409): something else is there, or writes to it; give another name"
-    return f"{what} could not be pushed to ({summarize(answer)})"
+    return f"{what} could not be pushed to ({quote_error(answer)})"
 
 
 def register_in_mlflow(name: str, tracking: TrackingSettings, artefacts: Artefacts) -> str:
@@ -161,7 +161,7 @@ def register_in_mlflow(name: str, tracking: TrackingSettings, artefacts: Artefac
             mlflow.end_run()
     except (MlflowException, OSError) as error:  # requests' errors are OSErrors
         fix = MLFLOW_ERROR.format(model_dir=model_dir)
-        raise UserError(f"mlflow_register_model={name!r} failed ({summarize(error)}); {fix}") from error
+        raise UserError(f"mlflow_register_model={name!r} failed ({quote_error(error)}); {fix}") from error
     return str(version)
 
 

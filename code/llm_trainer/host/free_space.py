@@ -4,7 +4,8 @@
 import os
 from pathlib import Path
 
-from llm_trainer.common.findings import GIB, Finding, show_bytes
+from llm_trainer.common.findings import Finding
+from llm_trainer.common.units import GIB, show_bytes
 
 MIN_DISK_BYTES = 10 * GIB
 FIX = "raise VolumeSizeInGB on SageMaker, mount a larger disk there with docker."

@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from llm_trainer.common.findings import MIB, Finding, show_bytes
+from llm_trainer.common.findings import Finding
 from llm_trainer.common.safetensors_files import list_shapes, list_weights
+from llm_trainer.common.units import MIB, show_bytes
 from llm_trainer.config.schema import Settings
 from llm_trainer.host.free_space import FIX, find_free_bytes, find_nearest_folder
 from llm_trainer.job.inputs import Inputs

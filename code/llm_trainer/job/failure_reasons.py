@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llm_trainer.common import redaction
-from llm_trainer.common.errors import Failure, Kind, UserError, chain, report_failure, summarize
+from llm_trainer.common.errors import Failure, Kind, UserError, quote_error, report_failure, walk_causes
 from llm_trainer.common.hub import find_refusal
 from llm_trainer.common.ranks import describe_rank
 from llm_trainer.config.schema import Settings
@@ -63,11 +63,11 @@ def explain(error: BaseException, who: str, settings: Settings | None, folders: 
 
 def diagnose(error: BaseException, settings: Settings | None, folders: Mapping[str, Path]) -> tuple[Kind, str]:
     """What happened, as the end of a sentence. The order matters: a full /dev/shm is also no space left."""
-    text = "\n".join(str(link) for link in chain(error))
+    text = "\n".join(str(link) for link in walk_causes(error))
     if is_a(error, "torch.OutOfMemoryError") or GPU_MEMORY.search(text):
         return "mistake", f"ran out of GPU memory ({describe_allocation(error)}): {save_gpu_memory(error, settings)}"
     if is_a(error, "builtins.MemoryError") or HOST_MEMORY.search(text):
-        return "mistake", f"ran out of the host's memory ({summarize(error)}): {SAVE_HOST_MEMORY}"
+        return "mistake", f"ran out of the host's memory ({quote_error(error)}): {SAVE_HOST_MEMORY}"
     if SHARED_MEMORY.search(text):
         return "mistake", SMALL_SHARED_MEMORY
     if LOST_LOADER.search(text):
@@ -83,7 +83,7 @@ def diagnose(error: BaseException, settings: Settings | None, folders: Mapping[s
         return "mistake", f"got no answer of use from the network: {refusal}"
     if is_peer_lost(error, text):
         return "peer", describe_lost_peer(error, settings)
-    return "fault", f"failed with {type(error).__name__}: {summarize(error)} ({WHERE})."
+    return "fault", f"failed with {type(error).__name__}: {quote_error(error)} ({WHERE})."
 
 
 def report_death(rank: int, exit_code: int, timestamp: float) -> None:
@@ -108,13 +108,13 @@ def explain_death(who: str, exit_code: int, timestamp: float) -> Failure:
 
 def is_a(error: BaseException, name: str) -> bool:
     """Whether the error, or one that it was raised from, is of the class, named so that nothing is imported for it."""
-    classes = [kind for link in chain(error) for kind in type(link).__mro__]
+    classes = [kind for link in walk_causes(error) for kind in type(link).__mro__]
     return name in {f"{kind.__module__}.{kind.__qualname__}" for kind in classes}
 
 
 def describe_allocation(error: BaseException) -> str:
     """The first sentences of CUDA's allocator, e.g. how much it was asked for, and how much there is."""
-    sentences = re.split(r"(?<=\w)\.\s+", summarize(error))
+    sentences = re.split(r"(?<=\w)\.\s+", quote_error(error))
     return "; ".join(sentences[:3])
 
 
@@ -142,8 +142,8 @@ def save_gpu_memory(error: BaseException, settings: Settings | None) -> str:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    numbers = {getattr(link, "errno", None) for link in chain(error)}
-    texts = [str(link) for link in chain(error)]
+    numbers = {getattr(link, "errno", None) for link in walk_causes(error)}
+    texts = [str(link) for link in walk_causes(error)]
     return bool(numbers & {errno.ENOSPC, errno.EDQUOT}) or any(NO_SPACE.search(text) for text in texts)
 
 
@@ -152,7 +152,7 @@ def find_written_folder(error: BaseException, folders: Mapping[str, Path]) -> Pa
 
     Space alone does not tell: some libraries remove what they could not finish.
     """
-    for link in chain(error):
+    for link in walk_causes(error):
         name = getattr(link, "filename", None)
         if isinstance(name, str) and Path(name).is_absolute():
             return next(folder for folder in Path(name).parents if folder.is_dir())
@@ -170,7 +170,7 @@ def is_nearly_full(folder: Path) -> bool:
 
 
 def is_raised_in(error: BaseException, function: str) -> bool:
-    frames = [frame for link in chain(error) for frame, _ in traceback.walk_tb(link.__traceback__)]
+    frames = [frame for link in walk_causes(error) for frame, _ in traceback.walk_tb(link.__traceback__)]
     return function in {frame.f_code.co_name for frame in frames}
 
 
@@ -192,7 +192,7 @@ def is_peer_lost(error: BaseException, text: str) -> bool:
 def describe_lost_peer(error: BaseException, settings: Settings | None) -> str:
     limit = "" if settings is None else f" (now {settings.parallelism.ddp_timeout} s)"
     return (
-        f"lost the other ranks ({summarize(error)}): the log of the rank that failed first says why; where none did, "
+        f"lost the other ranks ({quote_error(error)}): the log of the rank that failed first says why; where none did, "
         f"a step took longer than ddp_timeout{limit}: raise it."
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_trainer.common.errors import summarize
+from llm_trainer.common.errors import quote_error
 from llm_trainer.common.safetensors_files import WEIGHTS_INDEX, check_weights, is_git_lfs_pointer, list_weights
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.schema import Settings, show_value
@@ -97,7 +97,7 @@ def check_config(file: Path) -> Iterator[str]:
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            yield f"{file} is not valid JSON ({summarize(error)}): download the model again."
+            yield f"{file} is not valid JSON ({quote_error(error)}): download the model again."
             return
         if not isinstance(config, dict) or not config.keys() & {"model_type", "auto_map"}:  # a map to code of its own
             yield f"{file} has no model_type: give the config.json of a Transformers model."

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from llm_trainer.common.errors import UserError, summarize
+from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.safetensors_files import read_header
 from llm_trainer.config.sections import MOVING_STARTS
 from llm_trainer.merge.weight_layout import WeightLayout
@@ -139,13 +139,13 @@ def attach_adapter(skeleton: PreTrainedModel, adapter: Path) -> PeftModel:
         try:
             model = PeftModelForCausalLM(skeleton, config, ADAPTER, low_cpu_mem_usage=True)
         except (ValueError, TypeError) as error:
-            raise UserError(f"The adapter in {adapter} does not fit the base: {summarize(error)}.") from error
+            raise UserError(f"The adapter in {adapter} does not fit the base: {quote_error(error)}.") from error
         shapes = {name: tuple(tensor.shape) for name, tensor in list_adapter_tensors(model).items()}
         try:
             weights = {name: tensor.float() for name, tensor in load_file(file).items()}
             result = set_peft_model_state_dict(model, weights, ADAPTER, low_cpu_mem_usage=True)
         except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
-            raise UserError(find_difference(file, shapes) or f"{file} does not fit: {summarize(error)}.") from error
+            raise UserError(find_difference(file, shapes) or f"{file} does not fit: {quote_error(error)}.") from error
     is_missing = any(parameter.is_meta for name, parameter in model.named_parameters())
     if is_missing or result.unexpected_keys:
         raise UserError(find_difference(file, shapes) or f"{file} does not fit the base: {result.unexpected_keys[:1]}.")
@@ -159,7 +159,7 @@ def read_adapter_config(adapter: Path) -> LoraConfig:
     try:
         config = PeftConfig.from_pretrained(str(adapter))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{adapter / 'adapter_config.json'} cannot be read: {summarize(error)}.") from error
+        raise UserError(f"{adapter / 'adapter_config.json'} cannot be read: {quote_error(error)}.") from error
     if not isinstance(config, LoraConfig):
         raise UserError(f"The adapter in {adapter} is of type {config.peft_type}: only LoRA can be merged.")
     init = config.init_lora_weights

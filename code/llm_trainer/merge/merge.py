@@ -21,7 +21,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llm_trainer.common.errors import UserError, summarize
+from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.safetensors_files import WEIGHTS_INDEX, list_weights
 from llm_trainer.config.schema import Settings
 from llm_trainer.host.free_space import find_free_bytes
@@ -135,7 +135,7 @@ def build_skeleton(config: PreTrainedConfig, settings: Settings) -> PreTrainedMo
     try:
         return build_on_meta(copy.deepcopy(config), settings, torch.float32)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"The base's model cannot be built from its config: {summarize(error)}.") from error
+        raise UserError(f"The base's model cannot be built from its config: {quote_error(error)}.") from error
 
 
 def check_stored_method(base: Path, config: PreTrainedConfig, quantization: BitsAndBytesConfig | None) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.common.findings import GIB, show_bytes
+from llm_trainer.common.units import GIB, show_bytes
 from llm_trainer.merge.base_tensors import CODES, BaseTensor, count_rows
 from llm_trainer.merge.lora_deltas import WeightDelta
 

@@ -21,7 +21,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from llm_trainer.common.errors import summarize
+from llm_trainer.common.errors import quote_error
 
 
 class WeightLayout:
@@ -78,4 +78,4 @@ class WeightLayout:
         try:
             return {name: tuple(value.shape) for name, value in self.revert(values).items()}
         except (RuntimeError, NotImplementedError, StopIteration, AttributeError) as error:
-            raise ValueError(summarize(error)) from error
+            raise ValueError(quote_error(error)) from error

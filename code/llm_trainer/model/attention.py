@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.versions import require_version
 
-from llm_trainer.common.errors import UserError, summarize
+from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device
 from llm_trainer.model.precision import show_dtype
@@ -163,5 +163,5 @@ def find_faults(device: Device) -> dict[str, str]:
         except PackageNotFoundError:
             faults[kernel] = "is not installed"
         except (ImportError, OSError, RuntimeError) as error:
-            faults[kernel] = f"cannot be used ({summarize(error)})"
+            faults[kernel] = f"cannot be used ({quote_error(error)})"
     return faults

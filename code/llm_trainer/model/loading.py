@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llm_trainer.common.errors import UserError, summarize
+from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.hub import download_model, find_refusal
 from llm_trainer.common.ranks import run_on_local_rank_zero
 from llm_trainer.config.schema import Settings
@@ -66,7 +66,7 @@ def explain_failure(error: Exception, model: str, part: str) -> str:
             f"{what} is of type {unknown[1]}, which Transformers {transformers.__version__} does not know: "
             "give a model of a type that it knows."
         )
-    return find_refusal(error, what) or f"The {part} of {model} could not be loaded ({summarize(error)})."
+    return find_refusal(error, what) or f"The {part} of {model} could not be loaded ({quote_error(error)})."
 
 
 def build_skeleton(model: str, config: PreTrainedConfig, settings: Settings) -> PreTrainedModel:
@@ -121,7 +121,7 @@ def read_chat_template(path: str) -> str:
         template = AutoTokenizer.from_pretrained(path).chat_template
     except (OSError, ValueError) as error:
         refusal = find_refusal(error, f"chat_template_path={path!r}")
-        raise UserError(refusal or f"chat_template_path={path!r} could not be read ({summarize(error)}).") from error
+        raise UserError(refusal or f"chat_template_path={path!r} could not be read ({quote_error(error)}).") from error
     if not isinstance(template, str):
         raise UserError(f"chat_template_path={path!r} has no chat template: give a .jinja file.")
     return template

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llm_trainer.common.errors import UserError, shorten, summarize
+from llm_trainer.common.errors import UserError, cut_quote, quote_error
 from llm_trainer.config.schema import Settings
 from llm_trainer.config.sections import MOVING_STARTS
 
@@ -50,7 +50,7 @@ def build_lora_config(settings: Settings, skeleton: PreTrainedModel) -> LoraConf
             # Names that experts bore in Transformers 4 become those of the parameters that hold them now.
             convert_peft_config_for_transformers(config, skeleton, conversions=None)
         except ValueError as error:
-            raise UserError(f"target_modules={settings.adapter.target_modules!r}: {summarize(error)}.") from error
+            raise UserError(f"target_modules={settings.adapter.target_modules!r}: {quote_error(error)}.") from error
         problems = list(find_unsupported_options(config, settings, skeleton))
     if problems:
         raise UserError(*problems)
@@ -198,14 +198,14 @@ def suggest_nearest(target: str, existing: list[str]) -> str:
 
 
 def describe_existing(existing: list[str]) -> str:
-    return f"there are {shorten(', '.join(existing))}" if existing else "there are no experts in one parameter"
+    return f"there are {cut_quote(', '.join(existing))}" if existing else "there are no experts in one parameter"
 
 
 def find_unsupported_options(config: LoraConfig, settings: Settings, model: PreTrainedModel) -> Iterator[str]:
     """Sentences about what PEFT's layers cannot do for these targets."""
     init = settings.adapter.init_lora_weights
     if config.target_parameters:
-        subject = f"adapters on parameters ({shorten(', '.join(sorted(config.target_parameters)))})"
+        subject = f"adapters on parameters ({cut_quote(', '.join(sorted(config.target_parameters)))})"
         fix = "or name linear layers alone with target_modules"
         if settings.adapter.lora_dropout and settings.is_given("lora_dropout"):
             yield (

@@ -9,9 +9,9 @@ import torch
 from peft import PeftModel
 from transformers import BitsAndBytesConfig, Mxfp4Config, PreTrainedConfig, PreTrainedModel
 
-from llm_trainer.common.errors import UserError, summarize
-from llm_trainer.common.findings import show_bytes
+from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.safetensors_files import count_weights, list_weights
+from llm_trainer.common.units import show_bytes
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device
 from llm_trainer.model.precision import show_dtype
@@ -89,7 +89,7 @@ def try_bitsandbytes(settings: Settings, device: torch.device) -> None:
             quantize_4bit(torch.ones(64, device=device), quant_type=settings.model.bnb_4bit_quant_type)
     except (ImportError, OSError, RuntimeError, NotImplementedError) as error:
         raise UserError(
-            f"{name}=true: bitsandbytes cannot run here ({summarize(error)}): "
+            f"{name}=true: bitsandbytes cannot run here ({quote_error(error)}): "
             f"set {name}=false, or use the image on a GPU that bitsandbytes supports."
         ) from error
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from llm_trainer.common.errors import summarize
+from llm_trainer.common.errors import quote_error
 from llm_trainer.readers.json import read_json
 from llm_trainer.readers.rows import Chunk, DamagedFile, Numbered
 from llm_trainer.readers.tables import read_arrow, read_csv, read_parquet, read_table
@@ -71,7 +71,7 @@ def explain(error: Exception, file: Path, name: str, place: str) -> str:
         return f"{name} ends in the middle of its {codec} stream ({place}): it was cut off; upload it again."
     if isinstance(error, OSError) and error.errno is not None:
         return f"{name} cannot be read {place} ({os.strerror(error.errno)}): check that it is there and readable."
-    return f"{name} is damaged {place} ({summarize(error)}): upload it again, or write it again."
+    return f"{name} is damaged {place} ({quote_error(error)}): upload it again, or write it again."
 
 
 def read_rows(file: Path, name: str, max_rows: int, max_bytes: int) -> Iterator[Numbered]:

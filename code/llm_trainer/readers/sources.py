@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llm_trainer.common.errors import UserError, summarize
+from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.schema import Settings, show_value
 from llm_trainer.readers.discovery import find_files, find_ignored
@@ -100,7 +100,8 @@ def load_hub_data(name: str, config: str | None, split: str) -> Any:
     except (DatasetNotFoundError, ValueError, OSError) as error:
         raise UserError(
             f"{name!r} is neither a file or folder in the container, nor can it be read from the Hugging Face Hub "
-            f"({summarize(error)}): check the path, the id, dataset_config and the split; a private one needs HF_TOKEN."
+            f"({quote_error(error)}): check the path, the id, dataset_config and the split; a private one needs "
+            "HF_TOKEN."
         ) from error
 
 

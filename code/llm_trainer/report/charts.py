@@ -14,8 +14,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from llm_trainer.common.findings import GIB
-from llm_trainer.common.units import show_count, show_duration, show_number, show_share
+from llm_trainer.common.units import GIB, show_count, show_duration, show_number, show_share
 from llm_trainer.journal.series import Series
 from llm_trainer.report.history import History
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from llm_trainer.common import log
-from llm_trainer.common.errors import chain, summarize
+from llm_trainer.common.errors import quote_error, walk_causes
 from llm_trainer.common.retry import Backoff
 from llm_trainer.journal.journal import read_records
 from llm_trainer.journal.records import EndStatus, JobRecord, Record
@@ -142,7 +142,7 @@ class Feed(threading.Thread):
         """Say what failed and what to change, once until the tracker is back."""
         if self.backoff.num_failures == 0:
             log.warning(
-                f"{self.tracker.name} does not take the metrics ({summarize(error)}): they are kept in "
+                f"{self.tracker.name} does not take the metrics ({quote_error(error)}): they are kept in "
                 f"{self.journal} and sent when it does; {choose_advice(error)}."
             )
 
@@ -154,9 +154,9 @@ class Feed(threading.Thread):
 
 def choose_advice(error: Exception) -> str:
     """Return what to change, by what the libraries say about the error."""
-    text = " ".join(f"{type(cause).__name__} {cause}" for cause in chain(error))
+    text = " ".join(f"{type(cause).__name__} {cause}" for cause in walk_causes(error))
     if FULL_DISK.search(text) or any(
-        isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in chain(error)
+        isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in walk_causes(error)
     ):
         return "make room where it stores them"
     if REFUSAL.search(text):

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm_trainer.common import log
-from llm_trainer.common.errors import summarize
+from llm_trainer.common.errors import quote_error
 from llm_trainer.common.processes import die_with_parent
 from llm_trainer.journal.journal import read_records
 from llm_trainer.journal.manifest import MANIFEST
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         write_report(options.journal, options.journal.parent)
     except Exception as error:  # whatever it is: a job that has succeeded must not look as if it had not
-        log.warning(f"the report could not be written ({summarize(error)}).")
+        log.warning(f"the report could not be written ({quote_error(error)}).")
     found = [options.model_dir / MANIFEST, options.journal.parent / "report.html"]
     model_dir = options.model_dir if options.track_model and options.model_dir.is_dir() else None
     ending.announce([file for file in found if file.is_file()], model_dir)
@@ -100,7 +100,7 @@ def build_trackers(options: argparse.Namespace) -> list[Tracker]:
             trackers.append(build_tracker(name, options))
         except Exception as error:  # whatever the library raises that a user's requirements replaced
             log.warning(
-                f"{name} cannot be loaded ({summarize(error)}): its metrics are only in {options.journal}; "
+                f"{name} cannot be loaded ({quote_error(error)}): its metrics are only in {options.journal}; "
                 "check what requirements.txt installs."
             )
     return trackers

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llm_trainer.common.findings import GIB
+from llm_trainer.common.units import GIB
 from llm_trainer.journal.journal import Journal
 from llm_trainer.journal.metric_definitions import LEFT_OUT, RENAMED, format_line
 from llm_trainer.journal.timeline import Timeline

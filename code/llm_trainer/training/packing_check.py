@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llm_trainer.common.errors import summarize
+from llm_trainer.common.errors import quote_error
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -62,7 +62,7 @@ def find_leak(model: PreTrainedModel, collate: Collator) -> str | None:
         with torch.no_grad():
             return compare(model, collate)
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
-        return f"{type(model).__name__} does not take packed rows ({summarize(error)})"
+        return f"{type(model).__name__} does not take packed rows ({quote_error(error)})"
     finally:
         model.train(was_training)
 

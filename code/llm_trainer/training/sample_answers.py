@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from llm_trainer.common.errors import summarize
+from llm_trainer.common.errors import quote_error
 from llm_trainer.common.ranks import rank
 from llm_trainer.data.datasets import Data
 from llm_trainer.data.formats import IGNORED
@@ -101,7 +101,7 @@ class Generations:
                     if left > 0:
                         answers += self.answer(self.prompts[first : first + BATCH_PROMPTS], left)
         except ERRORS as error:
-            text = f"no sample answers, since the model cannot generate here: {summarize(error)}"
+            text = f"no sample answers, since the model cannot generate here: {quote_error(error)}"
             print(f"Warning: {text}", flush=True)
             self.journal.write("event", level="warning", text=text, host=self.timeline.host)
             self.prompts, answers = [], []

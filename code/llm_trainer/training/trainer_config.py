@@ -11,7 +11,7 @@ from pydantic import SecretStr
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from trl import SFTConfig
 
-from llm_trainer.common.errors import UserError, summarize
+from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.ranks import world_size
 from llm_trainer.config.schema import FIELDS, Settings
 from llm_trainer.config.sft_config_fields import read_snapshot
@@ -72,7 +72,7 @@ def build_trainer(
             peft_config=peft_config,
         )
     except (ValueError, ImportError) as error:
-        raise UserError(f"TRL refuses these settings: {summarize(error)}.") from error
+        raise UserError(f"TRL refuses these settings: {quote_error(error)}.") from error
     trainer.loraplus_lr_ratio = settings.adapter.loraplus_lr_ratio
     if settings.adapter.use_peft:
         keep_adapter_in_float32(trainer.model)
@@ -114,7 +114,7 @@ def build_arguments(
             **values,
         )
     except (ValueError, ImportError) as error:
-        raise UserError(f"Transformers refuses these settings: {summarize(error)}.") from error
+        raise UserError(f"Transformers refuses these settings: {quote_error(error)}.") from error
     # Only now, as Transformers warns that layers are gathered once more in the backward pass: not those of FSDP2.
     arguments.activation_checkpointing = arguments.gradient_checkpointing = recomputes
     return arguments

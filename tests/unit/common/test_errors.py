@@ -11,10 +11,10 @@ from llm_trainer.common.errors import (
     Failure,
     UserError,
     choose_cause,
+    quote_error,
     read_failures,
     report_failure,
     reserve_failure,
-    summarize,
     write_failure,
 )
 
@@ -46,7 +46,7 @@ def test_many_problems_are_listed_below_the_first():
     ],
 )
 def test_an_error_is_summed_up_in_the_line_that_says_what_happened(text, summary):
-    assert summarize(ValueError(text)) == summary
+    assert quote_error(ValueError(text)) == summary
 
 
 def test_a_failure_is_left_in_the_space_that_was_reserved_for_it(tmp_path):

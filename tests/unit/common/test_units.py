@@ -30,3 +30,10 @@ def test_durations_are_read_at_a_glance(seconds, text):
 
 def test_all_hosts_are_billed():
     assert units.count_instance_hours(3, 1000.0, 1000.0 + 7200) == 6
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(64 * units.MIB, "64 MiB"), (80 * units.GIB, "80 GiB"), (9.6 * units.GIB, "9.6 GiB")]
+)
+def test_sizes_are_short(size, text):
+    assert units.show_bytes(size) == text

@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
 
-from llm_trainer.common.findings import GIB
+from llm_trainer.common.units import GIB
 from llm_trainer.config.checks import find_missing_hardware
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.load import read_settings

@@ -26,10 +26,10 @@ from llm_trainer.common.errors import (
     Failure,
     UserError,
     choose_cause,
+    quote_error,
     read_failures,
     report_failure,
     reserve_failure,
-    summarize,
 )
 from llm_trainer.common.redaction import SECRET_VARIABLES
 from llm_trainer.config.schema import Settings
@@ -405,7 +405,7 @@ def test_an_unknown_error_keeps_its_fix_however_long_it_is():
 
 
 def test_an_error_without_a_text():
-    assert summarize(KeyError()) == "KeyError"
+    assert quote_error(KeyError()) == "KeyError"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llm_trainer.common.findings import GIB, MIB
+from llm_trainer.common.units import GIB, MIB
 from llm_trainer.model.memory.shape import ModelShape, Part
 from llm_trainer.model.memory.step_trace import Span, Step, StepTrace, trace_step
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from transformers import PreTrainedConfig
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.common.findings import GIB, show_bytes
 from llm_trainer.common.ranks import local_world_size, world_size
+from llm_trainer.common.units import GIB, show_bytes
 from llm_trainer.config.rules import supports_fsdp
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device, find_free_memory

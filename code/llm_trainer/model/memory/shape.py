@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from llm_trainer.common.errors import summarize
+from llm_trainer.common.errors import quote_error
 from llm_trainer.config.schema import Settings
 from llm_trainer.model import lora
 from llm_trainer.model.loading import build_on_meta
@@ -99,7 +99,7 @@ def read_shape(config: PreTrainedConfig, settings: Settings, weights_dtype: torc
                 base.get_submodule(name.removesuffix(".weight")).quantization = quantization
         model = add_adapter(base, settings) if settings.adapter.use_peft else base
     except (ValueError, ImportError, AttributeError, NotImplementedError) as error:
-        raise UnknownShapeError(f"it cannot be built from its config: {summarize(error)}") from error
+        raise UnknownShapeError(f"it cannot be built from its config: {quote_error(error)}") from error
     text_config = base.config.get_text_config()
     layers_name = find_layer_list(model, text_config.num_hidden_layers)
     parts = tuple(list_parts(model, roles, layers_name, quantization, settings))

@@ -27,7 +27,7 @@ from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
-from llm_trainer.common.errors import summarize
+from llm_trainer.common.errors import quote_error
 from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError
 
 FUSED = "fused"  # stands for the kernels of models that have none for sdpa
@@ -138,7 +138,7 @@ def trace_step(shape: ModelShape, step: Step) -> StepTrace:
     try:
         return run_fake_step(shape, step)
     except Exception as error:  # the code of any model runs here, which may ask for anything
-        raise UnknownShapeError(f"its code does not run without numbers: {summarize(error)}") from error
+        raise UnknownShapeError(f"its code does not run without numbers: {quote_error(error)}") from error
 
 
 def run_fake_step(shape: ModelShape, step: Step) -> StepTrace:
