@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every package may use: errors, the log, files, units, ranks and processes."""
+"""Helpers that every package may use: errors, the log, files, retries, units, ranks and processes."""

@@ -10,7 +10,7 @@ MANIFEST = "training_manifest.json"
 
 
 class Manifest(TypedDict, total=False):
-    """What made a model.
+    """A description of what made a model.
 
     Fields that this type does not name stay in it. Manifests from before the first schema version lack some.
     """

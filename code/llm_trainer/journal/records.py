@@ -31,7 +31,7 @@ EndStatus = Literal["done", "stopped", "failed"]
 
 
 class JobRecord(TypedDict, total=False):
-    """What a job is, written at the start of every attempt."""
+    """A description of the job, written at the start of every attempt."""
 
     time: Required[float]  # seconds since the epoch, as in all records
     kind: Required[Literal["job"]]
@@ -48,7 +48,7 @@ class JobRecord(TypedDict, total=False):
 
 
 class DataRecord(TypedDict, total=False):
-    """What a split is made of."""
+    """A description of a split's data."""
 
     time: Required[float]
     kind: Required[Literal["data"]]
@@ -63,7 +63,7 @@ class DataRecord(TypedDict, total=False):
 
 
 class ModelRecord(TypedDict, total=False):
-    """What is trained."""
+    """A description of the model, and of how much of it is trained."""
 
     time: Required[float]
     kind: Required[Literal["model"]]

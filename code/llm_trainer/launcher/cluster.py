@@ -18,12 +18,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from llm_trainer.common.errors import Failure
+from llm_trainer.common.retry import Backoff
 
 PORT = 7778
 HEARTBEAT_SECONDS = 2.0
 SILENCE_SECONDS = 30.0  # a host that says nothing for so long is lost
 RECONNECT_SECONDS = 5.0  # a host whose connection broke and was not made again for so long is lost too
 CONNECT_SECONDS = 5.0
+FIRST_RETRY_SECONDS = 0.1
 MAX_RETRY_SECONDS = 5.0
 MAX_WAITING_RECORDS = 256  # where the hub does not hear a host, its oldest records are dropped
 HEARD_KINDS = ("system", "event")  # the kinds of records that the hub takes from others
@@ -237,18 +239,18 @@ class ClusterLink:
 
     def stay_connected(self) -> None:
         """Keep a connection to the hub, whose name may take minutes to resolve."""
-        wait = 0.1
+        backoff = Backoff(FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS)
         while not self.is_closing:
             try:
                 line = socket.create_connection((self.hub, PORT), timeout=CONNECT_SECONDS)
             except OSError as error:
                 self.error = error
-                time.sleep(wait)
-                wait = min(2 * wait, MAX_RETRY_SECONDS)
+                time.sleep(backoff.note_failure())
                 continue
-            wait, self.error = 0.1, None
+            self.error = None
+            backoff.note_success()
             line.settimeout(None)
             self.lines[self.hub] = line
             self.changed.set()
             self.read_messages(line)
-            time.sleep(wait)
+            time.sleep(FIRST_RETRY_SECONDS)

@@ -22,6 +22,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llm_trainer.common.errors import UserError, quote_error
+from llm_trainer.common.files import compute_digest
 from llm_trainer.common.safetensors_files import WEIGHTS_INDEX, list_weights
 from llm_trainer.config.schema import Settings
 from llm_trainer.host.free_space import find_free_bytes
@@ -41,7 +42,6 @@ from llm_trainer.merge.weight_layout import WeightLayout
 from llm_trainer.model.loading import build_on_meta
 from llm_trainer.model.precision import show_dtype
 from llm_trainer.model.quantization import find_stored_method
-from llm_trainer.readers.sources import digest
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Beside config.json, what a server reads of a model's folder; the tokenizer comes with the adapter.
@@ -298,9 +298,9 @@ def describe_origin(
     """What tells one merge from another, ready for JSON."""
     return {
         "base": {file.name: describe_weights(file) for file in list_weights(base)},
-        "config": digest(base / "config.json"),
-        "adapter": digest(adapter / SAFETENSORS_WEIGHTS_NAME),
-        "adapter_config": digest(adapter / "adapter_config.json"),
+        "config": compute_digest(base / "config.json"),
+        "adapter": compute_digest(adapter / SAFETENSORS_WEIGHTS_NAME),
+        "adapter_config": compute_digest(adapter / "adapter_config.json"),
         "dtype": show_dtype(dtype) if dtype else None,
         "quantization": json.loads(quantization.to_json_string(use_diff=False)) if quantization else None,
     }

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from llm_trainer.common.errors import UserError
+from llm_trainer.common.files import rename_durably, write_text
 from llm_trainer.common.units import GIB, show_bytes
 from llm_trainer.merge.base_tensors import CODES, BaseTensor, count_rows
 from llm_trainer.merge.lora_deltas import WeightDelta
@@ -131,13 +132,6 @@ class MergedShard:
             os.truncate(part, self.num_bytes)
 
 
-def sync_and_rename(part: Path, file: Path) -> None:
-    """Give a written shard its name once it is on the disk, whatever becomes of the machine."""
-    with part.open("rb") as stream:
-        os.fsync(stream.fileno())
-    part.replace(file)
-
-
 def write_block(stream: int, tensor: MergedTensor, first: int, last: int, offset: int) -> None:
     block = tensor.merge(first, last)
     row_bytes = tensor.num_bytes // max(1, count_rows(tensor.shape))
@@ -180,10 +174,8 @@ def claim_output(output: Path, made_from: dict[str, Any]) -> None:
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    part.replace(file)
+    """Write a value as indented JSON, whole or not at all."""
+    write_text(file, json.dumps(value, indent=2) + "\n")
 
 
 def find_finished(output: Path, shards: list[MergedShard]) -> list[str]:
@@ -204,7 +196,7 @@ def write_shards(output: Path, shards: list[MergedShard]) -> None:
         for number, shard in enumerate(waiting, start=len(finished) + 1):
             file = output / UNFINISHED / shard.file_name
             shard.write(part := file.with_suffix(".part"), pool)
-            settled.append(disk.submit(sync_and_rename, part, file))  # the disk writes while the next shard is computed
+            settled.append(disk.submit(rename_durably, part, file))  # the disk writes while the next shard is computed
             done_bytes += shard.num_bytes
             seconds = max(time.monotonic() - started, 1e-3)
             wait = (left_bytes - done_bytes) * seconds / done_bytes

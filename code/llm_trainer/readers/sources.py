@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a job's rows come from: channels, a path, or a data set of the Hugging Face Hub. No torch."""
 
-import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_trainer.common.errors import UserError, quote_error
+from llm_trainer.common.files import compute_digest
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.schema import Settings, show_value
 from llm_trainer.readers.discovery import find_files, find_ignored
@@ -39,7 +39,9 @@ class FileSource:
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Name, size and digest of each file."""
-        return [{"name": name, "bytes": file.stat().st_size, "sha256": digest(file)} for name, file in self.named()]
+        return [
+            {"name": name, "bytes": file.stat().st_size, "sha256": compute_digest(file)} for name, file in self.named()
+        ]
 
     def read(self, max_rows: int) -> Iterator[Iterator[Chunk]]:
         """The chunks of each file, which raise DamagedFile where it cannot be read on."""
@@ -49,12 +51,6 @@ class FileSource:
     def named(self) -> Iterator[tuple[str, Path]]:
         for file in self.files:
             yield self.prefix + file.relative_to(self.folder).as_posix(), file
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

@@ -217,8 +217,9 @@ def find_padding(history: History) -> Iterator[Advice]:
 def expect_padding(lengths: dict[float, int], batch: int) -> float:
     """Return the expected share of padding in a batch of random rows.
 
-    It is 1 - mean length / expected longest length. The latter is the mean of the maximum of `batch` independent
-    lengths: the sum over lengths of length * (F(length)^batch - F(shorter)^batch), with F the share of rows as short.
+    It is 1 - mean length / expected longest length. The longest of `batch` independent lengths is an order statistic.
+    Its mean is the sum over lengths of length * (F(length)^batch - F(next shorter)^batch).
+    F is the share of rows that are at most as long.
     """
     total = sum(lengths.values())
     if not total:

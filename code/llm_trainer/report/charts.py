@@ -334,7 +334,7 @@ def label_bins(width: int, num_bins: int) -> list[str]:
 def choose_bin_width(lengths: dict[int, int]) -> int:
     """Return the width for some HISTOGRAM_BINS bars, in tokens.
 
-    It is a multiple of the width of the journal's own bins, each of which is named by its end.
+    It is a multiple of the width of the journal's own bins, which are named by their ends.
     """
     own = math.gcd(*sorted(lengths)[:-1]) if len(lengths) > 2 else 1
     return own * max(1, math.ceil(max(lengths) / own / HISTOGRAM_BINS))

@@ -49,7 +49,7 @@ class Phase(NamedTuple):
 
 @dataclass
 class History:
-    """What a journal tells. A record that the journal lacks has no fields but its kind and a time of 0."""
+    """A journal's records, sorted and thinned. A record that the journal lacks has no fields but its kind and a time of 0."""
 
     job: JobRecord = field(default_factory=lambda: JobRecord(time=0, kind="job"))  # of the last attempt
     attempts: list[float] = field(default_factory=list)  # when each began
@@ -219,7 +219,7 @@ def add_sample(history: History, record: SystemRecord) -> None:
         elif metric == "memory_used_bytes" and f"{device}/memory_total_bytes" in values:
             history.system[f"{device}/memory_percent"].add(time, 100 * value / values[f"{device}/memory_total_bytes"])
         elif metric == HARMFUL_THROTTLING[0]:
-            # Under full load all GPUs are at the power limit, so that it is left out.
+            # The power limit is left out, since all GPUs under full load are at it.
             is_throttled = any(values.get(f"{device}/{reason}") for reason in HARMFUL_THROTTLING)
             history.system[f"{device}/throttled_percent"].add(time, 100 * is_throttled)
 
