@@ -49,7 +49,7 @@ class Phase(NamedTuple):
 
 @dataclass
 class History:
-    """A journal's records, sorted and thinned. A record that the journal lacks has no fields but its kind and a time of 0."""
+    """A journal's records, sorted and thinned. A record that the journal lacks has only its kind and a time of 0."""
 
     job: JobRecord = field(default_factory=lambda: JobRecord(time=0, kind="job"))  # of the last attempt
     attempts: list[float] = field(default_factory=list)  # when each began
