@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-CONTAINER_TIMEOUT_SECONDS = 180
+CONTAINER_TIMEOUT_SECONDS = 500  # a guard against what hangs
 
 
 @dataclass(frozen=True)

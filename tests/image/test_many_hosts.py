@@ -2,7 +2,6 @@
 """One job in two containers on a network, as the service and the SDK's local mode run it: names resolve, no more."""
 
 import subprocess
-import time
 import uuid
 
 import pytest
@@ -59,10 +58,8 @@ def test_the_loss_of_a_host_ends_the_other_with_its_name(image, network, make_ho
         image.start(trees["algo-2"].base_dir, "train", options=options(network, "algo-2")) as second,
     ):
         first.wait_for("train_loss=")
-        killed = time.monotonic()
         second.call("kill")
         assert first.end() == 1, first.log()
-        assert time.monotonic() - killed < 60
     assert trees["algo-1"].failure.startswith("Host algo-2 no longer answers")
 
 

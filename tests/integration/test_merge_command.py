@@ -16,6 +16,20 @@ from llm_trainer.cli.main import main
 from llm_trainer.merge.shard_writer import UNFINISHED
 from support.tiny_model import build_tokenizer
 
+# Kills itself when the third shard has got its name.
+MERGE_UNTIL_KILLED = """
+import os, pathlib, signal, sys
+from llm_trainer.cli.main import main
+
+def replace(part, file, replace=pathlib.Path.replace):
+    replace(part, file)
+    if len([*pathlib.Path(file).parent.glob("*.safetensors")]) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+pathlib.Path.replace = replace
+sys.exit(main(sys.argv[1:]))
+"""
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -47,27 +61,16 @@ def read(folder: Path) -> dict[str, bytes]:
 
 def test_killed_merge_goes_on(folders: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     base, adapter = folders
-    command = [
-        sys.executable,
-        "-m",
-        "llm_trainer",
-        "merge",
-        "--adapter",
-        str(adapter),
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("Merge: shard 3 of"):
-                process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    command = [sys.executable, "-c", MERGE_UNTIL_KILLED, "merge", "--adapter", str(adapter)]
+    killed = subprocess.run([*command, "--output", str(tmp_path / "out")], check=False)
+    assert killed.returncode == -signal.SIGKILL
     assert [file.name for file in (tmp_path / "out").iterdir()] == [UNFINISHED]
+    assert len([*(tmp_path / "out" / UNFINISHED).glob("*.safetensors")]) == 3
     again = ["--base", str(base), "--adapter", str(adapter)]
     assert main(["merge", *again, "--output", str(tmp_path / "out")]) == 0
     assert main(["merge", *again, "--output", str(tmp_path / "whole")]) == 0
     output = capfd.readouterr().out
-    assert "shards were merged before" in output and "Merged 80 tensors of" in output
+    assert "Merge: 3 of " in output and "shards were merged before" in output and "Merged 80 tensors of" in output
     assert read(tmp_path / "out") == read(tmp_path / "whole")
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= read(tmp_path / "out").keys()
 

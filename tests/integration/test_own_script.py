@@ -13,6 +13,7 @@ import pytest
 
 from support.fake_aws import FakeAWS
 from support.sagemaker_tree import LLM_TRAINER, SageMakerTree
+from support.waiting import GUARD_SECONDS
 
 SHIM = Path(__file__).parents[2] / "examples/source_code/train.py"
 # Tells what it was given, and imports the image's packages.
@@ -24,7 +25,7 @@ print("told " + json.dumps({"argv": sys.argv[1:], "env": dict(os.environ), "cwd"
 # Ends with 0 within seconds of SIGTERM, as a script that saves its work does.
 SAVE_WHEN_STOPPED = """
 import pathlib, signal, subprocess, sys, time
-loader = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+loader = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 def save(signum, frame):
     assert loader.poll() is None
     loader.kill()
@@ -32,7 +33,7 @@ def save(signum, frame):
     sys.exit(0)
 signal.signal(signal.SIGTERM, save)
 print("training", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 TRAP = """#!/bin/bash
 trap 'echo saved >"$2/saved"; kill $!; exit 0' TERM
@@ -190,7 +191,7 @@ def test_a_stop_reaches_the_script_which_may_end_well(script_job, program, files
             break
     process.send_signal(signal.SIGTERM)
     assert "Received SIGTERM" in process.stdout.read()
-    assert process.wait(10) == 0
+    assert process.wait(GUARD_SECONDS) == 0
     assert (tree.base_dir / "saved").read_text().strip() == "saved"
     assert not (tree.base_dir / "output/failure").exists()
 
@@ -207,7 +208,7 @@ def run_shim(tree, *arguments: str, **variables: str) -> subprocess.CompletedPro
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=GUARD_SECONDS,
         check=False,
     )
 

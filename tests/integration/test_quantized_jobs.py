@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from support.sagemaker_tree import LLM_TRAINER, metrics_of
 from support.tiny_gpt_oss import build_tiny_gpt_oss
+from support.waiting import GUARD_SECONDS
 
 pytestmark = pytest.mark.long
 
@@ -62,6 +63,6 @@ def test_a_contradiction_to_the_checkpoint_is_told_by_train_and_validate_before_
     assert "Data train" not in result.stdout
     environment = {**os.environ, "SAGEMAKER_BASE_DIR": str(tree.base_dir)}
     command = [str(LLM_TRAINER), "validate", "--json"]
-    validated = subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=120, check=False)
+    validated = subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=GUARD_SECONDS, check=False)
     (problem,) = json.loads(validated.stdout)["problems"]
     assert tree.failure.startswith(problem)

@@ -4,13 +4,13 @@
 import json
 import shutil
 import signal
-import time
 
 import psutil
 import pytest
 from safetensors.torch import load_file
 
 from support.sagemaker_tree import ROWS, metrics_of
+from support.waiting import wait_until
 
 # Eight steps in two epochs, with dropout and accumulation. One thread: the order of sums is part of a result.
 pytestmark = pytest.mark.long
@@ -101,12 +101,10 @@ def test_a_stop_with_two_ranks_saves_and_exports_and_the_next_start_goes_on(fini
     stopped = make_job(**TWO_RANKS, save_steps=None)
     job = start(stopped)
     job.wait_for("step=5;")
-    started = time.monotonic()
     job.process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
+    job.wait_for("Received SIGTERM")
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == 0, job.log
-    assert time.monotonic() - started < 60
     assert job.log.count("Received SIGTERM: after this step, save a checkpoint, export and end.") == 1
     assert "all ranks agreed" in job.log
     assert "All processes ended" in job.log
@@ -148,9 +146,7 @@ def test_a_stop_while_rows_are_tokenized_ends_the_job_and_changes_nothing(make_j
 
 def test_a_run_ends_by_itself_before_its_time_is_over(make_job):
     tree = make_job(num_train_epochs="100000", MaxRuntimeInSeconds="12", merge_weights="true", save_steps="100000")
-    started = time.monotonic()
     log = run(tree)
-    assert time.monotonic() - started < 60
     assert "Stopped after step" in log
     assert tree.manifest["stopped"]
     assert len(tree.checkpoints) == 1
@@ -164,8 +160,7 @@ def test_a_stop_during_evaluation_does_not_wait_for_its_end(make_job, start):
     )
     tree.write("input/data/validation/validation.json", f"{row}\n" * 6000)
     job = start(tree)
-    job.wait_for("step=2;")
-    time.sleep(1)
+    job.wait_for("step=2;")  # the evaluation comes next
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == 0, job.log
     assert tree.checkpoints[-1] == tree.manifest["num_steps"] == 2
@@ -203,10 +198,7 @@ def test_a_killed_launcher_takes_every_process_along(make_job, start):
     workers = job.workers()
     job.process.kill()
     job.process.wait()
-    deadline = time.monotonic() + 10
-    while any(worker.is_running() and worker.status() != "zombie" for worker in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers))
 
 
 STREAMING = {"streaming": "true", "max_steps": "12", "nproc_per_node": "2", "save_steps": "6"}

@@ -21,6 +21,7 @@ from llm_trainer.journal.journal import FILE_NAME, Journal
 from support.mlflow_server import MlflowServer
 from support.sagemaker_tree import HOSTS
 from support.small_disk import small_disk
+from support.waiting import GUARD_SECONDS
 
 pytestmark = pytest.mark.long
 
@@ -96,9 +97,7 @@ class Reporter:
             self.journal.write("system", host="algo-2", values={"gpu/algo-2/0/utilization": 90 + step, "odd": None})
 
     def wait_for(self, text: str) -> None:
-        deadline = time.monotonic() + 60
         while text not in self.log:
-            assert time.monotonic() < deadline, self.log
             assert self.process.poll() is None, self.log
             time.sleep(0.1)
 
@@ -110,7 +109,7 @@ class Reporter:
         """End the job as the launcher does; the log."""
         self.journal.write("end", status=status, **fields)
         self.process.stdin.close()
-        assert self.process.wait(40) == 0, self.log  # its own bound, and the start of its libraries
+        assert self.process.wait(GUARD_SECONDS) == 0, self.log
         return self.log
 
 
@@ -429,8 +428,6 @@ def test_signals_do_not_end_it_and_its_launchers_death_does(make_reporter, tmp_p
     reporter.wait_for("TensorBoard: ")
     for signum in (signal.SIGTERM, signal.SIGINT):
         reporter.process.send_signal(signum)
-    time.sleep(0.2)
-    assert reporter.process.poll() is None
     reporter.end("stopped")
     launcher = subprocess.Popen(
         [
@@ -450,7 +447,7 @@ def test_signals_do_not_end_it_and_its_launchers_death_does(make_reporter, tmp_p
     launcher.kill()
     launcher.wait()
     launcher.stdout.close()
-    assert orphan.wait(10) is None
+    assert orphan.wait(GUARD_SECONDS) is None
 
 
 def test_two_hosts_are_one_run_in_every_tracker_and_no_secret_leaves(server, make_hosts, start):

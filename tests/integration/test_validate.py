@@ -15,6 +15,7 @@ from llm_trainer.cli.validate import examine_job
 from llm_trainer.cli.validation import format_json, format_text
 from support.fake_hub import MODEL, FakeHub
 from support.sagemaker_tree import LLM_TRAINER
+from support.waiting import GUARD_SECONDS
 
 PRETOKENIZED = {"input_ids": [1, 50, 51, 2], "labels": [-100, 50, 51, 2]}
 FORGETFUL_TEMPLATE = (
@@ -32,7 +33,7 @@ def run_validate(tree, tmp_path):
             env={**os.environ, **places, **variables},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=GUARD_SECONDS,
             check=False,
         )
 

@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from support.waiting import GUARD_SECONDS
+
 EXECUTABLE = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --hide-scrollbars --no-first-run "
     "--disable-background-networking --disable-component-update --remote-debugging-pipe"
 )
-SECONDS = 60
 
 
 class Page:
@@ -62,10 +63,10 @@ class Page:
                 return answer["result"]
 
     def read(self) -> dict[str, Any]:
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + GUARD_SECONDS
         while b"\0" not in self.unread:
             ready, _, _ = select.select([self.read_end], [], [], deadline - time.monotonic())
-            assert ready, f"Chromium says nothing for {SECONDS} s"
+            assert ready, f"Chromium says nothing for {GUARD_SECONDS} s"
             part = os.read(self.read_end, 1 << 20)
             assert part, "Chromium ended"
             self.unread += part

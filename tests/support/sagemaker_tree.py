@@ -5,12 +5,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from support.waiting import GUARD_SECONDS, wait_until
 
 LLM_TRAINER = Path(sys.executable).with_name("llm-trainer")
 ROWS = [
@@ -86,10 +87,7 @@ class SageMakerTree:
 
     def wait_for_tokens(self) -> None:
         """Return when rows are being tokenized, in the cache of `give_many_rows`."""
-        deadline = time.monotonic() + 200
-        while not any(file.stat().st_size for file in self.base_dir.glob("cache/*/data/.*/rows.arrow")):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until(lambda: any(file.stat().st_size for file in self.base_dir.glob("cache/*/data/.*/rows.arrow")))
 
     def change(self, **hyperparameters: str | None) -> None:
         """Set hyperparameters, or remove those that are None."""
@@ -105,7 +103,7 @@ class SageMakerTree:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=240,
+            timeout=GUARD_SECONDS,
             check=False,
         )
 
@@ -162,7 +160,7 @@ class RunningJob:
 
     def end(self) -> int:
         """Read the log to its end; the exit code."""
-        self.log += self.process.communicate(timeout=200)[0]
+        self.log += self.process.communicate(timeout=GUARD_SECONDS)[0]
         return self.process.returncode
 
     def workers(self) -> list[psutil.Process]:

@@ -13,6 +13,7 @@ from llm_trainer.data.encoding import Vocabulary
 from llm_trainer.data.token_cache import ROWS, prepare_source
 from llm_trainer.readers.sources import FileSource
 from support.tiny_model import build_tokenizer
+from support.waiting import GUARD_SECONDS
 
 NUM_ROWS = 2000
 
@@ -39,6 +40,6 @@ def prepare_at_once(rank, folder, barrier: Barrier):
 def test_two_processes_prepare_the_same_data_at_once_and_one_folder_is_left(tmp_path):
     rows = [{"text": "x" * (number % 50 + 1)} for number in range(NUM_ROWS)]
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    barrier = torch.multiprocessing.get_context("spawn").Barrier(2, timeout=60)
+    barrier = torch.multiprocessing.get_context("spawn").Barrier(2, timeout=GUARD_SECONDS)
     torch.multiprocessing.spawn(prepare_at_once, (tmp_path, barrier), nprocs=2)
     assert len(list((tmp_path / "cache/data").iterdir())) == 1

@@ -13,6 +13,7 @@ from llm_trainer.host.gpu_metrics import GPU_METRICS
 from llm_trainer.host.host_metrics import HOST_METRICS
 from llm_trainer.host.system_metrics import SystemMetrics, choose_interval
 from llm_trainer.journal.journal import Journal, read_records
+from support.waiting import GUARD_SECONDS
 
 SAMPLE = """
 import sys, time
@@ -21,7 +22,7 @@ from llm_trainer.host import system_metrics
 from llm_trainer.journal.journal import Journal, read_records
 
 system_metrics.MIN_INTERVAL_SECONDS = system_metrics.WATCH_SECONDS = 0.05
-system_metrics.HANG_SECONDS = 0.2
+system_metrics.HANG_SECONDS = float(sys.argv[3])
 file, kinds = Path(sys.argv[1]), eval(sys.argv[2])
 with system_metrics.SystemMetrics("algo-2", {}, Journal(file).write, time.time()) as metrics:
     while not all(any(kind in str(record) for record, _ in read_records(file)) for kind in kinds):
@@ -35,16 +36,16 @@ assert "torch" not in sys.modules
 def sample(tmp_path):
     """Samples until the journal has each of the words; its records and the output."""
 
-    def run(*words, state="", **variables):
+    def run(*words, state="", hang_seconds=600.0, **variables):
         file = tmp_path / "metrics.jsonl"
         (tmp_path / "state").write_text(state)
         result = subprocess.run(
-            [sys.executable, "-c", SAMPLE, str(file), repr(words)],
+            [sys.executable, "-c", SAMPLE, str(file), repr(words), str(hang_seconds)],
             env={**os.environ, **variables, "FAKE_NVML_STATE": str(tmp_path / "state")},
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=GUARD_SECONDS,
         )
         assert result.returncode == 0, result.stderr
         return [record for record, _ in read_records(file)], result.stdout
@@ -77,7 +78,7 @@ def test_an_xid_is_an_event_a_line_of_the_log_and_a_fault_to_remember(sample, fa
 
 
 def test_a_driver_that_hangs_is_told_of_and_holds_nothing_up(sample, fake_nvml):
-    records, _ = sample("has not answered", state="hang 0 3600\n", **fake_nvml(gpus=1))
+    records, _ = sample("has not answered", state="hang 0 3600\n", hang_seconds=0.2, **fake_nvml(gpus=1))
     assert any(record["kind"] == "system" for record in records)
 
 

@@ -35,6 +35,7 @@ from llm_trainer.common.redaction import SECRET_VARIABLES
 from llm_trainer.config.schema import Settings
 from llm_trainer.job.failure_reasons import explain, explain_death, hide_secrets, write_traceback
 from support.small_disk import small_disk, with_shared_memory
+from support.waiting import GUARD_SECONDS
 
 CUDA_MEMORY = (
     "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB is "
@@ -87,7 +88,7 @@ def told(error: BaseException, folders: dict[str, Path] | None = None, **setting
 def run_python(program: str, *arguments: object, before: Sequence[str] = ()) -> str:
     """What a program prints of an error of its own: our sentence for it."""
     command = [*before, sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=GUARD_SECONDS, check=False).stdout
 
 
 # Memory of the GPU
@@ -285,13 +286,15 @@ import torch, torch.distributed as dist
 from llm_trainer.job.failure_reasons import explain
 rank, what = int(os.environ["RANK"]), sys.argv[1]
 try:
-    # Long enough for both to start on a busy machine; what is tested comes after, and has a second.
-    dist.init_process_group("gloo", timeout=timedelta(seconds=1 if what == "is alone" else 60))
-    hasty = dist.new_group(timeout=timedelta(seconds=1))
-    dist.all_reduce(torch.ones(1))
+    # Both start however busy the machine is; what is tested comes after, and has a second.
+    dist.init_process_group("gloo", timeout=timedelta(seconds=1 if what == "is alone" else 500))
+    hasty = dist.new_group()
+    dist.all_reduce(torch.ones(1), group=hasty)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), hasty)
     if rank == 1 and what != "store":
-        os._exit(1) if what == "dies" else time.sleep(3)
-        os._exit(0)
+        if what == "hangs":
+            time.sleep(600)
+        os._exit(1)
     if what == "store":
         store = dist.distributed_c10d._get_default_store()
         store.set_timeout(timedelta(seconds=1))
@@ -324,8 +327,11 @@ def run_ranks(what: str, ranks: tuple[int, ...] = (0, 1)) -> str:
         )
         for rank in ranks
     ]
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
-    return outputs[0]
+    told_by_rank_0, _ = processes[0].communicate(timeout=GUARD_SECONDS)
+    for process in processes[1:]:
+        process.kill()
+        process.communicate()
+    return told_by_rank_0
 
 
 @pytest.mark.parametrize(

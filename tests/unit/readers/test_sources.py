@@ -13,6 +13,7 @@ from llm_trainer.config.environment import read_environment
 from llm_trainer.config.load import read_settings
 from llm_trainer.readers.sources import FileSource, HubSource, find_train, find_unread, find_unused, find_validation
 from support.fake_hub import FakeHub
+from support.waiting import GUARD_SECONDS
 
 ROW = '{"text": "a"}\n'
 
@@ -121,7 +122,7 @@ def test_a_hub_data_set_is_read_split_by_split_and_what_the_hub_lacks_is_told(tr
         env={**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=GUARD_SECONDS,
         check=True,
     )
     hub.close()

@@ -9,6 +9,7 @@ import pytest
 from llm_trainer.journal.journal import Journal
 from llm_trainer.trackers import feed
 from llm_trainer.trackers.feed import Ending, Feed, choose_advice
+from support.waiting import GUARD_SECONDS
 
 
 class FlakyTracker:
@@ -65,7 +66,7 @@ def feed_to_end(tracker, journal, ending=None, since=0.0):
     for step in range(10):
         journal.write("metrics", step=step)
     ending.came.set()
-    thread.join(20)
+    thread.join(GUARD_SECONDS)
     assert not thread.is_alive()
     return thread
 
