@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker of the doctor's self-test: sums a tensor over all ranks, checks the sum, and prints the bus bandwidth.
+"""The worker of the doctor's self-test, which sums a tensor over all ranks, and measures the bandwidth of that.
 
 Its argument is the backend: nccl over GPUs, gloo over CPU processes.
 """
@@ -17,6 +17,7 @@ REPEATS = 10
 
 
 def main(backend: str) -> int:
+    """Check the sum, and print the bus bandwidth in GB/s. Return the exit code: 1 where the sum is wrong."""
     device = torch.device("cpu")
     if backend == "nccl":
         device = torch.device("cuda", local_rank())
@@ -31,7 +32,7 @@ def main(backend: str) -> int:
         return 1
     seconds = time_all_reduce(tensor.zero_())
     if rank == 0:
-        # what each link carries, whatever the number of ranks, the way NVIDIA's nccl-tests count it
+        # NVIDIA's nccl-tests count it so: what each link carries, whatever the number of ranks
         bus_bytes = 2 * (world_size - 1) / world_size * TENSOR_BYTES
         print(f"bus_gb_per_second={bus_bytes / seconds / 1e9:.2f}")
     distributed.destroy_process_group()
@@ -39,11 +40,11 @@ def main(backend: str) -> int:
 
 
 def time_all_reduce(tensor: torch.Tensor) -> float:
-    """Seconds for one all-reduce, the mean of several."""
+    """Return the seconds that an all-reduce takes, the mean of several."""
     started = time.perf_counter()
     for _ in range(REPEATS):
         distributed.all_reduce(tensor)
-    tensor.sum().item()  # waits for the device
+    tensor.sum().item()  # to wait for the device
     return (time.perf_counter() - started) / REPEATS
 
 

@@ -126,9 +126,15 @@ def add_merge(commands: "Commands[argparse.ArgumentParser]") -> None:
         "A merge that was cut off goes on where it ended.",
         allow_abbrev=False,
     )
+    add_merge_arguments(parser)
+    parser.set_defaults(run=run_merge)
+
+
+def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the folders of a merge, and how it is done."""
     parser.add_argument("--adapter", required=True, metavar="FOLDER", help="folder of the adapter")
     parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="an empty or new folder, or that of a merge that was cut off"
+        "--output", required=True, metavar="FOLDER", help="an empty or new folder, or one that a cut-off merge left"
     )
     parser.add_argument(
         "--base", metavar="FOLDER_OR_HUB_ID", help="the base model; default: the one that the adapter names"
@@ -152,7 +158,6 @@ def add_merge(commands: "Commands[argparse.ArgumentParser]") -> None:
         default="false",
         help="run the code that comes with the base; default: false",
     )
-    parser.set_defaults(run=run_merge)
 
 
 def add_metrics(commands: "Commands[argparse.ArgumentParser]") -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`llm-trainer doctor`: would a job run well on this machine? Looks, tries the trackers, and sums over the devices.
+"""`llm-trainer doctor`: whether a job would run well on this machine.
 
-Prints one line a finding, as soon as it is known, and no value of a setting: some are secret.
+It looks at the machine, tries the addresses of the trackers, and sums a tensor over the devices. It prints a line for
+each finding as soon as it is known, and no value of a setting: some are secret.
 """
 
 import contextlib
@@ -33,15 +34,18 @@ SELF_TEST_SECONDS = 120
 WANDB_URL = "https://api.wandb.ai"
 
 
-def diagnose(arguments: Sequence[str]) -> int:
-    """Print what is found on this machine; the exit code, 1 when a job would fail."""
+def diagnose(words: Sequence[str]) -> int:
+    """Print what is found on this machine, and return the exit code: 1 when a job would fail.
+
+    The words are settings, which decide which trackers are tried.
+    """
     try:
         environment = read_environment()
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
     verdicts = []
-    for finding in examine(environment, arguments):
+    for finding in examine_machine(environment, words):
         print(format_finding(finding, in_colour=sys.stdout.isatty()), flush=True)
         verdicts.append(finding.verdict)
     errors, warnings = verdicts.count("error"), verdicts.count("warning")
@@ -49,11 +53,12 @@ def diagnose(arguments: Sequence[str]) -> int:
     return 1 if errors else 0
 
 
-def examine(environment: Environment, arguments: Sequence[str]) -> Iterator[Finding]:
+def examine_machine(environment: Environment, words: Sequence[str]) -> Iterator[Finding]:
+    """Yield all findings: on the machine, the settings, the trackers and the devices."""
     yield from inspect_machine(environment)
     torch_cuda = find_torch_cuda()
     yield inspect_nccl(torch_cuda)
-    settings, problems = collect_settings(environment, arguments)
+    settings, problems = collect_settings(environment, words)
     if problems:
         yield Finding("settings", "warning", f"1 of {len(problems)} problems: {problems[0]}")
     yield from try_trackers(settings.tracking, os.environ)
@@ -61,6 +66,7 @@ def examine(environment: Environment, arguments: Sequence[str]) -> Iterator[Find
 
 
 def inspect_nccl(torch_cuda: str | None) -> Finding:
+    """Return the version of NCCL that belongs to torch's CUDA, whose version is given, or None for a CPU build."""
     if torch_cuda is None:
         return Finding("NCCL", "ok", "none (CPU build)")
     package = f"nvidia-nccl-cu{torch_cuda.partition('.')[0]}"
@@ -71,6 +77,7 @@ def inspect_nccl(torch_cuda: str | None) -> Finding:
 
 
 def try_trackers(settings: TrackingSettings, variables: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield whether each tracker that the job would have can be reached."""
     trackers = choose_trackers(settings, variables)
     uri = find_mlflow_uri(settings, variables)
     if "mlflow" in trackers and uri is not None:
@@ -83,7 +90,7 @@ def try_trackers(settings: TrackingSettings, variables: Mapping[str, str]) -> It
 
 
 def try_address(subject: str, url: str) -> Finding:
-    """Whether something listens there. Only host and port are shown: a URL can carry a password."""
+    """Return whether something listens at a URL. Only host and port are shown: a URL can carry a password."""
     address = urlsplit(url)
     try:
         host, port = address.hostname or "", address.port or {"http": 80}.get(address.scheme, 443)
@@ -101,7 +108,10 @@ def try_address(subject: str, url: str) -> Finding:
 
 
 def find_connection_problem(host: str, port: int) -> str | None:
-    """What keeps a TCP connection from being made; in a thread, because a name's look-up has no time limit."""
+    """Return what keeps a TCP connection from being made, or None.
+
+    A thread makes it, because looking up a name has no time limit.
+    """
     problems = [f"no answer within {CONNECT_SECONDS} s"]
 
     def connect() -> None:
@@ -119,7 +129,7 @@ def find_connection_problem(host: str, port: int) -> str | None:
 
 
 def try_all_reduce(environment: Environment, num_gpus: int) -> Finding:
-    """Let as many processes as a job would have sum a tensor over NCCL, or two over Gloo where there is no GPU."""
+    """Return whether the processes of a job can sum a tensor: over NCCL, or two over Gloo where there is no GPU."""
     what = f"over {num_gpus} GPUs by NCCL" if num_gpus else "over 2 CPU processes by Gloo"
     started = time.perf_counter()
     output, exit_code = run_self_test(environment, num_gpus or 2, "nccl" if num_gpus else "gloo")
@@ -139,7 +149,7 @@ def try_all_reduce(environment: Environment, num_gpus: int) -> Finding:
 
 
 def run_self_test(environment: Environment, num_processes: int, backend: str) -> tuple[str, int | None]:
-    """torchrun's output and exit code, which is None when its time was up."""
+    """Return the output and the exit code of torchrun. The exit code is None when its time was up."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     child = subprocess.Popen(
         [*torchrun, f"--nproc-per-node={num_processes}", "--module", "llm_trainer.cli.all_reduce", backend],
@@ -165,7 +175,10 @@ def run_self_test(environment: Environment, num_processes: int, backend: str) ->
 
 
 def find_last_useful_line(output: str) -> str:
-    """The last line that names an error of a worker, not torchrun's report on it; else the last line there is."""
+    """Return the last line that names an error of a worker, else the last line.
+
+    Torchrun's own report of the error does not count.
+    """
     lines = [re.sub(r"^\[rank\d+\]:\s*", "", line.strip()) for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]*Error\b", line) and "ChildFailedError" not in line]
     return (errors or lines or ["no output"])[-1]

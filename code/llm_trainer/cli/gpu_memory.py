@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a job needs of a GPU's memory, for `validate` and `plan`."""
+"""Memory that a job needs on a GPU, for `validate` and `plan`."""
 
 from typing import TYPE_CHECKING
 

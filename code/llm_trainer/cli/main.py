@@ -13,7 +13,7 @@ CLOSED_PIPE = 141  # 128 + SIGPIPE: the code of a program that writes to a reade
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command line, by default that of the process, and return the exit code.
+    """Run the command line, by default the one of the process, and return the exit code.
 
     Raises SystemExit after --help and --version, and where an argument is wrong, as argparse does.
     """

@@ -7,8 +7,9 @@ Writes only what `train` writes at its start too: tokenized data into the cache,
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llm_trainer.cli.gpu_memory import examine_memory
 from llm_trainer.cli.validation import Validation, print_validation
@@ -25,7 +26,19 @@ from llm_trainer.launcher.user_script import names_a_script
 from llm_trainer.launcher.worker_processes import build_library_variables
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from llm_trainer.data.splits import Split
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The data of a job as they would be trained on, and the model's parts that this needed."""
+
+    config: "PreTrainedConfig"
+    tokenizer: "PreTrainedTokenizerBase"
+    splits: "Mapping[str, Split]"
+    problems: list[str]
 
 
 def validate(words: Sequence[str], as_json: bool) -> int:
@@ -45,7 +58,7 @@ def examine_job(words: Sequence[str], in_colour: bool) -> Validation:
         validation.add_findings("tree", "error", error.problems)
         return validation
     if names_a_script(environment.hyperparameters):
-        text = "the job runs a script of your own, of which nothing can be checked."
+        text = "the job runs a script of your own, about which nothing can be checked."
         validation.add_findings("script", "warning", [text])
         return validation
     settings = examine_settings(environment, words, validation)
@@ -98,39 +111,50 @@ def set_variables(settings: Settings, inputs: Inputs, validation: Validation) ->
 def examine_data(job: Job, validation: Validation, in_colour: bool) -> None:
     """Prepare the data as the job would, and add what becomes of them, and a sample."""
     from llm_trainer.data.preview import mark_sample
-    from llm_trainer.data.splits import prepare_splits
-    from llm_trainer.model import loading  # Transformers takes seconds to import, and has to find the variables set
-    from llm_trainer.model.quantization import find_quantization_problems
 
-    settings, inputs, output_dir = job.settings, job.inputs, job.environment.output_dir
+    output_dir = job.environment.output_dir
     unwritable = list(check_writable(output_dir, "output"))
     validation.add_findings("output", "warning", [f"{text} Bad rows are not listed there." for text in unwritable])
-    with tempfile.TemporaryDirectory(prefix="llm-trainer-") as scratch_dir:
-        rejected_rows = Path(scratch_dir if unwritable else output_dir / "data") / "rejected_rows.jsonl"
+    with tempfile.TemporaryDirectory(prefix="llm-trainer-") as folder:
+        rejected_rows = Path(folder if unwritable else output_dir / "data") / "rejected_rows.jsonl"
         try:
-            folder = loading.fetch_model(inputs.model, settings, Path(scratch_dir), with_weights=False)
-            config = loading.read_config(folder, settings)
-            validation.add_findings("model", "error", find_quantization_problems(folder, config, settings))
-            tokenizer = loading.load_tokenizer(folder, settings)
-            vocabulary = loading.build_vocabulary(folder, config, tokenizer, settings)
-            examine_adapter(folder, config, settings, validation)
-            splits, problems = prepare_splits(inputs, vocabulary, settings, rejected_rows)
+            prepared = prepare_data(job, Path(folder), rejected_rows, validation)
         except UserError as error:
             validation.add_findings("tokenizer", "error", error.problems)
             return
         except OSError as error:
             validation.add_findings("data", "error", [f"The data could not be prepared: {error}."])
             return
-    validation.add_findings("data", "error", problems)
-    add_reports(splits, not problems, validation)
-    if not problems:
+    validation.add_findings("data", "error", prepared.problems)
+    add_reports(prepared.splits, not prepared.problems, validation)
+    if not prepared.problems:
         longest_row = max(report.longest_row_tokens for report in validation.reports.values())
-        examine_memory(config, settings, job.environment, longest_row, validation)
-    row = splits["train"].first_row()
-    validation.sample = mark_sample(row, tokenizer, in_colour) if row else ""
+        examine_memory(prepared.config, job.settings, job.environment, longest_row, validation)
+    row = prepared.splits["train"].first_row()
+    validation.sample = mark_sample(row, prepared.tokenizer, in_colour) if row else ""
 
 
-def add_reports(splits: Mapping[str, Any], are_valid: bool, validation: Validation) -> None:
+def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: Validation) -> PreparedData:
+    """Return the tokenized data, after adding what is wrong with the model.
+
+    Raises UserError for a model or a tokenizer that cannot be used, and OSError for files that cannot be written.
+    """
+    from llm_trainer.data.splits import prepare_splits
+    from llm_trainer.model import loading  # Transformers takes seconds to import, and has to find the variables set
+    from llm_trainer.model.quantization import find_quantization_problems
+
+    settings, inputs = job.settings, job.inputs
+    folder = loading.fetch_model(inputs.model, settings, scratch_dir, with_weights=False)
+    config = loading.read_config(folder, settings)
+    validation.add_findings("model", "error", find_quantization_problems(folder, config, settings))
+    tokenizer = loading.load_tokenizer(folder, settings)
+    vocabulary = loading.build_vocabulary(folder, config, tokenizer, settings)
+    examine_adapter(folder, config, settings, validation)
+    splits, problems = prepare_splits(inputs, vocabulary, settings, rejected_rows)
+    return PreparedData(config, tokenizer, splits, problems)
+
+
+def add_reports(splits: "Mapping[str, Split]", are_valid: bool, validation: Validation) -> None:
     """Add the report of each split: its formats, and if all splits are valid, what is odd about its rows."""
     from llm_trainer.data.preview import find_data_oddities
 

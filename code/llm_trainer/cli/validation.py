@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `validate` and `plan` find out about a job, and how it is printed: as text for a person, or as JSON."""
+"""Findings of `validate` and `plan` about a job, printed as text for a person or as JSON."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from llm_trainer.data.report import DataReport
 
 @dataclass
 class Validation:
-    """What is known of a job before it starts."""
+    """All that is known of a job before it starts."""
 
     findings: list[Finding] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)  # those that the user gave, without secrets

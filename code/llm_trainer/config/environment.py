@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SageMaker tells a training container: paths, channels, hosts and devices. Reads files only, never torch.
+"""The job as SageMaker describes it to a training container: paths, channels, hosts and devices. It reads files only.
 
 Source: "How Amazon SageMaker AI provides training information", the developer guide.
 """
@@ -16,19 +16,19 @@ from llm_trainer.common.files import read_json_object
 DEFAULT_BASE_DIR = "/opt/ml"
 # EC2 names instances with NVIDIA GPUs p... and g...; a host cannot look for the devices of another group's hosts.
 GPU_INSTANCE = re.compile(r"(ml\.)?[pg]\d")
-WHOLE_CHANNELS = ("model", "config")  # of which every host needs every file
+WHOLE_CHANNELS = ("model", "config")  # every host needs every file of these
 
 
 @dataclass(frozen=True)
 class Environment:
-    """One host's view of the job."""
+    """A host's view of the job, as SageMaker describes it in files."""
 
     base_dir: Path
     hyperparameters: dict[str, Any]  # as SageMaker wrote them: nearly always strings
     channels: dict[str, Path]
-    sharded_channels: frozenset[str]  # of whose files every host has others
-    hosts: tuple[str, ...]  # those that train; a host's position is its node rank
-    other_hosts: tuple[str, ...]  # of a heterogeneous cluster's other groups: they wait
+    sharded_channels: frozenset[str]  # each host has a part of their files
+    hosts: tuple[str, ...]  # the hosts that train; a host's position is its node rank
+    other_hosts: tuple[str, ...]  # hosts in the other groups of a heterogeneous cluster, which wait
     current_host: str
     network_interface: str | None
     instance_type: str | None
@@ -38,32 +38,37 @@ class Environment:
 
     @property
     def num_billed_hosts(self) -> int:
+        """The number of hosts that AWS bills, whether they train or wait."""
         return len(self.hosts) + len(self.other_hosts)
 
     @property
     def trains(self) -> bool:
+        """True on a host that takes part in the training."""
         return self.current_host in self.hosts
 
     @property
     def model_dir(self) -> Path:
+        """The folder that SageMaker uploads as the model."""
         return self.base_dir / "model"
 
     @property
     def output_dir(self) -> Path:
+        """The folder that SageMaker uploads as the output, with the failure file."""
         return self.base_dir / "output"
 
     @property
     def node_rank(self) -> int:
+        """The position of this host among those that train. Raises ValueError on a host that waits."""
         return self.hosts.index(self.current_host)
 
 
 def find_base_dir() -> Path:
-    """/opt/ml, or a stand-in tree in tests and trials."""
+    """Return /opt/ml, or the stand-in that SAGEMAKER_BASE_DIR names in tests and trials."""
     return Path(os.environ.get("SAGEMAKER_BASE_DIR", DEFAULT_BASE_DIR)).absolute()
 
 
 def read_environment() -> Environment:
-    """Read the SageMaker input tree. Every file of it is optional, so that a plain `docker run` works too.
+    """Read the SageMaker input tree. Every file of it is optional, since a plain `docker run` has none.
 
     Raises UserError when a file is there but is not the JSON object that SageMaker documents.
     """
@@ -90,7 +95,7 @@ def read_environment() -> Environment:
 
 
 def read_hosts(resources: dict[str, Any]) -> list[str]:
-    """All hosts of the job, in the order that resourceconfig.json gives them."""
+    """Return all hosts of the job, in the order of resourceconfig.json. Raises UserError where they are wrong."""
     hosts = resources.get("hosts") or ["localhost"]
     if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
         raise UserError(f"resourceconfig.json has hosts={hosts!r}: write a list of host names.")
@@ -104,7 +109,10 @@ def read_hosts(resources: dict[str, Any]) -> list[str]:
 
 
 def choose_training_group(groups: list[dict[str, Any]], all_hosts: list[str]) -> tuple[str, ...]:
-    """The hosts that train: the largest group with GPUs of a heterogeneous cluster, the first if equally large."""
+    """Return the hosts that train: all, or the largest group with GPUs of a heterogeneous cluster.
+
+    The first group counts where several are equally large.
+    """
     with_gpus = [group for group in groups if GPU_INSTANCE.match(group.get("instance_type", ""))]
     candidates: list[list[str]] = [group["hosts"] for group in with_gpus or groups if group.get("hosts")]
     if len(groups) < 2 or not candidates:
@@ -113,13 +121,16 @@ def choose_training_group(groups: list[dict[str, Any]], all_hosts: list[str]) ->
 
 
 def find_checkpoint_dir(base_dir: Path, checkpoint_config: dict[str, Any]) -> Path:
-    """The folder that SageMaker synchronizes with S3: its default, or the job's CheckpointConfig.LocalPath."""
+    """Return the folder that SageMaker synchronizes with S3: the job's CheckpointConfig.LocalPath, or the default."""
     local_path = checkpoint_config.get("LocalPath")
     return Path(local_path) if local_path else base_dir / "checkpoints"
 
 
 def find_channels(base_dir: Path, input_data_config: dict[str, Any]) -> dict[str, Path]:
-    """Channel name -> its folder: the channels SageMaker lists, or the folders there are when it lists none."""
+    """Return the folder of each channel, by name: of those that SageMaker lists, and of those that are there.
+
+    Raises UserError for a channel in Pipe mode.
+    """
     data_dir = base_dir / "input" / "data"
     names = set(input_data_config)
     if data_dir.is_dir():
@@ -133,8 +144,11 @@ def find_channels(base_dir: Path, input_data_config: dict[str, Any]) -> dict[str
 
 
 def find_sharded_channels(input_data_config: dict[str, Any], num_hosts: int) -> frozenset[str]:
-    """The channels whose files SageMaker shares out among the hosts."""
-    if num_hosts == 1:  # which has them all
+    """Return the channels whose files SageMaker distributes over the hosts.
+
+    Raises UserError for a channel that every host needs whole.
+    """
+    if num_hosts == 1:  # a single host has all files
         return frozenset()
     sharded = find_channels_with(input_data_config, "S3DistributionType", "ShardedByS3Key")
     if broken := [name for name in sharded if name in WHOLE_CHANNELS]:
@@ -146,13 +160,13 @@ def find_sharded_channels(input_data_config: dict[str, Any], num_hosts: int) -> 
 
 
 def find_channels_with(input_data_config: dict[str, Any], key: str, value: str) -> list[str]:
-    """The names of the channels whose configuration has this value."""
+    """Return the names of the channels whose configuration has this value."""
     channels = input_data_config.items()
     return sorted(name for name, channel in channels if isinstance(channel, dict) and channel.get(key) == value)
 
 
 def count_gpus() -> int:
-    """GPUs that this process may use, from NVML: asking torch would load CUDA into the launcher."""
+    """Return the number of GPUs that this process may use, by NVML: torch would load CUDA into the launcher."""
     import pynvml
 
     try:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns the text of a hyperparameter back into the value that the user wrote.
+"""The value that the user wrote, decoded from the text of a hyperparameter.
 
-SageMaker hands every value over as a string, and each client writes that string its own way: the API and the command
-line as it is ("10", "x"), SDK v2 with a source folder and ModelTrainer as JSON ("true", "\\"x\\"", "[1, 2]"), SDK v2's
-plain Estimator as Python's str() ("True", "None", "['a', 1]").
+SageMaker hands every value over as a string, and each client writes that string in its own way:
+
+- The API and the command line write it as it is ("10", "x").
+- SDK v2 with a source folder, and ModelTrainer, write JSON ("true", "\\"x\\"", "[1, 2]").
+- SDK v2's plain Estimator writes Python's str() ("True", "None", "['a', 1]").
 """
 
 import ast
@@ -11,15 +13,15 @@ import json
 import re
 from typing import Any
 
-# A list of names, and not a regular expression such as `(q|v)_proj.{1,2}`.
+# Matches a list of names, and no regular expression such as `(q|v)_proj.{1,2}`.
 COMMA_SEPARATED_NAMES = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)+")
 
 
 def decode_value(text: str, types: frozenset[str], nullable: bool) -> Any:
-    """The value that `text` stands for in a field of these plain types; `text` itself where it stands for none.
+    """Return the value that a text stands for in a field of these plain types, or the text where it stands for none.
 
-    Only a value of one of the types is taken, so that "007" stays a string where a string is asked for and becomes
-    a number where a number is. Whether the value is in range is for the settings to say.
+    Only a value of one of the types is taken. In a field for strings, "007" stays a string; in another it is a number.
+    The range of a value is not checked.
     """
     value = parse_literal(text)
     if isinstance(value, str):  # a string quoted by json.dumps, perhaps round another value: "\"10\""
@@ -41,7 +43,7 @@ NO_LITERAL = object()
 
 
 def parse_literal(text: str) -> Any:
-    """`text` read as JSON, else as a Python literal, else NO_LITERAL."""
+    """Return the text read as JSON, else as a Python literal, else NO_LITERAL."""
     try:
         return json.loads(text)
     except ValueError:
@@ -53,6 +55,6 @@ def parse_literal(text: str) -> Any:
 
 
 def is_of_type(value: Any, types: frozenset[str]) -> bool:
-    """Whether the value is of one of the types; a whole number also serves where a float is asked for."""
+    """Tell whether the value is of one of the types. A whole number is a float, too, where no string is possible."""
     name = type(value).__name__
     return name in types or (name == "int" and "float" in types and "str" not in types)

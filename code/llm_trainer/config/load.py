@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read the settings: defaults, then YAML file, then hyperparameters, then command line; the last one wins."""
+"""Settings read from a YAML file, the hyperparameters and the command line. The later wins over the earlier."""
 
 import difflib
 import math
@@ -20,7 +20,7 @@ from llm_trainer.config.hyperparameter_decoding import decode_value
 from llm_trainer.config.schema import FIELDS, Settings, list_plain_types, show_value, split_union
 from llm_trainer.config.sections import ALIASES, SECRETS
 
-# Names from other tools that no spelling distance finds.
+# Names from other tools, and the settings that they mean. No spelling distance would find these.
 SYNONYMS = {
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
@@ -34,9 +34,9 @@ SYNONYMS = {
 
 
 def read_settings(environment: Environment, arguments: Mapping[str, str]) -> tuple[Settings, list[str]]:
-    """The settings, and a sentence for every mistake in them; a mistaken setting is left at its default.
+    """Return the settings, and a sentence for every mistake in them. A mistaken setting keeps its default.
 
-    `arguments` are the settings given on the command line.
+    `arguments` are the settings of the command line.
     """
     problems: list[str] = []
     given = {**environment.hyperparameters, **arguments}
@@ -58,14 +58,14 @@ def read_settings(environment: Environment, arguments: Mapping[str, str]) -> tup
 
 
 def find_config_file(environment: Environment, given: Mapping[str, Any]) -> Path | None:
-    """The YAML file that `config` names, or the one in the channel of that name."""
+    """Return the YAML file that `config` names, or the channel of that name, or None."""
     if given.get("config"):
         return Path(decode_value(str(given["config"]), frozenset({"str"}), nullable=True))
     return environment.channels.get("config")
 
 
 def read_yaml(path: Path | None, problems: list[str]) -> dict[str, Any]:
-    """The settings in a YAML file, or in the only YAML file of a folder."""
+    """Return the settings in a YAML file, or in the only YAML file of a folder. Mistakes are added to `problems`."""
     if path is None:
         return {}
     if path.is_dir():
@@ -97,7 +97,7 @@ def read_yaml(path: Path | None, problems: list[str]) -> dict[str, Any]:
 
 
 def resolve_names(given: Mapping[Any, Any], source: str, problems: list[str]) -> dict[str, Any]:
-    """The given values under the settings' own names. Unknown names and clashing aliases become problems."""
+    """Return the given values under the settings' own names. Unknown names and clashing aliases become problems."""
     values: dict[str, Any] = {}
     for key, value in given.items():
         key = str(key)
@@ -114,10 +114,12 @@ def resolve_names(given: Mapping[Any, Any], source: str, problems: list[str]) ->
 
 
 def list_valid_names() -> list[str]:
+    """Return all names by which a setting may be given."""
     return [*FIELDS, *ALIASES]
 
 
 def suggest_name(key: str, names: list[str]) -> str:
+    """Return the end of a sentence about an unknown name: what the user may have meant."""
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
     name = SYNONYMS.get(key.lower()) or (close[0] if close else None)
     if name:
@@ -126,7 +128,7 @@ def suggest_name(key: str, names: list[str]) -> str:
 
 
 def find_problem(name: str, value: Any, raw: Any) -> str | None:
-    """One sentence when the value breaks the field's rule: key, value as it was given, rule, fix."""
+    """Return a sentence where the value breaks the rule of its field: key, value as given, rule, fix. Else None."""
     field = FIELDS[name]
     adapter = TypeAdapter[Any](Annotated[field.annotation, field], config=Settings.model_config)  # type: ignore[arg-type]
     is_stray_bool = isinstance(value, bool) and "bool" not in list_plain_types(name)[0]
@@ -143,7 +145,7 @@ def find_problem(name: str, value: Any, raw: Any) -> str | None:
 
 
 def describe_rule(field: FieldInfo) -> str:
-    """What the field takes, e.g. "a number, at least 0 and below 1"."""
+    """Return what a field takes, such as "a number, at least 0 and below 1"."""
     words = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
     words |= {"dict": "a JSON object", "list": "a list"}
     kinds = []
@@ -167,6 +169,7 @@ def describe_rule(field: FieldInfo) -> str:
 
 
 def suggest_value(field: FieldInfo, value: Any) -> str:
+    """Return the end of a sentence about a wrong value: the nearest right one, or the default."""
     choices = [str(choice) for part in split_union(field.annotation) for choice in typing.get_args(part)]
     longer = [choice for choice in choices if choice.startswith(str(value))]
     close = longer or difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)

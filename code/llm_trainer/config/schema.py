@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All settings of a job: given by flat names, read by section."""
+"""All settings of a job. Users give them by flat names, and the code reads them by section."""
 
 import types as pytypes
 import typing
@@ -30,15 +30,16 @@ SECTIONS: dict[str, type[Section]] = {
     "tracking": TrackingSettings,
     "output": OutputSettings,
 }
+# The key of the section that holds a setting, by the setting's name.
 SECTION_OF = {name: key for key, section in SECTIONS.items() for name in section.model_fields}
 
 
 class Settings(BaseModel):
-    """All settings of a job. They are given by flat names, and read by section."""
+    """All settings of a job: `Settings(lora_r=8)` takes flat names, and `settings.adapter.lora_r` reads them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    config: str | None = Field(None, description="YAML file with settings; default: the one in channel `config`.")
+    config: str | None = Field(None, description="YAML file with settings. Default: the one in channel `config`.")
     model: ModelSettings = ModelSettings()
     adapter: AdapterSettings = AdapterSettings()
     data: DataSettings = DataSettings()
@@ -54,7 +55,7 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def sort_into_sections(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Return flat names and their values as sections; names that are none stay, and are refused."""
+        """Return the values of flat names, sorted into sections. Other names stay, and are refused later."""
         sections: dict[str, Any] = {}
         for name, value in values.items():
             if name in SECTION_OF:
@@ -73,16 +74,16 @@ class Settings(BaseModel):
         return self.config if name == "config" else self.section_of(name).value(name)
 
     def is_given(self, name: str) -> bool:
-        """Tell whether the user set it, rather than leaving it at its default."""
+        """Tell whether the user set this setting, rather than leaving it at its default."""
         return name in self.model_fields_set if name == "config" else self.section_of(name).is_given(name)
 
     @property
     def given(self) -> dict[str, Any]:
-        """The settings that the user set, by flat names."""
+        """All settings that the user set, by their flat names."""
         return {name: self.value(name) for name in FIELDS if self.is_given(name)}
 
     def replace(self, **values: Any) -> "Settings":
-        """Return a copy with other values of some settings, which count as given."""
+        """Return a copy in which some settings have other values, and count as given."""
         return Settings(**{**self.given, **values})
 
 
@@ -93,19 +94,15 @@ FIELDS: dict[str, FieldInfo] = {
 }
 
 
-def find_own_names(section: type[Section]) -> list[str]:
-    """List the settings of a section that are this project's own."""
-    declared = section if section.__base__ is Section else section.__base__
-    assert declared is not None and issubclass(declared, Section)
-    return list(declared.model_fields)
-
-
-# Those that are this project's own; all others are fields of SFTConfig.
-OWN_NAMES = ("config", *(name for section in SECTIONS.values() for name in find_own_names(section)))
+# The settings that are this project's own. All others are fields of SFTConfig.
+OWN_NAMES = (
+    "config",
+    *(name for section in SECTIONS.values() for name in section.model_fields if name not in section.sft_config_fields),
+)
 
 
 def list_plain_types(name: str) -> tuple[frozenset[str], bool]:
-    """The names of the plain types that a setting takes, and whether it takes null."""
+    """Return the names of the plain types that a setting takes, such as "int", and whether it takes null."""
     names: set[str] = set()
     nullable = False
     for part in split_union(FIELDS[name].annotation):
@@ -118,22 +115,24 @@ def list_plain_types(name: str) -> tuple[frozenset[str], bool]:
 
 
 def split_union(annotation: Any) -> tuple[Any, ...]:
+    """Return the members of a union type, or the type itself as the only one."""
     is_union = typing.get_origin(annotation) in (typing.Union, pytypes.UnionType)
     return typing.get_args(annotation) if is_union else (annotation,)
 
 
 def show_value(value: Any) -> str:
-    """A value the way a user writes it."""
+    """Return the text of a value as a user writes it: true and false in lower case, texts in quotes."""
     return str(value).lower() if isinstance(value, bool) or value is None else repr(value)
 
 
 def redact_settings(settings: Settings) -> dict[str, Any]:
-    """Return the settings that were asked for and our own defaults, fit for a log or a manifest."""
+    """Return the settings that the user set and our own defaults, without secrets, for a log or a manifest."""
     names = [name for name in FIELDS if name in OWN_NAMES or settings.is_given(name)]
     return {name: redact_value(name, settings.value(name)) for name in names}
 
 
 def redact_value(name: str, value: Any) -> Any:
+    """Return the value of a setting without the secret that it is or holds, such as the password of an address."""
     if name in SECRETS and value is not None:
         return REDACTED
     return URL_PASSWORD.sub(REDACTED, value) if isinstance(value, str) else value

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Secrets that a job is given by reference: the ARN of a secret or parameter stands where the value would.
+"""Secrets that a job is given by reference: the ARN of a secret or a parameter stands in the place of its value.
 
-The launcher reads each once a host; from there a value goes on in environment variables alone. No torch.
+The launcher reads each once a host. From there a value is passed on in environment variables alone.
 """
 
 import json
@@ -12,8 +12,8 @@ from typing import Any
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.config.schema import Settings
 
-HUB_TOKEN = "LLM_TRAINER_HUB_TOKEN"  # for the push alone, which must write, where HF_TOKEN need only read
-# Variable -> the setting of the same secret, which wins.
+HUB_TOKEN = "LLM_TRAINER_HUB_TOKEN"  # only the push uses it: this token must write, where HF_TOKEN need only read
+# The setting of the same secret, by variable. The setting wins.
 VARIABLES = {
     "HF_TOKEN": "token",
     "WANDB_API_KEY": "wandb_token",
@@ -27,14 +27,14 @@ CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 5, 10, 3
 
 
 def is_reference(value: str) -> bool:
-    """No token begins like an ARN."""
+    """Tell whether a value is the ARN of a secret. No token begins like one."""
     return value.startswith("arn:")
 
 
 def read_secret_variables(settings: Settings | None, variables: Mapping[str, str]) -> dict[str, str]:
-    """The variables in which libraries look for secrets, with values, read where there is a reference to one.
+    """Return the environment variables in which libraries look for secrets. References are replaced by what they name.
 
-    Without settings, which a user's own script does not have, they come from the variables alone.
+    Without settings, which a user's own script does not have, the values come from the variables alone.
     Raises UserError with a sentence for every reference that cannot be read.
     """
     values: dict[str, str] = {}
@@ -55,7 +55,10 @@ def read_secret_variables(settings: Settings | None, variables: Mapping[str, str
 
 
 def read_secret(arn: str, name: str, variable: str) -> str:
-    """The value that the ARN stands for; `name` is what the user gave it as. Raises UserError."""
+    """Return the value that the ARN stands for. Raises UserError where it cannot be read.
+
+    `name` is the setting or variable that holds the ARN; `variable` is the one that gets the value.
+    """
     match = REFERENCE.fullmatch(arn)
     if match is None:
         raise UserError(
@@ -67,8 +70,8 @@ def read_secret(arn: str, name: str, variable: str) -> str:
 
 
 def fetch_secret(arn: str, service: str, region: str, name: str) -> str:
-    """The text of a secret or parameter, decrypted."""
-    import boto3  # a quarter of a second, which most jobs need not spend
+    """Return the decrypted text of a secret or parameter. Raises UserError where AWS does not give it."""
+    import boto3  # it takes a quarter of a second, and most jobs have no references
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -87,7 +90,7 @@ def fetch_secret(arn: str, service: str, region: str, name: str) -> str:
 
 
 def explain_refusal(error: Exception, service: str, region: str) -> str:
-    """Why AWS did not give the value, and what to change, without the full stop."""
+    """Return why AWS did not give the value, and what to change: the end of a sentence, without its full stop."""
     from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
 
     action = ACTIONS[service]
@@ -107,7 +110,10 @@ def explain_refusal(error: Exception, service: str, region: str) -> str:
 
 
 def choose_value(text: str, arn: str, name: str, variable: str) -> str:
-    """The text, or of a JSON object the value with the variable's name, else its only one."""
+    """Return the text of a secret. In a JSON object it is the value with the variable's name, or the only value.
+
+    Raises UserError where an object has neither.
+    """
     try:
         fields: Any = json.loads(text)
     except ValueError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sections of the settings: each a frozen model of what one part of the code needs to know.
+"""The sections of the settings: frozen models, one for each part of the code that reads settings.
 
 A section holds settings of this project's own, and the fields of `trl.SFTConfig` that belong to the same concern.
 """
@@ -7,7 +7,7 @@ A section holds settings of this project's own, and the fields of `trl.SFTConfig
 import re
 import typing
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, create_model
 
@@ -21,7 +21,7 @@ Attention = Literal[
 AdapterInit = Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "loftq"]
 
 
-# The field's other spellings of the same thing.
+# Other names of our settings, as other tools spell them.
 ALIASES = {
     "MaxRuntimeInSeconds": "max_run_seconds",
     "activation_checkpointing": "gradient_checkpointing",
@@ -35,11 +35,11 @@ ALIASES = {
     "max_seq_length": "max_length",
     "use_bnb_nested_quant": "bnb_4bit_use_double_quant",
     "model_name_or_path": "model_id",
-    "warmup_ratio": "warmup_steps",  # a share below 1 in both, since Transformers 5
+    "warmup_ratio": "warmup_steps",  # since Transformers 5, warmup_steps below 1 is a share of all steps
 }
 
 
-# SFTConfig states no ranges; these would otherwise fail late, or never.
+# SFTConfig states no ranges. Without these, a wrong value would fail late, or never.
 RANGES: dict[str, dict[str, Any]] = {
     "learning_rate": {"gt": 0},
     "num_train_epochs": {"gt": 0},
@@ -62,7 +62,7 @@ RANGES: dict[str, dict[str, Any]] = {
     "seed": {"ge": 0},
 }
 
-MOVING_STARTS = ("pissa", "pissa_niter_16", "olora")  # move a part of the base into the adapter
+MOVING_STARTS = ("pissa", "pissa_niter_16", "olora")  # these move a part of the base into the adapter
 
 SECRETS = ("token", "wandb_token", "hub_token")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -70,9 +70,11 @@ PLAIN_TYPES: dict[str, type] = {"bool": bool, "int": int, "float": float, "str":
 
 
 class Section(BaseModel):
-    """A frozen part of the settings: what one package of the code needs to know."""
+    """A frozen part of the settings, which one package of the code reads."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), coerce_numbers_to_str=True)
+
+    sft_config_fields: ClassVar[tuple[str, ...]] = ()  # the fields that are those of trl.SFTConfig
 
     if TYPE_CHECKING:
 
@@ -91,32 +93,35 @@ class Section(BaseModel):
 SectionType = TypeVar("SectionType", bound=type[Section])
 
 
-def with_arguments(*names: str) -> Callable[[SectionType], SectionType]:
-    """Return a class decorator that adds these fields of SFTConfig to a section, by their own names and types."""
+def with_sft_config_fields(*names: str) -> Callable[[SectionType], SectionType]:
+    """Return a class decorator that adds these fields of SFTConfig to a section, with their own names and types."""
 
     def extend(section: SectionType) -> SectionType:
         fields: dict[str, Any] = {name: build_field(name) for name in names}
-        extended: Any = create_model(section.__name__, __base__=section, __module__=__name__, **fields)
+        model = create_model(section.__name__, __base__=section, __module__=__name__, **fields)
+        extended = cast(SectionType, model)
         extended.__doc__ = section.__doc__
-        return cast(SectionType, extended)
+        extended.sft_config_fields = names
+        return extended
 
     return extend
 
 
-def remaining_arguments(*sections: type[Section]) -> list[str]:
-    """List the fields of SFTConfig that no section has, and that no alias stands for."""
+def list_remaining_fields(*sections: type[Section]) -> list[str]:
+    """Return the fields of SFTConfig that no section has, and that no alias stands for."""
     taken = {name for section in sections for name in section.model_fields}
     return [name for name in read_snapshot() if name not in taken and name not in ALIASES]
 
 
 def build_field(name: str) -> tuple[Any, Any]:
-    """Return type and definition of a field of SFTConfig, as pydantic's `create_model` takes them."""
+    """Return the type and the definition of a field of SFTConfig, as pydantic's `create_model` takes them."""
     argument = read_snapshot()[name]
     definition = Field(argument.default, description=argument.help, **RANGES.get(name, {}))
-    return field_type(name, argument), definition
+    return build_field_type(name, argument), definition
 
 
-def field_type(name: str, argument: Argument) -> Any:
+def build_field_type(name: str, argument: Argument) -> Any:
+    """Return the type annotation of a field of SFTConfig. Secrets become SecretStr."""
     if name in SECRETS:
         return SecretStr | None
     if argument.choices:
@@ -128,173 +133,246 @@ def field_type(name: str, argument: Argument) -> Any:
     return typing.Union[tuple(kinds)]  # noqa: UP007 - built from a list
 
 
-@with_arguments(
-    *("trust_remote_code", "model_init_kwargs", "chat_template_path", "eos_token", "pad_token"),
-    *("liger_kernel_config", "use_cache"),
+@with_sft_config_fields(
+    "trust_remote_code",
+    "model_init_kwargs",
+    "chat_template_path",
+    "eos_token",
+    "pad_token",
+    "liger_kernel_config",
+    "use_cache",
 )
 class ModelSettings(Section):
     """The base model: where it comes from, and how it is loaded."""
 
-    model_id: str | None = Field(None, description="Hub id or model folder; default: the folder of channel `model`.")
-    model_revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
+    model_id: str | None = Field(
+        None, description="Hub id or folder of the base model. Default: the folder of channel `model`."
+    )
+    model_revision: str | None = Field(
+        None, description="Branch, tag or commit of a model on the Hub. Default: its main branch."
+    )
     use_snapshot_download: bool = Field(True, description="Download a Hub model once a host, before any rank loads it.")
     token: SecretStr | None = Field(
-        None, description="Hugging Face token, or a secret's ARN; better given as HF_TOKEN in Environment."
+        None, description="Hugging Face token, or the ARN of a secret. HF_TOKEN in the job's Environment is safer."
     )
     torch_dtype: Dtype = Field(
-        "auto", description="Type of the weights and of the computation; auto: by the device (16 bit on a GPU)."
+        "auto", description="Type of the weights and of the computation. auto: 16 bit on a GPU, float32 on a CPU."
     )
     attn_implementation: Attention = Field(
-        "auto", description="Attention kernel; auto: the fastest one that is right for model, type and device."
+        "auto",
+        description="Attention kernel. auto: the fastest one that is right for the model, the type and the device.",
     )
     use_liger_kernel: bool | None = Field(
-        None, description="Liger's fused kernels; default: on a GPU, where Liger knows the model."
+        None, description="Use Liger's fused kernels. Default: on a GPU, where Liger knows the model."
     )
-    load_in_4bit: bool = Field(False, description="QLoRA: load the base in 4 bit.")
+    load_in_4bit: bool = Field(False, description="Load the base in 4 bit (QLoRA).")
     load_in_8bit: bool = Field(False, description="Load the base in 8 bit (LLM.int8()).")
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit type of `load_in_4bit`.")
-    bnb_4bit_use_double_quant: bool = Field(True, description="Quantize the scales of `load_in_4bit` too.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(
+        "nf4", description="Type of the 4-bit weights of `load_in_4bit`."
+    )
+    bnb_4bit_use_double_quant: bool = Field(True, description="Quantize the scales of `load_in_4bit`, too.")
     use_mxfp4: bool | None = Field(
-        None, description="The base is an MXFP4 checkpoint (gpt-oss), dequantized for training; default: as it says."
+        None,
+        description="The base is an MXFP4 checkpoint such as gpt-oss, and is dequantized for training. Default: as "
+        "its config says.",
     )
 
 
 class AdapterSettings(Section):
     """The LoRA adapter that is trained."""
 
-    use_peft: bool = Field(True, description="Train a LoRA adapter; false: fine-tune all weights.")
-    lora_r: int = Field(8, ge=1, description="LoRA rank.")
-    lora_alpha: float = Field(16, gt=0, description="LoRA scale; the adapter's output is multiplied by alpha / rank.")
+    use_peft: bool = Field(True, description="Train a LoRA adapter. false: fine-tune all weights.")
+    lora_r: int = Field(8, ge=1, description="Rank of the adapter.")
+    lora_alpha: float = Field(16, gt=0, description="Scale of the adapter: its output is multiplied by alpha / rank.")
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: str | list[str] = Field(
-        "auto", description="Modules that get an adapter: names, or a regex; auto: all linear layers and all experts."
+        "auto",
+        description="Modules that get an adapter: their names, or one regular expression. auto: all linear layers "
+        "and all experts.",
     )
     target_parameters: list[str] | None = Field(
-        None, description="Parameters that get an adapter, such as fused experts; default: with `auto`, all experts."
+        None,
+        description="Parameters that get an adapter, such as fused experts. Default: all experts where "
+        "`target_modules` is auto.",
     )
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA).")
-    use_dora: bool = Field(False, description="Learn magnitude and direction apart (DoRA).")
+    use_rslora: bool = Field(False, description="Scale the adapter by alpha / sqrt(rank) (rsLoRA).")
+    use_dora: bool = Field(False, description="Learn magnitude and direction of the weights apart (DoRA).")
     init_lora_weights: AdapterInit = Field(
-        "default", description="How the adapter begins; loftq: with what 4 bit lose."
+        "default", description="How the adapter begins. loftq: with the error that 4-bit weights have."
     )
     loraplus_lr_ratio: float | None = Field(
-        None, ge=1, description="Learning rate of the adapter's B over that of A (LoRA+); default: the same."
+        None,
+        ge=1,
+        description="Learning rate of the adapter's matrix B, divided by the one of its matrix A (LoRA+). Default: "
+        "both are the same.",
     )
 
 
-@with_arguments(
-    *("completion_only_loss", "truncation_mode", "packing_strategy", "padding_free", "eval_packing"),
-    *("pad_to_multiple_of", "shuffle_dataset", "dataset_kwargs"),
+@with_sft_config_fields(
+    "completion_only_loss",
+    "truncation_mode",
+    "packing_strategy",
+    "padding_free",
+    "eval_packing",
+    "pad_to_multiple_of",
+    "shuffle_dataset",
+    "dataset_kwargs",
 )
 class DataSettings(Section):
     """The rows that are trained and evaluated on, and how they become sequences."""
 
     train_dataset_path: str | None = Field(
-        None, description="Training file, folder or Hub data set; default: channel `train`, or all named `train_...`."
+        None,
+        description="File, folder or Hub data set to train on. Default: channel `train`, or all channels named "
+        "`train_...`.",
     )
     val_dataset_path: str | None = Field(
-        None, description="The same for validation; default: channel `validation` or `val`, if there is one."
+        None,
+        description="File, folder or Hub data set to evaluate on. Default: channel `validation` or `val`, if there "
+        "is one.",
     )
-    dataset_config: str | None = Field(None, description="Configuration of a Hub data set.")
-    dataset_train_split: str = Field("train", description="Split of a Hub data set that is trained on.")
-    dataset_test_split: str = Field("test", description="Split of a Hub data set that is evaluated on.")
-    dataset_format: DatasetFormat = Field("auto", description="Kind of rows; auto: by their fields.")
+    dataset_config: str | None = Field(None, description="Configuration of a Hub data set. Default: its only one.")
+    dataset_train_split: str = Field("train", description="Split of a Hub data set to train on.")
+    dataset_test_split: str = Field("test", description="Split of a Hub data set to evaluate on.")
+    dataset_format: DatasetFormat = Field("auto", description="Format of the rows. auto: told by their fields.")
     text_field: str = Field("text", min_length=1, description="Field that holds a row's text.")
     messages_field: str = Field("messages", min_length=1, description="Field that holds a row's conversation.")
-    max_length: int | None = Field(
-        2048, ge=2, description="Longest row in tokens; `null`: no limit. Tokens, not characters."
+    max_length: int | None = Field(2048, ge=2, description="Length of the longest row, in tokens. null: no limit.")
+    apply_truncation: bool = Field(
+        True, description="Cut rows that are longer than `max_length`. false: leave them out."
     )
-    apply_truncation: bool = Field(True, description="Cut rows longer than `max_length`; false: leave them out.")
     assistant_only_loss: bool | None = Field(
-        None, description="Train on what the assistant says; default: in conversations whose template tells the turns."
+        None,
+        description="Train only on what the assistant says. Default: in conversations whose chat template marks the "
+        "assistant's turns.",
     )
     train_weights: dict[str, float] | None = Field(
-        None, description="Share of each training channel in the rows of an epoch; default: each row once."
+        None,
+        description="Share of each training channel in the rows of an epoch, by the name of the channel. Default: "
+        "each row comes once.",
     )
     max_bad_rows_fraction: float = Field(
-        0, ge=0, lt=1, description="Rows that may be bad before the job stops; they are left out and listed."
+        0,
+        ge=0,
+        lt=1,
+        description="Share of rows that may be bad before the job stops. Bad rows are left out and listed.",
     )
     streaming: bool = Field(
-        False, description="Tokenize while training, without a copy on disk; needs `max_steps`, and takes no `packing`."
+        False, description="Tokenize while training, without a copy on disk. Needs `max_steps`, and excludes `packing`."
     )
-    dataset_num_proc: int | None = Field(None, ge=1, description="Processes a host to tokenize with; default: cores.")
+    dataset_num_proc: int | None = Field(
+        None, ge=1, description="Processes a host that tokenize. Default: one a CPU core."
+    )
     packing: bool | None = Field(
         None,
-        description="Rows share sequences instead of being padded; default: those of a batch, where the model keeps "
-        "them apart; true: those of the whole data set, and a batch counts sequences of `max_length` tokens.",
+        description="Put several rows into one sequence in place of padding them. Default: the rows of a batch, "
+        "where the model keeps them apart. true: rows of the whole data set, and a batch counts "
+        "sequences of `max_length` tokens.",
     )
 
 
-@with_arguments(
-    *("use_cpu", "fsdp", "fsdp_config", "deepspeed", "parallelism_config", "accelerator_config"),
-    *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
-    *("ddp_backend", "ddp_timeout", "activation_checkpointing_kwargs"),
+@with_sft_config_fields(
+    "use_cpu",
+    "fsdp",
+    "fsdp_config",
+    "deepspeed",
+    "parallelism_config",
+    "accelerator_config",
+    "ddp_find_unused_parameters",
+    "ddp_bucket_cap_mb",
+    "ddp_broadcast_buffers",
+    "ddp_static_graph",
+    "ddp_backend",
+    "ddp_timeout",
+    "activation_checkpointing_kwargs",
 )
 class ParallelismSettings(Section):
     """The processes and hosts of the job, and how a model and its step fit on them."""
 
     distribution: Literal["auto", "ddp", "fsdp"] = Field(
         "auto",
-        description="A copy of the model a GPU (ddp) or shards of it (fsdp); auto: fsdp where a copy cannot fit.",
+        description="Give each GPU a copy of the model (ddp) or a shard of it (fsdp). auto: fsdp where a copy does "
+        "not fit.",
     )
     gradient_checkpointing: bool | None = Field(
-        None, description="Recompute activations in the backward pass, to save memory; default: where it is needed."
+        None,
+        description="Compute activations again in the backward pass, to save memory. Default: where it is needed.",
     )
     activation_offloading: bool | None = Field(
-        None, description="Keep activations in the host's memory until the backward pass; default: where it is needed."
+        None,
+        description="Keep activations in the host's memory until the backward pass. Default: where it is needed.",
     )
     check_memory: bool = Field(
-        True, description="Stop before the weights load if the estimate says that the job cannot fit; false: try it."
+        True, description="Stop before the weights load if the job, by estimate, cannot fit. false: try it."
     )
     nproc_per_node: int | None = Field(
-        None, ge=1, description="Worker processes a host; default: one a GPU, or one on a CPU."
+        None, ge=1, description="Worker processes a host. Default: one a GPU, or one on a CPU."
     )
     max_restarts: int = Field(0, ge=0, description="Restarts from the newest checkpoint after a worker has died.")
     host_timeout_seconds: int = Field(
-        900, ge=1, description="How long to wait at the start for the other hosts of the job."
+        900, ge=1, description="Seconds to wait at the start for the other hosts of the job."
     )
 
 
-@with_arguments(
-    *("report_to", "run_name", "project"),
-    *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+@with_sft_config_fields(
+    "report_to",
+    "run_name",
+    "project",
+    "trackio_space_id",
+    "trackio_bucket_id",
+    "trackio_static_space_id",
 )
 class TrackingSettings(Section):
     """The trackers that see the run, and what the report shows."""
 
-    mlflow_uri: str | None = Field(None, description="MLflow tracking server; switches MLflow on.")
-    mlflow_experiment_name: str | None = Field(None, description="MLflow experiment.")
-    wandb_project: str | None = Field(None, description="Weights & Biases project; switches it on.")
+    mlflow_uri: str | None = Field(None, description="Address of an MLflow tracking server. It switches MLflow on.")
+    mlflow_experiment_name: str | None = Field(None, description="Name of the MLflow experiment.")
+    wandb_project: str | None = Field(
+        None, description="Name of the Weights & Biases project. W&B is on where there is a key."
+    )
     wandb_token: SecretStr | None = Field(
-        None, description="W&B key, or a secret's ARN; better given as WANDB_API_KEY in Environment."
+        None, description="W&B key, or the ARN of a secret. WANDB_API_KEY in the job's Environment is safer."
     )
-    track_model: bool = Field(False, description="Upload what is exported to the trackers as an artefact, too.")
+    track_model: bool = Field(False, description="Upload the exported files to the trackers, too.")
     sample_prompts: int = Field(
-        3, ge=0, description="Held-out prompts whose answers, before and after the training, the report shows."
+        3,
+        ge=0,
+        description="Number of held-out prompts that the model answers before and after the training. The report "
+        "shows the answers.",
     )
 
 
-@with_arguments(
-    *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id"),
-    *("hub_strategy", "hub_always_push", "hub_revision"),
+@with_sft_config_fields(
+    "push_to_hub",
+    "hub_token",
+    "hub_private_repo",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_always_push",
+    "hub_revision",
 )
 class OutputSettings(Section):
-    """What the job leaves, and where."""
+    """The files that the job leaves, and their places."""
 
-    output_dir: str | None = Field(None, description="Where the final artefacts go; default: /opt/ml/model.")
-    checkpoint_dir: str | None = Field(None, description="Where checkpoints go; default: /opt/ml/checkpoints.")
-    merge_weights: bool = Field(False, description="Write the merged model, and the adapter beside it.")
+    output_dir: str | None = Field(None, description="Folder of the exported model. Default: /opt/ml/model.")
+    checkpoint_dir: str | None = Field(
+        None,
+        description="Folder of the checkpoints. Default: CheckpointConfig's, or /opt/ml/checkpoints.",
+    )
+    merge_weights: bool = Field(False, description="Export the merged model, with the adapter beside it.")
     merge_base: Literal["bf16", "dequantized"] = Field(
         "bf16",
-        description="What a QLoRA adapter is merged into: the original weights, or what quantization made of them.",
+        description="What a QLoRA adapter is merged into: the original weights (bf16), or the dequantized ones.",
     )
     mlflow_register_model: str | None = Field(
-        None, min_length=1, description="Name under which the result is registered in MLflow; default: it is not."
+        None,
+        min_length=1,
+        description="Name under which the result is registered in MLflow. Default: it is not registered.",
     )
 
 
-@with_arguments(
-    *remaining_arguments(
+@with_sft_config_fields(
+    *list_remaining_fields(
         *(ModelSettings, AdapterSettings, DataSettings, ParallelismSettings, TrackingSettings, OutputSettings)
     )
 )
@@ -305,7 +383,11 @@ class TrainingSettings(Section):
         True, description="Save checkpoints, ten times a run unless `save_steps` says otherwise, and resume from them."
     )
     max_run_seconds: int | None = Field(
-        None, ge=1, description="Save, export and end before this time is over; give the job's MaxRuntimeInSeconds."
+        None,
+        ge=1,
+        description="Save, export and end before so many seconds are over. Give the job's MaxRuntimeInSeconds.",
     )
     early_stopping: bool = Field(False, description="Stop when eval_loss no longer falls, and keep the best weights.")
-    early_stopping_patience: int = Field(3, ge=1, description="Evaluations without a fall before stopping.")
+    early_stopping_patience: int = Field(
+        3, ge=1, description="Evaluations without a fall of eval_loss before the training stops."
+    )

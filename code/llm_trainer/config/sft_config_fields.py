@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fields of `trl.SFTConfig`, from a snapshot, so that the launcher can check them without importing torch.
+"""The fields of `trl.SFTConfig`, from a snapshot: the launcher checks them without importing torch.
 
 `python -m llm_trainer.config.sft_config_fields` writes the snapshot anew; a test fails when it is stale.
 """
@@ -15,12 +15,12 @@ from typing import Any
 
 SNAPSHOT = Path(__file__).with_suffix(".json")
 
-# Set by torchrun, never by a user.
+# Fields that torchrun sets, and never a user.
 NOT_SETTINGS = ("local_rank",)
 
 
 class Argument(typing.NamedTuple):
-    """One field of SFTConfig: its plain types ("bool", "int", "float", "str", "dict", "list"), default and choices."""
+    """A field of SFTConfig: the names of its plain types, such as "bool" or "list", its default and its choices."""
 
     types: list[str]
     nullable: bool
@@ -31,11 +31,12 @@ class Argument(typing.NamedTuple):
 
 @functools.cache
 def read_snapshot() -> dict[str, Argument]:
+    """Return all fields of SFTConfig by name, as the snapshot has them."""
     return {name: Argument(**fields) for name, fields in json.loads(SNAPSHOT.read_text(encoding="utf-8")).items()}
 
 
 def take_snapshot() -> dict[str, Any]:
-    """The fields of the installed SFTConfig, ready for JSON."""
+    """Return the fields of the installed SFTConfig, ready for JSON."""
     from trl import SFTConfig
 
     hints = typing.get_type_hints(SFTConfig)
@@ -47,34 +48,38 @@ def take_snapshot() -> dict[str, Any]:
 
 
 def describe_field(field: "dataclasses.Field[Any]", hint: Any) -> dict[str, Any]:
+    """Return what the snapshot holds of a field, whose type annotation is `hint`: the fields of `Argument`."""
     parts = typing.get_args(hint) if is_union(hint) else (hint,)
     enums = [part for part in parts if isinstance(part, type) and issubclass(part, enum.Enum)]
     choices = field.metadata.get("choices") or ([member.value for member in enums[0]] if enums else None)
     factory = field.default_factory
     default = factory() if factory is not dataclasses.MISSING else field.default
     return {
-        "types": sorted({plain_type(part) for part in parts if part is not type(None)}),
+        "types": sorted({find_plain_type(part) for part in parts if part is not type(None)}),
         "nullable": type(None) in parts,
         "default": default.value if isinstance(default, enum.Enum) else default,
         "choices": list(choices) if choices else None,
-        "help": first_sentence(field.metadata.get("help", "")),
+        "help": cut_first_sentence(field.metadata.get("help", "")),
     }
 
 
 def is_union(hint: Any) -> bool:
+    """Tell whether a type annotation is a union, in either of its spellings."""
     return typing.get_origin(hint) is typing.Union or type(hint).__name__ == "UnionType"
 
 
-def plain_type(hint: Any) -> str:
+def find_plain_type(hint: Any) -> str:
+    """Return the name of the plain type that a user gives for a type annotation."""
     origin = typing.get_origin(hint) or hint
     if origin in (bool, int, float, str, list, dict):
         return str(origin.__name__)
     if origin is typing.Literal:
-        return "bool"  # `Literal[False]`, the only one that SFTConfig has
+        return "bool"  # SFTConfig has no other literal than `Literal[False]`
     return "str" if issubclass(origin, enum.Enum) else "dict"  # e.g. accelerate's ParallelismConfig, from its fields
 
 
-def first_sentence(text: str) -> str:
+def cut_first_sentence(text: str) -> str:
+    """Return the first sentence of a help text of argparse."""
     text = " ".join(text.replace("%%", "%").split())
     return re.split(r"(?<=[.])\s+(?=[A-Z`])", text, maxsplit=1)[0]
 
