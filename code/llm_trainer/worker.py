@@ -5,10 +5,10 @@ import gc
 import os
 import re
 import sys
-import warnings
 from pathlib import Path
 
 from llm_trainer.common.errors import UserError, report_failure, reserve_failure
+from llm_trainer.common.library_noise import silence_libraries
 from llm_trainer.common.processes import die_with_parent, exit_without_teardown
 from llm_trainer.common.ranks import describe_rank, local_rank, rank
 from llm_trainer.config.tracker_choice import configure_trackers
@@ -25,7 +25,7 @@ def main() -> int:
     die_with_parent()
     end_process_on_lost_batch()
     scratch_dir = Path(os.environ["LLM_TRAINER_SCRATCH"])
-    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' words to each other, not to the user
+    silence_libraries()
     job = read_job(sys.argv[1:])
     environment = job.environment
     journal = Journal(environment.output_dir / "data" / FILE_NAME if rank() == 0 else None)

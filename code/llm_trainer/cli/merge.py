@@ -3,7 +3,6 @@
 
 import shutil
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.files import read_json_object
 from llm_trainer.common.hub import download_model
+from llm_trainer.common.library_noise import silence_libraries
 from llm_trainer.common.units import show_bytes
 from llm_trainer.config.schema import Settings
 from llm_trainer.journal.manifest import MANIFEST, Manifest, read_manifest
@@ -68,7 +68,7 @@ def merge_files(options: MergeOptions, adapter: Path, output: Path) -> tuple[Pat
     if not name:
         raise UserError(f"{adapter / 'adapter_config.json'} names no base: give one with --base.")
     base = find_base(name, options.model_revision or adapter_config.get("revision"))
-    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' words to each other, not to the user
+    silence_libraries()
     # Only now: torch and what is built on it take seconds, and mistakes need none of it.
     from llm_trainer.merge.merge import write_merged_model
     from llm_trainer.model.loading import read_config

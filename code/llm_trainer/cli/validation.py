@@ -4,13 +4,13 @@
 import contextlib
 import json
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from llm_trainer.common.errors import MAX_LISTED_PROBLEMS
 from llm_trainer.common.findings import Finding, Verdict, format_finding
+from llm_trainer.common.library_noise import silence_libraries
 from llm_trainer.common.units import GIB, MIB
 from llm_trainer.data.report import DataReport
 
@@ -39,7 +39,7 @@ def print_validation(examine: Callable[[bool], Validation], as_json: bool) -> in
 
     The function is told whether its texts may have colours.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' words to each other, not to the user
+    silence_libraries()
     in_colour = not as_json and sys.stdout.isatty()
     # A library, or a wait for the Hub, may print too, and must not break the JSON.
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):

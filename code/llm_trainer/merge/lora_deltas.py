@@ -5,7 +5,6 @@ A change is a product of two thin matrices (Hu et al. 2021, arXiv:2106.09685), o
 What is none, DoRA's (Liu et al. 2024, arXiv:2402.09353), PEFT's own layer merges with the whole matrix.
 """
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,18 +133,16 @@ def attach_adapter(skeleton: PreTrainedModel, adapter: Path) -> PeftModel:
             number = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
             module.register_parameter(name, nn.Parameter(number, requires_grad=False))
     file = adapter / SAFETENSORS_WEIGHTS_NAME
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about training with tied weights, and Conv1D
-        try:
-            model = PeftModelForCausalLM(skeleton, config, ADAPTER, low_cpu_mem_usage=True)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"The adapter in {adapter} does not fit the base: {quote_error(error)}.") from error
-        shapes = {name: tuple(tensor.shape) for name, tensor in list_adapter_tensors(model).items()}
-        try:
-            weights = {name: tensor.float() for name, tensor in load_file(file).items()}
-            result = set_peft_model_state_dict(model, weights, ADAPTER, low_cpu_mem_usage=True)
-        except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
-            raise UserError(find_difference(file, shapes) or f"{file} does not fit: {quote_error(error)}.") from error
+    try:
+        model = PeftModelForCausalLM(skeleton, config, ADAPTER, low_cpu_mem_usage=True)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"The adapter in {adapter} does not fit the base: {quote_error(error)}.") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in list_adapter_tensors(model).items()}
+    try:
+        weights = {name: tensor.float() for name, tensor in load_file(file).items()}
+        result = set_peft_model_state_dict(model, weights, ADAPTER, low_cpu_mem_usage=True)
+    except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
+        raise UserError(find_difference(file, shapes) or f"{file} does not fit: {quote_error(error)}.") from error
     is_missing = any(parameter.is_meta for name, parameter in model.named_parameters())
     if is_missing or result.unexpected_keys:
         raise UserError(find_difference(file, shapes) or f"{file} does not fit the base: {result.unexpected_keys[:1]}.")

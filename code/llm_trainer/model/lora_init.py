@@ -9,7 +9,6 @@ it is stored.
 
 import json
 import shutil
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,10 +127,8 @@ def save_adapter(
 
     `base` is the name by which others find it, where the model knows the folder that it was loaded from.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # PEFT advises to convert, in the course of the conversion
-        initial = None if start is None else str(start)
-        model.save_pretrained(folder, state_dict=weights, path_initial_model_for_weight_conversion=initial)
+    initial = None if start is None else str(start)
+    model.save_pretrained(folder, state_dict=weights, path_initial_model_for_weight_conversion=initial)
     file = folder / CONFIG_NAME
     config = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": base, "revision": revision}
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
