@@ -91,8 +91,8 @@ lint: venv ## Lint, formatting and types, of Dockerfile and shell scripts too
 		|| { echo "shellcheck is missing, which has no wheel for this machine: install this system's package shellcheck."; exit 1; }
 	PATH=".venv/bin:$$PATH" shellcheck .ci/run $$(git ls-files '*.sh')
 
-docs: .venv-docs/.made ## Build the documentation to build/docs; a broken link fails it
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet --site-dir build/docs
+docs: venv ## Build the documentation to build/docs; a broken link fails it
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet --site-dir build/docs
 
 report-picture: venv .demo/opt/ml ## Take the README's picture of a report from the demo's job; needs Chromium
 	.venv/bin/python tests/support/report_picture.py .demo/opt/ml/output/data/report.html docs/images/report.png

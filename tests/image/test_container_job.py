@@ -38,6 +38,12 @@ def test_the_job_trains_an_adapter(image, tree, arguments, options):
     assert all(math.isfinite(loss) for loss in losses)
 
 
+def test_a_job_is_validated_without_being_run(image, tree):
+    result = image.run_job(tree.base_dir, "validate")
+    assert result.returncode == 0, result.stdout
+    assert not tree.model_files
+
+
 def test_two_ranks_train_together_without_network_and_with_little_shared_memory(image, tree):
     tree.change(nproc_per_node="2", per_device_train_batch_size="4")
     result = image.run_job(tree.base_dir, "train", options=["--network=none", "--shm-size=64m"])

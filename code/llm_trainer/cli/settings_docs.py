@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All settings and the rules between them as a person reads them: in `llm-trainer train --help` and in the documents.
 
-`python -m llm_trainer.cli.settings_docs README.md docs/settings.md` renews the tables between markers, such as
+`python -m llm_trainer.cli.settings_docs docs/settings.md` renews the tables between markers, such as
 `<!-- rules -->` and `<!-- end of rules -->`. A test keeps them current.
 """
 

@@ -142,7 +142,8 @@ def find_warnings(settings: Settings, environment: Environment, inputs: Inputs) 
         if unread := find_unread(source):
             yield f"{source.name} holds files that are not read: {', '.join(unread[:5])}"
     if unused := find_unused(environment):
-        yield f"nothing reads channel {', '.join(unused)}: see the README for the channels' names."
+        names = "train, train_..., validation or val, model and config"
+        yield f"nothing reads channel {', '.join(unused)}: a job reads {names}."
     for name in SECRETS:
         secret = settings.value(name)
         if secret is not None and not is_reference(secret.get_secret_value()):

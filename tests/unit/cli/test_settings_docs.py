@@ -3,8 +3,6 @@
 
 from pathlib import Path
 
-import pytest
-
 from llm_trainer.cli.settings_docs import (
     format_own_settings,
     format_rules,
@@ -18,8 +16,7 @@ from llm_trainer.config.rules import RULES
 from llm_trainer.config.schema import FIELDS, SECTIONS
 from llm_trainer.config.sections import ALIASES
 
-REPOSITORY = Path(__file__).parents[3]
-DOCUMENTS = [file for file in (REPOSITORY / "README.md", REPOSITORY / "docs/settings.md") if file.exists()]
+DOCUMENT = Path(__file__).parents[3] / "docs/settings.md"
 
 
 def test_help_names_every_setting():
@@ -64,12 +61,11 @@ def test_tables_are_renewed_between_their_markers():
     assert renew_tables(renewed) == renewed
 
 
-@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
-def test_the_tables_of_the_documents_are_current(file):
-    text = file.read_text(encoding="utf-8")
+def test_the_tables_of_the_document_are_current():
+    text = DOCUMENT.read_text(encoding="utf-8")
     assert renew_tables(text) == text
 
 
-def test_the_documents_have_every_setting():
-    text = "".join(file.read_text(encoding="utf-8") for file in DOCUMENTS)
+def test_the_document_has_every_setting():
+    text = DOCUMENT.read_text(encoding="utf-8")
     assert all(f"| `{name}` |" in text for name in FIELDS)
