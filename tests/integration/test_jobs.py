@@ -12,7 +12,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llm_trainer.journal.journal import read_records
 from llm_trainer.journal.metric_definitions import define_metrics
+from llm_trainer.journal.records import KINDS, SCHEMA_VERSION
+from support.journals import list_fields
 from support.sagemaker_tree import metrics_of
 
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
@@ -130,6 +133,14 @@ def test_the_journal_holds_what_the_job_measured(lora_job):
     assert model["trainable_parameters"] == manifest["trainable_parameters"]
     (entered,) = (record for record in records if record["kind"] == "manifest")
     assert manifest.items() <= entered.items()
+
+
+def test_every_record_of_a_job_has_the_fields_of_its_type(lora_job):
+    records = [record for record, _ in read_records(lora_job.base_dir / "output/data/metrics.jsonl")]
+    assert {record["kind"] for record in records} >= KINDS - {"event"}  # a job on its first attempt may have none
+    for record in records:
+        assert record.keys() <= list_fields(record["kind"])
+    assert records[0]["schema_version"] == lora_job.manifest["schema_version"] == SCHEMA_VERSION
 
 
 def test_the_journal_holds_answers_to_held_out_prompts_before_and_after(lora_job):

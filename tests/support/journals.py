@@ -5,10 +5,18 @@ import json
 import math
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
+
+from llm_trainer.journal.records import Record
 
 START = 1_790_000_000.0
 HOSTILE = "<script>alert('x')</script> & \"quoted\" </textarea>"
+
+
+def list_fields(kind: str) -> set[str]:
+    """The fields that the type of this kind of records names."""
+    hints = (get_type_hints(record_type) for record_type in get_args(Record))
+    return next(set(fields) for fields in hints if get_args(fields["kind"]) == (kind,))
 
 
 class FakeJournal:

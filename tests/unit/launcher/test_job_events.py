@@ -2,7 +2,6 @@
 """What the launcher writes to the journal, and on hosts but the first hands over instead."""
 
 import json
-import os
 import time
 from dataclasses import replace
 
@@ -12,10 +11,12 @@ from llm_trainer.common.errors import Failure
 from llm_trainer.config.environment import read_environment
 from llm_trainer.config.schema import Settings
 from llm_trainer.journal.journal import Journal, read_records
+from llm_trainer.journal.records import SCHEMA_VERSION
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.launcher.cluster import ClusterLink
 from llm_trainer.launcher.job_events import JobEventWriter
 from llm_trainer.launcher.supervisor import Verdict
+from support.journals import list_fields
 
 
 @pytest.fixture
@@ -55,6 +56,8 @@ def test_a_job_is_told_at_every_attempt_without_its_secrets(opt_ml):
     job, event, again = records(opt_ml)
     assert (job["name"], job["arn"][:12]) == ("tune-1", "arn:aws:sage")
     assert (job["attempt"], again["attempt"]) == (1, 2)
+    assert job.keys() == list_fields("job")
+    assert job["schema_version"] == SCHEMA_VERSION
     assert (job["started"], job["billed_hosts"]) == (again["started"], again["billed_hosts"]) == (1000.5, 3)
     assert (job["hosts"], job["world_size"]) == (["algo-1", "algo-2"], 8)
     assert job["settings"]["model_id"] == "org/model"
@@ -123,18 +126,3 @@ def test_without_a_place_for_the_journal_the_job_goes_on(opt_ml, capsys):
     events.write_start(opt_ml / "checkpoints", timeline(1000.0))
     events.write_end(Verdict("done"), opt_ml / "model")
     assert "metrics.jsonl cannot be written" in capsys.readouterr().err
-
-
-def test_a_column_of_gpus_is_read_as_a_name_for_each(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    Journal(file).write("system", host="algo-1", gpus={"power_watts": [1.5, None, 3], "sm_clock_mhz": [1, 2, 3]})
-    Journal(file).write("system", host="algo-1", values={"host/algo-1/cpu_percent": 5})
-    (first, _), (second, offset) = read_records(file)
-    assert first["values"] == {
-        "gpu/algo-1/0/power_watts": 1.5,
-        "gpu/algo-1/2/power_watts": 3,
-        **{f"gpu/algo-1/{index}/sm_clock_mhz": index + 1 for index in range(3)},
-    }
-    assert "gpus" not in first
-    assert second["values"] == {"host/algo-1/cpu_percent": 5}
-    assert offset == os.stat(file).st_size
