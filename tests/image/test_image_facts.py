@@ -85,6 +85,7 @@ def test_another_command_than_ours_runs_as_sdk_3_cleans_up_after_its_local_mode(
 def test_a_command_that_is_not_there_is_told_how_to_use_ours(image, argument):
     result = image.run(argument)
     assert result.returncode == 2
+    assert result.stdout.startswith(f"llm-trainer: {argument!r} is not a command: ")
     assert "usage: llm-trainer" in result.stdout
 
 

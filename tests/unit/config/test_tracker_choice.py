@@ -120,3 +120,27 @@ def test_the_reporter_imports_no_tracker_that_is_off():
         "print(sorted({'torch', 'mlflow', 'wandb', 'tensorboardX', 'transformers', 'pydantic'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+HIDING = """
+import os, sys
+from llm_trainer.config.schema import Settings
+from llm_trainer.config.tracker_choice import configure_trackers
+settings = Settings(mlflow_uri="http://host", mlflow_register_model={name!r})
+configure_trackers(settings.tracking, settings.output)
+print([name for name in ("wandb", "mlflow") if name in sys.modules], os.environ.get("MLFLOW_TRACKING_URI"))
+sys.modules["trl"] = sys
+try:
+    configure_trackers(settings.tracking, settings.output)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden"), [(None, "['wandb', 'mlflow'] None"), ("registered", "['wandb'] http://host")]
+)
+def test_a_worker_sees_no_tracker_but_the_registry_and_too_late_is_an_error(name, hidden):
+    code = HIDING.format(name=name)
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines() == [hidden, "Trackers must be hidden before trl is imported."]

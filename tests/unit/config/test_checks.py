@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the settings ask for is compared with the machines of the job."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_trainer.config.checks import HARDWARE_RULES, count_processes, find_contradictions, find_missing_hardware
+from llm_trainer.config.environment import Environment
+from llm_trainer.config.schema import FIELDS, Settings
+
+CPU_HOST = Environment(
+    base_dir=Path("/opt/ml"),
+    hyperparameters={},
+    channels={},
+    sharded_channels=frozenset(),
+    hosts=("algo-1",),
+    other_hosts=(),
+    current_host="algo-1",
+    network_interface=None,
+    instance_type=None,
+    num_gpus=0,
+    num_cpus=2,
+    checkpoint_dir=Path("/opt/ml/checkpoints"),
+)
+
+
+def find_missing(num_gpus: int = 0, hosts: tuple[str, ...] = ("algo-1",), **values: Any) -> list[str]:
+    environment = replace(CPU_HOST, num_gpus=num_gpus, hosts=hosts)
+    return list(find_missing_hardware(Settings(**values), environment))
+
+
+def test_rules_name_settings_that_exist():
+    assert all(set(rule.settings) <= set(FIELDS) for rule in HARDWARE_RULES)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"attn_implementation": "flex_attention"}, "attn_implementation=flex_attention runs only on an NVIDIA GPU"),
+        ({"activation_offloading": True}, "activation_offloading=true without a GPU"),
+        ({"activation_offloading": True, "use_cpu": True, "num_gpus": 1}, "activation_offloading=true without a GPU"),
+        ({"distribution": "fsdp"}, "distribution=fsdp with one process: there is nobody to share the model with"),
+        ({"nproc_per_node": 4, "num_gpus": 2}, "nproc_per_node=4 is more than this host's 2 GPUs: leave it out"),
+    ],
+)
+def test_what_the_machines_lack_is_told(values, sentence):
+    (problem,) = find_missing(**values)
+    assert problem.startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"attn_implementation": "sdpa"},
+        {"attn_implementation": "flash_attention_2", "num_gpus": 1},
+        {"distribution": "fsdp", "num_gpus": 2},
+        {"distribution": "fsdp", "hosts": ("algo-1", "algo-2")},
+        {"nproc_per_node": 4},
+        {"nproc_per_node": 4, "num_gpus": 2, "use_cpu": True},
+    ],
+)
+def test_what_the_machines_have_is_fine(values):
+    assert find_missing(**values) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "num_gpus", "num_processes"),
+    [
+        ({}, 0, 1),
+        ({}, 4, 4),
+        ({"use_cpu": True}, 4, 1),
+        ({"nproc_per_node": 2}, 4, 2),
+        ({"nproc_per_node": 2}, 0, 2),
+    ],
+)
+def test_one_process_a_gpu_unless_the_user_says_otherwise(values, num_gpus, num_processes):
+    environment = replace(CPU_HOST, num_gpus=num_gpus)
+    assert count_processes(Settings(**values).parallelism, environment) == num_processes
+
+
+def test_contradictions_are_told_in_the_order_of_the_table():
+    problems = list(find_contradictions(Settings(bf16=True, fp16=True, load_in_4bit=True, use_peft=False)))
+    assert [problem.split("=")[0] for problem in problems] == ["load_in_4bit", "bf16"]

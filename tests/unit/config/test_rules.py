@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings that are each valid and contradict each other break a rule of the table."""
+
+import os
+import string
+from itertools import product
+from typing import Any
+
+import pytest
+
+from llm_trainer.config.rules import RULES, supports_fsdp
+from llm_trainer.config.schema import FIELDS, Settings
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch, tmp_path):
+    for name in list(os.environ):
+        if name.startswith(("MLFLOW_", "WANDB_", "HF_TOKEN")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def find_broken(**values: Any) -> list[str]:
+    settings = Settings(**values)
+    return [problem for rule in RULES for problem in rule.find_problems(settings)]
+
+
+def test_the_defaults_break_no_rule():
+    assert find_broken() == []
+
+
+def test_rules_name_settings_that_exist():
+    for rule in RULES:
+        assert rule.settings
+        assert set(rule.settings) <= set(FIELDS)
+
+
+def test_messages_name_only_settings_and_what_the_rule_fills_in():
+    for rule in RULES:
+        places = {name for _, name, _, _ in string.Formatter().parse(rule.message) if name}
+        assert places <= set(FIELDS) | {"uri", "key", "fix"}, rule
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"load_in_4bit": True, "use_peft": False},
+        {"load_in_8bit": True, "use_peft": False},
+        {"load_in_4bit": True, "load_in_8bit": True},
+        {"load_in_4bit": True, "use_mxfp4": True},
+        {"load_in_8bit": True, "use_mxfp4": True},
+        {"bnb_4bit_quant_type": "fp4"},
+        {"bnb_4bit_use_double_quant": True},
+        {"use_liger_kernel": False, "liger_kernel_config": {"rope": False}},
+        {"model_init_kwargs": {"attn_implementation": "eager"}},
+        {"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}},
+        {"merge_weights": True, "use_peft": False},
+        {"merge_base": "bf16"},
+        {"merge_base": "dequantized", "merge_weights": True},
+        {"merge_base": "dequantized", "merge_weights": True, "load_in_4bit": True, "init_lora_weights": "loftq"},
+        {"mlflow_register_model": "name"},
+        {"hub_model_id": "a/b"},
+        {"push_to_hub": True, "hub_model_id": "a b", "hub_token": "x"},
+        {"push_to_hub": True, "hub_model_id": "a/b"},
+        {"push_to_hub": True, "hub_model_id": "a/b", "hub_token": "x", "hub_strategy": "every_save"},
+        {"push_to_hub": True, "hub_model_id": "a/b", "hub_token": "x", "hub_always_push": True},
+        {"torch_dtype": "float16", "use_peft": False},
+        {"use_dora": True, "use_peft": False},
+        {"target_modules": "q_proj", "use_peft": False},
+        {"loraplus_lr_ratio": 16, "use_peft": False},
+        {"use_dora": True, "init_lora_weights": "olora"},
+        {"load_in_4bit": True, "init_lora_weights": "pissa"},
+        {"load_in_8bit": True, "init_lora_weights": "olora"},
+        {"init_lora_weights": "loftq"},
+        {"init_lora_weights": "orthogonal", "lora_r": 3},
+        {"loraplus_lr_ratio": 16, "optim": "galore_adamw"},
+        {"bf16": True, "fp16": True},
+        {"enable_jit_checkpoint": True},
+        {"save_only_model": True},
+        {"save_on_each_node": True},
+        {"packing": True, "max_length": None},
+        {"eval_packing": True, "max_length": None},
+        {"streaming": True},
+        {"streaming": True, "max_steps": 3, "packing": True},
+        {"streaming": True, "max_steps": 3, "shuffle_dataset": True},
+        {"streaming": True, "max_steps": 3, "train_sampling_strategy": "sequential"},
+        {"packing": True, "packing_strategy": "wrapped"},
+        {"packing": False, "padding_free": True},
+        {"packing": False, "eval_packing": True},
+        {"train_weights": {"train_a": 0.0}},
+        {"distribution": "fsdp", "init_lora_weights": "pissa"},
+        {"distribution": "fsdp", "activation_offloading": True, "gradient_checkpointing": False},
+    ],
+)
+def test_each_contradiction_breaks_one_rule(values):
+    (problem,) = find_broken(**values)
+    assert any(name in problem for name in values)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"fsdp": "full_shard"}, "fsdp=full_shard: write distribution=fsdp; fsdp_config may refine it."),
+        ({"deepspeed": "zero3.json"}, "deepspeed is not part of this image: use distribution=fsdp, which shards"),
+        ({"distribution": "ddp", "fsdp_config": {"min_num_params": 5}}, "with distribution=ddp does nothing"),
+        ({"fsdp_config": "fsdp.json"}, "fsdp_config='fsdp.json' is not a JSON object"),
+        ({"fsdp_config": {"version": 1}}, "fsdp_config: 'version' is not to be set: use FSDP2, which is always used."),
+        ({"fsdp_config": {"cpu_offload": True}}, "it takes auto_wrap_policy, min_num_params, reshard_after_forward"),
+        ({"train_weights": {"a": 0.5, "b": -1.0}}, 'train_weights={"a": 0.5, "b": -1.0} is not valid'),
+        ({"use_peft": False, "use_dora": True}, "use_dora=true with use_peft=false"),
+        ({"use_peft": False, "target_modules": ["a", "b"]}, "target_modules=['a', 'b'] with use_peft=false"),
+        ({"push_to_hub": True, "hub_token": "x"}, "push_to_hub=true with hub_model_id=null: give a name such as"),
+        ({"optim": "apollo_adamw", "loraplus_lr_ratio": 2.5}, "loraplus_lr_ratio=2.5 with optim=apollo_adamw"),
+    ],
+)
+def test_a_sentence_shows_the_values_as_users_write_them(values, sentence):
+    (problem,) = find_broken(**values)
+    assert sentence in problem
+
+
+def test_each_key_of_fsdp_config_gets_its_sentence_in_order():
+    problems = find_broken(fsdp_config={"z": 1, "fsdp_state_dict_type": "x", "activation_checkpointing": True})
+    assert [problem.split("'")[1] for problem in problems] == ["activation_checkpointing", "fsdp_state_dict_type", "z"]
+
+
+def test_what_cannot_be_sharded_is_what_the_rules_refuse():
+    for quantized, start in product((False, True), ("default", "pissa", "loftq", "orthogonal")):
+        values = {"load_in_8bit": quantized, "init_lora_weights": start, "distribution": "fsdp"}
+        settings = Settings(**values)
+        refused = [problem for problem in find_broken(**values) if " with distribution=fsdp: " in problem]
+        assert supports_fsdp(settings.model, settings.adapter) == (not refused)
