@@ -159,7 +159,7 @@ def prepare_here(rows: Path, tokenizer: Any) -> tuple[float, int]:
     vocabulary = Vocabulary(tokenizer, frozenset({tokenizer.eos_token_id}), len(tokenizer))
     source = FileSource("train", rows.parent, (rows,))
     started = time.monotonic()
-    _, report = prepare_source(source, vocabulary, Settings(max_length=None))
+    _, report = prepare_source(source, vocabulary, Settings(max_length=None).data)
     return time.monotonic() - started, report.num_tokens
 
 

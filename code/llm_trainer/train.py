@@ -13,9 +13,9 @@ from trl import SFTConfig
 
 from llm_trainer.common.ranks import local_rank, rank, world_size
 from llm_trainer.config.schema import Settings
-from llm_trainer.data.datasets import Data, load_data
+from llm_trainer.data.datasets import Data, DataPlaces, load_data
 from llm_trainer.data.fingerprints import describe_split
-from llm_trainer.data.preview import describe_data
+from llm_trainer.data.preview import log_data
 from llm_trainer.data.streaming import AUDITED_ROWS
 from llm_trainer.export.export import export
 from llm_trainer.export.logits_check import choose_check_rows, compute_logits
@@ -62,12 +62,14 @@ def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> 
     tokenizer = loading.load_tokenizer(folder, settings)
     timeline.mark("tokenizer")
 
-    data = load_data(job, loading.build_vocabulary(folder, plan.config, tokenizer, settings), scratch_dir)
+    vocabulary = loading.build_vocabulary(folder, plan.config, tokenizer, settings)
+    places = DataPlaces(inputs, job.environment, scratch_dir)
+    data = load_data(places, vocabulary, settings.data, settings.training)
     tell_data(data, job, tokenizer, journal)
     timeline.mark("data")
 
     target = find_target(device, agreement.group)
-    longest_row, earlier = data.longest_row_tokens(settings), find_distribution(job, agreement.group)
+    longest_row, earlier = data.find_longest_row_tokens(settings.data), find_distribution(job, agreement.group)
     fit = choose_memory_plan(plan.config, settings, longest_row, target, plan.attention.name, earlier)
     say(*describe_memory_plan(fit))
     arguments = build_arguments(settings, inputs, device.torch, precision.compute, fit)
@@ -144,7 +146,7 @@ def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> 
 def tell_data(data: Data, job: Job, tokenizer: PreTrainedTokenizerBase, journal: Journal) -> None:
     if job.settings.data.streaming:
         say(f"Data train: streamed; what follows is of the first {AUDITED_ROWS} rows of each source")
-    say(*describe_data(data, tokenizer, in_colour=sys.stdout.isatty()))
+    log_data(data, tokenizer, in_colour=sys.stdout.isatty())
     sources = {"train": job.inputs.train, "validation": job.inputs.validation}
     for split, report in data.reports.items():
         journal.write("data", **describe_split(split, report, sources[split]))

@@ -130,7 +130,7 @@ def examine_data(job: Job, validation: Validation, in_colour: bool) -> None:
     if not prepared.problems:
         longest_row = max(report.longest_row_tokens for report in validation.reports.values())
         examine_memory(prepared.config, job.settings, job.environment, longest_row, validation)
-    row = prepared.splits["train"].first_row()
+    row = prepared.splits["train"].find_first_row()
     validation.sample = mark_sample(row, prepared.tokenizer, in_colour) if row else ""
 
 
@@ -150,13 +150,13 @@ def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: V
     tokenizer = loading.load_tokenizer(folder, settings)
     vocabulary = loading.build_vocabulary(folder, config, tokenizer, settings)
     examine_adapter(folder, config, settings, validation)
-    splits, problems = prepare_splits(inputs, vocabulary, settings, rejected_rows)
+    splits, problems = prepare_splits(inputs, vocabulary, settings.data, rejected_rows)
     return PreparedData(config, tokenizer, splits, problems)
 
 
 def add_reports(splits: "Mapping[str, Split]", are_valid: bool, validation: Validation) -> None:
     """Add the report of each split: its formats, and if all splits are valid, what is odd about its rows."""
-    from llm_trainer.data.preview import find_data_oddities
+    from llm_trainer.data.preview import find_data_warnings
 
     for name, split in splits.items():
         validation.reports[name] = split.report
@@ -164,7 +164,7 @@ def add_reports(splits: "Mapping[str, Split]", are_valid: bool, validation: Vali
         texts = [f"{key}: {rows} rows, trained on: {split.report.loss_on[key]}" for key, rows in formats]
         validation.add_findings(name, "ok", texts)
         if are_valid:
-            validation.add_findings(name, "warning", find_data_oddities(name, split.report))
+            validation.add_findings(name, "warning", find_data_warnings(name, split.report))
 
 
 def examine_adapter(folder: str, config: "PreTrainedConfig", settings: Settings, validation: Validation) -> None:
@@ -173,7 +173,7 @@ def examine_adapter(folder: str, config: "PreTrainedConfig", settings: Settings,
         return
     from llm_trainer.model.loading import build_skeleton
     from llm_trainer.model.lora import build_lora_config
-    from llm_trainer.serving.limits import find_misplacements
+    from llm_trainer.serving.limits import find_placement_refusals
 
     try:
         lora = build_lora_config(settings, build_skeleton(folder, config, settings))
@@ -181,4 +181,6 @@ def examine_adapter(folder: str, config: "PreTrainedConfig", settings: Settings,
         validation.add_findings("adapter", "error", error.problems)
         return
     if not settings.output.merge_weights:
-        validation.add_findings("adapter", "warning", find_misplacements(lora, config.get_text_config().model_type))
+        validation.add_findings(
+            "adapter", "warning", find_placement_refusals(lora, config.get_text_config().model_type)
+        )

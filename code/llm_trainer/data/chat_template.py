@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model's chat template: a conversation -> its text, and where in the text the assistant speaks."""
+"""Chat template of the model: render a conversation, and find the assistant's turns in its text."""
 
 from functools import cached_property
 
@@ -14,18 +14,18 @@ from llm_trainer.data.formats import Conversation, Fields, RowError
 Span = tuple[int, int]  # from the first character to the one after the last
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-PROBE = "probe-7c3a9e"  # a text that no template writes by itself
+PROBE = "probe-7c3a9e"  # no template writes this text by itself
 ASKED = {"role": "user", "content": "ping"}
 PROBE_TOOL = {"type": "function", "function": {"name": PROBE, "description": "", "parameters": {"type": "object"}}}
 
 
 class ChatTemplate:
-    """Renders conversations, and refuses those of which the template would leave something out."""
+    """A tokenizer's chat template, which refuses conversations that it would not render in full."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, finds_turns: bool | None) -> None:
-        """`finds_turns`: whether the assistant's turns have to be found; None: if they can be.
+        """Find out how the template marks turns; `finds_turns` says whether it has to, and None whether it may.
 
-        Raises UserError when there is no template, or turns have to be found and cannot be.
+        Raises UserError where there is no template, or turns have to be found and cannot be.
         """
         if tokenizer.chat_template is None:
             raise UserError(
@@ -34,8 +34,8 @@ class ChatTemplate:
             )
         self.tokenizer = tokenizer
         self.source: str = tokenizer.get_chat_template()
-        self.is_marked = False  # by {% generation %}
-        # What the template writes before and after an assistant's text, where it has no marks.
+        self.is_marked = False  # whether {% generation %} marks the turns
+        # The texts that a template without marks writes before and after an assistant's text.
         self.turn_start, self.turn_end = "", ""
         self.special_tokens = dict(tokenizer.special_tokens_map)
         if finds_turns is not False:
@@ -48,10 +48,11 @@ class ChatTemplate:
 
     @property
     def tells_turns(self) -> bool:
+        """True where the assistant's turns can be found."""
         return self.is_marked or bool(self.turn_end)
 
     def find_turn_marks(self) -> None:
-        """Marks of the template's own, those of TRL's version of it, or else the text after an assistant's turn."""
+        """Find how turns are marked: by the template, by TRL's version of it, or by the text after a turn."""
         if not self.tokenizer.is_fast:
             return  # only the tokenizers library says which characters a token covers
         self.is_marked = has_generation_markers(self.source)
@@ -63,7 +64,7 @@ class ChatTemplate:
                 self.probe_turns()
 
     def probe_turns(self) -> None:
-        """Find what stands around an assistant's text. The start may be empty, the end may not."""
+        """Find the texts around an assistant's text. The start may be empty; without an end no turn is told."""
         whole = self.try_rendering([ASKED, {"role": "assistant", "content": PROBE}])
         self.turn_end = whole.rpartition(PROBE)[2].rstrip() if PROBE in whole else ""
         question, prompt = self.try_rendering([ASKED]), self.try_rendering([ASKED], add_generation_prompt=True)
@@ -73,7 +74,7 @@ class ChatTemplate:
     def try_rendering(
         self, messages: list[Fields], tools: list[Fields] | None = None, add_generation_prompt: bool = False
     ) -> str:
-        """The text of made-up messages; empty if the template refuses them."""
+        """Return the text of made-up messages; empty where the template refuses them."""
         try:
             return self.render(messages, tools, add_generation_prompt)[0]
         except RowError:
@@ -81,21 +82,24 @@ class ChatTemplate:
 
     @cached_property
     def renders_reasoning(self) -> bool:
+        """True where the template renders a message's `reasoning_content`."""
         answer = {"role": "assistant", "content": "pong", "reasoning_content": PROBE}
         return PROBE in self.try_rendering([ASKED, answer])
 
     @cached_property
     def renders_tools(self) -> bool:
+        """True where the template renders the tools of a conversation."""
         return PROBE in self.try_rendering([ASKED], [PROBE_TOOL])
 
     @cached_property
     def renders_tool_calls(self) -> bool:
+        """True where the template renders tool calls and their results."""
         return supports_tool_calling(self.tokenizer)
 
-    def apply(self, conversation: Conversation) -> tuple[str, list[Span] | None]:
-        """The conversation's text and the spans of it to train on, None where turns cannot or need not be told apart.
+    def render_conversation(self, conversation: Conversation) -> tuple[str, list[Span] | None]:
+        """Return a conversation's text and the spans to train on; None where turns cannot or need not be told apart.
 
-        Raises RowError when the template refuses the conversation or leaves out a part of it.
+        Raises RowError where the template refuses the conversation or leaves out a part of it.
         """
         self.check_tools(conversation)
         if has_reasoning(conversation) and not self.renders_reasoning:
@@ -109,7 +113,10 @@ class ChatTemplate:
     def render(
         self, messages: list[Fields], tools: list[Fields] | None, add_generation_prompt: bool = False
     ) -> tuple[str, list[Span]]:
-        """The text, and the spans between the template's {% generation %} marks."""
+        """Return the text, and the spans between the template's {% generation %} marks.
+
+        Raises RowError where the template refuses the messages.
+        """
         try:
             [text], spans = render_jinja_template(
                 conversations=[messages],
@@ -124,9 +131,9 @@ class ChatTemplate:
         return text, join_spans(spans[0]) if spans else []
 
     def find_turns(self, conversation: Conversation, text: str) -> list[Span]:
-        """The span of each assistant turn with its end."""
+        """Return the span of each assistant turn, with the text that ends it. Raises RowError where none ends it."""
         turns = conversation.assistant_turns
-        # Only where nothing else looks like the start of a turn: a user may quote one.
+        # A user may quote the start of a turn, so that it counts only where every occurrence is a turn.
         is_plain = bool(self.turn_start) and text.count(self.turn_start) == len(turns)
         spans: list[Span] = []
         for number in turns:
@@ -138,13 +145,16 @@ class ChatTemplate:
             place = text.find(content, start)
             end = text.find(self.turn_end, place + len(content) if place >= 0 else start)
             if end < 0:
-                raise RowError(f"has a message {number + 1} of which the model's chat template hides the end.")
+                raise RowError(f"has a message {number + 1} whose end the model's chat template hides.")
             spans.append((start, end + len(self.turn_end)))
         return spans
 
     def find_start(self, conversation: Conversation, number: int, text: str) -> int:
-        """Where the turn of that message begins: after the prompt that the model is given to generate it, rendered."""
-        if not number:  # there is nothing to ask with
+        """Return where the turn of a message begins: after the rendered prompt that asks the model for it.
+
+        Raises RowError where the conversation's text does not begin with that prompt.
+        """
+        if not number:  # a first message has no prompt
             return max(0, text.find(conversation.messages[0]["content"].strip()))
         for asks in (True, False):  # a template may write into the prompt what it leaves out of the history
             prompt, _ = self.render(conversation.messages[:number], conversation.tools, asks)
@@ -157,7 +167,10 @@ class ChatTemplate:
         )
 
     def pick_turns(self, conversation: Conversation, spans: list[Span]) -> list[Span]:
-        """The spans to train on: not those of the prompt, nor those of messages with `weight` 0, as OpenAI has it."""
+        """Return the spans to train on, without those of the prompt and of messages with OpenAI's `weight` 0.
+
+        Raises RowError where no span is left, or the template joins turns that must be told apart.
+        """
         turns = conversation.assistant_turns
         first = conversation.num_prompt_messages or 0
         trained = [number >= first and conversation.messages[number].get("weight") != 0 for number in turns]
@@ -173,6 +186,7 @@ class ChatTemplate:
         raise RowError("has no assistant message to train on: add one, or set assistant_only_loss=false.")
 
     def check_tools(self, conversation: Conversation) -> None:
+        """Raise RowError where the template would leave out tools, their calls or their results."""
         fix = "give a template that does with chat_template_path, or remove the row."
         if conversation.tools and not self.renders_tools:
             raise RowError(f"has tools, and the model's chat template does not render them: {fix}")
@@ -182,7 +196,7 @@ class ChatTemplate:
 
 
 def join_spans(spans: list[Span]) -> list[Span]:
-    """Spans that touch as one: some templates mark a turn and its end apart."""
+    """Join spans that touch, since some templates mark a turn and its end apart."""
     joined: list[Span] = []
     for start, end in spans:
         if joined and joined[-1][1] == start:
@@ -192,7 +206,7 @@ def join_spans(spans: list[Span]) -> list[Span]:
 
 
 def check_messages(messages: list[Fields], text: str) -> None:
-    """Templates pass over roles that they do not know without a word."""
+    """Raise RowError where a message is missing in the text: templates skip unknown roles silently."""
     for number, message in enumerate(messages, start=1):
         if message["role"] not in ("assistant", "tool") and message["content"].strip() not in text:
             raise RowError(
@@ -202,11 +216,12 @@ def check_messages(messages: list[Fields], text: str) -> None:
 
 
 def has_reasoning(conversation: Conversation) -> bool:
+    """Tell whether a message has a field with reasoning."""
     return any(key in message for message in conversation.messages for key in REASONING_FIELDS)
 
 
 def fold_reasoning(conversation: Conversation) -> Conversation:
-    """Reasoning as a part of the content, for a template that has no place of its own for it."""
+    """Move reasoning into the content, for a template that has no place of its own for it."""
     messages = []
     for message in conversation.messages:
         reasoning = next((message[key] for key in REASONING_FIELDS if message.get(key)), None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The job's data: prepared once a host, memory-mapped by every rank."""
+"""Data of a job: prepared once a host, memory-mapped by every rank."""
 
 import json
 from dataclasses import dataclass
@@ -7,84 +7,116 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.ranks import local_rank, run_on_local_rank_zero
-from llm_trainer.config.schema import Settings
+from llm_trainer.config.environment import Environment
+from llm_trainer.config.sections import DataSettings, TrainingSettings
 from llm_trainer.data.encoding import Vocabulary
-from llm_trainer.data.report import DataReport
-from llm_trainer.data.shard_exchange import Leaders
+from llm_trainer.data.report import REJECTED_ROWS, DataReport
+from llm_trainer.data.shard_exchange import LocalRankZeroGroup
 from llm_trainer.data.splits import Split, prepare_splits
-from llm_trainer.data.streaming import open_stream
-from llm_trainer.data.token_cache import REJECTED
-from llm_trainer.job.job import Job
+from llm_trainer.data.streaming import build_preparers, open_stream
+from llm_trainer.job.inputs import Inputs
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a job trains on and is measured with: each row's `input_ids`, `labels` and, unless streamed, `length`."""
+    """The rows that a job trains and evaluates on: their `input_ids`, `labels` and, unless streamed, `length`."""
 
     splits: dict[str, Dataset | IterableDataset]  # train, and validation if there is one
-    sample: Dataset  # training rows to look at: all, or the audited ones of a stream
-    reports: dict[str, DataReport]  # of each split
+    sample: Dataset  # training rows to look at: all of them, or the audited ones of a stream
+    reports: dict[str, DataReport]  # split -> its report
 
-    def longest_row_tokens(self, settings: Settings) -> int:
-        """Of all splits; of a stream, of which only the first rows are known, as many as a row may have."""
+    def find_longest_row_tokens(self, settings: DataSettings) -> int:
+        """Return the tokens of the longest row of all splits.
+
+        Only the first rows of a stream are known, so that `max_length` counts there.
+        """
         known = max(report.longest_row_tokens for report in self.reports.values())
-        return settings.data.max_length or known if settings.data.streaming else known
+        return settings.max_length or known if settings.streaming else known
 
 
-def load_data(job: Job, vocabulary: Vocabulary, scratch_dir: Path) -> Data:
-    """The job's data. Raises UserError with everything that is wrong with any of them."""
-    settings, inputs = job.settings, job.inputs
-    index, done = scratch_dir / "data.json", scratch_dir / "data.done"
-    leaders = None
-    if any(source.is_sharded for source in (*inputs.train, *inputs.validation)):
+@dataclass(frozen=True)
+class DataPlaces:
+    """The places that a job's rows come from, and the folders that results of their preparation go to."""
+
+    inputs: Inputs
+    environment: Environment
+    scratch_dir: Path
+
+    @property
+    def has_shards(self) -> bool:
+        """True where the hosts have different files of a source."""
+        return any(source.is_sharded for source in (*self.inputs.train, *self.inputs.validation))
+
+
+def load_data(
+    places: DataPlaces, vocabulary: Vocabulary, settings: DataSettings, training_settings: TrainingSettings
+) -> Data:
+    """Prepare the job's data once a host, and return it memory-mapped for this rank.
+
+    Raises UserError with everything that is wrong with any of them.
+    """
+    splits = share_splits(places, vocabulary, settings)
+    rows: dict[str, Any] = {
+        name: concatenate_datasets(list(split.open_datasets().values())) for name, split in splits.items()
+    }
+    reports = {name: split.report for name, split in splits.items()}
+    if settings.streaming:
+        preparers = build_preparers(vocabulary, settings, reports["train"].formats)
+        stream = open_stream(places.inputs.train, preparers, settings, training_settings, places.environment)
+        return Data({**rows, "train": stream}, rows["train"], reports)
+    seed = training_settings.seed
+    if settings.train_weights:
+        rows["train"] = rows["train"].select(choose_rows(splits["train"].open_datasets(), settings.train_weights, seed))
+    if settings.shuffle_dataset:
+        rows["train"] = rows["train"].shuffle(seed=seed, keep_in_memory=True)
+    return Data(rows, rows["train"], reports)
+
+
+def share_splits(places: DataPlaces, vocabulary: Vocabulary, settings: DataSettings) -> dict[str, Split]:
+    """Prepare the splits on this host's first rank, and return them on every rank.
+
+    Raises UserError with everything that is wrong with any of them.
+    """
+    index, done = places.scratch_dir / "data.json", places.scratch_dir / "data.done"
+    group = None
+    if places.has_shards:
         if local_rank() == 0:
-            done.unlink(missing_ok=True)  # after a restart in place, all hosts exchange again or none
-        leaders = Leaders(job.environment.hosts, scratch_dir / "shards")  # which waits for all ranks
+            done.unlink(missing_ok=True)  # after a restart in place, all hosts exchange again or none does
+        group = LocalRankZeroGroup(places.environment.hosts, places.scratch_dir / "shards")  # waits for all ranks
 
-    def work() -> None:
-        rejected_rows = job.environment.output_dir / "data" / REJECTED
-        splits, problems = prepare_splits(inputs, vocabulary, settings, rejected_rows, leaders)
+    def prepare() -> None:
+        rejected_rows = places.environment.output_dir / "data" / REJECTED_ROWS
+        splits, problems = prepare_splits(places.inputs, vocabulary, settings, rejected_rows, group)
         if problems:
             raise UserError(*problems)
         index.write_text(json.dumps({name: split.to_json() for name, split in splits.items()}), encoding="utf-8")
 
-    run_on_local_rank_zero(done, work)
+    run_on_local_rank_zero(done, prepare)
     values = json.loads(index.read_text(encoding="utf-8"))
-    splits = {name: Split.from_json(split) for name, split in values.items()}
-    rows: dict[str, Any] = {
-        name: concatenate_datasets(list(split.datasets().values())) for name, split in splits.items()
-    }
-    reports = {name: split.report for name, split in splits.items()}
-    if settings.data.streaming:
-        stream = open_stream(job, vocabulary, reports["train"].formats)
-        return Data({**rows, "train": stream}, rows["train"], reports)
-    if settings.data.train_weights:
-        places = choose_rows(splits["train"].datasets(), settings.data.train_weights, settings.training.seed)
-        rows["train"] = rows["train"].select(places)
-    if settings.data.shuffle_dataset:
-        rows["train"] = rows["train"].shuffle(seed=settings.training.seed, keep_in_memory=True)
-    return Data(rows, rows["train"], reports)
+    return {name: Split.from_json(split) for name, split in values.items()}
 
 
-def choose_rows(datasets: dict[str, Dataset], weights: dict[str, float], seed: int) -> Any:
-    """The places of an epoch's rows: each source has its share of them, and none of its rows is left out.
+def choose_rows(datasets: dict[str, Dataset], weights: dict[str, float], seed: int) -> npt.NDArray[np.int64]:
+    """Return the indices of an epoch's rows: each source has its share of them, and none of its rows is left out.
 
-    A source whose weight is large for its size repeats: whole times, and a random part.
+    A source whose weight is large for its size repeats: whole times, and a random part. Raises UserError where a
+    source has no rows.
     """
     for name, rows in datasets.items():
         if not len(rows):
             raise UserError(f"train_weights gives {name!r} a share and it has no rows left: leave the channel out.")
     per_row = {name: weights[name] / len(rows) for name, rows in datasets.items()}
-    random = np.random.default_rng(seed)
-    places, first = [], 0
+    generator = np.random.default_rng(seed)
+    indices, first = [], 0
     for name, rows in datasets.items():
         num_wanted = round(len(rows) * per_row[name] / min(per_row.values()))
         whole, part = divmod(num_wanted, len(rows))
         own = np.arange(first, first + len(rows))
-        places += [np.tile(own, whole), np.sort(random.permutation(own)[:part])]
+        indices += [np.tile(own, whole), np.sort(generator.permutation(own)[:part])]
         first += len(rows)
-    return np.concatenate(places)
+    return np.concatenate(indices)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples -> token ids and labels, by the rules of one tokenizer and one job."""
+"""Encoding of examples: token ids and labels, by the rules of one tokenizer and one job."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.chat_template import ChatTemplate, Span
 from llm_trainer.data.formats import IGNORED, Conversation, Example, RowError, Text, Tokens
 
@@ -21,7 +21,7 @@ Ids = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """A whole row, not cut yet."""
+    """A row in full length, before truncation."""
 
     input_ids: Ids  # [length]
     labels: Ids  # [length], IGNORED where a token is not trained on
@@ -29,15 +29,15 @@ class EncodedRow:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What data have to agree on with the model."""
+    """The tokens that data and model have to agree on."""
 
     tokenizer: PreTrainedTokenizerBase
-    stop_ids: frozenset[int]  # ids at which generation stops; the tokenizer's EOS is one of them
-    size: int  # of the model's embedding, which may have more rows than the tokenizer has tokens
+    stop_ids: frozenset[int]  # ids at which generation stops, the tokenizer's EOS among them
+    size: int  # rows of the model's embedding, which may exceed the tokenizer's tokens
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of all that decides which ids a text becomes."""
+        """The SHA-256 digest of everything that decides which ids a text becomes."""
         tokenizer = self.tokenizer
         backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else f"{tokenizer} {tokenizer.get_vocab()}"
         parts = (
@@ -53,44 +53,45 @@ class Vocabulary:
 class Encoder:
     """Turns examples of one format into token ids and labels."""
 
-    def __init__(self, vocabulary: Vocabulary, settings: Settings, row_format: str) -> None:
-        """Raises UserError where rows of that format cannot be trained on as the settings ask."""
+    def __init__(self, vocabulary: Vocabulary, settings: DataSettings, row_format: str) -> None:
+        """Check that rows of this format can be trained on as the settings ask. Raises UserError where they cannot."""
         refuse_contradiction(row_format, settings)
         self.vocabulary = vocabulary
         self.tokenizer = vocabulary.tokenizer
         self.settings = settings
-        self.white: dict[int, bool] = {}  # token -> whether its text is white space, as far as was asked
+        self.is_white_space: dict[int, bool] = {}  # token -> whether its text is white space, for tokens met before
         is_completion = row_format == "prompt_completion"
-        self.finds_turns = settings.data.completion_only_loss if is_completion else settings.data.assistant_only_loss
+        self.finds_turns = settings.completion_only_loss if is_completion else settings.assistant_only_loss
         has_template = self.tokenizer.chat_template is not None
         if row_format in ("messages", "sharegpt") or (row_format == "alpaca" and has_template):
-            self.template  # noqa: B018 - where it cannot be used, every row would say so
+            self.template  # noqa: B018 - built now, so that a template that cannot be used is told once and not by each row
         self.loss_on = self.describe_loss(row_format, has_template)
 
     @cached_property
     def template(self) -> ChatTemplate:
+        """The model's chat template. Raises UserError where the model has none that serves the settings."""
         return ChatTemplate(self.tokenizer, self.finds_turns)
 
     def describe_loss(self, row_format: str, has_template: bool) -> str:
-        """What is trained on, for the log."""
+        """Say for the log which tokens are trained on."""
         if row_format in ("text", "pretokenized"):
             return "all tokens" if row_format == "text" else "labels"
         if row_format == "prompt_completion" or not has_template:
-            return "all tokens" if self.settings.data.completion_only_loss is False else "completions"
+            return "all tokens" if self.settings.completion_only_loss is False else "completions"
         if self.template.tells_turns:
             return "assistant turns"
         return "all tokens" if self.finds_turns is False else "all tokens, since the chat template does not tell turns"
 
     def encode(self, examples: list[Example]) -> list[EncodedRow | RowError]:
-        """The row of each example, ending in a stop token, or what is wrong with it."""
+        """Return each example's row, which ends in a stop token, or the error that says why there is none."""
         rows: list[EncodedRow | RowError | None] = [None] * len(examples)
         texts: dict[bool, list[tuple[int, str, list[Span] | None]]] = {True: [], False: []}
         for place, example in enumerate(examples):
             try:
                 if isinstance(example, Tokens):
-                    rows[place] = self.check(example)
+                    rows[place] = self.convert_tokens(example)
                 else:
-                    text, spans = self.write(example)
+                    text, spans = self.render(example)
                     wants_specials = isinstance(example, Text) and not self.starts_with_bos(text)
                     texts[wants_specials].append((place, text, spans))
             except RowError as error:
@@ -100,13 +101,16 @@ class Encoder:
                 encoded = self.tokenize([text for _, text, _ in batch], add_special_tokens)
                 for (place, _, spans), (ids, encoding) in zip(batch, encoded, strict=True):
                     try:
-                        rows[place] = self.label(ids, encoding, spans)
+                        rows[place] = self.build_row(ids, encoding, spans)
                     except RowError as error:
                         rows[place] = error
         return rows  # type: ignore[return-value]
 
-    def write(self, example: Conversation | Text) -> tuple[str, list[Span] | None]:
-        """The example's text, and the spans of it to train on, None for all. Raises RowError."""
+    def render(self, example: Conversation | Text) -> tuple[str, list[Span] | None]:
+        """Return an example's text and the spans in it that are trained on; None means all of it.
+
+        Raises RowError where the chat template refuses the example, or the text holds half a character.
+        """
         text, spans = self.compose(example)
         if not text.isascii():
             try:
@@ -116,21 +120,22 @@ class Encoder:
         return text, spans
 
     def compose(self, example: Conversation | Text) -> tuple[str, list[Span] | None]:
+        """Return the text and spans of `render`, before the text is checked."""
         if isinstance(example, Conversation):
-            return self.template.apply(example)
+            return self.template.render_conversation(example)
         start = example.num_prompt_characters
-        if not start or self.settings.data.completion_only_loss is False or not self.tokenizer.is_fast:
+        if not start or self.settings.completion_only_loss is False or not self.tokenizer.is_fast:
             return example.text, None
         return example.text, [(start, len(example.text))]
 
     def starts_with_bos(self, text: str) -> bool:
-        """Whether a text was rendered with its special tokens, which then must not be added again."""
+        """Tell whether a text begins with the BOS token, so that no special tokens may be added."""
         return bool(self.tokenizer.bos_token) and text.lstrip().startswith(self.tokenizer.bos_token)
 
     def tokenize(self, texts: list[str], add_special_tokens: bool) -> list[tuple[list[int], Encoding | None]]:
-        """The ids of each text, and which characters each covers, where the tokenizer is one of the tokenizers library.
+        """Return the ids of each text and, from a fast tokenizer, its encoding, which maps characters to tokens.
 
-        That library is asked itself: what Transformers makes of its answers takes a tenth as long again.
+        The tokenizers library is called directly: going through Transformers takes a tenth longer.
         """
         if self.tokenizer.is_fast:
             encodings = self.backend.encode_batch(texts, add_special_tokens=add_special_tokens)
@@ -140,13 +145,14 @@ class Encoder:
 
     @cached_property
     def backend(self) -> Tokenizer:
-        """The tokenizer without the cutting and padding that its file may ask for."""
+        """The fast tokenizer's backend, without the truncation and padding that its file may ask for."""
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
         return backend
 
-    def label(self, ids: list[int], encoding: Encoding | None, spans: list[Span] | None) -> EncodedRow:
+    def build_row(self, ids: list[int], encoding: Encoding | None, spans: list[Span] | None) -> EncodedRow:
+        """Label the tokens of the spans, drop a doubled BOS, and end the row in a stop token. Raises RowError."""
         input_ids = np.array(ids, dtype=np.int32)
         if spans is None or encoding is None:  # spans are looked for only where there is an encoding
             labels = input_ids.copy()
@@ -166,8 +172,8 @@ class Encoder:
         self.check_ids("input_ids", input_ids)
         return EncodedRow(input_ids, labels)
 
-    def check(self, tokens: Tokens) -> EncodedRow:
-        """A row that somebody else tokenized. Raises RowError where the model would not know it, or for two BOS."""
+    def convert_tokens(self, tokens: Tokens) -> EncodedRow:
+        """Convert a pretokenized row. Raises RowError for ids outside the vocabulary, or two BOS tokens."""
         input_ids, labels = np.array(tokens.input_ids), np.array(tokens.labels)
         self.check_ids("input_ids", input_ids)
         self.check_ids("labels", labels[labels != IGNORED])
@@ -177,6 +183,7 @@ class Encoder:
         return EncodedRow(input_ids.astype(np.int32), labels.astype(np.int32))
 
     def check_ids(self, name: str, ids: npt.NDArray[Any]) -> None:
+        """Raise RowError where an id lies outside the model's vocabulary."""
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocabulary.size):
             unknown = ids[(ids < 0) | (ids >= self.vocabulary.size)][0]
             raise RowError(
@@ -185,7 +192,7 @@ class Encoder:
             )
 
     def ends_in_stop(self, input_ids: Ids) -> bool:
-        """Whether a stop token ends the row; templates may put a newline after it."""
+        """Tell whether a stop token ends the row; only white space may follow it, as templates write it."""
         for place in range(len(input_ids) - 1, -1, -1):
             token = int(input_ids[place])
             if token in self.vocabulary.stop_ids:
@@ -195,17 +202,18 @@ class Encoder:
         return False
 
     def ends_trained(self, input_ids: Ids, labels: Ids) -> bool:
-        """Whether the last token that is no white space is trained on, and with it what ends the row."""
+        """Tell whether the last token that is not white space is trained on, and thus the token that ends the row."""
         pairs = zip(map(int, input_ids[::-1]), labels[::-1], strict=True)
         return next((label != IGNORED for token, label in pairs if label != IGNORED or not self.is_white(token)), False)
 
     def is_white(self, token: int) -> bool:
-        if token not in self.white:
-            self.white[token] = not self.tokenizer.decode([token]).strip()
-        return self.white[token]
+        """Tell whether a token's text is white space."""
+        if token not in self.is_white_space:
+            self.is_white_space[token] = not self.tokenizer.decode([token]).strip()
+        return self.is_white_space[token]
 
     def find_stops(self, input_ids: Ids) -> npt.NDArray[np.bool_]:
-        """[length], true where generation would stop."""
+        """Return a mask [length] that is true at stop tokens."""
         is_stop = np.zeros(len(input_ids), dtype=bool)
         for stop in self.vocabulary.stop_ids:
             is_stop |= input_ids == stop
@@ -213,7 +221,10 @@ class Encoder:
 
 
 def find_tokens(encoding: Encoding, span: Span) -> tuple[int, int]:
-    """The first and the last token that cover a span's characters; white space between tokens is covered by none."""
+    """Return the first and the last token that cover a span's characters.
+
+    No token covers the white space between two. Raises RowError where no token covers any character of the span.
+    """
     start, end = span
     characters = range(start, end)
     covering = (encoding.char_to_token(character) for character in characters)
@@ -225,13 +236,13 @@ def find_tokens(encoding: Encoding, span: Span) -> tuple[int, int]:
     return first, last
 
 
-def refuse_contradiction(row_format: str, settings: Settings) -> None:
-    """Raises UserError where the loss is asked for in a place that rows of this format do not have."""
-    if settings.data.assistant_only_loss and row_format in ("text", "pretokenized"):
+def refuse_contradiction(row_format: str, settings: DataSettings) -> None:
+    """Raise UserError where the settings ask for a loss on a part that rows of this format do not have."""
+    if settings.assistant_only_loss and row_format in ("text", "pretokenized"):
         raise UserError(
             f"assistant_only_loss=true needs conversations and the data has {row_format} rows: remove the setting."
         )
-    if settings.data.completion_only_loss and row_format != "prompt_completion":
+    if settings.completion_only_loss and row_format != "prompt_completion":
         raise UserError(
             f"completion_only_loss=true needs rows with prompt and completion and the data has {row_format} rows: "
             "remove the setting."

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The journal's record of a split: which data these were, by digests, and how their rows are long."""
+"""Fingerprint of a split for the journal: its files by their digests, and the lengths of its rows."""
 
 import hashlib
 import json
@@ -10,12 +10,12 @@ from typing import Any
 from llm_trainer.data.report import DataReport
 from llm_trainer.readers.sources import FileSource, Source
 
-MAX_LENGTHS = 200  # different ones in a record: as many bars as a histogram shows at most
-DIGEST_CHARACTERS = 36  # that MLflow takes of a data set's digest
+MAX_LENGTHS = 200  # different lengths in a record: the most bars that a histogram shows
+DIGEST_CHARACTERS = 36  # the most that MLflow takes for a data set's digest
 
 
 def describe_split(split: str, report: DataReport, sources: Sequence[Source]) -> dict[str, Any]:
-    """The fields of a `data` record."""
+    """Return the fields of a split's `data` record."""
     places = find_places(sources)
     return {
         "split": split,
@@ -24,32 +24,35 @@ def describe_split(split: str, report: DataReport, sources: Sequence[Source]) ->
         "supervised_tokens": report.num_supervised_tokens,
         "lengths": bin_lengths(report.lengths),
         "sources": [{**file, "uri": places.get(file["name"])} for file in report.files],
-        "digest": digest(report.files),
+        "digest": combine_digests(report.files),
         "summary": report.summary(),
     }
 
 
 def find_places(sources: Sequence[Source]) -> dict[str, str]:
-    """The name of each file, or of a split of a Hub data set, as reports have it -> its URI."""
+    """Return the URI of each file, or of a split of a Hub data set, by its name in reports."""
     places: dict[str, str] = {}
     for source in sources:
         if isinstance(source, FileSource):
-            places |= {name: file.absolute().as_uri() for name, file in source.named()}
+            places |= {name: file.absolute().as_uri() for name, file in source.name_files()}
         else:
             places[source.title] = f"hf://datasets/{source.name}"
     return places
 
 
-def digest(files: Sequence[Mapping[str, Any]]) -> str:
-    """One for all files, by their own digests, or where a stream has none by name, size and time; in any order."""
+def combine_digests(files: Sequence[Mapping[str, Any]]) -> str:
+    """Return one digest for all files, whatever their order.
+
+    It comes from their own digests, or from name, size and time where a stream has none.
+    """
     contents = sorted(file.get("sha256") or json.dumps(file, sort_keys=True) for file in files)
     return hashlib.sha256("\n".join(contents).encode()).hexdigest()[:DIGEST_CHARACTERS]
 
 
 def bin_lengths(lengths: Mapping[int, int]) -> dict[int, int]:
-    """Tokens -> rows of that length, or where there are many lengths, of at most so many and more than the next less.
+    """Return the number of rows by length in tokens, in at most MAX_LENGTHS bins.
 
-    The bins are equally wide, and the last ends at the longest row.
+    Each bin is named by its largest length. The bins are equally wide, and the last ends at the longest row.
     """
     longest = max(lengths, default=0)
     width = 1 if len(lengths) <= MAX_LENGTHS else math.ceil(longest / MAX_LENGTHS)

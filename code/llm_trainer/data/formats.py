@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A row's fields -> an example: what it trains on, whatever the field's habits. No tokenizer, no torch.
+"""Formats of rows: parse a row's fields into an example, which says what is trained on.
 
-Formats, by what a row has (sources: TRL's "Dataset formats", ShareGPT's export, Stanford Alpaca's data release):
+A row's fields tell its format (sources: TRL's "Dataset formats", ShareGPT's export, Stanford Alpaca's data release):
     pretokenized        input_ids, labels if the loss is not on all of them
     messages            [{"role": ..., "content": ...}, ...], tools
     sharegpt            conversations: [{"from": "human", "value": ...}, ...], system, tools
@@ -16,16 +16,16 @@ from functools import cached_property
 from typing import Any
 
 from llm_trainer.common.errors import cut_quote
-from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import DataSettings
 from llm_trainer.readers.json import parse_json
 
 IGNORED = -100  # the label of a token that is not trained on, PyTorch's cross_entropy default
 
-# ShareGPT's names, and those of its descendants, for the roles that chat templates know.
+# Names for roles in ShareGPT's export and in data that follow it -> the names that chat templates know.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 SHAREGPT_ROLES |= {"function_call": "assistant", "observation": "tool", "function_response": "tool"}
 
-# The two texts with which Alpaca's authors trained, for a model that has no chat template.
+# Prompts with which Alpaca's authors trained, for a model that has no chat template.
 ALPACA_TASK = "Below is an instruction that describes a task"
 ALPACA_REQUEST = "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
 ALPACA_PLAIN = f"{ALPACA_TASK}. {ALPACA_REQUEST}### Response:\n"
@@ -36,20 +36,23 @@ ALPACA_WITH_INPUT = (
 
 
 class RowError(ValueError):
-    """What is wrong with a row, as the rest of a sentence that begins with the row's place, and how to mend it."""
+    """A reason why a row cannot be used, and how to mend it.
+
+    Its text is the rest of a sentence that begins with the row's place.
+    """
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages for the model's chat template."""
+    """A list of messages for the model's chat template."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
-    num_prompt_messages: int | None = None  # of a prompt with a completion; None: any assistant's turn is trained on
+    num_prompt_messages: int | None = None  # messages that are not trained on; None: all assistant turns are
 
     @cached_property
     def assistant_turns(self) -> list[int]:
-        """The places of the assistant's messages."""
+        """The indices of the assistant's messages."""
         return [place for place, message in enumerate(self.messages) if message["role"] == "assistant"]
 
 
@@ -58,12 +61,12 @@ class Text:
     """A text that is tokenized as it is."""
 
     text: str
-    num_prompt_characters: int | None = None  # of a prompt with a completion; None: all of it is trained on
+    num_prompt_characters: int | None = None  # characters that are not trained on; None: the whole text is
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A row that somebody tokenized."""
+    """A row that was tokenized before it came here."""
 
     input_ids: list[int]
     labels: list[int]  # IGNORED where a token is not trained on
@@ -73,19 +76,22 @@ Example = Conversation | Text | Tokens
 Fields = dict[str, Any]
 
 
-def detect_format(fields: Fields, settings: Settings) -> str:
-    """The format whose fields the row has, or the one that `dataset_format` forces. Raises RowError without any."""
+def detect_format(fields: Fields, settings: DataSettings) -> str:
+    """Return the format whose fields the row has, or the one that `dataset_format` forces.
+
+    Raises RowError where the row has the fields of no format.
+    """
     given = {name for name, value in fields.items() if value is not None}
     needs = {
         "pretokenized": ("input_ids",),
-        "messages": (settings.data.messages_field,),
+        "messages": (settings.messages_field,),
         "sharegpt": ("conversations",),
         "prompt_completion": ("prompt", "completion"),
         "alpaca": ("instruction", "output"),
-        "text": (settings.data.text_field,),
+        "text": (settings.text_field,),
     }
-    if settings.data.dataset_format != "auto":
-        needs = {settings.data.dataset_format: needs[settings.data.dataset_format]}
+    if settings.dataset_format != "auto":
+        needs = {settings.dataset_format: needs[settings.dataset_format]}
     for name, fields_needed in needs.items():
         if given.issuperset(fields_needed):
             return name
@@ -97,20 +103,21 @@ def detect_format(fields: Fields, settings: Settings) -> str:
     )
 
 
-def parse_example(fields: Fields, row_format: str, settings: Settings, has_chat_template: bool) -> Example:
-    """The example of a row of that format. Raises RowError when the row cannot be used."""
+def parse_example(fields: Fields, row_format: str, settings: DataSettings, has_chat_template: bool) -> Example:
+    """Parse a row of that format into an example. Raises RowError where the row cannot be used."""
     parsers: dict[str, Callable[[], Example]] = {
         "pretokenized": lambda: parse_tokens(fields),
-        "messages": lambda: parse_conversation(fields, settings.data.messages_field),
+        "messages": lambda: parse_conversation(fields, settings.messages_field),
         "sharegpt": lambda: parse_conversation(fields, "conversations"),
         "prompt_completion": lambda: parse_prompt_completion(fields),
         "alpaca": lambda: parse_alpaca(fields, has_chat_template),
-        "text": lambda: Text(parse_text(fields, settings.data.text_field)),
+        "text": lambda: Text(parse_text(fields, settings.text_field)),
     }
     return parsers[row_format]()
 
 
 def parse_tokens(fields: Fields) -> Tokens:
+    """Parse a pretokenized row, without its padding. Raises RowError where lengths differ or no token is left."""
     input_ids = parse_ids(fields, "input_ids")
     labels = parse_ids(fields, "labels") if fields.get("labels") is not None else input_ids
     mask = parse_ids(fields, "attention_mask") if fields.get("attention_mask") is not None else [1] * len(input_ids)
@@ -126,30 +133,35 @@ def parse_tokens(fields: Fields) -> Tokens:
 
 
 def parse_ids(fields: Fields, name: str) -> list[int]:
-    values = from_json_text(fields[name])
+    """Return a field's list of whole numbers. Raises RowError where it is none."""
+    values = parse_json_text(fields[name])
     if not isinstance(values, list) or any(type(value) is not int for value in values):
         raise RowError(f"field {name!r} is not a list of whole numbers: write token ids as [1, 2, 3].")
     return values
 
 
 def parse_text(fields: Fields, name: str) -> str:
+    """Return a field's text. Raises RowError where it is missing, no text, or white space."""
     text = fields.get(name)
     if not isinstance(text, str) or not text.strip():
-        kind = describe(text)
+        kind = describe_value(text)
         raise RowError(f"field {name!r} is {kind} and not a text with something in it: fill or remove the row.")
     return text
 
 
-def describe(value: Any) -> str:
-    """What a value is, in the words of JSON."""
+def describe_value(value: Any) -> str:
+    """Say in the words of JSON what kind of value it is."""
     names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
     if isinstance(value, str):
         return "a text" if value.strip() else "white space" if value else "an empty text"
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
-def from_json_text(value: Any) -> Any:
-    """A list or object that was stored as JSON text, as CSV files and some Parquet files do; else the value itself."""
+def parse_json_text(value: Any) -> Any:
+    """Parse a list or object that was stored as JSON text, as in CSV files; return any other value as it is.
+
+    Raises RowError where the text is not valid JSON.
+    """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return parse_json(value)
@@ -159,6 +171,7 @@ def from_json_text(value: Any) -> Any:
 
 
 def parse_prompt_completion(fields: Fields) -> Conversation | Text:
+    """Parse a prompt and its completion: two texts, or two lists of messages. Raises RowError."""
     prompt, completion = fields["prompt"], fields["completion"]
     if isinstance(prompt, list) or isinstance(completion, list):
         before = parse_messages(prompt, "prompt")
@@ -167,11 +180,14 @@ def parse_prompt_completion(fields: Fields) -> Conversation | Text:
             raise RowError("field 'completion' has no assistant message: there is nothing to train on.")
         return Conversation([*before, *after], parse_tools(fields.get("tools")), len(before))
     if not isinstance(prompt, str):
-        raise RowError(f"field 'prompt' is {describe(prompt)} and not a text: write a text, or a list of messages.")
+        raise RowError(
+            f"field 'prompt' is {describe_value(prompt)} and not a text: write a text, or a list of messages."
+        )
     return Text(prompt + parse_text(fields, "completion"), len(prompt))
 
 
 def parse_alpaca(fields: Fields, has_chat_template: bool) -> Conversation | Text:
+    """Parse a row of Alpaca's format: into Alpaca's own prompt where the model has no chat template."""
     instruction, output = parse_text(fields, "instruction"), parse_text(fields, "output")
     extra = parse_text(fields, "input") if fields.get("input") else ""
     if not has_chat_template:
@@ -179,26 +195,30 @@ def parse_alpaca(fields: Fields, has_chat_template: bool) -> Conversation | Text
         return Text(prompt + output, len(prompt))
     question = f"{instruction}\n\n{extra}" if extra else instruction
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
-    return Conversation(with_system(messages, fields))
+    return Conversation(prepend_system_prompt(messages, fields))
 
 
 def parse_conversation(fields: Fields, name: str) -> Conversation:
+    """Parse the messages in a field, with the row's system prompt and tools. Raises RowError."""
     messages = parse_messages(fields[name], name)
-    return Conversation(with_system(messages, fields), parse_tools(fields.get("tools")))
+    return Conversation(prepend_system_prompt(messages, fields), parse_tools(fields.get("tools")))
 
 
-def with_system(messages: list[Fields], fields: Fields) -> list[Fields]:
-    """The messages after the system prompt that stands in a field of its own, if there is one."""
+def prepend_system_prompt(messages: list[Fields], fields: Fields) -> list[Fields]:
+    """Put the system prompt that stands in a field of its own, if there is one, before the messages."""
     if not fields.get("system"):
         return messages
     return [{"role": "system", "content": parse_text(fields, "system")}, *messages]
 
 
 def parse_messages(value: Any, name: str) -> list[Fields]:
-    """Messages with role and content, from OpenAI's or ShareGPT's habits, or from JSON text."""
-    messages = from_json_text(value)
+    """Parse messages in OpenAI's or ShareGPT's form, or as JSON text, into messages with role and content.
+
+    Raises RowError with the number of the message that cannot be used.
+    """
+    messages = parse_json_text(value)
     if not isinstance(messages, list) or not messages:
-        kind = "an empty list" if messages == [] else describe(messages)
+        kind = "an empty list" if messages == [] else describe_value(messages)
         raise RowError(f"field {name!r} is {kind} and not a list of at least one message.")
     parsed = []
     for number, message in enumerate(messages, start=1):
@@ -210,8 +230,9 @@ def parse_messages(value: Any, name: str) -> list[Fields]:
 
 
 def parse_message(message: Any) -> Fields:
+    """Parse one message, without its null fields. Raises RowError."""
     if isinstance(message, dict) and "from" in message and "value" in message:
-        message = from_sharegpt(message)
+        message = convert_sharegpt_message(message)
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
         raise RowError("without a 'role': write it as {'role': ..., 'content': ...}.")
     message = {key: value for key, value in message.items() if value is not None}
@@ -221,7 +242,8 @@ def parse_message(message: Any) -> Fields:
     return message
 
 
-def from_sharegpt(message: Fields) -> Fields:
+def convert_sharegpt_message(message: Fields) -> Fields:
+    """Convert a message in ShareGPT's form; a function call becomes an assistant's message with tool calls."""
     role = message["from"]
     if role == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": message["value"]}
@@ -234,7 +256,10 @@ def from_sharegpt(message: Fields) -> Fields:
 
 
 def parse_content(message: Fields) -> str:
-    """The message's text. One that is trained on or answered may be empty only if it says something else."""
+    """Return a message's text. Raises RowError where it has none.
+
+    A message with tool calls or reasoning may have an empty text.
+    """
     content = message.get("content")
     if isinstance(content, list):
         content = join_parts(content)
@@ -242,49 +267,52 @@ def parse_content(message: Fields) -> str:
     if content is None and says_more:
         return ""
     if not isinstance(content, str):
-        raise RowError(f"whose 'content' is {describe(content)} and not a text: give it a text.")
+        raise RowError(f"whose 'content' is {describe_value(content)} and not a text: give it a text.")
     if not content.strip() and not says_more and message["role"] in ("user", "assistant"):
-        raise RowError(f"whose 'content' is {describe(content)}: fill it, or remove the row.")
+        raise RowError(f"whose 'content' is {describe_value(content)}: fill it, or remove the row.")
     return content
 
 
 def join_parts(parts: list[Any]) -> str:
-    """The text of content that is a list of parts, as OpenAI's API has it."""
+    """Join the texts of content that is a list of parts, the form of OpenAI's API. Raises RowError for other parts."""
     texts = []
     for part in parts:
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else None
-            name = f"of type {kind!r}" if kind else f"that is {describe(part)}"
+            name = f"of type {kind!r}" if kind else f"that is {describe_value(part)}"
             raise RowError(f"whose 'content' has a part {name}: only texts are trained on.")
         texts.append(part["text"])
     return "".join(texts)
 
 
 def parse_tool_calls(value: Any) -> list[Fields]:
-    """Tool calls in the shape that chat templates expect, arguments as objects: OpenAI has them as JSON text."""
-    calls = from_json_text(value)
+    """Parse tool calls into the form that chat templates expect, with arguments as objects. Raises RowError.
+
+    OpenAI's form has the arguments as JSON text.
+    """
+    calls = parse_json_text(value)
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list):
-        raise RowError(f"whose 'tool_calls' is {describe(calls)} and not a list of calls: write a list.")
+        raise RowError(f"whose 'tool_calls' is {describe_value(calls)} and not a list of calls: write a list.")
     parsed = []
     for call in calls:
-        call = from_json_text(call)
+        call = parse_json_text(call)
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError("with a tool call that has no function name: write {'function': {'name': ..., ...}}.")
-        arguments = from_json_text(function.get("arguments", {}))
+        arguments = parse_json_text(function.get("arguments", {}))
         rest = {key: value for key, value in call.items() if key in ("id",)}
         parsed.append({**rest, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return parsed
 
 
 def parse_tools(value: Any) -> list[Fields] | None:
-    """The tools that a conversation may call, as JSON schemas."""
-    tools = from_json_text(value)
+    """Return the JSON schemas of the tools that a conversation may call; None without any. Raises RowError."""
+    tools = parse_json_text(value)
     if not tools:
         return None
     if isinstance(tools, list):
-        tools = [from_json_text(tool) for tool in tools]
+        tools = [parse_json_text(tool) for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError(f"field 'tools' is {cut_quote(repr(tools))} and not a list of JSON schemas: write a list.")
     return tools

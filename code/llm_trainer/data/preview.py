@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person should see of the data before the first step: counts, warnings, and one row as it is trained on."""
+"""Preview of the data before the first step: counts, warnings, and one row as it is trained on."""
 
 from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
 
+from llm_trainer.common import log
 from llm_trainer.data.datasets import Data
 from llm_trainer.data.formats import IGNORED
 from llm_trainer.data.report import DataReport
@@ -14,20 +15,21 @@ COLOURED = ("\x1b[32m", "\x1b[0m")  # green
 PLAIN = ("⟦", "⟧")
 
 
-def describe_data(data: Data, tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> Iterator[str]:
-    """Lines for the log about what is trained on."""
+def log_data(data: Data, tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> None:
+    """Log what is trained on: counts, formats, warnings, and the first row."""
     for name, report in data.reports.items():
         lengths = ", ".join(f"{key} {tokens}" for key, tokens in report.length_percentiles().items())
-        yield f"Data {name}: {report}; lengths: {lengths}"
+        log.info(f"Data {name}: {report}; lengths: {lengths}")
         for source, row_format in report.formats.items():
-            yield f"Data {name}: {source} has {row_format} rows; trained on: {report.loss_on[source]}"
-        yield from (f"Warning: {text}" for text in find_data_oddities(name, report))
+            log.info(f"Data {name}: {source} has {row_format} rows; trained on: {report.loss_on[source]}")
+        for text in find_data_warnings(name, report):
+            log.warning(text)
     sample = mark_sample(data.sample[0], tokenizer, in_colour)
-    yield f"Data train, the first row ({describe_marks(in_colour)}):\n{sample}"
+    log.info(f"Data train, the first row ({describe_marks(in_colour)}):\n{sample}")
 
 
-def find_data_oddities(name: str, report: DataReport) -> Iterator[str]:
-    """What need not be wrong, and should be known."""
+def find_data_warnings(name: str, report: DataReport) -> Iterator[str]:
+    """Yield sentences about properties of a split that may be meant and are often a mistake."""
     if report.num_rows_in_validation:
         yield f"{report.num_rows_in_validation} rows of the {name} data are in the validation data too."
     if report.num_duplicate_rows:
@@ -38,7 +40,7 @@ def find_data_oddities(name: str, report: DataReport) -> Iterator[str]:
         yield f"{report.num_dropped_rows} rows of the {name} data are longer than max_length and left out."
     if report.num_unsupervised_rows:
         yield (
-            f"{report.num_unsupervised_rows} rows of the {name} data are left out, since nothing of them within "
+            f"{report.num_unsupervised_rows} rows of the {name} data are left out, since no token within "
             "max_length is trained on."
         )
     if report.num_bad_rows:
@@ -48,25 +50,32 @@ def find_data_oddities(name: str, report: DataReport) -> Iterator[str]:
 
 
 def describe_marks(in_colour: bool) -> str:
+    """Return the legend of the marks in a sample."""
     return "green: trained on" if in_colour else f"between {' and '.join(PLAIN)}: trained on"
 
 
 def mark_sample(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> str:
-    """The row's text, what is trained on in colour or between marks; a long row's beginning and end."""
-    begin, end = COLOURED if in_colour else PLAIN
+    """Return a row's text with the parts that are trained on in colour or between marks.
+
+    A long row is shown by its first and last MAX_SAMPLE_TOKENS / 2 tokens.
+    """
+    marks = COLOURED if in_colour else PLAIN
     pairs = list(zip(row["input_ids"], row["labels"], strict=True))
     half = MAX_SAMPLE_TOKENS // 2
-    if len(pairs) > MAX_SAMPLE_TOKENS:
-        return mark(pairs[:half], tokenizer, begin, end) + "\n[...]\n" + mark(pairs[-half:], tokenizer, begin, end)
-    return mark(pairs, tokenizer, begin, end)
+    parts = [pairs[:half], pairs[-half:]] if len(pairs) > MAX_SAMPLE_TOKENS else [pairs]
+    return "\n[...]\n".join(mark_trained_tokens(part, tokenizer, marks) for part in parts)
 
 
-def mark(pairs: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, begin: str, end: str) -> str:
-    parts: list[tuple[bool, list[int]]] = []
+def mark_trained_tokens(
+    pairs: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, marks: tuple[str, str]
+) -> str:
+    """Return the text of tokens, given with their labels, with marks around each run that is trained on."""
+    begin, end = marks
+    runs: list[tuple[bool, list[int]]] = []
     for token, label in pairs:
         is_trained = label != IGNORED
-        if not parts or parts[-1][0] != is_trained:
-            parts.append((is_trained, []))
-        parts[-1][1].append(token)
-    texts = ((is_trained, tokenizer.decode(ids)) for is_trained, ids in parts)
+        if not runs or runs[-1][0] != is_trained:
+            runs.append((is_trained, []))
+        runs[-1][1].append(token)
+    texts = ((is_trained, tokenizer.decode(ids)) for is_trained, ids in runs)
     return "".join(f"{begin}{text}{end}" if is_trained else text for is_trained, text in texts)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became of the rows of a data set: counted while they are prepared, judged before the first step."""
+"""Report on the rows of a data set: counted while they are prepared, judged before the first step."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -9,15 +9,19 @@ from typing import Any
 from llm_trainer.common.errors import MAX_LISTED_PROBLEMS
 
 PERCENTILES = (50, 90, 95, 99)
+REJECTED_ROWS = "rejected_rows.jsonl"  # the file that lists bad rows
 
 
 @dataclass
 class DataReport:
-    """Counts of one data set, or of several that are trained on together. Lengths are in tokens, of uncut rows."""
+    """Counts of one data set, or of several that are trained on together.
+
+    Lengths are in tokens, before truncation.
+    """
 
     files: list[dict[str, Any]] = field(default_factory=list)  # name, bytes, sha256
     formats: dict[str, str] = field(default_factory=dict)  # source -> format of its rows
-    loss_on: dict[str, str] = field(default_factory=dict)  # source -> what of its rows is trained on
+    loss_on: dict[str, str] = field(default_factory=dict)  # source -> the tokens that are trained on, in words
     num_rows: int = 0
     num_tokens: int = 0
     num_supervised_tokens: int = 0
@@ -25,21 +29,22 @@ class DataReport:
     num_missed_stops: int = 0  # rows with a turn that is trained on without the stop token after it
     num_truncated_rows: int = 0
     num_dropped_rows: int = 0  # longer than max_length, with apply_truncation=false
-    num_unsupervised_rows: int = 0  # left out: what of them is trained on lies beyond max_length
+    num_unsupervised_rows: int = 0  # left out, because no token within max_length is trained on
     num_bad_rows: int = 0
     num_duplicate_rows: int = 0  # the same tokens as an earlier row of the data set
     num_rows_in_validation: int = 0
-    bad_rows: list[str] = field(default_factory=list)  # a sentence for each of the first
+    bad_rows: list[str] = field(default_factory=list)  # sentences about the first of them
     damage: list[str] = field(default_factory=list)  # a sentence for each file that could not be read to its end
     lengths: Counter[int] = field(default_factory=Counter)  # length -> rows
 
     def note_bad_row(self, problem: str) -> None:
+        """Count a bad row, and keep its sentence unless there are many."""
         self.num_bad_rows += 1
         if len(self.bad_rows) < MAX_LISTED_PROBLEMS:
             self.bad_rows.append(problem)
 
-    def add(self, other: "DataReport") -> None:
-        """Count another data set's rows too."""
+    def add_report(self, other: "DataReport") -> None:
+        """Add the counts of another report, such as a chunk's or another source's."""
         for name, value in vars(other).items():
             own = getattr(self, name)
             if isinstance(own, dict):
@@ -51,19 +56,22 @@ class DataReport:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "DataReport":
+        """Build a report from the parsed JSON of its fields, in which lengths are texts."""
         lengths = Counter({int(length): rows for length, rows in values["lengths"].items()})
         return cls(**{**values, "lengths": lengths})
 
     @property
     def supervised_share(self) -> float:
+        """The share of the tokens that are trained on, from 0 to 1."""
         return self.num_supervised_tokens / max(1, self.num_tokens)
 
     @property
     def longest_row_tokens(self) -> int:
+        """The tokens of the longest row, before truncation; 0 without rows."""
         return max(self.lengths, default=0)
 
     def length_percentiles(self) -> dict[str, int]:
-        """Tokens that so many percent of the rows do not exceed, and the longest row's."""
+        """Return the percentiles of the rows' lengths in tokens, and the longest length."""
         total, seen, found = self.lengths.total(), 0, {}
         wanted = list(PERCENTILES)
         for length in sorted(self.lengths):
@@ -73,12 +81,13 @@ class DataReport:
         return {**found, "longest": self.longest_row_tokens}
 
     def summary(self) -> dict[str, Any]:
-        """The counts, ready for JSON, for the manifest and `validate --json`."""
+        """Return the counts, ready for JSON, for the manifest and `validate --json`."""
         values = {name: value for name, value in vars(self).items() if name not in ("lengths", "bad_rows", "damage")}
         shares = {"supervised_share": round(self.supervised_share, 4), "longest_row_tokens": self.longest_row_tokens}
         return {**values, **shares, "length_percentiles": self.length_percentiles()}
 
     def __str__(self) -> str:
+        """Return the counts as one line for the log."""
         return (
             f"{self.num_rows} rows, {self.num_tokens} tokens ({self.supervised_share:.1%} trained on), longest row "
             f"{self.longest_row_tokens} tokens, {self.num_truncated_rows} rows cut, "
@@ -86,7 +95,7 @@ class DataReport:
         )
 
     def find_bad_rows(self, name: str, max_bad_rows_fraction: float) -> Iterator[str]:
-        """A sentence for each file or row that cannot be used, unless that many may be left out."""
+        """Yield a sentence for each damaged file, and for bad rows unless that many may be left out."""
         yield from self.damage
         num_read = self.lengths.total() + self.num_bad_rows
         if self.num_bad_rows > max_bad_rows_fraction * num_read:
@@ -99,7 +108,7 @@ class DataReport:
                 )
 
     def find_flaws(self, name: str) -> Iterator[str]:
-        """A sentence for each reason why training on the usable rows would fail, or teach the wrong thing."""
+        """Yield a sentence where training on the usable rows would fail, or teach the wrong thing."""
         if not self.lengths:
             yield f"The {name} data has no rows: {len(self.files)} files were read and they are empty; put rows there."
         elif not self.num_rows and self.num_dropped_rows:

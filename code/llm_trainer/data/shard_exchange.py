@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each host prepared of its own shard -> the rows of all hosts on every host, in the order of the hosts.
+"""Exchange of shards: every host gets the rows that each host prepared from its own files, in the hosts' order.
 
-Tokenizing is shared out, and the training that follows is the one on data that every host has: no rank can run out of
-rows before another.
+The hosts share the work of tokenizing. The training then is the same as on data that every host has, and no rank runs
+out of rows before another.
 """
 
 from datetime import timedelta
@@ -17,28 +17,29 @@ from llm_trainer.data.report import DataReport
 
 T = TypeVar("T")
 PIECE_BYTES = 1 << 26
-# A host may tokenize for hours longer than another. One that is lost is noticed by the launchers, which end the job.
+# A host may tokenize for hours longer than another. The launchers notice a lost host and end the job.
 PATIENCE = timedelta(days=1)
 
 
-class Leaders:
-    """The first rank of each host, which exchange what their hosts prepared. Every rank must make one."""
+class LocalRankZeroGroup:
+    """The first ranks of all hosts, which exchange the rows that their hosts prepared."""
 
     def __init__(self, hosts: tuple[str, ...], folder: Path) -> None:
+        """Open the group, which every rank of the job must do; files of other hosts go into the folder."""
         self.hosts = hosts
-        self.folder = folder  # for what the other hosts send
+        self.folder = folder
         self.ranks = list(range(0, world_size(), local_world_size()))
         self.group = dist.new_group(self.ranks, timeout=PATIENCE, backend="gloo")
 
-    def gather(self, own: T) -> list[T]:
-        """Each host's object."""
+    def gather_objects(self, own: T) -> list[T]:
+        """Return each host's object, in the order of the hosts."""
         objects: list[Any] = [None] * len(self.ranks)
         dist.all_gather_object(objects, own, group=self.group)
         return objects
 
     def merge_problems(self, own: list[str]) -> list[str]:
-        """The problems of all hosts; one that not all have, with the name of the host."""
-        lists = self.gather(own)
+        """Return the problems of all hosts; a problem that not all have begins with the name of its host."""
+        lists = self.gather_objects(own)
         shared = [problem for problem in own if all(problem in problems for problems in lists)]
         return shared + [
             f"Host {host}: {problem}"
@@ -48,18 +49,18 @@ class Leaders:
         ]
 
     def merge_reports(self, source: str, own: DataReport | None, problems: list[str]) -> DataReport:
-        """The counts of a source's shards together; `own` is None where there were problems with this host's.
+        """Return the counts of a source's shards together; `own` is None where this host could not prepare its shard.
 
-        Adds a sentence to the problems for what is wrong with the shards as a whole.
+        Adds a sentence to the problems for each thing that is wrong with the shards as a whole.
         """
-        reports = self.gather(own)
+        reports = self.gather_objects(own)
         merged = DataReport()
         formats: dict[str, list[str]] = {}
         for host, report in zip(self.hosts, reports, strict=True):
             if report is not None:
                 report.bad_rows = [f"Host {host}: {problem}" for problem in report.bad_rows]
                 report.damage = [f"Host {host}: {problem}" for problem in report.damage]
-                merged.add(report)
+                merged.add_report(report)
                 for row_format in report.formats.values():
                     formats.setdefault(row_format, []).append(host)
         if not merged.files and None not in reports:
@@ -71,7 +72,7 @@ class Leaders:
         return merged
 
     def exchange_file(self, own: Path, name: str) -> list[Path]:
-        """Each host's file: this host's own one where it is, the others' copied to a folder of that name."""
+        """Return each host's file: this host's own one where it is, the others' copied to a folder of that name."""
         files = []
         for host, sender in zip(self.hosts, self.ranks, strict=True):
             target = None if sender == rank() else self.folder / name / host
@@ -81,7 +82,7 @@ class Leaders:
 
 
 def send_file(source: Path, target: Path | None, sender: int, group: dist.ProcessGroup) -> None:
-    """Broadcast a file of the sender's in pieces; a rank with a target writes it there."""
+    """Broadcast a file of the sending rank in pieces; a rank with a target writes it there."""
     size = [source.stat().st_size if rank() == sender else 0]
     dist.broadcast_object_list(size, src=sender, group=group)
     if target:

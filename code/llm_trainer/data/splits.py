@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training and the validation data: each source prepared, those of several hosts put together, all of it judged."""
+"""Preparation of the training and validation data: sources tokenized, hosts' parts exchanged, all of it judged."""
 
 import json
 from collections.abc import Sequence
@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from datasets import Dataset, concatenate_datasets
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.encoding import Vocabulary
-from llm_trainer.data.report import DataReport
-from llm_trainer.data.shard_exchange import Leaders
-from llm_trainer.data.streaming import Head
-from llm_trainer.data.token_cache import REJECTED, ROWS, prepare_source
+from llm_trainer.data.report import REJECTED_ROWS, DataReport
+from llm_trainer.data.shard_exchange import LocalRankZeroGroup
+from llm_trainer.data.streaming import SourceHead
+from llm_trainer.data.token_cache import ROWS, prepare_source
 from llm_trainer.job.inputs import Inputs
 from llm_trainer.readers.sources import Source
 
@@ -25,97 +26,111 @@ COLUMNS = ["input_ids", "labels", "length"]
 
 @dataclass
 class Split:
-    """What became of one split's sources, as far as they could be prepared."""
+    """One split's prepared sources."""
 
     report: DataReport = field(default_factory=DataReport)
     files: dict[str, list[str]] = field(default_factory=dict)  # source -> its Arrow files, in the order of the hosts
 
-    def datasets(self) -> dict[str, Dataset]:
-        """Source -> its rows, memory-mapped."""
+    def open_datasets(self) -> dict[str, Dataset]:
+        """Return each source's rows, memory-mapped, by the source's name."""
         return {
             name: concatenate_datasets([Dataset.from_file(file).select_columns(COLUMNS) for file in files])
             for name, files in self.files.items()
         }
 
-    def first_row(self) -> dict[str, Any] | None:
-        return next((rows[0] for rows in self.datasets().values() if len(rows)), None)
+    def find_first_row(self) -> dict[str, Any] | None:
+        """Return the first row of the first source that has one; None without rows."""
+        return next((rows[0] for rows in self.open_datasets().values() if len(rows)), None)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the split as values ready for JSON."""
         return {"report": vars(self.report), "files": self.files}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Split":
+        """Build a split from the parsed JSON of `to_json`."""
         return cls(DataReport.from_json(values["report"]), values["files"])
 
 
 def prepare_splits(
-    inputs: Inputs, vocabulary: Vocabulary, settings: Settings, rejected_rows: Path, leaders: Leaders | None = None
+    inputs: Inputs,
+    vocabulary: Vocabulary,
+    settings: DataSettings,
+    rejected_rows: Path,
+    rank_zero_group: LocalRankZeroGroup | None = None,
 ) -> tuple[dict[str, Split], list[str]]:
-    """Each split that the job has, and a sentence for everything that is wrong with any of them.
+    """Return each split that the job has, and a sentence for everything that is wrong with any of them.
 
-    With `leaders` some sources are sharded: the rows of all hosts are judged together, and come to every host.
+    With a group some sources are sharded: the rows of all hosts are judged together, and come to every host.
     """
-    rejected_rows.unlink(missing_ok=True)  # of an earlier job in the same tree
+    rejected_rows.unlink(missing_ok=True)  # an earlier job in the same tree may have left it
+    preparation = Preparation(vocabulary, settings, rejected_rows, rank_zero_group)
     splits: dict[str, Split] = {}
     problems: list[str] = []
-    for name, sources in list_sources(inputs, settings).items():
-        splits[name], own = prepare_split(name, sources, vocabulary, settings, rejected_rows, leaders)
-        own += splits[name].report.find_bad_rows(name, settings.data.max_bad_rows_fraction)
-        # Where rows are missing, the others' flaws may only come from that.
+    for name, sources in list_sources(inputs, settings.streaming).items():
+        splits[name], own = preparation.prepare_split(name, sources)
+        own += splits[name].report.find_bad_rows(name, settings.max_bad_rows_fraction)
+        # Where rows are missing, other flaws may only follow from that.
         problems += own or splits[name].report.find_flaws(name)
-    if leaders:
-        problems = leaders.merge_problems(problems)
+    if rank_zero_group:
+        problems = rank_zero_group.merge_problems(problems)
         if not problems:
-            exchange_shards(splits, inputs, leaders)
+            exchange_shards(splits, inputs, rank_zero_group)
     count_duplicates(splits)
     return splits, problems
 
 
-def list_sources(inputs: Inputs, settings: Settings) -> dict[str, Sequence[Source | Head]]:
-    """Each split's sources; of training data that is streamed only what is audited."""
-    train = [Head(source) for source in inputs.train] if settings.data.streaming else inputs.train
-    splits: dict[str, Sequence[Source | Head]] = {"train": train, "validation": inputs.validation}
+def list_sources(inputs: Inputs, streaming: bool) -> dict[str, Sequence[Source | SourceHead]]:
+    """Return the sources of each split that has any; for training data that is streamed, their audited heads."""
+    train = [SourceHead(source) for source in inputs.train] if streaming else inputs.train
+    splits: dict[str, Sequence[Source | SourceHead]] = {"train": train, "validation": inputs.validation}
     return {name: sources for name, sources in splits.items() if sources}
 
 
-def prepare_split(
-    name: str,
-    sources: Sequence[Source | Head],
-    vocabulary: Vocabulary,
-    settings: Settings,
-    rejected_rows: Path,
-    leaders: Leaders | None,
-) -> tuple[Split, list[str]]:
-    """This host's part of a split, the report of all hosts' parts, and what kept sources from being prepared."""
-    split = Split()
-    problems: list[str] = []
-    for source in sources:
-        report = None
-        try:
-            folder, report = prepare_source(source, vocabulary, settings)
-            split.files[source.name] = [str(folder / ROWS)]
-            keep_rejected(folder / REJECTED, rejected_rows, name)
-        except UserError as error:
-            problems += error.problems
-        if leaders and source.is_sharded:
-            report = leaders.merge_reports(source.name, report, problems)
-        if report:
-            split.report.add(report)
-    return split, leaders.merge_problems(problems) if leaders else problems
+@dataclass(frozen=True)
+class Preparation:
+    """The rules and places by which this host prepares its part of the data."""
+
+    vocabulary: Vocabulary
+    settings: DataSettings
+    rejected_rows: Path  # the job's file of bad rows
+    rank_zero_group: LocalRankZeroGroup | None
+
+    def prepare_split(self, name: str, sources: Sequence[Source | SourceHead]) -> tuple[Split, list[str]]:
+        """Return this host's part of a split, and a sentence for each reason why a source could not be prepared.
+
+        The split's report counts the rows of all hosts.
+        """
+        group = self.rank_zero_group
+        split = Split()
+        problems: list[str] = []
+        for source in sources:
+            report = None
+            try:
+                folder, report = prepare_source(source, self.vocabulary, self.settings)
+                split.files[source.name] = [str(folder / ROWS)]
+                append_rejected_rows(folder / REJECTED_ROWS, self.rejected_rows, name)
+            except UserError as error:
+                problems += error.problems
+            if group and source.is_sharded:
+                report = group.merge_reports(source.name, report, problems)
+            if report:
+                split.report.add_report(report)
+        return split, group.merge_problems(problems) if group else problems
 
 
-def exchange_shards(splits: dict[str, Split], inputs: Inputs, leaders: Leaders) -> None:
-    """Have every host's rows of a sharded source on every host."""
+def exchange_shards(splits: dict[str, Split], inputs: Inputs, rank_zero_group: LocalRankZeroGroup) -> None:
+    """Copy every host's rows of sharded sources to every host."""
     for split, sources in (("train", inputs.train), ("validation", inputs.validation)):
         for source in sources:
             if source.is_sharded:
                 (own_file,) = splits[split].files[source.name]
-                shards = leaders.exchange_file(Path(own_file), f"{split}-{source.name}")
+                shards = rank_zero_group.exchange_file(Path(own_file), f"{split}-{source.name}")
                 splits[split].files[source.name] = list(map(str, shards))
 
 
-def keep_rejected(own: Path, target: Path, split: str) -> None:
-    """Add a source's bad rows to those of the job."""
+def append_rejected_rows(own: Path, target: Path, split: str) -> None:
+    """Append a source's bad rows, with the name of their split, to the job's file."""
     if not own.stat().st_size:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +140,7 @@ def keep_rejected(own: Path, target: Path, split: str) -> None:
 
 
 def count_duplicates(splits: dict[str, Split]) -> None:
-    """Count rows that are there twice, and training rows that are in the validation data too."""
+    """Count duplicate rows, and training rows that are in the validation data too."""
     digests = {name: read_digests(split) for name, split in splits.items()}
     for name, own in digests.items():
         splits[name].report.num_duplicate_rows = len(own) - len(np.unique(own))
@@ -134,7 +149,8 @@ def count_duplicates(splits: dict[str, Split]) -> None:
         splits["train"].report.num_rows_in_validation = num_shared
 
 
-def read_digests(split: Split) -> Any:
+def read_digests(split: Split) -> npt.NDArray[np.uint64]:
+    """Return the digest of each row of a split, [rows]."""
     files = [file for own in split.files.values() for file in own]
     columns = [Dataset.from_file(file).data.column("digest").to_numpy() for file in files]
     return np.concatenate([np.zeros(0, dtype=np.uint64), *columns])

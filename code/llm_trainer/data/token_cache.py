@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A source's tokens on disk: made now, or by an earlier job with the same files, model and settings."""
+"""Cache on disk of each source's tokens: made now, or by an earlier job with the same files, model and settings."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -14,38 +15,43 @@ import transformers
 import trl
 
 import llm_trainer
-from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.encoding import Encoder, Vocabulary
-from llm_trainer.data.report import DataReport
-from llm_trainer.data.streaming import Head
-from llm_trainer.data.tokenize import CHUNK_ROWS, prepare
+from llm_trainer.data.report import REJECTED_ROWS, DataReport
+from llm_trainer.data.streaming import SourceHead
+from llm_trainer.data.tokenize import CHUNK_ROWS, Preparer, find_format, prepare_chunks, write_chunks
 from llm_trainer.readers.rows import Chunk, DamagedFile
 from llm_trainer.readers.sources import Source
 
-ROWS, REJECTED, REPORT = "rows.arrow", "rejected_rows.jsonl", "report.json"
-# The files of this package that decide what tokens a row becomes. A test compares them with what they import.
+ROWS, REPORT = "rows.arrow", "report.json"
+# Files of this package that decide what tokens a row becomes. A test compares them with what the cache imports.
 CODE_THAT_DECIDES_TOKENS = (
     *("readers/rows.py", "readers/json.py", "readers/tables.py", "readers/files.py", "readers/discovery.py"),
     *("readers/sources.py", "data/formats.py", "data/chat_template.py", "data/encoding.py", "data/tokenize.py"),
     *("data/token_cache.py", "data/report.py", "data/streaming.py"),
 )
-# What decides how a row is read and tokenized.
-SETTINGS = (
+# Settings that decide how a row is read and tokenized.
+SETTINGS_THAT_DECIDE_TOKENS = (
     *("dataset_format", "text_field", "messages_field", "max_length", "apply_truncation", "truncation_mode"),
     *("assistant_only_loss", "completion_only_loss"),
 )
 
 
-def prepare_source(source: Source | Head, vocabulary: Vocabulary, settings: Settings) -> tuple[Path, DataReport]:
-    """The folder with a source's rows and its rejected ones, and its report: made now, or by an earlier job."""
-    files = source.fingerprint()
-    folder = cache_dir() / "data" / build_key(files, vocabulary, settings)
+def prepare_source(
+    source: Source | SourceHead, vocabulary: Vocabulary, settings: DataSettings
+) -> tuple[Path, DataReport]:
+    """Return the folder with a source's rows and rejected rows, and its report; tokenize unless the cache has them.
+
+    Raises UserError where no row of such data could be used.
+    """
+    files = source.identify_files()
+    folder = find_cache_dir() / "data" / build_key(files, vocabulary, settings)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
         try:
             write_source(source, vocabulary, settings, unfinished)
-            put_in_place(unfinished, folder)
+            publish_folder(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     report = DataReport.from_json(json.loads((folder / REPORT).read_text(encoding="utf-8")))
@@ -56,8 +62,11 @@ def prepare_source(source: Source | Head, vocabulary: Vocabulary, settings: Sett
     return folder, report
 
 
-def put_in_place(unfinished: Path, folder: Path) -> None:
-    """Give a whole folder its name, unless another job or host with the same disk was first: it has the same rows."""
+def publish_folder(unfinished: Path, folder: Path) -> None:
+    """Give a finished folder its name.
+
+    Where another job or host with the same disk was first, its folder stays: it has the same rows.
+    """
     try:
         unfinished.rename(folder)
     except OSError:
@@ -65,35 +74,45 @@ def put_in_place(unfinished: Path, folder: Path) -> None:
             raise
 
 
-def write_source(source: Source | Head, vocabulary: Vocabulary, settings: Settings, folder: Path) -> None:
-    """Prepare a source's rows into the folder. Raises UserError where no row of such data could be used."""
+def write_source(source: Source | SourceHead, vocabulary: Vocabulary, settings: DataSettings, folder: Path) -> None:
+    """Write a source's rows, rejected rows and report into a folder.
+
+    Raises UserError where no row of such data could be used.
+    """
     report = DataReport()
-
-    def read() -> Iterator[Chunk]:
-        for chunks in source.read(CHUNK_ROWS):
-            try:
-                yield from chunks
-            except DamagedFile as error:
-                report.damage.append(str(error))
-
-    def build_encoder(row_format: str) -> Encoder:
-        encoder = Encoder(vocabulary, settings, row_format)
-        report.formats["rows"], report.loss_on["rows"] = row_format, encoder.loss_on
-        return encoder
-
-    num_processes = settings.data.dataset_num_proc or len(os.sched_getaffinity(0))
-    prepare(read(), settings, build_encoder, folder / ROWS, folder / REJECTED, num_processes, report)
+    chunks = read_undamaged(source, report)
+    seen, row_format, first_place = find_format(chunks, settings)
+    preparer = None
+    if seen:  # a host's shard may be empty
+        # Without a row that tells its format every row is bad, and any format finds out why.
+        known_format = row_format or "messages"
+        encoder = Encoder(vocabulary, settings, known_format)
+        report.formats["rows"], report.loss_on["rows"] = known_format, encoder.loss_on
+        preparer = Preparer(encoder, settings, known_format, first_place)
+    num_processes = settings.dataset_num_proc or len(os.sched_getaffinity(0))
+    prepared = prepare_chunks(preparer, itertools.chain(seen, chunks), num_processes)
+    write_chunks(prepared, folder / ROWS, folder / REJECTED_ROWS, report)
     (folder / REPORT).write_text(json.dumps(vars(report)), encoding="utf-8")
 
 
-def build_key(files: list[dict[str, Any]], vocabulary: Vocabulary, settings: Settings) -> str:
-    """A name for what these files become under these settings, with this version of our code."""
+def read_undamaged(source: Source | SourceHead, report: DataReport) -> Iterator[Chunk]:
+    """Yield a source's chunks, and note in the report each file that cannot be read to its end."""
+    for chunks in source.read_parts(CHUNK_ROWS):
+        try:
+            yield from chunks
+        except DamagedFile as error:
+            report.damage.append(str(error))
+
+
+def build_key(files: list[dict[str, Any]], vocabulary: Vocabulary, settings: DataSettings) -> str:
+    """Return the folder name for these files under these settings, with this version of the code."""
     package = Path(llm_trainer.__file__).parent
     code = [(package / name).read_bytes() for name in CODE_THAT_DECIDES_TOKENS]
-    chosen = {name: settings.value(name) for name in SETTINGS}
+    chosen = {name: settings.value(name) for name in SETTINGS_THAT_DECIDE_TOKENS}
     parts = (files, vocabulary.fingerprint, chosen, transformers.__version__, trl.__version__)
     return hashlib.sha256(repr(parts).encode() + b"".join(code)).hexdigest()[:32]
 
 
-def cache_dir() -> Path:
+def find_cache_dir() -> Path:
+    """Return the folder for all caches of this package, which the launcher chooses."""
     return Path(os.environ["LLM_TRAINER_CACHE"])

@@ -23,7 +23,7 @@ from llm_trainer.export.verify import prove_merged, prove_trained
 from llm_trainer.journal.manifest import MANIFEST, Manifest, read_manifest
 from llm_trainer.merge.merge import write_merged_model
 from llm_trainer.model.lora_init import save_adapter
-from llm_trainer.serving.lmi_files import ServedModel, write_serving
+from llm_trainer.serving.lmi_files import ServedModel, write_serving_files
 
 STAGING = ".llm-trainer-export"  # beside the result, so that moving a finished file there is a rename
 ADAPTER = "adapter"  # the folder beside merged weights
@@ -129,9 +129,7 @@ def merge_adapter(trained: Trained, adapter: Path, folder: Path, checks: list[di
 def finish(folder: Path, trained: Trained, manifest: Manifest, is_served: bool) -> None:
     """Write what stands beside the weights. `is_served` says whether an endpoint gets this folder."""
     trained.tokenizer.save_pretrained(folder)
-    refusals = (
-        write_serving(folder, describe_served(folder, trained, manifest), trained.job.settings) if is_served else []
-    )
+    refusals = write_serving_files(folder, describe_served(folder, trained, manifest)) if is_served else []
     for refusal in refusals:
         print(f"Serving: {refusal}", flush=True)
     manifest["export"]["served_by_vllm"] = not refusals
@@ -151,6 +149,8 @@ def describe_served(folder: Path, trained: Trained, manifest: Manifest) -> Serve
         lora=LoraConfig.from_pretrained(str(folder)) if is_adapter else None,
         base_id=trained.base_id,
         base_revision=trained.base_revision,
+        max_length=trained.job.settings.data.max_length,
+        trust_remote_code=trained.job.settings.model.trust_remote_code,
     )
 
 

@@ -15,8 +15,14 @@ from llm_trainer.config.secret_references import is_reference
 from llm_trainer.config.sections import HUB_ID, SECRETS, ModelSettings, TrainingSettings
 from llm_trainer.config.tracker_choice import find_idle_project
 from llm_trainer.host.free_space import find_nearest_folder
-from llm_trainer.readers.sources import Source, find_train, find_unread, find_unused, find_validation
-from llm_trainer.serving.limits import find_limits
+from llm_trainer.readers.sources import (
+    Source,
+    find_train_sources,
+    find_unread_files,
+    find_unused_channels,
+    find_validation_sources,
+)
+from llm_trainer.serving.limits import find_settings_refusals
 
 TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "vocab.*", "*.model", "*.tiktoken")
 POINTER = "is a Git LFS pointer and not the file itself: run `git lfs pull`, or download the model again."
@@ -36,8 +42,8 @@ class Inputs:
 def find_inputs(settings: Settings, environment: Environment) -> tuple[Inputs, list[str]]:
     """Return the job's inputs, and a sentence for every one that is missing or unusable."""
     model, problems = find_model(settings.model, environment)
-    train, missing = find_train(settings, environment)
-    validation, missing_too = find_validation(settings, environment)
+    train, missing = find_train_sources(settings.data, environment)
+    validation, missing_too = find_validation_sources(settings.data, environment)
     problems += missing + missing_too
     problems += check_evaluation(settings.training, has_validation=bool(validation))
     inputs = Inputs(
@@ -139,9 +145,9 @@ def check_writable(model_dir: Path, setting: str) -> Iterator[str]:
 def find_warnings(settings: Settings, environment: Environment, inputs: Inputs) -> Iterator[str]:
     """Yield sentences about choices that are valid and seldom meant."""
     for source in (*inputs.train, *inputs.validation):
-        if unread := find_unread(source):
+        if unread := find_unread_files(source):
             yield f"{source.name} holds files that are not read: {', '.join(unread[:5])}"
-    if unused := find_unused(environment):
+    if unused := find_unused_channels(environment):
         names = "train, train_..., validation or val, model and config"
         yield f"nothing reads channel {', '.join(unused)}: a job reads {names}."
     for name in SECRETS:
@@ -152,6 +158,6 @@ def find_warnings(settings: Settings, environment: Environment, inputs: Inputs) 
                 "Secrets Manager secret in its place."
             )
     yield from find_idle_project(settings.tracking)
-    yield from find_limits(settings)
+    yield from find_settings_refusals(settings.adapter, settings.output.merge_weights)
     if settings.training.ignore_data_skip:
         yield "ignore_data_skip=true: a resumed run sees rows of this epoch twice and others not at all."

@@ -15,7 +15,7 @@ from llm_trainer.model.liger import LigerChoice, choose_liger, find_known_types
 from llm_trainer.model.lora import build_lora_config
 from llm_trainer.model.precision import Precision, find_stored_dtype
 from llm_trainer.model.quantization import Quantization, build_quantization, describe_quantization
-from llm_trainer.serving.limits import find_misplacements
+from llm_trainer.serving.limits import find_placement_refusals
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ def plan_model(folder: str, settings: Settings, device: Device, precision: Preci
         yield str(attention)
         yield str(liger)
         if lora is not None and not settings.output.merge_weights:
-            misplacements = find_misplacements(lora, config.get_text_config().model_type)
+            misplacements = find_placement_refusals(lora, config.get_text_config().model_type)
             yield from (f"Warning: {text}" for text in misplacements)
 
     return ModelPlan(

@@ -31,7 +31,7 @@ def find_files(path: Path, splits: tuple[str, ...] = ()) -> list[Path]:
     ]
 
 
-def find_ignored(path: Path) -> list[str]:
+def find_ignored_files(path: Path) -> list[str]:
     """Names of the files in a folder and below that are not read, but for those that nobody would expect to be."""
     files = list_files(path) if path.is_dir() else []
     return [

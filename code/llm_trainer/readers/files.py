@@ -53,7 +53,7 @@ def read_chunks(file: Path, name: str, max_rows: int, max_bytes: int = MAX_BYTES
     except DamagedFile as error:
         damage = error
     except UNREADABLE as error:
-        damage = DamagedFile(explain(error, file, name, describe_end(numbers, rows) if rows else place))
+        damage = DamagedFile(explain_damage(error, file, name, describe_end(numbers, rows) if rows else place))
     if rows:
         yield Chunk(name, numbers, rows)
     if damage:
@@ -64,7 +64,7 @@ def describe_end(numbers: list[int], rows: list[Any]) -> str:
     return f"after {'line' if isinstance(rows[-1], bytes) else 'row'} {numbers[-1]}"
 
 
-def explain(error: Exception, file: Path, name: str, place: str) -> str:
+def explain_damage(error: Exception, file: Path, name: str, place: str) -> str:
     """The sentence for the user about an error of the system or of a library."""
     if isinstance(error, EOFError) or str(error) == "Truncated compressed stream":
         codec = CODECS[file.suffix]

@@ -34,7 +34,7 @@ def read_json(stream: io.BufferedReader, name: str, is_json_lines: bool) -> Iter
         yield from read_lines(stream, line)
         return
     head = stream.readline()
-    if goes_on(head):
+    if starts_long_json(head):
         yield from read_values(JsonText(stream, name, "a JSON object", line, head))
     else:
         yield from read_lines(itertools.chain([head], stream), line)
@@ -52,7 +52,7 @@ def skip_white(stream: io.BufferedReader) -> int:
     return lines
 
 
-def goes_on(head: bytes) -> bool:
+def starts_long_json(head: bytes) -> bool:
     """Whether a file's first line is the beginning of a JSON text or of several: neither whole nor broken."""
     try:
         parse_json(head)
@@ -125,7 +125,7 @@ class JsonText:
         while True:
             failure = None
             try:
-                row, end = decode(self.text, self.position)
+                row, end = decode_value(self.text, self.position)
             except json.JSONDecodeError as error:
                 row, end, failure = None, len(self.text) if is_in_string(error) else error.pos, error
             if end <= len(self.text) - LONGEST_TOKEN or not self.fill():
@@ -207,7 +207,7 @@ def parse_json(text: str | bytes) -> Any:
     return ROW_DECODER.decode(text.removeprefix("\ufeff"))
 
 
-def decode(text: str, position: int) -> tuple[Any, int]:
+def decode_value(text: str, position: int) -> tuple[Any, int]:
     """The JSON value that begins at a position, and the position after it. Raises JSONDecodeError."""
     try:
         return ROW_DECODER.raw_decode(text, position)

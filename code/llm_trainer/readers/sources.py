@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a job's rows come from: channels, a path, or a data set of the Hugging Face Hub. No torch."""
+"""Sources of a job's rows: the files of channels or of a path, or a data set of the Hugging Face Hub."""
 
 import re
 from collections.abc import Iterator
@@ -11,44 +11,51 @@ from typing import Any
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.files import compute_digest
 from llm_trainer.config.environment import Environment
-from llm_trainer.config.schema import Settings, show_value
-from llm_trainer.readers.discovery import find_files, find_ignored
+from llm_trainer.config.schema import show_value
+from llm_trainer.config.sections import DataSettings
+from llm_trainer.readers.discovery import find_files, find_ignored_files
 from llm_trainer.readers.files import read_chunks
 from llm_trainer.readers.rows import Chunk
 
 TRAIN_CHANNEL = re.compile(r"train(ing)?([._-].+)?")
 VALIDATION_CHANNEL = re.compile(r"val(idation)?([._-].+)?")
 HUB_DATA_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-OTHER_CHANNELS = ("model", "config", "code", "sm_drivers", "sourcecode")  # the last three are SageMaker's SDKs' own
+OTHER_CHANNELS = ("model", "config", "code", "sm_drivers", "sourcecode")  # SageMaker's SDKs make the last three
 KINDS = ".json, .jsonl, .parquet, .csv or .arrow"
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """Rows of one format."""
+    """Files whose rows all have one format."""
 
-    name: str  # of the channel, or the path or id as it is given
-    folder: Path  # of the files
+    name: str  # the channel's name, or the path as it is given
+    folder: Path  # the folder that the files' names are relative to
     files: tuple[Path, ...]
-    prefix: str = ""  # of the files' names in messages, where there are several sources
-    is_sharded: bool = False  # the other hosts have other files of it, and this one may have none
+    prefix: str = ""  # stands before the files' names in messages, where there are several sources
+    is_sharded: bool = False  # whether other hosts have other files of it; this host may then have none
 
     def describe(self) -> str:
+        """Return a line that names the source, its folder and the number of its files."""
         files = f"{len(self.files)} file{'' if len(self.files) == 1 else 's'}"
         return f"{self.name}: {self.folder}, {files}{', a shard of this host alone' if self.is_sharded else ''}"
 
-    def fingerprint(self) -> list[dict[str, Any]]:
-        """Name, size and digest of each file."""
+    def identify_files(self) -> list[dict[str, Any]]:
+        """Return name, size in bytes and SHA-256 digest of each file."""
         return [
-            {"name": name, "bytes": file.stat().st_size, "sha256": compute_digest(file)} for name, file in self.named()
+            {"name": name, "bytes": file.stat().st_size, "sha256": compute_digest(file)}
+            for name, file in self.name_files()
         ]
 
-    def read(self, max_rows: int) -> Iterator[Iterator[Chunk]]:
-        """The chunks of each file, which raise DamagedFile where it cannot be read on."""
-        for name, file in self.named():
+    def read_parts(self, max_rows: int) -> Iterator[Iterator[Chunk]]:
+        """Yield an iterator of chunks of at most `max_rows` rows for each file.
+
+        It raises DamagedFile, after the rows before the damage, where the file cannot be read to its end.
+        """
+        for name, file in self.name_files():
             yield read_chunks(file, name, max_rows)
 
-    def named(self) -> Iterator[tuple[str, Path]]:
+    def name_files(self) -> Iterator[tuple[str, Path]]:
+        """Yield the name of each file in messages and reports, with its path."""
         for file in self.files:
             yield self.prefix + file.relative_to(self.folder).as_posix(), file
 
@@ -60,23 +67,28 @@ class HubSource:
     name: str  # the data set's id
     config: str | None
     split: str
-    is_sharded: bool = False  # every host downloads it whole
+    is_sharded: bool = False  # always false, because every host downloads the whole split
 
     @property
     def title(self) -> str:
+        """The name of the split in reports."""
         return " ".join(filter(None, (self.name, self.config, self.split)))
 
     def describe(self) -> str:
+        """Return a line that names the source."""
         return f"split {self.split!r} of {self.name} from the Hugging Face Hub"
 
-    def fingerprint(self) -> list[dict[str, Any]]:
+    def identify_files(self) -> list[dict[str, Any]]:
+        """Return name, size in bytes and the fingerprint by `datasets` of the split, as if it was one file."""
         rows = load_hub_data(self.name, self.config, self.split)
         return [{"name": self.title, "bytes": rows.size_in_bytes, "sha256": rows._fingerprint}]
 
-    def read(self, max_rows: int) -> Iterator[Iterator[Chunk]]:
+    def read_parts(self, max_rows: int) -> Iterator[Iterator[Chunk]]:
+        """Yield one iterator of chunks of at most `max_rows` rows."""
         yield self.read_chunks(max_rows)
 
     def read_chunks(self, max_rows: int) -> Iterator[Chunk]:
+        """Yield the split's rows in order, at most `max_rows` at a time."""
         first = 1
         for rows in load_hub_data(self.name, self.config, self.split).iter(max_rows):
             columns = list(rows.values())
@@ -87,7 +99,10 @@ class HubSource:
 
 @cache
 def load_hub_data(name: str, config: str | None, split: str) -> Any:
-    """The split, downloaded unless it was before. Raises UserError when the Hub does not have or give it."""
+    """Return a split of a Hub data set, downloaded unless the cache has it.
+
+    Raises UserError where the Hub does not have the data set, or does not give access to it.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
@@ -104,75 +119,93 @@ def load_hub_data(name: str, config: str | None, split: str) -> Any:
 Source = FileSource | HubSource
 
 
-def find_train(settings: Settings, environment: Environment) -> tuple[list[Source], list[str]]:
-    """The sources of the training data, and a sentence for each that is missing or empty."""
-    path = settings.data.train_dataset_path
+@dataclass(frozen=True)
+class Place:
+    """A file or folder that a setting or a channel names as data."""
+
+    path: Path
+    name: str  # becomes the source's name
+    label: str  # names the place in a message
+    prefix: str = ""  # stands before the files' names in messages, where there are several sources
+
+
+def find_train_sources(settings: DataSettings, environment: Environment) -> tuple[list[Source], list[str]]:
+    """Return the sources of the training data, and a sentence for each that is missing or empty."""
+    path = settings.train_dataset_path
     if path:
-        sources, problems = find_at_path(
-            path, "train_dataset_path", settings.data.dataset_train_split, settings, environment
-        )
-        return sources, problems + list(check_weights(settings, [path]))
+        label = f"train_dataset_path={path!r}"
+        sources, problems = find_at_path(path, label, settings.dataset_train_split, settings, environment)
+        return sources, problems + list(check_train_weights(settings, [path]))
     channels = [name for name in environment.channels if TRAIN_CHANNEL.fullmatch(name)]
     if not channels:
         return [], [f"Training data is missing: give a channel 'train' with {KINDS} files, or set train_dataset_path."]
     sources, problems = find_in_channels(channels, ("train",), environment)
-    return sources, problems + list(check_weights(settings, channels))
+    return sources, problems + list(check_train_weights(settings, channels))
 
 
-def find_validation(settings: Settings, environment: Environment) -> tuple[list[Source], list[str]]:
-    """The same of the validation data, of which there may be none."""
-    path = settings.data.val_dataset_path
+def find_validation_sources(settings: DataSettings, environment: Environment) -> tuple[list[Source], list[str]]:
+    """Return the sources of the validation data, and a sentence for each that is missing or empty.
+
+    A job without validation data has no sources and no sentences.
+    """
+    path = settings.val_dataset_path
     if path:
-        return find_at_path(path, "val_dataset_path", settings.data.dataset_test_split, settings, environment)
+        label = f"val_dataset_path={path!r}"
+        return find_at_path(path, label, settings.dataset_test_split, settings, environment)
     channels = [name for name in environment.channels if VALIDATION_CHANNEL.fullmatch(name)]
     return find_in_channels(channels, ("validation", "val", "test"), environment)
 
 
 def find_at_path(
-    path: str, setting: str, split: str, settings: Settings, environment: Environment
+    path: str, label: str, split: str, settings: DataSettings, environment: Environment
 ) -> tuple[list[Source], list[str]]:
+    """Return the source at a path, or on the Hub where no such path exists, and a sentence for each problem."""
     if not Path(path).exists() and HUB_DATA_ID.fullmatch(path):
-        return [HubSource(path, settings.data.dataset_config, split)], []
-    return find_files_at(Path(path), f"{setting}={path!r}", path, "", (split,), environment)
+        return [HubSource(path, settings.dataset_config, split)], []
+    return find_files_at(Place(Path(path), path, label), (split,), environment)
 
 
 def find_in_channels(
     channels: list[str], splits: tuple[str, ...], environment: Environment
 ) -> tuple[list[Source], list[str]]:
+    """Return the source of each channel, and a sentence for each that is missing or empty."""
     sources: list[Source] = []
     problems: list[str] = []
     for channel in channels:
         prefix = f"{channel}/" if len(channels) > 1 else ""
-        folder = environment.channels[channel]
-        found, missing = find_files_at(folder, f"Channel {channel!r}", channel, prefix, splits, environment)
+        place = Place(environment.channels[channel], channel, f"Channel {channel!r}", prefix)
+        found, missing = find_files_at(place, splits, environment)
         sources += found
         problems += missing
     return sources, problems
 
 
-def find_files_at(
-    place: Path, what: str, name: str, prefix: str, splits: tuple[str, ...], environment: Environment
-) -> tuple[list[Source], list[str]]:
-    """The source of a file or a folder; `what` is what a message calls it."""
-    is_sharded = any(place.is_relative_to(environment.channels[shard]) for shard in environment.sharded_channels)
-    if not place.exists() and not is_sharded:
+def find_files_at(place: Place, splits: tuple[str, ...], environment: Environment) -> tuple[list[Source], list[str]]:
+    """Return the source of a file or a folder, and a sentence where it is missing, empty or incomplete.
+
+    The folder of a sharded channel may be missing or empty: another host has the files.
+    """
+    path = place.path
+    is_sharded = any(path.is_relative_to(environment.channels[shard]) for shard in environment.sharded_channels)
+    if not path.exists() and not is_sharded:
         fix = "check the path and the channel's S3 prefix."
-        return [], [f"{what} does not exist in the container ({place}): {fix}"]
+        return [], [f"{place.label} does not exist in the container ({path}): {fix}"]
     try:
-        files = find_files(place, splits)
+        files = find_files(path, splits)
     except UserError as error:
         return [], list(error.problems)
     if not files and not is_sharded:
-        found = sorted(entry.name for entry in place.iterdir())[:5] if place.is_dir() else []
+        found = sorted(entry.name for entry in path.iterdir())[:5] if path.is_dir() else []
         return [], [
-            f"{what} has no {KINDS} file in {place} (found: {', '.join(found) or 'nothing'}): put the data there."
+            f"{place.label} has no {KINDS} file in {path} (found: {', '.join(found) or 'nothing'}): put the data there."
         ]
-    folder = place.parent if place.is_file() else place
-    return [FileSource(name, folder, tuple(files), prefix, is_sharded)], []
+    folder = path.parent if path.is_file() else path
+    return [FileSource(place.name, folder, tuple(files), place.prefix, is_sharded)], []
 
 
-def check_weights(settings: Settings, channels: list[str]) -> Iterator[str]:
-    weights = settings.data.train_weights
+def check_train_weights(settings: DataSettings, channels: list[str]) -> Iterator[str]:
+    """Yield a sentence where `train_weights` does not name each training channel once."""
+    weights = settings.train_weights
     if weights is not None and sorted(weights) != sorted(channels):
         yield (
             f"train_weights={show_value(weights)} must name each training channel once, and there are "
@@ -180,13 +213,13 @@ def check_weights(settings: Settings, channels: list[str]) -> Iterator[str]:
         )
 
 
-def find_unread(source: Source) -> list[str]:
-    """Names of files beside the data that nobody reads, so that none is missed without a word."""
-    return find_ignored(source.folder) if isinstance(source, FileSource) else []
+def find_unread_files(source: Source) -> list[str]:
+    """Return the names of files beside the data that nobody reads, for a warning."""
+    return find_ignored_files(source.folder) if isinstance(source, FileSource) else []
 
 
-def find_unused(environment: Environment) -> list[str]:
-    """Channels whose name says nothing to us, a misspelt `vaildation` say."""
+def find_unused_channels(environment: Environment) -> list[str]:
+    """Return the channels whose name has no meaning here, such as a misspelt `vaildation`."""
     return [
         name
         for name in environment.channels

@@ -89,22 +89,22 @@ def read_table(batches: Iterator[Any], name: str, max_rows: int, max_bytes: int)
         if not number:
             check_columns(batch.schema.names, name)
         batch.validate(full=True)  # otherwise damaged offsets end the process
-        for part in halve(batch, max_rows, max_bytes):
+        for part in split_batch(batch, max_rows, max_bytes):
             length = part.nbytes // part.num_rows
             for fields in part.to_pylist():
                 number += 1
                 yield number, {key: drop_nested_nones(value) for key, value in fields.items()}, length
 
 
-def halve(batch: Any, max_rows: int, max_bytes: int) -> Iterator[Any]:
+def split_batch(batch: Any, max_rows: int, max_bytes: int) -> Iterator[Any]:
     """The batch in parts that hold no more than this many rows and bytes, or one row."""
     if batch.num_rows <= max_rows and (batch.num_rows <= 1 or batch.nbytes <= max_bytes):
         if batch.num_rows:
             yield batch
         return
     middle = batch.num_rows // 2
-    yield from halve(batch.slice(0, middle), max_rows, max_bytes)
-    yield from halve(batch.slice(middle), max_rows, max_bytes)
+    yield from split_batch(batch.slice(0, middle), max_rows, max_bytes)
+    yield from split_batch(batch.slice(middle), max_rows, max_bytes)
 
 
 def drop_nested_nones(value: Any) -> Any:

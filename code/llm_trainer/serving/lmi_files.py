@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the result is served: settings of AWS's LMI container (DJL Serving) with vLLM, and what vLLM cannot load.
+"""Files that make AWS's LMI container (DJL Serving) serve the result with vLLM.
 
-By the sources of djl-serving (LMI v27) and vLLM 0.23. Never imports torch, so that the launcher may warn early.
+Sources: the code of djl-serving (LMI v27) and of vLLM 0.23.
 """
 
 import shutil
@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.config.schema import Settings
-from llm_trainer.serving.limits import find_rank, find_refusals, find_served_rank
+from llm_trainer.serving.limits import find_adapter_refusals, find_largest_rank, find_served_rank
 
 if TYPE_CHECKING:
     import torch
@@ -23,15 +22,15 @@ MODEL_DIR = "/opt/ml/model"  # where SageMaker puts the artefacts of an endpoint
 ADAPTERS, ADAPTER_NAME = "adapters", "trained"  # LMI registers each folder in `adapters` under its name
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}  # LMI refuses the long names
-STORED_BYTES = {"mxfp4": 0.55, "fp8": 1.0}  # a weight, scales included, of a base that vLLM loads quantized
-DEGREES = (1, 2, 4, 8)  # GPUs of SageMaker's instances
-GPU_GB = (24, 80)  # L4 and A10G; A100 and H100
-USABLE_SHARE = 0.9  # of a GPU's memory: vLLM's gpu_memory_utilization
-OVERHEAD = 1.2  # weights, activations, CUDA graphs and buffers over the weights alone
-LENGTH_STEP = 1024
+STORED_BYTES = {"mxfp4": 0.55, "fp8": 1.0}  # bytes a weight, with its scales, for a base that vLLM loads quantized
+DEGREES = (1, 2, 4, 8)  # numbers of GPUs that SageMaker's instances have
+GPU_GB = (24, 80)  # memory of an L4 or A10G, and of an A100 or H100
+USABLE_SHARE = 0.9  # share of a GPU's memory that vLLM uses by default, its gpu_memory_utilization
+OVERHEAD = 1.2  # memory of weights, activations, CUDA graphs and buffers, relative to the weights
+LENGTH_STEP = 1024  # tokens to which a length is rounded down
 
 DEEPSEEK_CALLS = "<\uff5ctool\u2581calls\u2581begin\uff5c>"
-# Markup of tool calls in chat templates -> vLLM's parser of it. The first that is found counts.
+# Markup of tool calls in chat templates -> vLLM's parser for it. The first markup that a template holds counts.
 TOOL_MARKUP = {
     "<|channel|>commentary": "openai",  # gpt-oss
     "[TOOL_CALLS]": "mistral",
@@ -46,7 +45,7 @@ TOOL_MARKUP = {
     "<function=": "qwen3_coder",
     "<tool_call>": "hermes",  # Qwen2.5, Qwen3, SmolLM3
 }
-# model_type -> the parser, where the markup alone does not tell, and what the template must hold.
+# model_type -> a text that the template must hold, and the parser, where no markup alone decides.
 TOOLS_OF_FAMILY = {
     "granite": ("<|tool_call|>", "granite"),
     "granitemoehybrid": ("<tool_call>", "granite4"),
@@ -54,7 +53,7 @@ TOOLS_OF_FAMILY = {
     "llama4_text": ("<|header_start|>", "llama4_pythonic"),
     "olmo3": ("<function_calls>", "olmo3"),
 }
-THINKING_OF_FAMILY = {
+REASONING_OF_FAMILY = {
     "deepseek_v3": "deepseek_v3",
     "gemma4_text": "gemma4",
     "glm4_moe": "glm45",
@@ -66,39 +65,43 @@ THINKING_OF_FAMILY = {
     "qwen3_next": "qwen3",
     "seed_oss": "seed_oss",
 }
-THOUGHT_ENDS = ("</think>", "[/THINK]", "</seed:think>", "<|channel|>final", "<channel|>")
+REASONING_ENDS = ("</think>", "[/THINK]", "</seed:think>", "<|channel|>final", "<channel|>")
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What a server loads. `base_id` is None for a base that came as a channel, and of which no Hub knows."""
+    """The model that a server loads."""
 
     config: "PreTrainedConfig"
     num_weights: int
     dtype: "torch.dtype"
     chat_template: str | None
     lora: "LoraConfig | None"  # None for whole or merged weights
-    base_id: str | None
+    base_id: str | None  # None for a base that came as a channel, which no Hub knows
     base_revision: str | None
+    max_length: int | None  # tokens of the longest row that was trained on
+    trust_remote_code: bool
+
+    @property
+    def text_config(self) -> "PreTrainedConfig":
+        """The configuration of the language model, which a multimodal model nests."""
+        return self.config.get_text_config()
 
 
-def write_serving(folder: Path, model: ServedModel, settings: Settings) -> list[str]:
-    """Write serving.properties and serving.env beside the artefacts; sentences on why vLLM cannot load them, if so.
+def write_serving_files(folder: Path, model: ServedModel) -> list[str]:
+    """Write serving.properties and serving.env beside the artefacts.
 
-    Nothing is written then: with an adapter that it cannot load the container would serve the base, or not start.
-    LMI looks for adapters in a folder `adapters` alone, so that the adapter lies there a second time.
+    Returns a sentence for each reason why vLLM cannot load the adapter. Nothing is written then: the container would
+    serve the base alone, or not start.
     """
-    refusals = list(find_refusals(model.lora, model.config.get_text_config().model_type)) if model.lora else []
+    refusals = list(find_adapter_refusals(model.lora, model.text_config.model_type)) if model.lora else []
     if refusals:
         return refusals
     if model.lora is not None:
-        place = folder / ADAPTERS / ADAPTER_NAME
-        place.mkdir(parents=True)
-        for name in ADAPTER_FILES:
-            shutil.copyfile(folder / name, place / name)
-    options, remarks = choose_options(model, settings), list(describe_choices(model, settings))
+        copy_adapter(folder)
+    options, remarks = choose_options(model), list(describe_choices(model))
     lines = [f"# {remark}" for remark in remarks] + ["engine=Python"]
-    lines += [f"option.{name}={escape(value)}" for name, value in options.items()]
+    lines += [f"option.{name}={escape_property(value)}" for name, value in options.items()]
     (folder / PROPERTIES).write_text("\n".join(lines) + "\n", encoding="ascii")
     variables = {f"OPTION_{name.upper()}": value for name, value in {"engine": "Python", **options}.items()}
     lines = [f"# {remark}" for remark in remarks] + [f"{name}={value}" for name, value in variables.items()]
@@ -106,56 +109,75 @@ def write_serving(folder: Path, model: ServedModel, settings: Settings) -> list[
     return []
 
 
-def choose_options(model: ServedModel, settings: Settings) -> dict[str, str]:
-    """LMI's options, without their prefix, in the order in which they are written."""
-    options = {
-        # vLLM's asynchronous engine, LMI's default from v17 on; named in full it does not depend on LMI's reaching
-        # the base's config.json.
+def copy_adapter(folder: Path) -> None:
+    """Copy the adapter into the subfolder in which alone LMI looks for adapters."""
+    target = folder / ADAPTERS / ADAPTER_NAME
+    target.mkdir(parents=True)
+    for name in ADAPTER_FILES:
+        shutil.copyfile(folder / name, target / name)
+
+
+def choose_options(model: ServedModel) -> dict[str, str]:
+    """Return LMI's options without their prefix, in the order in which they are written."""
+    length = choose_length(model)
+    return {
+        # vLLM's asynchronous engine is LMI's default from v17 on. Named in full, it does not depend on whether LMI
+        # reaches the base's config.json.
         "async_mode": "true",
         "rolling_batch": "disable",
         "entryPoint": "djl_python.lmi_vllm.vllm_async_service",
+        **choose_model_id(model),
+        "dtype": choose_dtype(model),
+        **({} if length is None else {"max_model_len": str(length)}),
+        "tensor_parallel_degree": choose_degree(model),
+        **choose_adapter_options(model),
+        **choose_parsers(model),
+        **({"trust_remote_code": "true"} if model.trust_remote_code else {}),
     }
+
+
+def choose_model_id(model: ServedModel) -> dict[str, str]:
+    """Return the options that name the weights; none for an adapter whose base has no id."""
     if model.lora is None:
-        options["model_id"] = MODEL_DIR
-    elif model.base_id is not None:
-        options["model_id"] = model.base_id
-        if model.base_revision is not None:
-            options["revision"] = model.base_revision
-    options["dtype"] = choose_dtype(model)
-    length = choose_length(model, settings)
-    if length is not None:
-        options["max_model_len"] = str(length)
-    options["tensor_parallel_degree"] = choose_degree(model, settings)
-    if model.lora is not None:
-        options |= {
-            "tokenizer": MODEL_DIR,  # with the chat template of the training, which may not be the base's
-            "enable_lora": "true",
-            "max_loras": "1",
-            "max_lora_rank": str(find_served_rank(find_rank(model.lora))),
-        }
-    tools = find_tool_parser(model)
-    if tools:
-        options |= {"enable_auto_tool_choice": "true", "tool_call_parser": tools}
-    thinking = find_reasoning_parser(model)
-    if thinking:
-        options["reasoning_parser"] = thinking
-    if settings.model.trust_remote_code:
-        options["trust_remote_code"] = "true"
-    return options
+        return {"model_id": MODEL_DIR}
+    if model.base_id is None:
+        return {}
+    if model.base_revision is None:
+        return {"model_id": model.base_id}
+    return {"model_id": model.base_id, "revision": model.base_revision}
 
 
-def describe_choices(model: ServedModel, settings: Settings) -> Iterator[str]:
-    """What a reader of the files has to know, a line each."""
+def choose_adapter_options(model: ServedModel) -> dict[str, str]:
+    """Return the options that switch adapters on; none where the result is no adapter."""
+    if model.lora is None:
+        return {}
+    return {
+        "tokenizer": MODEL_DIR,  # its chat template is the one of the training, which the base may not have
+        "enable_lora": "true",
+        "max_loras": "1",
+        "max_lora_rank": str(find_served_rank(find_largest_rank(model.lora))),
+    }
+
+
+def choose_parsers(model: ServedModel) -> dict[str, str]:
+    """Return the options that name vLLM's parsers of tool calls and of reasoning, where there is one."""
+    tools, reasoning = find_tool_parser(model), find_reasoning_parser(model)
+    options = {"enable_auto_tool_choice": "true", "tool_call_parser": tools} if tools else {}
+    return options | ({"reasoning_parser": reasoning} if reasoning else {})
+
+
+def describe_choices(model: ServedModel) -> Iterator[str]:
+    """Yield the lines that explain the options to a reader of the files."""
     yield "For AWS's LMI container with vLLM. serving.env holds the same as the container's environment variables."
-    limit = find_limit(model)
+    limit = find_position_limit(model)
     if limit is not None:
-        trained = settings.data.max_length or "any number of"
+        trained = model.max_length or "any number of"
         yield (
             f"max_model_len: the model takes {limit} tokens (it was trained on rows of at most {trained}); as many as "
             "the GPUs below hold beside the weights; raise it on larger ones."
         )
-    gpus = advise_gpus(model, settings)
-    size = f"{weight_bytes(model) / 1e9:.1f} GB of weights"
+    gpus = advise_gpus(model)
+    size = f"{compute_weight_bytes(model) / 1e9:.1f} GB of weights"
     if gpus:
         yield f"tensor_parallel_degree: {size} need {gpus[0]} x {gpus[1]} GB GPUs; max: all GPUs of the instance."
     else:
@@ -169,22 +191,28 @@ def describe_choices(model: ServedModel, settings: Settings) -> Iterator[str]:
 
 
 def choose_dtype(model: ServedModel) -> str:
-    """The dtype of the training, but vLLM's kernels for adapters take 16 bit alone."""
+    """Return LMI's name for the dtype of the training; bf16 for a 32-bit adapter, since vLLM's kernels need 16 bit."""
     dtype = DTYPES[str(model.dtype)]
     return "bf16" if model.lora is not None and dtype == "fp32" else dtype
 
 
-def weight_bytes(model: ServedModel) -> float:
-    """Of the weights as vLLM holds them: 16 bit, unless the base is stored in fewer and no one has dequantized it."""
+def compute_weight_bytes(model: ServedModel) -> float:
+    """Return the bytes of the weights in vLLM.
+
+    They have the dtype of the training, unless an adapter's base is stored in fewer bits.
+    """
     stored = getattr(model.config, "quantization_config", None) or {}
     method = stored.get("quant_method") if isinstance(stored, dict) else str(stored.quant_method)
     size = STORED_BYTES.get(str(method)) if model.lora is not None else None
     return model.num_weights * (size or (4 if choose_dtype(model) == "fp32" else 2))
 
 
-def cache_bytes(model: ServedModel) -> int:
-    """Of keys and values of one token, in 16 bit. Layers with a sliding window hold no more than that and count not."""
-    text = model.config.get_text_config()
+def compute_token_cache_bytes(model: ServedModel) -> int:
+    """Return the bytes of one token's keys and values in 16 bit.
+
+    Layers with a sliding window do not count, since their cache does not grow with the length.
+    """
+    text = model.text_config
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     if getattr(text, "kv_lora_rank", None):  # multi-head latent attention (arXiv:2405.04434)
         width = text.kv_lora_rank + text.qk_rope_head_dim
@@ -195,84 +223,91 @@ def cache_bytes(model: ServedModel) -> int:
 
 
 def count_key_heads(model: ServedModel) -> int:
-    text = model.config.get_text_config()
+    """Return the number of key-value heads."""
+    text = model.text_config
     return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
 
 
 def can_split(model: ServedModel, degree: int) -> bool:
-    """Whether vLLM takes so many GPUs: each has as many heads as the others, and whole ones of keys."""
-    text = model.config.get_text_config()
+    """Tell whether vLLM can split the heads over that many GPUs: evenly, and without cutting a head."""
+    text = model.text_config
     keys = text.num_attention_heads if getattr(text, "kv_lora_rank", None) else count_key_heads(model)
     return text.num_attention_heads % degree == 0 and (keys % degree == 0 or degree % keys == 0)
 
 
-def free_bytes(model: ServedModel, degree: int, gpu_gb: int) -> float:
-    """What so many GPUs leave for the cache."""
-    return USABLE_SHARE * gpu_gb * 1e9 * degree - OVERHEAD * weight_bytes(model)
+def compute_free_bytes(model: ServedModel, degree: int, gpu_gb: int) -> float:
+    """Return the bytes that remain for the cache on that many GPUs; negative where the weights do not fit."""
+    return USABLE_SHARE * gpu_gb * 1e9 * degree - OVERHEAD * compute_weight_bytes(model)
 
 
-def advise_gpus(model: ServedModel, settings: Settings) -> tuple[int, int] | None:
-    """The fewest GPUs, and the smaller kind of them (GB), that hold the weights and one row as long as in training."""
-    row = cache_bytes(model) * min(settings.data.max_length or LENGTH_STEP, find_limit(model) or LENGTH_STEP)
+def advise_gpus(model: ServedModel) -> tuple[int, int] | None:
+    """Return the smallest set of GPUs that holds the weights and one row of the training's length.
+
+    Returns their number and the memory of each in GB, the smaller kind first; None where no set is large enough.
+    """
+    row = compute_token_cache_bytes(model) * min(
+        model.max_length or LENGTH_STEP, find_position_limit(model) or LENGTH_STEP
+    )
     for gpu_gb in GPU_GB:
         for degree in DEGREES:
-            if can_split(model, degree) and free_bytes(model, degree, gpu_gb) >= row:
+            if can_split(model, degree) and compute_free_bytes(model, degree, gpu_gb) >= row:
                 return degree, gpu_gb
     return None
 
 
-def choose_degree(model: ServedModel, settings: Settings) -> str:
-    """`max`, which is right on any instance, where the heads can be split among 1, 2, 4 and 8 GPUs; else a number."""
+def choose_degree(model: ServedModel) -> str:
+    """Return `max`, right on any instance, where 1, 2, 4 and 8 GPUs can share the heads; else a number of GPUs."""
     if all(can_split(model, degree) for degree in DEGREES):
         return "max"
-    gpus = advise_gpus(model, settings)
+    gpus = advise_gpus(model)
     return str(gpus[0] if gpus else max(degree for degree in DEGREES if can_split(model, degree)))
 
 
-def find_limit(model: ServedModel) -> int | None:
-    """The longest sequence that the model's positions reach, in tokens."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def find_position_limit(model: ServedModel) -> int | None:
+    """Return the longest sequence that the model's positions reach, in tokens; None where the model states none."""
+    return getattr(model.text_config, "max_position_embeddings", None)
 
 
-def choose_length(model: ServedModel, settings: Settings) -> int | None:
-    """Tokens of a request and its answer: what the advised GPUs hold, no less than in training, no more than possible.
+def choose_length(model: ServedModel) -> int | None:
+    """Return the tokens of a request and its answer that the advised GPUs hold; None where nothing limits them.
 
-    vLLM does not start where the cache cannot hold one sequence of max_model_len tokens.
+    They are at least the length of the training, and at most the model's limit. vLLM does not start where the cache
+    cannot hold one sequence of max_model_len tokens.
     """
-    limit, gpus = find_limit(model), advise_gpus(model, settings)
+    limit, gpus = find_position_limit(model), advise_gpus(model)
     if limit is None or gpus is None:
         return None
-    fitting = int(free_bytes(model, *gpus) / cache_bytes(model)) // LENGTH_STEP * LENGTH_STEP
-    return min(limit, max(fitting, settings.data.max_length or LENGTH_STEP))
+    fitting = int(compute_free_bytes(model, *gpus) / compute_token_cache_bytes(model)) // LENGTH_STEP * LENGTH_STEP
+    return min(limit, max(fitting, model.max_length or LENGTH_STEP))
 
 
 def find_tool_parser(model: ServedModel) -> str | None:
-    """vLLM's parser of the tool calls that the chat template writes; None where it writes none."""
+    """Return vLLM's parser of the tool calls that the chat template writes; None where it writes none."""
     template = model.chat_template or ""
     if "tools" not in template:
         return None
     if "```json" in template and DEEPSEEK_CALLS in template:
         return "deepseek_v3"
-    markup, parser = TOOLS_OF_FAMILY.get(model.config.get_text_config().model_type, ("", None))
+    markup, parser = TOOLS_OF_FAMILY.get(model.text_config.model_type, ("", None))
     if parser and markup in template:
         return parser
     return next((parser for markup, parser in TOOL_MARKUP.items() if markup in template), None)
 
 
 def find_reasoning_parser(model: ServedModel) -> str | None:
-    """vLLM's parser of the model's thoughts, where an answer without any ends them too as the template writes it.
+    """Return vLLM's parser of the model's reasoning; None where the template does not end reasoning in every answer.
 
-    Most of vLLM's parsers take an answer in which no thought ends for a thought as a whole: its content would be empty.
+    Most of vLLM's parsers take an answer without such an end for reasoning alone: its content would be empty.
     """
-    family = model.config.get_text_config().model_type
-    if model.chat_template is None or not any(end in render_answer(model.chat_template) for end in THOUGHT_ENDS):
+    family = model.text_config.model_type
+    if model.chat_template is None or not any(end in render_answer(model.chat_template) for end in REASONING_ENDS):
         return None
-    return "mistral" if "[THINK]" in model.chat_template else THINKING_OF_FAMILY.get(family)
+    return "mistral" if "[THINK]" in model.chat_template else REASONING_OF_FAMILY.get(family)
 
 
 def render_answer(template: str) -> str:
-    """A question and an answer as they are trained on; empty where the template wants more than that."""
-    from jinja2 import TemplateError  # the launcher imports this module, and renders nothing
+    """Render a question and an answer as they are trained on; empty where the template needs more messages."""
+    from jinja2 import TemplateError  # imported here, because a folder is merged without rendering anything
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
@@ -283,8 +318,8 @@ def render_answer(template: str) -> str:
     return str(text)
 
 
-def escape(value: str) -> str:
-    """As Java's Properties.load reads it: one line of ASCII."""
+def escape_property(value: str) -> str:
+    """Escape a value for Java's Properties.load, as one line of ASCII."""
     plain = value.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
     codes = plain.encode("utf-16-be")
     units = [int.from_bytes(codes[place : place + 2], "big") for place in range(0, len(codes), 2)]

@@ -46,13 +46,13 @@ def build(source=None, finds_turns=None):
 
 
 def turns_of(template, messages, **options):
-    text, spans = template.apply(Conversation(messages, **options))
+    text, spans = template.render_conversation(Conversation(messages, **options))
     return [text[start:end] for start, end in spans]
 
 
 def problem_of(template, messages, **options):
     with pytest.raises(RowError) as caught:
-        template.apply(Conversation(messages, **options))
+        template.render_conversation(Conversation(messages, **options))
     return str(caught.value)
 
 
@@ -115,13 +115,13 @@ def test_a_template_whose_turns_have_no_end_trains_on_all_or_is_refused():
     endless = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     template = build(endless)
     assert not template.tells_turns
-    assert template.apply(Conversation(CHAT))[1] is None
+    assert template.render_conversation(Conversation(CHAT))[1] is None
     with pytest.raises(UserError, match="does not tell where the assistant's turns end"):
         build(endless, finds_turns=True)
 
 
 def test_turns_are_not_looked_for_where_all_tokens_are_wanted():
-    text, spans = build(finds_turns=False).apply(Conversation(CHAT))
+    text, spans = build(finds_turns=False).render_conversation(Conversation(CHAT))
     assert "first answer" in text
     assert spans is None
 
@@ -149,7 +149,7 @@ def test_tools_and_their_calls_are_rendered_or_refused():
     qwen = build((TEMPLATES / "qwen3.jinja").read_text())
     call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     result = {"role": "tool", "content": "42"}
-    text, spans = qwen.apply(Conversation([ASK, call, result, LAST], TOOLS))
+    text, spans = qwen.render_conversation(Conversation([ASK, call, result, LAST], TOOLS))
     assert '"name": "add"' in text
     first, second = (text[start:end] for start, end in spans)
     assert '{"name": "add", "arguments": {"x": 41}}' in first

@@ -10,10 +10,10 @@ import pytest
 from llm_trainer.common.errors import MAX_FAILURE_CHARACTERS, UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.data import tokenize
-from llm_trainer.data.datasets import load_data
+from llm_trainer.data.datasets import DataPlaces, load_data
 from llm_trainer.data.encoding import Vocabulary
 from llm_trainer.data.formats import IGNORED
-from llm_trainer.data.preview import describe_data
+from llm_trainer.data.preview import find_data_warnings
 from llm_trainer.model.loading import choose_pad_token
 from llm_trainer.readers.discovery import find_files
 from llm_trainer.readers.sources import FileSource
@@ -42,8 +42,8 @@ def load(tmp_path, monkeypatch):
         vocabulary = Vocabulary(tokenizer, frozenset({tokenizer.eos_token_id}), len(tokenizer))
         scratch_dir = tmp_path / f"scratch-{next(scratch)}"
         scratch_dir.mkdir()
-        job = SimpleNamespace(settings=Settings(**settings), inputs=inputs, environment=environment)
-        return load_data(job, vocabulary, scratch_dir)
+        chosen = Settings(**settings)
+        return load_data(DataPlaces(inputs, environment, scratch_dir), vocabulary, chosen.data, chosen.training)
 
     return load
 
@@ -215,8 +215,10 @@ def test_ten_megabytes_in_one_row_are_cut_like_any_other(load):
 def test_duplicates_are_counted_within_and_between(load):
     data = load({"train": texts("a", "b", "a", "c")}, {"val": texts("c", "d")})
     assert (data.reports["train"].num_duplicate_rows, data.reports["train"].num_rows_in_validation) == (1, 1)
-    lines = list(describe_data(data, build_tokenizer(), in_colour=False))
-    assert "Warning: 1 rows of the train data are in the validation data too." in lines
+    assert list(find_data_warnings("train", data.reports["train"])) == [
+        "1 rows of the train data are in the validation data too.",
+        "1 rows of the train data repeat an earlier one.",
+    ]
 
 
 def test_channels_are_mixed_by_weight_without_losing_a_row(load):
@@ -230,17 +232,6 @@ def test_channels_are_mixed_by_weight_without_losing_a_row(load):
     assert load(channels).splits["train"]["length"][:] == [2] * 6 + [7, 8]
 
 
-def test_the_sample_shows_what_is_trained_on(load):
-    data = load({"train": [CHAT]})
-    plain, coloured = (list(describe_data(data, build_tokenizer(), in_colour))[-1] for in_colour in (False, True))
-    assert "assistant\n⟦yo<|im_end|>⟧\n" in plain
-    assert "assistant\n\x1b[32myo<|im_end|>\x1b[0m\n" in coloured
-    long = load({"train": texts("a" * 500)})
-    sample = list(describe_data(long, build_tokenizer(), in_colour=False))[-1]
-    assert "\n[...]\n" in sample
-    assert len(sample) < 400
-
-
 def test_a_killed_process_is_told(load, monkeypatch):
     import os
     import signal
@@ -252,7 +243,7 @@ def test_a_killed_process_is_told(load, monkeypatch):
         assert os.getpid() != parent
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(tokenize.Preparer, "prepare", die)
+    monkeypatch.setattr(tokenize.Preparer, "prepare_chunk", die)
     (problem,) = problems_of(load, {"train": texts(*"abcdef")}, dataset_num_proc=2)
     assert problem.startswith("A process that tokenizes was killed, most likely because the host ran out of memory")
 

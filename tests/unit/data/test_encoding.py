@@ -27,7 +27,7 @@ def build_bos_tokenizer():
 def encode(*examples, tokenizer=None, stop_ids=(), row_format=None, **settings):
     tokenizer = tokenizer or build_tokenizer()
     vocabulary = Vocabulary(tokenizer, frozenset({tokenizer.eos_token_id, *stop_ids}), len(tokenizer))
-    encoder = Encoder(vocabulary, Settings(**settings), row_format or FORMATS[type(examples[0])])
+    encoder = Encoder(vocabulary, Settings(**settings).data, row_format or FORMATS[type(examples[0])])
     return tokenizer, encoder, encoder.encode(list(examples))
 
 

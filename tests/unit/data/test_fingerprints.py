@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from llm_trainer.data.fingerprints import MAX_LENGTHS, bin_lengths, describe_split, digest
+from llm_trainer.data.fingerprints import MAX_LENGTHS, bin_lengths, combine_digests, describe_split
 from llm_trainer.data.report import DataReport
 from llm_trainer.readers.sources import FileSource, HubSource
 
@@ -13,12 +13,12 @@ A, B = {"name": "a.jsonl", "bytes": 3, "sha256": "11"}, {"name": "b.jsonl", "byt
 
 
 def test_the_digest_depends_on_contents_alone():
-    assert digest([A, B]) == digest([{**B, "name": "moved/b.jsonl"}, A])
-    assert digest([A, B]) != digest([A, {**B, "sha256": "23"}])
-    assert digest([A]) != digest([A, A])
-    assert 0 < len(digest([A])) <= 36
+    assert combine_digests([A, B]) == combine_digests([{**B, "name": "moved/b.jsonl"}, A])
+    assert combine_digests([A, B]) != combine_digests([A, {**B, "sha256": "23"}])
+    assert combine_digests([A]) != combine_digests([A, A])
+    assert 0 < len(combine_digests([A])) <= 36
     streamed = {"name": "a.jsonl", "bytes": 3, "modified": 7, "audited_rows": 1000}
-    assert digest([streamed]) != digest([{**streamed, "modified": 8}])
+    assert combine_digests([streamed]) != combine_digests([{**streamed, "modified": 8}])
 
 
 def test_few_lengths_stay_as_they_are():

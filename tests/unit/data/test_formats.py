@@ -14,7 +14,7 @@ CHAT = [ASK, ANSWER]
 
 
 def parse(fields, has_chat_template=True, **settings):
-    chosen = Settings(**settings)
+    chosen = Settings(**settings).data
     return parse_example(fields, detect_format(fields, chosen), chosen, has_chat_template)
 
 
@@ -38,7 +38,7 @@ def problem_of(fields, **settings):
     ],
 )
 def test_the_format_is_told_by_the_fields(fields, expected):
-    assert detect_format(fields, Settings()) == expected
+    assert detect_format(fields, Settings().data) == expected
 
 
 def test_a_format_can_be_forced():

@@ -11,7 +11,7 @@ import torch.multiprocessing
 
 from llm_trainer.data import shard_exchange
 from llm_trainer.data.report import DataReport
-from llm_trainer.data.shard_exchange import Leaders
+from llm_trainer.data.shard_exchange import LocalRankZeroGroup
 
 HOSTS = ("algo-1", "algo-2", "algo-3")
 CONTENTS = [b"first" * 1000, b"", b"third" * 7]
@@ -38,16 +38,16 @@ def begin(number, function, folder):
     with pytest.MonkeyPatch.context() as variables:
         variables.setenv("RANK", str(number))
         dist.init_process_group("gloo")
-        result = function(number, Leaders(HOSTS, folder / HOSTS[number]), folder / HOSTS[number])
+        result = function(number, LocalRankZeroGroup(HOSTS, folder / HOSTS[number]), folder / HOSTS[number])
         (folder / f"{HOSTS[number]}.json").write_text(json.dumps(result))
         dist.barrier()
         dist.destroy_process_group()
 
 
-def exchange_files(number, leaders, folder):
+def exchange_files(number, group, folder):
     folder.mkdir()
     (folder / "own").write_bytes(CONTENTS[number])
-    files = leaders.exchange_file(folder / "own", "others")
+    files = group.exchange_file(folder / "own", "others")
     assert files[number] == folder / "own"
     return [file.read_text() for file in files]
 
@@ -56,7 +56,7 @@ def test_every_host_has_the_files_of_all_in_the_order_of_the_hosts(on_each_host)
     assert on_each_host(exchange_files) == [[content.decode() for content in CONTENTS]] * 3
 
 
-def merge(number, leaders, folder):
+def merge(number, group, folder):
     report = DataReport(
         files=[{"sha256": str(number)}], formats={"train": "text"}, num_rows=number, lengths=Counter({4: number})
     )
@@ -65,8 +65,8 @@ def merge(number, leaders, folder):
     if number == 2:
         report.formats = {"train": "messages"}
     problems = ["The same everywhere."] + (["A process was killed."] if number == 2 else [])
-    merged = leaders.merge_reports("train", report, problems)
-    return merged.num_rows, merged.lengths[4], len(merged.files), merged.bad_rows, leaders.merge_problems(problems)
+    merged = group.merge_reports("train", report, problems)
+    return merged.num_rows, merged.lengths[4], len(merged.files), merged.bad_rows, group.merge_problems(problems)
 
 
 def test_every_host_comes_to_the_same_judgement_with_the_names_of_those_it_concerns(on_each_host):
@@ -86,9 +86,9 @@ def test_every_host_comes_to_the_same_judgement_with_the_names_of_those_it_conce
     ]
 
 
-def find_no_file(number, leaders, folder):
+def find_no_file(number, group, folder):
     problems = []
-    leaders.merge_reports("train", DataReport(), problems)
+    group.merge_reports("train", DataReport(), problems)
     return problems
 
 

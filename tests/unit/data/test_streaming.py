@@ -15,10 +15,8 @@ from llm_trainer.config.checks import find_contradictions
 from llm_trainer.config.environment import read_environment
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.encoding import Vocabulary
-from llm_trainer.data.streaming import AUDITED_ROWS, Head, open_stream
+from llm_trainer.data.streaming import AUDITED_ROWS, SourceHead, build_preparers, open_stream
 from llm_trainer.job.failure_reasons import explain
-from llm_trainer.job.inputs import Inputs
-from llm_trainer.job.job import Job
 from llm_trainer.readers.sources import FileSource
 from support.tiny_model import build_tokenizer
 
@@ -50,16 +48,12 @@ def read(environment, monkeypatch):
 
     def read_rows(sources, count, place=0, places=1, hosts=("localhost",), **settings):
         monkeypatch.setenv("WORLD_SIZE", str(places))
-        job = Job(
-            dataclasses.replace(environment, hosts=hosts, current_host=hosts[0]),
-            Settings(streaming=True, max_steps=1, **settings),
-            Inputs("", sources, [], environment.model_dir, environment.checkpoint_dir),
-        )
-        stream = open_stream(job, VOCABULARY, {source.name: "text" for source in sources})
+        chosen = Settings(streaming=True, max_steps=1, **settings)
+        preparers = build_preparers(VOCABULARY, chosen.data, {source.name: "text" for source in sources})
+        here = dataclasses.replace(environment, hosts=hosts, current_host=hosts[0])
+        stream = open_stream(sources, preparers, chosen.data, chosen.training, here)
         loader = prepare_data_loader(
-            DataLoader(
-                stream, batch_size=10, num_workers=job.settings.training.dataloader_num_workers, collate_fn=list
-            ),
+            DataLoader(stream, batch_size=10, num_workers=chosen.training.dataloader_num_workers, collate_fn=list),
             num_processes=places,
             process_index=place,
             dispatch_batches=False,
@@ -146,10 +140,10 @@ def test_a_damaged_file_ends_the_stream_with_its_name(make_source, read, tmp_pat
 
 
 def test_the_audit_reads_the_first_rows_and_no_digest_of_the_files(make_source):
-    head = Head(make_source("train", range(3 * AUDITED_ROWS)))
-    (chunks,) = head.read(500)
+    head = SourceHead(make_source("train", range(3 * AUDITED_ROWS)))
+    (chunks,) = head.read_parts(500)
     assert sum(len(chunk.rows) for chunk in chunks) == AUDITED_ROWS
-    (file,) = head.fingerprint()
+    (file,) = head.identify_files()
     assert file["name"] == "train.jsonl"
     assert "sha256" not in file
 

@@ -22,9 +22,9 @@ def prepare_at_once(rank, folder, barrier: Barrier):
     """Prepare the folder's rows.jsonl. Nobody reads a row before all have begun, nor ends before all have read."""
 
     class SlowSource(FileSource):
-        def read(self, max_rows):
+        def read_parts(self, max_rows):
             barrier.wait()
-            yield from super().read(max_rows)
+            yield from super().read_parts(max_rows)
             barrier.wait()
 
     tokenizer = build_tokenizer()
@@ -32,7 +32,7 @@ def prepare_at_once(rank, folder, barrier: Barrier):
     source = SlowSource("train", folder, (folder / "rows.jsonl",))
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("LLM_TRAINER_CACHE", str(folder / "cache"))
-        prepared, report = prepare_source(source, vocabulary, Settings(dataset_num_proc=1))
+        prepared, report = prepare_source(source, vocabulary, Settings(dataset_num_proc=1).data)
     assert report.num_rows == NUM_ROWS
     assert Dataset.from_file(str(prepared / ROWS))["length"][:] == [number % 50 + 2 for number in range(NUM_ROWS)]
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from llm_trainer.common.errors import UserError
 from llm_trainer.readers import files as row_files
 from llm_trainer.readers import json as json_rows
-from llm_trainer.readers.discovery import find_files, find_ignored
+from llm_trainer.readers.discovery import find_files, find_ignored_files
 from llm_trainer.readers.files import read_chunks
 from llm_trainer.readers.json import DuplicateKey, parse_json
 from llm_trainer.readers.rows import BadRow, DamagedFile
@@ -355,9 +355,9 @@ def test_data_files_are_found_by_path_and_the_others_are_told(tmp_path):
     (tmp_path / "nowhere.jsonl").symlink_to(tmp_path / "gone")
     found = [file.relative_to(tmp_path).as_posix() for file in find_files(tmp_path)]
     assert found == sorted([*data, "link.jsonl", "nowhere.jsonl"], key=Path)
-    assert find_ignored(tmp_path) == sorted(told, key=Path)
+    assert find_ignored_files(tmp_path) == sorted(told, key=Path)
     assert find_files(tmp_path / "a/c.txt") == [tmp_path / "a/c.txt"]
-    assert find_ignored(tmp_path / "a/c.txt") == []
+    assert find_ignored_files(tmp_path / "a/c.txt") == []
     for name in ("nowhere.jsonl", "nowhere.parquet", "nowhere.arrow", "nowhere.csv.gz"):
         assert damage_of(tmp_path / name)[1] == (
             f"{name} cannot be read before its first row (No such file or directory): "
@@ -380,7 +380,7 @@ def test_saved_datasets_are_read_in_order_through_the_files_that_they_name(tmp_p
     files = find_files(tmp_path)
     assert len(files) == 12
     assert [row for file in files for row in read(file)[1]] == rows
-    assert find_ignored(tmp_path) == []
+    assert find_ignored_files(tmp_path) == []
     files[3].unlink()
     with pytest.raises(UserError, match=r"state\.json names data-00003-of-00012\.arrow, which is not there"):
         find_files(tmp_path)
@@ -478,8 +478,10 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
 
 def test_long_rows_of_an_array_do_not_pile_up_and_are_not_parsed_over_and_over(tmp_path, monkeypatch):
     parsed = []
-    decode = json_rows.decode
-    monkeypatch.setattr(json_rows, "decode", lambda text, at: (parsed.append(len(text) - at), decode(text, at))[1])
+    decode = json_rows.decode_value
+    monkeypatch.setattr(
+        json_rows, "decode_value", lambda text, at: (parsed.append(len(text) - at), decode(text, at))[1]
+    )
     row = json.dumps({"text": "x" * 10_000_000})
     file = write(tmp_path, "a.json", f"[{row},\n{row}]".encode())
     assert [len(chunk.rows) for chunk in read_chunks(file, "a.json", 1000)] == [1, 1]

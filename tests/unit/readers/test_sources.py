@@ -11,7 +11,14 @@ from datasets import Dataset, DatasetDict
 
 from llm_trainer.config.environment import read_environment
 from llm_trainer.config.load import read_settings
-from llm_trainer.readers.sources import FileSource, HubSource, find_train, find_unread, find_unused, find_validation
+from llm_trainer.readers.sources import (
+    FileSource,
+    HubSource,
+    find_train_sources,
+    find_unread_files,
+    find_unused_channels,
+    find_validation_sources,
+)
 from support.fake_hub import FakeHub
 from support.waiting import GUARD_SECONDS
 
@@ -24,15 +31,15 @@ def find(tree, monkeypatch):
     monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(tree.base_dir))
     tree.write("input/config/inputdataconfig.json", {})
 
-    def find(finder=find_train):
+    def find(finder=find_train_sources):
         environment = read_environment()
-        return finder(read_settings(environment, {})[0], environment)
+        return finder(read_settings(environment, {})[0].data, environment)
 
     return find
 
 
 def names_of(sources):
-    return {source.name: [name for name, _ in source.named()] for source in sources}
+    return {source.name: [name for name, _ in source.name_files()] for source in sources}
 
 
 def test_a_channel_is_a_source_of_all_its_files(tree, find):
@@ -41,8 +48,8 @@ def test_a_channel_is_a_source_of_all_its_files(tree, find):
     (source,), problems = find()
     assert not problems
     assert names_of([source]) == {"train": ["more/b.csv", "train.jsonl"]}
-    assert find_unread(source) == ["notes.txt"]
-    assert [file["name"] for file in source.fingerprint()] == ["more/b.csv", "train.jsonl"]
+    assert find_unread_files(source) == ["notes.txt"]
+    assert [file["name"] for file in source.identify_files()] == ["more/b.csv", "train.jsonl"]
 
 
 def test_all_channels_named_train_are_read_and_their_files_told_apart(tree, find):
@@ -51,7 +58,7 @@ def test_all_channels_named_train_are_read_and_their_files_told_apart(tree, find
     sources, problems = find()
     assert not problems
     assert names_of(sources) == {"train": ["train/train.jsonl"], "train_b": ["train_b/x.jsonl"]}
-    assert find_unused(read_environment()) == ["trains"]
+    assert find_unused_channels(read_environment()) == ["trains"]
 
 
 def test_weights_name_each_training_channel(tree, find):
@@ -64,13 +71,13 @@ def test_weights_name_each_training_channel(tree, find):
 @pytest.mark.parametrize("channel", ["val", "validation", "validation_news"])
 def test_the_validation_channel_has_several_names(tree, find, channel):
     (tree.base_dir / "input/data/validation").rename(tree.base_dir / "input/data" / channel)
-    (source,), _ = find(find_validation)
+    (source,), _ = find(find_validation_sources)
     assert source.name == channel
 
 
 def test_validation_data_may_be_missing(tree, find):
     (tree.base_dir / "input/data/validation").rename(tree.base_dir / "v")
-    assert find(find_validation) == ([], [])
+    assert find(find_validation_sources) == ([], [])
 
 
 def test_a_path_comes_before_channels_and_may_be_any_file(tree, find):
@@ -94,7 +101,7 @@ def test_of_saved_splits_each_channel_takes_its_own(tree, find):
     for channel in ("train", "validation"):
         DatasetDict(train=rows, test=rows).save_to_disk(tree.base_dir / "input/data" / channel)
     (train,), _ = find()
-    (validation,), _ = find(find_validation)
+    (validation,), _ = find(find_validation_sources)
     assert [file.parent.name for file in (*train.files, *validation.files)] == ["train", "test"]
 
 
@@ -106,8 +113,8 @@ for source in (HubSource("tiny/data", None, "train"), HubSource("tiny/data", Non
                HubSource("tiny/none", None, "train"), HubSource("tiny/data", None, "dev"),
                HubSource("tiny/data", "cfg", "train")):
     try:
-        chunks = [(chunk.file, chunk.numbers, chunk.rows) for part in source.read(2) for chunk in part]
-        print("result", json.dumps([chunks, source.fingerprint()]))
+        chunks = [(chunk.file, chunk.numbers, chunk.rows) for part in source.read_parts(2) for chunk in part]
+        print("result", json.dumps([chunks, source.identify_files()]))
     except UserError as error:
         print("result", json.dumps(str(error)))
 """
@@ -139,4 +146,4 @@ def test_a_hub_data_set_is_read_split_by_split_and_what_the_hub_lacks_is_told(tr
 def test_an_id_is_a_hub_data_set_unless_it_is_a_path(tree, find):
     tree.change(train_dataset_path="tiny/data", val_dataset_path="tiny/data", dataset_config="cfg")
     assert find() == ([HubSource("tiny/data", "cfg", "train")], [])
-    assert find(find_validation) == ([HubSource("tiny/data", "cfg", "test")], [])
+    assert find(find_validation_sources) == ([HubSource("tiny/data", "cfg", "test")], [])

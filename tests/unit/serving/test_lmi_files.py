@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is written for LMI, family by family, and which adapters vLLM cannot load."""
+"""What is written for LMI, family by family."""
 
 import pytest
 import torch
 from peft import LoraConfig
 from transformers import AutoConfig
 
-from llm_trainer.config.schema import Settings
-from llm_trainer.serving import limits, lmi_files
-from llm_trainer.serving.lmi_files import ServedModel, write_serving
+from llm_trainer.serving import lmi_files
+from llm_trainer.serving.lmi_files import ServedModel, write_serving_files
 
 TURNS = "{% for message in messages %}{{ message.role }}: {{ message.content }}{% endfor %}"
 TOOLS = "{% if tools %}"
@@ -20,6 +19,15 @@ LLAMA = TOOLS + '{"name": "parameters"}{% endif %}<|start_header_id|>' + TURNS
 MISTRAL = TOOLS + "[TOOL_CALLS]{% endif %}" + TURNS
 CHANNELS = TOOLS + "<|channel|>commentary{% endif %}{% for m in messages %}<|channel|>final{{ m.content }}{% endfor %}"
 DEEPSEEK = TOOLS + lmi_files.DEEPSEEK_CALLS + "```json{% endif %}" + TURNS
+PLAIN = {
+    "dtype": torch.bfloat16,
+    "chat_template": TURNS,
+    "lora": None,
+    "base_id": "org/base",
+    "base_revision": None,
+    "max_length": 2048,
+    "trust_remote_code": False,
+}
 SHAPE = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32}
 FAMILIES = {  # model_type, weights, template -> tools, thoughts
     "llama3": ("llama", 8.0e9, LLAMA, "llama3_json", None),
@@ -35,15 +43,15 @@ FAMILIES = {  # model_type, weights, template -> tools, thoughts
 }
 
 
-def serve(folder, model_type="llama", weights=8e9, template=TURNS, lora=None, base="org/base", **settings):
-    """The options written, without their prefix, and the refusals."""
-    shape = {} if model_type in ("gpt2", "deepseek_v3", "gpt_oss") else SHAPE | settings.pop("shape", {})
+def serve(folder, model_type="llama", weights=8e9, shape=None, **fields):
+    """Write the files for a model; the options written, without their prefix, and the refusals."""
+    shape = {} if model_type in ("gpt2", "deepseek_v3", "gpt_oss") else SHAPE | (shape or {})
     config = AutoConfig.for_model(model_type, **shape)
-    if lora:
+    model = ServedModel(**{**PLAIN, "config": config, "num_weights": int(weights), **fields})
+    if model.lora:
         for name in lmi_files.ADAPTER_FILES:
             (folder / name).write_text(name)
-    model = ServedModel(config, int(weights), torch.bfloat16, template, lora, base, settings.pop("revision", None))
-    refusals = write_serving(folder, model, Settings(**settings))
+    refusals = write_serving_files(folder, model)
     if refusals:
         return {}, refusals
     lines = (folder / "serving.properties").read_text(encoding="ascii").splitlines()
@@ -54,7 +62,7 @@ def serve(folder, model_type="llama", weights=8e9, template=TURNS, lora=None, ba
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_has_its_parsers(tmp_path, family):
     model_type, weights, template, tools, thoughts = FAMILIES[family]
-    options, _ = serve(tmp_path, model_type, weights, template)
+    options, _ = serve(tmp_path, model_type, weights, chat_template=template)
     assert options.get("tool_call_parser") == tools
     assert options.get("enable_auto_tool_choice") == ("true" if tools else None)
     assert options.get("reasoning_parser") == thoughts
@@ -66,7 +74,7 @@ def test_each_family_has_its_parsers(tmp_path, family):
 
 def test_an_adapter_lies_where_lmi_looks_for_it(tmp_path):
     lora = LoraConfig(r=24, target_modules=["q_proj"])
-    options, _ = serve(tmp_path, lora=lora, revision="a\nb=\\ü", trust_remote_code=True)
+    options, _ = serve(tmp_path, lora=lora, base_revision="a\nb=\\ü", trust_remote_code=True)
     assert options["model_id"] == "org/base"
     assert options["revision"] == "a\\nb=\\\\\\u00fc"
     assert options["tokenizer"] == "/opt/ml/model"
@@ -77,13 +85,13 @@ def test_an_adapter_lies_where_lmi_looks_for_it(tmp_path):
 
 
 def test_a_base_without_a_name_is_left_to_the_user(tmp_path):
-    options, _ = serve(tmp_path, lora=LoraConfig(target_modules=["q_proj"]), base=None)
+    options, _ = serve(tmp_path, lora=LoraConfig(target_modules=["q_proj"]), base_id=None)
     assert "model_id" not in options
     assert "set model_id to the S3 prefix" in (tmp_path / "serving.properties").read_text()
 
 
 def test_the_environment_says_the_same(tmp_path):
-    options, _ = serve(tmp_path, template=HERMES)
+    options, _ = serve(tmp_path, chat_template=HERMES)
     lines = [line for line in (tmp_path / "serving.env").read_text().splitlines() if not line.startswith("#")]
     assert dict(line.split("=", 1) for line in lines) == {
         f"OPTION_{key.upper()}": value for key, value in options.items()
@@ -115,53 +123,16 @@ def test_the_length_is_what_the_gpus_hold_and_the_model_takes(tmp_path, limit, t
     assert options["max_model_len"] == length
 
 
-@pytest.mark.parametrize(
-    ("lora", "model_type", "part"),
-    [
-        ({"modules_to_save": ["lm_head"]}, "llama", "it holds whole modules (lm_head)"),
-        ({"use_dora": True}, "llama", "it is a DoRA adapter"),
-        ({"bias": "all"}, "llama", "it trains biases"),
-        ({"rank_pattern": {"k_proj": 4}}, "llama", "differ in rank or alpha"),
-        ({"r": 513}, "llama", "its rank is 513 and at most 512"),
-        ({"target_modules": ["lm_head"]}, "qwen2", "it sits on lm_head, which vLLM adapts in no qwen2"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "qwen3_moe", "fused experts"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "gpt_oss", "adapts all or none"),
-    ],
-)
-def test_what_vllm_cannot_load_is_refused_and_nothing_written(tmp_path, lora, model_type, part):
-    config = LoraConfig(**{"target_modules": ["q_proj"], **lora})
-    (sentence,) = lmi_files.find_refusals(config, model_type)
-    assert part in sentence
-    assert "merge_weights=true" in sentence
-    options, refusals = serve(tmp_path, model_type, lora=config)
-    assert (options, refusals) == ({}, [sentence])
+def test_an_adapter_that_vllm_cannot_load_is_told_and_nothing_written(tmp_path):
+    lora = LoraConfig(target_modules=["q_proj"], bias="all")
+    options, (refusal,) = serve(tmp_path, lora=lora)
+    assert not options
+    assert "it trains biases" in refusal
     assert {file.name for file in tmp_path.iterdir()} == set(lmi_files.ADAPTER_FILES)
 
 
-@pytest.mark.parametrize(
-    ("lora", "model_type"),
-    [
-        ({"use_rslora": True, "r": 512}, "llama"),
-        ({"target_modules": ["embed_tokens", "lm_head"]}, "llama"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}, "gpt_oss"),
-    ],
-)
-def test_what_vllm_loads_is_not_refused(lora, model_type):
-    assert list(lmi_files.find_refusals(LoraConfig(**{"target_modules": ["q_proj"], **lora}), model_type)) == []
-
-
-@pytest.mark.parametrize(
-    ("settings", "part"),
-    [
-        ({"use_dora": True}, "use_dora=true: vLLM"),
-        ({"lora_r": 600}, "lora_r=600: vLLM"),
-        ({"lora_r": 300, "init_lora_weights": "pissa"}, "lora_r=300, exported as 600 with init_lora_weights=pissa"),
-        ({"use_dora": True, "merge_weights": True}, None),
-        ({"lora_r": 600, "use_peft": False}, None),
-        ({}, None),
-    ],
-)
-def test_settings_alone_tell_some_of_it_before_the_training(settings, part):
-    texts = list(limits.find_limits(Settings(**settings)))
-    assert len(texts) == (part is not None)
-    assert not part or texts[0].startswith(part)
+def test_a_32_bit_adapter_is_served_in_16_bit_and_whole_weights_are_not(tmp_path):
+    (tmp_path / "whole").mkdir()
+    adapter, _ = serve(tmp_path, dtype=torch.float32, lora=LoraConfig(target_modules=["q_proj"]))
+    whole, _ = serve(tmp_path / "whole", dtype=torch.float32)
+    assert (adapter["dtype"], whole["dtype"]) == ("bf16", "fp32")

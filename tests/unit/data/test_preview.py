@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lines of the log about the data, and the sample with what is trained on marked."""
+
+from collections import Counter
+
+import numpy as np
+from datasets import Dataset
+
+from llm_trainer.config.schema import Settings
+from llm_trainer.data.datasets import Data
+from llm_trainer.data.encoding import Encoder, Vocabulary
+from llm_trainer.data.formats import IGNORED, Conversation
+from llm_trainer.data.preview import find_data_warnings, log_data, mark_sample
+from llm_trainer.data.report import DataReport
+from support.tiny_model import build_tokenizer
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+
+
+def encode_chat(tokenizer):
+    vocabulary = Vocabulary(tokenizer, frozenset({tokenizer.eos_token_id}), len(tokenizer))
+    (row,) = Encoder(vocabulary, Settings().data, "messages").encode([Conversation(CHAT)])
+    return {"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist()}
+
+
+def test_the_sample_marks_what_is_trained_on():
+    tokenizer = build_tokenizer()
+    row = encode_chat(tokenizer)
+    assert mark_sample(row, tokenizer, in_colour=False).endswith("assistant\n⟦yo<|im_end|>⟧\n")
+    assert mark_sample(row, tokenizer, in_colour=True).endswith("assistant\n\x1b[32myo<|im_end|>\x1b[0m\n")
+
+
+def test_a_long_sample_is_shown_by_its_ends():
+    tokenizer = build_tokenizer()
+    ids = tokenizer("a" * 300 + "b" * 300)["input_ids"]
+    labels = np.where(np.arange(len(ids)) < 3, ids, IGNORED).tolist()
+    sample = mark_sample({"input_ids": ids, "labels": labels}, tokenizer, in_colour=False)
+    assert sample == f"⟦aaa⟧{'a' * 97}\n[...]\n{'b' * 100}"
+
+
+def test_counts_warnings_and_the_sample_are_logged_in_order(capsys):
+    tokenizer = build_tokenizer()
+    report = DataReport(
+        formats={"train": "messages"},
+        loss_on={"train": "assistant turns"},
+        num_rows=2,
+        num_tokens=8,
+        num_supervised_tokens=2,
+        num_supervised_eos=1,
+        num_duplicate_rows=1,
+        lengths=Counter({4: 2}),
+    )
+    rows = Dataset.from_list([encode_chat(tokenizer)])
+    log_data(Data({"train": rows}, rows, {"train": report}), tokenizer, in_colour=False)
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        f"Data train: {report}; lengths: p50 4, p90 4, p95 4, p99 4, longest 4",
+        "Data train: train has messages rows; trained on: assistant turns",
+        "Warning: 1 rows of the train data repeat an earlier one.",
+        "Data train, the first row (between ⟦ and ⟧: trained on):",
+    ]
+
+
+def test_every_kind_of_row_that_is_missing_or_doubtful_is_told():
+    report = DataReport(
+        num_rows_in_validation=1,
+        num_duplicate_rows=2,
+        num_truncated_rows=3,
+        num_dropped_rows=4,
+        num_unsupervised_rows=5,
+        num_bad_rows=6,
+    )
+    warnings = list(find_data_warnings("train", report))
+    assert [text.split()[0] for text in warnings] == ["1", "2", "3", "4", "5", "6", "no"]
+    assert list(find_data_warnings("train", DataReport(num_supervised_eos=1))) == []
