@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The workers' command names their hosts and numbers, and their environment what libraries read."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm_trainer.config.environment import read_environment
+from llm_trainer.job.inputs import Inputs
+from llm_trainer.launcher import worker_processes
+from llm_trainer.launcher.worker_processes import WorkerProcesses, build_cache_variables, build_library_variables
+
+
+@pytest.fixture
+def make_workers(tmp_path, monkeypatch):
+    """Makes the workers of this host, in a job of these hosts on machines of eight CPUs."""
+    monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(tmp_path))
+
+    def make(num_processes: int, hosts=("algo-1",), current_host="algo-1", on_gpu=False) -> WorkerProcesses:
+        changes = {"hosts": list(hosts), "current_host": current_host, "num_cpus": 8}
+        return WorkerProcesses(dataclasses.replace(read_environment(), **changes), num_processes, on_gpu)
+
+    return make
+
+
+def test_one_process_on_one_host_needs_no_torchrun(make_workers):
+    command = make_workers(1).build_command(["--lora_r", "8"])
+    assert command == [sys.executable, "-m", "llm_trainer.launcher.single_worker", "--lora_r", "8"]
+
+
+def test_processes_of_one_host_talk_over_its_loopback(make_workers):
+    command = make_workers(2).build_command(["--lora_r", "8"])
+    assert command[2:] == [
+        *("llm_trainer.launcher.torchrun", "--nproc-per-node=2", "--local-addr=127.0.0.1"),
+        *("--module", "llm_trainer.worker", "--lora_r", "8"),
+    ]
+
+
+def test_several_hosts_meet_at_the_first(make_workers):
+    command = make_workers(1, ["algo-1", "algo-2"], "algo-2").build_command([])
+    options = {"--nnodes=2", "--node-rank=1", "--master-addr=algo-1", "--master-port=7777", "--local-addr=algo-2"}
+    assert options <= set(command)
+
+
+def test_threads_share_the_cores_and_the_libraries_variables_win(make_workers, tmp_path):
+    libraries = {"HF_HOME": "/cache", "PYTHONUNBUFFERED": "0"}
+    variables = make_workers(3, ["a", "b"], "a").build_variables(tmp_path, 12.5, libraries)
+    assert variables["OMP_NUM_THREADS"] == "2"
+    assert variables["LLM_TRAINER_SCRATCH"] == str(tmp_path)
+    assert variables["LLM_TRAINER_STARTED"] == "12.5"
+    assert variables["LLM_TRAINER_HOST"] == "a"
+    assert libraries.items() <= variables.items()
+    assert worker_processes.KEPT_MEMORY.items() <= variables.items()
+
+
+def test_memory_is_given_back_on_gpus_and_one_host_has_no_name(make_workers, tmp_path):
+    variables = make_workers(16, on_gpu=True).build_variables(tmp_path, 0.0, {})
+    assert variables["OMP_NUM_THREADS"] == "1"
+    assert not {"LLM_TRAINER_HOST", *worker_processes.KEPT_MEMORY} & variables.keys()
+
+
+def make_inputs(model: str) -> Inputs:
+    names = {field.name for field in dataclasses.fields(Inputs)}
+    values = {"model": model, "train": (), "validation": ()}
+    return Inputs(**values, **dict.fromkeys(names - values.keys(), Path("/nowhere")))
+
+
+@pytest.mark.parametrize(
+    ("model", "template", "pushes", "is_offline"),
+    [
+        ("{folder}", None, False, True),
+        ("{folder}", None, True, False),
+        ("{folder}", "org/other", False, False),
+        ("org/model", None, False, False),
+    ],
+)
+def test_the_hub_is_off_where_nothing_is_asked_of_it(tmp_path, monkeypatch, model, template, pushes, is_offline):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    variables = build_library_variables(make_inputs(model.format(folder=tmp_path)), template, pushes)
+    assert ("HF_HUB_OFFLINE" in variables) is is_offline
+
+
+def test_what_the_user_sets_wins_over_our_defaults(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", "/mine")
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
+    variables = build_library_variables(make_inputs(str(tmp_path)), None, False)
+    assert (variables["HF_HOME"], variables["HF_HUB_DISABLE_TELEMETRY"]) == ("/mine", "1")
+
+
+def test_caches_lie_in_the_warm_pools_folder_if_there_is_one():
+    folders = build_cache_variables({"SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY": "/pool"}).values()
+    assert all(folder.startswith("/pool/") for folder in folders)
+    assert not any(folder.startswith("/pool/") for folder in build_cache_variables({}).values())
