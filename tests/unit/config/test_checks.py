@@ -1,34 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the settings ask for is compared with the machines of the job."""
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llm_trainer.config.checks import HARDWARE_RULES, count_processes, find_contradictions, find_missing_hardware
-from llm_trainer.config.environment import Environment
 from llm_trainer.config.schema import FIELDS, Settings
-
-CPU_HOST = Environment(
-    base_dir=Path("/opt/ml"),
-    hyperparameters={},
-    channels={},
-    sharded_channels=frozenset(),
-    hosts=("algo-1",),
-    other_hosts=(),
-    current_host="algo-1",
-    network_interface=None,
-    instance_type=None,
-    num_gpus=0,
-    num_cpus=2,
-    checkpoint_dir=Path("/opt/ml/checkpoints"),
-)
+from support.environments import build_environment
 
 
 def find_missing(num_gpus: int = 0, hosts: tuple[str, ...] = ("algo-1",), **values: Any) -> list[str]:
-    environment = replace(CPU_HOST, num_gpus=num_gpus, hosts=hosts)
+    environment = build_environment(num_gpus=num_gpus, hosts=hosts)
     return list(find_missing_hardware(Settings(**values), environment))
 
 
@@ -77,7 +60,7 @@ def test_what_the_machines_have_is_fine(values):
     ],
 )
 def test_one_process_a_gpu_unless_the_user_says_otherwise(values, num_gpus, num_processes):
-    environment = replace(CPU_HOST, num_gpus=num_gpus)
+    environment = build_environment(num_gpus=num_gpus)
     assert count_processes(Settings(**values).parallelism, environment) == num_processes
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import typing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -15,10 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from pydantic import SecretStr
 
-from llm_trainer.config.environment import Environment
 from llm_trainer.config.load import read_settings
 from llm_trainer.config.schema import FIELDS, list_plain_types, split_union
 from llm_trainer.config.tracker_choice import TRACKERS
+from support.environments import build_environment
 
 # Names, paths, addresses, regular expressions, and texts that look like something else.
 REAL_TEXTS = [
@@ -41,20 +40,7 @@ JSON = st.recursive(
     max_leaves=4,
 )
 
-ENVIRONMENT = Environment(
-    base_dir=Path("/opt/ml"),
-    hyperparameters={},
-    channels={},
-    sharded_channels=frozenset(),
-    hosts=("algo-1",),
-    other_hosts=(),
-    current_host="algo-1",
-    network_interface=None,
-    instance_type=None,
-    checkpoint_dir=Path("/opt/ml/checkpoints"),
-    num_gpus=0,
-    num_cpus=2,
-)
+ENVIRONMENT = build_environment()
 
 
 def values_of(name: str) -> SearchStrategy[Any]:

@@ -1,42 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the user asked for is what the job gets, and every mistake is told at once, in the user's words."""
 
-from pathlib import Path
-
 import pytest
 
 from llm_trainer.common.redaction import REDACTED
-from llm_trainer.config.environment import Environment
 from llm_trainer.config.load import read_settings
 from llm_trainer.config.schema import FIELDS, Settings, redact_settings
 from llm_trainer.config.sections import ALIASES
-
-
-def environment_of(hyperparameters: dict[str, str], num_gpus: int = 0, channels=None) -> Environment:
-    return Environment(
-        base_dir=Path("/opt/ml"),
-        hyperparameters=hyperparameters,
-        channels=channels or {},
-        sharded_channels=frozenset(),
-        hosts=("algo-1",),
-        other_hosts=(),
-        current_host="algo-1",
-        network_interface=None,
-        instance_type=None,
-        num_gpus=num_gpus,
-        num_cpus=2,
-        checkpoint_dir=Path("/opt/ml/checkpoints"),
-    )
+from support.environments import build_environment
 
 
 def settings_of(hyperparameters: dict[str, str], **arguments: str) -> Settings:
-    settings, problems = read_settings(environment_of(hyperparameters), arguments)
+    settings, problems = read_settings(build_environment(hyperparameters=hyperparameters), arguments)
     assert not problems
     return settings
 
 
 def problems_of(hyperparameters: dict[str, str]) -> list[str]:
-    return read_settings(environment_of(hyperparameters), {})[1]
+    return read_settings(build_environment(hyperparameters=hyperparameters), {})[1]
 
 
 def test_the_seeds_argument_file_is_accepted_as_it_is(tmp_path):
@@ -85,7 +66,7 @@ def test_the_seeds_argument_file_is_accepted_as_it_is(tmp_path):
         wandb_project: "project"
         """
     )
-    settings, problems = read_settings(environment_of({"config": str(args)}, num_gpus=8), {})
+    settings, problems = read_settings(build_environment(hyperparameters={"config": str(args)}, num_gpus=8), {})
     assert not problems
     assert settings.training.learning_rate == 5e-5  # YAML 1.1 reads `5e-5` as a text
     assert settings.adapter.lora_r == 32
@@ -96,7 +77,7 @@ def test_the_seeds_argument_file_is_accepted_as_it_is(tmp_path):
 
 def test_the_command_line_wins_over_hyperparameters_and_those_over_the_file(tmp_path):
     (tmp_path / "args.yaml").write_text("lora_r: 1\nlora_alpha: 1\nseed: 1\n")
-    environment = environment_of({"lora_r": "2", "lora_alpha": "2"}, channels={"config": tmp_path})
+    environment = build_environment(hyperparameters={"lora_r": "2", "lora_alpha": "2"}, channels={"config": tmp_path})
     settings, problems = read_settings(environment, {"lora_r": "3"})
     assert not problems
     assert (
@@ -225,7 +206,7 @@ def test_a_missing_yaml_file_is_told():
 
 
 def test_a_config_channel_needs_one_yaml_file(tmp_path):
-    _, problems = read_settings(environment_of({}, channels={"config": tmp_path}), {})
+    _, problems = read_settings(build_environment(channels={"config": tmp_path}), {})
     assert "must hold exactly one .yaml file but has none" in problems[0]
 
 

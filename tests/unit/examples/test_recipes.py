@@ -20,6 +20,7 @@ from llm_trainer.model.attention import choose_attention, read_needs
 from llm_trainer.model.device import Device
 from llm_trainer.model.memory.fit import MemoryScenario, Target, choose_memory_plan
 from llm_trainer.model.precision import choose_precision
+from support.environments import build_environment
 
 RECIPES = sorted((Path(__file__).parents[3] / "examples/recipes").glob("*.yaml"))
 CPU = Device(torch.device("cpu"))
@@ -106,19 +107,12 @@ class Recipe:
 
     def build_environment(self) -> Environment:
         hosts = tuple(f"algo-{number + 1}" for number in range(self.num_instances))
-        return Environment(
-            base_dir=Path("/opt/ml"),
-            hyperparameters={},
+        return build_environment(
             channels={"config": self.path},
-            sharded_channels=frozenset(),
             hosts=hosts,
-            other_hosts=(),
             current_host=hosts[0],
-            network_interface=None,
-            instance_type=None,
             num_gpus=self.instance.num_gpus,
             num_cpus=16,
-            checkpoint_dir=Path("/opt/ml/checkpoints"),
         )
 
 
