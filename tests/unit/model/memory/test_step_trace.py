@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A traced step counts each storage once, and knows what recomputation, offloading and a mask change.
+
+That its sum is that of a real step is tested in test_estimate.py.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from llm_trainer.config.schema import Settings
+from llm_trainer.model.memory import step_trace
+from llm_trainer.model.memory.shape import UnknownShapeError, read_shape
+from llm_trainer.model.memory.step_trace import HeldBytes, Span, Step, trace_step
+
+WIDTH, LENGTH = 128, 256
+CONFIG = LlamaConfig(
+    vocab_size=500, hidden_size=WIDTH, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4
+)
+STEP = Step(
+    num_sequences=2,
+    length=LENGTH,
+    has_mask=False,
+    stores_scores=False,
+    compute_dtype=torch.float32,
+    checkpoints=False,
+    offloads=False,
+    sharded=False,
+    on_gpu=False,
+)
+HIDDEN_BYTES = 2 * LENGTH * WIDTH * 4  # what goes from layer to layer, in float32
+
+
+@pytest.fixture(scope="module")
+def shape():
+    return read_shape(CONFIG, Settings(use_peft=False), torch.float32)
+
+
+def test_storages_are_counted_once_and_while_they_live():
+    known = torch.ones(1000)
+    with HeldBytes([known], "first") as held:
+        view = known[:10]
+        made = known + 1
+        again = made.view(10, 100)
+        assert held.held == 4000
+        held.begin("second")
+        more = made * 2
+        del more
+        del made, again
+        assert held.held == 0
+        held.begin("over")
+    assert view.numel() == 10
+    assert held.spans == {"first": Span(4000, 4000), "second": Span(4000, -4000)}
+
+
+def test_a_layer_leaves_activations_and_its_backward_pass_takes_them_away(shape):
+    trace = trace_step(shape, STEP)
+    assert trace.embedding.net >= HIDDEN_BYTES
+    assert all(span.net >= HIDDEN_BYTES for span in trace.forward)
+    assert all(span.peak >= span.net for span in (*trace.forward, *trace.backward))
+    assert len({*trace.forward[1:]}) == 1
+    assert len(trace.forward) == len(trace.backward) == len(trace.offloaded)
+    assert not any(trace.offloaded)
+
+
+def test_recomputed_layers_leave_nothing_but_what_they_begin_with(shape):
+    kept, recomputed = (trace_step(shape, replace(STEP, checkpoints=checkpoints)) for checkpoints in (False, True))
+    assert recomputed.forward[1].net == HIDDEN_BYTES < kept.forward[1].net
+    assert recomputed.backward[1].peak > kept.backward[1].peak
+
+
+def test_offloaded_activations_are_not_held(shape):
+    kept, moved = (trace_step(shape, replace(STEP, offloads=offloads)) for offloads in (False, True))
+    assert moved.offloaded[1] > 0
+    assert moved.forward[1].net < kept.forward[1].net
+
+
+def test_scores_of_attention_are_four_heads_of_length_by_length(shape):
+    fused, eager = (trace_step(shape, replace(STEP, stores_scores=stores)) for stores in (False, True))
+    scores_bytes, sums_bytes = 2 * 4 * LENGTH * LENGTH * 4, 2 * 4 * LENGTH * 4  # a fused kernel keeps a sum a row
+    assert eager.forward[1].net - fused.forward[1].net == scores_bytes - sums_bytes
+
+
+def test_a_model_whose_code_asks_for_numbers_is_unknown(shape, monkeypatch):
+    def ask(shape, step):
+        raise RuntimeError("Cannot call .item() on a fake tensor")
+
+    monkeypatch.setattr(step_trace, "run_fake_step", ask)
+    with pytest.raises(UnknownShapeError, match="item"):
+        trace_step(shape, replace(STEP, length=LENGTH + 8))
