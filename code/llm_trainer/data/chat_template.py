@@ -133,7 +133,7 @@ class ChatTemplate:
     def find_turns(self, conversation: Conversation, text: str) -> list[Span]:
         """Return the span of each assistant turn, with the text that ends it. Raises RowError where none ends it."""
         turns = conversation.assistant_turns
-        # A user may quote the start of a turn, so that it counts only where every occurrence is a turn.
+        # A user may quote the start of a turn. It tells turns only where it occurs as often as there are turns.
         is_plain = bool(self.turn_start) and text.count(self.turn_start) == len(turns)
         spans: list[Span] = []
         for number in turns:

@@ -98,10 +98,7 @@ def open_stream(
     Its shards are the readers. Accelerate gives each rank its own, and `datasets` gives each DataLoader process one.
     Raises UserError where a source has no row.
     """
-    host = environment.current_host
-    for source in sources:
-        if source.name not in preparers or (isinstance(source, FileSource) and not source.files):
-            raise UserError(describe_emptiness(source, host))
+    check_sources(sources, preparers, environment.current_host)
     data_seed = training_settings.data_seed
     num_readers = world_size() * max(1, training_settings.dataloader_num_workers)
     stream = Stream(
@@ -112,12 +109,19 @@ def open_stream(
         seed=training_settings.seed if data_seed is None else data_seed,
         num_readers=num_readers,
         num_hosts=len(environment.hosts),
-        host=host,
+        host=environment.current_host,
         rejected_rows=environment.output_dir / "data" / REJECTED_ROWS,
     )
     return IterableDataset.from_generator(
         stream.generate_rows, features=FEATURES, gen_kwargs={"readers": list(range(num_readers))}
     )
+
+
+def check_sources(sources: list[Source], preparers: dict[str, Preparer], host: str) -> None:
+    """Raise UserError where a source has no row on this host, or no row that tells its format."""
+    for source in sources:
+        if source.name not in preparers or (isinstance(source, FileSource) and not source.files):
+            raise UserError(describe_emptiness(source, host))
 
 
 @dataclass(frozen=True)

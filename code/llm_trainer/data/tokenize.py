@@ -233,6 +233,22 @@ def prepare_chunks(
     if num_processes == 1 or len(first_two) < 2:
         yield from map(preparer.prepare_chunk, chunks)
         return
+    try:
+        yield from prepare_in_pool(preparer, chunks, num_processes)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "A process that tokenizes was killed, most likely because the host ran out of memory: lower "
+            f"dataset_num_proc (now {num_processes}), or use an instance with more memory."
+        ) from error
+
+
+def prepare_in_pool(
+    preparer: Preparer, chunks: Iterator[Chunk], num_processes: int
+) -> Generator[PreparedChunk, None, None]:
+    """Yield the chunks prepared by a pool of processes, in their order.
+
+    Raises BrokenProcessPool where a process was killed.
+    """
     # Forked processes have tokenizer and libraries at once. They touch neither torch nor a GPU.
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(num_processes, context, initializer=begin_process, initargs=(preparer,)) as pool:
@@ -244,11 +260,6 @@ def prepare_chunks(
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "A process that tokenizes was killed, most likely because the host ran out of memory: lower "
-                f"dataset_num_proc (now {num_processes}), or use an instance with more memory."
-            ) from error
         finally:
             pool.shutdown(cancel_futures=True)  # waits, because nobody would end the others after this process's end
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files of a channel hold rows."""
+"""Discovery of the files in a channel that hold rows."""
 
 import json
 from fnmatch import fnmatch
@@ -9,16 +9,16 @@ from llm_trainer.common.errors import UserError
 
 TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv")
 SUFFIXES = (".parquet", ".arrow", *(suffix + codec for suffix in TEXT_SUFFIXES for codec in ("", ".gz", ".zst")))
-# Files that Hugging Face keeps beside .arrow files, or about a data set. A state.json is one only beside such files.
+# Files that Hugging Face keeps beside .arrow files, or about a data set. A state.json belongs to them only there.
 NOT_ROWS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "cache-*.arrow", "*.lock")
-NOT_WORTH_TELLING = (*NOT_ROWS, "README*", "LICENSE*", "*.md", "_SUCCESS")
+EXPECTED_BESIDE_ROWS = (*NOT_ROWS, "README*", "LICENSE*", "*.md", "_SUCCESS")
 
 
 def find_files(path: Path, splits: tuple[str, ...] = ()) -> list[Path]:
-    """The data files that a path means: itself, or those in the folder and below, by path. Hidden ones do not count.
+    """Return the data files that a path names: the file itself, or those in the folder and below, sorted by path.
 
-    Of a saved DatasetDict only the first of the splits that is there. Raises UserError where none is, and where
-    a saved Dataset lacks one of its files.
+    Hidden files do not count. A saved DatasetDict gives the first of `splits` that it has. Raises UserError where it
+    has none of them, and where a saved Dataset lacks one of its files.
     """
     if path.is_file():
         return [path]
@@ -32,17 +32,20 @@ def find_files(path: Path, splits: tuple[str, ...] = ()) -> list[Path]:
 
 
 def find_ignored_files(path: Path) -> list[str]:
-    """Names of the files in a folder and below that are not read, but for those that nobody would expect to be."""
+    """Return the names of files in a folder and below that are not read, except for those nobody expects to be."""
     files = list_files(path) if path.is_dir() else []
     return [
         file.relative_to(path).as_posix()
         for file in files
-        if not file.name.endswith(SUFFIXES) and not any(fnmatch(file.name, known) for known in NOT_WORTH_TELLING)
+        if not file.name.endswith(SUFFIXES) and not any(fnmatch(file.name, known) for known in EXPECTED_BESIDE_ROWS)
     ]
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Files that are not hidden. A link to nowhere is one, so that reading it tells that data is missing."""
+    """Return the files in a folder and below that are not hidden, sorted.
+
+    A broken link is one of them: reading it will tell that data is missing.
+    """
     return sorted(
         file
         for file in folder.rglob("*")
@@ -51,18 +54,19 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def is_about_rows(file: Path) -> bool:
+    """Tell whether a file describes a data set and holds no rows of it."""
     return is_state(file) or any(fnmatch(file.name, pattern) for pattern in NOT_ROWS)
 
 
 def is_state(file: Path) -> bool:
-    """Whether the file is the state.json of a folder that Dataset.save_to_disk wrote."""
+    """Tell whether a file is the state.json of a folder that Dataset.save_to_disk wrote."""
     return file.name == "state.json" and (
         file.with_name("dataset_info.json").is_file() or any(file.parent.glob("*.arrow"))
     )
 
 
 def choose_split(path: Path, splits: tuple[str, ...]) -> Path:
-    """The folder to read: the path, or of a saved DatasetDict one split's."""
+    """Return the folder to read: the path, or one split's folder of a saved DatasetDict. Raises UserError."""
     index = path / "dataset_dict.json"
     if not index.is_file():
         return path
@@ -77,7 +81,7 @@ def choose_split(path: Path, splits: tuple[str, ...]) -> Path:
 
 
 def find_shards(state: Path) -> list[Path]:
-    """The .arrow files of a saved Dataset."""
+    """Return the .arrow files of a saved Dataset. Raises UserError where one is missing."""
     shards = [state.with_name(name) for name in read_index(state)]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
@@ -86,7 +90,7 @@ def find_shards(state: Path) -> list[Path]:
 
 
 def read_index(index: Path) -> list[str]:
-    """The names of the splits or .arrow files that save_to_disk wrote."""
+    """Return the names of the splits or .arrow files that save_to_disk wrote. Raises UserError for other content."""
     try:
         saved = json.loads(index.read_text(encoding="utf-8"))
         return saved["splits"] if "splits" in saved else [entry["filename"] for entry in saved["_data_files"]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A data file -> chunks of raw rows, whatever container it is. No tokenizer, no torch."""
+"""Reading of a data file in any container, as chunks of raw rows."""
 
 import codecs
 import gzip
@@ -19,22 +19,22 @@ from llm_trainer.readers.json import read_json
 from llm_trainer.readers.rows import Chunk, DamagedFile, Numbered
 from llm_trainer.readers.tables import read_arrow, read_csv, read_parquet, read_table
 
-MAX_BYTES = 4 * 2**20  # of raw rows in a chunk
-BUFFER_BYTES = 2**16  # of a file
-PIECE_BYTES = 2**14  # of uncompressed content
+MAX_BYTES = 4 * 2**20  # raw rows in a chunk
+BUFFER_BYTES = 2**16  # buffer of an open file
+PIECE_BYTES = 2**14  # uncompressed content that is asked for at a time
 
 BOM = codecs.BOM_UTF8
 MAGIC = {".gz": re.compile(rb"\x1f\x8b"), ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")}
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 
-# What reading raises: the system, gzip, zstd and Arrow; the last two of these, a value that Python has no type for.
+# Errors of reading by the system, gzip, zstd and Arrow. The last two are also a value that has no Python type.
 UNREADABLE = (OSError, EOFError, zlib.error, pa.ArrowException, ValueError, OverflowError)
 
 
 def read_chunks(file: Path, name: str, max_rows: int, max_bytes: int = MAX_BYTES) -> Iterator[Chunk]:
-    """The file's rows in order, at most max_rows and little more than max_bytes of them at a time.
+    """Yield the file's rows in order, in chunks of at most `max_rows` rows and little more than `max_bytes`.
 
-    Raises DamagedFile, after the rows that could be read, where the file cannot be read to its end.
+    Raises DamagedFile, after the rows before the damage, where the file cannot be read to its end.
     """
     numbers: list[int] = []
     rows: list[Any] = []
@@ -61,11 +61,12 @@ def read_chunks(file: Path, name: str, max_rows: int, max_bytes: int = MAX_BYTES
 
 
 def describe_end(numbers: list[int], rows: list[Any]) -> str:
+    """Return the place of a chunk's last row, as the end of a sentence."""
     return f"after {'line' if isinstance(rows[-1], bytes) else 'row'} {numbers[-1]}"
 
 
 def explain_damage(error: Exception, file: Path, name: str, place: str) -> str:
-    """The sentence for the user about an error of the system or of a library."""
+    """Return the sentence for the user about an error of the system or of a library."""
     if isinstance(error, EOFError) or str(error) == "Truncated compressed stream":
         codec = CODECS[file.suffix]
         return f"{name} ends in the middle of its {codec} stream ({place}): it was cut off; upload it again."
@@ -75,6 +76,7 @@ def explain_damage(error: Exception, file: Path, name: str, place: str) -> str:
 
 
 def read_rows(file: Path, name: str, max_rows: int, max_bytes: int) -> Iterator[Numbered]:
+    """Yield the file's rows in order, with the reader that its suffix chooses. Raises DamagedFile and UNREADABLE."""
     container = Path(file.name.removesuffix(".gz").removesuffix(".zst")).suffix
     if container == ".parquet":
         yield from read_table(read_parquet(file, max_rows, max_bytes), name, max_rows, max_bytes)
@@ -90,7 +92,10 @@ def read_rows(file: Path, name: str, max_rows: int, max_bytes: int) -> Iterator[
 
 @contextmanager
 def open_stream(file: Path, name: str) -> Iterator[io.BufferedReader]:
-    """The file's content, uncompressed, read once from its beginning to its end."""
+    """Open a file's uncompressed content, to be read once from its beginning to its end.
+
+    Raises DamagedFile where a file is not compressed as its name says.
+    """
     raw: io.BufferedReader = io.BufferedReader(io.FileIO(file), BUFFER_BYTES)
     with raw:
         codec = CODECS.get(file.suffix)
@@ -107,15 +112,17 @@ def open_stream(file: Path, name: str) -> Iterator[io.BufferedReader]:
 
 
 class Uncompressed(io.RawIOBase):
-    """What a decompressor gives, a little at a time, because what it gave in a call that then failed is lost."""
+    """Stream of what a decompressor gives, a little at a time: a call that fails loses what it gave before."""
 
     def __init__(self, content: Any) -> None:
         self.content = content
 
     def readable(self) -> bool:
+        """Return true, as io.BufferedReader asks."""
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Fill the buffer with at most PIECE_BYTES, and return their number; 0 at the end."""
         data = self.content.read1(min(len(buffer), PIECE_BYTES))
         buffer[: len(data)] = data
         return len(data)

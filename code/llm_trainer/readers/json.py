@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON files -> rows: one object a line, or one array, read as it comes and never as a whole."""
+"""Reading of JSON files as rows: an object a line, or one array, without holding the whole file."""
 
 import codecs
 import io
@@ -11,20 +11,21 @@ from typing import Any
 
 from llm_trainer.readers.rows import BadRow, DamagedFile, Numbered
 
-READ_BYTES = 2**20  # of a JSON array at a time
+READ_BYTES = 2**20  # part of a JSON array that is read at a time
 LITERALS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
-LONGEST_TOKEN = 16  # characters: -Infinity, or an escaped surrogate pair, may be split between two reads
+LONGEST_TOKEN = 16  # characters: two reads may split -Infinity, or an escaped surrogate pair
 WHITE = re.compile(r"[ \t\n\r]*")
 
 
-class DuplicateKey(ValueError):  # noqa: N818 (it is the key that is there twice)
-    """A JSON object has a key twice, so that one of the two values would be lost."""
+class DuplicateKey(ValueError):  # noqa: N818 (it names the key that is there twice)
+    """Error for a JSON object that has a key twice, since one of the two values would be lost."""
 
 
 def read_json(stream: io.BufferedReader, name: str, is_json_lines: bool) -> Iterator[Numbered]:
-    """Rows of a JSON array, or of one JSON text a line; which, the content tells, and not the name.
+    """Yield the rows of a JSON array, or of a JSON text a line, as the content shows.
 
-    Objects over several lines are read too, unless the name says that there is one a line: then it is a broken line.
+    Objects over several lines are read too, unless the file's name promises one a line: there each line is a row.
+    Raises DamagedFile.
     """
     line = 1 + skip_white(stream)
     if stream.peek(1).startswith(b"["):
@@ -41,7 +42,7 @@ def read_json(stream: io.BufferedReader, name: str, is_json_lines: bool) -> Iter
 
 
 def skip_white(stream: io.BufferedReader) -> int:
-    """Go to the first byte that is not white space, and return how many lines ended before it."""
+    """Skip white space, and return the number of line breaks in it."""
     lines = 0
     while head := stream.peek(1):
         text = head.lstrip()
@@ -53,7 +54,7 @@ def skip_white(stream: io.BufferedReader) -> int:
 
 
 def starts_long_json(head: bytes) -> bool:
-    """Whether a file's first line is the beginning of a JSON text or of several: neither whole nor broken."""
+    """Tell whether a file's first line only begins a JSON text, or holds several: neither one whole nor broken."""
     try:
         parse_json(head)
     except json.JSONDecodeError as error:
@@ -64,21 +65,23 @@ def starts_long_json(head: bytes) -> bool:
 
 
 def read_lines(lines: Iterable[bytes], first: int) -> Iterator[Numbered]:
+    """Yield the lines that are not empty as bytes; `first` is the number of the first line."""
     for number, line in enumerate(lines, start=first):
         if not line.isspace():
             yield number, line, len(line)
 
 
 def read_array(text: "JsonText") -> Iterator[Numbered]:
-    text.skip()
+    """Yield the elements of a JSON array. Raises DamagedFile where it is cut, not valid, or not the whole text."""
+    text.skip_character()
     if text.peek() != "]":
         yield text.read_row()
         while text.peek() == ",":
-            text.skip()
+            text.skip_character()
             yield text.read_row()
     if text.peek() != "]":
-        raise text.damage(json.JSONDecodeError("Expecting ',' delimiter", text.text, text.position))
-    text.skip()
+        raise text.build_damage(json.JSONDecodeError("Expecting ',' delimiter", text.text, text.position))
+    text.skip_character()
     if text.peek():
         line, _ = text.locate(text.position)
         raise DamagedFile(
@@ -87,40 +90,41 @@ def read_array(text: "JsonText") -> Iterator[Numbered]:
 
 
 def read_values(text: "JsonText") -> Iterator[Numbered]:
+    """Yield JSON values that follow one another. Raises DamagedFile where one is cut or not valid."""
     while text.peek():
         yield text.read_row()
 
 
 class JsonText:
-    """The text of a JSON file from where it was read up to, as much of it as its next row needs."""
+    """Window on the text of a JSON file: the part that is not parsed yet, as long as the next row needs."""
 
     def __init__(self, stream: io.BufferedReader, name: str, whole: str, line: int, head: bytes = b"") -> None:
         self.stream = stream
         self.name = name
-        self.whole = whole  # what the file ends in the middle of where it was cut off
-        self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # so that bad bytes mar only their row
+        self.whole = whole  # names what a file that was cut off ends in the middle of
+        self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # bad bytes spoil only their row
         self.text = self.decoder.decode(head)
-        self.line = line  # on which the text begins, from 1
-        self.column = 0  # characters of that line before the text
+        self.line = line  # the line on which the text begins, from 1
+        self.column = 0  # characters before the text on that line
         self.position = 0
         self.num_rows = 0
         self.ended = False
 
     def peek(self) -> str:
-        """Go to the next character that is not white space, and return it; an empty text at the end."""
+        """Move to the next character that is not white space, and return it; an empty text at the end."""
         while True:
             white = WHITE.match(self.text, self.position)
             self.position = white.end() if white else self.position
-            if self.position < len(self.text) or not self.fill():
+            if self.position < len(self.text) or not self.read_more():
                 return self.text[self.position : self.position + 1]
 
-    def skip(self) -> None:
-        """Go past the next character that is not white space."""
+    def skip_character(self) -> None:
+        """Move past the next character that is not white space."""
         self.peek()
         self.position += 1
 
     def read_row(self) -> Numbered:
-        """The next value. Raises DamagedFile where there is none."""
+        """Return the next value as a row. Raises DamagedFile where there is none."""
         self.peek()
         while True:
             failure = None
@@ -128,17 +132,20 @@ class JsonText:
                 row, end = decode_value(self.text, self.position)
             except json.JSONDecodeError as error:
                 row, end, failure = None, len(self.text) if is_in_string(error) else error.pos, error
-            if end <= len(self.text) - LONGEST_TOKEN or not self.fill():
+            if end <= len(self.text) - LONGEST_TOKEN or not self.read_more():
                 break
         if failure:
-            raise self.damage(failure)
+            raise self.build_damage(failure)
         source = self.text[self.position : end]
         self.position = end
         self.num_rows += 1
         return self.num_rows, row if is_utf8(source) else BadRow("is not UTF-8 text"), len(source)
 
-    def fill(self) -> bool:
-        """Read more, at least as much as is left, so that a long row is not parsed over and over; False at the end."""
+    def read_more(self) -> bool:
+        """Read more text, and return whether there was any.
+
+        The text at least doubles, because a long row is parsed anew each time.
+        """
         if self.ended:
             return False
         self.line, self.column = self.locate(self.position)
@@ -153,12 +160,13 @@ class JsonText:
         return True
 
     def locate(self, position: int) -> tuple[int, int]:
-        """The line of a position, from 1, and how many characters are before it on that line."""
+        """Return the line of a position, from 1, and the number of characters before it on that line."""
         lines = self.text.count("\n", 0, position)
         start = self.text.rfind("\n", 0, position) + 1
         return self.line + lines, position - start + (0 if lines else self.column)
 
-    def damage(self, error: json.JSONDecodeError) -> DamagedFile:
+    def build_damage(self, error: json.JSONDecodeError) -> DamagedFile:
+        """Return the error for the user where the text is cut or not valid."""
         if is_cut(error):
             place = f"after row {self.num_rows}" if self.num_rows else "before its first row"
             return DamagedFile(
@@ -172,20 +180,22 @@ class JsonText:
 
 
 class JsonDecoder(json.JSONDecoder):
-    """Python's, except that every value it cannot take is a JSONDecodeError or a DuplicateKey."""
+    """Python's decoder, which raises JSONDecodeError or DuplicateKey for every value that it cannot take."""
 
     def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        """Return the value that begins at an index, and the index after it."""
         try:
             return super().raw_decode(s, idx)
         except (json.JSONDecodeError, DuplicateKey):
             raise
-        except ValueError as error:  # Python's guard against numbers of over 4,300 digits
+        except ValueError as error:  # Python refuses numbers of over 4,300 digits
             raise json.JSONDecodeError("Too long a number", s, idx) from error
         except RecursionError as error:
             raise json.JSONDecodeError("Too many brackets in brackets", s, idx) from error
 
 
 def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's fields. Raises DuplicateKey where two have one key."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -198,7 +208,7 @@ ANY_DECODER = JsonDecoder()
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of one JSON text, with or without a byte order mark.
+    """Parse one JSON text, with or without a byte order mark.
 
     Raises JSONDecodeError, UnicodeDecodeError or DuplicateKey, all of them a ValueError.
     """
@@ -208,7 +218,10 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def decode_value(text: str, position: int) -> tuple[Any, int]:
-    """The JSON value that begins at a position, and the position after it. Raises JSONDecodeError."""
+    """Return the JSON value that begins at a position, or a BadRow for a duplicate key, and the position after it.
+
+    Raises JSONDecodeError.
+    """
     try:
         return ROW_DECODER.raw_decode(text, position)
     except DuplicateKey as error:
@@ -216,7 +229,7 @@ def decode_value(text: str, position: int) -> tuple[Any, int]:
 
 
 def is_cut(error: json.JSONDecodeError) -> bool:
-    """Whether nothing is wrong with a JSON text but that it ends too early."""
+    """Tell whether a JSON text is valid as far as it goes, and ends too early."""
     rest = error.doc[error.pos :]
     if error.msg == r"Invalid \uXXXX escape":
         return len(rest) < len("uXXXX")
@@ -224,11 +237,12 @@ def is_cut(error: json.JSONDecodeError) -> bool:
 
 
 def is_in_string(error: json.JSONDecodeError) -> bool:
+    """Tell whether a JSON text ends within a string."""
     return error.msg.startswith("Unterminated string")
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text that was decoded with surrogateescape has no byte that is not UTF-8."""
+    """Tell whether the bytes of a text that was decoded with surrogateescape are all UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,30 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A row as it stands in its file, before anybody knows what its fields mean."""
+"""Rows as they stand in their files, before their format is known."""
 
 from dataclasses import dataclass
 from typing import Any
 
-Numbered = tuple[int, Any, int]  # a row's number, the row, and about how many bytes it is
+Numbered = tuple[int, Any, int]  # a row's number, the row, and its approximate size in bytes
 
 
 class DamagedFile(Exception):  # noqa: N818 (it is the file that is damaged)
-    """A file cannot be read to its end. Its text is the sentence for the user."""
+    """Damage that keeps a file from being read to its end. Its text is the sentence for the user."""
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that is unusable while those around it can be read."""
+    """A row that is unusable while its neighbours can be read."""
 
-    reason: str  # what goes after the row's place in a sentence: "has the key 'text' twice"
+    reason: str  # the rest of a sentence that begins with the row's place, such as "has the key 'text' twice"
 
 
 @dataclass(frozen=True)
 class Chunk:
     """Consecutive rows of one file.
 
-    A row of a .jsonl file is still its bytes, so that it can be parsed in another process.
+    A row of a .jsonl file is its bytes, because another process parses it.
     """
 
     file: str  # the file's name relative to the channel's folder, for messages
     numbers: list[int]  # each row's number: the line of a .jsonl file, else counted from 1
-    rows: list[Any]  # bytes: one JSON text, not yet parsed; anything else: the row itself, or a BadRow
+    rows: list[Any]  # each is bytes (a JSON text that is not parsed yet), the parsed row, or a BadRow

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CSV, Parquet and Arrow files -> rows, a bounded number of bytes at a time."""
+"""Reading of CSV, Parquet and Arrow files as rows, a bounded number of bytes at a time."""
 
 import csv
 import io
@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 from llm_trainer.readers.json import is_utf8
 from llm_trainer.readers.rows import BadRow, DamagedFile, Numbered
 
-BUFFER_BYTES = 2**16  # of a Parquet file
-MAX_CELL = 64 * 2**20  # characters of a CSV cell: where a quote is never closed, the rest of the file would be one cell
+BUFFER_BYTES = 2**16  # buffer of an open Parquet file
+MAX_CELL = 64 * 2**20  # characters of a CSV cell: without it, a quote that stays open makes one cell of the rest
 ARROW_FILE_MAGIC = b"ARROW1"
 ARROW_STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
 def read_csv(stream: io.BufferedReader, name: str) -> Iterator[Numbered]:
+    """Yield the rows below the header as objects of texts. Raises DamagedFile where the file is not valid CSV."""
     csv.field_size_limit(MAX_CELL)
     table = csv.reader(decode_lines(stream, name), strict=True)
     number = 0
@@ -40,6 +41,7 @@ def read_csv(stream: io.BufferedReader, name: str) -> Iterator[Numbered]:
 
 
 def decode_lines(stream: io.BufferedReader, name: str) -> Iterator[str]:
+    """Yield the lines as text, with their line breaks. Raises DamagedFile at a line that is not UTF-8."""
     with io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline="") as lines:
         for number, line in enumerate(lines, start=1):
             if not is_utf8(line):
@@ -48,11 +50,12 @@ def decode_lines(stream: io.BufferedReader, name: str) -> Iterator[str]:
 
 
 def count_cells(cells: list[str], header: list[str]) -> str:
+    """Return the reason why a row with more or fewer cells than the header is bad."""
     return f"has {len(cells)} cell{'s' * (len(cells) != 1)} and the header has {len(header)}"
 
 
 def check_columns(names: list[str], file_name: str) -> None:
-    """Raises DamagedFile where a column has no name, or that of another: its values would be lost."""
+    """Raise DamagedFile where a column has no name, or the name of another: its values would be lost."""
     for column, name in enumerate(names, start=1):
         if not name.strip():
             raise DamagedFile(f"{file_name} has no name for column {column}: name it, or remove it.")
@@ -61,7 +64,7 @@ def check_columns(names: list[str], file_name: str) -> None:
 
 
 def read_parquet(file: Path, max_rows: int, max_bytes: int) -> Iterator[Any]:
-    """Record batches of little more than max_bytes, as far as the average of a row group tells."""
+    """Yield record batches of at most `max_rows` rows and about `max_bytes`, by the average of each row group."""
     with pq.ParquetFile(file, buffer_size=BUFFER_BYTES) as table:
         for index in range(table.num_row_groups):
             group = table.metadata.row_group(index)
@@ -70,7 +73,10 @@ def read_parquet(file: Path, max_rows: int, max_bytes: int) -> Iterator[Any]:
 
 
 def read_arrow(file: Path, name: str) -> Iterator[Any]:
-    """Record batches of both of Arrow's containers: the stream, which save_to_disk writes, and the file."""
+    """Yield the record batches of either of Arrow's containers: the stream, which save_to_disk writes, or the file.
+
+    Raises DamagedFile where a stream has no mark of its end.
+    """
     with pa.memory_map(str(file)) as source:
         if source.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC:
             table = pa.ipc.open_file(source)
@@ -79,16 +85,17 @@ def read_arrow(file: Path, name: str) -> Iterator[Any]:
         source.seek(0)
         yield from pa.ipc.open_stream(source)
         source.seek(-len(ARROW_STREAM_END), io.SEEK_END)
-        if source.read() != ARROW_STREAM_END:  # Arrow does not mind where the cut is between two batches
+        if source.read() != ARROW_STREAM_END:  # Arrow does not notice a cut between two batches
             raise DamagedFile(f"{name} ends without Arrow's mark of the end: it was cut off; upload it again.")
 
 
 def read_table(batches: Iterator[Any], name: str, max_rows: int, max_bytes: int) -> Iterator[Numbered]:
+    """Yield the rows of record batches. Raises DamagedFile where two columns have one name."""
     number = 0
     for batch in batches:
         if not number:
             check_columns(batch.schema.names, name)
-        batch.validate(full=True)  # otherwise damaged offsets end the process
+        batch.validate(full=True)  # without this check, damaged offsets crash the process
         for part in split_batch(batch, max_rows, max_bytes):
             length = part.nbytes // part.num_rows
             for fields in part.to_pylist():
@@ -97,7 +104,7 @@ def read_table(batches: Iterator[Any], name: str, max_rows: int, max_bytes: int)
 
 
 def split_batch(batch: Any, max_rows: int, max_bytes: int) -> Iterator[Any]:
-    """The batch in parts that hold no more than this many rows and bytes, or one row."""
+    """Yield a batch in parts of at most that many rows and bytes, or of one row."""
     if batch.num_rows <= max_rows and (batch.num_rows <= 1 or batch.nbytes <= max_bytes):
         if batch.num_rows:
             yield batch
@@ -108,7 +115,7 @@ def split_batch(batch: Any, max_rows: int, max_bytes: int) -> Iterator[Any]:
 
 
 def drop_nested_nones(value: Any) -> Any:
-    """The value without the None fields that Arrow adds to objects so that all of a column's have the same fields."""
+    """Return a value without the None fields that Arrow adds to nested objects, which all have a column's fields."""
     if isinstance(value, dict):
         return {key: drop_nested_nones(field) for key, field in value.items() if field is not None}
     if isinstance(value, list):

@@ -9,12 +9,10 @@ import pytest
 
 from llm_trainer.common.errors import MAX_FAILURE_CHARACTERS, UserError
 from llm_trainer.config.schema import Settings
-from llm_trainer.data import tokenize
 from llm_trainer.data.datasets import DataPlaces, load_data
 from llm_trainer.data.encoding import Vocabulary
 from llm_trainer.data.formats import IGNORED
 from llm_trainer.data.preview import find_data_warnings
-from llm_trainer.model.loading import choose_pad_token
 from llm_trainer.readers.discovery import find_files
 from llm_trainer.readers.sources import FileSource
 from support.tiny_model import build_tokenizer
@@ -232,22 +230,6 @@ def test_channels_are_mixed_by_weight_without_losing_a_row(load):
     assert load(channels).splits["train"]["length"][:] == [2] * 6 + [7, 8]
 
 
-def test_a_killed_process_is_told(load, monkeypatch):
-    import os
-    import signal
-
-    monkeypatch.setattr("llm_trainer.data.token_cache.CHUNK_ROWS", 2)
-    parent = os.getpid()
-
-    def die(self, chunk):
-        assert os.getpid() != parent
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(tokenize.Preparer, "prepare_chunk", die)
-    (problem,) = problems_of(load, {"train": texts(*"abcdef")}, dataset_num_proc=2)
-    assert problem.startswith("A process that tokenizes was killed, most likely because the host ran out of memory")
-
-
 def test_nothing_half_written_is_taken_for_prepared_data(load, tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError(28, "No space left on device")
@@ -258,17 +240,3 @@ def test_nothing_half_written_is_taken_for_prepared_data(load, tmp_path, monkeyp
             load({"train": texts("a")})
     assert list((tmp_path / "cache/data").iterdir()) == []
     assert load({"train": texts("a")}).reports["train"].num_rows == 1
-
-
-def test_the_pad_token_is_not_the_eos():
-    tokenizer = build_tokenizer()
-    assert tokenizer.pad_token == tokenizer.eos_token
-    assert choose_pad_token(tokenizer) == "<|endoftext|>"
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|finetune_right_pad_id|>"]})
-    assert choose_pad_token(tokenizer) == "<|finetune_right_pad_id|>"
-
-
-def test_a_tokenizer_with_nothing_but_eos_pads_with_it():
-    tokenizer = build_tokenizer()
-    tokenizer.bos_token = tokenizer.unk_token = tokenizer.pad_token = tokenizer.eos_token
-    assert choose_pad_token(tokenizer) == tokenizer.eos_token

@@ -1,16 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hosts and jobs that share a disk share the tokens on it."""
 
+import ast
 import json
+from pathlib import Path
 from threading import Barrier
 
 import pytest
 import torch.multiprocessing
 from datasets import Dataset
 
-from llm_trainer.config.schema import Settings
+import llm_trainer
+from llm_trainer.config.schema import FIELDS, Settings
 from llm_trainer.data.encoding import Vocabulary
-from llm_trainer.data.token_cache import ROWS, prepare_source
+from llm_trainer.data.token_cache import (
+    CODE_THAT_DECIDES_TOKENS,
+    ROWS,
+    SETTINGS_THAT_DECIDE_TOKENS,
+    build_key,
+    prepare_source,
+)
 from llm_trainer.readers.sources import FileSource
 from support.tiny_model import build_tokenizer
 from support.waiting import GUARD_SECONDS
@@ -43,3 +52,51 @@ def test_two_processes_prepare_the_same_data_at_once_and_one_folder_is_left(tmp_
     barrier = torch.multiprocessing.get_context("spawn").Barrier(2, timeout=GUARD_SECONDS)
     torch.multiprocessing.spawn(prepare_at_once, (tmp_path, barrier), nprocs=2)
     assert len(list((tmp_path / "cache/data").iterdir())) == 1
+
+
+def find_imports(file):
+    """The modules of `readers` and `data` that a file of the package imports, as paths in the package."""
+    tree = ast.parse((Path(llm_trainer.__file__).parent / file).read_text(encoding="utf-8"))
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    names = {node.module for node in froms} | {f"{node.module}.{each.name}" for node in froms for each in node.names}
+    names |= {each.name for node in ast.walk(tree) if isinstance(node, ast.Import) for each in node.names}
+    paths = {name.removeprefix("llm_trainer.").replace(".", "/") + ".py" for name in names}
+    places = {path for path in paths if path.startswith(("readers/", "data/"))}
+    return {path for path in places if (Path(llm_trainer.__file__).parent / path).is_file()}
+
+
+def test_the_key_holds_all_code_that_decides_tokens():
+    todo, found = ["data/tokenize.py", "data/encoding.py", "data/token_cache.py"], set()
+    while todo:
+        file = todo.pop()
+        if file not in found:
+            found.add(file)
+            todo += find_imports(file)
+    assert found == set(CODE_THAT_DECIDES_TOKENS)
+    assert len(CODE_THAT_DECIDES_TOKENS) == len(found)
+
+
+OTHER_VALUES = {
+    "dataset_format": "text",
+    "text_field": "body",
+    "messages_field": "chat",
+    "max_length": 7,
+    "apply_truncation": False,
+    "truncation_mode": "keep_end",
+    "assistant_only_loss": True,
+    "completion_only_loss": True,
+}
+
+
+def test_the_key_differs_with_each_setting_that_decides_tokens_and_with_no_other():
+    assert OTHER_VALUES.keys() == set(SETTINGS_THAT_DECIDE_TOKENS) <= FIELDS.keys()
+    tokenizer = build_tokenizer()
+    vocabulary = Vocabulary(tokenizer, frozenset({tokenizer.eos_token_id}), len(tokenizer))
+
+    def key(files=(), **values):
+        return build_key(list(files), vocabulary, Settings(**values).data)
+
+    others = {key(**{name: value}) for name, value in OTHER_VALUES.items()}
+    assert len(others | {key()}) == len(OTHER_VALUES) + 1
+    assert key(packing=True, dataset_num_proc=3, shuffle_dataset=True) == key()
+    assert key([{"name": "a.jsonl"}]) != key()

@@ -12,7 +12,8 @@ from transformers import dynamic_module_utils
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.attention import read_needs
-from llm_trainer.model.loading import build_skeleton, load_model, load_tokenizer, read_config
+from llm_trainer.model.loading import build_skeleton, choose_pad_token, load_model, load_tokenizer, read_config
+from support.tiny_model import build_tokenizer
 
 OWN_CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -96,3 +97,17 @@ def test_a_model_that_is_not_there_is_refused_offline():
 
 def test_the_models_options_change_its_config_too(tiny_model):
     assert read_config(str(tiny_model), Settings(model_init_kwargs={"rms_norm_eps": 0.5})).rms_norm_eps == 0.5
+
+
+def test_the_pad_token_is_not_the_eos():
+    tokenizer = build_tokenizer()
+    assert tokenizer.pad_token == tokenizer.eos_token
+    assert choose_pad_token(tokenizer) == "<|endoftext|>"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|finetune_right_pad_id|>"]})
+    assert choose_pad_token(tokenizer) == "<|finetune_right_pad_id|>"
+
+
+def test_a_tokenizer_with_nothing_but_eos_pads_with_it():
+    tokenizer = build_tokenizer()
+    tokenizer.bos_token = tokenizer.unk_token = tokenizer.pad_token = tokenizer.eos_token
+    assert choose_pad_token(tokenizer) == tokenizer.eos_token

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counts of rows: added up, kept as JSON, and judged."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from llm_trainer.common.errors import MAX_LISTED_PROBLEMS
+from llm_trainer.data.report import DataReport
+
+
+def test_reports_add_up():
+    first = DataReport(files=[{"name": "a"}], formats={"a": "text"}, num_rows=2, num_tokens=8, lengths=Counter({4: 2}))
+    second = DataReport(files=[{"name": "b"}], formats={"b": "text"}, num_rows=1, num_tokens=5, lengths=Counter({4: 1}))
+    first.add_report(second)
+    assert [file["name"] for file in first.files] == ["a", "b"]
+    assert first.formats == {"a": "text", "b": "text"}
+    assert (first.num_rows, first.num_tokens, first.lengths) == (3, 13, {4: 3})
+
+
+def test_only_the_first_bad_rows_are_listed_and_all_are_counted():
+    whole = DataReport()
+    for part in range(3):
+        report = DataReport()
+        for number in range(MAX_LISTED_PROBLEMS):
+            report.note_bad_row(f"{part} {number}")
+        report.note_bad_row("one more")
+        whole.add_report(report)
+    assert whole.num_bad_rows == 3 * (MAX_LISTED_PROBLEMS + 1)
+    assert whole.bad_rows == [f"0 {number}" for number in range(MAX_LISTED_PROBLEMS)]
+
+
+def test_a_report_survives_json():
+    report = DataReport(num_rows=3, lengths=Counter({4: 2, 17: 1}), bad_rows=["a"])
+    assert DataReport.from_json(json.loads(json.dumps(vars(report)))) == report
+
+
+def test_percentiles_are_lengths_of_rows():
+    report = DataReport(lengths=Counter(dict.fromkeys(range(1, 101), 1)))
+    assert report.length_percentiles() == {"p50": 50, "p90": 90, "p95": 95, "p99": 99, "longest": 100}
+    assert DataReport().length_percentiles()["longest"] == 0
+
+
+def test_the_summary_leaves_out_what_is_long():
+    summary = DataReport(num_tokens=8, num_supervised_tokens=2, lengths=Counter({8: 1}), bad_rows=["a"]).summary()
+    assert not summary.keys() & {"lengths", "bad_rows", "damage"}
+    assert (summary["supervised_share"], summary["longest_row_tokens"]) == (0.25, 8)
+
+
+@pytest.mark.parametrize(("fraction", "num_sentences"), [(0, 1), (0.09, 2), (0.1, 0)])
+def test_bad_rows_are_told_unless_that_many_are_allowed(fraction, num_sentences):
+    report = DataReport(num_bad_rows=1, bad_rows=["a.jsonl row 1 is bad."], lengths=Counter({4: 9}))
+    assert len(list(report.find_bad_rows("train", fraction))) == num_sentences
+    report.damage = ["a.jsonl was cut off."]
+    assert len(list(report.find_bad_rows("train", fraction))) == num_sentences + 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "sentence"),
+    [
+        ({}, "The train data has no rows: 0 files were read"),
+        ({"num_dropped_rows": 2}, "The train data has no rows left (2 were longer than max_length)"),
+        ({"num_rows": 2}, "No token of the train data is trained on"),
+        ({"num_rows": 2, "num_supervised_tokens": 2, "num_missed_stops": 1}, "1 of 2 rows of the train data train on"),
+        ({"num_rows": 2, "num_supervised_tokens": 2}, "No row of the train data trains the end-of-sequence token"),
+        ({"num_rows": 2, "num_supervised_tokens": 2, "num_truncated_rows": 2}, None),
+        ({"num_rows": 2, "num_supervised_tokens": 2, "num_supervised_eos": 1}, None),
+    ],
+)
+def test_what_would_teach_nothing_or_the_wrong_thing_is_told(counts, sentence):
+    flaws = list(DataReport(lengths=Counter({4: 2} if counts else {}), **counts).find_flaws("train"))
+    assert [flaw.startswith(sentence) for flaw in flaws] == ([True] if sentence else [])

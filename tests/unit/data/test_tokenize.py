@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chunks of raw rows become tokens and labels, on one process or several, and bad rows are told."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from llm_trainer.common.errors import UserError
+from llm_trainer.config.schema import Settings
+from llm_trainer.data.encoding import EncodedRow, Encoder, Vocabulary
+from llm_trainer.data.formats import IGNORED, RowError
+from llm_trainer.data.report import DataReport
+from llm_trainer.data.tokenize import (
+    MAX_QUOTED_ROW_CHARACTERS,
+    Preparer,
+    build_table,
+    find_format,
+    parse_fields,
+    prepare_chunks,
+    write_chunks,
+)
+from llm_trainer.readers.rows import BadRow, Chunk
+from support.tiny_model import build_tokenizer
+
+TOKENIZER = build_tokenizer()
+VOCABULARY = Vocabulary(TOKENIZER, frozenset({TOKENIZER.eos_token_id}), len(TOKENIZER))
+
+
+def build_preparer(row_format="text", **settings):
+    chosen = Settings(**settings).data
+    return Preparer(Encoder(VOCABULARY, chosen, row_format), chosen, row_format, "a.jsonl row 1")
+
+
+def build_chunks(num_chunks):
+    return [Chunk("a.jsonl", [number], [{"text": "x" * number}]) for number in range(1, num_chunks + 1)]
+
+
+def test_rows_keep_their_order_and_bad_ones_are_listed_with_place_and_content():
+    rows = [{"text": "one"}, b'{"text": "two"}\n', b"{oops", {"text": 3}, BadRow("has the key 'text' twice"), [1]]
+    prepared = build_preparer().prepare_chunk(Chunk("a.jsonl", [4, 5, 6, 7, 8, 9], rows))
+    texts = [TOKENIZER.decode(ids.as_py()) for ids in prepared.table.column("input_ids")]
+    assert texts == ["one<|im_end|>", "two<|im_end|>"]
+    assert prepared.report.bad_rows == [
+        "a.jsonl line 6 is not valid JSON (Expecting property name enclosed in double quotes at column 2): write one "
+        "JSON object a line, or the whole file as one array.",
+        "a.jsonl row 7 field 'text' is a number and not a text with something in it: fill or remove the row.",
+        "a.jsonl row 8 has the key 'text' twice: mend or remove the row.",
+        "a.jsonl row 9 is a JSON list: write each row as an object with named fields.",
+    ]
+    assert {row["row"]: row["content"] for row in prepared.rejected} == {
+        6: "{oops",
+        7: '{"text": 3}',
+        8: json.dumps(BadRow("has the key 'text' twice"), default=str),
+        9: "[1]",
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "ids", "labels", "counts"),
+    [
+        ({}, [5, 6, 7, 2], [IGNORED, 6, 7, 2], (1, 4, 3, 1, 0)),
+        ({"max_length": 2}, [5, 6], [IGNORED, 6], (1, 2, 1, 0, 1)),
+        ({"max_length": 2, "truncation_mode": "keep_end"}, [7, 2], [7, 2], (1, 2, 1, 1, 1)),
+    ],
+)
+def test_a_row_is_cut_at_one_end_and_counted_as_it_is_trained_on(settings, ids, labels, counts):
+    row = EncodedRow(np.array([5, 6, 7, 2], np.int32), np.array([IGNORED, 6, 7, 2], np.int32))
+    report = DataReport()
+    fitted = build_preparer("pretokenized", **settings).fit_row(row, report)
+    assert (fitted.input_ids.tolist(), fitted.labels.tolist()) == (ids, labels)
+    assert counts == (
+        *(report.num_rows, report.num_tokens, report.num_supervised_tokens),
+        *(report.num_supervised_eos, report.num_truncated_rows),
+    )
+    assert report.lengths == {4: 1}
+
+
+def test_a_row_that_is_left_out_is_counted_by_its_reason():
+    row = EncodedRow(np.array([5, 6, 7, 2], np.int32), np.array([IGNORED, IGNORED, 7, 2], np.int32))
+    report = DataReport()
+    assert build_preparer("pretokenized", max_length=2).fit_row(row, report) is None
+    assert build_preparer("pretokenized", max_length=2, apply_truncation=False).fit_row(row, report) is None
+    assert (report.num_unsupervised_rows, report.num_dropped_rows, report.num_rows) == (1, 1, 0)
+
+
+def test_equal_rows_have_equal_digests():
+    rows = [EncodedRow(np.array(ids, np.int32), np.array(ids, np.int32)) for ids in ([1, 2], [2, 1], [1, 2])]
+    first, second, third = build_table(rows).column("digest").to_pylist()
+    assert first == third != second
+    assert build_table([]).num_rows == 0
+
+
+def test_the_format_is_that_of_the_first_row_that_tells_it():
+    chunks = [Chunk("a.jsonl", [1, 2], [{"question": 1}, b"oops"]), Chunk("a.jsonl", [3], [{"text": "a"}])]
+    seen, row_format, place = find_format(iter([*chunks, chunks[0]]), Settings().data)
+    assert (seen, row_format, place) == (chunks, "text", "a.jsonl row 3")
+    assert find_format(iter(chunks[:1]), Settings().data) == (chunks[:1], None, "")
+
+
+def test_fields_that_are_not_utf_8_are_told():
+    with pytest.raises(RowError, match=r"^line 3 is not UTF-8 text"):
+        parse_fields(b'{"a": "\xff"}', 3)
+
+
+def test_a_long_bad_row_is_quoted_in_part():
+    (rejected,) = build_preparer().prepare_chunk(Chunk("a.jsonl", [1], [b"x" * 99_999])).rejected
+    assert rejected["content"] == "x" * MAX_QUOTED_ROW_CHARACTERS
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_any_number_of_processes_writes_the_same_file_in_order(tmp_path, num_processes):
+    report = DataReport()
+    prepared = prepare_chunks(build_preparer(), iter(build_chunks(20)), num_processes)
+    write_chunks(prepared, tmp_path / "rows.arrow", tmp_path / "rejected.jsonl", report)
+    assert Dataset.from_file(str(tmp_path / "rows.arrow"))["length"][:] == list(range(2, 22))
+    assert report.num_rows == 20
+    assert (tmp_path / "rejected.jsonl").read_text() == ""
+
+
+def test_without_a_preparer_an_empty_file_is_written(tmp_path):
+    write_chunks(prepare_chunks(None, iter([]), 2), tmp_path / "rows.arrow", tmp_path / "bad.jsonl", DataReport())
+    assert len(Dataset.from_file(str(tmp_path / "rows.arrow"))) == 0
+
+
+def test_a_killed_process_is_told(monkeypatch):
+    parent = os.getpid()
+
+    def die(self, chunk):
+        assert os.getpid() != parent
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Preparer, "prepare_chunk", die)
+    with pytest.raises(UserError, match=r"^A process that tokenizes was killed, most likely because the host ran out"):
+        list(prepare_chunks(build_preparer(), iter(build_chunks(3)), 2))
