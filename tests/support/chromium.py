@@ -121,11 +121,8 @@ class Page:
         file.write_bytes(base64.b64decode(document["data"]))
 
     def close(self) -> None:
-        os.close(self.write_end)  # Chromium ends when nobody can speak to it
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        os.close(self.write_end)
+        self.process.kill()  # its profile is thrown away: it need not end well
+        self.process.wait()
         os.close(self.read_end)
         shutil.rmtree(self.profile, ignore_errors=True)

@@ -10,12 +10,13 @@ import pytest
 from llm_trainer import __version__
 from llm_trainer.cli import main as cli
 from llm_trainer.cli.commands import list_commands
+from support.waiting import GUARD_SECONDS
 
 COMMAND = [sys.executable, "-m", "llm_trainer"]
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False, timeout=GUARD_SECONDS)
 
 
 def test_the_version_is_printed(capsys):
@@ -106,7 +107,7 @@ def test_a_reader_who_leaves_ends_it_quietly(words):
     os.close(reading)
     try:
         result = subprocess.run(
-            [*COMMAND, *words], stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=120
+            [*COMMAND, *words], stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=GUARD_SECONDS
         )
     finally:
         os.close(writing)
@@ -119,7 +120,11 @@ def test_the_first_line_can_be_cut_off_in_a_shell():
     script = '"$0" -m llm_trainer "$@" | head -1'
     for words, line in ((["metrics"], "train_loss "), (["train", "--help"], "usage: llm-trainer train [--SETTING")):
         result = subprocess.run(
-            ["bash", "-c", script, sys.executable, *words], capture_output=True, text=True, check=False, timeout=120
+            ["bash", "-c", script, sys.executable, *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=GUARD_SECONDS,
         )
         assert result.stdout.startswith(line)
         assert (result.returncode, result.stderr, result.stdout.count("\n")) == (0, "", 1)

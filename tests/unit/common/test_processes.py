@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import subprocess
 import sys
-import time
 
 import psutil
+
+from support.waiting import GUARD_SECONDS, wait_until
 
 CHILD = """
 import os, time
@@ -23,7 +24,9 @@ exit_without_teardown(3)
 
 
 def test_exit_handlers_run_and_a_thread_holds_nothing_up():
-    result = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=GUARD_SECONDS, check=False
+    )
     assert (result.returncode, result.stdout) == (3, "uploaded\n")
 
 
@@ -33,7 +36,4 @@ def test_a_child_ends_with_its_parent():
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 60
-    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)

@@ -4,6 +4,7 @@ import threading
 import pytest
 
 from llm_trainer.common import ranks
+from support.waiting import GUARD_SECONDS
 
 
 def test_without_torchrun_a_process_is_the_only_worker(monkeypatch):
@@ -42,5 +43,5 @@ def test_the_others_wait_for_it(monkeypatch, tmp_path):
     waiting.join(0.1)
     assert waiting.is_alive()
     (tmp_path / "done").touch()
-    waiting.join(60)
+    waiting.join(GUARD_SECONDS)
     assert not waiting.is_alive()

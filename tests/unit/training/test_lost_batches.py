@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from support.waiting import GUARD_SECONDS
+
 SCRIPT = """
 import sys
 from multiprocessing.reduction import ForkingPickler
@@ -27,6 +29,6 @@ next(iter(DataLoader([1, 2], num_workers=1, collate_fn=lambda rows: Row())))
 )
 def test_a_lost_batch_ends_the_training(error, sentence):
     command = [sys.executable, "-c", SCRIPT.format(error=error)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=GUARD_SECONDS, check=False)
     assert result.returncode == 1
     assert sentence in result.stderr
