@@ -93,15 +93,15 @@ def measure(name: str) -> tuple[int, int]:
     dtype = torch.bfloat16 if settings.model.torch_dtype == "bfloat16" else torch.float32
     config = LlamaConfig(pad_token_id=0, **model_options)
     checkpoints = bool(settings.parallelism.gradient_checkpointing)
-    shape = read_shape(config, settings, dtype)
+    shape = read_shape(config, settings.model, settings.adapter, dtype)
     step = Step(
         num_sequences=sequences,
         length=length,
         has_mask=False,
         stores_scores=settings.model.attn_implementation == "eager",
         compute_dtype=dtype,
-        checkpoints=checkpoints,
-        offloads=False,
+        recompute_activations=checkpoints,
+        offload_activations=False,
         sharded=False,
         on_gpu=on_gpu,
     )
@@ -133,7 +133,9 @@ def measure(name: str) -> tuple[int, int]:
             args=arguments,
             train_dataset=Dataset.from_list(rows),
             processing_class=build_tokenizer(),
-            peft_config=lora.build_lora_config(settings, model) if settings.adapter.use_peft else None,
+            peft_config=lora.build_lora_config(settings.model, settings.adapter, model)
+            if settings.adapter.use_peft
+            else None,
         )
         trainer.train()
     return estimated.peak_bytes, peak.read_bytes()

@@ -155,7 +155,7 @@ def compare_traffic(model: Path) -> None:
 def compute_bytes(job: Job, config: LlamaConfig) -> int:
     """What all ranks send in a step. Gloo reduces and scatters by an all-reduce, in twice NCCL's bytes."""
     settings = Settings(**job.settings)
-    shape = read_shape(config, settings, torch.float32)
+    shape = read_shape(config, settings.model, settings.adapter, torch.float32)
     sharded = job.distribution == "fsdp"
     traffic = count_traffic(shape, torch.float32, sharded)
     if not sharded:

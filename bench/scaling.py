@@ -19,8 +19,9 @@ from llm_trainer.common.units import GIB
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device
 from llm_trainer.model.memory.estimate import count_gathered_bytes, count_optimizer_states
-from llm_trainer.model.memory.fit import MemoryScenario, Target, count_usable_bytes, list_parallelism_plans
 from llm_trainer.model.memory.flops import count_attention, count_flops, find_peak_flops
+from llm_trainer.model.memory.remedies import count_usable_bytes
+from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, Target, list_parallelism_plans
 from llm_trainer.model.memory.shape import ModelShape, Part
 
 ROW_TOKENS = 4096  # packed, one row a GPU at a time
@@ -181,7 +182,7 @@ def render_table(scenario: Scenario) -> Iterator[str]:
 def list_rows(scenario: Scenario) -> Iterator[Row]:
     machine, base = scenario.machine, build_case(scenario.model, scenario.method)
     device = Device(torch.device("cuda"), machine.gpu, (8, 0))
-    on_machine = base.change(distribution=scenario.distribution).move(
+    on_machine = base.replace_settings(distribution=scenario.distribution).replace_target(
         device=device, free_bytes=count_usable_bytes(machine.memory_gib)
     )
     for gpus in SIZES:
@@ -189,7 +190,9 @@ def list_rows(scenario: Scenario) -> Iterator[Row]:
             shards = machine.gpus if scenario.within_host else gpus
             pieces = max(1, ROWS_A_STEP // gpus)
             yield compute_row(
-                scenario, on_machine.change(gradient_accumulation_steps=pieces).move(world_size=shards), gpus
+                scenario,
+                on_machine.replace_settings(gradient_accumulation_steps=pieces).replace_target(world_size=shards),
+                gpus,
             )
 
 
@@ -197,28 +200,31 @@ def list_rows(scenario: Scenario) -> Iterator[Row]:
 def build_case(model: str, method: str) -> MemoryScenario:
     """A job of one row at a time, on no machine yet. Its shape, which is dear, serves all."""
     settings = Settings(packing=True, max_length=ROW_TOKENS, per_device_train_batch_size=1, **METHODS[method])
+    sections = MemorySettings(settings.model, settings.adapter, settings.data, settings.training, settings.parallelism)
     target = Target(Device(torch.device("cuda"), P5.gpu, (8, 0)), world_size=1, free_bytes=0)
-    return MemoryScenario(MODELS[model], settings, ROW_TOKENS, target, "flash_attention_2")
+    return MemoryScenario(MODELS[model], sections, ROW_TOKENS, target, "flash_attention_2")
 
 
 def compute_row(scenario: Scenario, case: MemoryScenario, gpus: int) -> Row:
     """A job whose model, if it is sharded, is so over the case's GPUs, and replicated over the others."""
     machine, shape, pieces = scenario.machine, case.shape, case.settings.training.gradient_accumulation_steps
     needs = [
-        (way, case.estimate(way)) for way in list_parallelism_plans(case.settings, case.target) if not way.offloads
+        (way, case.estimate(way))
+        for way in list_parallelism_plans(case.settings, case.target)
+        if not way.offload_activations
     ]
-    way, need = next(((way, need) for way, need in needs if case.fits(need)), needs[-1])
-    traffic = count_traffic(shape, case.types[1], way.sharded)
-    forward, backward = time_batch(machine, case, way.checkpoints)
+    way, need = next(((way, need) for way, need in needs if case.can_hold(need)), needs[-1])
+    traffic = count_traffic(shape, case.dtypes[1], way.sharded)
+    forward, backward = time_batch(machine, case, way.recompute_activations)
     shards = case.target.world_size if way.sharded else 1
     waiting, everything = time_waits(machine, traffic, (gpus, shards, pieces), forward, backward)
     update = UPDATE_BYTES * shape.num_trained / shards / machine.memory_bandwidth
     return Row(
         gpus=gpus,
         pieces=pieces,
-        recomputes=way.checkpoints,
+        recomputes=way.recompute_activations,
         memory_bytes=need.total_bytes,
-        fits=case.fits(need),
+        fits=case.can_hold(need),
         compute_seconds=pieces * (forward + backward) + update,
         waiting_seconds=waiting,
         traffic_seconds=everything,

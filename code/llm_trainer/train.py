@@ -31,7 +31,8 @@ from llm_trainer.model.liger import apply_liger
 from llm_trainer.model.memory.fit import MemoryPlan, choose_memory_plan, describe_memory_plan, find_target
 from llm_trainer.model.memory.flops import find_peak_tokens_per_second, measure_row_tokens
 from llm_trainer.model.memory.peak import Peak
-from llm_trainer.model.plan import ModelPlan, plan_model
+from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings
+from llm_trainer.model.plan import ModelPlan, PlanSettings, plan_model
 from llm_trainer.model.precision import choose_precision
 from llm_trainer.training import fsdp
 from llm_trainer.training.metric_lines import MetricLines
@@ -49,20 +50,22 @@ def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> 
     settings, inputs = job.settings, job.inputs
     transformers.utils.logging.disable_progress_bar()  # carriage returns spoil a log
     datasets.disable_progress_bars()
-    device = find_device(settings)
-    precision = choose_precision(settings, device)
+    device = find_device(settings.parallelism.use_cpu)
+    precision = choose_precision(settings.model, settings.adapter, device)
     build_arguments(settings, inputs, device.torch, precision.compute)  # mistakes in them are told before all work
     request = StopRequest(scratch_dir / "stop", timeline.started, settings.training.max_run_seconds)
     agreement = Agreement()
 
-    folder = loading.fetch_model(inputs.model, settings, scratch_dir)
+    folder = loading.fetch_model(inputs.model, settings.model, scratch_dir)
     timeline.mark("download")
-    plan = plan_model(folder, settings, device, precision)
+    plan = plan_model(
+        folder, PlanSettings(settings.model, settings.adapter, settings.parallelism, settings.output), device, precision
+    )
     say(*plan.reasons)
-    tokenizer = loading.load_tokenizer(folder, settings)
+    tokenizer = loading.load_tokenizer(folder, settings.model)
     timeline.mark("tokenizer")
 
-    vocabulary = loading.build_vocabulary(folder, plan.config, tokenizer, settings)
+    vocabulary = loading.build_vocabulary(folder, plan.config, tokenizer, settings.model.model_revision)
     places = DataPlaces(inputs, job.environment, scratch_dir)
     data = load_data(places, vocabulary, settings.data, settings.training)
     tell_data(data, job, tokenizer, journal)
@@ -70,7 +73,8 @@ def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> 
 
     target = find_target(device, agreement.group)
     longest_row, earlier = data.find_longest_row_tokens(settings.data), find_distribution(job, agreement.group)
-    fit = choose_memory_plan(plan.config, settings, longest_row, target, plan.attention.name, earlier)
+    sections = MemorySettings(settings.model, settings.adapter, settings.data, settings.training, settings.parallelism)
+    fit = choose_memory_plan(MemoryScenario(plan.config, sections, longest_row, target, plan.attention.name), earlier)
     say(*describe_memory_plan(fit))
     arguments = build_arguments(settings, inputs, device.torch, precision.compute, fit)
     peak = Peak(device.torch)
@@ -158,8 +162,7 @@ def load_base(
     if fit.sharded:
         base = fsdp.load_base(plan, settings, arguments, agreement.group)
     else:
-        types = plan.quantization, plan.precision.weights
-        base = loading.load_model(plan.folder, settings, *types, plan.device.torch, plan.attention.name)
+        base = loading.load_model(plan.folder, settings.model, plan.load_options, plan.device.torch)
     if plan.liger.is_on:
         apply_liger(base, settings.model.liger_kernel_config or {})
     return base

@@ -53,13 +53,14 @@ def test_the_peak_is_the_estimated_one(method, checkpointing, size, device):
         has_mask=False,
         stores_scores=plan.attention == "eager",
         compute_dtype=torch.bfloat16,
-        checkpoints=checkpointing,
-        offloads=False,
+        recompute_activations=checkpointing,
+        offload_activations=False,
         sharded=False,
         on_gpu=True,
     )
     setup = memory.Setup(step, world_size=1, optimizer="adamw_torch_fused", accumulates=False)
-    estimate = memory.estimate(read_shape(gpu.SIZES[size], settings, torch.bfloat16), setup).peak_bytes
+    shape = read_shape(gpu.SIZES[size], settings.model, settings.adapter, torch.bfloat16)
+    estimate = memory.estimate_memory(shape, setup).peak_bytes
     measured = gpu.train(plan, device, num_steps=2, warm_up=1, find_loss=find_loss).peak_bytes
     print(
         f"{size} {method}: {estimate:,} bytes estimated, {measured:,} measured, off by {estimate / measured - 1:+.1%}"

@@ -14,7 +14,7 @@ from llm_trainer.host.nvidia_driver import read_driver
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from llm_trainer.model.memory.fit import Target
+    from llm_trainer.model.memory.scenario import MemorySettings, Target
 
 
 def examine_memory(
@@ -42,14 +42,16 @@ def examine_memory(
 def find_gpus(settings: Settings, environment: Environment) -> "Target | None":
     """Return the GPUs that a job would train on, or None where there are none or it would not use them."""
     from llm_trainer.model.device import find_device
-    from llm_trainer.model.memory.fit import Target
+    from llm_trainer.model.memory.scenario import Target
 
     on_gpu = environment.num_gpus > 0 and not settings.parallelism.use_cpu
     driver = read_driver() if on_gpu else None
     if driver is None:
         return None
     num_processes = count_processes(settings.parallelism, environment) * len(environment.hosts)
-    return Target(find_device(settings), num_processes, min(gpu.memory_bytes for gpu in driver.gpus))
+    return Target(
+        find_device(settings.parallelism.use_cpu), num_processes, min(gpu.memory_bytes for gpu in driver.gpus)
+    )
 
 
 def fit_here(
@@ -57,21 +59,32 @@ def fit_here(
 ) -> None:
     """Add how the job would fit on these GPUs."""
     from llm_trainer.model.memory.fit import choose_memory_plan
+    from llm_trainer.model.memory.scenario import MemoryScenario
 
-    plan = choose_memory_plan(config, settings, longest_row, target, choose_attention(settings))
+    sections, attention = collect_sections(settings), choose_attention(settings)
+    plan = choose_memory_plan(MemoryScenario(config, sections, longest_row, target, attention))
     validation.memory = plan.describe()
     validation.add_findings("memory", "warning" if plan.warning else "ok", [plan.warning or plan.reason])
 
 
 def fit_elsewhere(config: "PreTrainedConfig", settings: Settings, longest_row: int, validation: Validation) -> None:
     """Add what each way of training needs, and the smallest GPU that holds it."""
-    from llm_trainer.model.memory.fit import estimate_on_one_gpu, find_smallest_gpu
+    from llm_trainer.model.memory.fit import estimate_on_one_gpu
+    from llm_trainer.model.memory.remedies import find_smallest_gpu
 
-    for way, need in estimate_on_one_gpu(config, settings, longest_row, choose_attention(settings)).items():
+    needs = estimate_on_one_gpu(config, collect_sections(settings), longest_row, choose_attention(settings))
+    for way, need in needs.items():
         size = find_smallest_gpu(need)
         fitting = f"one GPU of {size} GiB holds that" if size else "no single GPU holds that"
         validation.memory[way] = {"gpu_gib": size, **need.describe()}
         validation.add_findings("memory", "ok", [f"{way} needs {show_bytes(need.total_bytes)} on a GPU: {fitting}"])
+
+
+def collect_sections(settings: Settings) -> "MemorySettings":
+    """Return the sections of the settings that memory depends on."""
+    from llm_trainer.model.memory.scenario import MemorySettings
+
+    return MemorySettings(settings.model, settings.adapter, settings.data, settings.training, settings.parallelism)
 
 
 def choose_attention(settings: Settings) -> str:

@@ -12,7 +12,7 @@ from llm_trainer.common.files import read_json_object
 from llm_trainer.common.hub import download_model
 from llm_trainer.common.library_noise import silence_libraries
 from llm_trainer.common.units import show_bytes
-from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import ModelSettings
 from llm_trainer.journal.manifest import MANIFEST, Manifest, read_manifest
 from llm_trainer.serving.lmi_files import ADAPTER_FILES
 
@@ -75,7 +75,7 @@ def merge_files(options: MergeOptions, adapter: Path, output: Path) -> tuple[Pat
     from llm_trainer.model.precision import DTYPES
 
     trusts = options.trust_remote_code
-    config = read_config(str(base), Settings.model_validate({"trust_remote_code": trusts}))
+    config = read_config(str(base), ModelSettings.model_validate({"trust_remote_code": trusts}))
     quantization = build_quantization(manifest) if options.merge_base == "dequantized" else None
     figures = write_merged_model(base, adapter, output, config, DTYPES.get(options.dtype), quantization, trusts)
     copy_tokenizer(adapter, base, output)

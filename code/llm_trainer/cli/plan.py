@@ -61,10 +61,12 @@ def plan_loading(name: str, settings: Settings, model_dir: Path) -> "ModelPlan":
     os.environ.update(build_library_variables(inputs, settings.model.chat_template_path, settings.output.push_to_hub))
     from llm_trainer.model import loading  # Transformers has to find the variables set
     from llm_trainer.model.device import find_device
-    from llm_trainer.model.plan import plan_model
+    from llm_trainer.model.plan import PlanSettings, plan_model
     from llm_trainer.model.precision import choose_precision
 
     with tempfile.TemporaryDirectory(prefix="llm-trainer-") as scratch_dir:
-        folder = loading.fetch_model(name, settings, Path(scratch_dir), with_weights=False)
-        device = find_device(settings)
-        return plan_model(folder, settings, device, choose_precision(settings, device))
+        folder = loading.fetch_model(name, settings.model, Path(scratch_dir), with_weights=False)
+        device = find_device(settings.parallelism.use_cpu)
+        precision = choose_precision(settings.model, settings.adapter, device)
+        sections = PlanSettings(settings.model, settings.adapter, settings.parallelism, settings.output)
+        return plan_model(folder, sections, device, precision)

@@ -144,11 +144,12 @@ def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: V
     from llm_trainer.model.quantization import find_quantization_problems
 
     settings, inputs = job.settings, job.inputs
-    folder = loading.fetch_model(inputs.model, settings, scratch_dir, with_weights=False)
-    config = loading.read_config(folder, settings)
-    validation.add_findings("model", "error", find_quantization_problems(folder, config, settings))
-    tokenizer = loading.load_tokenizer(folder, settings)
-    vocabulary = loading.build_vocabulary(folder, config, tokenizer, settings)
+    folder = loading.fetch_model(inputs.model, settings.model, scratch_dir, with_weights=False)
+    config = loading.read_config(folder, settings.model)
+    sections = (settings.model, settings.adapter, settings.parallelism)
+    validation.add_findings("model", "error", find_quantization_problems(folder, config, *sections))
+    tokenizer = loading.load_tokenizer(folder, settings.model)
+    vocabulary = loading.build_vocabulary(folder, config, tokenizer, settings.model.model_revision)
     examine_adapter(folder, config, settings, validation)
     splits, problems = prepare_splits(inputs, vocabulary, settings.data, rejected_rows)
     return PreparedData(config, tokenizer, splits, problems)
@@ -176,7 +177,8 @@ def examine_adapter(folder: str, config: "PreTrainedConfig", settings: Settings,
     from llm_trainer.serving.limits import find_placement_refusals
 
     try:
-        lora = build_lora_config(settings, build_skeleton(folder, config, settings))
+        skeleton = build_skeleton(folder, config, settings.model.trust_remote_code)
+        lora = build_lora_config(settings.model, settings.adapter, skeleton)
     except UserError as error:
         validation.add_findings("adapter", "error", error.problems)
         return

@@ -7,7 +7,7 @@ A section holds settings of this project's own, and the fields of `trl.SFTConfig
 import re
 import typing
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, create_model
 
@@ -88,6 +88,11 @@ class Section(BaseModel):
     def value(self, name: str) -> Any:
         """Return the setting of that name."""
         return getattr(self, name)
+
+    def replace(self, **values: Any) -> Self:
+        """Return a copy with other values of some settings, which count as given."""
+        given = {name: self.value(name) for name in self.model_fields_set}
+        return type(self)(**{**given, **values})
 
 
 SectionType = TypeVar("SectionType", bound=type[Section])

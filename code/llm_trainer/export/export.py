@@ -22,7 +22,7 @@ from llm_trainer.export.result import Trained
 from llm_trainer.export.verify import prove_merged, prove_trained
 from llm_trainer.journal.manifest import MANIFEST, Manifest, read_manifest
 from llm_trainer.merge.merge import write_merged_model
-from llm_trainer.model.lora_init import save_adapter
+from llm_trainer.model.lora_init import BaseReference, save_adapter
 from llm_trainer.serving.lmi_files import ServedModel, write_serving_files
 
 STAGING = ".llm-trainer-export"  # beside the result, so that moving a finished file there is a rename
@@ -70,8 +70,8 @@ def save_trained(trained: Trained, folder: Path) -> None:
     """The adapter, or all weights, in a folder that is there."""
     model, plan, weights = trained.trainer.model, trained.plan, trained.weights
     if isinstance(model, PeftModel):
-        start, base = trained.trainer.adapter_start, trained.job.inputs.model
-        save_adapter(model, folder, base, trained.base_revision, start, weights)
+        base = BaseReference(trained.job.inputs.model, trained.base_revision)
+        save_adapter(model, folder, base, trained.trainer.adapter_start, weights)
         return
     whole = rebuild(model, weights) if weights else model
     whole.to(plan.precision.compute)

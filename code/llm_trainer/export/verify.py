@@ -3,6 +3,7 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from llm_trainer.export.logits_check import (
     describe_unproven,
 )
 from llm_trainer.export.result import Trained
-from llm_trainer.model.loading import load_model
+from llm_trainer.model.loading import LoadOptions, load_model
 from llm_trainer.model.plan import ModelPlan
 
 REJECTED = "rejected_export"  # in output/data
@@ -110,12 +111,13 @@ def load_adapted(trained: Trained, adapter: Path, place: CheckPlace, quantized: 
     """The base, as it was trained on or as it is stored, with the adapter of a folder."""
     plan, settings = trained.plan, trained.job.settings
     quantization = plan.quantization if quantized or isinstance(plan.quantization, Mxfp4Config) else None
-    base = load_model(plan.folder, settings, quantization, plan.precision.weights, place.device, plan.attention.name)
+    options = replace(plan.load_options, quantization=quantization)
+    base = load_model(plan.folder, settings.model, options, place.device)
     return PeftModel.from_pretrained(base, str(adapter))
 
 
 def load_whole(trained: Trained, folder: Path, place: CheckPlace) -> PreTrainedModel:
     """Weights that were written, as a consumer loads them."""
     plan, settings = trained.plan, trained.job.settings
-    options = (None, plan.precision.compute, place.device, plan.attention.name)
-    return load_model(str(folder), settings, *options, **place.placement)
+    options = LoadOptions(plan.precision.compute, plan.attention.name)
+    return load_model(str(folder), settings.model, options, place.device, **place.placement)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which attention kernel a model is trained with: the fastest that is installed and right for it, or the one asked for.
+"""The attention kernel that a model is trained with: the fastest right one that is installed, or the one asked for.
 
-Only what is installed counts: Transformers would fetch other kernels from the Hub.
+Only installed packages count: Transformers would fetch other kernels from the Hub.
 """
 
 import importlib
@@ -14,27 +14,29 @@ from transformers import PreTrainedModel
 from transformers.utils.versions import require_version
 
 from llm_trainer.common.errors import UserError, quote_error
-from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device
 from llm_trainer.model.precision import show_dtype
 
 # Fastest first. flash-attention 3 and 4 are written for Hopper and Blackwell. Flex attention skips the blocks that
 # packing masks, but compiles its kernels at the start and anew for other shapes: it is for what SDPA cannot compute.
 KERNELS = ("flash_attention_3", "flash_attention_4", "flash_attention_2", "sdpa", "flex_attention", "eager")
-PACKAGES = {  # kernel -> module, distribution: of a version with soft-capping, or sinks in the backward pass too
+# The module of each kernel, and its distribution from the version on that has soft-capping, or the backward pass of
+# attention sinks.
+PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn>=2.6.0"),
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
     "flash_attention_4": ("flash_attn.cute", "flash-attn-4>=4.0.0b36"),
     "flex_attention": ("triton", "triton"),
 }
-# What the kernels' own sources demand; for flash_attention_4: flash_attn/cute/interface.py of 4.0.0b36, both passes.
+# What the kernels' own sources demand. For flash_attention_4 that is flash_attn/cute/interface.py of 4.0.0b36, where
+# both passes count.
 CAPABILITIES: dict[str, Callable[[tuple[int, int]], bool]] = {
     "flash_attention_2": lambda capability: capability >= (8, 0),
     "flash_attention_3": lambda capability: capability == (9, 0),
     "flash_attention_4": lambda capability: (9, 0) <= capability < (12, 0),
     "flex_attention": lambda capability: capability >= (8, 0),
 }
-SINKS = ("flash_attention_4", "flex_attention", "eager")  # the kernels that take `s_aux`, in both passes
+SINKS = ("flash_attention_4", "flex_attention", "eager")  # only these take sinks (`s_aux`) in both passes
 LARGEST_HEAD = 256
 SMALLEST_FLEX_HEAD = 16
 
@@ -43,21 +45,22 @@ SMALLEST_FLEX_HEAD = 16
 class AttentionNeeds:
     """What a model asks of an attention kernel."""
 
-    model: str  # its class
-    supported: frozenset[str]  # kernels that its code can call, as its class says
-    head_sizes: frozenset[int]  # of its layers, as some models have two
+    model: str  # name of its class
+    supported: frozenset[str]  # kernels that its class declares it can call
+    head_sizes: frozenset[int]  # in numbers a head; some models have layers of two sizes
     has_sinks: bool  # learned weights in the softmax's sum that no value belongs to, as in gpt-oss
     has_soft_cap: bool  # tanh over the scores, as in Gemma 2
-    dropout: float  # of the attention's probabilities
+    dropout: float  # probability that an attention weight is dropped
 
     @property
     def largest_head(self) -> int:
+        """The size of the largest head, in numbers; 0 for a model without attention."""
         return max(self.head_sizes, default=0)
 
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """The kernel that was chosen, in Transformers' word for it, and why."""
+    """The kernel that was chosen, by Transformers' name, and the reason in words."""
 
     name: str
     reason: str
@@ -67,15 +70,15 @@ class AttentionChoice:
 
 
 def choose_attention(
-    needs: AttentionNeeds, settings: Settings, dtype: torch.dtype, device: Device, faults: Mapping[str, str]
+    needs: AttentionNeeds, asked: str, dtype: torch.dtype, device: Device, faults: Mapping[str, str]
 ) -> AttentionChoice:
-    """The kernel to compute `dtype` on the device. `faults` tells why a kernel's package cannot be used, where so.
+    """Return the kernel that computes in `dtype` on the device. `asked` is the setting `attn_implementation`.
 
-    Raises UserError for a kernel that the settings name and that cannot run here.
+    `faults` holds the reasons why packages of kernels cannot be used (`find_faults`).
+    Raise UserError for a kernel that the setting names and that cannot run here.
     """
-    obstacles = {kernel: find_obstacle(kernel, needs, dtype, device, faults) for kernel in KERNELS}
+    obstacles = {kernel: find_obstacle(kernel, needs, dtype, device) or faults.get(kernel) for kernel in KERNELS}
     usable = [kernel for kernel, obstacle in obstacles.items() if obstacle is None]
-    asked = settings.model.attn_implementation
     if asked == "auto":
         reasons: dict[str, list[str]] = {}
         for kernel in KERNELS[: KERNELS.index(usable[0])]:
@@ -90,10 +93,8 @@ def choose_attention(
     return AttentionChoice(asked, "as asked for")
 
 
-def find_obstacle(
-    kernel: str, needs: AttentionNeeds, dtype: torch.dtype, device: Device, faults: Mapping[str, str]
-) -> str | None:
-    """Why a kernel cannot be used or would compute something else, as the end of a sentence about it; else None."""
+def find_obstacle(kernel: str, needs: AttentionNeeds, dtype: torch.dtype, device: Device) -> str | None:
+    """Return why a kernel cannot run here or would compute something else, as the end of a sentence, or None."""
     is_flash = kernel.startswith("flash_attention")
     if kernel in CAPABILITIES:
         if device.capability is None:
@@ -108,22 +109,36 @@ def find_obstacle(
         return f"does not know the soft-capping of {needs.model}"
     if kernel not in needs.supported:
         return f"is not among those of {needs.model}"
-    return find_size_obstacle(kernel, needs, device) or faults.get(kernel)
+    return find_size_obstacle(kernel, needs, device)
 
 
 def find_size_obstacle(kernel: str, needs: AttentionNeeds, device: Device) -> str | None:
+    """Return why a fused kernel does not take the model's heads, as the end of a sentence, or None."""
     if kernel not in CAPABILITIES:
         return None
     if needs.largest_head > LARGEST_HEAD:
         return f"takes heads of at most {LARGEST_HEAD} and {needs.model} has {needs.largest_head}"
     if kernel == "flex_attention":
-        if needs.dropout:
-            return f"has no dropout and {needs.model} has attention_dropout={needs.dropout:g}"
-        if min(needs.head_sizes, default=SMALLEST_FLEX_HEAD) < SMALLEST_FLEX_HEAD:
-            return f"takes heads of at least {SMALLEST_FLEX_HEAD} and {needs.model} has {min(needs.head_sizes)}"
-    if kernel == "flash_attention_4" and any(size % 8 for size in needs.head_sizes):
+        return find_flex_obstacle(needs)
+    if kernel == "flash_attention_4":
+        return find_flash_4_obstacle(needs, device)
+    return None
+
+
+def find_flex_obstacle(needs: AttentionNeeds) -> str | None:
+    """Return why flex attention does not compute what the model needs, as the end of a sentence, or None."""
+    if needs.dropout:
+        return f"has no dropout and {needs.model} has attention_dropout={needs.dropout:g}"
+    if min(needs.head_sizes, default=SMALLEST_FLEX_HEAD) < SMALLEST_FLEX_HEAD:
+        return f"takes heads of at least {SMALLEST_FLEX_HEAD} and {needs.model} has {min(needs.head_sizes)}"
+    return None
+
+
+def find_flash_4_obstacle(needs: AttentionNeeds, device: Device) -> str | None:
+    """Return why flash attention 4 does not take the model's heads on the device, as the end of a sentence, or None."""
+    if any(size % 8 for size in needs.head_sizes):
         return f"takes heads of a multiple of 8 and {needs.model} has {needs.largest_head}"
-    if kernel == "flash_attention_4" and device.capability is not None and device.capability[0] > 9:
+    if device.capability is not None and device.capability[0] > 9:
         if not all(size <= 128 or size == LARGEST_HEAD for size in needs.head_sizes):
             return f"takes heads of up to 128 or of 256 on {device} and {needs.model} has {needs.largest_head}"
         if needs.largest_head == LARGEST_HEAD and (needs.has_sinks or needs.has_soft_cap):
@@ -132,7 +147,7 @@ def find_size_obstacle(kernel: str, needs: AttentionNeeds, device: Device) -> st
 
 
 def read_needs(model: PreTrainedModel) -> AttentionNeeds:
-    """What a model needs, read off itself; a skeleton without weights will do."""
+    """Return what a model needs of a kernel. A skeleton without weights will do."""
     text = model.config.get_text_config()
     sizes = [getattr(module, "qk_head_dim", getattr(module, "head_dim", None)) for module in model.modules()]
     supported = {"eager"}
@@ -145,7 +160,7 @@ def read_needs(model: PreTrainedModel) -> AttentionNeeds:
     return AttentionNeeds(
         model=type(model).__name__,
         supported=frozenset(supported),
-        head_sizes=frozenset(size for size in sizes if isinstance(size, int)),  # none where there is no attention
+        head_sizes=frozenset(size for size in sizes if isinstance(size, int)),  # empty for a model without attention
         has_sinks=any(name.endswith("sinks") for name, _ in model.named_parameters()),
         has_soft_cap=getattr(text, "attn_logit_softcapping", None) is not None,
         dropout=dropout or 0,
@@ -153,7 +168,10 @@ def read_needs(model: PreTrainedModel) -> AttentionNeeds:
 
 
 def find_faults(device: Device) -> dict[str, str]:
-    """Why the packages of kernels cannot be used, for those that cannot; nothing is imported for a CPU."""
+    """Return the kernels whose packages cannot be used, each with the reason as the end of a sentence.
+
+    For a CPU no package is imported.
+    """
     faults = {}
     for kernel, (module, requirement) in PACKAGES.items():
         try:

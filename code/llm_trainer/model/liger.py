@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import ModelSettings
 from llm_trainer.model.device import Device
 
 # The loss is TRL's, and Liger's layer norm would take the place of PyTorch's own class in the whole process.
@@ -25,7 +25,7 @@ LEFT_OUT = {"cross_entropy": False, "fused_linear_cross_entropy": False, "layer_
 
 @dataclass(frozen=True)
 class LigerChoice:
-    """Whether the model gets Liger's kernels, and why."""
+    """The decision whether the model gets Liger's kernels, and the reason in words."""
 
     is_on: bool
     reason: str
@@ -35,34 +35,43 @@ class LigerChoice:
 
 
 def choose_liger(
-    config: PreTrainedConfig, settings: Settings, device: Device, known: frozenset[str] | None
+    config: PreTrainedConfig, settings: ModelSettings, device: Device, known: frozenset[str] | None
 ) -> LigerChoice:
-    """On where they can be, unless the settings say no. `known`: model types with kernels; None: Liger is not there.
+    """Return whether the model gets Liger's kernels: wherever it can, unless the settings say no.
 
-    Raises UserError where the settings ask for them and they cannot be.
+    `known` holds the model types that the installed Liger has kernels for, or is None (`find_known_types`).
+    Raise UserError where the settings ask for kernels that the model cannot get.
     """
-    if settings.model.use_liger_kernel is False:
+    if settings.use_liger_kernel is False:
         return LigerChoice(False, "use_liger_kernel=false")
-    asked = "use_liger_kernel=true" if settings.model.use_liger_kernel else "liger_kernel_config"
-    options = settings.model.liger_kernel_config or {}
+    options = settings.liger_kernel_config or {}
     if lost := [name for name in LEFT_OUT if options.get(name)]:
         raise UserError(f"liger_kernel_config has {lost[0]}=true: the loss is TRL's, and layer norms stay: remove it.")
-    obstacle = None
-    if not device.is_gpu:
-        obstacle = "they need an NVIDIA GPU"
-    elif known is None:
-        obstacle = "liger-kernel is not installed"
-    elif config.model_type not in known:
-        obstacle = f"liger-kernel has none for model type {config.model_type}"
-    if obstacle and (settings.model.use_liger_kernel or options):
+    obstacle = find_obstacle(config.model_type, device, known)
+    if obstacle and (settings.use_liger_kernel or options):
+        asked = "use_liger_kernel=true" if settings.use_liger_kernel else "liger_kernel_config"
         raise UserError(f"{asked}: {obstacle}: leave it out.")
     if obstacle:
         return LigerChoice(False, obstacle)
     return LigerChoice(True, "RMSNorm, rotary embeddings and SwiGLU; the loss is TRL's")
 
 
+def find_obstacle(model_type: str, device: Device, known: frozenset[str] | None) -> str | None:
+    """Return why a model of this type cannot get Liger's kernels here, as the end of a sentence, or None."""
+    if not device.is_gpu:
+        return "they need an NVIDIA GPU"
+    if known is None:
+        return "liger-kernel is not installed"
+    if model_type not in known:
+        return f"liger-kernel has none for model type {model_type}"
+    return None
+
+
 def find_known_types(device: Device) -> frozenset[str] | None:
-    """The model types that the installed Liger has kernels for; None where it is not installed, or has no use."""
+    """Return the model types that the installed Liger has kernels for.
+
+    None means that it is not installed, or that the device is no GPU and has no use for it.
+    """
     if not device.is_gpu or find_spec("liger_kernel") is None:
         return None
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -71,11 +80,11 @@ def find_known_types(device: Device) -> frozenset[str] | None:
 
 
 def apply_liger(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Give this model the kernels, and no other one; `options` are keywords of Liger's function for its type.
+    """Give this model Liger's kernels, and no other model. `options` are keywords of Liger's function for its type.
 
-    Liger also exchanges names of the model's module: for models built later, which here are merged on the CPU, where
-    Triton does not run, and for the functions that all models share. The former are put back; the latter go by device.
-    Transformers' use_liger_kernel would do neither, and TRL's warns that it is deprecated.
+    Liger also replaces names in the model's module. Classes there serve models that are built later, such as those of
+    the merge on a CPU, where Triton does not run: they are put back. Functions are shared by all models: they choose by
+    the device of their input. Transformers' own `use_liger_kernel` does neither, and TRL's warns that it is deprecated.
     """
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
@@ -94,7 +103,7 @@ def apply_liger(model: PreTrainedModel, options: dict[str, Any]) -> None:
 
 
 def dispatch_by_device(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """The fused function for tensors on a GPU, the plain one elsewhere."""
+    """Return a function that calls the fused one for tensors on a GPU, and the plain one elsewhere."""
 
     @functools.wraps(plain)
     def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

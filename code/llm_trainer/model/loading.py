@@ -2,6 +2,7 @@
 """The base model, its config and its tokenizer, loaded as the settings ask for."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +22,51 @@ from transformers import (
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.hub import download_model, find_refusal
 from llm_trainer.common.ranks import run_on_local_rank_zero
-from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import ModelSettings
 from llm_trainer.data.encoding import Vocabulary
 from llm_trainer.model.quantization import Quantization, keep_trainable
 
 UNKNOWN_TYPE = re.compile(r"model type `(.+?)` but Transformers does not recognize")
 
 
-def fetch_model(model: str, settings: Settings, scratch_dir: Path, with_weights: bool = True) -> str:
-    """The folder of the model's files: a Hub model is downloaded once a host. Raises UserError when it cannot be."""
-    if Path(model).is_dir() or not settings.model.use_snapshot_download:
+@dataclass(frozen=True)
+class LoadOptions:
+    """How the base's weights are loaded, and which attention kernel computes with them."""
+
+    weights_dtype: torch.dtype
+    attention: str  # the kernel, by Transformers' name
+    quantization: Quantization | None = None  # None: as the checkpoint is stored
+
+
+def fetch_model(model: str, settings: ModelSettings, scratch_dir: Path, with_weights: bool = True) -> str:
+    """Return the folder of a model's files. Download a Hub model once a host.
+
+    With `use_snapshot_download=false` the model's Hub id comes back, and each rank loads it from the Hub by itself.
+    Raise UserError when the model cannot be downloaded.
+    """
+    if Path(model).is_dir() or not settings.use_snapshot_download:
         return model
     place = scratch_dir / "model_folder"
 
     def download() -> None:
-        place.write_text(download_model(model, settings.model.model_revision, with_weights), encoding="utf-8")
+        place.write_text(download_model(model, settings.model_revision, with_weights), encoding="utf-8")
 
     run_on_local_rank_zero(scratch_dir / "model.done", download)
     return place.read_text(encoding="utf-8")
 
 
-def read_config(model: str, settings: Settings) -> PreTrainedConfig:
-    """The config of a causal language model. Raises UserError when it cannot be read, or is of another kind."""
+def read_config(model: str, settings: ModelSettings) -> PreTrainedConfig:
+    """Return the config of a causal language model.
+
+    Raise UserError when it cannot be read, or the model is of another kind.
+    """
     try:
-        options = {**build_source_options(settings), **(settings.model.model_init_kwargs or {})}
+        options = {**build_source_options(settings), **(settings.model_init_kwargs or {})}
         config = AutoConfig.from_pretrained(model, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(explain_failure(error, model, "config")) from error
-    is_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})  # code that comes with the model
+    # Code that comes with the model registers its own class, which Transformers' table does not know.
+    is_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not is_own and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(
             f"model_id={model!r} is of type {config.model_type}, which is no causal language model: give one that is."
@@ -57,64 +75,72 @@ def read_config(model: str, settings: Settings) -> PreTrainedConfig:
 
 
 def explain_failure(error: Exception, model: str, part: str) -> str:
-    """The sentence for a part of the model that could not be loaded."""
-    what = f"model_id={model!r}"
+    """Return a sentence about a part of the model, such as its config, that could not be loaded."""
+    subject = f"model_id={model!r}"
     if "trust_remote_code=True" in str(error):
-        return f"{what} needs code of its own and trust_remote_code is false: set it to true if you trust that code."
+        return f"{subject} needs code of its own and trust_remote_code is false: set it to true if you trust that code."
     if unknown := UNKNOWN_TYPE.search(str(error)):
         return (
-            f"{what} is of type {unknown[1]}, which Transformers {transformers.__version__} does not know: "
+            f"{subject} is of type {unknown[1]}, which Transformers {transformers.__version__} does not know: "
             "give a model of a type that it knows."
         )
-    return find_refusal(error, what) or f"The {part} of {model} could not be loaded ({quote_error(error)})."
+    return find_refusal(error, subject) or f"The {part} of {model} could not be loaded ({quote_error(error)})."
 
 
-def build_skeleton(model: str, config: PreTrainedConfig, settings: Settings) -> PreTrainedModel:
-    """The model without its weights, for what its code alone tells. Raises UserError where that cannot be had."""
+def build_skeleton(model: str, config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """Return the model without its weights, on the meta device. Raise UserError where its code cannot build it."""
     try:
-        return build_on_meta(config, settings, config.dtype)
+        return build_on_meta(config, config.dtype, trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(explain_failure(error, model, "code")) from error
 
 
-def build_on_meta(config: PreTrainedConfig, settings: Settings, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The model of a config on the meta device, which changes the config's type to this one."""
+def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
+    """Return the model of a config on the meta device. The config's type changes to `dtype`.
+
+    What its code raises is not caught: the caller knows what to say about it.
+    """
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=settings.model.trust_remote_code, attn_implementation="eager"
+            config, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="eager"
         )
 
 
-def load_tokenizer(model: str, settings: Settings) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a chat template if the settings name one and a pad token that is not the EOS if it can be.
+def load_tokenizer(model: str, settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """Return the tokenizer with the chat template and the special tokens that the settings name.
 
-    Collators that mask by pad id would otherwise mask the EOS too, and the model would never learn to stop.
+    Its pad token is not the end-of-sequence token where there is another. Collators that mask by pad id would
+    otherwise mask that too, and the model would never learn to stop. Raise UserError for a token that is not there.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, **build_source_options(settings))
     except (OSError, ValueError) as error:
         raise UserError(explain_failure(error, model, "tokenizer")) from error
-    if settings.model.chat_template_path:
-        tokenizer.chat_template = read_chat_template(settings.model.chat_template_path)
-    if settings.model.eos_token:
-        tokenizer.eos_token = check_token(tokenizer, "eos_token", settings.model.eos_token)
+    if settings.chat_template_path:
+        tokenizer.chat_template = read_chat_template(settings.chat_template_path)
+    if settings.eos_token:
+        tokenizer.eos_token = check_token(tokenizer, "eos_token", settings.eos_token)
     if tokenizer.eos_token is None:
         raise UserError(f"The tokenizer of {model} has no end-of-sequence token: name one with eos_token.")
-    if settings.model.pad_token:
-        tokenizer.pad_token = check_token(tokenizer, "pad_token", settings.model.pad_token)
+    if settings.pad_token:
+        tokenizer.pad_token = check_token(tokenizer, "pad_token", settings.pad_token)
         if tokenizer.pad_token == tokenizer.eos_token:
-            raise UserError(f"pad_token={settings.model.pad_token!r} is the end-of-sequence token: name another one.")
+            raise UserError(f"pad_token={settings.pad_token!r} is the end-of-sequence token: name another one.")
     elif tokenizer.pad_token in (None, tokenizer.eos_token):
         tokenizer.pad_token = choose_pad_token(tokenizer)
     return tokenizer
 
 
-def build_source_options(settings: Settings) -> dict[str, Any]:
-    return {"revision": settings.model.model_revision or "main", "trust_remote_code": settings.model.trust_remote_code}
+def build_source_options(settings: ModelSettings) -> dict[str, Any]:
+    """Return the options of Transformers' `from_pretrained` that say which files to read, and whether to run code."""
+    return {"revision": settings.model_revision or "main", "trust_remote_code": settings.trust_remote_code}
 
 
 def read_chat_template(path: str) -> str:
-    """A Jinja file's text, or the chat template of another tokenizer's folder or Hub id."""
+    """Return a Jinja file's text, or the chat template of another tokenizer's folder or Hub id.
+
+    Raise UserError when it cannot be read, or the tokenizer has none.
+    """
     try:
         if Path(path).is_file():
             return Path(path).read_text(encoding="utf-8")
@@ -128,25 +154,26 @@ def read_chat_template(path: str) -> str:
 
 
 def check_token(tokenizer: PreTrainedTokenizerBase, setting: str, token: str) -> str:
+    """Return the token that a setting names. Raise UserError where the vocabulary lacks it."""
     if token not in tokenizer.get_vocab():
         raise UserError(f"{setting}={token!r} is not in the model's vocabulary: name a token that is.")
     return token
 
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A special token that ends nothing; the EOS itself only where there is no other.
+    """Return a special token that ends nothing, or the end-of-sequence token where there is no other.
 
-    Its meaning does not matter here: TRL's collator masks padding by length, so that it is never trained on.
+    Its meaning does not matter: TRL's collator masks padding by length, and never trains on it.
     """
     special = tokenizer.all_special_tokens
     candidates = [*(token for token in special if "pad" in token.lower()), tokenizer.unk_token, *special]
     return next((token for token in candidates if token and token != tokenizer.eos_token), tokenizer.eos_token)
 
 
-def find_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> frozenset[int]:
-    """Token ids at which generation stops: the tokenizer's EOS and those of the model's generation config."""
+def find_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, revision: str | None) -> frozenset[int]:
+    """Return the token ids that end a generation, by the tokenizer and by the model's generation config."""
     try:
-        stop = GenerationConfig.from_pretrained(model, revision=settings.model.model_revision or "main").eos_token_id
+        stop = GenerationConfig.from_pretrained(model, revision=revision or "main").eos_token_id
     except OSError:  # many models have no generation_config.json
         stop = None
     stops = stop if isinstance(stop, list) else [stop] if stop is not None else []
@@ -154,43 +181,48 @@ def find_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, settings: Sett
 
 
 def build_vocabulary(
-    model: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, settings: Settings
+    model: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, revision: str | None
 ) -> Vocabulary:
-    """What data have to agree on with the model."""
-    return Vocabulary(tokenizer, find_stop_ids(model, tokenizer, settings), config.get_text_config().vocab_size)
+    """Return what the encoding of rows has to agree on with the model. `revision` is the model's on the Hub."""
+    return Vocabulary(tokenizer, find_stop_ids(model, tokenizer, revision), config.get_text_config().vocab_size)
 
 
 def load_model(
-    model: str,
-    settings: Settings,
-    quantization: Quantization | None,
-    dtype: torch.dtype,
-    device: torch.device | None,
-    attention: str,
-    **placement: Any,
+    model: str, settings: ModelSettings, options: LoadOptions, device: torch.device | None, **placement: Any
 ) -> PreTrainedModel:
-    """The base model on the device; without one it has no weights, for a rank that is sent its share of them.
+    """Return the base model on the device. `placement` overrides that with a `device_map` of Transformers' own.
 
-    `placement` is Transformers' device_map, and what goes with it, where not all shall be on one device.
-    Raises UserError when its files are broken.
+    Without a device the model has no weights, for a rank that another one sends its shard to.
+    Raise UserError when the model's files are broken.
     """
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "trust_remote_code": settings.model.trust_remote_code,
-        "attn_implementation": attention,
-    }
     try:
         if device is None:
-            config = read_config(model, settings)
-            if hasattr(config, "quantization_config"):  # what is sent has been dequantized
-                del config.quantization_config
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, **options)
-        options |= {**build_source_options(settings), "device_map": {"": device}, "use_safetensors": True}
-        options |= placement
-        options |= settings.model.model_init_kwargs or {}
-        if quantization is not None:  # None would hide how the checkpoint is stored
-            options["quantization_config"] = quantization
-        return keep_trainable(AutoModelForCausalLM.from_pretrained(model, **options))
+            return build_empty_model(model, settings, options)
+        arguments: dict[str, Any] = {
+            "dtype": options.weights_dtype,
+            "attn_implementation": options.attention,
+            **build_source_options(settings),
+            "device_map": {"": device},
+            "use_safetensors": True,
+            **placement,
+            **(settings.model_init_kwargs or {}),
+        }
+        if options.quantization is not None:  # None would hide how the checkpoint is stored
+            arguments["quantization_config"] = options.quantization
+        return keep_trainable(AutoModelForCausalLM.from_pretrained(model, **arguments))
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(explain_failure(error, model, "weights")) from error
+
+
+def build_empty_model(model: str, settings: ModelSettings, options: LoadOptions) -> PreTrainedModel:
+    """Return the base model on the meta device, ready to be sent weights that another rank has dequantized."""
+    config = read_config(model, settings)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config,
+            dtype=options.weights_dtype,
+            trust_remote_code=settings.trust_remote_code,
+            attn_implementation=options.attention,
+        )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LoRA adapter that a job asks for (Hu et al. 2021, arXiv:2106.09685), and what of a model it sits on.
+"""The LoRA adapter that a job asks for (Hu et al. 2021, arXiv:2106.09685), and the layers of a model that get it.
 
 All that can be wrong with it is found on the model's skeleton, before any weights load.
 """
@@ -16,57 +16,69 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llm_trainer.common.errors import UserError, cut_quote, quote_error
-from llm_trainer.config.schema import Settings
-from llm_trainer.config.sections import MOVING_STARTS
+from llm_trainer.config.sections import MOVING_STARTS, AdapterSettings, ModelSettings
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output layer
 LINEAR = (nn.Linear, Conv1D)
-ADAPTABLE = (*LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what PEFT has LoRA layers for
-DECOMPOSING = (*MOVING_STARTS, "loftq")  # begin with a part of a weight matrix, or of its error
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+ADAPTABLE = (*LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # PEFT has LoRA layers for these
+DECOMPOSING = (*MOVING_STARTS, "loftq")  # these begin with a part of each matrix, or of its quantization error
+LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def build_lora_config(settings: Settings, skeleton: PreTrainedModel) -> LoraConfig:
-    """What PEFT is asked for. Raises UserError for targets that the model lacks, and what PEFT cannot do with them."""
-    modules, parameters = choose_targets(settings, skeleton)
+def build_lora_config(
+    model_settings: ModelSettings, settings: AdapterSettings, skeleton: PreTrainedModel
+) -> LoraConfig:
+    """Return PEFT's config of the adapter. `skeleton` is the base model, with or without its weights.
+
+    Raise UserError for targets that the model lacks, and for options that PEFT cannot apply to them.
+    """
+    modules, parameters = choose_targets(model_settings, settings, skeleton)
+    # PEFT's own LoftQ quantizes a whole base by itself. Ours (lora_init) begins on a quantized base.
+    init = settings.init_lora_weights
     config = LoraConfig(
-        r=settings.adapter.lora_r,
-        lora_alpha=settings.adapter.lora_alpha,
-        lora_dropout=settings.adapter.lora_dropout,
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
         target_modules=modules,
         target_parameters=parameters,
-        use_rslora=settings.adapter.use_rslora,
-        use_dora=settings.adapter.use_dora,
-        # PEFT's own LoftQ quantizes a whole base by itself; ours, in adapter_start.py, begins on a quantized one.
-        init_lora_weights=True
-        if settings.adapter.init_lora_weights in ("default", "loftq")
-        else settings.adapter.init_lora_weights,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        init_lora_weights=True if init in ("default", "loftq") else init,
         bias="none",
         task_type=TaskType.CAUSAL_LM,
     )
-    problems = list(find_absent_targets(config, skeleton))
-    if not problems:
-        try:
-            # Names that experts bore in Transformers 4 become those of the parameters that hold them now.
-            convert_peft_config_for_transformers(config, skeleton, conversions=None)
-        except ValueError as error:
-            raise UserError(f"target_modules={settings.adapter.target_modules!r}: {quote_error(error)}.") from error
-        problems = list(find_unsupported_options(config, settings, skeleton))
-    if problems:
-        raise UserError(*problems)
+    check_targets(config, settings, skeleton)
     if config.target_parameters:
-        config.lora_dropout = 0.0
+        config.lora_dropout = 0.0  # PEFT has none there
     return config
 
 
-def choose_targets(settings: Settings, skeleton: PreTrainedModel) -> tuple[str | list[str], list[str] | None]:
-    """`target_modules` and `target_parameters`, as PEFT reads them.
+def check_targets(config: LoraConfig, settings: AdapterSettings, skeleton: PreTrainedModel) -> None:
+    """Raise UserError for targets that the model lacks, and for options that PEFT cannot apply to them.
 
-    PEFT matches a string against whole module paths, so that a plain name must become a list to match its end.
+    Names that experts bore in Transformers 4 become, in the config, those of the parameters that hold them now.
     """
-    targets, parameters = settings.adapter.target_modules, settings.adapter.target_parameters
+    problems = list(find_absent_targets(config, skeleton))
+    if not problems:
+        try:
+            convert_peft_config_for_transformers(config, skeleton, conversions=None)
+        except ValueError as error:
+            raise UserError(f"target_modules={settings.target_modules!r}: {quote_error(error)}.") from error
+        problems = list(find_unsupported_options(config, settings, skeleton))
+    if problems:
+        raise UserError(*problems)
+
+
+def choose_targets(
+    model_settings: ModelSettings, settings: AdapterSettings, skeleton: PreTrainedModel
+) -> tuple[str | list[str], list[str] | None]:
+    """Return `target_modules` and `target_parameters` as PEFT reads them.
+
+    PEFT matches a string against whole module paths. A plain name must become a list, which matches a path's end.
+    """
+    targets, parameters = settings.target_modules, settings.target_parameters
     if targets == "auto":
-        packed = settings.model.load_in_4bit or settings.model.load_in_8bit
+        packed = model_settings.load_in_4bit or model_settings.load_in_8bit
         modules, weights = find_linear_layers(skeleton)
         # A quantized matrix has no shape that an adapter of the bare parameter could follow.
         experts = (find_expert_parameters(skeleton) if parameters is None else parameters) + ([] if packed else weights)
@@ -77,9 +89,9 @@ def choose_targets(settings: Settings, skeleton: PreTrainedModel) -> tuple[str |
 
 
 def find_linear_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """The decoder's linear layers but the output layer and the routers: names of modules, and of bare weights.
+    """Return the decoder's linear layers, without the output layer and the routers, as names of modules and of weights.
 
-    A bare weight is that of a layer whose name PEFT would take for the experts', as Transformers 4 named them.
+    A layer goes by its weight where PEFT would take the layer's name for one that experts bore in Transformers 4.
     """
     routers = set(find_routers(model))
     decoder = set(model.get_decoder().modules()) - {model.get_output_embeddings()}
@@ -100,10 +112,10 @@ def find_linear_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
 
 
 def find_expert_parameters(model: PreTrainedModel) -> list[str]:
-    """Parameters that hold a matrix an expert: (experts, in, out) or (experts, out, in).
+    """Return the names of parameters that hold a matrix for each expert: (experts, in, out) or (experts, out, in).
 
-    PEFT's ParamWrapper learns from `is_transposed` which; where a class does not say (Llama 4), A and B change places,
-    and the product, all that the model sees, has the parameter's shape either way.
+    PEFT's ParamWrapper reads from `is_transposed` which of the two it is. Where a class does not say (Llama 4), A and B
+    change places. Their product, which is all that the model sees, has the parameter's shape either way.
     """
     names = [name for name, _ in model.named_parameters()]
     fused = [
@@ -117,12 +129,15 @@ def find_expert_parameters(model: PreTrainedModel) -> list[str]:
 
 
 def holds_experts(name: str, module: nn.Module) -> bool:
-    """As Transformers names them: `mlp.experts`, `mlp.shared_experts`, JetMoeParallelExperts."""
+    """Tell whether a module holds experts by Transformers' names, as `mlp.experts` or JetMoeParallelExperts do."""
     return any(part.endswith("experts") for part in name.split(".")) or type(module).__name__.endswith("Experts")
 
 
 def find_routers(model: PreTrainedModel) -> Iterator[str]:
-    """Linear layers that weigh experts: those of a `router`, and those beside `experts` with at most an output each."""
+    """Yield the names of linear layers that weigh experts.
+
+    These are the layers of a `router`, and those beside `experts` that have at most one output for each expert.
+    """
     for name, module in model.named_modules():
         if "router" in name.split(".") and isinstance(module, nn.Linear):
             yield name
@@ -137,6 +152,7 @@ def find_routers(model: PreTrainedModel) -> Iterator[str]:
 
 
 def is_taken_for_experts(name: str, model: PreTrainedModel) -> bool:
+    """Tell whether PEFT takes a module's name for one that experts bore in Transformers 4."""
     probe = LoraConfig(target_modules=[name])
     try:
         convert_peft_config_for_transformers(probe, model, conversions=None)
@@ -146,7 +162,7 @@ def is_taken_for_experts(name: str, model: PreTrainedModel) -> bool:
 
 
 def shorten_names(names: list[str], all_names: list[str], parts: int = 1) -> list[str]:
-    """The last parts of the names, or the whole names where another one of the model ends in them too."""
+    """Return the last parts of the names, or whole names where another name of the model ends in the same parts."""
     wanted = set(names)
     shorts: dict[str, list[str]] = {}
     for name in names:
@@ -156,25 +172,27 @@ def shorten_names(names: list[str], all_names: list[str], parts: int = 1) -> lis
 
 
 def shorten_name(name: str, parts: int) -> str:
+    """Return the last dotted parts of a name."""
     return ".".join(name.split(".")[-parts:])
 
 
 def find_absent_targets(config: LoraConfig, model: PreTrainedModel) -> Iterator[str]:
-    """A sentence for each target of which the model has none."""
+    """Yield a sentence for each target that the model lacks, or that takes no adapter."""
     modules = {name: module for name, module in model.named_modules() if name}
-    parameters = [name for name, _ in model.named_parameters()]
     existing = list_adaptable(modules)
-    if isinstance(config.target_modules, str) and config.target_modules != ALL_LINEAR:
-        if not any(re.fullmatch(config.target_modules, name) for name in modules):
-            yield f"target_modules={config.target_modules!r} matches no module's path: {describe_existing(existing)}."
+    targets = config.target_modules
+    if isinstance(targets, str) and targets != ALL_LINEAR:
+        if not any(re.fullmatch(targets, name) for name in modules):
+            yield f"target_modules={targets!r} matches no module's path: {describe_existing(existing)}."
         return
-    for target in sorted(config.target_modules or ()) if config.target_modules != ALL_LINEAR else ():
+    for target in sorted(targets or ()) if targets != ALL_LINEAR else ():
         hit = [module for name, module in modules.items() if matches_end(name, target)]
         if not hit and not is_taken_for_experts(target, model):
             yield f"target_modules: the model has no {target!r}; {suggest_nearest(target, existing)}."
         elif hit and not any(isinstance(module, ADAPTABLE) for module in hit):
             kind = type(hit[0]).__name__
             yield f"target_modules: {target!r} is a {kind}, which takes no adapter; {describe_existing(existing)}."
+    parameters = [name for name, _ in model.named_parameters()]
     for target in sorted(config.target_parameters or ()):
         if not any(matches_end(name, target) for name in parameters):
             nearest = suggest_nearest(target, find_expert_parameters(model))
@@ -182,54 +200,60 @@ def find_absent_targets(config: LoraConfig, model: PreTrainedModel) -> Iterator[
 
 
 def list_adaptable(modules: dict[str, nn.Module]) -> list[str]:
-    """The last parts of the names of those that take an adapter, e.g. q_proj."""
+    """Return the last parts of the names of modules that take an adapter, such as `q_proj`, each once."""
     names = [name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, ADAPTABLE)]
     return list(dict.fromkeys(names))
 
 
 def matches_end(name: str, target: str) -> bool:
-    """As PEFT matches a name of a list."""
+    """Tell whether PEFT takes a target of a list for this name."""
     return name == target or name.endswith(f".{target}")
 
 
 def suggest_nearest(target: str, existing: list[str]) -> str:
+    """Return the end of a sentence that names the nearest target, if there is one, and those that exist."""
     close = difflib.get_close_matches(target, existing, n=1, cutoff=0.5)
     return f"the nearest is {close[0]!r}, and {describe_existing(existing)}" if close else describe_existing(existing)
 
 
 def describe_existing(existing: list[str]) -> str:
+    """Return the end of a sentence that names the targets that exist."""
     return f"there are {cut_quote(', '.join(existing))}" if existing else "there are no experts in one parameter"
 
 
-def find_unsupported_options(config: LoraConfig, settings: Settings, model: PreTrainedModel) -> Iterator[str]:
-    """Sentences about what PEFT's layers cannot do for these targets."""
-    init = settings.adapter.init_lora_weights
+def find_unsupported_options(config: LoraConfig, settings: AdapterSettings, model: PreTrainedModel) -> Iterator[str]:
+    """Yield a sentence for each option that PEFT's layers cannot apply to these targets."""
     if config.target_parameters:
-        subject = f"adapters on parameters ({cut_quote(', '.join(sorted(config.target_parameters)))})"
-        fix = "or name linear layers alone with target_modules"
-        if settings.adapter.lora_dropout and settings.is_given("lora_dropout"):
-            yield (
-                f"lora_dropout={settings.adapter.lora_dropout:g} with {subject}: PEFT has no dropout there; set 0, "
-                f"{fix}."
-            )
-        if settings.adapter.use_dora:
-            yield f"use_dora=true with {subject}: PEFT has DoRA for modules only; set it to false, {fix}."
-        if init not in ("default", "gaussian"):
-            yield f"init_lora_weights={init} with {subject}: PEFT has only default and gaussian there; use one, {fix}."
+        yield from find_parameter_problems(config.target_parameters, settings)
+    init = settings.init_lora_weights
     targets = {name: module for name, module in model.named_modules() if is_linear_target(config, name, module, model)}
     if init == "olora" and any(isinstance(module, Conv1D) for module in targets.values()):
         yield f"init_lora_weights=olora: PEFT cannot decompose the Conv1D layers of {type(model).__name__}; use pissa."
     if init in DECOMPOSING:
         shapes = {name: module.weight.shape for name, module in targets.items()}
         smallest = min(shapes, key=lambda name: min(shapes[name]), default=None)
-        if smallest and min(shapes[smallest]) < settings.adapter.lora_r:
+        if smallest and min(shapes[smallest]) < settings.lora_r:
             yield (
-                f"lora_r={settings.adapter.lora_r} with init_lora_weights={init}: the matrix of {smallest} has only "
+                f"lora_r={settings.lora_r} with init_lora_weights={init}: the matrix of {smallest} has only "
                 f"rank {min(shapes[smallest])}; lower lora_r to that."
             )
 
 
+def find_parameter_problems(parameters: list[str], settings: AdapterSettings) -> Iterator[str]:
+    """Yield a sentence for each option that PEFT has for adapters on modules alone, not on parameters."""
+    subject = f"adapters on parameters ({cut_quote(', '.join(sorted(parameters)))})"
+    fix = "or name linear layers alone with target_modules"
+    init = settings.init_lora_weights
+    if settings.lora_dropout and settings.is_given("lora_dropout"):
+        yield f"lora_dropout={settings.lora_dropout:g} with {subject}: PEFT has no dropout there; set 0, {fix}."
+    if settings.use_dora:
+        yield f"use_dora=true with {subject}: PEFT has DoRA for modules only; set it to false, {fix}."
+    if init not in ("default", "gaussian"):
+        yield f"init_lora_weights={init} with {subject}: PEFT has only default and gaussian there; use one, {fix}."
+
+
 def is_linear_target(config: LoraConfig, name: str, module: nn.Module, model: PreTrainedModel) -> bool:
+    """Tell whether a module is a linear layer that gets an adapter."""
     targets = config.target_modules
     if not isinstance(module, LINEAR):
         return False
@@ -241,21 +265,22 @@ def is_linear_target(config: LoraConfig, name: str, module: nn.Module, model: Pr
 
 
 def count_targets(model: PeftModel) -> dict[str, int]:
-    """How many modules and parameters of each name got an adapter, e.g. {"self_attn.q_proj": 32}."""
+    """Return how many modules and parameters of each name got an adapter, such as {"self_attn.q_proj": 32}."""
     tuner = model.base_model
     names = [*tuner.targeted_module_names, *tuner.targeted_parameter_names]
-    return dict(Counter(NUMBER.sub("N", name).rpartition(".N.")[2] for name in names))
+    return dict(Counter(LAYER_NUMBER.sub("N", name).rpartition(".N.")[2] for name in names))
 
 
 def describe_adapter(model: PeftModel) -> str:
+    """Return a line for the log about the layers that got an adapter."""
     config = model.active_peft_config
-    targets = ", ".join(f"{number} x {name}" for name, number in count_targets(model).items())
+    targets = ", ".join(f"{count} x {name}" for name, count in count_targets(model).items())
     reason = "; PEFT has no dropout for adapters on parameters" if config.target_parameters else ""
     return f"Adapter on {targets}; lora_dropout={config.lora_dropout:g}{reason}"
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Those that are trained, and all; a matrix in 4 bit counts its numbers and not its bytes."""
+    """Return the number of trained weights, and of all. A matrix in 4 bit counts its numbers, not its bytes."""
     if isinstance(model, PeftModel):
         trained, total = model.get_nb_trainable_parameters()
         return trained, total

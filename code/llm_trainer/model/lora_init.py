@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an adapter begins that does not begin at zero, and what has to be kept of it.
+"""The first values of an adapter that does not begin at zero, and their place in checkpoints and the export.
 
-PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) move a part of each matrix from the base into the adapter; LoftQ
-(arXiv:2310.08659) has the adapter make up for what quantization took. An adapter that is trained from there belongs to
-that base alone. Exported is its difference from the start, an adapter of twice the rank, which belongs to the base as
-it is stored.
+PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) move a part of each matrix from the base into the adapter. LoftQ
+(arXiv:2310.08659) has the adapter make up for the error of quantization. An adapter that is trained from there belongs
+to that base alone. The export therefore holds its difference from the first values: an adapter of twice the rank, which
+belongs to the base as it is stored.
 """
 
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,14 +26,24 @@ from llm_trainer.common.ranks import local_rank
 from llm_trainer.common.safetensors_files import list_weights
 from llm_trainer.config.sections import MOVING_STARTS
 
-INITIAL_ADAPTER = (
-    "initial_adapter.safetensors"  # in a checkpoint: PEFT takes a folder with an adapter for another one to load
-)
-ADAPTER = "default"  # PEFT's name of the only one
+# In a checkpoint. A folder of its own would make PEFT load it as a second adapter.
+INITIAL_ADAPTER = "initial_adapter.safetensors"
+ADAPTER = "default"  # PEFT's name of the only adapter
+
+
+@dataclass(frozen=True)
+class BaseReference:
+    """The base model as an adapter's config names it, for others to find it."""
+
+    name: str  # Hub id or folder
+    revision: str | None
 
 
 def initialize_adapter(model: PeftModel, init: str, base: str, scratch_dir: Path) -> Path | None:
-    """Give the adapter its first values where PEFT has not, and keep them: the folder, None for one that adds zero."""
+    """Give the adapter its first values where PEFT has not, and save them. `base` is the folder of the base's files.
+
+    Return the folder that holds them, one for each local rank, or None for an adapter that adds zero at first.
+    """
     if init == "loftq":
         initialize_loftq(model, Path(base))
     elif init not in MOVING_STARTS:
@@ -44,10 +55,11 @@ def initialize_adapter(model: PeftModel, init: str, base: str, scratch_dir: Path
 
 @torch.no_grad()
 def initialize_loftq(model: PeftModel, base: Path) -> None:
-    """Have each adapter make up for its matrix's quantization error, as far as its rank reaches: one LoftQ step.
+    """Have each adapter make up for its matrix's quantization error, as far as its rank reaches.
 
-    PEFT's replace_lora_weights_loftq leaves the adapter's scale alpha / rank out, by which it would correct too much,
-    and needs a GPU. The matrices come from the files one at a time.
+    This is one step of LoftQ: the truncated SVD of the error, divided by the adapter's scale alpha / rank. PEFT's
+    replace_lora_weights_loftq leaves that scale out and corrects too much, and it needs a GPU. The matrices come from
+    the files one at a time. Raise UserError where a file holds no such matrix.
     """
     places = {name: file for file in list_weights(base) for name in list_tensor_names(file)}
     for name, layer in list_lora_layers(model):
@@ -60,19 +72,23 @@ def initialize_loftq(model: PeftModel, base: Path) -> None:
 
 
 def list_lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
-    """Every adapted layer by the name that it has in the base model."""
+    """Yield every layer that has an adapter, by its name in the base model."""
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
             yield name, module
 
 
 def list_tensor_names(file: Path) -> list[str]:
+    """Return the names of the tensors in a .safetensors file."""
     with safe_open(file, framework="pt") as tensors:
         return list(tensors.keys())
 
 
 def read_weight(name: str, places: dict[str, Path], prefix: str) -> torch.Tensor:
-    """A matrix of the base as it is stored, there perhaps without the prefix that the model's class gives it."""
+    """Return a matrix of the base as it is stored. `places` tells the file of each tensor.
+
+    The files may leave out the prefix that the model's class gives the name. Raise UserError where they lack it.
+    """
     stored = next((key for key in (name, name.removeprefix(f"{prefix}.")) if key in places), None)
     if stored is None:
         raise UserError(
@@ -85,10 +101,10 @@ def read_weight(name: str, places: dict[str, Path], prefix: str) -> torch.Tensor
 
 @torch.no_grad()
 def restore_initial_adapter(checkpoint: Path, model: PeftModel, start: Path) -> None:
-    """Make the start, and what it left of the base, those of the checkpoint's run.
+    """Make the first values, and what they left of the base, those of the run that wrote the checkpoint.
 
-    The same machine decomposes a matrix into the same numbers, and nothing changes here; another one may not.
-    Raises UserError when the checkpoint does not hold its start.
+    The same machine decomposes a matrix into the same numbers, and then nothing changes. Another machine may not.
+    `start` is the folder of `initialize_adapter`. Raise UserError when the checkpoint does not hold first values.
     """
     kept = checkpoint / INITIAL_ADAPTER
     if not kept.is_file():
@@ -111,24 +127,25 @@ def restore_initial_adapter(checkpoint: Path, model: PeftModel, start: Path) -> 
 
 
 def save_initial_adapter(start: Path, checkpoint: Path) -> None:
-    """Put the start into a checkpoint."""
+    """Copy the adapter's first values into a checkpoint."""
     shutil.copyfile(start / SAFETENSORS_WEIGHTS_NAME, checkpoint / INITIAL_ADAPTER)
 
 
 def save_adapter(
     model: PeftModel,
     folder: Path,
-    base: str,
-    revision: str | None,
+    base: BaseReference,
     start: Path | None,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write the adapter as one of the base as it is stored; `weights` are its own where the model holds but shards.
+    """Write the adapter as one that belongs to the base as it is stored.
 
-    `base` is the name by which others find it, where the model knows the folder that it was loaded from.
+    `start` holds the adapter's first values, or is None. `weights` are the adapter's where the model is sharded.
+    The model itself knows only the folder that the base was loaded from, so that `base` names it for others.
     """
     initial = None if start is None else str(start)
     model.save_pretrained(folder, state_dict=weights, path_initial_model_for_weight_conversion=initial)
     file = folder / CONFIG_NAME
-    config = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": base, "revision": revision}
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config |= {"base_model_name_or_path": base.name, "revision": base.revision}
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

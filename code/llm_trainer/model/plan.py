@@ -1,21 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is decided about the model from its config alone, before data are prepared and long before weights load."""
+"""The plan of how a model is loaded and computed, made from its config alone, before data are read or weights load."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft import LoraConfig
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from llm_trainer.config.schema import Settings
-from llm_trainer.model import loading
+from llm_trainer.common.errors import UserError
+from llm_trainer.config.sections import AdapterSettings, ModelSettings, OutputSettings, ParallelismSettings
 from llm_trainer.model.attention import AttentionChoice, choose_attention, find_faults, read_needs
 from llm_trainer.model.device import Device
 from llm_trainer.model.liger import LigerChoice, choose_liger, find_known_types
+from llm_trainer.model.loading import LoadOptions, build_skeleton, read_config
 from llm_trainer.model.lora import build_lora_config
 from llm_trainer.model.precision import Precision, find_stored_dtype
-from llm_trainer.model.quantization import Quantization, build_quantization, describe_quantization
+from llm_trainer.model.quantization import (
+    Quantization,
+    build_quantization,
+    describe_quantization,
+    find_quantization_problems,
+)
 from llm_trainer.serving.limits import find_placement_refusals
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """The sections of the settings that the plan of a model depends on."""
+
+    model: ModelSettings
+    adapter: AdapterSettings
+    parallelism: ParallelismSettings
+    output: OutputSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,37 +45,42 @@ class ModelPlan:
     quantization: Quantization | None
     attention: AttentionChoice
     liger: LigerChoice
-    lora: LoraConfig | None
-    reasons: tuple[str, ...]  # a line for the log each
+    lora: LoraConfig | None  # None for full fine-tuning
+    reasons: tuple[str, ...] = ()  # lines for the log
+
+    @property
+    def load_options(self) -> LoadOptions:
+        """How the base is loaded to be trained."""
+        return LoadOptions(self.precision.weights, self.attention.name, self.quantization)
 
 
-def plan_model(folder: str, settings: Settings, device: Device, precision: Precision) -> ModelPlan:
-    """Raises UserError for what the settings ask of this model and cannot be."""
-    config = loading.read_config(folder, settings)
-    quantization = build_quantization(folder, config, settings, precision.compute, device)
-    skeleton = loading.build_skeleton(folder, config, settings)
-    attention = choose_attention(read_needs(skeleton), settings, precision.compute, device, find_faults(device))
-    liger = choose_liger(config, settings, device, find_known_types(device))
-    lora = build_lora_config(settings, skeleton) if settings.adapter.use_peft else None
+def plan_model(folder: str, settings: PlanSettings, device: Device, precision: Precision) -> ModelPlan:
+    """Return the plan for the model of a folder.
 
-    def reasons() -> Iterator[str]:
-        yield precision.describe(find_stored_dtype(folder, config))
-        if quantization is not None:
-            yield describe_quantization(folder, skeleton, quantization, precision.weights)
-        yield str(attention)
-        yield str(liger)
-        if lora is not None and not settings.output.merge_weights:
-            misplacements = find_placement_refusals(lora, config.get_text_config().model_type)
-            yield from (f"Warning: {text}" for text in misplacements)
+    Raise UserError for what the settings ask of this model and it cannot do.
+    """
+    model_settings = settings.model
+    config = read_config(folder, model_settings)
+    sections = (model_settings, settings.adapter, settings.parallelism)
+    if problems := list(find_quantization_problems(folder, config, *sections)):
+        raise UserError(*problems)
+    quantization = build_quantization(config, model_settings, precision.compute, device.torch)
+    skeleton = build_skeleton(folder, config, model_settings.trust_remote_code)
+    asked, faults = model_settings.attn_implementation, find_faults(device)
+    attention = choose_attention(read_needs(skeleton), asked, precision.compute, device, faults)
+    liger = choose_liger(config, model_settings, device, find_known_types(device))
+    lora = build_lora_config(model_settings, settings.adapter, skeleton) if settings.adapter.use_peft else None
+    plan = ModelPlan(folder, config, device, precision, quantization, attention, liger, lora)
+    return replace(plan, reasons=tuple(describe_plan(plan, skeleton, settings.output.merge_weights)))
 
-    return ModelPlan(
-        folder=folder,
-        config=config,
-        device=device,
-        precision=precision,
-        quantization=quantization,
-        attention=attention,
-        liger=liger,
-        lora=lora,
-        reasons=tuple(reasons()),
-    )
+
+def describe_plan(plan: ModelPlan, skeleton: PreTrainedModel, merges: bool) -> Iterator[str]:
+    """Yield the plan's lines for the log. An adapter that is merged is not served, and gets no warnings about it."""
+    yield plan.precision.describe(find_stored_dtype(plan.folder, plan.config))
+    if plan.quantization is not None:
+        yield describe_quantization(plan.folder, skeleton, plan.quantization, plan.precision.weights)
+    yield str(plan.attention)
+    yield str(plan.liger)
+    if plan.lora is not None and not merges:
+        refusals = find_placement_refusals(plan.lora, plan.config.get_text_config().model_type)
+        yield from (f"Warning: {text}" for text in refusals)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the base model is quantized: as its checkpoint is stored, or by bitsandbytes while it loads."""
+"""The quantization of the base model: the one its checkpoint is stored in, or bitsandbytes' while it loads."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,63 +12,68 @@ from transformers import BitsAndBytesConfig, Mxfp4Config, PreTrainedConfig, PreT
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.safetensors_files import count_weights, list_weights
 from llm_trainer.common.units import show_bytes
-from llm_trainer.config.schema import Settings
-from llm_trainer.model.device import Device
+from llm_trainer.config.sections import AdapterSettings, ModelSettings, ParallelismSettings
+from llm_trainer.model.parameter_roles import measure_linear_share
 from llm_trainer.model.precision import show_dtype
 
 Quantization: TypeAlias = BitsAndBytesConfig | Mxfp4Config
 
 
 def build_quantization(
-    model: str, config: PreTrainedConfig, settings: Settings, dtype: torch.dtype, device: Device
+    config: PreTrainedConfig, settings: ModelSettings, compute_dtype: torch.dtype, device: torch.device
 ) -> Quantization | None:
-    """How the base is quantized while it loads; None: not at all, or as it is stored. Computed in `dtype`.
+    """Return how Transformers quantizes or dequantizes the base while it loads.
 
-    Raises UserError where that cannot work, before anything is loaded.
+    None means not at all, or as the checkpoint is stored. A quantized base computes in `compute_dtype`.
+    Raise UserError where bitsandbytes is needed and cannot run on the device.
     """
-    if problems := list(find_quantization_problems(model, config, settings)):
-        raise UserError(*problems)
     stored = find_stored_method(config)
     if stored == "mxfp4":
         return Mxfp4Config(dequantize=True)
-    if settings.model.load_in_4bit or settings.model.load_in_8bit or stored == "bitsandbytes":
-        try_bitsandbytes(settings, device.torch)
-    if settings.model.load_in_8bit:
+    if settings.load_in_4bit or settings.load_in_8bit or stored == "bitsandbytes":
+        try_bitsandbytes(settings, device)
+    if settings.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
-    if not settings.model.load_in_4bit:
+    if not settings.load_in_4bit:
         return None
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=settings.model.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=settings.model.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
     )
 
 
 def find_stored_method(config: PreTrainedConfig) -> str | None:
-    """The method that a checkpoint was quantized with before it was stored, in Transformers' word for it."""
+    """Return the method that a checkpoint is stored quantized with, by Transformers' name, or None."""
     stored = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     method = stored.get("quant_method")
     if method is None and (stored.get("load_in_4bit") or stored.get("load_in_8bit")):
-        return "bitsandbytes"  # early checkpoints of it do not tell
+        return "bitsandbytes"  # its early checkpoints name no method
     return str(getattr(method, "value", method)) if method else None
 
 
-def find_quantization_problems(model: str, config: PreTrainedConfig, settings: Settings) -> Iterator[str]:
-    """Sentences about settings that contradict how the checkpoint is stored."""
+def find_quantization_problems(
+    model: str,
+    config: PreTrainedConfig,
+    model_settings: ModelSettings,
+    adapter_settings: AdapterSettings,
+    parallelism_settings: ParallelismSettings,
+) -> Iterator[str]:
+    """Yield a sentence for each setting that contradicts how the checkpoint is stored."""
     stored = find_stored_method(config)
     for name in ("load_in_4bit", "load_in_8bit"):
-        if stored and settings.value(name):
+        if stored and model_settings.value(name):
             yield f"{name}=true: {model} is stored in {stored} already, and a base has one quantization: remove {name}."
-    if settings.model.use_mxfp4 and stored != "mxfp4":
+    if model_settings.use_mxfp4 and stored != "mxfp4":
         found = f"is stored in {stored}" if stored else "is not quantized"
         yield f"use_mxfp4=true: {model} {found} and is not an MXFP4 checkpoint: remove use_mxfp4."
-    if settings.model.use_mxfp4 is False and stored == "mxfp4":
+    if model_settings.use_mxfp4 is False and stored == "mxfp4":
         yield f"use_mxfp4=false: {model} is an MXFP4 checkpoint and can only be read as one: remove use_mxfp4."
-    if stored == "bitsandbytes" and not settings.adapter.use_peft:
+    if stored == "bitsandbytes" and not adapter_settings.use_peft:
         yield f"use_peft=false: {model} is stored in bitsandbytes, whose weights cannot be trained: set use_peft=true."
-    if stored == "bitsandbytes" and settings.parallelism.distribution == "fsdp":
+    if stored == "bitsandbytes" and parallelism_settings.distribution == "fsdp":
         yield f"distribution=fsdp: {model} is stored in bitsandbytes, and such weights cannot be sharded: use ddp."
     if stored not in (None, "mxfp4", "bitsandbytes"):
         yield (
@@ -77,16 +82,19 @@ def find_quantization_problems(model: str, config: PreTrainedConfig, settings: S
         )
 
 
-def try_bitsandbytes(settings: Settings, device: torch.device) -> None:
-    """Quantize a few numbers: the package imports even where its native library cannot run."""
-    name = "load_in_8bit" if settings.model.load_in_8bit else "load_in_4bit"
+def try_bitsandbytes(settings: ModelSettings, device: torch.device) -> None:
+    """Quantize a few numbers on the device. Raise UserError where bitsandbytes cannot.
+
+    To import the package proves nothing: it imports even where its native library cannot run.
+    """
+    name = "load_in_8bit" if settings.load_in_8bit else "load_in_4bit"
     try:
         from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 
-        if settings.model.load_in_8bit:
+        if settings.load_in_8bit:
             int8_vectorwise_quant(torch.ones(1, 64, device=device, dtype=torch.float16))
         else:
-            quantize_4bit(torch.ones(64, device=device), quant_type=settings.model.bnb_4bit_quant_type)
+            quantize_4bit(torch.ones(64, device=device), quant_type=settings.bnb_4bit_quant_type)
     except (ImportError, OSError, RuntimeError, NotImplementedError) as error:
         raise UserError(
             f"{name}=true: bitsandbytes cannot run here ({quote_error(error)}): "
@@ -94,23 +102,33 @@ def try_bitsandbytes(settings: Settings, device: torch.device) -> None:
         ) from error
 
 
-def describe_quantization(folder: str, model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype) -> str:
-    """A line for the log: what an MXFP4 checkpoint grows to, or what of the model bitsandbytes quantizes."""
+def describe_quantization(
+    folder: str, skeleton: PreTrainedModel, quantization: Quantization, weights_dtype: torch.dtype
+) -> str:
+    """Return a line for the log: how large an MXFP4 checkpoint becomes, or the share that bitsandbytes quantizes.
+
+    Weights that are not quantized have `weights_dtype` in memory.
+    """
     if isinstance(quantization, Mxfp4Config):
-        stored = sum(file.stat().st_size for file in list_weights(Path(folder)))
-        whole = count_weights(Path(folder)) * dtype.itemsize
-        sizes = f": {show_bytes(stored)} on disk become {show_bytes(whole)} in memory" if stored else ""
-        return f"Quantization: the checkpoint's MXFP4 is dequantized to {show_dtype(dtype)} for training{sizes}"
+        stored_bytes = sum(file.stat().st_size for file in list_weights(Path(folder)))
+        loaded_bytes = count_weights(Path(folder)) * weights_dtype.itemsize
+        sizes = f": {show_bytes(stored_bytes)} on disk become {show_bytes(loaded_bytes)} in memory"
+        return (
+            f"Quantization: the checkpoint's MXFP4 is dequantized to {show_dtype(weights_dtype)} for training"
+            f"{sizes if stored_bytes else ''}"
+        )
     method = "LLM.int8()" if quantization.load_in_8bit else quantization.bnb_4bit_quant_type
     double = ", its scales too" if quantization.load_in_4bit and quantization.bnb_4bit_use_double_quant else ""
-    share = measure_linear_share(model)
-    return f"Quantization: {method}{double}: {share:.0%} of the weights, as the others stay in {show_dtype(dtype)}"
+    share = measure_linear_share(skeleton)
+    return (
+        f"Quantization: {method}{double}: {share:.0%} of the weights, as the others stay in {show_dtype(weights_dtype)}"
+    )
 
 
 def keep_trainable(model: PreTrainedModel) -> PreTrainedModel:
     """Have bitsandbytes leave 4-bit weights as they are when the model is evaluated on a CPU with AVX512-BF16.
 
-    It would put them into a form for inference, with scales in bfloat16, in which training does not go on as it began.
+    It would put them into a form for inference, with scales in bfloat16. Training could not go on from that.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -118,17 +136,10 @@ def keep_trainable(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def measure_linear_share(model: PreTrainedModel) -> float:
-    """The share of the weights that bitsandbytes quantizes: linear layers' but the output's, and no fused experts'."""
-    linear = {module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)}
-    linear -= {module.weight for module in (model.get_output_embeddings(),) if module is not None}
-    return sum(weight.numel() for weight in linear) / model.num_parameters()
-
-
 def keep_adapter_in_float32(model: PeftModel) -> None:
     """Undo TRL's rounding of a quantized model's adapter to bfloat16.
 
-    An adapter is a few MB, small updates are lost in bfloat16, and loss scaling (float16) refuses its gradients.
+    An adapter takes a few MB, small updates are lost in bfloat16, and loss scaling (float16) refuses its gradients.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:

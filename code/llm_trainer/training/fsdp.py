@@ -67,7 +67,7 @@ def load_base(plan: ModelPlan, settings: Settings, arguments: SFTConfig, group: 
     """
     store_as_float(plan.quantization, arguments, plan.precision.compute)
     device = torch.device("cpu") if settings.model.load_in_4bit or rank() == 0 else None
-    base = load_model(plan.folder, settings, plan.quantization, plan.precision.weights, device, plan.attention.name)
+    base = load_model(plan.folder, settings.model, plan.load_options, device)
     fill_in(base, group)
     return base
 

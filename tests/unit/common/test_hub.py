@@ -62,7 +62,7 @@ def refuse(action, *arguments) -> str:
 @pytest.mark.parametrize(("status", "headers", "sentence"), REFUSALS)
 def test_a_refusal_is_final_and_has_a_fix(fake_hub, tmp_path, capsys, status, headers, sentence):
     fake_hub.refuse(status, **headers)
-    assert refuse(loading.fetch_model, MODEL, Settings(), tmp_path) == f"model_id='{MODEL}' {sentence}"
+    assert refuse(loading.fetch_model, MODEL, Settings().model, tmp_path) == f"model_id='{MODEL}' {sentence}"
     assert len(fake_hub.requests) == 1
     assert fake_hub.tokens == {f"Bearer {TOKEN}"}
     assert "next try" not in capsys.readouterr().out
@@ -71,7 +71,7 @@ def test_a_refusal_is_final_and_has_a_fix(fake_hub, tmp_path, capsys, status, he
 @pytest.mark.parametrize(("status", "headers", "sentence"), REFUSALS)
 def test_a_refusal_without_snapshot_download(fake_hub, status, headers, sentence):
     fake_hub.refuse(status, **headers)
-    settings = Settings(use_snapshot_download=False)
+    settings = Settings(use_snapshot_download=False).model
     assert refuse(loading.load_tokenizer, MODEL, settings) == f"model_id='{MODEL}' {sentence}"
 
 
@@ -79,18 +79,18 @@ def test_a_refusal_without_a_token(fake_hub, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     fake_hub.refuse(401, X_Error_Code="GatedRepo")
-    assert "is gated and no token is given: accept" in refuse(loading.fetch_model, MODEL, Settings(), tmp_path)
+    assert "is gated and no token is given: accept" in refuse(loading.fetch_model, MODEL, Settings().model, tmp_path)
 
 
 def test_a_name_that_is_none(fake_hub, tmp_path):
-    sentence = refuse(loading.fetch_model, "/no/such/folder", Settings(), tmp_path)
+    sentence = refuse(loading.fetch_model, "/no/such/folder", Settings().model, tmp_path)
     assert sentence == "model_id='/no/such/folder' is neither a folder nor a Hugging Face Hub id: give one of them."
 
 
 def test_a_busy_hub_is_asked_again_until_it_delivers(fake_hub, tmp_path, capsys):
     fake_hub.refuse(429, times=2)
-    folder = loading.fetch_model(MODEL, Settings(), tmp_path)
-    assert loading.load_tokenizer(folder, Settings()).eos_token == "<|im_end|>"
+    folder = loading.fetch_model(MODEL, Settings().model, tmp_path)
+    assert loading.load_tokenizer(folder, Settings().model).eos_token == "<|im_end|>"
     lines = [line for line in capsys.readouterr().out.splitlines() if "next try in" in line]
     assert len(lines) == 2
     assert lines[0].startswith(f"Downloading {MODEL}: 429 Too Many Requests for url: ")
@@ -100,7 +100,7 @@ def test_a_hub_that_says_how_long_to_wait(fake_hub, tmp_path, monkeypatch):
     fake_hub.refuse(429, times=1, Retry_After="1")
     waits = []
     monkeypatch.setattr(hub.time, "sleep", waits.append)
-    loading.fetch_model(MODEL, Settings(), tmp_path)
+    loading.fetch_model(MODEL, Settings().model, tmp_path)
     (wait,) = waits
     assert 1 <= wait <= 1.5
 
@@ -109,7 +109,7 @@ def test_a_hub_that_says_how_long_to_wait_in_its_own_header(fake_hub, tmp_path, 
     fake_hub.refuse(429, times=1, RateLimit='"api";r=0;t=1')
     waits = []
     monkeypatch.setattr(hub.time, "sleep", waits.append)
-    loading.fetch_model(MODEL, Settings(), tmp_path)
+    loading.fetch_model(MODEL, Settings().model, tmp_path)
     (wait,) = waits
     assert 1 <= wait <= 1.5
 
@@ -118,7 +118,7 @@ def test_a_hub_that_says_how_long_to_wait_in_its_own_header(fake_hub, tmp_path, 
 def test_a_hub_that_stays_busy_is_given_up(fake_hub, tmp_path, monkeypatch, status):
     monkeypatch.setattr(hub, "PATIENCE_SECONDS", 0.5)
     fake_hub.refuse(status)
-    sentence = refuse(loading.fetch_model, MODEL, Settings(), tmp_path)
+    sentence = refuse(loading.fetch_model, MODEL, Settings().model, tmp_path)
     assert sentence.startswith(f"model_id='{MODEL}' could not be downloaded (")
     assert sentence.endswith("start the job again later, or give the model's files as channel 'model'.")
     assert len(fake_hub.requests) > 2
@@ -127,7 +127,7 @@ def test_a_hub_that_stays_busy_is_given_up(fake_hub, tmp_path, monkeypatch, stat
 def test_no_network(fake_hub, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "PATIENCE_SECONDS", 0.5)
     fake_hub.close()
-    sentence = refuse(loading.fetch_model, MODEL, Settings(), tmp_path)
+    sentence = refuse(loading.fetch_model, MODEL, Settings().model, tmp_path)
     assert "Connection refused): give the container a network, or give the model's files" in sentence
 
 

@@ -2,7 +2,7 @@
 """Every recipe of examples/recipes/ is free of mistakes, and its model fits the instance that it names, as it says."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,8 @@ from llm_trainer.config.schema import Settings
 from llm_trainer.config.sections import ALIASES
 from llm_trainer.model.attention import choose_attention, read_needs
 from llm_trainer.model.device import Device
-from llm_trainer.model.memory.fit import MemoryScenario, Target, choose_memory_plan
+from llm_trainer.model.memory.fit import choose_memory_plan
+from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, Target
 from llm_trainer.model.precision import choose_precision
 from support.environments import build_environment
 
@@ -141,10 +142,12 @@ def test_its_model_fits_its_instance_in_the_way_that_it_says(recipe):
     instance = recipe.instance
     target = Target(instance.device, max(1, instance.num_gpus) * recipe.num_instances, int(instance.free_gib * GIB))
     config = CONFIGS[settings.model.model_id]
-    skeleton = MemoryScenario(config, settings, settings.data.max_length, target, "eager").shape.skeleton
-    compute = choose_precision(settings, instance.device).compute
-    attention = choose_attention(read_needs(skeleton), settings, compute, instance.device, NOT_INSTALLED)
-    fit = choose_memory_plan(config, settings, settings.data.max_length, target, attention.name)
+    sections = MemorySettings(settings.model, settings.adapter, settings.data, settings.training, settings.parallelism)
+    scenario = MemoryScenario(config, sections, settings.data.max_length, target, "eager")
+    needs, asked = read_needs(scenario.shape.skeleton), settings.model.attn_implementation
+    compute = choose_precision(settings.model, settings.adapter, instance.device).compute
+    attention = choose_attention(needs, asked, compute, instance.device, NOT_INSTALLED)
+    fit = choose_memory_plan(replace(scenario, attention=attention.name))
     savings = ["gradient checkpointing"] * fit.gradient_checkpointing
     savings += ["activation offloading"] * fit.activation_offloading
     way = " and ".join(savings)

@@ -18,7 +18,7 @@ from llm_trainer.export.logits_check import (
     measure_difference,
 )
 from llm_trainer.model.device import Device
-from llm_trainer.model.loading import load_model
+from llm_trainer.model.loading import LoadOptions, load_model
 
 CPU = Device(torch.device("cpu"))
 WHOLE = CheckPlace(torch.device("cpu"), "whole on the CPU")
@@ -74,7 +74,8 @@ def test_a_model_larger_than_the_memory_is_asked_layer_by_layer(tiny_model, tmp_
     monkeypatch.setattr(logits_check, "find_free_memory", lambda device: weights_bytes // 2)
     place = choose_place(weights_bytes, CPU, tmp_path)
     assert place.words == "layer by layer on the CPU"
-    model = load_model(str(tiny_model), Settings(), None, torch.float32, place.device, "sdpa", **place.placement)
+    options = LoadOptions(torch.float32, "sdpa")
+    model = load_model(str(tiny_model), Settings().model, options, place.device, **place.placement)
     assert "disk" in model.hf_device_map.values()
     expected = compute_logits(load(tiny_model), ROWS, torch.device("cpu"))
     assert compare_logits("The export", Expectation(ROWS, expected, 1e-6), model, place)["loaded"] == place.words

@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.config.schema import Settings
 from llm_trainer.model.attention import KERNELS, PACKAGES, choose_attention, find_faults, find_obstacle, read_needs
 from llm_trainer.model.device import Device
 from llm_trainer.model.loading import build_skeleton
@@ -56,12 +55,12 @@ IMAGE = frozenset({"flash_attention_2", "flex_attention"})  # what the CUDA imag
 
 @cache
 def needs_of(model):
-    return read_needs(build_skeleton(model, CONFIGS[model], Settings()))
+    return read_needs(build_skeleton(model, CONFIGS[model], trust_remote_code=False))
 
 
-def choose(model, device, installed, dtype=torch.bfloat16, **settings):
+def choose(model, device, installed, dtype=torch.bfloat16, attn_implementation="auto"):
     faults = dict.fromkeys(ALL - installed, "is not installed")
-    return choose_attention(needs_of(model), Settings(**settings), dtype, DEVICES[device], faults)
+    return choose_attention(needs_of(model), attn_implementation, dtype, DEVICES[device], faults)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +187,6 @@ def test_what_is_said_to_be_right_on_a_cpu_is_so(model):
     tokens = torch.randint(300, (1, 40))
     expected = reference(input_ids=tokens, use_cache=False).logits
     for kernel in KERNELS:
-        if find_obstacle(kernel, needs_of(model), torch.float32, DEVICES["CPU"], {}) is None:
+        if find_obstacle(kernel, needs_of(model), torch.float32, DEVICES["CPU"]) is None:
             reference.set_attn_implementation(kernel)
             torch.testing.assert_close(reference(input_ids=tokens, use_cache=False).logits, expected, rtol=0, atol=2e-5)

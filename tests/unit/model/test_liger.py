@@ -42,7 +42,7 @@ CONFIGS = {
 
 
 def choose(config=CONFIGS["llama"], device=H100, known=KNOWN, **settings):
-    return choose_liger(config, Settings(**settings), device, known)
+    return choose_liger(config, Settings(**settings).model, device, known)
 
 
 def test_liger_is_on_where_it_can_be():

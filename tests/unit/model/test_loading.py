@@ -12,7 +12,14 @@ from transformers import dynamic_module_utils
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.attention import read_needs
-from llm_trainer.model.loading import build_skeleton, choose_pad_token, load_model, load_tokenizer, read_config
+from llm_trainer.model.loading import (
+    LoadOptions,
+    build_skeleton,
+    choose_pad_token,
+    load_model,
+    load_tokenizer,
+    read_config,
+)
 from support.tiny_model import build_tokenizer
 
 OWN_CODE = """
@@ -44,7 +51,7 @@ def change(tiny_model, tmp_path, monkeypatch):
 
 def refusal_of(model, **settings):
     with pytest.raises(UserError) as refusal:
-        read_config(model, Settings(**settings))
+        read_config(model, Settings(**settings).model)
     (sentence,) = refusal.value.problems
     assert sentence.startswith(f"model_id='{model}' ")
     return sentence.removeprefix(f"model_id='{model}' ")
@@ -74,12 +81,13 @@ def test_a_model_with_code_of_its_own_is_refused_or_trusted(change):
     assert refusal_of(model) == (
         "needs code of its own and trust_remote_code is false: set it to true if you trust that code."
     )
-    settings = Settings(trust_remote_code=True)
+    settings = Settings(trust_remote_code=True).model
     config = read_config(model, settings)
-    needs = read_needs(build_skeleton(model, config, settings))
+    needs = read_needs(build_skeleton(model, config, trust_remote_code=True))
     assert needs.model == "OwnForCausalLM"
     assert needs.supported == {"eager", "sdpa", "flex_attention"}
-    assert load_model(model, settings, None, torch.float32, torch.device("cpu"), "sdpa").config.model_type == "own"
+    loaded = load_model(model, settings, LoadOptions(torch.float32, "sdpa"), torch.device("cpu"))
+    assert loaded.config.model_type == "own"
 
 
 def test_a_tokenizer_with_code_of_its_own_is_refused(change):
@@ -87,16 +95,16 @@ def test_a_tokenizer_with_code_of_its_own_is_refused(change):
     with open(f"{model}/tokenizer_config.json", "w", encoding="utf-8") as file:
         json.dump({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}, file)
     with pytest.raises(UserError, match="needs code of its own and trust_remote_code is false"):
-        load_tokenizer(model, Settings())
+        load_tokenizer(model, Settings().model)
 
 
 def test_a_model_that_is_not_there_is_refused_offline():
     with pytest.raises(UserError, match=r"^The config of nobody/nothing could not be loaded"):
-        read_config("nobody/nothing", Settings())
+        read_config("nobody/nothing", Settings().model)
 
 
 def test_the_models_options_change_its_config_too(tiny_model):
-    assert read_config(str(tiny_model), Settings(model_init_kwargs={"rms_norm_eps": 0.5})).rms_norm_eps == 0.5
+    assert read_config(str(tiny_model), Settings(model_init_kwargs={"rms_norm_eps": 0.5}).model).rms_norm_eps == 0.5
 
 
 def test_the_pad_token_is_not_the_eos():

@@ -117,9 +117,12 @@ def load(folder, in_4bit=False):
     return keep_trainable(model).eval()
 
 
+BASE = lora_init.BaseReference("base", None)
+
+
 def plan(config, **settings):
     settings = Settings(**{"lora_r": 4, **settings})
-    return lora.build_lora_config(settings, build_skeleton("", config, settings))
+    return lora.build_lora_config(settings.model, settings.adapter, build_skeleton("", config, trust_remote_code=False))
 
 
 def adapt(base, config, in_4bit=False, **settings):
@@ -158,7 +161,7 @@ def test_auto_hits_all_linear_layers_and_all_experts_and_plain_peft_loads_the_re
     assert all(torch.equal(named[key], weight) for key, weight in frozen.items())
     assert all(weight.any() for key, weight in named.items() if "lora_B" in key)  # each adapter has learned
     trained = logits_of(model)
-    lora_init.save_adapter(model, tmp_path / "adapter", "base", None, None)
+    lora_init.save_adapter(model, tmp_path / "adapter", BASE, None)
     torch.testing.assert_close(logits_of(PeftModel.from_pretrained(load(base), tmp_path / "adapter")), trained)
     torch.testing.assert_close(logits_of(model.merge_and_unload()), trained)
 
@@ -185,15 +188,17 @@ def test_experts_adapters_are_trained_alike_when_activations_are_recomputed(make
 
 
 def test_routers_are_no_targets():
-    skeleton = build_skeleton("", MODELS["llama4"], Settings())
+    skeleton = build_skeleton("", MODELS["llama4"], trust_remote_code=False)
     assert set(lora.find_routers(skeleton)) == {f"model.layers.{layer}.feed_forward.router" for layer in (0, 1)}
-    skeleton = build_skeleton("", MODELS["qwen2-moe"], Settings())
+    skeleton = build_skeleton("", MODELS["qwen2-moe"], trust_remote_code=False)
     assert set(lora.find_routers(skeleton)) == {f"model.layers.{layer}.mlp.shared_expert_gate" for layer in (0, 1)}
 
 
 def test_targets_by_name_pattern_and_parameter(make_base):
     def hit(config, **settings):
-        return lora.count_targets(get_peft_model(build_skeleton("", config, Settings()), plan(config, **settings)))
+        return lora.count_targets(
+            get_peft_model(build_skeleton("", config, trust_remote_code=False), plan(config, **settings))
+        )
 
     assert hit(LLAMA, target_modules="q_proj") == {"self_attn.q_proj": 2}
     assert hit(LLAMA, target_modules=["layers.1.mlp.up_proj"]) == {"mlp.up_proj": 1}
@@ -272,7 +277,7 @@ def test_each_variant_begins_at_the_base_and_ends_as_an_adapter_of_it(variant, m
     torch.testing.assert_close(logits_of(model), untrained, rtol=0, atol=1e-5)
     losses = train(model)
     assert losses[-1] < losses[0] - 0.05
-    lora_init.save_adapter(model, tmp_path / "adapter", "base", None, start)
+    lora_init.save_adapter(model, tmp_path / "adapter", BASE, start)
     loaded = logits_of(PeftModel.from_pretrained(load(base), tmp_path / "adapter"))
     torch.testing.assert_close(loaded, logits_of(model), rtol=0, atol=1e-5)
     assert (loaded - untrained).abs().max() > 0.1
@@ -283,7 +288,7 @@ def test_pissa_on_the_transposed_matrices_of_gpt2(make_base, tmp_path):
     model = adapt(base, GPT2, init_lora_weights="pissa")
     start = lora_init.initialize_adapter(model, "pissa", str(base), tmp_path)
     train(model)
-    lora_init.save_adapter(model, tmp_path / "adapter", "base", None, start)
+    lora_init.save_adapter(model, tmp_path / "adapter", BASE, start)
     loaded = logits_of(PeftModel.from_pretrained(load(base), tmp_path / "adapter"))
     torch.testing.assert_close(loaded, logits_of(model), rtol=0, atol=1e-5)
 
@@ -333,7 +338,7 @@ def test_loftq_begins_nearer_to_the_unquantized_base_than_zero(make_base, tmp_pa
     losses = train(model)
     assert losses[-1] < losses[0] - 0.05
     # The difference from the start is an adapter of the stored base: as near to what was trained as 4 bit are.
-    lora_init.save_adapter(model, tmp_path / "adapter", "base", None, start)
+    lora_init.save_adapter(model, tmp_path / "adapter", BASE, start)
     loaded = logits_of(PeftModel.from_pretrained(load(base), tmp_path / "adapter"))
     assert (loaded - logits_of(model)).norm() < from_zero < (loaded - logits_of(whole)).norm()
 
@@ -349,7 +354,7 @@ def test_dora_on_4_bit_weights_learns(make_base, tmp_path):
     model = adapt(base, LLAMA, in_4bit=True, use_dora=True)
     losses = train(model)
     assert losses[-1] < losses[0] - 0.05
-    lora_init.save_adapter(model, tmp_path / "adapter", "base", None, None)
+    lora_init.save_adapter(model, tmp_path / "adapter", BASE, None)
     loaded = PeftModel.from_pretrained(load(base, in_4bit=True), tmp_path / "adapter")
     torch.testing.assert_close(logits_of(loaded), logits_of(model))
 

@@ -17,6 +17,11 @@ CPU = Device(torch.device("cpu"))
 B16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
+def choose(device, **options):
+    settings = Settings(**options)
+    return choose_precision(settings.model, settings.adapter, device)
+
+
 @pytest.mark.parametrize(
     ("device", "settings", "compute", "weights"),
     [
@@ -36,7 +41,7 @@ B16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
     ],
 )
 def test_types_fit_the_device(device, settings, compute, weights):
-    precision = choose_precision(Settings(**settings), device)
+    precision = choose(device, **settings)
     assert (precision.compute, precision.weights) == (compute, weights)
 
 
@@ -44,9 +49,9 @@ def test_a_type_that_the_device_cannot_compute_in_is_refused():
     with pytest.raises(
         UserError, match=r"^torch_dtype=bfloat16: Tesla T4 \(7\.5\) only emulates it, .* leave it out\.$"
     ):
-        choose_precision(Settings(torch_dtype="bfloat16"), T4)
+        choose(T4, torch_dtype="bfloat16")
     with pytest.raises(UserError, match=r"^torch_dtype=float16: training in it needs an NVIDIA GPU .* leave it out\.$"):
-        choose_precision(Settings(torch_dtype="float16"), CPU)
+        choose(CPU, torch_dtype="float16")
 
 
 @pytest.mark.parametrize(
@@ -60,12 +65,12 @@ def test_a_type_that_the_device_cannot_compute_in_is_refused():
     ],
 )
 def test_the_log_tells_the_types_and_why(device, settings, stored, line):
-    assert choose_precision(Settings(**settings), device).describe(stored) == line
+    assert choose(device, **settings).describe(stored) == line
 
 
 @pytest.mark.parametrize("stored", [F32, F16])
 def test_the_log_tells_when_the_checkpoint_is_rounded(stored):
-    line = choose_precision(Settings(), A100).describe(stored)
+    line = choose(A100).describe(stored)
     name = str(stored).removeprefix("torch.")
     assert line.endswith(f"has it; the checkpoint's {name} weights are rounded to it)")
 
@@ -85,7 +90,7 @@ def test_the_checkpoints_own_type_is_that_of_its_config_or_its_files(tmp_path, s
 
 
 def test_the_real_device_is_found():
-    device = find_device(Settings(use_cpu=True))
+    device = find_device(use_cpu=True)
     assert str(device) == "the CPU"
     assert not device.is_gpu
-    assert find_device(Settings()).is_gpu == torch.cuda.is_available()
+    assert find_device(use_cpu=False).is_gpu == torch.cuda.is_available()

@@ -10,18 +10,18 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Qwen3MoeConfig
 
-from llm_trainer.common.errors import UserError
 from llm_trainer.common.safetensors_files import list_shapes
 from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import ModelSettings
 from llm_trainer.model.device import Device
-from llm_trainer.model.loading import build_skeleton, load_model, read_config
+from llm_trainer.model.loading import LoadOptions, build_skeleton, load_model, read_config
+from llm_trainer.model.parameter_roles import measure_linear_share
 from llm_trainer.model.quantization import (
     build_quantization,
     describe_quantization,
     find_quantization_problems,
     find_stored_method,
     keep_adapter_in_float32,
-    measure_linear_share,
 )
 from support.tiny_gpt_oss import EXPERTS, build_tiny_gpt_oss, dequantize, quantize
 
@@ -49,11 +49,16 @@ def gpt_oss(tmp_path_factory):
 
 
 def load(model, dtype=torch.float32, sharded=False, **settings):
-    settings = Settings(**settings)
-    quantization = build_quantization(model, read_config(model, settings), settings, dtype, CPU)
+    settings = Settings(**settings).model
+    quantization = build_quantization(read_config(model, settings), settings, dtype, CPU.torch)
     if sharded:
-        quantization.bnb_4bit_quant_storage = dtype  # as sharding.store_as_float does
-    return load_model(model, settings, quantization, dtype, CPU.torch, "eager")
+        quantization.bnb_4bit_quant_storage = dtype  # as fsdp.store_as_float does
+    return load_model(model, settings, LoadOptions(dtype, "eager", quantization), CPU.torch)
+
+
+def find_problems(model, config, **options):
+    settings = Settings(**options)
+    return list(find_quantization_problems(model, config, settings.model, settings.adapter, settings.parallelism))
 
 
 def add_adapter(base):
@@ -119,13 +124,13 @@ def test_evaluation_leaves_4_bit_weights_as_they_were_on_a_cpu_that_would_pack_t
 def test_a_checkpoint_of_bitsandbytes_is_trained_as_it_is(tiny_model, tmp_path):
     stored = str(tmp_path / "stored")
     load(str(tiny_model), load_in_4bit=True).save_pretrained(stored)
-    config = read_config(stored, Settings())
+    config = read_config(stored, ModelSettings())
     assert find_stored_method(config) == "bitsandbytes"
-    assert build_quantization(stored, config, Settings(), torch.float32, CPU) is None
-    assert build_skeleton(stored, config, Settings()).num_parameters() > 0
+    assert build_quantization(config, ModelSettings(), torch.float32, CPU.torch) is None
+    assert build_skeleton(stored, config, trust_remote_code=False).num_parameters() > 0
     trained = add_adapter(load(stored))
     assert trained.get_base_model().is_quantized
-    (problem,) = find_quantization_problems(stored, config, Settings(use_peft=False))
+    (problem,) = find_problems(stored, config, use_peft=False)
     assert problem.startswith("use_peft=false: ")
 
 
@@ -169,9 +174,9 @@ def test_an_mxfp4_checkpoint_is_loaded_as_the_numbers_that_it_holds(gpt_oss, ask
 
 
 def test_what_an_mxfp4_checkpoint_grows_to_is_said_before_it_is_loaded(gpt_oss):
-    config = read_config(gpt_oss, Settings())
-    quantization = build_quantization(gpt_oss, config, Settings(), torch.bfloat16, CPU)
-    skeleton = build_skeleton(gpt_oss, config, Settings())
+    config = read_config(gpt_oss, ModelSettings())
+    quantization = build_quantization(config, ModelSettings(), torch.bfloat16, CPU.torch)
+    skeleton = build_skeleton(gpt_oss, config, trust_remote_code=False)
     line = describe_quantization(gpt_oss, skeleton, quantization, torch.bfloat16)
     assert line.startswith(
         "Quantization: the checkpoint's MXFP4 is dequantized to bfloat16 for training: 0 MiB on disk"
@@ -191,23 +196,22 @@ def test_what_an_mxfp4_checkpoint_grows_to_is_said_before_it_is_loaded(gpt_oss):
 def test_the_share_that_bitsandbytes_quantizes_is_told(tmp_path, config, expected):
     """Of a mixture of experts it is small: Transformers 5 keeps the experts in one parameter, which is no layer."""
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    settings = Settings(load_in_4bit=True)
     model = load(str(tmp_path), load_in_4bit=True)
     quantized = sum(weight.numel() * 2 for weight in model.parameters() if weight.dtype == torch.uint8)
     assert quantized == expected
-    skeleton = build_skeleton("", config, settings)
+    skeleton = build_skeleton("", config, trust_remote_code=False)
     assert measure_linear_share(skeleton) == pytest.approx(quantized / skeleton.num_parameters())
-    quantization = build_quantization("", config, settings, torch.float32, CPU)
+    quantization = build_quantization(config, Settings(load_in_4bit=True).model, torch.float32, CPU.torch)
     line = describe_quantization("", skeleton, quantization, torch.float32)
     assert line.startswith("Quantization: nf4, its scales too: ")
     assert line.endswith("% of the weights, as the others stay in float32")
 
 
 def test_settings_that_contradict_the_checkpoint_are_refused(gpt_oss, tiny_model):
-    config, plain = read_config(gpt_oss, Settings()), read_config(str(tiny_model), Settings())
+    config, plain = read_config(gpt_oss, ModelSettings()), read_config(str(tiny_model), ModelSettings())
 
     def problem(config=config, **settings):
-        (sentence,) = find_quantization_problems("the-model", config, Settings(**settings))
+        (sentence,) = find_problems("the-model", config, **settings)
         return sentence
 
     assert problem(use_mxfp4=False) == (
@@ -218,17 +222,17 @@ def test_settings_that_contradict_the_checkpoint_are_refused(gpt_oss, tiny_model
     assert problem(plain, use_mxfp4=True) == (
         "use_mxfp4=true: the-model is not quantized and is not an MXFP4 checkpoint: remove use_mxfp4."
     )
-    assert not list(find_quantization_problems("", config, Settings(use_mxfp4=True, use_peft=False)))
-    assert not list(find_quantization_problems("", plain, Settings(use_mxfp4=False, load_in_8bit=True)))
+    assert not list(find_problems("", config, use_mxfp4=True, use_peft=False))
+    assert not list(find_problems("", plain, use_mxfp4=False, load_in_8bit=True))
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors"])
 def test_a_checkpoint_of_another_method_is_refused_by_its_name(method):
     config = LlamaConfig()
     config.quantization_config = {"quant_method": method, "bits": 4}
-    with pytest.raises(UserError, match=f"stored in {method}, which cannot be trained on here"):
-        build_quantization("the-model", config, Settings(), torch.bfloat16, CPU)
-    (four_bit, other) = find_quantization_problems("the-model", config, Settings(load_in_4bit=True))
+    (problem,) = find_problems("the-model", config)
+    assert f"stored in {method}, which cannot be trained on here" in problem
+    (four_bit, other) = find_problems("the-model", config, load_in_4bit=True)
     assert four_bit.startswith(f"load_in_4bit=true: the-model is stored in {method} already")
     assert method in other
 

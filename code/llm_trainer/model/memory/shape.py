@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's size from its config alone: what it is made of, what of it is trained, and a skeleton to try a step on.
+"""A model's shape from its config alone: its parts, how many of their weights are trained, and a skeleton.
 
-Transformers and PEFT themselves build the model and its adapters, on the meta device, so that what is counted is what
-training will have. No weights are read, and bitsandbytes need not be there: what it makes of a matrix is known.
+Transformers and PEFT themselves build the model and its adapters on the meta device. What is counted is therefore what
+training will have. No weights are read, and bitsandbytes need not be installed: the size of its matrices is known.
 """
 
 import copy
@@ -12,72 +12,76 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.quantizers.base import get_keys_to_not_convert
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llm_trainer.common.errors import quote_error
-from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import AdapterSettings, ModelSettings
 from llm_trainer.model import lora
 from llm_trainer.model.loading import build_on_meta
+from llm_trainer.model.parameter_roles import Role, assign_roles
 from llm_trainer.model.quantization import find_stored_method
 
 Quantization = Literal["nf4", "fp4", "int8"]
-Role = Literal["linear", "experts", "embeddings", "output", "other", "adapter"]
-BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256  # weights that share a scale, and scales that share one, in bitsandbytes
+# In bitsandbytes, the number of weights that share a scale, and of scales that share a scale of their own.
+BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256
 
 
 class UnknownShapeError(Exception):
-    """The memory of this model cannot be told from its config; that says nothing about whether it can be trained."""
+    """The memory of this model is not known from its config. Nothing follows for whether it can be trained."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some of the weights, as they lie in memory."""
+    """A parameter of the model, as it lies in memory."""
 
-    role: Role  # `linear`: what bitsandbytes quantizes; `experts`: fused ones, which it does not
-    layer: int | None
+    role: Role
+    layer: int | None  # index of its decoder layer; None for one outside the layers
     num_weights: int
     data_bytes: int
-    scales_bytes: int  # of quantized weights; not sharded with them
-    trained_bytes: int
-    factored_bytes: int  # a float32 number for each row and column of what is trained
+    scales_bytes: int  # of a quantized parameter; FSDP does not shard them
+    trained_bytes: int  # 0 for a frozen one
+    factored_bytes: int  # a float32 number for each row and column of a trained one, as Adafactor keeps
 
 
 @dataclass(frozen=True, eq=False)
 class ModelShape:
-    """What a model is made of before anything of it is loaded."""
+    """A model's parts and a skeleton of it, before any of its weights is loaded."""
 
-    parts: tuple[Part, ...]  # a parameter each; a tied one comes once
+    parts: tuple[Part, ...]  # one for each parameter; a tied one comes once
     quantization: Quantization | None
     weights_dtype: torch.dtype
     is_mxfp4: bool  # as it is stored; it is trained dequantized
-    skeleton: PreTrainedModel | PeftModel  # on the meta device: first and last layer, and one of each kind between
-    layers_name: str  # of the skeleton's list of layers
-    kinds: tuple[int, ...]  # for each layer of the model the one of the skeleton that is like it
+    skeleton: PreTrainedModel | PeftModel  # on the meta device, with one layer of each kind
+    layers_name: str  # name of the skeleton's list of layers
+    kinds: tuple[int, ...]  # for each layer of the model, the index of the skeleton's layer that is like it
 
     @property
     def num_layers(self) -> int:
+        """The number of the model's decoder layers."""
         return len(self.kinds)
 
     def count_weights(self, *roles: Role) -> int:
+        """Return the number of weights in parts of these roles, or in all parts."""
         return sum(part.num_weights for part in self.parts if part.role in roles or not roles)
 
     def count_bytes(self, *roles: Role) -> int:
+        """Return the bytes that parts of these roles take in memory, scales included, or all parts."""
         return sum(part.data_bytes + part.scales_bytes for part in self.parts if part.role in roles or not roles)
 
     @property
     def num_trained(self) -> int:
+        """The number of trained weights."""
         return sum(part.num_weights for part in self.parts if part.trained_bytes)
 
     @property
     def trained_bytes(self) -> int:
+        """The bytes of trained weights."""
         return sum(part.trained_bytes for part in self.parts)
 
     def list_layers(self) -> list[list[Part]]:
-        """The parts of each layer."""
+        """Return the parts of each layer, in the order of the layers."""
         layers: list[list[Part]] = [[] for _ in self.kinds]
         for part in self.parts:
             if part.layer is not None:
@@ -85,26 +89,33 @@ class ModelShape:
         return layers
 
 
-def read_shape(config: PreTrainedConfig, settings: Settings, weights_dtype: torch.dtype) -> ModelShape:
-    """The shape of the model of this config, with the adapter and the quantization that the settings ask for.
+def read_shape(
+    config: PreTrainedConfig,
+    model_settings: ModelSettings,
+    adapter_settings: AdapterSettings,
+    weights_dtype: torch.dtype,
+) -> ModelShape:
+    """Return the shape of the model of this config, with the adapter and the quantization that the settings ask for.
 
-    Raises UnknownShapeError where Transformers or PEFT cannot build that without weights.
+    Raise UnknownShapeError where Transformers or PEFT cannot build that without weights.
     """
-    quantization = choose_quantization(settings)
+    quantization = choose_quantization(model_settings)
     try:
-        base = build_on_meta(copy.deepcopy(config), settings, weights_dtype)
+        base = build_on_meta(copy.deepcopy(config), weights_dtype, model_settings.trust_remote_code)
         roles = dict(assign_roles(base))
         for name in roles if quantization else ():
-            if roles[name] == "linear":
+            if roles[name] == "linear":  # step_trace looks for this mark, which lasts through PEFT and copies
                 base.get_submodule(name.removesuffix(".weight")).quantization = quantization
-        model = add_adapter(base, settings) if settings.adapter.use_peft else base
+        model: PreTrainedModel | PeftModel = base
+        if adapter_settings.use_peft:
+            model = add_adapter(base, lora.build_lora_config(model_settings, adapter_settings, base))
     except (ValueError, ImportError, AttributeError, NotImplementedError) as error:
         raise UnknownShapeError(f"it cannot be built from its config: {quote_error(error)}") from error
     text_config = base.config.get_text_config()
     layers_name = find_layer_list(model, text_config.num_hidden_layers)
-    parts = tuple(list_parts(model, roles, layers_name, quantization, settings))
+    is_nested = model_settings.bnb_4bit_use_double_quant
     return ModelShape(
-        parts=parts,
+        parts=tuple(list_parts(model, layers_name, roles, quantization, is_nested)),
         quantization=quantization,
         weights_dtype=weights_dtype,
         is_mxfp4=find_stored_method(config) == "mxfp4",
@@ -114,42 +125,26 @@ def read_shape(config: PreTrainedConfig, settings: Settings, weights_dtype: torc
     )
 
 
-def choose_quantization(settings: Settings) -> Quantization | None:
-    if settings.model.load_in_4bit:
-        return settings.model.bnb_4bit_quant_type
-    return "int8" if settings.model.load_in_8bit else None
+def choose_quantization(settings: ModelSettings) -> Quantization | None:
+    """Return the quantization that bitsandbytes is asked for, or None."""
+    if settings.load_in_4bit:
+        return settings.bnb_4bit_quant_type
+    return "int8" if settings.load_in_8bit else None
 
 
-def assign_roles(base: PreTrainedModel) -> Iterator[tuple[str, Role]]:
-    """Each parameter's name, and what it is for."""
-    kept = [*get_keys_to_not_convert(base), *(base._keep_in_fp32_modules or ())]  # as Transformers' quantizers have it
-    output = base.get_output_embeddings()
-    for name, parameter in base.named_parameters():
-        path, _, own = name.rpartition(".")
-        module = base.get_submodule(path)
-        if isinstance(module, nn.Embedding):
-            yield name, "embeddings"
-        elif module is output:
-            yield name, "output"
-        elif type(module) is nn.Linear and own == "weight" and should_convert_module(path, kept):
-            yield name, "linear"
-        else:
-            yield name, "experts" if parameter.dim() == 3 else "other"
-
-
-def add_adapter(base: PreTrainedModel, settings: Settings) -> PeftModel:
-    config = lora.build_lora_config(settings, base)
-    config.init_lora_weights = True  # others look at the weights, and have as many numbers
+def add_adapter(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Return the model on the meta device with an adapter in float32, as PEFT keeps one."""
+    config.init_lora_weights = True  # other ways to begin read the weights, and give as many numbers
     with torch.device("meta"):
         model = get_peft_model(base, config)
     for parameter in model.parameters():
-        if parameter.requires_grad:  # PEFT keeps adapters in float32
+        if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
 
 
 def find_layer_list(model: nn.Module, num_layers: int) -> str:
-    """The name of the list of decoder layers."""
+    """Return the name of the list of decoder layers. Raise UnknownShapeError where there is none of that length."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return name
@@ -157,19 +152,14 @@ def find_layer_list(model: nn.Module, num_layers: int) -> str:
 
 
 def list_parts(
-    model: nn.Module,
-    roles: dict[str, Role],
-    layers_name: str,
-    quantization: Quantization | None,
-    settings: Settings,
+    model: nn.Module, layers_name: str, roles: dict[str, Role], quantization: Quantization | None, is_nested: bool
 ) -> Iterator[Part]:
+    """Yield the model's parameters as parts. `roles` are the base's, by the names that it has without an adapter."""
     for name, parameter in model.named_parameters():
         role = roles.get(name.removeprefix("base_model.model.").replace(".base_layer", ""), "adapter")
         data_bytes, scales_bytes = parameter.nbytes, 0
         if quantization and role == "linear":
-            data_bytes, scales_bytes = count_quantized_bytes(
-                parameter, quantization, settings.model.bnb_4bit_use_double_quant
-            )
+            data_bytes, scales_bytes = count_quantized_bytes(parameter, quantization, is_nested)
         below = name.removeprefix(f"{layers_name}.")
         *rows, columns = parameter.shape or (1,)
         yield Part(
@@ -184,36 +174,38 @@ def list_parts(
 
 
 def count_quantized_bytes(weight: nn.Parameter, quantization: Quantization, is_nested: bool) -> tuple[int, int]:
-    """What bitsandbytes makes of a matrix: its numbers, and their scales.
+    """Return the bytes of a matrix (rows, columns) that bitsandbytes quantized, and the bytes of its scales.
 
-    8 bit: a float32 scale a row (Dettmers et al. 2022, arXiv:2208.07339). 4 bit: a float32 scale a block of 64, or,
-    double quantized, a byte, and a float32 scale for 256 of these (Dettmers et al. 2023, arXiv:2305.14314).
+    - 8 bit: a float32 scale for each row (Dettmers et al. 2022, arXiv:2208.07339).
+    - 4 bit: a float32 scale for each block of 64 weights. Nested ("double quantized"), a scale takes a byte, and each
+      256 of them share a float32 scale (Dettmers et al. 2023, arXiv:2305.14314).
     """
-    number = weight.numel()
+    num_weights = weight.numel()
     if quantization == "int8":
-        return number, 4 * weight.shape[0]
-    blocks = math.ceil(number / BLOCK_SIZE)
-    scales_bytes = blocks + 4 * math.ceil(blocks / NESTED_BLOCK_SIZE) if is_nested else 4 * blocks
-    return math.ceil(number / 2), scales_bytes
+        return num_weights, 4 * weight.shape[0]
+    num_blocks = math.ceil(num_weights / BLOCK_SIZE)
+    scales_bytes = num_blocks + 4 * math.ceil(num_blocks / NESTED_BLOCK_SIZE) if is_nested else 4 * num_blocks
+    return math.ceil(num_weights / 2), scales_bytes
 
 
 def prune_layers(model: nn.Module, layers_name: str, config: PreTrainedConfig) -> tuple[int, ...]:
-    """Leave the first and the last layer, whose neighbours hold other things, and of those between one of each kind.
+    """Leave the first and the last layer of a model, and one of each kind between them.
 
-    Returns which of those each layer was like.
+    The neighbours of the first and the last one hold other things, so that these two are kinds of their own.
+    Return, for each layer of the model before, the index of the remaining layer that is like it. `config` changes too.
     """
     layers = model.get_submodule(layers_name)
     types = getattr(config, "layer_types", None)
-    kept: dict[Any, int] = {"first": 0}
+    kept: dict[Any, int] = {"first": 0}  # kind -> index of its first layer
     kinds: list[Any] = ["first"]
-    for number in range(1, len(layers)):
-        parameters = ((name, tuple(each.shape), each.dtype) for name, each in layers[number].named_parameters())
-        kind = "last" if number == len(layers) - 1 else (types[number] if types else None, *parameters)
-        kept.setdefault(kind, number)
+    for index in range(1, len(layers)):
+        parameters = ((name, tuple(each.shape), each.dtype) for name, each in layers[index].named_parameters())
+        kind = "last" if index == len(layers) - 1 else (types[index] if types else None, *parameters)
+        kept.setdefault(kind, index)
         kinds.append(kind)
     parent, _, own = layers_name.rpartition(".")
-    setattr(model.get_submodule(parent), own, nn.ModuleList(layers[number] for number in kept.values()))
+    setattr(model.get_submodule(parent), own, nn.ModuleList(layers[index] for index in kept.values()))
     config.num_hidden_layers = len(kept)
     if types:
-        config.layer_types = [types[number] for number in kept.values()]
+        config.layer_types = [types[index] for index in kept.values()]
     return tuple(list(kept).index(kind) for kind in kinds)

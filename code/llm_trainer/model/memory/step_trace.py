@@ -123,8 +123,8 @@ class Step:
     has_mask: bool  # [sequences, 1, length, length], where rows are padded or share sequences and the kernel needs one
     stores_scores: bool  # of attention, as eager does and fused kernels do not
     compute_dtype: torch.dtype
-    checkpoints: bool  # activations are recomputed
-    offloads: bool  # activations wait in the host's memory
+    recompute_activations: bool  # in the backward pass
+    offload_activations: bool  # to the host's memory until the backward pass
     sharded: bool  # weights come gathered in the type of the computation
     on_gpu: bool
 
@@ -150,7 +150,7 @@ def run_fake_step(shape: ModelShape, step: Step) -> StepTrace:
         batch = build_batch(step)
     parameters = list(model.parameters())
     held = HeldBytes([*parameters, *model.buffers()], first_span="embedding")
-    offload = Offload(parameters) if step.offloads else None
+    offload = Offload(parameters) if step.offload_activations else None
     moved: list[int] = []  # when each layer begins, and when the last one ends
     with mode, held, ExitStack() as hooks:
         for number, layer in enumerate(layers):
@@ -196,7 +196,7 @@ def make_computable(model: nn.Module, step: Step) -> None:
     base.tie_weights()
     if not step.stores_scores:
         base.set_attn_implementation("sdpa" if base._supports_sdpa else FUSED)
-    if step.checkpoints:
+    if step.recompute_activations:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
     if base._can_set_experts_implementation():

@@ -29,15 +29,16 @@ STEP = Step(
     has_mask=False,
     stores_scores=False,
     compute_dtype=torch.float32,
-    checkpoints=False,
-    offloads=False,
+    recompute_activations=False,
+    offload_activations=False,
     sharded=False,
     on_gpu=False,
 )
 
 
 def expect(settings=None, config=CONFIG, dtype=torch.float32, world_size=1, optim="adamw_torch", **step):
-    shape = read_shape(config, settings or Settings(use_peft=False), dtype)
+    settings = settings or Settings(use_peft=False)
+    shape = read_shape(config, settings.model, settings.adapter, dtype)
     return estimate_memory(shape, Setup(replace(STEP, **step), world_size, f"{optim}", accumulates=False))
 
 
@@ -46,7 +47,7 @@ def expect(settings=None, config=CONFIG, dtype=torch.float32, world_size=1, opti
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_real_step_holds_what_was_estimated(attention, checkpoints, dtype):
     settings = Settings(use_peft=False)
-    step = {"checkpoints": checkpoints, "compute_dtype": dtype, "stores_scores": attention == "eager"}
+    step = {"recompute_activations": checkpoints, "compute_dtype": dtype, "stores_scores": attention == "eager"}
     expected = expect(settings, optim="adamw_torch_fused", **step)
     model = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32, attn_implementation=attention).train()
     if checkpoints:
@@ -99,11 +100,11 @@ def test_the_estimate_follows_the_batch():
     assert long.parts["activations"] == pytest.approx(2 * short.parts["activations"], rel=0.05)
     eager = [expect(stores_scores=True, length=length) for length in (512, 1024)]
     assert eager[1].parts["activations"] > 2.2 * eager[0].parts["activations"]  # it keeps length x length scores
-    assert expect(checkpoints=True, length=512).parts["activations"] < 0.3 * short.parts["activations"]
+    assert expect(recompute_activations=True, length=512).parts["activations"] < 0.3 * short.parts["activations"]
 
 
 def test_offloaded_activations_are_the_hosts():
-    offloaded = expect(offloads=True, on_gpu=True)
+    offloaded = expect(offload_activations=True, on_gpu=True)
     kept = expect(on_gpu=True)
     assert offloaded.host_bytes > 0.7 * kept.parts["activations"]
     assert offloaded.parts["activations"] < 0.3 * kept.parts["activations"]
@@ -124,7 +125,8 @@ def test_a_quantized_matrix_is_unpacked_to_multiply():
     wide = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=65536, num_hidden_layers=3, num_attention_heads=4
     )
-    shape = read_shape(wide, Settings(load_in_4bit=True), torch.bfloat16)
+    settings = Settings(load_in_4bit=True)
+    shape = read_shape(wide, settings.model, settings.adapter, torch.bfloat16)
     trace = trace_step(shape, replace(STEP, num_sequences=1, length=2, compute_dtype=torch.bfloat16, on_gpu=True))
     assert trace.forward[1].peak > 2 * 64 * 65536
     assert trace.forward[1].net < 1.5 * 64 * 65536

@@ -9,20 +9,13 @@ import torch
 from transformers import LlamaConfig
 
 from llm_trainer.common.errors import UserError
+from llm_trainer.common.units import GIB
 from llm_trainer.config.schema import Settings
 from llm_trainer.config.sections import ALIASES
 from llm_trainer.model.device import Device
-from llm_trainer.model.memory.fit import (
-    ELSEWHERE,
-    GIB,
-    MemoryScenario,
-    Target,
-    choose_memory_plan,
-    enlarge_devices,
-    estimate_on_one_gpu,
-    find_target,
-    fits_at_best,
-)
+from llm_trainer.model.memory.fit import ELSEWHERE, choose_memory_plan, estimate_on_one_gpu, find_target
+from llm_trainer.model.memory.remedies import enlarge_devices, fits_at_best
+from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, Target
 
 LLAMA_8B = LlamaConfig(
     vocab_size=128256,
@@ -45,8 +38,13 @@ def gpus(number: int, gib: float) -> Target:
     return Target(ELSEWHERE, world_size=number, free_bytes=int(gib * GIB))
 
 
-def choose(target, config=LLAMA_8B, row=2048, attention="flash_attention_2", **options):
-    return choose_memory_plan(config, Settings(**options), row, target, attention)
+def sections(**options):
+    given = Settings(**options)
+    return MemorySettings(given.model, given.adapter, given.data, given.training, given.parallelism)
+
+
+def choose(target, config=LLAMA_8B, row=2048, attention="flash_attention_2", earlier=None, **options):
+    return choose_memory_plan(MemoryScenario(config, sections(**options), row, target, attention), earlier)
 
 
 @pytest.mark.parametrize(
@@ -101,12 +99,9 @@ def test_what_a_job_that_cannot_fit_is_told_makes_it_fit(number, gib, options):
 
 def test_a_run_that_goes_on_stays_distributed_as_it_was():
     target = gpus(2, 20)
-    fits = [
-        choose_memory_plan(SMALL, Settings(), 16, target, "flash_attention_2", earlier)
-        for earlier in (None, "ddp", "fsdp")
-    ]
+    fits = [choose(target, SMALL, 16, earlier=earlier) for earlier in (None, "ddp", "fsdp")]
     assert [fit.distribution for fit in fits] == ["ddp", "ddp", "fsdp"]
-    assert choose_memory_plan(SMALL, Settings(), 16, gpus(1, 20), "flash_attention_2", "fsdp").distribution == "ddp"
+    assert choose(gpus(1, 20), SMALL, 16, earlier="fsdp").distribution == "ddp"
 
 
 def test_what_cannot_be_sharded_is_not():
@@ -140,14 +135,14 @@ def test_a_cpu_is_asked_for_its_memory():
     assert GIB / 8 < target.free_bytes < 2**50
     fit = choose(target, SMALL, row=16, attention="sdpa")
     assert (fit.distribution, fit.gradient_checkpointing) == ("ddp", False)
-    case = MemoryScenario(SMALL, Settings(), 16, replace(target, free_bytes=2**20), "sdpa")
+    case = MemoryScenario(SMALL, sections(), 16, replace(target, free_bytes=2**20), "sdpa")
     ((change, larger),) = enlarge_devices(case)
     assert re.fullmatch(r"a machine with [\d.]+ MiB free for each process", change)
     assert fits_at_best(larger) and not fits_at_best(case)
 
 
 def test_needs_of_one_gpu_anywhere():
-    needs = estimate_on_one_gpu(LLAMA_8B, Settings(), 2048, "flash_attention_2")
+    needs = estimate_on_one_gpu(LLAMA_8B, sections(), 2048, "flash_attention_2")
     assert list(needs) == ["training", "training with gradient checkpointing"]
     plain, checkpointed = (need.total_bytes for need in needs.values())
     assert checkpointed < plain / 3

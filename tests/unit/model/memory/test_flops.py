@@ -20,11 +20,15 @@ TINY = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
 ROW = 48
 
 
+def shape_of(config, settings, dtype):
+    return read_shape(config, settings.model, settings.adapter, dtype)
+
+
 def count_by_torch(config: PreTrainedConfig, settings: Settings) -> float:
     """Of a forward and a backward pass of one row, a token."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     if settings.adapter.use_peft:
-        model = get_peft_model(model, lora.build_lora_config(settings, model))
+        model = get_peft_model(model, lora.build_lora_config(settings.model, settings.adapter, model))
     ids = torch.randint(0, 320, (1, ROW))
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
@@ -37,7 +41,7 @@ def test_a_tokens_operations_are_those_of_a_real_step(use_peft, tied):
     # Layers enough that it does not matter that nothing needs the gradient of the first one's input.
     config = LlamaConfig(**{**TINY, "num_hidden_layers": 8}, tie_word_embeddings=tied)
     settings = Settings(use_peft=use_peft, lora_dropout=0.0)
-    shape = read_shape(config, settings, torch.float32)
+    shape = shape_of(config, settings, torch.float32)
     assert count_flops(shape, config, ROW) == pytest.approx(count_by_torch(config, settings), rel=0.02)
 
 
@@ -47,7 +51,7 @@ def test_of_a_mixture_the_experts_count_that_a_token_goes_to():
 
     def count(**experts):
         config = GptOssConfig(**sizes, **experts)
-        return count_flops(read_shape(config, settings, torch.float32), config, ROW)
+        return count_flops(shape_of(config, settings, torch.float32), config, ROW)
 
     two_of_8, four_of_8 = (
         count(num_local_experts=8, num_experts_per_tok=2),
@@ -60,7 +64,7 @@ def test_of_a_mixture_the_experts_count_that_a_token_goes_to():
 
 def test_a_window_and_layers_without_attention_see_less():
     config = LlamaConfig(**TINY)
-    shape = read_shape(config, Settings(), torch.float32)
+    shape = shape_of(config, Settings(), torch.float32)
     full = count_flops(shape, config, 1000)
     config.layer_types, config.sliding_window = ["full_attention", "sliding_attention", "linear_attention"], 100
     assert full - count_flops(shape, config, 1000) == 12 * 64 * (900 + 1000)
@@ -108,7 +112,7 @@ def test_the_speed_at_the_peak():
         num_attention_heads=32,
         num_key_value_heads=8,
     )
-    shape = read_shape(llama_8b, Settings(use_peft=False), torch.bfloat16)
+    shape = shape_of(llama_8b, Settings(use_peft=False), torch.bfloat16)
     h100 = Device(torch.device("cuda"), "NVIDIA H100 80GB HBM3", (9, 0))
     # 8.03e9 weights but 0.53e9 of embeddings, and 12 x 32 layers x 4096 x 2048 tokens.
     assert find_peak_tokens_per_second(shape, llama_8b, h100, 2048) == pytest.approx(

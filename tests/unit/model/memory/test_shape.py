@@ -30,6 +30,10 @@ QWEN3_600M = {
 GPT_OSS_20B = {"num_hidden_layers": 24, "num_local_experts": 32}  # the rest are the defaults of its config
 
 
+def shape_of(config, settings, dtype):
+    return read_shape(config, settings.model, settings.adapter, dtype)
+
+
 @pytest.mark.parametrize(
     ("config", "num_weights"),
     [
@@ -41,14 +45,14 @@ GPT_OSS_20B = {"num_hidden_layers": 24, "num_local_experts": 32}  # the rest are
     ids=["Llama-3.1-8B", "Llama-3.1-70B", "Qwen3-0.6B", "gpt-oss-20b"],
 )
 def test_published_sizes(config, num_weights):
-    shape = read_shape(config, Settings(lora_dropout=0.0), torch.bfloat16)
+    shape = shape_of(config, Settings(lora_dropout=0.0), torch.bfloat16)
     assert shape.count_weights() - shape.count_weights("adapter") == num_weights
     assert shape.num_layers == config.num_hidden_layers
     assert shape.num_trained == shape.count_weights("adapter") > 0
 
 
 def test_llama_8b_in_4_bit():
-    shape = read_shape(LlamaConfig(**LLAMA, **LLAMA_8B), Settings(load_in_4bit=True), torch.bfloat16)
+    shape = shape_of(LlamaConfig(**LLAMA, **LLAMA_8B), Settings(load_in_4bit=True), torch.bfloat16)
     assert shape.count_weights("linear") == 6_979_321_856
     assert shape.count_weights("embeddings") == shape.count_weights("output") == 128256 * 4096
     assert shape.num_trained == 20_971_520  # rank 8 on all seven matrices, as PEFT's papers and posts have it
@@ -58,7 +62,7 @@ def test_llama_8b_in_4_bit():
 
 def test_gpt_oss_is_mostly_experts_which_are_not_quantized():
     config = GptOssConfig(**GPT_OSS_20B, quantization_config={"quant_method": "mxfp4"})
-    shape = read_shape(config, Settings(lora_dropout=0.0), torch.bfloat16)
+    shape = shape_of(config, Settings(lora_dropout=0.0), torch.bfloat16)
     assert shape.is_mxfp4
     assert shape.count_weights("experts") == 24 * 32 * 3 * 2880 * 2880
     assert shape.count_bytes() / 1e9 == pytest.approx(42, abs=1)
@@ -70,7 +74,7 @@ def test_4_bit_takes_what_bitsandbytes_makes_of_a_matrix(is_nested):
         vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4
     )
     settings = Settings(load_in_4bit=True, bnb_4bit_use_double_quant=is_nested)
-    part = max(read_shape(config, settings, torch.float32).parts, key=lambda part: part.num_weights)
+    part = max(shape_of(config, settings, torch.float32).parts, key=lambda part: part.num_weights)
     packed, state = bitsandbytes.functional.quantize_4bit(
         torch.ones(512, 256), quant_type="nf4", compress_statistics=is_nested
     )
@@ -81,14 +85,16 @@ def test_4_bit_takes_what_bitsandbytes_makes_of_a_matrix(is_nested):
 @pytest.mark.parametrize("options", [{}, {"use_peft": False}, {"target_modules": ["q_proj"], "lora_r": 4}])
 def test_it_agrees_with_the_trainers_model(tiny_model, tmp_path, options):
     settings = Settings(**options)
-    shape = read_shape(AutoConfig.from_pretrained(tiny_model), settings, torch.bfloat16)
+    shape = shape_of(AutoConfig.from_pretrained(tiny_model), settings, torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(str(tmp_path), use_cpu=True, report_to="none", bf16=False),
         train_dataset=Dataset.from_list([{"text": "a"}]),
         processing_class=build_tokenizer(),
-        peft_config=lora.build_lora_config(settings, model) if settings.adapter.use_peft else None,
+        peft_config=lora.build_lora_config(settings.model, settings.adapter, model)
+        if settings.adapter.use_peft
+        else None,
     )
     parameters = list(trainer.model.parameters())
     assert shape.count_bytes() == sum(parameter.nbytes for parameter in parameters)
@@ -97,7 +103,7 @@ def test_it_agrees_with_the_trainers_model(tiny_model, tmp_path, options):
 
 def test_layers_of_each_kind_stay_in_the_skeleton():
     config = GptOssConfig(num_hidden_layers=6, hidden_size=64, intermediate_size=64, num_local_experts=2)
-    shape = read_shape(config, Settings(lora_dropout=0.0), torch.float32)
+    shape = shape_of(config, Settings(lora_dropout=0.0), torch.float32)
     assert shape.kinds == (0, 1, 2, 1, 2, 3)
     assert len(shape.skeleton.get_submodule(shape.layers_name)) == 4
     assert config.num_hidden_layers == 6  # the caller's is left as it is

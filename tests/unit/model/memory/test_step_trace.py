@@ -25,8 +25,8 @@ STEP = Step(
     has_mask=False,
     stores_scores=False,
     compute_dtype=torch.float32,
-    checkpoints=False,
-    offloads=False,
+    recompute_activations=False,
+    offload_activations=False,
     sharded=False,
     on_gpu=False,
 )
@@ -35,7 +35,8 @@ HIDDEN_BYTES = 2 * LENGTH * WIDTH * 4  # what goes from layer to layer, in float
 
 @pytest.fixture(scope="module")
 def shape():
-    return read_shape(CONFIG, Settings(use_peft=False), torch.float32)
+    settings = Settings(use_peft=False)
+    return read_shape(CONFIG, settings.model, settings.adapter, torch.float32)
 
 
 def test_storages_are_counted_once_and_while_they_live():
@@ -66,13 +67,15 @@ def test_a_layer_leaves_activations_and_its_backward_pass_takes_them_away(shape)
 
 
 def test_recomputed_layers_leave_nothing_but_what_they_begin_with(shape):
-    kept, recomputed = (trace_step(shape, replace(STEP, checkpoints=checkpoints)) for checkpoints in (False, True))
+    kept, recomputed = (
+        trace_step(shape, replace(STEP, recompute_activations=checkpoints)) for checkpoints in (False, True)
+    )
     assert recomputed.forward[1].net == HIDDEN_BYTES < kept.forward[1].net
     assert recomputed.backward[1].peak > kept.backward[1].peak
 
 
 def test_offloaded_activations_are_not_held(shape):
-    kept, moved = (trace_step(shape, replace(STEP, offloads=offloads)) for offloads in (False, True))
+    kept, moved = (trace_step(shape, replace(STEP, offload_activations=offloads)) for offloads in (False, True))
     assert moved.offloaded[1] > 0
     assert moved.forward[1].net < kept.forward[1].net
 

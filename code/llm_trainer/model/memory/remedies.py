@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The changes that make a job fit its devices, each tried out before it is proposed."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from llm_trainer.common.units import GIB, show_bytes
+from llm_trainer.model.memory.estimate import Estimate
+from llm_trainer.model.memory.scenario import MemoryScenario, list_parallelism_plans
+from llm_trainer.model.memory.shape import UnknownShapeError
+
+GPU_SIZES_GIB = (16, 24, 32, 48, 80, 96, 141, 180)  # T4, L4/A10G, V100/5090, L40S, A100/H100, H20, H200, B200
+USABLE_SHARE = 0.97  # the rest of a GPU's nominal memory is the driver's
+MAX_WORLD_SIZE = 64
+SHORTEST_ROW = 256  # in tokens; rows are not proposed to be shorter than half of this
+
+Change = tuple[str, MemoryScenario]  # its words for a message, and the job with it
+
+
+def find_smallest_gpu(need: Estimate) -> int | None:
+    """Return the smallest usual size of a GPU's memory that holds this, in GiB, or None."""
+    return next((size for size in GPU_SIZES_GIB if need.total_bytes <= count_usable_bytes(size)), None)
+
+
+def count_usable_bytes(size_gib: int) -> int:
+    """Return the bytes that a process can use on a GPU of this nominal size."""
+    return int(USABLE_SHARE * size_gib * GIB)
+
+
+def list_remedies(scenario: MemoryScenario) -> Iterator[str]:
+    """Yield words for changes that make the job fit, the cheapest first: single changes, then several at once."""
+    told: set[str] = set()
+    for kind in CHANGES:
+        fitting = (text for text, changed in kind(scenario) if fits_at_best(changed))
+        if text := next(fitting, ""):
+            told.add(text)
+            yield text
+    for first in range(len(CHANGES)):
+        text, changed = combine_changes(scenario, CHANGES[first:])
+        if fits_at_best(changed) and text not in told:
+            told.add(text)
+            yield text
+
+
+def combine_changes(scenario: MemoryScenario, kinds: "tuple[ChangeKind, ...]") -> Change:
+    """Apply the strongest change of each kind, one after the other, until the job fits."""
+    texts, changed = [], scenario
+    for kind in kinds:
+        *_, (text, changed) = [("", changed), *kind(changed)]
+        texts += [text] if text else []
+        if fits_at_best(changed):
+            break
+    return " and ".join(texts), changed
+
+
+def fits_at_best(scenario: MemoryScenario) -> bool:
+    """Tell whether the job fits in the way that takes the least memory."""
+    try:
+        return scenario.can_hold(estimate_at_best(scenario))
+    except UnknownShapeError:
+        return False
+
+
+def estimate_at_best(scenario: MemoryScenario) -> Estimate:
+    """Return what each device needs in the way that takes the least memory. Raise UnknownShapeError."""
+    return scenario.estimate(list_parallelism_plans(scenario.settings, scenario.target)[-1])
+
+
+def shrink_batch(scenario: MemoryScenario) -> Iterator[Change]:
+    """Yield the same batches in smaller pieces."""
+    training = scenario.settings.training
+    rows, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    while rows > 1:
+        pieces = 2 if rows % 2 == 0 else rows
+        rows, steps = rows // pieces, steps * pieces
+        text = f"per_device_train_batch_size={rows} with gradient_accumulation_steps={steps}"
+        yield text, scenario.replace_settings(per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
+
+
+def recompute_activations(scenario: MemoryScenario) -> Iterator[Change]:
+    """Yield the job with gradient checkpointing, where it is switched off."""
+    if scenario.settings.parallelism.gradient_checkpointing is False:
+        yield "gradient_checkpointing=true", scenario.replace_settings(gradient_checkpointing=True)
+
+
+def use_fsdp(scenario: MemoryScenario) -> Iterator[Change]:
+    """Yield the job with a sharded model, where DDP is asked for."""
+    settings = scenario.settings
+    if settings.parallelism.distribution == "ddp" and scenario.target.world_size > 1 and settings.can_shard:
+        yield "distribution=fsdp", scenario.replace_settings(distribution="fsdp")
+
+
+def use_small_optimizer(scenario: MemoryScenario) -> Iterator[Change]:
+    """Yield the job with an optimizer in 8 bit, on a GPU."""
+    if scenario.target.on_gpu and scenario.settings.training.optim in ("adamw_torch", "adamw_torch_fused"):
+        yield "optim=adamw_8bit", scenario.replace_settings(optim="adamw_8bit")
+
+
+def halve_type(scenario: MemoryScenario) -> Iterator[Change]:
+    """Yield the job with weights in 16 bit, where they take 32."""
+    if scenario.dtypes[0] == torch.float32:
+        yield "torch_dtype=bfloat16", scenario.replace_settings(torch_dtype="bfloat16")
+
+
+def quantize_base(scenario: MemoryScenario) -> Iterator[Change]:
+    """Yield the job on a base in 4 bit, where an adapter is trained on one that is not quantized."""
+    if scenario.settings.adapter.use_peft and not scenario.shape.quantization and not scenario.shape.is_mxfp4:
+        yield "load_in_4bit=true", scenario.replace_settings(load_in_4bit=True)
+
+
+def train_adapter(scenario: MemoryScenario) -> Iterator[Change]:
+    """Yield the job with an adapter, where all weights are trained."""
+    if not scenario.settings.adapter.use_peft:
+        yield "use_peft=true", scenario.replace_settings(use_peft=True)
+
+
+def shorten_rows(scenario: MemoryScenario) -> Iterator[Change]:
+    """Yield the job with rows of half the length, again and again."""
+    length = scenario.length
+    while length > SHORTEST_ROW:
+        length //= 2
+        yield f"max_length={length}", scenario.replace_settings(max_length=length)
+
+
+def add_gpus(scenario: MemoryScenario) -> Iterator[Change]:
+    """Yield the job sharded over twice as many GPUs, again and again."""
+    num_gpus = scenario.target.world_size
+    while scenario.target.on_gpu and num_gpus < MAX_WORLD_SIZE and scenario.settings.can_shard:
+        num_gpus *= 2
+        sharded = scenario.replace_settings(distribution="fsdp")
+        yield f"{num_gpus} such GPUs with distribution=fsdp", sharded.replace_target(world_size=num_gpus)
+
+
+def enlarge_devices(scenario: MemoryScenario) -> Iterator[Change]:
+    """Yield the job on devices with more memory."""
+    if not scenario.target.on_gpu:
+        need = estimate_at_best(scenario).total_bytes
+        text = f"a machine with {show_bytes(need)} free for each process"
+        yield text, scenario.replace_target(free_bytes=need)
+        return
+    for size in GPU_SIZES_GIB:
+        if count_usable_bytes(size) > scenario.target.free_bytes:
+            yield f"GPUs of {size} GiB", scenario.replace_target(free_bytes=count_usable_bytes(size))
+
+
+# In the order of their price: first what leaves the result as it is, then time, precision, data, and money.
+ChangeKind = Callable[[MemoryScenario], Iterator[Change]]
+CHANGES: tuple[ChangeKind, ...] = (
+    shrink_batch,
+    recompute_activations,
+    use_fsdp,
+    use_small_optimizer,
+    halve_type,
+    quantize_base,
+    train_adapter,
+    shorten_rows,
+    add_gpus,
+    enlarge_devices,
+)

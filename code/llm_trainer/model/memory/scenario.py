@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A job as far as its memory depends on it, and the ways in which its step can be spread over devices."""
+
+import functools
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from llm_trainer.config.rules import supports_fsdp
+from llm_trainer.config.sections import (
+    AdapterSettings,
+    DataSettings,
+    ModelSettings,
+    ParallelismSettings,
+    Section,
+    TrainingSettings,
+)
+from llm_trainer.model.device import Device
+from llm_trainer.model.memory.estimate import Estimate, Setup, estimate_memory
+from llm_trainer.model.memory.shape import ModelShape, read_shape
+from llm_trainer.model.memory.step_trace import Step
+from llm_trainer.model.precision import choose_precision
+
+SHAPE_SETTINGS = frozenset({"use_peft", "load_in_4bit", "torch_dtype"})  # a change of these changes the model's shape
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """The sections of the settings that the memory of a step depends on."""
+
+    model: ModelSettings
+    adapter: AdapterSettings
+    data: DataSettings
+    training: TrainingSettings
+    parallelism: ParallelismSettings
+
+    def replace(self, **values: Any) -> "MemorySettings":
+        """Return a copy with other values of some settings, by their flat names. They count as given."""
+        changed: dict[str, Any] = {}
+        for field in fields(self):
+            section: Section = getattr(self, field.name)
+            own = {name: value for name, value in values.items() if name in type(section).model_fields}
+            if own:
+                changed[field.name] = section.replace(**own)
+        return replace(self, **changed)
+
+    @property
+    def can_shard(self) -> bool:
+        """Whether FSDP can shard a base that is loaded so, with an adapter that begins so."""
+        return supports_fsdp(self.model, self.adapter)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The devices that a job runs on."""
+
+    device: Device
+    world_size: int
+    free_bytes: int  # on the device with the least free memory
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the devices are GPUs."""
+        return self.device.is_gpu
+
+    @property
+    def unit(self) -> str:
+        """The word for one device in a message."""
+        return "GPU" if self.on_gpu else "process"
+
+
+@dataclass(frozen=True)
+class ParallelismPlan:
+    """How a model is spread over devices, and how less of a step is held in their memory."""
+
+    sharded: bool
+    recompute_activations: bool
+    offload_activations: bool
+
+    def describe(self, world_size: int) -> str:
+        """Return words for a message, such as `FSDP with gradient checkpointing`."""
+        spread = "FSDP" if self.sharded else "DDP" if world_size > 1 else "training"
+        savings = ["gradient checkpointing"] * self.recompute_activations
+        savings += ["activation offloading"] * self.offload_activations
+        return f"{spread} with {' and '.join(savings)}" if savings else spread
+
+
+def list_parallelism_plans(settings: MemorySettings, target: Target) -> list[ParallelismPlan]:
+    """Return the ways that the settings leave open, the cheapest first.
+
+    - Checkpointing computes each layer's forward pass twice, a third more work, and sends nothing.
+    - FSDP gathers all weights twice a step. With adapters, for which DDP sends next to nothing, it costs more, and much
+      more between hosts. It therefore comes second.
+    - Offloading sends activations over PCIe and back. It comes last, on top of checkpointing, which leaves little to
+      send.
+    """
+    open_choice = (False, True)
+    parallelism = settings.parallelism
+    spreads = open_choice if target.world_size > 1 and settings.can_shard else (False,)
+    distribution = {"ddp": (False,), "fsdp": (True,), "auto": spreads}
+    checkpointing, offloading = parallelism.gradient_checkpointing, parallelism.activation_offloading
+    ways = product(
+        open_choice if offloading is None and target.on_gpu else (bool(offloading),),
+        distribution[parallelism.distribution],
+        open_choice if checkpointing is None else (checkpointing,),
+    )
+    return [
+        ParallelismPlan(sharded, recompute_activations=recomputes, offload_activations=offloads)
+        for offloads, sharded, recomputes in ways
+        if recomputes or not offloads or offloading or checkpointing is False
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryScenario:
+    """A job as far as its memory depends on it. Changed copies of it are tried out, too."""
+
+    config: PreTrainedConfig
+    settings: MemorySettings
+    longest_row: int  # in tokens, before rows are cut to `max_length`
+    target: Target
+    attention: str  # the kernel, by Transformers' name
+    known_shape: ModelShape | None = None  # handed on to copies of the same model, as it takes long to read
+
+    @functools.cached_property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """The type of the weights in memory, and the type of the computation."""
+        precision = choose_precision(self.settings.model, self.settings.adapter, self.target.device)
+        training = self.settings.training
+        if not training.is_given("bf16", "fp16"):
+            return precision.weights, precision.compute
+        if training.bf16:
+            return precision.weights, torch.bfloat16
+        return precision.weights, torch.float16 if training.fp16 else precision.weights
+
+    @functools.cached_property
+    def shape(self) -> ModelShape:
+        """The shape of the model with its adapter. Raises UnknownShapeError."""
+        return self.known_shape or read_shape(
+            self.config, self.settings.model, self.settings.adapter, weights_dtype=self.dtypes[0]
+        )
+
+    @property
+    def length(self) -> int:
+        """The length of a sequence in tokens."""
+        data = self.settings.data
+        if data.packing and data.max_length:
+            return data.max_length
+        length = min(data.max_length or self.longest_row, self.longest_row)
+        multiple = data.pad_to_multiple_of
+        return length + -length % (int(multiple) if str(multiple).isdigit() else 1)
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether the kernel reads a mask of what each token sees. Flash and flex attention read lengths instead."""
+        reads_lengths = self.attention.startswith(("flash", "flex"))
+        shares = self.settings.training.per_device_train_batch_size > 1 or bool(self.settings.data.packing)
+        return shares and not reads_lengths
+
+    def estimate(self, plan: ParallelismPlan) -> Estimate:
+        """Return what each device needs for a step in this way. Raise UnknownShapeError."""
+        training = self.settings.training
+        step = Step(
+            num_sequences=training.per_device_train_batch_size,
+            length=max(2, self.length),
+            has_mask=self.has_mask,
+            stores_scores=self.attention == "eager",
+            compute_dtype=self.dtypes[1],
+            recompute_activations=plan.recompute_activations,
+            offload_activations=plan.offload_activations,
+            sharded=plan.sharded,
+            on_gpu=self.target.on_gpu,
+        )
+        accumulates = training.gradient_accumulation_steps > 1
+        return estimate_memory(self.shape, Setup(step, self.target.world_size, training.optim, accumulates))
+
+    def can_hold(self, need: Estimate) -> bool:
+        """Tell whether what is needed is free on each device."""
+        return need.total_bytes <= self.target.free_bytes
+
+    def replace_settings(self, **values: Any) -> "MemoryScenario":
+        """Return the same job with other values of some settings, by their flat names."""
+        shape = None if values.keys() & SHAPE_SETTINGS else self.shape
+        return replace(self, settings=self.settings.replace(**values), known_shape=shape)
+
+    def replace_target(self, **values: Any) -> "MemoryScenario":
+        """Return the same job on other devices, with other values of Target's fields."""
+        return replace(self, target=replace(self.target, **values), known_shape=self.shape)
