@@ -4,8 +4,8 @@
 import sys
 from pathlib import Path
 
+from sagemaker.core.training.configs import Compute, InputData
 from sagemaker.train import ModelTrainer
-from sagemaker.train.configs import Compute, InputData
 from sagemaker.train.model_trainer import Mode
 
 from job import CHANNELS, HYPERPARAMETERS

@@ -164,7 +164,7 @@ class RunningJob:
         return self.process.returncode
 
     def workers(self) -> list[psutil.Process]:
-        """The processes below torchrun's or alone.py's, which is a child of the launcher, as the reporter is."""
+        """Return the workers: the children of torchrun, or of the single worker's starter, which are the launcher's."""
         children = psutil.Process(self.process.pid).children()
         (starter,) = [
             child

@@ -9,7 +9,6 @@ import yaml
 from llm_trainer.config.schema import FIELDS
 from llm_trainer.config.sections import ALIASES
 from support.documents import DOCS, DOCUMENTS, list_anchors, list_code, list_links
-from support.language import BANNED
 from support.measures import ROOT
 
 PATH = re.compile(r"(\.ci|bench|code|docker|docs|examples|tests)/[\w./*-]*")
@@ -70,9 +69,3 @@ def as_list(value):
 def test_settings_that_are_given_a_value_are_settings(document):
     names = [match[1] for piece in list_code(document) if (match := ASSIGNMENT.fullmatch(piece))]
     assert [name for name in names if name not in {*FIELDS, *ALIASES, *OTHER_NAMES}] == []
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
-def test_no_banned_phrase(document):
-    lines = [line for line in document.read_text(encoding="utf-8").splitlines() if "None of" not in line]
-    assert [line for line in lines if BANNED.search(line)] == []
