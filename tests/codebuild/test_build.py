@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import pytest
 
-from support.checkout import SOURCE, Checkout, call, remove_images
+from support.checkout import SOURCE, Checkout, call, read_version, remove_images
 from support.codebuild import FAILED, SUCCEEDED, Build, run_buildspec
 from support.secrets_in_layers import find_secrets
 
 pytestmark = pytest.mark.timeout(1800)  # of which building, pushing and pulling two gigabytes take most
 
-VERSION = "0.1.0"
+VERSION = read_version()
 # A build secret's password. An index at such an address answers nothing, and pip goes on to the next one.
 MARKER = "marker-of-a-build-secret-5f2d"
 # `make lint lock-check` and all unit tests take long, and CI runs them beside this: left out unless WHOLE is set.

@@ -9,6 +9,7 @@ import pytest
 from llm_trainer.report.page import write_report
 from support.chromium import EXECUTABLE, Page
 from support.journals import FakeJournal, write_long_job
+from support.report_picture import WIDTH, take_picture
 
 pytestmark = pytest.mark.skipif(
     EXECUTABLE is None, reason="No Chromium here: apt-get install chromium runs these tests."
@@ -108,6 +109,15 @@ def test_paper_is_light_and_shows_whole_charts(page, reports, tmp_path):
     assert 500 < width <= 180 / 25.4 * 96
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
     assert page.run("window.wasPrinted && getComputedStyle(document.body).backgroundColor") == "rgb(17, 20, 23)"
+
+
+def test_a_picture_of_it_ends_below_the_first_charts(reports, tmp_path):
+    take_picture(reports["one"], tmp_path / "images/report.png")
+    header = (tmp_path / "images/report.png").read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = int.from_bytes(header[16:20]), int.from_bytes(header[20:24])
+    assert width == WIDTH
+    assert 800 < height < 3000
 
 
 def test_values_open_by_keyboard(page, reports):

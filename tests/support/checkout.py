@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkout of the source as CodeBuild has it, and commands that are run in it."""
 
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,12 @@ def call(*command: str | Path, **options: Any) -> str:
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
     assert run.returncode == 0, f"{command}:\n{run.stdout}"
     return run.stdout
+
+
+def read_version() -> str:
+    """Return the version of the source, without importing it: CodeBuild's Python does not have the package."""
+    text = (SOURCE / "code/llm_trainer/__init__.py").read_text(encoding="utf-8")
+    return re.findall(r'^__version__ = "(.+)"$', text, re.MULTILINE)[0]
 
 
 def remove_images(docker: str, repository: str) -> None:

@@ -18,7 +18,7 @@ SHOW_AS_OPT_ML = """(tree) => {
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) walker.currentNode.data = walker.currentNode.data.replaceAll(tree, '/opt/ml');
 }"""
-FIND_BOTTOM = f"document.querySelectorAll('figure')[{NUM_CHARTS - 1}].getBoundingClientRect().bottom + 24"
+FIND_BOTTOM = f"document.querySelectorAll('figure')[{NUM_CHARTS - 1}].getBoundingClientRect().bottom + 8"
 
 
 def take_picture(report: Path, picture: Path) -> None:
