@@ -269,10 +269,10 @@ def find_position_limit(model: ServedModel) -> int | None:
 
 
 def choose_length(model: ServedModel) -> int | None:
-    """Return the tokens of a request and its answer that the advised GPUs hold; None where nothing limits them.
+    """Return the tokens of a request and its answer that the advised GPUs hold.
 
-    They lie between the length of the training and the model's limit. vLLM does not start where the cache cannot
-    hold one sequence of max_model_len tokens.
+    The number lies between the length of the training and the model's limit. It is None where the model states no
+    limit, or no GPUs are advised. vLLM does not start where its cache cannot hold one sequence of max_model_len tokens.
     """
     limit, gpus = find_position_limit(model), advise_gpus(model)
     if limit is None or gpus is None:

@@ -2,6 +2,7 @@
 """JSON becomes rows whatever its layout; what is wrong with it is told with its place."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -118,3 +119,9 @@ def test_long_rows_of_an_array_do_not_pile_up_and_are_not_parsed_over_and_over(t
     file = write_file(tmp_path, "a.json", f"[{row},\n{row}]".encode())
     assert [len(chunk.rows) for chunk in read_chunks(file, "a.json", 1000)] == [1, 1]
     assert sum(parsed) < 6 * 2 * len(row)
+
+
+def test_no_reader_is_run_as_a_script():
+    """A script's folder comes first in sys.path: `import json` would find the reader instead of Python's module."""
+    folder = Path(json_rows.__file__).parent
+    assert not [file.name for file in folder.glob("*.py") if "__main__" in file.read_text(encoding="utf-8")]
