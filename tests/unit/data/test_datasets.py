@@ -240,3 +240,19 @@ def test_nothing_half_written_is_taken_for_prepared_data(load, tmp_path, monkeyp
             load({"train": texts("a")})
     assert list((tmp_path / "cache/data").iterdir()) == []
     assert load({"train": texts("a")}).reports["train"].num_rows == 1
+
+
+def test_a_stream_comes_with_its_audited_rows_and_the_longest_row_it_may_have(load, monkeypatch):
+    monkeypatch.setattr("llm_trainer.data.datasets.open_stream", read_heads)
+    data = load({"train": texts("a", "bb")}, {"val": texts("ccc")}, streaming=True, max_steps=1, max_length=99)
+    assert data.splits["train"] == ({"train"}, 42)
+    assert data.sample["length"][:] == [2, 3]
+    assert data.splits["validation"]["length"][:] == [4]
+    assert data.find_longest_row_tokens(Settings(streaming=True, max_length=99).data) == 99
+    assert data.find_longest_row_tokens(Settings(max_length=99).data) == 4
+
+
+def read_heads(sources, preparers, settings, training_settings, environment):
+    """Stand for the stream, which does not end: the names of its sources and the seed."""
+    assert [source.name for source in sources] == list(preparers)
+    return set(preparers), training_settings.seed
