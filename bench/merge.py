@@ -109,9 +109,11 @@ def prepare_ours(folder: Path) -> Any:
     from transformers import AutoConfig, LlamaForCausalLM  # noqa: F401
 
     from llm_trainer.merge.merge import write_merged_model
+    from llm_trainer.merge.plan import MergeRequest
 
     config = AutoConfig.from_pretrained(folder / "base")
-    return lambda: write_merged_model(folder / "base", folder / "adapter", folder / "llm-trainer", config)
+    request = MergeRequest(folder / "base", folder / "adapter", config)
+    return lambda: write_merged_model(request, folder / "llm-trainer")
 
 
 def prepare_peft(folder: Path) -> Any:

@@ -71,13 +71,15 @@ def merge_files(options: MergeOptions, adapter: Path, output: Path) -> tuple[Pat
     silence_libraries()
     # Only now: torch and what is built on it take seconds, and mistakes need none of it.
     from llm_trainer.merge.merge import write_merged_model
+    from llm_trainer.merge.plan import MergeRequest
     from llm_trainer.model.loading import read_config
     from llm_trainer.model.precision import DTYPES
 
     trusts = options.trust_remote_code
     config = read_config(str(base), ModelSettings.model_validate({"trust_remote_code": trusts}))
     quantization = build_quantization(manifest) if options.merge_base == "dequantized" else None
-    figures = write_merged_model(base, adapter, output, config, DTYPES.get(options.dtype), quantization, trusts)
+    request = MergeRequest(base, adapter, config, DTYPES.get(options.dtype), quantization, trusts)
+    figures = write_merged_model(request, output)
     copy_tokenizer(adapter, base, output)
     return base, figures
 

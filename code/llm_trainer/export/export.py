@@ -22,6 +22,7 @@ from llm_trainer.export.result import Trained
 from llm_trainer.export.verify import prove_merged, prove_trained
 from llm_trainer.journal.manifest import MANIFEST, Manifest, read_manifest
 from llm_trainer.merge.merge import write_merged_model
+from llm_trainer.merge.plan import MergeRequest
 from llm_trainer.model.lora_init import BaseReference, save_adapter
 from llm_trainer.serving.lmi_files import ServedModel, write_serving_files
 
@@ -113,10 +114,8 @@ def merge_adapter(trained: Trained, adapter: Path, folder: Path, checks: list[di
     plan, settings = trained.plan, trained.job.settings
     quantization = plan.quantization if settings.output.merge_base == "dequantized" else None
     try:
-        figures = write_merged_model(
-            *(trained.base_folder, adapter, folder, plan.config, plan.precision.compute, quantization),
-            trust_remote_code=settings.model.trust_remote_code,
-        )
+        parts = (trained.base_folder, adapter, plan.config, plan.precision.compute, quantization)
+        figures = write_merged_model(MergeRequest(*parts, settings.model.trust_remote_code), folder)
         return {"merge": figures, "checks": [*checks, *prove_merged(trained, adapter, folder)]}
     except (UserError, OSError) as error:
         reason = str(error) if isinstance(error, UserError) else f"{quote_error(error)}."

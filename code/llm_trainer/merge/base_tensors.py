@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors of a model folder, read from disk a few rows at a time, and dequantized where they are stored quantized.
+"""The tensors of a model folder, read from disk a few rows at a time. Those that are quantized are dequantized.
 
 Plain reads and no memory map: mapped pages stay in the process's memory until the kernel wants them back.
 """
@@ -52,24 +52,32 @@ class BaseTensor(Protocol):
     """A tensor of the base, as Transformers would have it in memory before any conversion."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name of the tensor in the files."""
+
     @property
-    def file(self) -> Path: ...
+    def file(self) -> Path:
+        """The file that holds it."""
+
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """The type of its numbers, after they are dequantized."""
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """The shape, after it is dequantized."""
+
     @property
     def is_whole(self) -> bool:
         """Whether rows cannot be read apart from the others."""
 
     def read(self, first: int, last: int) -> torch.Tensor:
-        """A copy of the rows from `first` to before `last`, along the first axis."""
+        """Return a copy of the rows `first` to before `last`, along the first axis."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One that lies in its file as it is."""
+    """A tensor that lies in its file as it is."""
 
     name: str
     file: Path
@@ -79,6 +87,7 @@ class StoredTensor:
     is_whole: bool = False
 
     def read(self, first: int, last: int) -> torch.Tensor:
+        """Return a copy of the rows `first` to before `last`, along the first axis."""
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         rows = torch.empty((last - first) * row_bytes, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as stream:
@@ -92,12 +101,13 @@ class StoredTensor:
         return rows.view(self.dtype).reshape((last - first, *self.shape[1:]) if self.shape else ())
 
     def read_all(self) -> torch.Tensor:
+        """Return a copy of the whole tensor."""
         return self.read(0, count_rows(self.shape))
 
 
 @dataclass(frozen=True)
 class Mxfp4Tensor:
-    """Experts (experts, in, out) that are stored as blocks (experts, out, groups, 16) and scales of MXFP4."""
+    """Experts of shape (experts, in, out), stored in MXFP4 as blocks (experts, out, groups, 16) and scales."""
 
     blocks: StoredTensor
     scales: StoredTensor
@@ -106,18 +116,22 @@ class Mxfp4Tensor:
 
     @property
     def name(self) -> str:
+        """The name of the tensor in the files."""
         return self.blocks.name.removesuffix(MXFP4_BLOCKS)
 
     @property
     def file(self) -> Path:
+        """The file that holds it."""
         return self.blocks.file
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape, after it is dequantized."""
         num_experts, num_out, num_in = unpack_shape(list(self.blocks.shape))
         return num_experts, num_in, num_out
 
     def read(self, first: int, last: int) -> torch.Tensor:
+        """Return a copy of the rows `first` to before `last`, along the first axis."""
         return convert_moe_packed_tensors(
             self.blocks.read(first, last), self.scales.read(first, last), dtype=self.dtype
         )
@@ -125,7 +139,7 @@ class Mxfp4Tensor:
 
 @dataclass(frozen=True)
 class BitsAndBytesTensor:
-    """A matrix that is stored in 4 or 8 bit with the statistics to undo that."""
+    """A matrix that is stored in 4 or 8 bit, with the statistics to undo that."""
 
     weight: StoredTensor
     statistics: dict[str, StoredTensor]  # by the ends of their names
@@ -133,32 +147,39 @@ class BitsAndBytesTensor:
 
     @property
     def name(self) -> str:
+        """The name of the tensor in the files."""
         return self.weight.name
 
     @property
     def file(self) -> Path:
+        """The file that holds it."""
         return self.weight.file
 
     @cached_property
     def dtype(self) -> torch.dtype:
+        """The type of its numbers, after they are dequantized."""
         return self.state.dtype if self.is_4bit else torch.float32
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
+        """The shape, after it is dequantized."""
         return tuple(self.state.shape) if self.is_4bit else self.weight.shape
 
     @property
     def is_4bit(self) -> bool:
+        """Whether it is stored in 4 bit rather than in 8."""
         return BNB_8BIT_SCALES not in self.statistics
 
     @property
     def state(self) -> "QuantState":  # type: ignore[name-defined]  # noqa: F821
+        """The statistics of a 4-bit matrix, as bitsandbytes takes them."""
         from bitsandbytes.functional import QuantState
 
         values = {name: tensor.read_all() for name, tensor in self.statistics.items()}
         return QuantState.from_dict(values, torch.device("cpu"))
 
     def read(self, first: int, last: int) -> torch.Tensor:
+        """Return a copy of the rows `first` to before `last`, along the first axis."""
         from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 
         stored = self.weight.read_all()
@@ -169,37 +190,42 @@ class BitsAndBytesTensor:
 
 @dataclass(frozen=True, eq=False)
 class DerivedTensor:
-    """One in the place, and of the type and shape, of another."""
+    """A tensor in the place of another, with its type and shape."""
 
     original: BaseTensor
 
     @property
     def name(self) -> str:
+        """The name of the tensor in the files."""
         return self.original.name
 
     @property
     def file(self) -> Path:
+        """The file that holds it."""
         return self.original.file
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of its numbers, after they are dequantized."""
         return self.original.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape, after it is dequantized."""
         return self.original.shape
 
 
 @dataclass(frozen=True, eq=False)
 class RoundedTensor(DerivedTensor):
-    """What bitsandbytes makes of a matrix when the model is loaded quantized: the adapter was trained on that."""
+    """A matrix as bitsandbytes rounds it when the model is loaded quantized. The adapter was trained on that."""
 
     quantization: BitsAndBytesConfig
     loaded_dtype: torch.dtype
-    is_transposed: bool  # a Conv1D's, which is quantized as a linear layer's
+    is_transposed: bool  # a Conv1D's is quantized as a linear layer's, which lies the other way
     is_whole: bool = True
 
     def read(self, first: int, last: int) -> torch.Tensor:
+        """Return a copy of the rows `first` to before `last`, along the first axis."""
         from bitsandbytes import functional
 
         weight = self.original.read(0, self.shape[0]).to(self.loaded_dtype)
@@ -219,36 +245,40 @@ class RoundedTensor(DerivedTensor):
 
 @dataclass(frozen=True, eq=False)
 class ReplacedTensor(DerivedTensor):
-    """One whose numbers come with the adapter."""
+    """A tensor whose numbers come with the adapter."""
 
     values: torch.Tensor
     is_whole: bool = False
 
     def read(self, first: int, last: int) -> torch.Tensor:
+        """Return a copy of the rows `first` to before `last`, along the first axis."""
         return self.values[first:last].clone()
 
 
 @dataclass(frozen=True, eq=False)
 class CopiedTensor(DerivedTensor):
-    """The other of two tied tensors, of which a checkpoint holds one."""
+    """The second of two tied tensors, where the checkpoint holds only the first."""
 
     copy_name: str
     is_whole: bool = False
 
     @property
     def name(self) -> str:
+        """The name of the tensor in the files."""
         return self.copy_name
 
     def read(self, first: int, last: int) -> torch.Tensor:
+        """Return a copy of the rows `first` to before `last`, along the first axis."""
         return self.original.read(first, last)
 
 
 def count_rows(shape: tuple[int, ...]) -> int:
+    """Return the number of rows along the first axis; a scalar is one row."""
     return shape[0] if shape else 1
 
 
 def list_shards(base: Path) -> list[Path]:
-    """The files that Transformers would load. Raises UserError when one is missing or broken, or there is none."""
+    """Return the files that Transformers would load. Raise UserError when one is missing or broken."""
     if problems := list(check_weights(base)):
         raise UserError(*problems)
     names = read_index(base / WEIGHTS_INDEX) or {SINGLE_FILE: set()}
@@ -258,7 +288,7 @@ def list_shards(base: Path) -> list[Path]:
 
 
 def list_tensors(shards: Iterable[Path], dtype: torch.dtype) -> list[BaseTensor]:
-    """The tensors of the files in their order there; MXFP4 becomes `dtype`, wherever its blocks lie."""
+    """Return the tensors of the files in their order there. MXFP4 becomes `dtype`, whichever file has its scales."""
     stored = {tensor.name: tensor for file in shards for tensor in list_stored_tensors(file)}
     parts: set[str] = set()
     tensors: list[BaseTensor] = []
@@ -277,6 +307,7 @@ def list_tensors(shards: Iterable[Path], dtype: torch.dtype) -> list[BaseTensor]
 
 
 def list_stored_tensors(file: Path) -> Iterator[StoredTensor]:
+    """Yield the tensors of a file in their order there. Raise UserError for a type that cannot be read."""
     header = read_header(file)
     with file.open("rb") as stream:
         start = 8 + int.from_bytes(stream.read(8), "little")
@@ -288,7 +319,10 @@ def list_stored_tensors(file: Path) -> Iterator[StoredTensor]:
 
 
 def find_quantization_statistics(name: str, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """What bitsandbytes stores beside a quantized weight: `weight.absmax` and others in 4 bit, `SCB` in 8 bit."""
+    """Return the tensors that bitsandbytes stores beside a quantized weight, by the ends of their names.
+
+    These are `absmax` and others in 4 bit, and `SCB` in 8 bit. A weight that is not quantized has none.
+    """
     scales = stored.get(f"{name.removesuffix('weight')}{BNB_8BIT_SCALES}")
     if scales is not None:
         return {BNB_8BIT_SCALES: scales}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a LoRA adapter adds to each parameter of a model: PEFT puts it on the model's skeleton, and its layers tell.
+"""The deltas that a LoRA adapter adds to a model's parameters, read from PEFT's layers on the model's skeleton.
 
-A change is a product of two thin matrices (Hu et al. 2021, arXiv:2106.09685), of which any rows can be had apart.
-What is none, DoRA's (Liu et al. 2024, arXiv:2402.09353), PEFT's own layer merges with the whole matrix.
+A delta is a product of two thin matrices (Hu et al. 2021, arXiv:2106.09685), and any of its rows can be computed apart.
+DoRA (Liu et al. 2024, arXiv:2402.09353) has no such delta: PEFT's own layer merges it with the whole matrix.
 """
 
 from collections.abc import Iterator
@@ -36,17 +36,19 @@ BASE_CHANGING_STARTS = (*MOVING_STARTS, "corda", "lora_ga")
 
 
 class WeightDelta(Protocol):
+    """What is added to a parameter, or to a tensor of the checkpoint."""
+
     @property
     def is_whole(self) -> bool:
         """Whether rows cannot be changed apart from the others."""
 
     def add_to(self, weight: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """The float32 rows `first` to before `last` with the change; may be computed in place."""
+        """Return the float32 rows `first` to before `last` with the delta. It may be added in place."""
 
 
 @dataclass(frozen=True, eq=False)
 class LowRankDelta:
-    """scale * left @ right."""
+    """A product: scale * left @ right."""
 
     left: torch.Tensor  # ([experts,] rows, rank), float32
     right: torch.Tensor  # ([experts,] rank, columns), float32
@@ -54,12 +56,13 @@ class LowRankDelta:
     is_whole: bool = False
 
     def add_to(self, weight: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """Return the rows with their part of the product."""
         if self.left.ndim == 2:
             return weight.addmm_(self.left[first:last], self.right, alpha=self.scale)
         return weight.baddbmm_(self.left[first:last], self.right[first:last], alpha=self.scale)
 
     def equals(self, other: WeightDelta) -> bool:
-        """Whether the other is the same, as it is where one adapter is shared by tied weights."""
+        """Tell whether the other is the same, as it is where tied weights share one adapter."""
         return (
             isinstance(other, LowRankDelta)
             and self.scale == other.scale
@@ -70,23 +73,25 @@ class LowRankDelta:
 
 @dataclass(frozen=True, eq=False)
 class BiasDelta:
-    """A vector on a bias."""
+    """A vector that is added to a bias."""
 
     vector: torch.Tensor
     is_whole: bool = False
 
     def add_to(self, weight: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """Return the numbers with their part of the vector."""
         return weight.add_(self.vector[first:last])
 
 
 @dataclass(frozen=True, eq=False)
 class PeftMerge:
-    """What PEFT's layer itself does with the whole matrix."""
+    """The merge of a whole matrix by PEFT's own layer."""
 
     layer: LoraLayer
     is_whole: bool = True
 
     def add_to(self, weight: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """Return the merged matrix. `first` and `last` are those of the whole."""
         base_layer = self.layer.get_base_layer()
         placeholder = base_layer.weight
         base_layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -99,39 +104,36 @@ class PeftMerge:
 
 @dataclass(frozen=True, eq=False)
 class ConvertedDelta:
-    """The changes of parameters as they are on one of the tensors that these are made of."""
+    """The deltas of a group of parameters on one of the tensors that the group is made of."""
 
     layout: WeightLayout
-    changes: dict[str, LowRankDelta | None]  # of the parameters that are converted together
-    name: str  # the tensor
-    place: int | None = None  # its number, where it alone is a row (an expert) of the parameters
+    deltas: dict[str, LowRankDelta | None]  # of the parameters that are converted together
+    name: str  # of the tensor
+    index: int | None = None  # of the row (an expert) of the parameters that the tensor alone is
     is_whole: bool = True
 
     def add_to(self, weight: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """Return the rows with the deltas, converted to this tensor's layout."""
         name = self.name
-        if self.place is not None:
+        if self.index is not None:
             name = self.layout.places[name][0]
-            first, last = self.place, self.place + 1
-        parameters = {each: self.layout.skeleton.get_parameter(each) for each in self.changes}
+            first, last = self.index, self.index + 1
+        parameters = {each: self.layout.skeleton.get_parameter(each) for each in self.deltas}
         values = {}
-        for each, change in self.changes.items():
-            end = len(parameters[each]) if self.is_whole and self.place is None else last
+        for each, delta in self.deltas.items():
+            end = len(parameters[each]) if self.is_whole and self.index is None else last
             rows = torch.zeros_like(parameters[each][first:end], dtype=torch.float32, device="cpu")
-            values[each] = change.add_to(rows, first, end) if change else rows
+            values[each] = delta.add_to(rows, first, end) if delta else rows
         return weight.add_(self.layout.revert(values)[name])
 
 
 def attach_adapter(skeleton: PreTrainedModel, adapter: Path) -> PeftModel:
-    """The skeleton with the adapter, its tensors in float32. Raises UserError when they do not fit each other.
+    """Return the skeleton with the adapter of a folder, whose tensors are in float32.
 
-    The base's parameters become single numbers that look like tensors of the right shape: on the meta device PEFT
-    would move the adapter there, too.
+    Raise UserError when they do not fit each other, or the adapter holds numbers that are not finite.
     """
     config = read_adapter_config(adapter)
-    for module in skeleton.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            number = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
-            module.register_parameter(name, nn.Parameter(number, requires_grad=False))
+    fill_with_placeholders(skeleton)
     file = adapter / SAFETENSORS_WEIGHTS_NAME
     try:
         model = PeftModelForCausalLM(skeleton, config, ADAPTER, low_cpu_mem_usage=True)
@@ -152,7 +154,19 @@ def attach_adapter(skeleton: PreTrainedModel, adapter: Path) -> PeftModel:
     return model
 
 
+def fill_with_placeholders(skeleton: PreTrainedModel) -> None:
+    """Make each parameter a single number that looks like a tensor of the right shape.
+
+    On the meta device PEFT would move the adapter there, too.
+    """
+    for module in skeleton.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            placeholder = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
+            module.register_parameter(name, nn.Parameter(placeholder, requires_grad=False))
+
+
 def read_adapter_config(adapter: Path) -> LoraConfig:
+    """Return PEFT's config of the adapter in a folder. Raise UserError for one that cannot be merged."""
     try:
         config = PeftConfig.from_pretrained(str(adapter))
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -170,11 +184,12 @@ def read_adapter_config(adapter: Path) -> LoraConfig:
 
 
 def list_adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return the tensors that the adapter's file has to hold, by name."""
     return get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
 
 
 def find_difference(file: Path, expected: dict[str, tuple[int, ...]]) -> str | None:
-    """A sentence about the first tensor of the file that is not as this base needs it."""
+    """Return a sentence about the first tensor of the file that is not as this base needs it, or None."""
     found = {name: tuple(tensor["shape"]) for name, tensor in read_header(file).items()}
     fix = "give the base that the adapter was trained on."
     for name, shape in found.items():
@@ -188,7 +203,7 @@ def find_difference(file: Path, expected: dict[str, tuple[int, ...]]) -> str | N
 
 
 def list_replaced(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The parameters that come with the adapter as they are: of modules_to_save, and biases that were trained."""
+    """Return the parameters that the adapter replaces, by name: trained biases, and those of `modules_to_save`."""
     replaced = {}
     for name, parameter in model.get_base_model().named_parameters(remove_duplicate=False):
         path, is_saved, own = name.rpartition(f".modules_to_save.{ADAPTER}")
@@ -201,11 +216,12 @@ def list_replaced(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def is_placeholder(parameter: torch.Tensor) -> bool:
+    """Tell whether a parameter is one number that only looks like a tensor."""
     return not any(parameter.stride())
 
 
 def list_deltas(model: PeftModel) -> Iterator[tuple[str, WeightDelta]]:
-    """The changed parameters, by the names that they have in the base. Raises UserError for what cannot be merged."""
+    """Yield each delta with the name of its parameter in the base. Raise UserError for one that cannot be merged."""
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, TrainableTokensWrapper):
             raise UserError(f"The adapter trains single tokens of {name}, which cannot be merged here: use PEFT.")
@@ -225,6 +241,7 @@ def list_deltas(model: PeftModel) -> Iterator[tuple[str, WeightDelta]]:
 
 
 def read_delta(name: str, layer: LoraLayer) -> WeightDelta:
+    """Return the delta of a layer's adapter. `name` is the layer's. Raise UserError for one that cannot be merged."""
     variant = layer.lora_variant.get(ADAPTER)
     if variant is not None:
         kind = getattr(variant, "__name__", type(variant).__name__)

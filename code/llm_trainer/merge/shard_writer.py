@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the merged tensors as .safetensors files, a few rows at a time, and goes on where an earlier process ended.
+"""Writing of merged tensors as .safetensors files, a few rows at a time, from where an earlier process ended.
 
-Blocks of rows are read, summed in float32, rounded once and written to their places by several threads, so that
-memory depends on neither the model nor a shard.
+Several threads read blocks of rows, sum them in float32, round them once and write them to their places. Memory
+therefore depends neither on the model's size nor on a shard's.
 """
 
 import json
@@ -20,26 +20,28 @@ from typing import Any
 
 import torch
 
+from llm_trainer.common import log
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.files import rename_durably, write_text
 from llm_trainer.common.units import GIB, show_bytes
 from llm_trainer.merge.base_tensors import CODES, BaseTensor, count_rows
 from llm_trainer.merge.lora_deltas import WeightDelta
 
-UNFINISHED = ".llm-trainer-merge"  # in the output folder: finished shards until all are, and what they are made from
+# In the output folder. It holds finished shards until all of them are, and the record of their origin.
+UNFINISHED = ".llm-trainer-merge"
 RECORD = "made_from.json"
 BLOCK_NUMBERS = 2**20
 MAX_THREADS = 8  # more do not write faster, and each holds some blocks
 
 
 class Scratch(threading.local):
-    """A thread's float32 numbers, used again for every block: fresh memory costs as much time as the sum itself."""
+    """A thread's float32 numbers, used again for every block. Fresh memory costs as much time as the sum itself."""
 
     def __init__(self) -> None:
         self.numbers = torch.empty(0)
 
     def hold(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows in float32, until the thread's next call."""
+        """Return the rows in float32. They are good until the thread's next call."""
         if rows.numel() > BLOCK_NUMBERS:
             return rows.float()
         if rows.numel() > self.numbers.numel():
@@ -52,58 +54,68 @@ scratch = Scratch()
 
 @dataclass(frozen=True, eq=False)
 class MergedTensor:
-    """A tensor of the result."""
+    """A tensor of the result: the base's, with a delta where the adapter changes it."""
 
     name: str
     dtype: torch.dtype
     source: BaseTensor
-    change: WeightDelta | None
+    delta: WeightDelta | None
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor."""
         return self.source.shape
 
     @property
     def num_bytes(self) -> int:
+        """The size of the tensor's numbers in the file, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def list_blocks(self) -> Iterator[tuple[int, int]]:
-        """The first row, and the one after the last, of what is merged at a time."""
+        """Yield the first row, and the one after the last, of each block that is merged at a time."""
         rows = count_rows(self.shape)
         numbers = math.prod(self.shape[1:])
-        is_whole = self.source.is_whole or (self.change is not None and self.change.is_whole)
+        is_whole = self.source.is_whole or (self.delta is not None and self.delta.is_whole)
         step = rows if is_whole else max(1, BLOCK_NUMBERS // max(1, numbers))
         for first in range(0, rows, max(1, step)):
             yield first, min(first + step, rows)
 
     @torch.no_grad()
     def merge(self, first: int, last: int) -> torch.Tensor:
+        """Return the rows `first` to before `last` of the result."""
         rows = self.source.read(first, last)
-        if self.change is None:
+        if self.delta is None:
             return rows.to(self.dtype).contiguous()
-        changed = self.change.add_to(scratch.hold(rows), first, last)
+        changed = self.delta.add_to(scratch.hold(rows), first, last)
         return rows.copy_(changed) if rows.dtype == self.dtype else changed.to(self.dtype).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
 class MergedShard:
+    """A file of the result."""
+
     file_name: str
     tensors: list[MergedTensor]
 
     @property
     def num_bytes(self) -> int:
-        return len(self.header()) + sum(tensor.num_bytes for tensor in self.tensors)
+        """The size of the file, in bytes."""
+        return len(self.build_header()) + sum(tensor.num_bytes for tensor in self.tensors)
 
-    def places(self) -> Iterator[tuple[MergedTensor, int]]:
-        """Each tensor with its first byte's offset behind the header; wider numbers first, so that all are aligned."""
+    def list_places(self) -> Iterator[tuple[MergedTensor, int]]:
+        """Yield each tensor with the offset of its first byte behind the header.
+
+        Tensors of wider numbers come first, which aligns all of them.
+        """
         offset = 0
         for tensor in sorted(self.tensors, key=lambda each: -each.dtype.itemsize):
             yield tensor, offset
             offset += tensor.num_bytes
 
-    def header(self) -> bytes:
+    def build_header(self) -> bytes:
+        """Return the file's header: its length in 8 bytes, and a JSON text (the safetensors format)."""
         described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        for tensor, offset in self.places():
+        for tensor, offset in self.list_places():
             described[tensor.name] = {
                 "dtype": CODES[tensor.dtype],
                 "shape": list(tensor.shape),
@@ -114,13 +126,13 @@ class MergedShard:
         return len(text).to_bytes(8, "little") + text
 
     def write(self, part: Path, pool: ThreadPoolExecutor) -> None:
-        """Raises OSError where the disk is full."""
-        header = self.header()
+        """Write the file with the pool's threads. Raise OSError where the disk is full."""
+        header = self.build_header()
         with part.open("wb", buffering=0) as stream:
             write_at(stream.fileno(), header, 0)
             written = [
                 pool.submit(write_block, stream.fileno(), tensor, first, last, len(header) + offset)
-                for tensor, offset in self.places()
+                for tensor, offset in self.list_places()
                 for first, last in tensor.list_blocks()
             ]
             try:
@@ -133,12 +145,14 @@ class MergedShard:
 
 
 def write_block(stream: int, tensor: MergedTensor, first: int, last: int, offset: int) -> None:
+    """Merge the rows `first` to before `last`, and write them. `offset` is the tensor's first byte in the file."""
     block = tensor.merge(first, last)
     row_bytes = tensor.num_bytes // max(1, count_rows(tensor.shape))
     write_at(stream, block.view(-1).view(torch.uint8).numpy().data, offset + first * row_bytes)
 
 
 def write_at(stream: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of the data from an offset of the file on. `stream` is a file descriptor."""
     unwritten = memoryview(data)
     while unwritten:
         count = os.pwrite(stream, unwritten, offset)
@@ -147,7 +161,7 @@ def write_at(stream: int, data: bytes | memoryview, offset: int) -> None:
 
 @contextmanager
 def start_threads() -> Iterator[ThreadPoolExecutor]:
-    """As many as there are cores; each computes alone, since together they would wait for each other."""
+    """Start as many threads as there are cores. Each computes alone in torch, as together they would wait."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -158,7 +172,10 @@ def start_threads() -> Iterator[ThreadPoolExecutor]:
 
 
 def claim_output(output: Path, made_from: dict[str, Any]) -> None:
-    """Note in the output folder what the shards are made from, or check that those there are made from the same."""
+    """Note in the output folder what the shards are made from.
+
+    Raise UserError for a folder with other files, or with shards that are made from something else.
+    """
     record = output / UNFINISHED / RECORD
     others = [path.name for path in output.iterdir() if path.name != UNFINISHED] if output.is_dir() else []
     if not record.is_file():
@@ -179,16 +196,19 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
 
 
 def find_finished(output: Path, shards: list[MergedShard]) -> list[str]:
-    """The names of the shards that an earlier process wrote whole."""
+    """Return the names of the shards that an earlier process wrote whole."""
     names = [shard.file_name for shard in shards]
     return [name for name in names if (output / UNFINISHED / name).is_file() or (output / name).is_file()]
 
 
 def write_shards(output: Path, shards: list[MergedShard]) -> None:
-    """Write those that are not there yet into the folder of the unfinished, a line of the log each."""
+    """Write the shards that are not there yet into the folder of the unfinished, and log a line for each.
+
+    Raise OSError where the disk is full.
+    """
     finished = find_finished(output, shards)
     if finished:
-        print(f"Merge: {len(finished)} of {len(shards)} shards were merged before", flush=True)
+        log.info(f"Merge: {len(finished)} of {len(shards)} shards were merged before")
     waiting = [shard for shard in shards if shard.file_name not in finished]
     left_bytes, done_bytes, started = sum(shard.num_bytes for shard in waiting), 0, time.monotonic()
     with start_threads() as pool, ThreadPoolExecutor(1) as disk:
@@ -200,10 +220,9 @@ def write_shards(output: Path, shards: list[MergedShard]) -> None:
             done_bytes += shard.num_bytes
             seconds = max(time.monotonic() - started, 1e-3)
             wait = (left_bytes - done_bytes) * seconds / done_bytes
-            print(
+            log.info(
                 f"Merge: shard {number} of {len(shards)}, {show_bytes(shard.num_bytes)}; "
-                f"{done_bytes / GIB / seconds:.2f} GiB/s, {wait:.0f} s to go",
-                flush=True,
+                f"{done_bytes / GIB / seconds:.2f} GiB/s, {wait:.0f} s to go"
             )
         for shard_on_disk in settled:
             shard_on_disk.result()
@@ -218,4 +237,5 @@ def publish_shards(output: Path, shards: list[MergedShard]) -> None:
 
 
 def remove_record(output: Path) -> None:
+    """Remove the record of an unfinished merge, once the merge is whole."""
     shutil.rmtree(output / UNFINISHED)

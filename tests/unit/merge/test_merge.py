@@ -27,6 +27,7 @@ from transformers import (
 from llm_trainer.common.errors import UserError
 from llm_trainer.merge import merge as merge_module
 from llm_trainer.merge.merge import write_merged_model
+from llm_trainer.merge.plan import MergeRequest
 from llm_trainer.merge.shard_writer import UNFINISHED
 from support.tiny_gpt_oss import build_tiny_gpt_oss
 
@@ -85,7 +86,7 @@ def merge_whole(base: Path, adapter: Path, **options: Any) -> PreTrainedModel:
 
 
 def run_merge(base: Path, adapter: Path, output: Path, **options: Any) -> dict[str, Any]:
-    return write_merged_model(base, adapter, output, AutoConfig.from_pretrained(base), **options)
+    return write_merged_model(MergeRequest(base, adapter, AutoConfig.from_pretrained(base), **options), output)
 
 
 def compute_logits(model: PreTrainedModel) -> torch.Tensor:
@@ -340,4 +341,5 @@ def test_base_in_another_quantization_is_refused(tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(base)
     config.quantization_config = {"quant_method": "gptq"}
     with pytest.raises(UserError, match="stored in gptq"):
-        write_merged_model(base, make_adapter(tmp_path / "adapter", base, **LINEAR), tmp_path / "merged", config)
+        adapter = make_adapter(tmp_path / "adapter", base, **LINEAR)
+        write_merged_model(MergeRequest(base, adapter, config), tmp_path / "merged")

@@ -58,7 +58,7 @@ def test_shards_hold_the_sums_in_their_own_type_whatever_the_blocks(tmp_path, sh
 
 
 def test_wider_numbers_come_first_so_that_all_are_aligned(shards):
-    assert [(tensor.name, offset) for tensor, offset in shards[0].places()] == [("vector", 0), ("matrix", 12)]
+    assert [(tensor.name, offset) for tensor, offset in shards[0].list_places()] == [("vector", 0), ("matrix", 12)]
 
 
 def test_what_an_earlier_process_finished_is_not_written_again(tmp_path, shards, capsys):
