@@ -68,7 +68,7 @@ def test_a_layer_leaves_activations_and_its_backward_pass_takes_them_away(shape)
 
 def test_recomputed_layers_leave_nothing_but_what_they_begin_with(shape):
     kept, recomputed = (
-        trace_step(shape, replace(STEP, recompute_activations=checkpoints)) for checkpoints in (False, True)
+        trace_step(shape, replace(STEP, recompute_activations=recomputes)) for recomputes in (False, True)
     )
     assert recomputed.forward[1].net == HIDDEN_BYTES < kept.forward[1].net
     assert recomputed.backward[1].peak > kept.backward[1].peak
