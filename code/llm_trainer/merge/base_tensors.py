@@ -69,7 +69,7 @@ class BaseTensor(Protocol):
 
     @property
     def is_whole(self) -> bool:
-        """Whether rows cannot be read apart from the others."""
+        """True where rows cannot be read apart from the others."""
 
     def read(self, first: int, last: int) -> torch.Tensor:
         """Return a copy of the rows `first` to before `last`, along the first axis."""
@@ -167,7 +167,7 @@ class BitsAndBytesTensor:
 
     @property
     def is_4bit(self) -> bool:
-        """Whether it is stored in 4 bit rather than in 8."""
+        """True where it is stored in 4 bit rather than in 8."""
         return BNB_8BIT_SCALES not in self.statistics
 
     @property

@@ -36,11 +36,11 @@ BASE_CHANGING_STARTS = (*MOVING_STARTS, "corda", "lora_ga")
 
 
 class WeightDelta(Protocol):
-    """What is added to a parameter, or to a tensor of the checkpoint."""
+    """Numbers that are added to a parameter, or to a tensor of the checkpoint."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether rows cannot be changed apart from the others."""
+        """True where rows cannot be changed apart from the others."""
 
     def add_to(self, weight: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """Return the float32 rows `first` to before `last` with the delta. It may be added in place."""

@@ -26,7 +26,7 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class MergeRequest:
-    """What is merged, and how."""
+    """Base and adapter of a merge, and its options."""
 
     base: Path  # folder
     adapter: Path  # folder

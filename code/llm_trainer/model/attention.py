@@ -43,7 +43,7 @@ SMALLEST_FLEX_HEAD = 16
 
 @dataclass(frozen=True)
 class AttentionNeeds:
-    """What a model asks of an attention kernel."""
+    """Demands of a model on an attention kernel."""
 
     model: str  # name of its class
     supported: frozenset[str]  # kernels that its class declares it can call

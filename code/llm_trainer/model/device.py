@@ -19,7 +19,7 @@ class Device:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether this is an NVIDIA GPU."""
+        """True for an NVIDIA GPU."""
         return self.capability is not None
 
     def __str__(self) -> str:

@@ -82,8 +82,8 @@ def find_known_types(device: Device) -> frozenset[str] | None:
 def apply_liger(model: PreTrainedModel, options: dict[str, Any]) -> None:
     """Give this model Liger's kernels, and no other model. `options` are keywords of Liger's function for its type.
 
-    Liger also replaces names in the model's module. Classes there serve models that are built later, such as those of
-    the merge on a CPU, where Triton does not run: they are put back. Functions are shared by all models: they choose by
+    Liger also replaces names in the model's module. Classes there serve models that are built later, such as the
+    merge's on a CPU, where Triton does not run: they are put back. Functions are shared by all models: they choose by
     the device of their input. Transformers' own `use_liger_kernel` does neither, and TRL's warns that it is deprecated.
     """
     from liger_kernel.transformers import _apply_liger_kernel_to_instance

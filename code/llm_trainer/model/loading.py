@@ -31,7 +31,7 @@ UNKNOWN_TYPE = re.compile(r"model type `(.+?)` but Transformers does not recogni
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How the base's weights are loaded, and which attention kernel computes with them."""
+    """Options of loading the base: its number type, its quantization, and the attention kernel."""
 
     weights_dtype: torch.dtype
     attention: str  # the kernel, by Transformers' name

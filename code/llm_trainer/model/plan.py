@@ -36,7 +36,7 @@ class PlanSettings:
 
 @dataclass(frozen=True, eq=False)
 class ModelPlan:
-    """How the model of a folder is loaded and computed."""
+    """Decisions on how the model of a folder is loaded and computed."""
 
     folder: str
     config: PreTrainedConfig
@@ -50,7 +50,7 @@ class ModelPlan:
 
     @property
     def load_options(self) -> LoadOptions:
-        """How the base is loaded to be trained."""
+        """Options to load the base for training."""
         return LoadOptions(self.precision.weights, self.attention.name, self.quantization)
 
 

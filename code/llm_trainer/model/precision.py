@@ -74,7 +74,7 @@ def check_dtype(name: str, device: Device) -> None:
 
 
 def find_stored_dtype(folder: str, config: PreTrainedConfig) -> torch.dtype | None:
-    """Return the type of a checkpoint's numbers: the one that its config states, else that of most of its weights."""
+    """Return the type of a checkpoint's numbers: the one its config states, or else the type of most weights."""
     stated = config.get_text_config().dtype or config.dtype
     if stated is not None:
         return stated

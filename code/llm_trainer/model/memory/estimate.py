@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory that training takes on each device, in named parts: the model's shape, and a step of it, in bytes."""
+"""The memory that training takes on each device, in named parts, from the model's shape and a traced step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from llm_trainer.common.units import GIB, MIB
 from llm_trainer.model.memory.shape import ModelShape, Part
 from llm_trainer.model.memory.step_trace import Span, Step, StepTrace, trace_step
 
-# cuBLAS' workspace as torch asks for it on Hopper (aten/src/ATen/cuda/CUDABlas.cpp), the largest of all.
+# The workspace that torch gives cuBLAS on Hopper, the largest of all GPUs (aten/src/ATen/cuda/CUDABlas.cpp).
 CUBLAS_WORKSPACE_BYTES = 32 * MIB
-# Of a process, beside what torch allocates: CUDA's context with the kernels that are loaded, and NCCL's channels.
+# A process takes these beside what torch allocates: CUDA's context with the loaded kernels, and NCCL's channels.
 CONTEXT_BYTES = 600 * MIB
 NCCL_BYTES = 400 * MIB
-# What lies unused between blocks of torch's allocator at the peak.
+# This share lies unused between blocks of torch's allocator at the peak.
 FRAGMENTED_SHARE = 0.04
-# What glibc's malloc holds beside the tensors that are alive: measured, from 0.27 to 0.6 (bench/memory.py).
+# glibc's malloc holds this share beside the tensors that are alive. Measured were 0.27 to 0.6 (bench/memory.py).
 MALLOC_SHARE = 0.3
-# Numbers that an optimizer keeps of a weight, in bytes; those not listed keep two of the weight's own type.
+# Bytes that an optimizer keeps for each trained weight. Those not listed keep two numbers of the weight's own type.
 STATE_BYTES = {"adamw_torch_4bit": 1, "sgd": 0, "lomo": 0, "adalomo": 0}
 SINGLE_STATE = ("lion", "rmsprop", "adagrad", "schedule_free_sgd")
 TRIPLE_STATE = ("ademamix",)
@@ -28,36 +28,38 @@ TRIPLE_STATE = ("ademamix",)
 
 @dataclass(frozen=True)
 class Setup:
-    """How a step is spread over devices, and what updates the weights after it."""
+    """Setting of a step: its devices, and the optimizer that updates the weights after it."""
 
     step: Step
     world_size: int
     optimizer: str  # one of transformers' OptimizerNames
-    accumulates: bool  # gradients are there when a step begins
+    accumulates: bool  # whether gradients of earlier batches are there when a step begins
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What each device holds at the peak of a step."""
+    """Memory that each device holds at the peak of a step."""
 
     parts: dict[str, int]  # name -> bytes that torch allocates
     fixed: dict[str, int]  # what a process takes beside them
-    host_bytes: int  # of activations that wait in the host's memory, a device's share
+    host_bytes: int  # activations of a device that wait in the host's memory
 
     @property
     def peak_bytes(self) -> int:
-        """What torch allocates at the peak."""
+        """The bytes that torch allocates at the peak."""
         return sum(self.parts.values())
 
     @property
     def total_bytes(self) -> int:
+        """The bytes that the process takes at the peak."""
         return self.peak_bytes + sum(self.fixed.values())
 
     def describe(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Return the estimate as values of JSON."""
         return {"peak_bytes": self.peak_bytes, "total_bytes": self.total_bytes, "parts": {**self.parts, **self.fixed}}
 
     def as_table(self) -> Iterator[str]:
+        """Yield lines for the log: the parts of at least 1 MiB, and their sum."""
         for name, size in {**self.parts, **self.fixed}.items():
             if size >= MIB:
                 yield f"  {name:22} {size / GIB:8.2f} GiB"
@@ -65,49 +67,61 @@ class Estimate:
 
 
 def estimate_memory(shape: ModelShape, setup: Setup) -> Estimate:
-    """What a device needs for a step and the update after it."""
-    trace = trace_step(shape, setup.step)
-    shards = setup.world_size if setup.step.sharded else 1
-    weights = {
+    """Return what a device needs for a step and the update after it. Raise UnknownShapeError."""
+    step = setup.step
+    trace = trace_step(shape, step)
+    shards = setup.world_size if step.sharded else 1
+    gradients, activations, working = find_step_or_update_peak(shape, trace, setup)
+    is_replicated = setup.world_size > 1 and not step.sharded
+    parts = {
         "base weights": sum(count_stored_bytes(part, shards) for part in shape.parts if part.role != "adapter"),
         "adapter": sum(count_stored_bytes(part, shards) for part in shape.parts if part.role == "adapter"),
-        "gathered weights": count_gathered_weights(shape, setup.step) if setup.step.sharded else 0,
-    }
-    optimizer = count_optimizer_states(shape, setup.optimizer) // shards
-    gradients, activations, working = find_peak(shape, trace, shards, setup.accumulates)
-    update = shape.trained_bytes // shards  # at the update there are all gradients, and nothing of the step
-    scratch = update if setup.optimizer == "adamw_torch" else 0  # the plain one computes all updates before any is made
-    if gradients + activations + working < update + scratch:
-        gradients, activations, working = update, 0, scratch
-    is_replicated = setup.world_size > 1 and not setup.step.sharded
-    parts = {
-        **weights,
+        "gathered weights": count_gathered_weights(shape, step) if step.sharded else 0,
         "gradients": gradients,
-        "optimizer": optimizer,
+        "optimizer": count_optimizer_states(shape, setup.optimizer) // shards,
         "DDP's buckets": shape.trained_bytes if is_replicated else 0,
         "activations": activations,
         "working memory": working,
-        "cuBLAS": CUBLAS_WORKSPACE_BYTES if setup.step.on_gpu else 0,
+        "cuBLAS": CUBLAS_WORKSPACE_BYTES if step.on_gpu else 0,
     }
-    peak = sum(parts.values())
-    fixed = {
-        "fragments": round(FRAGMENTED_SHARE * peak),
+    host_bytes = sum(trace.offloaded[kind] for kind in shape.kinds)
+    return Estimate(parts, count_process_bytes(setup, sum(parts.values())), host_bytes)
+
+
+def count_process_bytes(setup: Setup, peak_bytes: int) -> dict[str, int]:
+    """Return the bytes that a process takes beside the peak of torch's allocations, by name."""
+    if not setup.step.on_gpu:
+        return {"malloc": round(MALLOC_SHARE * peak_bytes)}
+    return {
+        "fragments": round(FRAGMENTED_SHARE * peak_bytes),
         "CUDA": CONTEXT_BYTES,
         "NCCL": NCCL_BYTES if setup.world_size > 1 else 0,
     }
-    host_bytes = sum(trace.offloaded[kind] for kind in shape.kinds)
-    return Estimate(parts, fixed if setup.step.on_gpu else {"malloc": round(MALLOC_SHARE * peak)}, host_bytes)
+
+
+def find_step_or_update_peak(shape: ModelShape, trace: StepTrace, setup: Setup) -> tuple[int, int, int]:
+    """Return the bytes of gradients, activations and working memory at the peak of the step or of the update after it.
+
+    At the update all gradients are there, and nothing else of the step.
+    """
+    shards = setup.world_size if setup.step.sharded else 1
+    peak = find_peak(shape, trace, shards, setup.accumulates)
+    gradients = shape.trained_bytes // shards
+    # The plain AdamW computes all updates before it makes any.
+    updates = gradients if setup.optimizer == "adamw_torch" else 0
+    return (gradients, 0, updates) if sum(peak) < gradients + updates else peak
 
 
 def count_stored_bytes(part: Part, shards: int) -> int:
-    """A device's part of some weights; the scales of quantized ones are no parameters, and stay whole."""
+    """Return the bytes of a device's shard of a part. Scales of quantized weights are no parameters, and stay whole."""
     return -(-part.data_bytes // shards) + part.scales_bytes
 
 
 def count_gathered_weights(shape: ModelShape, step: Step) -> int:
-    """Weights that FSDP2 has gathered at once: a layer, the next one, and the last module with what is in no layer.
+    """Return the bytes of weights that FSDP2 has gathered at once.
 
-    The output layer stays from the forward to the backward pass (accelerate's fsdp2_prepare_model).
+    These are a layer, the next layer, and the module that holds what is in no layer. The output layer is part of that
+    and stays gathered from the forward to the backward pass (accelerate's fsdp2_prepare_model).
     """
     layers = sorted(count_gathered_bytes(layer, step.compute_dtype) for layer in shape.list_layers())
     return sum(layers[-2:]) + count_gathered_bytes(
@@ -116,14 +130,14 @@ def count_gathered_weights(shape: ModelShape, step: Step) -> int:
 
 
 def count_gathered_bytes(parts: list[Part], compute_dtype: torch.dtype) -> int:
-    """Weights as FSDP2 gathers them: in the type of the computation where they are not quantized."""
+    """Return the bytes of parts that FSDP2 gathers: in the type of the computation, unless they are quantized."""
     return sum(part.data_bytes if part.scales_bytes else part.num_weights * compute_dtype.itemsize for part in parts)
 
 
 def count_optimizer_states(shape: ModelShape, optimizer: str) -> int:
-    """The optimizer's states; those of a paged one lie in the host's memory when there is no room."""
+    """Return the bytes of an optimizer's states for all trained weights, by the optimizer's name in Transformers."""
     if optimizer.startswith("paged_"):
-        return 0
+        return 0  # they lie in the host's memory when there is no room
     if optimizer == "adafactor" or optimizer == "galore_adafactor":
         return sum(part.factored_bytes for part in shape.parts)
     copies = 1 if optimizer.startswith(SINGLE_STATE) else 3 if optimizer.startswith(TRIPLE_STATE) else 2
@@ -135,16 +149,16 @@ def count_optimizer_states(shape: ModelShape, optimizer: str) -> int:
 
 
 def find_peak(shape: ModelShape, trace: StepTrace, shards: int, accumulates: bool) -> tuple[int, int, int]:
-    """(gradients, activations, working memory) at the moment of a step at which they are most.
+    """Return the bytes of gradients, activations and working memory at the moment of a step when their sum is largest.
 
-    The trace's layers stand for all layers of their kind. What a span leaves behind in its backward pass includes its
-    gradients, of which a device keeps a shard; where gradients accumulate, they are all there from the beginning.
+    The trace's layers stand for all layers of their kind. A backward span leaves its gradients behind, and a device
+    keeps one shard of them. Where gradients accumulate, all of them are there from the beginning.
     """
     layer_gradients = [sum(part.trained_bytes for part in layer) for layer in shape.list_layers()]
     passes: list[tuple[Span, int]] = [(trace.embedding, 0)]
     passes += [(trace.forward[kind], 0) for kind in shape.kinds]
     passes += [(trace.head, max(0, trace.head.net))]
-    passes += [(trace.backward[kind], layer_gradients[number]) for number, kind in enumerate(shape.kinds)][::-1]
+    passes += [(trace.backward[kind], layer_gradients[index]) for index, kind in enumerate(shape.kinds)][::-1]
     passes += [(trace.end, max(0, trace.end.net))]
     gradients = shape.trained_bytes // shards if accumulates else 0
     held = 0

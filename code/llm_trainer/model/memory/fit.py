@@ -47,17 +47,17 @@ class MemoryPlan:
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP shards the model."""
+        """True where FSDP shards the model."""
         return self.parallelism.sharded
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Whether activations are computed again in the backward pass."""
+        """True where activations are computed again in the backward pass."""
         return self.parallelism.recompute_activations
 
     @property
     def activation_offloading(self) -> bool:
-        """Whether activations wait in the host's memory."""
+        """True where activations wait in the host's memory."""
         return self.parallelism.offload_activations
 
     def describe(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a device could train at most: what a token costs, and what GPUs compute; for the model FLOPs utilization.
+"""The speed that a device could train at most: the operations of a token, and the peaks of GPUs.
 
-MFU (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) is the tokens a second that are trained on over those that the
-device's peak would allow. What is computed a second time for the sake of memory does not count.
+The model FLOPs utilization (MFU) is the trained tokens a second over those that the device's peak would allow.
+Operations that are repeated for the sake of memory do not count (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
 """
 
 import re
@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from llm_trainer.model.device import Device
 from llm_trainer.model.memory.shape import ModelShape
 
-# Dense 16-bit tensor FLOPS with float32 sums, of NVIDIA's data sheets; the names are those that CUDA tells.
+# Dense 16-bit tensor operations a second with float32 sums, by NVIDIA's data sheets, for the names that CUDA reports.
 PEAK_FLOPS = {
     r"Tesla T4": 65e12,
     r"Tesla V100-SXM2-\d+GB": 125e12,
@@ -28,35 +28,42 @@ PEAK_FLOPS = {
     r"NVIDIA B300.*": 2250e12,
     r"NVIDIA GB200": 2500e12,
 }
-NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # as configs name it
+NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # configs differ in the name
 
 
 def find_peak_tokens_per_second(
     shape: ModelShape | None, config: PreTrainedConfig, device: Device, row_tokens: float
 ) -> float | None:
-    """Tokens a second at which the device would compute at its peak; None where the model or the device is unknown."""
+    """Return the tokens a second at the device's peak, or None where the model or the device is not known.
+
+    `row_tokens` is the length of the row that a token stands in (`measure_row_tokens`).
+    """
     peak = find_peak_flops(device)
     needed = count_flops(shape, config, row_tokens) if shape and peak else None
     return peak / needed if peak and needed else None
 
 
 def find_peak_flops(device: Device) -> float | None:
-    """A second, in 16 bit; None for a device that is not in the table, such as a CPU or a part of a GPU."""
+    """Return a device's 16-bit operations a second. None: it is not in the table."""
     return next((flops for name, flops in PEAK_FLOPS.items() if re.fullmatch(name, device.name)), None)
 
 
 def measure_row_tokens(lengths: Mapping[int, int], max_length: int | None) -> float:
-    """Tokens of the row that a token stands in, on average over the tokens; `lengths` counts rows of each length."""
+    """Return the length in tokens of the row that a token stands in, on average over all tokens.
+
+    `lengths` counts the rows of each length. Rows are cut to `max_length`.
+    """
     cut = [(min(length, max_length or length), rows) for length, rows in lengths.items()]
     return sum(rows * length**2 for length, rows in cut) / max(1, sum(rows * length for length, rows in cut))
 
 
 def count_flops(shape: ModelShape, config: PreTrainedConfig, row_tokens: float) -> float | None:
-    """Floating-point operations that training takes a token, forward and backward, in a row of so many tokens.
+    """Return the floating-point operations of a token, forward and backward, in a row of so many tokens.
 
-    A weight that is multiplied with takes two in the forward pass, two for the gradient of its input, and two for its
-    own gradient: 6 where it is trained, 4 where it is frozen below an adapter. Looked-up embeddings take none; of
-    experts those count that a token goes to. None where a mixture's config does not tell how many these are.
+    A weight of a matrix product takes two operations in the forward pass. The gradient of its input takes two, and its
+    own gradient two more. That is 6 where it is trained, and 4 where it is frozen below an adapter. Embeddings are
+    looked up and take none. Only those experts count that a token goes to. None comes back where the config does not
+    tell how many these are. Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
     text_config = config.get_text_config()
     experts_share = find_experts_share(text_config)
@@ -74,9 +81,10 @@ def count_flops(shape: ModelShape, config: PreTrainedConfig, row_tokens: float) 
 
 
 def count_attention(config: PreTrainedConfig, row_tokens: float) -> float:
-    """12 a layer, head, number of a head and token of the row, as in the paper: not halved for what a mask hides.
+    """Return the operations of attention for a token: 12 x layers x heads x head size x tokens of the row.
 
-    Layers that see a window count that, and layers without attention nothing.
+    That is the paper's formula, which is not halved for what a causal mask hides. Layers with a window count the
+    window, and layers without attention count nothing.
     """
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     seen = {
@@ -89,7 +97,7 @@ def count_attention(config: PreTrainedConfig, row_tokens: float) -> float:
 
 
 def find_experts_share(config: PreTrainedConfig) -> float | None:
-    """The share of its experts that each token goes to."""
-    total = next((number for name in NUM_EXPERTS if (number := getattr(config, name, None))), None)
+    """Return the share of its experts that each token goes to, or None where the config does not tell it."""
+    total = next((count for name in NUM_EXPERTS if (count := getattr(config, name, None))), None)
     chosen = getattr(config, "num_experts_per_tok", None)
     return chosen / total if chosen and total else None

@@ -49,7 +49,7 @@ class MemorySettings:
 
     @property
     def can_shard(self) -> bool:
-        """Whether FSDP can shard a base that is loaded so, with an adapter that begins so."""
+        """True where FSDP can shard a base that is loaded so, with an adapter that begins so."""
         return supports_fsdp(self.model, self.adapter)
 
 
@@ -63,7 +63,7 @@ class Target:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the devices are GPUs."""
+        """True where the devices are GPUs."""
         return self.device.is_gpu
 
     @property
@@ -74,7 +74,7 @@ class Target:
 
 @dataclass(frozen=True)
 class ParallelismPlan:
-    """How a model is spread over devices, and how less of a step is held in their memory."""
+    """Way in which a model is spread over devices, and less of a step is held in their memory."""
 
     sharded: bool
     recompute_activations: bool
@@ -155,7 +155,7 @@ class MemoryScenario:
 
     @property
     def has_mask(self) -> bool:
-        """Whether the kernel reads a mask of what each token sees. Flash and flex attention read lengths instead."""
+        """True where the kernel reads a mask of what each token sees. Flash and flex attention read lengths instead."""
         reads_lengths = self.attention.startswith(("flash", "flex"))
         shares = self.settings.training.per_device_train_batch_size > 1 or bool(self.settings.data.packing)
         return shares and not reads_lengths

@@ -103,9 +103,7 @@ def read_shape(
     try:
         base = build_on_meta(copy.deepcopy(config), weights_dtype, model_settings.trust_remote_code)
         roles = dict(assign_roles(base))
-        for name in roles if quantization else ():
-            if roles[name] == "linear":  # step_trace looks for this mark, which lasts through PEFT and copies
-                base.get_submodule(name.removesuffix(".weight")).quantization = quantization
+        mark_quantized(base, roles, quantization)
         model: PreTrainedModel | PeftModel = base
         if adapter_settings.use_peft:
             model = add_adapter(base, lora.build_lora_config(model_settings, adapter_settings, base))
@@ -113,9 +111,8 @@ def read_shape(
         raise UnknownShapeError(f"it cannot be built from its config: {quote_error(error)}") from error
     text_config = base.config.get_text_config()
     layers_name = find_layer_list(model, text_config.num_hidden_layers)
-    is_nested = model_settings.bnb_4bit_use_double_quant
     return ModelShape(
-        parts=tuple(list_parts(model, layers_name, roles, quantization, is_nested)),
+        parts=tuple(list_parts(model, layers_name, roles, quantization, model_settings.bnb_4bit_use_double_quant)),
         quantization=quantization,
         weights_dtype=weights_dtype,
         is_mxfp4=find_stored_method(config) == "mxfp4",
@@ -123,6 +120,13 @@ def read_shape(
         layers_name=layers_name,
         kinds=prune_layers(model, layers_name, text_config),
     )
+
+
+def mark_quantized(base: PreTrainedModel, roles: dict[str, Role], quantization: Quantization | None) -> None:
+    """Mark the layers that bitsandbytes quantizes. step_trace reads the mark, which lasts through PEFT and copies."""
+    for name, role in roles.items() if quantization else ():
+        if role == "linear":
+            base.get_submodule(name.removesuffix(".weight")).quantization = quantization
 
 
 def choose_quantization(settings: ModelSettings) -> Quantization | None:

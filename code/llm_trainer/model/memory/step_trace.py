@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training step does to memory: the step itself, run on tensors without numbers, and every byte counted.
+"""A trace of the memory of a training step, which runs on tensors without numbers while every byte is counted.
 
-The model's own code runs, with autocast, adapters, checkpointing and TRL's loss, so that any architecture is counted as
-it is. `memory.py` says what this means on a device.
+The model's own code runs, with autocast, adapters, checkpointing and TRL's loss. Any architecture is therefore counted
+as it is. `estimate` says what this means on a device.
 """
 
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,13 +30,16 @@ from trl.trainer.utils import add_fused_lm_head
 from llm_trainer.common.errors import quote_error
 from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError
 
-FUSED = "fused"  # stands for the kernels of models that have none for sdpa
-OFFLOADED_BYTES = 1024  # TRL leaves smaller activations where they are
+FUSED = "fused"  # our attention kernel, for models that have no SDPA
+OFFLOADED_BYTES = 1024  # TRL leaves smaller activations on the device
 
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a step, in bytes: its peak above what was held when it began, and what it left behind at its end."""
+    """A stretch of a step, in bytes.
+
+    The peak is counted above what was held when it began. The net is what it left behind at its end.
+    """
 
     peak: int
     net: int
@@ -44,18 +47,18 @@ class Span:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """A step of the traced layers, one after the other, in bytes. Weights and the optimizer are not in it."""
+    """Spans of a step of the traced layers, without weights and the optimizer."""
 
     embedding: Span
     forward: tuple[Span, ...]  # of each traced layer
     head: Span  # the last norm, the output layer and the loss, forward and backward
     backward: tuple[Span, ...]  # of each traced layer, in the order of the forward pass
-    end: Span  # what of the backward pass is left below the first layer
-    offloaded: tuple[int, ...]  # of each traced layer: what lies in the host's memory until the backward pass
+    end: Span  # the backward pass below the first layer
+    offloaded: tuple[int, ...]  # bytes of each traced layer that lie in the host's memory until the backward pass
 
 
 class HeldBytes(TorchDispatchMode):
-    """Counts the storages that operations made and that are alive, in named spans."""
+    """Counter of the storages that operations made and that are alive, in named spans."""
 
     def __init__(self, known: list[torch.Tensor], first_span: Hashable) -> None:
         super().__init__()
@@ -70,19 +73,21 @@ class HeldBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                self.count(tensor.untyped_storage())
+                self.count_storage(tensor.untyped_storage())
         return out
 
-    def count(self, storage: torch.UntypedStorage) -> None:
+    def count_storage(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage as held, once, until it is freed."""
         if storage in self.seen:
             return
         size = storage.nbytes()
         self.seen[storage] = None
         self.held += size
         self.highest = max(self.highest, self.held)
-        weakref.finalize(storage, self.release, size)
+        weakref.finalize(storage, self.release_bytes, size)
 
-    def release(self, size: int) -> None:
+    def release_bytes(self, size: int) -> None:
+        """Count the bytes of a storage as freed."""
         self.held -= size
 
     def begin(self, name: Hashable) -> None:
@@ -93,7 +98,7 @@ class HeldBytes(TorchDispatchMode):
 
 
 class Offload(saved_tensors_hooks):
-    """What TRL's activation offloading leaves on the device: a saved activation is gone until it is asked for."""
+    """TRL's activation offloading as the device sees it: a saved activation is gone until it is asked for."""
 
     def __init__(self, parameters: list[torch.Tensor]) -> None:
         self.moved_bytes = 0
@@ -116,24 +121,24 @@ class Offload(saved_tensors_hooks):
 
 @dataclass(frozen=True)
 class Step:
-    """What a step is traced for: a device's batch, and how it is computed."""
+    """A step to trace: the batch of a device, and how it is computed."""
 
     num_sequences: int
     length: int  # tokens of a sequence
-    has_mask: bool  # [sequences, 1, length, length], where rows are padded or share sequences and the kernel needs one
-    stores_scores: bool  # of attention, as eager does and fused kernels do not
+    has_mask: bool  # of shape (sequences, 1, length, length), where the kernel needs one
+    stores_scores: bool  # whether attention keeps its scores, as eager does and fused kernels do not
     compute_dtype: torch.dtype
     recompute_activations: bool  # in the backward pass
     offload_activations: bool  # to the host's memory until the backward pass
-    sharded: bool  # weights come gathered in the type of the computation
+    sharded: bool  # whether weights come gathered in the type of the computation
     on_gpu: bool
 
 
 @functools.lru_cache(maxsize=32)
 def trace_step(shape: ModelShape, step: Step) -> StepTrace:
-    """Forward and backward pass of the shape's skeleton.
+    """Trace the forward and the backward pass of the shape's skeleton.
 
-    Raises UnknownShapeError where the model's code wants to know the numbers that the tensors do not have.
+    Raise UnknownShapeError where the model's code asks for the numbers that the tensors do not have.
     """
     try:
         return run_fake_step(shape, step)
@@ -142,44 +147,48 @@ def trace_step(shape: ModelShape, step: Step) -> StepTrace:
 
 
 def run_fake_step(shape: ModelShape, step: Step) -> StepTrace:
+    """Run the step on a copy of the skeleton whose tensors have no numbers, and return what was counted."""
     mode = FakeTensorMode()
     model = copy.deepcopy(shape.skeleton)
     with mode:
         make_computable(model, step)
-        layers = model.get_submodule(shape.layers_name)
         batch = build_batch(step)
+    layers = model.get_submodule(shape.layers_name)
     parameters = list(model.parameters())
     held = HeldBytes([*parameters, *model.buffers()], first_span="embedding")
     offload = Offload(parameters) if step.offload_activations else None
-    moved: list[int] = []  # when each layer begins, and when the last one ends
+    tracer = LayerTracer(held, offload, len(layers))
     with mode, held, ExitStack() as hooks:
-        for number, layer in enumerate(layers):
-            trace_layer(
-                layer, number, len(layers), held, hooks, lambda: moved.append(offload.moved_bytes if offload else 0)
-            )
+        for index, layer in enumerate(layers):
+            tracer.trace_layer(layer, index, hooks)
         hooks.enter_context(offload or nullcontext())
         hooks.enter_context(replace_kernels(step.on_gpu))
         with torch.autocast("cpu", step.compute_dtype, enabled=step.compute_dtype != torch.float32):
             output = model(**batch, fused_lm_head=True)
-        moved.append(offload.moved_bytes if offload else 0)
+        tracer.note_moved()
         loss = -output.log_probs.sum()
         del output
         loss.backward()
         held.begin("over")
         del loss
-    nothing = Span(0, 0)  # of a layer below all that is trained, which has no backward pass
+    return collect_trace(held.spans, len(layers), tracer.moved_bytes)
+
+
+def collect_trace(spans: dict[Hashable, Span], num_layers: int, moved_bytes: list[int]) -> StepTrace:
+    """Return the spans of a step as a trace. A layer below all that is trained has no backward pass."""
+    nothing = Span(0, 0)
     return StepTrace(
-        embedding=held.spans["embedding"],
-        forward=tuple(held.spans["forward", number] for number in range(len(layers))),
-        head=held.spans["head"],
-        backward=tuple(held.spans.get(("backward", number), nothing) for number in range(len(layers))),
-        end=held.spans.get("end", nothing),
-        offloaded=tuple(after - before for before, after in pairwise(moved)),
+        embedding=spans["embedding"],
+        forward=tuple(spans["forward", index] for index in range(num_layers)),
+        head=spans["head"],
+        backward=tuple(spans.get(("backward", index), nothing) for index in range(num_layers)),
+        end=spans.get("end", nothing),
+        offloaded=tuple(after - before for before, after in pairwise(moved_bytes)),
     )
 
 
 def make_computable(model: nn.Module, step: Step) -> None:
-    """Make a skeleton a model that can compute, and that trains as TRL's trainer would have it."""
+    """Make a skeleton a model that can compute, prepared as TRL's trainer prepares it."""
 
     def fill(tensor: torch.Tensor) -> torch.Tensor:
         casts = step.sharded and tensor.is_floating_point()
@@ -188,7 +197,7 @@ def make_computable(model: nn.Module, step: Step) -> None:
 
     for module in model.modules():
         if hasattr(module, "rope_type"):
-            module.rope_type = "default"  # others look at the numbers of the positions; the sizes are the same
+            module.rope_type = "default"  # other types ask for the positions' numbers; the sizes are the same
         if hasattr(module, "quantization"):
             module.forward = functools.partial(apply_quantized, module)
     model._apply(fill)
@@ -206,6 +215,7 @@ def make_computable(model: nn.Module, step: Step) -> None:
 
 
 def build_batch(step: Step) -> dict[str, torch.Tensor]:
+    """Return the model's inputs: tokens and labels (sequences, length), and a mask where the step has one."""
     tokens = torch.zeros(step.num_sequences, step.length, dtype=torch.long)
     batch = {"input_ids": tokens, "labels": tokens.clone()}
     mask_shape = step.num_sequences, 1, step.length, step.length
@@ -213,26 +223,29 @@ def build_batch(step: Step) -> dict[str, torch.Tensor]:
 
 
 class QuantizedProduct(torch.autograd.Function):
-    """What bitsandbytes' products hold: the weights unpacked, while they multiply; in 8 bit the input too."""
+    """Product with a quantized matrix, as bitsandbytes holds memory: weights unpacked, and in 8 bit the input too."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, keeps_input: bool) -> torch.Tensor:
+        """Return (..., out) for an input (..., in) and the packed matrix, whose shape is (out, in)."""
         ctx.weight, ctx.input = weight, x if keeps_input else None
         return x @ torch.empty(weight.shape, dtype=x.dtype).t()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        """Return the gradient of the input."""
         return gradient @ torch.empty(ctx.weight.shape, dtype=gradient.dtype), None, None
 
 
 class FusedAttention(torch.autograd.Function):
-    """What fused kernels hold for the backward pass: queries, keys, values, the result and its normalizers, the mask.
+    """Fused attention, which holds for the backward pass: queries, keys, values, result, normalizers and mask.
 
-    Flash attention 2 (Dao 2023, arXiv:2307.08691); torch's kernels save the same (derivatives.yaml).
+    So does flash attention 2 (Dao 2023, arXiv:2307.08691), and so do torch's kernels (derivatives.yaml).
     """
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Return the result for queries, keys and values, each (batch, heads, tokens, head size)."""
         batch, heads, length, _ = q.shape  # (batch, heads, tokens, size of a head)
         out = torch.empty(batch, length, heads, v.shape[-1], dtype=q.dtype).transpose(1, 2)
         ctx.save_for_backward(q, k, v, out, torch.empty(batch, heads, length), mask)
@@ -240,21 +253,23 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        """Return the gradients of queries, keys and values."""
         return *(torch.empty_like(each) for each in ctx.saved_tensors[:3]), None
 
 
 def apply_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, *_: Any, **__: Any
 ) -> torch.Tensor:
+    """Compute attention in the type of autocast, in the place of torch's scaled_dot_product_attention."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
-    mask = attn_mask if attn_mask is None or attn_mask.requires_grad else attn_mask.to(dtype)  # of bools, at first
+    mask = attn_mask if attn_mask is None or attn_mask.requires_grad else attn_mask.to(dtype)  # masks begin as bools
     return FusedAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype), mask)
 
 
 def call_attention(
     module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, **_: Any
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' interface to a kernel."""
+    """Compute attention through Transformers' interface to a kernel; there are no weights of it to return."""
     return apply_attention(q, k, v, mask).transpose(1, 2), None
 
 
@@ -263,42 +278,57 @@ AttentionMaskInterface.register(FUSED, masking_utils.sdpa_mask)
 
 
 def apply_quantized(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """Compute a linear layer whose matrix is quantized, in the type of autocast."""
     compute_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     out = QuantizedProduct.apply(x.to(compute_dtype), module.weight, module.quantization == "int8")
     return out if module.bias is None else out + module.bias
 
 
-def trace_layer(
-    layer: nn.Module, number: int, num_layers: int, held: HeldBytes, hooks: ExitStack, note: Callable[[], None]
-) -> None:
-    """Have a layer's forward and backward pass counted as spans of their own."""
+class LayerTracer:
+    """Hooks that count the forward and the backward pass of each layer as spans of their own."""
 
-    def begins(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if held.name == ("forward", number - 1) or held.name == "embedding":  # else it is computed a second time
-            held.begin(("forward", number))
-            note()
-            if number == 0 and inputs and inputs[0].requires_grad:
-                inputs[0].register_hook(lambda gradient: held.begin("end"))
+    def __init__(self, held: HeldBytes, offload: Offload | None, num_layers: int) -> None:
+        self.held = held
+        self.offload = offload
+        self.num_layers = num_layers
+        self.moved_bytes: list[int] = []  # offloaded in all when each layer begins, and when the last one ends
 
-    def ends(module: nn.Module, inputs: Any, output: Any) -> None:
-        if held.name != ("forward", number):
-            return
-        hidden = output[0] if isinstance(output, tuple) else output
-        if hidden.requires_grad:
-            hidden.register_hook(lambda gradient: held.begin(("backward", number)))
-        if number == num_layers - 1:
-            held.begin("head")
+    def note_moved(self) -> None:
+        """Note how many bytes have been offloaded so far."""
+        self.moved_bytes.append(self.offload.moved_bytes if self.offload else 0)
 
-    for handle in (layer.register_forward_pre_hook(begins), layer.register_forward_hook(ends)):
-        hooks.callback(handle.remove)
+    def trace_layer(self, layer: nn.Module, index: int, hooks: ExitStack) -> None:
+        """Have a layer's passes counted until the stack of hooks is closed."""
+        held = self.held
+
+        def begin_forward(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            # In any other span the layer is computed a second time.
+            if held.name == ("forward", index - 1) or held.name == "embedding":
+                held.begin(("forward", index))
+                self.note_moved()
+                if index == 0 and inputs and inputs[0].requires_grad:
+                    inputs[0].register_hook(lambda gradient: held.begin("end"))
+
+        def end_forward(module: nn.Module, inputs: Any, output: Any) -> None:
+            if held.name != ("forward", index):
+                return
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(lambda gradient: held.begin(("backward", index)))
+            if index == self.num_layers - 1:
+                held.begin("head")
+
+        hooks.callback(layer.register_forward_pre_hook(begin_forward).remove)
+        hooks.callback(layer.register_forward_hook(end_forward).remove)
 
 
 @contextmanager
 def replace_kernels(on_gpu: bool) -> Iterator[None]:
-    """What a device computes otherwise than tensors without numbers do.
+    """Replace, within the block, functions that a device computes otherwise than tensors without numbers do.
 
-    Attention: a fused kernel stores no scores. On a GPU TRL's loss: a kernel works on the logits in place, and products
-    add up in float32; and dropout: its mask is of bytes.
+    - Attention: a fused kernel stores no scores.
+    - On a GPU, TRL's loss: a kernel works on the logits in place, and products add up in float32.
+    - On a GPU, dropout: its mask takes a byte for each number.
     """
 
     def nothing(*args: Any, **kwargs: Any) -> None:
@@ -310,7 +340,7 @@ def replace_kernels(on_gpu: bool) -> Iterator[None]:
     with ExitStack() as originals:
         on_both = (
             (nn.functional, "scaled_dot_product_attention", apply_attention),
-            (masking_utils, "find_packed_sequence_indices", nothing),  # it would ask for the positions
+            (masking_utils, "find_packed_sequence_indices", nothing),  # it asks for the positions' numbers
             (trl_utils, "_use_triton", nothing),  # the LM head scores all positions, as each may have a label
         )
         only_on_gpu = (
