@@ -16,12 +16,15 @@ TESTED_ELSEWHERE = {
     "cli/validate.py": "tests/integration/test_validate.py",  # a command over a whole tree
     "export/base_source.py": "tests/unit/export/test_model_card.py",  # two fields, which the card tells
     "export/export.py": "tests/integration/test_export.py",  # takes what a whole job has trained
+    "export/manifest.py": "tests/integration/test_jobs.py",  # tells what a whole job has made
+    "export/result.py": "tests/integration/test_export.py",  # a record of what a whole job has trained
     "export/verify.py": "tests/integration/test_export.py",  # loads what a whole job has exported
     "launcher/launch.py": "tests/integration/test_jobs.py",  # PID 1 of a job
     "launcher/reporter_process.py": "tests/integration/test_tracking.py",  # a process beside a job's
     "launcher/single_worker.py": "tests/integration/test_survival.py",  # a process that outlives no launcher
     "launcher/supervisor.py": "tests/integration/test_hosts.py",  # watches over processes of several hosts
     "launcher/torchrun.py": "tests/integration/test_survival.py",  # the same with several ranks
+    "readers/rows.py": "tests/unit/readers/test_files.py",  # the records that all readers give
     "training/fsdp.py": "tests/integration/test_sharding.py",  # needs several ranks
 }
 # Tests of several modules together.

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stop is asked for by a signal's file, or by the clock early enough for the last checkpoint and the export."""
+
+import pytest
+
+from llm_trainer.training import stopping
+from llm_trainer.training.stopping import StopRequest
+
+STARTED = 1_000_000.0
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Sets the time, in seconds after the job's start."""
+    return lambda seconds: monkeypatch.setattr(stopping.time, "time", lambda: STARTED + seconds)
+
+
+def test_a_file_asks_for_a_stop(tmp_path, clock):
+    clock(10**6)
+    request = StopRequest(tmp_path / "stop", STARTED, max_run_seconds=None)
+    assert not request.is_made(checkpoint_seconds=10**9)
+    assert request.age_seconds() == 0.0
+    (tmp_path / "stop").touch()
+    assert request.is_made()
+
+
+@pytest.mark.parametrize(
+    ("max_run_seconds", "checkpoint_seconds", "last_second"),
+    [(100, 0.0, 90), (100, 5.0, 75), (86_400, 0.0, 86_340), (86_400, 100.0, 86_040)],
+)
+def test_the_clock_leaves_time_for_the_end(tmp_path, clock, max_run_seconds, checkpoint_seconds, last_second):
+    request = StopRequest(tmp_path / "stop", STARTED, max_run_seconds)
+    clock(last_second)
+    assert not request.is_made(checkpoint_seconds)
+    clock(last_second + 1)
+    assert request.is_made(checkpoint_seconds)
+    assert request.age_seconds() == 0.0
