@@ -112,7 +112,7 @@ def measure_packing() -> None:
     from datasets import Dataset, disable_progress_bars
     from trl import pack_dataset
 
-    from llm_trainer.training.packing import BIN_ROWS, distribute
+    from llm_trainer.training.packing import BIN_ROWS, plan_batch_bins
 
     disable_progress_bars()
     generator = random.Random(0)
@@ -125,7 +125,7 @@ def measure_packing() -> None:
     padded = packed = 0
     for place in range(0, len(lengths), 8):
         batch = lengths[place : place + 8]
-        sequences = distribute(batch, 2048)
+        sequences = plan_batch_bins(batch, 2048)
         packed += len(sequences) * max(sum(batch[place] for place in places) for places in sequences)
         padded += len(batch) * max(batch)
     print(

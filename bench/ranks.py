@@ -38,7 +38,7 @@ import atexit, collections, json, os, sys, time
 
 # One worker alone has no rank; torchrun has none either, and says --module where a worker has -m.
 if "-m llm_trainer.worker" in " ".join(sys.orig_argv) and os.environ.get("RANK", "0") == "0":
-    steps, seconds, calls = [], {"reach": [], "_save_checkpoint": [], "train": []}, collections.Counter()
+    steps, seconds, calls = [], {"poll": [], "_save_checkpoint": [], "train_from": []}, collections.Counter()
 
     def read_loopback():
         with open("/proc/net/dev") as lines:
@@ -47,7 +47,7 @@ if "-m llm_trainer.worker" in " ".join(sys.orig_argv) and os.environ.get("RANK",
     def timed(owner, name):
         method = getattr(owner, name)
         def call(*args, **kwargs):
-            if name == "reach":
+            if name == "poll":
                 saving = sum(seconds["_save_checkpoint"])
                 steps.append([time.perf_counter() - saving, time.process_time(), read_loopback(), sum(calls.values())])
             started = time.perf_counter()
@@ -69,9 +69,10 @@ if "-m llm_trainer.worker" in " ".join(sys.orig_argv) and os.environ.get("RANK",
             if fullname == "llm_trainer.export.manifest":  # imported when the classes below are
                 sys.meta_path.remove(self)
                 import torch.distributed
-                from llm_trainer.training.resumable_trainer import ResumableTrainer
-                from llm_trainer.training.stopping import Agreement
-                timed(Agreement, "reach"), timed(ResumableTrainer, "_save_checkpoint"), timed(ResumableTrainer, "train")
+                from llm_trainer.training.resumable import ResumableMixin
+                from llm_trainer.training.stopping import StopConsensus
+                timed(StopConsensus, "poll")
+                timed(ResumableMixin, "_save_checkpoint"), timed(ResumableMixin, "train_from")
                 for name in ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "all_gather_object"):
                     counted(torch.distributed, name)
             return None
@@ -237,15 +238,15 @@ def summarize(
 ) -> Measurement:
     counted = [[after - before for before, after in zip(*pair, strict=True)] for pair in pairwise(steps[WARM_UP:])]
     times, cpu, sent, asked = (statistics.median(column) for column in zip(*counted, strict=True))
-    (training,) = seconds["train"]
+    (training,) = seconds["train_from"]
     return Measurement(
         step_seconds=times,
         cpu_seconds=cpu,
         step_bytes=sent,
         calls=asked,
-        agreement_seconds=statistics.median(seconds["reach"]),
+        agreement_seconds=statistics.median(seconds["poll"]),
         checkpoint_seconds=statistics.median(seconds["_save_checkpoint"]),
-        agreement_share=sum(seconds["reach"]) / training,
+        agreement_share=sum(seconds["poll"]) / training,
         checkpoint_share=sum(seconds["_save_checkpoint"]) / training,
         checkpoint_bytes=checkpoint_bytes,
     )

@@ -31,13 +31,13 @@ if "llm_trainer.worker" in sys.orig_argv:
         def find_spec(self, fullname, path=None, target=None):
             if fullname == "llm_trainer.export.manifest":  # imported when the class below is
                 sys.meta_path.remove(self)
-                from llm_trainer.training.resumable_trainer import ResumableTrainer
-                compute_loss = ResumableTrainer.compute_loss
+                from llm_trainer.training.methods.sft import ResumableSFTTrainer
+                compute_loss = ResumableSFTTrainer.compute_loss
                 def call(self, model, inputs, *args, **kwargs):
                     batches.append(dict(inputs))
                     times.append(time.perf_counter())
                     return compute_loss(self, model, inputs, *args, **kwargs)
-                ResumableTrainer.compute_loss = call
+                ResumableSFTTrainer.compute_loss = call
             return None
 
     def write():

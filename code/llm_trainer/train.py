@@ -1,29 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One worker, top to bottom: the story of a job. Read `train` first."""
+"""The story of a job, as each of its workers lives it. Read `train` first, then its five phases in their order."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
 import transformers
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
+from llm_trainer.common import log
 from llm_trainer.common.ranks import local_rank, rank, world_size
-from llm_trainer.config.schema import Settings
+from llm_trainer.config.schema import Settings, redact_settings
 from llm_trainer.data.datasets import Data, DataPlaces, load_data
 from llm_trainer.data.fingerprints import describe_split
 from llm_trainer.data.preview import log_data
 from llm_trainer.data.streaming import AUDITED_ROWS
-from llm_trainer.export.export import export
+from llm_trainer.export.export import export_result
 from llm_trainer.export.logits_check import choose_check_rows, compute_logits
-from llm_trainer.export.manifest import build_manifest, describe_weights
-from llm_trainer.export.result import Trained
+from llm_trainer.export.manifest import TrainedRun, build_manifest, describe_weights
+from llm_trainer.export.result import ExportPlaces, ExportSettings, TrainingResult
 from llm_trainer.job.job import Job
 from llm_trainer.job.start_gate import StartGate
-from llm_trainer.journal.journal import Journal
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.model import loading, lora, lora_init
 from llm_trainer.model.device import find_device
@@ -35,153 +38,314 @@ from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings
 from llm_trainer.model.plan import ModelPlan, PlanSettings, plan_model
 from llm_trainer.model.precision import choose_precision
 from llm_trainer.training import fsdp
+from llm_trainer.training.methods import TrainingMethod, choose_method
 from llm_trainer.training.metric_lines import MetricLines
 from llm_trainer.training.packing import Packing, choose_packing
-from llm_trainer.training.packing_check import build_sibling
-from llm_trainer.training.progress import follow
-from llm_trainer.training.resumable_trainer import ResumableTrainer, SaveAndStop
-from llm_trainer.training.resume import find_checkpoint, find_distribution, identify_run
-from llm_trainer.training.sample_answers import Generations
-from llm_trainer.training.stopping import Agreement, StopRequest
-from llm_trainer.training.trainer_config import build_arguments, build_trainer
+from llm_trainer.training.packing_check import build_proxy_model
+from llm_trainer.training.progress import Progress, choose_progress
+from llm_trainer.training.resumable import ResumableMixin, RunContext
+from llm_trainer.training.resume import RunParts, find_checkpoint, find_distribution, identify_run
+from llm_trainer.training.sample_answers import SampleAnswers
+from llm_trainer.training.save_and_stop import SaveAndStop
+from llm_trainer.training.stopping import StopConsensus, StopRequest
+from llm_trainer.training.trainer_config import ArgumentSources, TrainerParts, build_arguments, build_trainer
 
 
-def train(job: Job, scratch_dir: Path, journal: Journal, timeline: Timeline) -> None:
-    settings, inputs = job.settings, job.inputs
-    transformers.utils.logging.disable_progress_bar()  # carriage returns spoil a log
-    datasets.disable_progress_bars()
+@dataclass(frozen=True)
+class Context:
+    """What all phases share."""
+
+    job: Job
+    scratch_dir: Path  # of this attempt, shared with the host's launcher and other workers
+    timeline: Timeline
+
+    @property
+    def settings(self) -> Settings:
+        """The job's settings."""
+        return self.job.settings
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The result of the first phase: everything but the model's weights is read."""
+
+    method: TrainingMethod
+    model_plan: ModelPlan
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+    stop_request: StopRequest
+    consensus: StopConsensus
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """The result of the second phase: how the training fits its devices."""
+
+    memory: MemoryPlan
+    arguments: SFTConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """The result of the third phase: a trainer with its model and its rows."""
+
+    trainer: ResumableMixin
+    packing: Packing
+    checkpoint: Path | None  # to go on from; None for a new run
+    peak: Peak
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The result of the fourth phase: a trained model, and what was measured."""
+
+    totals: dict[str, float]  # Transformers' metrics of the whole run
+    memory: dict[str, Any]  # the estimate beside the measured peak
+    answers: SampleAnswers
+    progress: Progress
+    weights: dict[str, torch.Tensor] | None  # on rank 0, where the model holds only shards
+    check_rows: list[list[int]]  # tokens of some training rows
+    logits: list[torch.Tensor] | None  # of the trained model on these rows; None after a stop, and on other ranks
+
+
+def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
+    """Train the model of a job and write the result. Every rank calls this.
+
+    Raises UserError for what is wrong with settings, model or data.
+    """
+    disable_progress_bars()
+    context = Context(job, scratch_dir, timeline)
+    prepared = prepare(context)
+    planned = plan(context, prepared)
+    built = build(context, prepared, planned)
+    outcome = run(context, prepared, planned, built)
+    if rank() == 0:
+        export(context, prepared, built, outcome)
+
+
+def prepare(context: Context) -> Prepared:
+    """Choose device and number types, fetch the model's files, and read tokenizer and data."""
+    job, settings, timeline = context.job, context.settings, context.timeline
+    method = choose_method()  # a setting `method` plugs in here
     device = find_device(settings.parallelism.use_cpu)
     precision = choose_precision(settings.model, settings.adapter, device)
-    build_arguments(settings, inputs, device.torch, precision.compute)  # mistakes in them are told before all work
-    request = StopRequest(scratch_dir / "stop", timeline.started, settings.training.max_run_seconds)
-    agreement = Agreement()
+    # Built again when the data are known; here mistakes in them are told before all work, and the ranks meet.
+    build_arguments(method, collect_argument_sources(job), device.torch, precision.compute)
+    stop_request = StopRequest(context.scratch_dir / "stop", timeline.started, settings.training.max_run_seconds)
+    consensus = StopConsensus()
 
-    folder = loading.fetch_model(inputs.model, settings.model, scratch_dir)
+    folder = loading.fetch_model(job.inputs.model, settings.model, context.scratch_dir)
     timeline.mark("download")
-    plan = plan_model(
-        folder, PlanSettings(settings.model, settings.adapter, settings.parallelism, settings.output), device, precision
-    )
-    say(*plan.reasons)
+    sections = PlanSettings(settings.model, settings.adapter, settings.parallelism, settings.output)
+    model_plan = plan_model(folder, sections, device, precision)
+    log.info(*model_plan.reasons)
     tokenizer = loading.load_tokenizer(folder, settings.model)
     timeline.mark("tokenizer")
 
-    vocabulary = loading.build_vocabulary(folder, plan.config, tokenizer, settings.model.model_revision)
-    places = DataPlaces(inputs, job.environment, scratch_dir)
+    vocabulary = loading.build_vocabulary(folder, model_plan.config, tokenizer, settings.model.model_revision)
+    places = DataPlaces(job.inputs, job.environment, context.scratch_dir)
     data = load_data(places, vocabulary, settings.data, settings.training)
-    tell_data(data, job, tokenizer, journal)
+    report_data(context, data, tokenizer)
     timeline.mark("data")
+    return Prepared(method, model_plan, tokenizer, data, stop_request, consensus)
 
-    target = find_target(device, agreement.group)
-    longest_row, earlier = data.find_longest_row_tokens(settings.data), find_distribution(job, agreement.group)
+
+def plan(context: Context, prepared: Prepared) -> Planned:
+    """Choose how the training fits the memory of its devices, and its arguments. Nothing is loaded yet."""
+    settings, model_plan, group = context.settings, prepared.model_plan, prepared.consensus.group
+    target = find_target(model_plan.device, group)
+    longest_row = prepared.data.find_longest_row_tokens(settings.data)
+    earlier = find_distribution(settings.training, context.job.inputs.checkpoint_dir, group)
     sections = MemorySettings(settings.model, settings.adapter, settings.data, settings.training, settings.parallelism)
-    fit = choose_memory_plan(MemoryScenario(plan.config, sections, longest_row, target, plan.attention.name), earlier)
-    say(*describe_memory_plan(fit))
-    arguments = build_arguments(settings, inputs, device.torch, precision.compute, fit)
-    peak = Peak(device.torch)
-    base = load_base(plan, fit, settings, arguments, agreement)
-    timeline.mark("model")
+    scenario = MemoryScenario(model_plan.config, sections, longest_row, target, model_plan.attention.name)
+    memory = choose_memory_plan(scenario, earlier)
+    log.info(*describe_memory_plan(memory))
+    device, dtype = model_plan.device.torch, model_plan.precision.compute
+    arguments = build_arguments(prepared.method, collect_argument_sources(context.job), device, dtype, memory)
+    return Planned(memory, arguments)
 
-    subject = build_sibling(base, device.torch) if fit.sharded else base
-    packing = choose_packing(subject, tokenizer, arguments, settings, agreement.group)
-    if packing.mode == "off" and not (settings.data.streaming or settings.is_given("train_sampling_strategy")):
-        arguments.train_sampling_strategy = "group_by_length"
-    say(f"{packing}; train_sampling_strategy={arguments.train_sampling_strategy}")
-    sequences = packing.pack(data.splits, settings, scratch_dir)
-    say(*(f"Data {name}: {packed}" for name, packed in packing.splits.items()))
-    run = identify_run(job, arguments, fit.sharded, folder, data.reports["train"], packing)
-    checkpoint = find_checkpoint(job, run, agreement.group)
-    timeline.mark("packing")
 
-    trainer = build_trainer(base, tokenizer, plan.lora, sequences, packing.collator, arguments, settings)
-    if plan.lora is not None:
-        trainer.adapter_start = lora_init.initialize_adapter(
-            trainer.model, settings.adapter.init_lora_weights, folder, scratch_dir
-        )
-    trainer.agreement, trainer.run, trainer.keeps_checkpoints = agreement, run, settings.training.use_checkpoints
-    trainer.journal = journal
-    row_tokens = measure_row_tokens(data.reports["train"].lengths, settings.data.max_length)
-    full_speed = (
-        find_peak_tokens_per_second(fit.shape, plan.config, device, row_tokens)
-        if arguments.bf16 or arguments.fp16
-        else None
+def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
+    """Load the base, pack the rows, find the checkpoint to go on from, and build the trainer."""
+    settings, model_plan, arguments = context.settings, prepared.model_plan, planned.arguments
+    peak = Peak(model_plan.device.torch)
+    base = load_base(context, prepared, planned)
+    context.timeline.mark("model")
+
+    packing, splits = pack_rows(context, prepared, planned, base)
+    train_report, sharded = prepared.data.reports["train"], planned.memory.sharded
+    sections = settings.model, settings.adapter, settings.data
+    identity = identify_run(RunParts(*sections, model_plan.folder, train_report, packing, sharded), arguments)
+    checkpoint_dir = context.job.inputs.checkpoint_dir
+    checkpoint = find_checkpoint(settings.training, checkpoint_dir, identity, prepared.consensus.group)
+    context.timeline.mark("packing")
+
+    init = settings.adapter.init_lora_weights
+    run_context = RunContext(
+        consensus=prepared.consensus,
+        identity=identity,
+        journal=context.timeline.journal,
+        saves_checkpoints=settings.training.use_checkpoints,
+        loraplus_lr_ratio=settings.adapter.loraplus_lr_ratio,
+        adapter_start=lora_init.find_adapter_start(init, context.scratch_dir) if model_plan.lora else None,
     )
-    trainer.add_callback(MetricLines(trainer, timeline, journal, peak, full_speed))
-    has_interval = settings.is_given("save_steps") or settings.is_given("save_strategy")
-    trainer.add_callback(SaveAndStop(trainer, request, has_interval))
-    describe_run(trainer, packing)
-    journal.write("model", model=inputs.model, **describe_weights(trainer.model))
-    generations = Generations(trainer, data, tokenizer, settings.tracking.sample_prompts, timeline)
-    generations.before_training()
-    say(f"Resuming from {checkpoint}" if checkpoint else "Starting from the base model")
-    if checkpoint and trainer.adapter_start:
-        lora_init.restore_initial_adapter(checkpoint, trainer.model, trainer.adapter_start)
+    patience = settings.training.early_stopping_patience if settings.training.early_stopping else None
+    parts = TrainerParts(base, prepared.tokenizer, arguments, splits, packing.collator, model_plan.lora)
+    trainer = build_trainer(prepared.method, parts, run_context, patience)
+    if run_context.adapter_start is not None:
+        lora_init.initialize_adapter(trainer.model, init, model_plan.folder, run_context.adapter_start)
+    add_callbacks(context, prepared, planned, trainer, peak)
+    return Built(trainer, packing, checkpoint, peak)
+
+
+def run(context: Context, prepared: Prepared, planned: Planned, built: Built) -> Outcome:
+    """Train, and take from the trained model what the export needs while all ranks are there."""
+    trainer, timeline = built.trainer, context.timeline
+    describe_run(trainer, built.packing)
+    timeline.journal.write("model", model=context.job.inputs.model, **describe_weights(trainer.model))
+    num_prompts = context.settings.tracking.sample_prompts
+    answers = SampleAnswers(trainer, prepared.data, prepared.tokenizer, num_prompts, timeline)
+    answers.before_training()
+    log.info(f"Resuming from {built.checkpoint}" if built.checkpoint else "Starting from the base model")
+    if built.checkpoint and trainer.run.adapter_start:
+        lora_init.restore_initial_adapter(built.checkpoint, trainer.model, trainer.run.adapter_start)
     if local_rank() == 0:
-        StartGate(scratch_dir).wait_or_pass()
-    with follow(timeline.started, job.environment.num_billed_hosts) as progress:
+        StartGate(context.scratch_dir).wait_or_pass()
+    with choose_progress(timeline.started, context.job.environment.num_billed_hosts) as progress:
         trainer.add_callback(progress)
-        result = trainer.resume(checkpoint)
-    agreement.settle()
+        totals = trainer.train_from(built.checkpoint).metrics
+    prepared.consensus.finish()
     timeline.mark("training")
 
-    memory = fit.compare(peak.read_bytes(), device.is_gpu)
-    say(f"Memory: {memory['comparison']}")
-    rows, logits = choose_check_rows(data.sample), None
+    memory = planned.memory.compare(built.peak.read_bytes(), prepared.model_plan.device.is_gpu)
+    log.info(f"Memory: {memory['comparison']}")
+    check_rows, logits = choose_check_rows(prepared.data.sample), None
     if trainer.stopped:
         describe_stop(trainer)
-    elif fit.sharded or rank() == 0:
-        logits = compute_logits(trainer.model, rows, device.torch)
-    weights = fsdp.gather_weights(trainer.model) if fit.sharded else None
+    elif planned.memory.sharded or rank() == 0:
+        logits = compute_logits(trainer.model, check_rows, prepared.model_plan.device.torch)
+    weights = fsdp.gather_weights(trainer.model) if planned.memory.sharded else None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # the other ranks leave while rank 0 exports, however long it takes
-
-    if rank() == 0:
-        if not trainer.stopped:
-            generations.after_training()
-        manifest = build_manifest(job, trainer, data.reports, packing, result.metrics, timeline, memory)
-        export(Trained(job, plan, trainer, weights, rows, logits, tokenizer, scratch_dir, timeline), manifest)
-        journal.write("manifest", **manifest)
-        if trainer.stopped:
-            say(f"Exported {request.age_seconds():.1f} s after the signal")
-        elif settings.training.use_checkpoints:
-            trainer.rotate()
-        say(f"The job took {progress.count_instance_hours():.2f} instance-hours")
+    return Outcome(totals, memory, answers, progress, weights, check_rows, logits)
 
 
-def tell_data(data: Data, job: Job, tokenizer: PreTrainedTokenizerBase, journal: Journal) -> None:
-    if job.settings.data.streaming:
-        say(f"Data train: streamed; what follows is of the first {AUDITED_ROWS} rows of each source")
+def export(context: Context, prepared: Prepared, built: Built, outcome: Outcome) -> None:
+    """Write the result, prove it and publish it. Only rank 0 calls this."""
+    job, settings, trainer, timeline = context.job, context.settings, built.trainer, context.timeline
+    if not trainer.stopped:
+        outcome.answers.after_training()
+    described = TrainedRun(
+        model=job.inputs.model,
+        settings=redact_settings(settings),
+        streaming=settings.data.streaming,
+        reports=prepared.data.reports,
+        packing=built.packing,
+        memory=outcome.memory,
+        totals=outcome.totals,
+        phase_seconds=timeline.seconds,
+    )
+    manifest = build_manifest(trainer, described)
+    result = TrainingResult(
+        settings=ExportSettings(settings.model, settings.adapter, settings.data, settings.tracking, settings.output),
+        places=ExportPlaces(job.inputs.model_dir, job.environment.output_dir, context.scratch_dir),
+        base_name=job.inputs.model,
+        plan=prepared.model_plan,
+        trainer=trainer,
+        weights=outcome.weights,
+        rows=outcome.check_rows,
+        logits=outcome.logits,
+        tokenizer=prepared.tokenizer,
+        timeline=timeline,
+    )
+    export_result(result, manifest)
+    timeline.journal.write("manifest", **manifest)
+    if trainer.stopped:
+        log.info(f"Exported {prepared.stop_request.age_seconds():.1f} s after the signal")
+    elif settings.training.use_checkpoints:
+        trainer.rotate_checkpoints()
+    log.info(f"The job took {outcome.progress.count_instance_hours():.2f} instance-hours")
+
+
+def disable_progress_bars() -> None:
+    """Switch the libraries' progress bars off: their carriage returns spoil a log."""
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def collect_argument_sources(job: Job) -> ArgumentSources:
+    """Return what the training arguments are made of."""
+    return ArgumentSources(
+        given=job.settings.given,
+        training=job.settings.training,
+        use_peft=job.settings.adapter.use_peft,
+        load_in_4bit=job.settings.model.load_in_4bit,
+        has_validation=bool(job.inputs.validation),
+        checkpoint_dir=job.inputs.checkpoint_dir,
+    )
+
+
+def report_data(context: Context, data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Describe the data in the log and in the journal."""
+    inputs = context.job.inputs
+    if context.settings.data.streaming:
+        log.info(f"Data train: streamed; what follows is of the first {AUDITED_ROWS} rows of each source")
     log_data(data, tokenizer, in_colour=sys.stdout.isatty())
-    sources = {"train": job.inputs.train, "validation": job.inputs.validation}
+    sources = {"train": inputs.train, "validation": inputs.validation}
     for split, report in data.reports.items():
-        journal.write("data", **describe_split(split, report, sources[split]))
+        context.timeline.journal.write("data", **describe_split(split, report, sources[split]))
 
 
-def load_base(
-    plan: ModelPlan, fit: MemoryPlan, settings: Settings, arguments: SFTConfig, agreement: Agreement
-) -> PreTrainedModel:
-    if fit.sharded:
-        base = fsdp.load_base(plan, settings, arguments, agreement.group)
+def load_base(context: Context, prepared: Prepared, planned: Planned) -> PreTrainedModel:
+    """Return the base model, on this rank's device, or where it can be sharded from. Every rank calls this."""
+    settings, model_plan = context.settings, prepared.model_plan
+    if planned.memory.sharded:
+        group = prepared.consensus.group
+        base = fsdp.load_base_for_sharding(model_plan, settings.model, planned.arguments, group)
     else:
-        base = loading.load_model(plan.folder, settings.model, plan.load_options, plan.device.torch)
-    if plan.liger.is_on:
+        device = model_plan.device.torch
+        base = loading.load_model(model_plan.folder, settings.model, model_plan.load_options, device)
+    if model_plan.liger.is_on:
         apply_liger(base, settings.model.liger_kernel_config or {})
     return base
 
 
-def describe_stop(trainer: ResumableTrainer) -> None:
-    say(
-        f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}: all ranks agreed "
-        f"{trainer.agreed_seconds:.1f} s after the signal, the checkpoint took {trainer.checkpoint_seconds:.1f} s"
-    )
+def pack_rows(
+    context: Context, prepared: Prepared, planned: Planned, base: PreTrainedModel
+) -> tuple[Packing, dict[str, Dataset | IterableDataset]]:
+    """Choose the packing, and the order of rows that are padded. Return it with the splits to train on and evaluate."""
+    settings, arguments, device = context.settings, planned.arguments, prepared.model_plan.device.torch
+    subject = build_proxy_model(base, device) if planned.memory.sharded else base
+    packing = choose_packing(subject, prepared.tokenizer, arguments, settings.data, prepared.consensus.group)
+    if packing.mode == "off" and not (settings.data.streaming or settings.is_given("train_sampling_strategy")):
+        arguments.train_sampling_strategy = "group_by_length"
+    log.info(f"{packing}; train_sampling_strategy={arguments.train_sampling_strategy}")
+    splits = packing.pack(prepared.data.splits, settings.data, settings.training.seed, context.scratch_dir)
+    log.info(*(f"Data {name}: {packed}" for name, packed in packing.splits.items()))
+    return packing, splits
 
 
-def describe_run(trainer: ResumableTrainer, packing: Packing) -> None:
+def add_callbacks(context: Context, prepared: Prepared, planned: Planned, trainer: ResumableMixin, peak: Peak) -> None:
+    """Have the trainer show its metrics, save checkpoints and obey a stop."""
+    settings, arguments, model_plan = context.settings, planned.arguments, prepared.model_plan
+    peak_speed = None
+    if arguments.bf16 or arguments.fp16:
+        row_tokens = measure_row_tokens(prepared.data.reports["train"].lengths, settings.data.max_length)
+        shape = planned.memory.shape
+        peak_speed = find_peak_tokens_per_second(shape, model_plan.config, model_plan.device, row_tokens)
+    trainer.add_callback(MetricLines(trainer, prepared.method, context.timeline, peak, peak_speed))
+    has_interval = settings.is_given("save_steps") or settings.is_given("save_strategy")
+    trainer.add_callback(SaveAndStop(trainer, prepared.stop_request, has_interval))
+
+
+def describe_run(trainer: ResumableMixin, packing: Packing) -> None:
+    """Log what is trained, on which devices, with which batch."""
     arguments = trainer.args
     per_device, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     trainable, total = lora.count_parameters(trainer.model)
     if isinstance(trainer.model, PeftModel):
-        say(lora.describe_adapter(trainer.model))
-    say(
+        log.info(lora.describe_adapter(trainer.model))
+    log.info(
         f"Training {trainable:,} of {total:,} weights ({trainable / total:.2%}) on {world_size()} x "
         f"{arguments.device.type}; "
         f"global batch {per_device * world_size() * accumulation} {packing.unit} "
@@ -189,7 +353,9 @@ def describe_run(trainer: ResumableTrainer, packing: Packing) -> None:
     )
 
 
-def say(*lines: str) -> None:
-    if rank() == 0:
-        for line in lines:
-            print(line, flush=True)
+def describe_stop(trainer: ResumableMixin) -> None:
+    """Log where the training stopped, and how long that took."""
+    log.info(
+        f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}: all ranks agreed "
+        f"{trainer.agreed_seconds:.1f} s after the signal, the checkpoint took {trainer.checkpoint_seconds:.1f} s"
+    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that is started once a device: runs the training, and tells the launcher why when it fails."""
+"""The process that is started once a device. It trains, and tells the launcher why when it fails."""
 
 import gc
 import os
@@ -7,21 +7,26 @@ import re
 import sys
 from pathlib import Path
 
+from llm_trainer.common import log
 from llm_trainer.common.errors import UserError, report_failure, reserve_failure
 from llm_trainer.common.library_noise import silence_libraries
 from llm_trainer.common.processes import die_with_parent, exit_without_teardown
 from llm_trainer.common.ranks import describe_rank, local_rank, rank
+from llm_trainer.config.sections import SECRETS
 from llm_trainer.config.tracker_choice import configure_trackers
 from llm_trainer.job import checkpoint_dir
-from llm_trainer.job.failure_reasons import explain, write_traceback
+from llm_trainer.job.failure_reasons import JobFacts, explain, write_traceback
 from llm_trainer.job.job import Job, read_job
 from llm_trainer.journal.journal import FILE_NAME, Journal
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.training.lost_batches import end_process_on_lost_batch
 
+# In the names of optimizers that bitsandbytes has.
+BITSANDBYTES_OPTIMIZERS = re.compile("bnb|bit|paged|lion|ademamix")
+
 
 def main() -> int:
-    """The worker's exit code."""
+    """Run the job of this worker. Return the process's exit code."""
     die_with_parent()
     end_process_on_lost_batch()
     scratch_dir = Path(os.environ["LLM_TRAINER_SCRATCH"])
@@ -34,52 +39,65 @@ def main() -> int:
         reserve_failure(scratch_dir / "failures", f"rank-{rank()}")
         configure_trackers(job.settings.tracking, job.settings.output)
         if not may_need_bitsandbytes(job):
-            sys.modules["bitsandbytes"] = None  # type: ignore[assignment] # PEFT would import it, for seconds
+            hide_package("bitsandbytes")  # PEFT would import it, for seconds
         timeline.mark("launch")
         gc.disable()  # what imports make stays: to search it for garbage would take a sixth of their time
-        from llm_trainer.train import train  # torch and the rest, after the trackers are configured
+        from llm_trainer.train import train  # torch and the rest take seconds, and mistakes were told before
 
         gc.freeze()  # nor is it searched later
         gc.enable()
         timeline.mark("imports")
-        train(job, scratch_dir, journal, timeline)
+        train(job, scratch_dir, timeline)
     except Exception as error:  # the last frame of the process: whatever it was, SageMaker must learn of it
-        tell(error, job, scratch_dir)
+        report_worker_failure(error, job, scratch_dir)
         return 1
     return 0
 
 
 def may_need_bitsandbytes(job: Job) -> bool:
-    """Whether the job quantizes, has an optimizer of that package, or a model that may be quantized already."""
+    """Tell whether the job quantizes, has an optimizer of that package, or a model that may be quantized already."""
     config = Path(job.inputs.model) / "config.json"
     return (
         job.settings.model.load_in_4bit
         or job.settings.model.load_in_8bit
-        or re.search("bnb|bit|paged|lion|ademamix", job.settings.training.optim) is not None
+        or BITSANDBYTES_OPTIMIZERS.search(job.settings.training.optim) is not None
         or not config.is_file()
         or "quantization_config" in config.read_text(encoding="utf-8")
     )
 
 
-def tell(error: Exception, job: Job, scratch_dir: Path) -> None:
+def hide_package(name: str) -> None:
+    """Have this process find no such package when it is imported. One that is imported already stays."""
+    if name not in sys.modules:
+        sys.modules[name] = None  # type: ignore[assignment] # as Python's documentation of sys.modules describes
+
+
+def report_worker_failure(error: Exception, job: Job, scratch_dir: Path) -> None:
     """Leave the reason for the launcher, and the traceback, unless it is a user's mistake, in the log and a file."""
-    environment, inputs = job.environment, job.inputs
-    folders = {
-        "_save_checkpoint": inputs.checkpoint_dir,
-        "export": inputs.model_dir,
-        "fetch_model": Path(os.environ["HF_HOME"]),
-        "write_source": Path(os.environ["LLM_TRAINER_CACHE"]).parent,
-    }
-    failure = explain(error, describe_rank(rank()), job.settings, folders)
-    if local_rank() == 0:
-        checkpoint_dir.remove_partial_checkpoints(
-            inputs.checkpoint_dir
-        )  # half a checkpoint may be what filled the disk
+    environment, facts = job.environment, collect_facts(job)
+    failure = explain(error, describe_rank(rank()), facts)
+    if local_rank() == 0:  # half a checkpoint may be what filled the disk
+        checkpoint_dir.remove_partial_checkpoints(job.inputs.checkpoint_dir)
     report_failure(scratch_dir / "failures", f"rank-{rank()}", failure)
     if not isinstance(error, UserError):
         name = f"{environment.current_host}-rank-{rank()}.txt"
-        text = write_traceback(error, environment.output_dir / "data" / "failures" / name, job.settings)
-        print(text, file=sys.stderr, flush=True)
+        log.error(write_traceback(error, environment.output_dir / "data" / "failures" / name, facts.secrets))
+
+
+def collect_facts(job: Job) -> JobFacts:
+    """Return what a sentence about a failure of the job may name, and what it must not."""
+    settings, inputs = job.settings, job.inputs
+    caches = Path(os.environ["HF_HOME"]), Path(os.environ["LLM_TRAINER_CACHE"]).parent
+    secrets = (settings.value(name) for name in SECRETS)
+    return JobFacts(
+        model=settings.model,
+        adapter=settings.adapter,
+        data=settings.data,
+        training=settings.training,
+        parallelism=settings.parallelism,
+        secrets=tuple(secret.get_secret_value() for secret in secrets if secret is not None),
+        folders=(inputs.checkpoint_dir, inputs.model_dir, *caches),
+    )
 
 
 if __name__ == "__main__":

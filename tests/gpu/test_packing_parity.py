@@ -38,7 +38,7 @@ def test_packed_rows_are_kept_apart(kernel, dtype, size, device):
     )
     assert by_others <= packing_check.MOVED_BY_OTHERS[dtype]
     assert by_company <= packing_check.MOVED_BY_COMPANY[dtype]
-    assert packing_check.find_leak(model, collate) is None
+    assert packing_check.find_cross_row_attention(model, collate) is None
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def measure(model, collate) -> tuple[float, float]:
     alone = torch.cat(
         [packing_check.forward(model, input_ids=row[None].to(model.device))[0] for row in rows[packing_check.WATCHED]]
     )
-    return packing_check.distances(after_others, packed).max().item(), packing_check.distances(
+    return packing_check.measure_distances(after_others, packed).max().item(), packing_check.measure_distances(
         packed, alone
     ).median().item()
 
@@ -78,4 +78,4 @@ def test_a_kernel_that_forgets_where_rows_begin_is_found_out(size, device):
         f"{size}: without position ids logits move by {by_others:.2g} after other rows, by {by_company:.2g} in company"
     )
     assert by_others > packing_check.MOVED_BY_OTHERS[torch.bfloat16]
-    assert packing_check.find_leak(model, forgetful) is not None
+    assert packing_check.find_cross_row_attention(model, forgetful) is not None

@@ -4,10 +4,11 @@
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import httpx2
-from huggingface_hub import get_token, snapshot_download
+from huggingface_hub import constants, get_token, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -19,6 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from llm_trainer.common import log
+from llm_trainer.common.activity_notes import note_activity
 from llm_trainer.common.errors import UserError, quote_error, walk_causes
 from llm_trainer.common.retry import Backoff
 
@@ -39,11 +41,12 @@ def download_model(model: str, revision: str | None, with_weights: bool) -> str:
     which asks for the repository, nor a request for a file after a server error.
     """
     files = SMALL_FILES + (WEIGHTS if with_weights else [])
-    return retry_while_busy(
-        lambda: str(snapshot_download(model, revision=revision, allow_patterns=files)),
-        f"Downloading {model}",
-        lambda error: find_refusal(error, f"model_id={model!r}") or describe_outage(model, find_answer(error)),
-    )
+    with note_activity("downloading the model", Path(constants.HF_HOME)):
+        return retry_while_busy(
+            lambda: str(snapshot_download(model, revision=revision, allow_patterns=files)),
+            f"Downloading {model}",
+            lambda error: find_refusal(error, f"model_id={model!r}") or describe_outage(model, find_answer(error)),
+        )
 
 
 def retry_while_busy(action: Callable[[], Result], what: str, refuse: Callable[[BaseException], str]) -> Result:

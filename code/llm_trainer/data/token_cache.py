@@ -15,6 +15,7 @@ import transformers
 import trl
 
 import llm_trainer
+from llm_trainer.common.activity_notes import note_activity
 from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.encoding import Encoder, Vocabulary
 from llm_trainer.data.report import REJECTED_ROWS, DataReport
@@ -50,7 +51,8 @@ def prepare_source(
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
         try:
-            write_source(source, vocabulary, settings, unfinished)
+            with note_activity("writing tokenized rows", find_cache_dir().parent):
+                write_source(source, vocabulary, settings, unfinished)
             publish_folder(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -13,12 +13,13 @@ from peft.utils import CONFIG_NAME
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from llm_trainer.common import log
+from llm_trainer.common.activity_notes import note_activity
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.files import remove_path
-from llm_trainer.export.base_source import BaseSource
 from llm_trainer.export.model_card import write_model_card
 from llm_trainer.export.publish import Artefacts, advise_compression, publish
-from llm_trainer.export.result import Trained
+from llm_trainer.export.result import TrainingResult
 from llm_trainer.export.verify import prove_merged, prove_trained
 from llm_trainer.journal.manifest import MANIFEST, Manifest, read_manifest
 from llm_trainer.merge.merge import write_merged_model
@@ -30,14 +31,30 @@ STAGING = ".llm-trainer-export"  # beside the result, so that moving a finished 
 ADAPTER = "adapter"  # the folder beside merged weights
 
 
-def export(trained: Trained, manifest: Manifest) -> None:
-    """Write the result whole or not at all, by way of a staging folder. Only global rank 0 calls this.
+def export_result(trained: TrainingResult, manifest: Manifest) -> None:
+    """Write the result, prove it, and publish it. Only global rank 0 calls this.
 
-    Raises UserError when what was written does not compute what was trained.
+    Raises UserError when the files that were written do not compute what was trained.
     """
-    model_dir, settings = trained.job.inputs.model_dir, trained.job.settings
+    model_dir, settings = trained.places.model_dir, trained.settings
+    with note_activity("writing the result", model_dir):
+        write_result(trained, manifest)
+    if advice := advise_compression(model_dir):
+        log.info(advice)
+    if not trained.trainer.stopped:
+        publish(settings.output, settings.tracking, Artefacts(model_dir, trained.architecture, trained.base))
+
+
+def write_result(trained: TrainingResult, manifest: Manifest) -> None:
+    """Write the result whole or not at all, by way of a staging folder.
+
+    Raises UserError when the files that were written do not compute what was trained.
+    """
+    model_dir = trained.places.model_dir
     staging = model_dir / STAGING
-    merges = settings.output.merge_weights and not trained.trainer.stopped  # it may take longer than the platform waits
+    merges = (
+        trained.settings.output.merge_weights and not trained.trainer.stopped
+    )  # it may take longer than the platform waits
     shutil.rmtree(staging, ignore_errors=True)  # of a job that was killed here
     first = staging / ADAPTER if merges else staging
     first.mkdir(parents=True)
@@ -60,19 +77,14 @@ def export(trained: Trained, manifest: Manifest) -> None:
         put_in_place(staging, model_dir)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    if advice := advise_compression(model_dir):
-        print(advice, flush=True)
-    if not trained.trainer.stopped:
-        base = BaseSource(trained.base_id, trained.base_revision)
-        publish(settings.output, settings.tracking, Artefacts(model_dir, trained.architecture, base))
 
 
-def save_trained(trained: Trained, folder: Path) -> None:
+def save_trained(trained: TrainingResult, folder: Path) -> None:
     """The adapter, or all weights, in a folder that is there."""
     model, plan, weights = trained.trainer.model, trained.plan, trained.weights
     if isinstance(model, PeftModel):
-        base = BaseReference(trained.job.inputs.model, trained.base_revision)
-        save_adapter(model, folder, base, trained.trainer.adapter_start, weights)
+        base = BaseReference(trained.base_name, trained.base.revision)
+        save_adapter(model, folder, base, trained.trainer.run.adapter_start, weights)
         return
     whole = rebuild(model, weights) if weights else model
     whole.to(plan.precision.compute)
@@ -92,7 +104,7 @@ def rebuild(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrai
     return plain
 
 
-def release(trained: Trained) -> None:
+def release(trained: TrainingResult) -> None:
     """Free the memory that training took: what was written is loaded next."""
     trainer = trained.trainer
     if trained.weights is not None:
@@ -106,12 +118,12 @@ def release(trained: Trained) -> None:
         torch.cuda.empty_cache()
 
 
-def merge_adapter(trained: Trained, adapter: Path, folder: Path, checks: list[dict[str, Any]]) -> dict[str, Any]:
+def merge_adapter(trained: TrainingResult, adapter: Path, folder: Path, checks: list[dict[str, Any]]) -> dict[str, Any]:
     """Merge shard by shard into a folder, and prove it; the figures and checks for the manifest.
 
     Raises UserError that tells where the adapter is.
     """
-    plan, settings = trained.plan, trained.job.settings
+    plan, settings = trained.plan, trained.settings
     quantization = plan.quantization if settings.output.merge_base == "dequantized" else None
     try:
         parts = (trained.base_folder, adapter, plan.config, plan.precision.compute, quantization)
@@ -125,20 +137,19 @@ def merge_adapter(trained: Trained, adapter: Path, folder: Path, checks: list[di
         ) from error
 
 
-def finish(folder: Path, trained: Trained, manifest: Manifest, is_served: bool) -> None:
+def finish(folder: Path, trained: TrainingResult, manifest: Manifest, is_served: bool) -> None:
     """Write what stands beside the weights. `is_served` says whether an endpoint gets this folder."""
     trained.tokenizer.save_pretrained(folder)
     refusals = write_serving_files(folder, describe_served(folder, trained, manifest)) if is_served else []
     for refusal in refusals:
         print(f"Serving: {refusal}", flush=True)
     manifest["export"]["served_by_vllm"] = not refusals
-    base = BaseSource(trained.base_id, trained.base_revision)
-    write_model_card(folder, manifest, trained.base_folder, base, refusals)
+    write_model_card(folder, manifest, trained.base_folder, trained.base, refusals)
     manifest["files"] = sorted([MANIFEST, *(file.name for file in folder.iterdir())])
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def describe_served(folder: Path, trained: Trained, manifest: Manifest) -> ServedModel:
+def describe_served(folder: Path, trained: TrainingResult, manifest: Manifest) -> ServedModel:
     is_adapter = (folder / CONFIG_NAME).is_file()
     return ServedModel(
         config=trained.plan.config,
@@ -146,10 +157,10 @@ def describe_served(folder: Path, trained: Trained, manifest: Manifest) -> Serve
         dtype=trained.plan.precision.compute,
         chat_template=trained.tokenizer.chat_template,
         lora=LoraConfig.from_pretrained(str(folder)) if is_adapter else None,
-        base_id=trained.base_id,
-        base_revision=trained.base_revision,
-        max_length=trained.job.settings.data.max_length,
-        trust_remote_code=trained.job.settings.model.trust_remote_code,
+        base_id=trained.base.hub_id,
+        base_revision=trained.base.revision,
+        max_length=trained.settings.data.max_length,
+        trust_remote_code=trained.settings.model.trust_remote_code,
     )
 
 

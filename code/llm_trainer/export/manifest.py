@@ -2,6 +2,7 @@
 """training_manifest.json: what made this model. Versions, settings, data, metrics and where the time went."""
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftModel
@@ -10,49 +11,52 @@ from transformers import PreTrainedModel
 from llm_trainer import __version__
 from llm_trainer.common.ranks import world_size
 from llm_trainer.common.versions import read_versions
-from llm_trainer.config.schema import redact_settings
 from llm_trainer.data.report import DataReport
 from llm_trainer.data.streaming import AUDITED_ROWS
-from llm_trainer.job.job import Job
 from llm_trainer.journal.manifest import Manifest
 from llm_trainer.journal.records import SCHEMA_VERSION
-from llm_trainer.journal.timeline import Timeline
 from llm_trainer.model.lora import count_parameters, count_targets
 from llm_trainer.training.packing import Packing
-from llm_trainer.training.resumable_trainer import ResumableTrainer
+from llm_trainer.training.resumable import ResumableMixin
 
 
-def build_manifest(
-    job: Job,
-    trainer: ResumableTrainer,
-    reports: dict[str, DataReport],
-    packing: Packing,
-    totals: dict[str, float],
-    timeline: Timeline,
-    memory: dict[str, Any],
-) -> Manifest:
+@dataclass(frozen=True)
+class TrainedRun:
+    """What the manifest tells of a run, besides what its trainer knows."""
+
+    model: str  # as the job names it
+    settings: dict[str, Any]  # without secrets
+    streaming: bool
+    reports: dict[str, DataReport]  # by split
+    packing: Packing
+    memory: dict[str, Any]  # the estimate beside the measured peak
+    totals: dict[str, float]  # Transformers' metrics of the whole run
+    phase_seconds: dict[str, float]  # the timeline's own, so that phases still to come are added
+
+
+def build_manifest(trainer: ResumableMixin, run: TrainedRun) -> Manifest:
     """Return the manifest, ready for JSON and without secrets."""
     return {
         "schema_version": SCHEMA_VERSION,
         "llm_trainer": __version__,
         "training_job_name": os.environ.get("TRAINING_JOB_NAME"),
-        "model": job.inputs.model,
-        "settings": redact_settings(job.settings),
+        "model": run.model,
+        "settings": run.settings,
         "training_arguments": {
             name: getattr(trainer.args, name)
             for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed", "bf16", "fp16")
         },
         **describe_weights(trainer.model),
-        "audited_rows_of_each_train_source": AUDITED_ROWS if job.settings.data.streaming else "all",
-        "data": {name: report.summary() for name, report in reports.items()},
-        "packing": packing.describe(),
-        "memory": memory,
-        "metrics": {**totals, **last_metrics(trainer.state.log_history)},
+        "audited_rows_of_each_train_source": AUDITED_ROWS if run.streaming else "all",
+        "data": {name: report.summary() for name, report in run.reports.items()},
+        "packing": run.packing.describe(),
+        "memory": run.memory,
+        "metrics": {**run.totals, **last_metrics(trainer.state.log_history)},
         "num_steps": trainer.state.global_step,
         "total_steps": trainer.state.max_steps,
         "stopped": trainer.stopped,
         "world_size": world_size(),
-        "phase_seconds": timeline.seconds,
+        "phase_seconds": run.phase_seconds,
         "versions": read_versions(),
     }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the training of a job has ended with, and what is needed to write it down."""
+"""The result of a training, and everything that is needed to write it down."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,24 +9,52 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llm_trainer.common.hub import download_model
-from llm_trainer.job.job import Job
+from llm_trainer.config.sections import (
+    AdapterSettings,
+    DataSettings,
+    ModelSettings,
+    OutputSettings,
+    TrackingSettings,
+)
+from llm_trainer.export.base_source import BaseSource
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.model.plan import ModelPlan
-from llm_trainer.training.resumable_trainer import ResumableTrainer
+from llm_trainer.training.resumable import ResumableMixin
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """The sections of the settings that the export depends on."""
+
+    model: ModelSettings
+    adapter: AdapterSettings
+    data: DataSettings
+    tracking: TrackingSettings
+    output: OutputSettings
+
+
+@dataclass(frozen=True)
+class ExportPlaces:
+    """The folders that the export writes to."""
+
+    model_dir: Path  # the result
+    output_dir: Path  # what else the job leaves, such as a result that failed its proof
+    scratch_dir: Path  # nothing in it is kept
 
 
 @dataclass(frozen=True, eq=False)
-class Trained:
-    """What the training has ended with, on global rank 0."""
+class TrainingResult:
+    """The result of a training, on global rank 0."""
 
-    job: Job
+    settings: ExportSettings
+    places: ExportPlaces
+    base_name: str  # the base's folder or Hub id, as the job names it
     plan: ModelPlan
-    trainer: ResumableTrainer
-    weights: dict[str, torch.Tensor] | None  # what was trained, where the model holds but shards of it
+    trainer: ResumableMixin
+    weights: dict[str, torch.Tensor] | None  # those that were trained, where the model holds only shards of them
     rows: list[list[int]]  # tokens of training rows
     logits: list[torch.Tensor] | None  # the trained model's on the rows; None after a stop, as there is no time for it
     tokenizer: PreTrainedTokenizerBase
-    scratch_dir: Path
     timeline: Timeline
 
     @property
@@ -35,21 +63,19 @@ class Trained:
         return (self.plan.config.architectures or ["AutoModelForCausalLM"])[0]
 
     @property
-    def base_id(self) -> str | None:
-        """The base's name on the Hub; None for a folder, of which it is not known."""
-        name = self.job.inputs.model
-        return None if Path(name).is_dir() else name
-
-    @property
-    def base_revision(self) -> str | None:
-        """The commit that was trained on, where the Hub's cache tells it, else what was asked for."""
+    def base(self) -> BaseSource:
+        """The base's place on the Hub, with the commit that was trained on where the Hub's cache tells it."""
         folder = Path(self.plan.folder)
-        return folder.name if folder.parent.name == "snapshots" else self.job.settings.model.model_revision
+        is_commit = folder.parent.name == "snapshots"
+        return BaseSource(
+            hub_id=None if Path(self.base_name).is_dir() else self.base_name,
+            revision=folder.name if is_commit else self.settings.model.model_revision,
+        )
 
     @cached_property
     def base_folder(self) -> Path:
-        """The folder of the base's files, from the cache where each rank fetched them for itself."""
+        """The folder of the base's files, in the cache where each rank fetched them for itself."""
         folder = Path(self.plan.folder)
         if folder.is_dir():
             return folder
-        return Path(download_model(self.plan.folder, self.job.settings.model.model_revision, with_weights=True))
+        return Path(download_model(self.plan.folder, self.settings.model.model_revision, with_weights=True))

@@ -22,19 +22,21 @@ from llm_trainer.export.logits_check import (
     compute_logits,
     describe_unproven,
 )
-from llm_trainer.export.result import Trained
+from llm_trainer.export.result import TrainingResult
 from llm_trainer.model.loading import LoadOptions, load_model
 from llm_trainer.model.plan import ModelPlan
 
 REJECTED = "rejected_export"  # in output/data
 
 
-def prove_trained(trained: Trained, folder: Path, expected: list[torch.Tensor], trained_bytes: int) -> dict[str, Any]:
+def prove_trained(
+    trained: TrainingResult, folder: Path, expected: list[torch.Tensor], trained_bytes: int
+) -> dict[str, Any]:
     """Load the adapter on its base as it was trained on, or the whole weights, and compare.
 
     Raises UserError that tells where the folder has been put, so that it is neither lost nor taken for the model.
     """
-    plan, settings, rows = trained.plan, trained.job.settings, trained.rows
+    plan, settings, rows = trained.plan, trained.settings, trained.rows
     tolerance: float | None = ROUNDING[plan.precision.compute]
     if (
         settings.adapter.init_lora_weights == "loftq"
@@ -44,7 +46,7 @@ def prove_trained(trained: Trained, folder: Path, expected: list[torch.Tensor], 
         what, model_bytes = "The adapter on its base", trained_bytes
     else:
         what, model_bytes = "The exported model", measure_weights(folder, plan)
-    place = choose_place(model_bytes, plan.device, trained.scratch_dir)
+    place = choose_place(model_bytes, plan.device, trained.places.scratch_dir)
     if not settings.adapter.use_peft:
         model = load_whole(trained, folder, place)
     elif place.placement:
@@ -54,19 +56,19 @@ def prove_trained(trained: Trained, folder: Path, expected: list[torch.Tensor], 
     try:
         return compare_logits(what, Expectation(rows, expected, tolerance), model, place)
     except UserError as error:
-        rejected = trained.job.environment.output_dir / "data" / REJECTED
+        rejected = trained.places.output_dir / "data" / REJECTED
         shutil.rmtree(rejected, ignore_errors=True)
         shutil.move(folder, rejected)
         raise UserError(f"{error} What was written is in {rejected}, and the checkpoints are kept.") from error
 
 
-def prove_merged(trained: Trained, adapter: Path, folder: Path) -> Iterator[dict[str, Any]]:
+def prove_merged(trained: TrainingResult, adapter: Path, folder: Path) -> Iterator[dict[str, Any]]:
     """Load the merged weights, and compare them with the adapter on the base that it was merged into.
 
     Where that is another base than the quantized one that was trained on, the difference to the latter is recorded too;
     it is no mistake.
     """
-    plan, settings, rows = trained.plan, trained.job.settings, trained.rows
+    plan, settings, rows = trained.plan, trained.settings, trained.rows
     assert trained.logits is not None
     what, rounding = "The merged model", ROUNDING[plan.precision.compute]
     # LLM.int8() rounds the inputs of its products too, which no merged weights do.
@@ -74,11 +76,11 @@ def prove_merged(trained: Trained, adapter: Path, folder: Path) -> Iterator[dict
     is_other_base = (
         settings.model.load_in_4bit or settings.model.load_in_8bit
     ) and settings.output.merge_base == "bf16"
-    place = choose_place(measure_weights(folder, plan), plan.device, trained.scratch_dir)
+    place = choose_place(measure_weights(folder, plan), plan.device, trained.places.scratch_dir)
     on_original = None
     if is_other_base:
         base_bytes = measure_base(trained)
-        base_place = choose_place(base_bytes, plan.device, trained.scratch_dir)
+        base_place = choose_place(base_bytes, plan.device, trained.places.scratch_dir)
         if base_place.placement:
             yield describe_unproven("The adapter on the original weights", base_bytes)
         else:
@@ -103,21 +105,21 @@ def measure_weights(folder: Path, plan: ModelPlan) -> int:
     return plan.precision.compute.itemsize * count_weights(folder)
 
 
-def measure_base(trained: Trained) -> int:
+def measure_base(trained: TrainingResult) -> int:
     return measure_weights(trained.base_folder, trained.plan)
 
 
-def load_adapted(trained: Trained, adapter: Path, place: CheckPlace, quantized: bool) -> PeftModel:
+def load_adapted(trained: TrainingResult, adapter: Path, place: CheckPlace, quantized: bool) -> PeftModel:
     """The base, as it was trained on or as it is stored, with the adapter of a folder."""
-    plan, settings = trained.plan, trained.job.settings
+    plan, settings = trained.plan, trained.settings
     quantization = plan.quantization if quantized or isinstance(plan.quantization, Mxfp4Config) else None
     options = replace(plan.load_options, quantization=quantization)
     base = load_model(plan.folder, settings.model, options, place.device)
     return PeftModel.from_pretrained(base, str(adapter))
 
 
-def load_whole(trained: Trained, folder: Path, place: CheckPlace) -> PreTrainedModel:
+def load_whole(trained: TrainingResult, folder: Path, place: CheckPlace) -> PreTrainedModel:
     """Weights that were written, as a consumer loads them."""
-    plan, settings = trained.plan, trained.job.settings
+    plan, settings = trained.plan, trained.settings
     options = LoadOptions(plan.precision.compute, plan.attention.name)
     return load_model(str(folder), settings.model, options, place.device, **place.placement)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an exception, or a signal that killed a worker, to a sentence that says what happened and what to change.
+"""The sentence for an exception, or a signal that killed a worker: what happened, and what to change.
 
-Libraries tell the same thing in many ways. An exception's class decides where it says enough, its text elsewhere.
+Libraries tell the same thing in many ways. An exception's class decides where it says enough, its text elsewhere. Notes
+on the exception tell what the program was doing (common/activity_notes.py).
 """
 
 import errno
@@ -12,15 +13,22 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from llm_trainer.common import redaction
+from llm_trainer.common.activity_notes import EVALUATION, read_notes
 from llm_trainer.common.errors import Failure, Kind, UserError, quote_error, report_failure, walk_causes
 from llm_trainer.common.hub import find_refusal
 from llm_trainer.common.ranks import describe_rank
-from llm_trainer.config.schema import Settings
-from llm_trainer.config.sections import SECRETS
+from llm_trainer.common.redaction import hide_secrets
+from llm_trainer.config.sections import (
+    AdapterSettings,
+    DataSettings,
+    ModelSettings,
+    ParallelismSettings,
+    TrainingSettings,
+)
 
 SHARED_MEMORY_DIR = Path("/dev/shm")
 NEARLY_FULL_BYTES = 16 << 20  # with no more than this left, a write that failed without a reason failed for that
@@ -35,7 +43,7 @@ OLD_DRIVER = re.compile(r"driver on your system is too old|driver version is ins
 GLOO = re.compile(r"/gloo/|monitoredBarrier|Gloo connect")  # its errors are plain RuntimeErrors
 OWN_NCCL_ERROR = re.compile(r"ncclInvalid|ncclUnhandledCudaError")
 
-WHERE = "the traceback is in the log and in output/data/failures"
+TRACEBACK_PLACE = "the traceback is in the log and in output/data/failures"
 SMALL_SHARED_MEMORY = (
     "ran out of shared memory (/dev/shm): set dataloader_num_workers=0; under docker run add --shm-size=8g "
     "(SageMaker has no setting for it)."
@@ -51,50 +59,85 @@ DEATHS = {
 }
 
 
-def explain(error: BaseException, who: str, settings: Settings | None, folders: Mapping[str, Path]) -> Failure:
-    """`who` is the failed process, such as "Rank 0"; `folders` says where the functions of ours that write do so."""
+@dataclass(frozen=True)
+class JobFacts:
+    """What a sentence about a failure may name of the job, and the secrets that it must not."""
+
+    model: ModelSettings
+    adapter: AdapterSettings
+    data: DataSettings
+    training: TrainingSettings
+    parallelism: ParallelismSettings
+    secrets: Sequence[str] = ()
+    folders: Sequence[Path] = ()  # the job writes to them
+
+
+def explain(error: BaseException, who: str, facts: JobFacts | None) -> Failure:
+    """Return the failure that an exception means for the user. `who` is the failed process, such as "Rank 0"."""
+    secrets = facts.secrets if facts is not None else ()
     if isinstance(error, UserError) and not is_disk_full(error):
         # After what PyTorch puts before it where it was raised in a process of a DataLoader.
         sentence = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]
-        return Failure(hide_secrets(sentence, settings), "mistake", time.time())
-    kind, sentence = diagnose(error, settings, folders)
-    return Failure(hide_secrets(f"{who} {sentence}", settings), kind, time.time())
+        return Failure(hide_secrets(sentence, secrets), "mistake", time.time())
+    kind, sentence = diagnose(error, facts)
+    return Failure(hide_secrets(f"{who} {sentence}", secrets), kind, time.time())
 
 
-def diagnose(error: BaseException, settings: Settings | None, folders: Mapping[str, Path]) -> tuple[Kind, str]:
-    """What happened, as the end of a sentence. The order matters: a full /dev/shm is also no space left."""
+def diagnose(error: BaseException, facts: JobFacts | None) -> tuple[Kind, str]:
+    """Return what happened, as the end of a sentence. The order matters: a full /dev/shm is also no space left."""
     text = "\n".join(str(link) for link in walk_causes(error))
+    return (
+        diagnose_memory(error, text, facts)
+        or diagnose_disk(error, text, facts.folders if facts is not None else ())
+        or diagnose_surroundings(error, text, facts)
+        or ("fault", f"failed with {type(error).__name__}: {quote_error(error)} ({TRACEBACK_PLACE}).")
+    )
+
+
+def diagnose_memory(error: BaseException, text: str, facts: JobFacts | None) -> tuple[Kind, str] | None:
+    """Return the sentence for memory that ran out, on the GPU, of the host, or shared between its processes."""
     if is_a(error, "torch.OutOfMemoryError") or GPU_MEMORY.search(text):
-        return "mistake", f"ran out of GPU memory ({describe_allocation(error)}): {save_gpu_memory(error, settings)}"
+        advice = ", or ".join([*(list_memory_savings(error, facts) if facts else ()), "use a GPU with more memory."])
+        return "mistake", f"ran out of GPU memory ({describe_allocation(error)}): {advice}"
     if is_a(error, "builtins.MemoryError") or HOST_MEMORY.search(text):
         return "mistake", f"ran out of the host's memory ({quote_error(error)}): {SAVE_HOST_MEMORY}"
     if SHARED_MEMORY.search(text):
         return "mistake", SMALL_SHARED_MEMORY
     if LOST_LOADER.search(text):
         return "fault", f"lost a DataLoader process, most likely to a lack of memory; or it {SMALL_SHARED_MEMORY}"
+    return None
+
+
+def diagnose_disk(error: BaseException, text: str, folders: Sequence[Path]) -> tuple[Kind, str] | None:
+    """Return the sentence for a full disk. The job writes to `folders`."""
     if is_disk_full(error) or FAILED_WRITE.search(text):
         folder = find_written_folder(error, folders)
         if is_disk_full(error) or is_nearly_full(folder):
             return "mistake", SMALL_SHARED_MEMORY if folder == SHARED_MEMORY_DIR else describe_full_disk(folder)
+    return None
+
+
+def diagnose_surroundings(error: BaseException, text: str, facts: JobFacts | None) -> tuple[Kind, str] | None:
+    """Return the sentence for the GPU's driver, the network, or another rank."""
     if OLD_DRIVER.search(text):
         return "mistake", f"found an NVIDIA driver that is older than the image's CUDA: {UPDATE_DRIVER}"
     refusal = find_refusal(error, "a file that it asked for")
     if refusal:
         return "mistake", f"got no answer of use from the network: {refusal}"
     if is_peer_lost(error, text):
-        return "peer", describe_lost_peer(error, settings)
-    return "fault", f"failed with {type(error).__name__}: {quote_error(error)} ({WHERE})."
+        return "peer", describe_lost_peer(error, facts)
+    return None
 
 
 def report_death(rank: int, exit_code: int, timestamp: float) -> None:
-    """Tell the launcher of a worker's death, unless it said itself why; that was before `timestamp`."""
+    """Leave a worker's death for the launcher, unless the worker said itself why. It was noticed at `timestamp`."""
     folder = Path(os.environ["LLM_TRAINER_SCRATCH"]) / "failures"
     if not (folder / f"rank-{rank}.json").exists():
         report_failure(folder, f"rank-{rank}", explain_death(describe_rank(rank), exit_code, timestamp))
 
 
 def explain_death(who: str, exit_code: int, timestamp: float) -> Failure:
-    """Of a worker that could not say anything itself."""
+    """Return the failure of a worker that could not say anything itself. `who` is such as "Rank 0"."""
     # When one rank is gone, NCCL's watchdog aborts those that wait for it, and torchrun terminates the others.
     kind: Kind = "peer" if exit_code in (-signal.SIGABRT, -signal.SIGTERM) else "fault"
     if exit_code < 0:
@@ -107,74 +150,70 @@ def explain_death(who: str, exit_code: int, timestamp: float) -> Failure:
 
 
 def is_a(error: BaseException, name: str) -> bool:
-    """Whether the error, or one that it was raised from, is of the class, named so that nothing is imported for it."""
+    """Tell whether the error, or one that it was raised from, is of a class. Its name is given, to import nothing."""
     classes = [kind for link in walk_causes(error) for kind in type(link).__mro__]
     return name in {f"{kind.__module__}.{kind.__qualname__}" for kind in classes}
 
 
 def describe_allocation(error: BaseException) -> str:
-    """The first sentences of CUDA's allocator, e.g. how much it was asked for, and how much there is."""
+    """Return the first sentences of CUDA's allocator, such as how much it was asked for, and how much there is."""
     sentences = re.split(r"(?<=\w)\.\s+", quote_error(error))
     return "; ".join(sentences[:3])
 
 
-def save_gpu_memory(error: BaseException, settings: Settings | None) -> str:
-    """The settings that reduce GPU memory and are not used yet."""
-    ways = []
-    if settings is not None:
-        if is_raised_in(error, "evaluation_loop") and settings.training.per_device_eval_batch_size > 1:
-            ways.append(f"lower per_device_eval_batch_size (now {settings.training.per_device_eval_batch_size})")
-        elif settings.training.per_device_train_batch_size > 1:
-            ways.append(
-                f"lower per_device_train_batch_size (now {settings.training.per_device_train_batch_size}) and raise "
-                f"gradient_accumulation_steps (now {settings.training.gradient_accumulation_steps}) as much"
-            )
-        ways.append(
-            f"lower max_length (now {settings.data.max_length})" if settings.data.max_length else "set max_length"
+def list_memory_savings(error: BaseException, facts: JobFacts) -> Iterator[str]:
+    """Yield the settings that reduce GPU memory and are not used yet."""
+    training, max_length = facts.training, facts.data.max_length
+    activities = {note.activity for link in walk_causes(error) for note in read_notes(link)}
+    if EVALUATION in activities and training.per_device_eval_batch_size > 1:
+        yield f"lower per_device_eval_batch_size (now {training.per_device_eval_batch_size})"
+    elif training.per_device_train_batch_size > 1:
+        yield (
+            f"lower per_device_train_batch_size (now {training.per_device_train_batch_size}) and raise "
+            f"gradient_accumulation_steps (now {training.gradient_accumulation_steps}) as much"
         )
-        if settings.parallelism.gradient_checkpointing is False:
-            ways.append("set gradient_checkpointing=true")
-        if not settings.adapter.use_peft:
-            ways.append("train an adapter (use_peft=true)")
-        elif not settings.model.load_in_4bit:
-            ways.append(f"set load_in_4bit=true{' instead of load_in_8bit' if settings.model.load_in_8bit else ''}")
-    return ", or ".join([*ways, "use a GPU with more memory."])
+    yield f"lower max_length (now {max_length})" if max_length else "set max_length"
+    if facts.parallelism.gradient_checkpointing is False:
+        yield "set gradient_checkpointing=true"
+    if not facts.adapter.use_peft:
+        yield "train an adapter (use_peft=true)"
+    elif not facts.model.load_in_4bit:
+        yield f"set load_in_4bit=true{' instead of load_in_8bit' if facts.model.load_in_8bit else ''}"
 
 
 def is_disk_full(error: BaseException) -> bool:
+    """Tell whether the error, or one that it was raised from, says that a disk or a quota is full."""
     numbers = {getattr(link, "errno", None) for link in walk_causes(error)}
     texts = [str(link) for link in walk_causes(error)]
     return bool(numbers & {errno.ENOSPC, errno.EDQUOT}) or any(NO_SPACE.search(text) for text in texts)
 
 
-def find_written_folder(error: BaseException, folders: Mapping[str, Path]) -> Path:
-    """Where the write failed: in the file that the error names, in the folder of the function, or where it is fullest.
+def find_written_folder(error: BaseException, folders: Sequence[Path]) -> Path:
+    """Return where a write failed: by the file that the error names, by its notes, or the fullest of the folders.
 
     Space alone does not tell: some libraries remove what they could not finish.
     """
-    for link in walk_causes(error):
+    causes = list(walk_causes(error))
+    for link in causes:
         name = getattr(link, "filename", None)
         if isinstance(name, str) and Path(name).is_absolute():
             return next(folder for folder in Path(name).parents if folder.is_dir())
-    for function, folder in folders.items():
-        if is_raised_in(error, function) and folder.is_dir():
-            return folder
-    candidates = [folder for folder in (*folders.values(), Path(tempfile.gettempdir())) if folder.is_dir()]
+    for note in (note for link in causes for note in read_notes(link)):
+        if note.folder is not None and note.folder.is_dir():
+            return note.folder
+    candidates = [folder for folder in (*folders, Path(tempfile.gettempdir())) if folder.is_dir()]
     if is_nearly_full(SHARED_MEMORY_DIR):  # it is small in any case
         candidates.append(SHARED_MEMORY_DIR)
     return min(candidates, key=lambda folder: shutil.disk_usage(folder).free)
 
 
 def is_nearly_full(folder: Path) -> bool:
+    """Tell whether a folder's disk has next to no space left."""
     return folder.is_dir() and shutil.disk_usage(folder).free <= NEARLY_FULL_BYTES
 
 
-def is_raised_in(error: BaseException, function: str) -> bool:
-    frames = [frame for link in walk_causes(error) for frame, _ in traceback.walk_tb(link.__traceback__)]
-    return function in {frame.f_code.co_name for frame in frames}
-
-
 def describe_full_disk(folder: Path) -> str:
+    """Return the end of a sentence about the full disk of a folder."""
     disk = shutil.disk_usage(folder)
     return (
         f"found no space on the disk of {folder}, of which {disk.free / 1e9:.2f} of {disk.total / 1e9:.2f} GB are "
@@ -183,29 +222,24 @@ def describe_full_disk(folder: Path) -> str:
 
 
 def is_peer_lost(error: BaseException, text: str) -> bool:
-    """Whether another rank broke off or did not answer. A download's time-out, say, is none of that."""
+    """Tell whether another rank broke off or did not answer. A download's time-out, say, is neither."""
     if is_a(error, "torch.distributed.DistError"):
         return not OWN_NCCL_ERROR.search(text)
     return bool(GLOO.search(text))
 
 
-def describe_lost_peer(error: BaseException, settings: Settings | None) -> str:
-    limit = "" if settings is None else f" (now {settings.parallelism.ddp_timeout} s)"
+def describe_lost_peer(error: BaseException, facts: JobFacts | None) -> str:
+    """Return the end of a sentence about another rank that is lost."""
+    limit = "" if facts is None else f" (now {facts.parallelism.ddp_timeout} s)"
     return (
         f"lost the other ranks ({quote_error(error)}): the log of the rank that failed first says why; where none did, "
         f"a step took longer than ddp_timeout{limit}: raise it."
     )
 
 
-def hide_secrets(text: str, settings: Settings | None) -> str:
-    """The text without the secrets that this process knows."""
-    given = [settings.value(name) for name in SECRETS] if settings is not None else []
-    return redaction.hide_secrets(text, [secret.get_secret_value() for secret in given if secret is not None])
-
-
-def write_traceback(error: BaseException, file: Path, settings: Settings | None) -> str:
-    """The traceback, to the file as well, which leaves the job with the output's other data."""
-    text = hide_secrets("".join(traceback.format_exception(error)), settings)
+def write_traceback(error: BaseException, file: Path, secrets: Sequence[str]) -> str:
+    """Write the traceback to a file of the output, without secrets. Return its text."""
+    text = hide_secrets("".join(traceback.format_exception(error)), secrets)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")

@@ -27,7 +27,6 @@ METRICS = {
 OBJECTIVES = ("eval_loss", "train_loss", "eval_mean_token_accuracy")
 # Transformers' names -> ours. The others keep their name.
 RENAMED = {"loss": "train_loss", "mean_token_accuracy": "train_token_accuracy", "num_tokens": "tokens"}
-LEFT_OUT = ("total_flos", "entropy", "eval_entropy", "eval_num_tokens")
 # A finite number, since CloudWatch takes neither nan nor inf.
 NUMBER = r"(-?[0-9.]+(?:e[-+]?[0-9]+)?)"
 

@@ -39,18 +39,17 @@ class BaseReference:
     revision: str | None
 
 
-def initialize_adapter(model: PeftModel, init: str, base: str, scratch_dir: Path) -> Path | None:
-    """Give the adapter its first values where PEFT has not, and save them. `base` is the folder of the base's files.
+def find_adapter_start(init: str, scratch_dir: Path) -> Path | None:
+    """Return the folder for the adapter's first values; None for an adapter that begins with adding zero."""
+    begins_elsewhere = init == "loftq" or init in MOVING_STARTS
+    return scratch_dir / f"initial_adapter_{local_rank()}" if begins_elsewhere else None
 
-    Return the folder that holds them, one for each local rank, or None for an adapter that adds zero at first.
-    """
+
+def initialize_adapter(model: PeftModel, init: str, base: str, start: Path) -> None:
+    """Give the adapter its first values where PEFT has not, and write them to the folder `start`."""
     if init == "loftq":
         initialize_loftq(model, Path(base))
-    elif init not in MOVING_STARTS:
-        return None
-    start = scratch_dir / f"initial_adapter_{local_rank()}"
     model.save_pretrained(start)
-    return start
 
 
 @torch.no_grad()

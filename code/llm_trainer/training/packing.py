@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows share sequences, so that little is computed on padding; never where a row could see another one."""
+"""Sequences that several rows share, to compute little on padding; none where a row could see another one."""
 
 import heapq
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,42 +16,49 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.ranks import run_on_local_rank_zero
-from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.formats import IGNORED
-from llm_trainer.training.packing_check import find_leak
+from llm_trainer.training.packing_check import find_cross_row_attention
 
-SPARE_SHARE = 0.03  # of a batch's tokens that may be padding, for sequences that are shorter and attention cheaper
-BIN_ROWS = 10_000  # packed together: enough to fill the bins, and at most some hundred MB
+# So much padding a batch may have, as a share of its tokens: shorter sequences make attention cheaper.
+SPARE_SHARE = 0.03
+BIN_ROWS = 10_000  # rows packed together: enough to fill the bins, and some hundred MB at most
 
 
 @dataclass(frozen=True)
 class PackedSplit:
-    """What became of one split's rows when they were packed before the training."""
+    """The figures of a split whose rows were packed before the training."""
 
     num_rows: int
     num_sequences: int
-    filled: float  # share of the sequences' slots that hold a token
+    fill_ratio: float  # share of the sequences' slots that hold a token
 
     def __str__(self) -> str:
-        return f"packed {self.num_rows} rows into {self.num_sequences} sequences, {self.filled:.1%} of the slots filled"
+        """Return a line for the log."""
+        filled = f"{self.fill_ratio:.1%} of the slots filled"
+        return f"packed {self.num_rows} rows into {self.num_sequences} sequences, {filled}"
+
+    def describe(self) -> dict[str, Any]:
+        """Return the figures as the manifest names them."""
+        return {"num_rows": self.num_rows, "num_sequences": self.num_sequences, "filled": self.fill_ratio}
 
 
 @dataclass(frozen=True)
 class PackingCollator:
-    """Rows, or sequences that `trl.pack_dataset` made of rows, to a batch in which rows share sequences.
+    """Makes a batch in which rows share sequences, of rows or of sequences that `trl.pack_dataset` made of rows.
 
-    No attention mask: position ids that begin again at 0 are what the kernels tell the rows apart by.
+    There is no attention mask. Attention kernels tell the rows apart by position ids that begin again at 0.
     """
 
     pad_token_id: int
-    max_length: int | None  # tokens of a sequence; None: as many as the longest row of the batch has
-    flattens: bool  # to one sequence, for flash attention; dense attention would pay for its length squared
+    max_length: int | None  # tokens of a sequence at most; None: as many as the longest row of the batch has
+    flattens: bool  # one sequence for flash attention, while dense attention would pay for its length squared
     pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """`input_ids`, `labels` and `position_ids` [sequences, slots], and what flash attention takes.
+        """Return `input_ids`, `labels` and `position_ids` [sequences, slots], and what flash attention takes.
 
-        `num_tokens` [examples] comes first: Transformers and Accelerate take the first tensor's length for the number
+        `num_tokens` [examples] comes first. Transformers and Accelerate take the first tensor's length for the number
         of examples, by which they weigh an evaluation's losses.
         """
         lengths = [len(example["input_ids"]) for example in examples]
@@ -61,50 +68,50 @@ class PackingCollator:
             )
             batch = flatten(examples)
         else:
-            batch = self.stack(examples, distribute(lengths, max(self.max_length or 0, *lengths)))
+            batch = self.stack(examples, plan_batch_bins(lengths, max(self.max_length or 0, *lengths)))
         return {"num_tokens": torch.tensor(lengths), **batch}
 
     def stack(self, examples: list[dict[str, Any]], sequences: list[list[int]]) -> dict[str, torch.Tensor]:
-        """The examples that `sequences` names by their places, end to end, padded at the right."""
+        """Return the batch of examples end to end, padded at the right. `sequences` holds the examples' places."""
         slots = max(sum(len(examples[place]["input_ids"]) for place in places) for places in sequences)
         slots += -slots % (self.pad_to_multiple_of or 1)
         input_ids = torch.full((len(sequences), slots), self.pad_token_id)
         labels = torch.full_like(input_ids, IGNORED)
         position_ids = torch.empty_like(input_ids)
-        for number, places in enumerate(sequences):
+        for index, places in enumerate(sequences):
             chosen = [examples[place] for place in places]
             used = sum(len(example["input_ids"]) for example in chosen)
-            input_ids[number, :used] = torch.cat([torch.tensor(example["input_ids"]) for example in chosen])
-            labels[number, :used] = torch.cat([torch.tensor(example["labels"]) for example in chosen])
+            input_ids[index, :used] = torch.cat([torch.tensor(example["input_ids"]) for example in chosen])
+            labels[index, :used] = torch.cat([torch.tensor(example["labels"]) for example in chosen])
             rows = [length for example in chosen for length in example.get("seq_lengths", [len(example["input_ids"])])]
-            padding = slots - used  # a row of its own, which no other sees
-            position_ids[number] = torch.cat([torch.arange(length) for length in [*rows, padding]])
+            padding = slots - used  # it counts as a row of its own, which no other sees
+            position_ids[index] = torch.cat([torch.arange(length) for length in [*rows, padding]])
         labels[position_ids == 0] = IGNORED  # it would be predicted from another row's last token
         return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
 
 
-def distribute(lengths: list[int], limit: int) -> list[list[int]]:
-    """The places of the rows in each sequence: as many, hence as short sequences as waste little, none above `limit`.
+def plan_batch_bins(lengths: list[int], limit: int) -> list[list[int]]:
+    """Return the places of the rows in each sequence of a batch. No row may be longer than `limit` tokens.
 
-    The most sequences of which at most SPARE_SHARE is padding; where there are none such, those with the fewest slots.
-    No row may be longer than `limit` tokens.
+    The sequences are as many, and so as short, as leave at most SPARE_SHARE of padding, and none exceeds `limit`. Where
+    no number of sequences does, those with the fewest slots come back.
     """
     budget = sum(lengths) * (1 + SPARE_SHARE)
     best, fewest_slots = [[place] for place in range(len(lengths))], len(lengths) * max(lengths)
-    for number in range(len(lengths), 0, -1):
+    for num_sequences in range(len(lengths), 0, -1):
         if fewest_slots <= budget:
             break
-        sequences = deal_out(lengths, number)
+        sequences = assign_longest_first(lengths, num_sequences)
         fullest = max(sum(lengths[place] for place in places) for places in sequences)
-        if fullest <= limit and number * fullest < fewest_slots:
-            best, fewest_slots = sequences, number * fullest
+        if fullest <= limit and num_sequences * fullest < fewest_slots:
+            best, fewest_slots = sequences, num_sequences * fullest
     return best
 
 
-def deal_out(lengths: list[int], number: int) -> list[list[int]]:
-    """Longest row first, each to the sequence that holds the fewest tokens so far."""
-    sequences: list[list[int]] = [[] for _ in range(number)]
-    heap = [(0, index) for index in range(number)]
+def assign_longest_first(lengths: list[int], num_sequences: int) -> list[list[int]]:
+    """Assign each row, the longest first, to the sequence that holds the fewest tokens so far. Return their places."""
+    sequences: list[list[int]] = [[] for _ in range(num_sequences)]
+    heap = [(0, index) for index in range(num_sequences)]
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
         held, index = heapq.heappop(heap)
         sequences[index].append(place)
@@ -122,6 +129,7 @@ class Packing:
     splits: dict[str, PackedSplit] = field(default_factory=dict)  # those packed before the training
 
     def __str__(self) -> str:
+        """Return a line for the log."""
         if self.mode == "off":
             return f"Packing off: {self.reason}"
         return f"Packing: the rows of a {self.mode} share sequences ({self.reason})"
@@ -132,29 +140,32 @@ class Packing:
         return "sequences" if self.mode == "data set" else "rows"
 
     def describe(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Return the packing for the manifest, ready for JSON."""
         return {
             "mode": self.mode,
             "reason": self.reason,
-            **{name: asdict(split) for name, split in self.splits.items()},
+            **{name: split.describe() for name, split in self.splits.items()},
         }
 
-    def pack(self, splits: dict[str, Dataset], settings: Settings, scratch_dir: Path) -> dict[str, Dataset]:
-        """The splits as they are trained on and evaluated: in sequences where that is wanted, else as they are."""
-        max_length = cast(int, settings.data.max_length)  # whoever wants sequences has given it
+    def pack(
+        self, splits: dict[str, Dataset], settings: DataSettings, seed: int, scratch_dir: Path
+    ) -> dict[str, Dataset]:
+        """Return the splits as they are trained on and evaluated: in sequences where that is wanted, else as they are.
+
+        The figures of packed splits are in `splits` afterwards. `seed` orders the sequences.
+        """
+        max_length = cast(int, settings.max_length)  # whoever wants sequences has given it
         train = self.mode == "data set"
-        wanted = {
-            "train": train,
-            "validation": train if settings.data.eval_packing is None else settings.data.eval_packing,
-        }
+        wanted = {"train": train, "validation": train if settings.eval_packing is None else settings.eval_packing}
         sequences = dict(splits)
         for name in filter(wanted.get, splits):
-            sequences[name] = pack_split(name, splits[name], settings, scratch_dir)
+            packed = pack_split(splits[name], settings, scratch_dir / f"{name}-packed.arrow")
+            sequences[name] = packed.shuffle(seed=seed, keep_in_memory=True) if settings.shuffle_dataset else packed
             num_tokens = int(splits[name].with_format("numpy")["length"][:].sum())
             self.splits[name] = PackedSplit(
                 num_rows=len(splits[name]),
                 num_sequences=len(sequences[name]),
-                filled=num_tokens / (len(sequences[name]) * max_length),
+                fill_ratio=num_tokens / (len(sequences[name]) * max_length),
             )
         return sequences
 
@@ -163,24 +174,26 @@ def choose_packing(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     arguments: SFTConfig,
-    settings: Settings,
+    settings: DataSettings,
     group: dist.ProcessGroup | None,
 ) -> Packing:
-    """What the settings ask for, if the model keeps the rows of a sequence apart. Every rank must call this.
+    """Return the packing that the settings ask for, if the model keeps the rows of a sequence apart.
 
-    Raises UserError where it does not and the settings name packing; where they leave it open, it is off.
+    Every rank must call this. Raises UserError where the model does not and the settings name packing. Where they leave
+    it open, packing is off.
     """
-    if settings.data.packing is False:
+    if settings.packing is False:
         return Packing("off", "packing=false")
     flattens = is_flash_attention_requested(model.config)
-    collator = PackingCollator(tokenizer.pad_token_id, settings.data.max_length, flattens, arguments.pad_to_multiple_of)
+    collator = PackingCollator(tokenizer.pad_token_id, settings.max_length, flattens, arguments.pad_to_multiple_of)
     if arguments.parallelism_config is not None:
         reason: str | None = "parallelism_config may split a sequence over devices"
     else:
-        with computing_as(arguments):
-            reason = find_first(find_leak(model, replace(collator, pad_token_id=0, max_length=None)), group)
+        with autocast_like_training(arguments):
+            found = find_cross_row_attention(model, replace(collator, pad_token_id=0, max_length=None))
+        reason = agree_on_reason(found, group)
     if reason is None:
-        mode: Literal["data set", "batch"] = "data set" if settings.data.packing else "batch"
+        mode: Literal["data set", "batch"] = "data set" if settings.packing else "batch"
         return Packing(mode, f"{model.config._attn_implementation} attention keeps them apart", collator)
     for name in ("packing", "eval_packing"):
         if settings.value(name):
@@ -188,14 +201,20 @@ def choose_packing(
     return Packing("off", reason)
 
 
-def computing_as(arguments: SFTConfig) -> torch.autocast:
-    """Mixed precision as in training: flash attention takes no float32, in which full fine-tuning keeps the weights."""
+def autocast_like_training(arguments: SFTConfig) -> torch.autocast:
+    """Return the training's mixed precision, as a context.
+
+    Flash attention takes no float32, the type in which full fine-tuning keeps the weights.
+    """
     dtype = torch.float16 if arguments.fp16 else torch.bfloat16
     return torch.autocast(arguments.device.type, dtype, enabled=arguments.fp16 or arguments.bf16)
 
 
-def find_first(reason: str | None, group: dist.ProcessGroup | None) -> str | None:
-    """The first rank's reason that has one: what a GPU rounds must not have the ranks train in different ways."""
+def agree_on_reason(reason: str | None, group: dist.ProcessGroup | None) -> str | None:
+    """Return the reason of the first rank that has one. Every rank must call this.
+
+    GPUs may round differently, and the ranks must not train in different ways for that.
+    """
     reasons: list[str | None] = [reason]
     if group is not None:
         reasons = [None] * dist.get_world_size()
@@ -203,22 +222,17 @@ def find_first(reason: str | None, group: dist.ProcessGroup | None) -> str | Non
     return next(filter(None, reasons), None)
 
 
-def pack_split(name: str, rows: Dataset, settings: Settings, scratch_dir: Path) -> Dataset:
-    """The rows in sequences of at most max_length, packed once a host, on disk; `seq_lengths` tells them apart.
+def pack_split(rows: Dataset, settings: DataSettings, arrow: Path) -> Dataset:
+    """Return the rows in sequences of at most max_length tokens. One process a host packs them, into a file.
 
-    They have been cut to max_length before, so that nothing is lost here.
+    The column `seq_lengths` tells the rows of a sequence apart. Rows have been cut to max_length before, and none is
+    lost here.
     """
-    arrow = scratch_dir / f"{name}-packed.arrow"
 
     def pack() -> None:
         options = {"cache_file_name": str(arrow), "load_from_cache_file": False, "batch_size": BIN_ROWS}
         tokens = rows.select_columns(["input_ids", "labels"])
-        pack_dataset(tokens, settings.data.max_length, settings.data.packing_strategy, options)
+        pack_dataset(tokens, settings.max_length, settings.packing_strategy, options)
 
-    run_on_local_rank_zero(scratch_dir / f"{name}-packed.done", pack)
-    sequences = Dataset.from_file(str(arrow))
-    return (
-        sequences.shuffle(seed=settings.training.seed, keep_in_memory=True)
-        if settings.data.shuffle_dataset
-        else sequences
-    )
+    run_on_local_rank_zero(arrow.with_suffix(".done"), pack)
+    return Dataset.from_file(str(arrow))

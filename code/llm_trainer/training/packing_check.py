@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a model keep the rows of a packed sequence apart? An experiment on the model itself, not a list of classes."""
+"""The check that a model keeps the rows of a packed sequence apart: an experiment on it, not a list of classes."""
 
 import copy
 from collections.abc import Callable
@@ -22,31 +22,32 @@ WATCHED = slice(2, None)  # the rows that come after others in their sequence
 MOVED_BY_OTHERS = {torch.float32: 1e-6, torch.float16: 0.005, torch.bfloat16: 0.03}
 MOVED_BY_COMPANY = {torch.float32: 0.05, torch.float16: 0.05, torch.bfloat16: 0.1}
 
-SIBLING_VOCABULARY = 512
-SIBLING_WIDTH = 128  # of its layers' inner parts, be they one or 256 experts
-SIBLING_LAYERS = 2  # where the config does not tell the layers' kinds
+# Sizes of the proxy model.
+PROXY_VOCABULARY = 512
+PROXY_WIDTH = 128  # of its layers' inner parts, be they one or 256 experts
+PROXY_LAYERS = 2  # where the config does not tell the layers' kinds
 
 
-def build_sibling(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """A small model with the same attention, for the experiment where this one's weights are shards, or elsewhere.
+def build_proxy_model(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Return a small model with the same attention, for the experiment where this model's weights are shards.
 
-    As wide, and of as few layers as have each kind of layer that the model has. Its weights are random, the same on
-    every rank, and so large that attention tells positions apart.
+    It is as wide, and has as few layers as have each kind of the model's layers. Its weights are random, the same on
+    every rank, and so large that attention tells positions apart. No random number of the training is drawn for it.
     """
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     text = config.get_text_config()
     kinds: list[str] = getattr(text, "layer_types", None) or []
-    number = max(kinds.index(kind) for kind in set(kinds)) + 1 if kinds else SIBLING_LAYERS
-    text.num_hidden_layers = min(number, text.num_hidden_layers)
+    num_layers = max(kinds.index(kind) for kind in set(kinds)) + 1 if kinds else PROXY_LAYERS
+    text.num_hidden_layers = min(num_layers, text.num_hidden_layers)
     if "layer_types" in vars(text):  # else they follow from other numbers
-        text.layer_types = kinds[:number]
-    text.vocab_size, text.pad_token_id = SIBLING_VOCABULARY, None
+        text.layer_types = kinds[:num_layers]
+    text.vocab_size, text.pad_token_id = PROXY_VOCABULARY, None
     text.initializer_range = text.hidden_size**-0.5
     for name in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
         if getattr(text, name, None):
-            setattr(text, name, min(getattr(text, name), SIBLING_WIDTH))
+            setattr(text, name, min(getattr(text, name), PROXY_WIDTH))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(
@@ -54,25 +55,26 @@ def build_sibling(model: PreTrainedModel, device: torch.device) -> PreTrainedMod
         )
 
 
-def find_leak(model: PreTrainedModel, collate: Collator) -> str | None:
-    """Why packed rows would not be trained as if they were alone; None if they would. Every rank finds the same."""
+def find_cross_row_attention(model: PreTrainedModel, collate: Collator) -> str | None:
+    """Return why packed rows would not be trained as if they were alone; None if they would be."""
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            return compare(model, collate)
+            return compare_packed_with_separate(model, collate)
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         return f"{type(model).__name__} does not take packed rows ({quote_error(error)})"
     finally:
         model.train(was_training)
 
 
-def compare(model: PreTrainedModel, collate: Collator) -> str | None:
-    """Two experiments on the watched rows: after other rows than before, and alone.
+def compare_packed_with_separate(model: PreTrainedModel, collate: Collator) -> str | None:
+    """Compute the watched rows' logits after other rows, and alone. Return what moves them; None where nothing does.
 
-    The first is exact in every type, as the same kernels sum the same shapes and what is masked counts as zero: every
-    token has to stay. The second is not, as kernels round otherwise for other shapes and a router may then choose
-    another expert for a token: the middle token has to stay, because positions that go on from the row before move all.
+    The first comparison is exact in every type, as the same kernels sum the same shapes and what is masked counts as
+    zero. So every token has to stay. The second is not: kernels round otherwise for other shapes, and a router may then
+    choose another expert for a token. So the middle token has to stay, and positions that go on from the row before
+    would move all tokens.
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
@@ -83,17 +85,17 @@ def compare(model: PreTrainedModel, collate: Collator) -> str | None:
     after_others = forward_packed(model, collate, [*others[: WATCHED.start], *rows[WATCHED]])
     alone = torch.cat([forward(model, input_ids=row[None])[0] for row in rows[WATCHED]])
     subject = f"{type(model).__name__} with {model.config._attn_implementation} attention"
-    moved = distances(after_others, packed).max().item()
+    moved = measure_distances(after_others, packed).max().item()
     if not moved <= MOVED_BY_OTHERS[packed.dtype]:  # nor NaN
         return f"{subject} lets a row see the one before it (its logits move by {moved:.2g} of their spread)"
-    moved = distances(packed, alone).median().item()
+    moved = measure_distances(packed, alone).median().item()
     if not moved <= MOVED_BY_COMPANY[packed.dtype]:
         return f"{subject} does not begin anew with a row (its logits move by {moved:.2g} of their spread)"
     return None
 
 
 def forward_packed(model: PreTrainedModel, collate: Collator, rows: list[torch.Tensor]) -> torch.Tensor:
-    """Logits [tokens, vocabulary] of the watched rows. Labels that number all tokens tell where a row went."""
+    """Return the logits [tokens, vocabulary] of the watched rows. Labels number the tokens, to find them again."""
     numbers = torch.arange(sum(map(len, rows))).split([len(row) for row in rows])
     batch = collate(
         [{"input_ids": row.tolist(), "labels": own.tolist()} for row, own in zip(rows, numbers, strict=True)]
@@ -108,13 +110,13 @@ def forward_packed(model: PreTrainedModel, collate: Collator, rows: list[torch.T
 
 
 def forward(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:
-    """Logits [sequences, slots, vocabulary], as in training: without a cache."""
+    """Return the logits [sequences, slots, vocabulary], as in training: without a cache."""
     on_device = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in inputs.items()}
     return model(**on_device, use_cache=False).logits
 
 
-def distances(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """How far each token's logits are from the reference's, as a share of the reference's spread."""
+def measure_distances(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Return each token's distance from the reference's logits, as a share of the reference's spread: [tokens]."""
     logits, reference = logits.float(), reference.float()
     spread = (reference - reference.mean(dim=-1, keepdim=True)).norm(dim=-1)
     return (logits - reference).norm(dim=-1) / spread.clamp(min=1e-12)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoint a job goes on from: the same one on every host, and one of the same run."""
+"""The checkpoint that a job goes on from: the same one on every host, and one of the same run."""
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,17 @@ import torch.distributed as dist
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig
 
+from llm_trainer.common import log
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.ranks import local_rank, local_world_size, rank, world_size
+from llm_trainer.config.sections import AdapterSettings, DataSettings, ModelSettings, TrainingSettings
 from llm_trainer.data.report import DataReport
 from llm_trainer.data.shard_exchange import send_file
 from llm_trainer.job import checkpoint_dir
 from llm_trainer.job.checkpoint_dir import Gather, Marker
-from llm_trainer.job.job import Job
 from llm_trainer.training.packing import Packing
 
-# What a checkpoint restores whatever the settings say, or what gives its step a meaning: it must not change.
+# Settings and arguments that a checkpoint restores whatever the user says, or that give its step a meaning.
 OWN_SETTINGS = (
     *("use_peft", "torch_dtype", "max_length"),
     *("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "use_mxfp4"),
@@ -36,59 +38,77 @@ TRAINING_ARGUMENTS = (
 )
 
 
-def identify_run(
-    job: Job, arguments: SFTConfig, sharded: bool, model: str, report: DataReport, packing: Packing
-) -> dict[str, Any]:
-    """What two runs have in common of which one goes on where the other was interrupted; ready for JSON."""
-    settings = job.settings
-    names = OWN_SETTINGS + DATA_SETTINGS + (ADAPTER_SETTINGS if settings.adapter.use_peft else ())
-    identity = {name: settings.value(name) for name in names}
+@dataclass(frozen=True)
+class RunParts:
+    """What the identity of a run is made of, besides its training arguments."""
+
+    model: ModelSettings
+    adapter: AdapterSettings
+    data: DataSettings
+    base: str  # folder of the model's files
+    train_report: DataReport
+    packing: Packing
+    sharded: bool
+
+    def value(self, name: str) -> Any:
+        """Return the setting of that name."""
+        sections = (self.model, self.adapter, self.data)
+        return next(section.value(name) for section in sections if name in type(section).model_fields)
+
+
+def identify_run(parts: RunParts, arguments: SFTConfig) -> dict[str, Any]:
+    """Return the identity of a run, ready for JSON: a run that goes on from its checkpoints has to have the same."""
+    names = OWN_SETTINGS + DATA_SETTINGS + (ADAPTER_SETTINGS if parts.adapter.use_peft else ())
+    identity = {name: parts.value(name) for name in names}
     identity |= {name: getattr(arguments, name) for name in TRAINING_ARGUMENTS}
-    identity |= {"packing": packing.mode, "packing_strategy": settings.data.packing_strategy}
-    identity["distribution"] = "fsdp" if sharded else "ddp"  # their files are of different kinds
+    identity |= {"packing": parts.packing.mode, "packing_strategy": parts.data.packing_strategy}
+    identity["distribution"] = "fsdp" if parts.sharded else "ddp"  # their files are of different kinds
     identity["rows a step"] = (
         arguments.per_device_train_batch_size * world_size() * arguments.gradient_accumulation_steps
     )
-    if settings.data.streaming:  # each rank, or process of a DataLoader, reads a stream of its own
-        identity["streams"] = world_size() * max(1, settings.training.dataloader_num_workers)
-    identity["model"] = hashlib.sha256((Path(model) / "config.json").read_bytes()).hexdigest()[:12]
+    if parts.data.streaming:  # each rank, or process of a DataLoader, reads a stream of its own
+        identity["streams"] = world_size() * max(1, arguments.dataloader_num_workers)
+    identity["model"] = hashlib.sha256((Path(parts.base) / "config.json").read_bytes()).hexdigest()[:12]
+    report = parts.train_report
     files = sorted(file.get("sha256") or f"{file['name']} {file['bytes']}" for file in report.files)
     identity["training data"] = f"{report.num_rows} rows {hashlib.sha256(''.join(files).encode()).hexdigest()[:12]}"
     return json.loads(json.dumps(identity, default=str))
 
 
-def find_checkpoint(job: Job, run: dict[str, Any], group: dist.ProcessGroup | None) -> Path | None:
-    """The checkpoint to go on from, whole on this host's disk, or None to start anew. Every rank must call this.
+def find_checkpoint(
+    settings: TrainingSettings, folder: Path, identity: dict[str, Any], group: dist.ProcessGroup | None
+) -> Path | None:
+    """Return the checkpoint of the folder to go on from, whole on this host's disk, or None to start anew.
 
-    It is judged by what all hosts have of it, and a host that lacks files gets them: of a sharded one each has but what
-    its ranks wrote, and after a restart in place S3 sends nothing.
-    Raises UserError for a checkpoint that is broken by name or belongs to another run.
+    It is judged by the files that all hosts have of it, and a host that lacks files gets them. Each host has only what
+    its ranks wrote of a sharded one, and S3 sends nothing after a restart in place. Every rank must call this.
+    Raises UserError for a checkpoint that is broken and asked for by name, or belongs to another run.
     """
-    checkpoint = choose_checkpoint(job, run, gather_over(group))
+    checkpoint = choose_checkpoint(settings, folder, identity, make_gather(group))
     if checkpoint is not None and group is not None:
-        share(checkpoint, group)
+        share_files(checkpoint, group)
     return checkpoint
 
 
-def find_distribution(job: Job, group: dist.ProcessGroup | None) -> str | None:
-    """How the run that this job may go on from was distributed; None where there is none. Every rank must call this.
+def find_distribution(settings: TrainingSettings, folder: Path, group: dist.ProcessGroup | None) -> str | None:
+    """Return how the run that this job may go on from was distributed, such as "fsdp"; None where there is none.
 
-    What is free on a GPU differs a little from start to start, and must not have a job refuse its own checkpoint.
+    The free memory of a GPU differs a little from start to start, and a job must not refuse its own checkpoint for
+    that. Every rank must call this.
     """
-    if (
-        not job.settings.training.use_checkpoints
-        or (job.settings.training.resume_from_checkpoint or "").lower() == "false"
-    ):
+    if not settings.use_checkpoints or (settings.resume_from_checkpoint or "").lower() == "false":
         return None
-    gather = gather_over(group)
-    for checkpoint in checkpoint_dir.list_over_hosts(job.inputs.checkpoint_dir, gather):
+    gather = make_gather(group)
+    for checkpoint in checkpoint_dir.list_over_hosts(folder, gather):
         marker = checkpoint_dir.agree_on_marker(checkpoint, gather)
         if marker is not None:
             return marker.run.get("distribution")
     return None
 
 
-def gather_over(group: dist.ProcessGroup | None) -> Gather:
+def make_gather(group: dist.ProcessGroup | None) -> Gather:
+    """Return a function that gathers every rank's object; of this process alone where there is no group."""
+
     def gather(own: Any) -> list[Any]:
         objects: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(objects, own, group=group)
@@ -97,24 +117,30 @@ def gather_over(group: dist.ProcessGroup | None) -> Gather:
     return checkpoint_dir.gather_alone if group is None else gather
 
 
-def choose_checkpoint(job: Job, run: dict[str, Any], gather: Gather = checkpoint_dir.gather_alone) -> Path | None:
-    wish = job.settings.training.resume_from_checkpoint
-    folder = job.inputs.checkpoint_dir
-    if (not job.settings.training.use_checkpoints and wish is None) or (wish or "").lower() == "false":
+def choose_checkpoint(
+    settings: TrainingSettings, folder: Path, identity: dict[str, Any], gather: Gather = checkpoint_dir.gather_alone
+) -> Path | None:
+    """Return the checkpoint that the settings ask for: one by name, the newest complete one, or None.
+
+    Raises UserError for one that is broken and asked for by name, or belongs to another run.
+    """
+    wish = settings.resume_from_checkpoint
+    if (not settings.use_checkpoints and wish is None) or (wish or "").lower() == "false":
         return None
     newest, warnings = checkpoint_dir.find_newest(folder, gather)
-    if rank() == 0:
-        for warning in warnings:
-            print(warning, flush=True)
+    log.info(*warnings)
     if wish and wish.lower() != "true" and (newest is None or Path(wish).parent == folder):
         newest = check_named(Path(wish), gather)
     if newest is not None:
-        check_run(newest, checkpoint_dir.agree_on_marker(newest, gather), run)
+        check_run(newest, checkpoint_dir.agree_on_marker(newest, gather), identity)
     return newest
 
 
 def check_named(checkpoint: Path, gather: Gather) -> Path:
-    """The checkpoint that the user names; one of another tool has no marker, and is taken as it is."""
+    """Return the checkpoint that the user names. One of another tool has no marker, and is taken as it is.
+
+    Raises UserError where it is not complete.
+    """
     has_marker = checkpoint_dir.agree_on_marker(checkpoint, gather) is not None
     fault = checkpoint_dir.find_fault(checkpoint, gather) if has_marker else None
     if fault or not any(gather((checkpoint / TRAINER_STATE_NAME).is_file())):
@@ -125,13 +151,13 @@ def check_named(checkpoint: Path, gather: Gather) -> Path:
     return checkpoint
 
 
-def check_run(checkpoint: Path, marker: Marker | None, run: dict[str, Any]) -> None:
-    """Refuse to go on from another run's checkpoint: what it restores would silently win over what was asked for."""
+def check_run(checkpoint: Path, marker: Marker | None, identity: dict[str, Any]) -> None:
+    """Raise UserError for another run's checkpoint: its values would silently win over those that are asked for."""
     if marker is None:
         return
     changes = [
         f"{name} was {marker.run[name]} and is {value}"
-        for name, value in run.items()
+        for name, value in identity.items()
         if name in marker.run and marker.run[name] != value
     ]
     if changes:
@@ -142,13 +168,13 @@ def check_run(checkpoint: Path, marker: Marker | None, run: dict[str, Any]) -> N
         )
 
 
-def share(checkpoint: Path, group: dist.ProcessGroup) -> None:
+def share_files(checkpoint: Path, group: dist.ProcessGroup) -> None:
     """Send each host the files of a checkpoint that it lacks, from a host that has them. Every rank must call this.
 
-    Each goes to its place when it is whole, and the marker last, so that a checkpoint on several hosts is never less
-    than it was.
+    Each file goes to its place when it is whole, and the marker last. A checkpoint on several hosts is never less than
+    it was.
     """
-    gather = gather_over(group)
+    gather = make_gather(group)
     marker = checkpoint_dir.agree_on_marker(checkpoint, gather)
     if world_size() == local_world_size() or marker is None:  # each host has its own copy of what another tool wrote
         return

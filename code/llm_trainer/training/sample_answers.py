@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the model answers to a few held-out prompts before and after the training, for people to compare.
+"""The model's answers to a few held-out prompts before and after the training, for people to compare.
 
-Nothing depends on it: it draws no random number, is bounded in time, and a model that cannot be asked stops nothing.
+Nothing depends on them. No random number is drawn, the time is bounded, and a model that cannot answer stops nothing.
 """
 
 import time
@@ -13,21 +13,22 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from llm_trainer.common import log
 from llm_trainer.common.errors import quote_error
 from llm_trainer.common.ranks import rank
 from llm_trainer.data.datasets import Data
 from llm_trainer.data.formats import IGNORED
 from llm_trainer.journal.timeline import Timeline
-from llm_trainer.training.resumable_trainer import ResumableTrainer
+from llm_trainer.training.resumable import ResumableMixin
 
 MAX_NEW_TOKENS = 64
 MAX_PROMPT_TOKENS = 1024
-MAX_ROWS = 1000  # that are looked at for prompts
-MAX_TEXT_PROMPT_TOKENS = 64  # of a row that has no prompt
+MAX_ROWS = 1000  # the rows among which prompts are looked for
+MAX_TEXT_PROMPT_TOKENS = 64  # the beginning of a row without a prompt that serves as one
 BATCH_PROMPTS = 8
-# For all answers, before and after: a share of what the training took, within bounds; one token more may take its time.
+# The time of all answers, before and after: a share of the training's, within bounds. One token may exceed it.
 SHARE, MIN_SECONDS, MAX_SECONDS = 0.05, 2.0, 20.0
-# Of models' own code for generating, and of the kernels below; memory that runs out is a RuntimeError.
+# Raised by models' own code for generating, and by kernels. Memory that runs out is a RuntimeError.
 ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 
 
@@ -39,38 +40,45 @@ class Prompt:
     reference_ids: list[int]
 
 
-class Generations:
-    """The prompts of a job, and its model's greedy answers; empty but on the first rank, and where that holds a shard.
+class SampleAnswers:
+    """The prompts of a job, and its model's greedy answers. Only rank 0 has any, and none if it holds a shard.
 
-    The base's answers are those of the trained model without its adapter. Where the training changes the base, or an
-    adapter begins with a part of it, they are asked for before.
+    The answers before the training are those of the trained model without its adapter. Where the training changes the
+    base, or an adapter begins with a part of it, the model is asked before.
     """
 
     def __init__(
-        self, trainer: ResumableTrainer, data: Data, tokenizer: PreTrainedTokenizerBase, number: int, timeline: Timeline
+        self,
+        trainer: ResumableMixin,
+        data: Data,
+        tokenizer: PreTrainedTokenizerBase,
+        num_prompts: int,
+        timeline: Timeline,
     ) -> None:
+        """Choose at most `num_prompts` prompts from the validation rows, or from training rows where there are none."""
         self.trainer, self.tokenizer = trainer, tokenizer
         self.timeline, self.journal = timeline, timeline.journal
         self.split = "validation" if "validation" in data.splits else "train"
         self.prompts: list[Prompt] = []
         self.before: list[str] = []
         self.seconds = 0.0
-        if number and trainer.is_fsdp_enabled:
+        if num_prompts and trainer.is_fsdp_enabled:
             text = "no sample answers, since the model is sharded over the devices"
             self.journal.write("event", level="info", text=text, host=timeline.host)
-        elif number and rank() == 0:
+        elif num_prompts and rank() == 0:
             rows = data.splits["validation"] if self.split == "validation" else data.sample
-            self.prompts = choose_prompts(rows, number)
+            self.prompts = choose_prompts(rows, num_prompts)
         self.stops = self.find_stops()
 
     def before_training(self) -> None:
-        changes_base = not isinstance(self.trainer.model, PeftModel) or self.trainer.adapter_start
+        """Ask the model, unless the base's answers can be had after the training, too."""
+        changes_base = not isinstance(self.trainer.model, PeftModel) or self.trainer.run.adapter_start
         if self.prompts and changes_base:
             self.before = self.ask()
             self.timeline.mark("answers_before")
 
     def after_training(self) -> None:
-        """Enter prompts and answers in the journal."""
+        """Ask the trained model, and enter prompts and answers in the journal."""
         if not self.prompts:
             return
         if not self.before and isinstance(self.trainer.model, PeftModel):
@@ -86,11 +94,11 @@ class Generations:
                 before=before,
                 after=after,
             )
-        print(f"Answers to {self.split} prompts before and after the training: {self.seconds:.1f} s", flush=True)
+        log.info(f"Answers to {self.split} prompts before and after the training: {self.seconds:.1f} s")
         self.timeline.mark("answers")
 
     def ask(self) -> list[str]:
-        """An answer to each prompt, to fewer where the time is up, none where the model cannot generate."""
+        """Return an answer to each prompt, to fewer where the time is up, to none where the model cannot generate."""
         model, started, answers = self.trainer.model, time.monotonic(), []
         was_training = model.training
         model.eval()
@@ -102,7 +110,7 @@ class Generations:
                         answers += self.answer(self.prompts[first : first + BATCH_PROMPTS], left)
         except ERRORS as error:
             text = f"no sample answers, since the model cannot generate here: {quote_error(error)}"
-            print(f"Warning: {text}", flush=True)
+            log.warning(text)
             self.journal.write("event", level="warning", text=text, host=self.timeline.host)
             self.prompts, answers = [], []
         model.train(was_training)
@@ -110,24 +118,25 @@ class Generations:
         return answers
 
     def find_limit(self) -> float:
-        """Seconds for all answers."""
+        """Return the seconds that all answers may take."""
         trained_seconds = self.timeline.seconds.get("training")
         return MAX_SECONDS if trained_seconds is None else min(max(SHARE * trained_seconds, MIN_SECONDS), MAX_SECONDS)
 
     def answer(self, prompts: list[Prompt], max_seconds: float) -> list[str]:
+        """Return the answers to a batch of prompts."""
         longest = max(len(prompt.input_ids) for prompt in prompts)
         pad, device = self.tokenizer.pad_token_id, self.trainer.model.device
         padding = [longest - len(prompt.input_ids) for prompt in prompts]  # at the left: answers follow at the right
         batch = zip(padding, prompts, strict=True)
-        input_ids = torch.tensor([[pad] * number + prompt.input_ids for number, prompt in batch], device=device)
-        mask = torch.tensor([[0] * number + [1] * (longest - number) for number in padding], device=device)
+        input_ids = torch.tensor([[pad] * slots + prompt.input_ids for slots, prompt in batch], device=device)
+        mask = torch.tensor([[0] * slots + [1] * (longest - slots) for slots in padding], device=device)
         config = GenerationConfig(
             do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,
             max_new_tokens=MAX_NEW_TOKENS,
             max_time=max_seconds,
-            use_cache=True,  # which the model's config has off for the training
+            use_cache=True,  # the model's config has it off for the training
             eos_token_id=sorted(self.stops),
             pad_token_id=pad,
         )
@@ -135,30 +144,31 @@ class Generations:
         return [self.decode(ids) for ids in output[:, longest:].tolist()]
 
     def find_stops(self) -> set[int]:
-        """The tokens that end an answer: the tokenizer's, the model's own, and special ones that end the references."""
+        """Return the tokens that end an answer: the tokenizer's, the model's, and special ones that end a reference."""
         own = self.trainer.model.generation_config.eos_token_id
         ends = {prompt.reference_ids[-1] for prompt in self.prompts}
         stops = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
         return stops - {None} | ends & set(self.tokenizer.all_special_ids)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of an answer up to its stop token, or with a mark where it has none."""
+        """Return the text of an answer up to its stop token, or with a mark where it has none."""
         end = next((place for place, token in enumerate(ids) if token in self.stops), None)
         text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
         return f"{text}…" if end is None else text
 
 
-def choose_prompts(rows: Dataset, number: int) -> list[Prompt]:
-    """The first so many different ones that are not too long."""
+def choose_prompts(rows: Dataset, num_prompts: int) -> list[Prompt]:
+    """Return the first `num_prompts` different prompts that are not too long."""
     prompts: dict[tuple[int, ...], Prompt] = {}
     for prompt in find_prompts(rows):
-        if len(prompts) == number:
+        if len(prompts) == num_prompts:
             break
         prompts.setdefault(tuple(prompt.input_ids), prompt)
     return list(prompts.values())
 
 
 def find_prompts(rows: Dataset) -> Iterator[Prompt]:
+    """Yield the prompts of the first rows, as far as they are not too long."""
     for row in rows.select(range(min(MAX_ROWS, len(rows)))):
         ids, labels = row["input_ids"], row["labels"]
         trained = [place for place, label in enumerate(labels) if label != IGNORED]

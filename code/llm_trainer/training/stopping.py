@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a job is asked to stop, and how all ranks of all hosts come to stop after the same step.
+"""The request to stop a job, and how all ranks of all hosts come to stop after the same step.
 
-SageMaker sends SIGTERM to PID 1 of every container, not at the same moment, and kills 120 s later. PID 1 turns the
-signal into a file, which nothing between it and the workers can lose, delay or follow with a kill of its own: torchrun
-kills its workers 30 s after a SIGTERM. Here is what happens once they train; before, PID 1 ends them (gate.py).
+SageMaker sends SIGTERM to PID 1 of every container, not at the same moment, and kills the containers 120 s later. PID 1
+turns the signal into a file. Nothing between it and the workers can lose or delay a file, or follow it with a kill of
+its own, while torchrun kills its workers 30 s after a SIGTERM. This module serves workers that train. Before that, PID
+1 ends them by itself (job/start_gate.py).
 """
 
 import time
@@ -14,56 +15,60 @@ import torch.distributed as dist
 
 # A run that is given a time leaves this share of it for the last checkpoint and the export, but no more than this.
 RESERVED_SHARE, RESERVED_SECONDS = 0.1, 60.0
-RESERVED_CHECKPOINTS = 3  # and at least as long as this many checkpoints took
-SLOW_STEP_SECONDS = 1.0
+RESERVED_CHECKPOINTS = 3  # at least as long as so many checkpoints took is left, too
 
 
 class StopRequest:
-    """Whether somebody wants this job to stop: a signal to the launcher, or the clock."""
+    """A wish that the job stops: a signal to the launcher, or the clock."""
 
     def __init__(self, file: Path, started: float, max_run_seconds: int | None) -> None:
+        """Watch `file`, and the clock where the run has a longest time. `started` is in seconds since the epoch."""
         self.file = file
         self.deadline = float("inf")
         if max_run_seconds is not None:
             self.deadline = started + max_run_seconds - min(RESERVED_SHARE * max_run_seconds, RESERVED_SECONDS)
 
     def is_made(self, checkpoint_seconds: float = 0.0) -> bool:
-        """`checkpoint_seconds` is what a checkpoint takes: a last one has to fit in before the time is over."""
+        """Tell whether the job shall stop. A last checkpoint of `checkpoint_seconds` has to fit into the time."""
         return self.file.exists() or time.time() > self.deadline - RESERVED_CHECKPOINTS * checkpoint_seconds
 
     def age_seconds(self) -> float:
-        """Seconds since the signal, 0 where it was the clock."""
+        """Return the seconds since the signal, and 0 where the clock asks for the stop."""
         return time.time() - self.file.stat().st_ctime if self.file.exists() else 0.0
 
 
-class Agreement:
-    """Makes what one rank wishes the decision of all, at the same step, by a sum of the wishes over all ranks.
+class StopConsensus:
+    """The decision of all ranks to stop or to save, at the same step, by a sum of their wishes.
 
-    The sum runs over gloo on the CPU while the next step computes and is read one step later: nobody waits and no GPU
-    is synchronized. Where steps are long the wait is nothing and a step is much, and it is read at once. Every rank
-    must call `reach` equally often.
+    The sum runs over gloo on the CPU while the next step computes, and is read one step later. Nobody waits for it, and
+    no GPU is synchronized. Where steps are long, the wait is short beside a step, and the sum is read at once. Every
+    rank must call `poll` equally often.
     """
 
     def __init__(self) -> None:
+        """Make a gloo group of all ranks, where there are several. Every rank must call this."""
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.sums = torch.zeros(3, dtype=torch.int32)
         self.pending: dist.Work | None = None
 
-    def reach(self, stop: bool, save: bool, slow: bool) -> tuple[bool, bool]:
-        """(whether to stop, whether to save), the same on every rank; `slow` says that this rank's steps are long."""
+    def poll(self, stop: bool, save: bool, slow: bool) -> tuple[bool, bool]:
+        """Return whether to stop and whether to save, the same on every rank, for this rank's wishes.
+
+        `slow` says that this rank's steps are long.
+        """
         if self.group is None:
             return stop, save
-        was_slow = self.settle()[2]
+        was_slow = self.finish()[2]
         agreed = self.sums
         self.sums = torch.tensor([stop, save, slow], dtype=torch.int32)
         self.pending = dist.all_reduce(self.sums, group=self.group, async_op=True)
         if was_slow:
-            self.settle()
+            self.finish()
             agreed = self.sums
         return bool(agreed[0]), bool(agreed[1])
 
-    def settle(self) -> torch.Tensor:
-        """The newest sum, once it is there."""
+    def finish(self) -> torch.Tensor:
+        """Wait for the newest sum. Return it: [ranks that stop, that save, that are slow]."""
         if self.pending is not None:
             self.pending.wait()
             self.pending = None

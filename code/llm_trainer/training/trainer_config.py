@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SFTTrainer of a job. The only module that names TRL's and Transformers' training arguments."""
+"""The trainer of a job, and its arguments. No other module names TRL's and Transformers' training arguments."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +16,16 @@ from trl import SFTConfig
 
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.ranks import world_size
-from llm_trainer.config.schema import FIELDS, Settings
+from llm_trainer.config.sections import TrainingSettings
 from llm_trainer.config.sft_config_fields import read_snapshot
-from llm_trainer.job.inputs import Inputs
 from llm_trainer.model.memory.fit import MemoryPlan
 from llm_trainer.model.quantization import keep_adapter_in_float32
 from llm_trainer.training import fsdp
+from llm_trainer.training.methods import TrainingMethod
 from llm_trainer.training.packing import PackingCollator
-from llm_trainer.training.resumable_trainer import ResumableTrainer
+from llm_trainer.training.resumable import ResumableMixin, RunContext
 
-# Fields of SFTConfig that others act on: data.py, model.py, publish.py.
+# Fields of SFTConfig that other modules act on. The trainer does not get them.
 ACTED_ON = frozenset(
     {"output_dir", "max_length", "truncation_mode", "dataset_text_field", "assistant_only_loss"}
     | {"completion_only_loss", "model_init_kwargs", "chat_template_path", "pad_token", "trust_remote_code"}
@@ -43,70 +46,84 @@ LORA_LEARNING_RATE = 2e-4  # ten times full fine-tuning's, as TRL's documentatio
 FULL_LEARNING_RATE = 2e-5
 
 
+@dataclass(frozen=True)
+class ArgumentSources:
+    """Everything in a job that its training arguments are made of."""
+
+    given: Mapping[str, Any]  # what the user set, by flat names
+    training: TrainingSettings
+    use_peft: bool
+    load_in_4bit: bool
+    has_validation: bool
+    checkpoint_dir: Path
+
+
+@dataclass(frozen=True)
+class TrainerParts:
+    """Everything that a trainer trains with."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    arguments: SFTConfig
+    splits: dict[str, Dataset | IterableDataset]  # train, and validation if there is one
+    collator: PackingCollator | None  # None: TRL's, which pads
+    lora: PeftConfig | None  # None for full fine-tuning
+
+
 def build_trainer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    peft_config: PeftConfig | None,
-    splits: dict[str, Dataset | IterableDataset],
-    collator: PackingCollator | None,
-    arguments: SFTConfig,
-    settings: Settings,
-) -> ResumableTrainer:
-    """A trainer of tokenized data, which TRL's collator pads if there is no other.
+    method: TrainingMethod, parts: TrainerParts, run: RunContext, early_stopping_patience: int | None
+) -> ResumableMixin:
+    """Return the trainer of tokenized data. It stops early after so many evaluations without progress; None: never.
 
     Raises UserError for a combination of arguments that TRL or PEFT refuses.
     """
+    model, arguments, columns = parts.model, parts.arguments, parts.splits["train"].column_names
+    assert columns is None or set(method.columns) <= {*columns}, f"{method.name} needs rows with {method.columns}"
     for config in (model.config.get_text_config(), model.generation_config):
-        config.pad_token_id = tokenizer.pad_token_id  # they have to agree, and Transformers would say so every time
+        config.pad_token_id = parts.tokenizer.pad_token_id  # else Transformers would say every time that they differ
     set_seed(arguments.seed)  # Transformers does so too, but after the adapter has drawn its first values
     if arguments.fsdp:
         fsdp.allow_cpu_ranks()
     try:
-        trainer = ResumableTrainer(
+        trainer = method.trainer_class(
             model=model,
             args=arguments,
-            data_collator=collator,
-            train_dataset=splits["train"],
-            eval_dataset=splits.get("validation"),
-            processing_class=tokenizer,
-            peft_config=peft_config,
+            data_collator=parts.collator,
+            train_dataset=parts.splits["train"],
+            eval_dataset=parts.splits.get("validation"),
+            processing_class=parts.tokenizer,
+            peft_config=parts.lora,
+            run=run,
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"TRL refuses these settings: {quote_error(error)}.") from error
-    trainer.loraplus_lr_ratio = settings.adapter.loraplus_lr_ratio
-    if settings.adapter.use_peft:
+    if parts.lora is not None:
         keep_adapter_in_float32(trainer.model)
     trainer.remove_callback(PrinterCallback)
-    if settings.training.early_stopping:
-        trainer.add_callback(EarlyStoppingCallback(settings.training.early_stopping_patience))
+    if early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience))
     return trainer
 
 
 def build_arguments(
-    settings: Settings,
-    inputs: Inputs,
+    method: TrainingMethod,
+    sources: ArgumentSources,
     device: torch.device,
     dtype: torch.dtype,
-    fit: MemoryPlan | None = None,
+    memory_plan: MemoryPlan | None = None,
 ) -> SFTConfig:
-    """SFTConfig from our defaults and every field of it that the user set, which wins.
+    """Return the method's arguments from our defaults and every field of SFTConfig that the user set, which wins.
 
-    Without a fit, which is known once the data are, they serve to find mistakes early.
+    The computation runs in `dtype`. The memory plan is known once the data are. Without it the arguments serve to find
+    mistakes early. Raises UserError for values that Transformers refuses.
     """
-    given = {
-        name: reveal(settings.value(name))
-        for name in read_snapshot()
-        if name in FIELDS and name not in ACTED_ON and settings.is_given(name)
-    }
-    if isinstance(given.get("parallelism_config"), dict):
-        given["parallelism_config"] = ParallelismConfig(**given["parallelism_config"])
-    sharded = fit is not None and fit.sharded
-    defaults = choose_defaults(settings, device, dtype, bool(inputs.validation), fit)
-    values = {**defaults, **given}
+    given = select_given(sources.given)
+    sharded = memory_plan is not None and memory_plan.sharded
+    values = {**choose_defaults(sources, device, dtype, memory_plan), **given}
     recomputes = values.pop("activation_checkpointing")
     try:
-        arguments = SFTConfig(
-            output_dir=str(inputs.checkpoint_dir),
+        arguments = method.config_class(
+            output_dir=str(sources.checkpoint_dir),
             report_to="none",  # the reporter does it
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenized, cut and labelled already
@@ -120,46 +137,63 @@ def build_arguments(
     return arguments
 
 
+def select_given(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings among those that the user gave which the trainer's arguments take, as it takes them."""
+    names = (name for name in read_snapshot() if name in given and name not in ACTED_ON)
+    selected = {name: reveal_secret(given[name]) for name in names}
+    if isinstance(selected.get("parallelism_config"), dict):
+        selected["parallelism_config"] = ParallelismConfig(**selected["parallelism_config"])
+    return selected
+
+
 def choose_defaults(
-    settings: Settings, device: torch.device, dtype: torch.dtype, can_evaluate: bool, fit: MemoryPlan | None
+    sources: ArgumentSources, device: torch.device, dtype: torch.dtype, memory_plan: MemoryPlan | None
 ) -> dict[str, Any]:
-    """Where we choose otherwise than TRL."""
+    """Return the arguments whose defaults differ from TRL's."""
     on_cpu = device.type == "cpu"
-    precision = not (settings.is_given("bf16") or settings.is_given("fp16"))
+    leaves_precision = not {"bf16", "fp16"} & sources.given.keys()
     defaults: dict[str, Any] = {
-        "learning_rate": LORA_LEARNING_RATE if settings.adapter.use_peft else FULL_LEARNING_RATE,
-        "bf16": precision and dtype == torch.bfloat16,
-        "fp16": precision and dtype == torch.float16,
+        "learning_rate": LORA_LEARNING_RATE if sources.use_peft else FULL_LEARNING_RATE,
+        "bf16": leaves_precision and dtype == torch.bfloat16,
+        "fp16": leaves_precision and dtype == torch.float16,
         "use_cpu": on_cpu,
         "ddp_backend": "gloo" if on_cpu and world_size() > 1 else None,
         "dataloader_pin_memory": not on_cpu,
-        "activation_checkpointing": fit is not None and fit.gradient_checkpointing,
+        "activation_checkpointing": memory_plan is not None and memory_plan.gradient_checkpointing,
         "activation_checkpointing_kwargs": {"use_reentrant": False},  # the other kind loses gradients of frozen inputs
-        "activation_offloading": fit is not None and fit.activation_offloading,
+        "activation_offloading": memory_plan is not None and memory_plan.activation_offloading,
         "ddp_find_unused_parameters": False,  # the search costs a pass over the graph a step and finds nothing
         "disable_tqdm": True,  # its carriage returns spoil a log; metric lines show the progress
         "prediction_loss_only": True,
-        "eval_strategy": "epoch" if can_evaluate else "no",
+    }
+    if memory_plan is not None and memory_plan.sharded:
+        defaults |= fsdp.choose_arguments(sources.given.get("fsdp_config"), sources.load_in_4bit)
+    return defaults | choose_intervals(sources)
+
+
+def choose_intervals(sources: ArgumentSources) -> dict[str, Any]:
+    """Return when the trainer evaluates and saves by default."""
+    given, training = sources.given, sources.training
+    defaults: dict[str, Any] = {
+        "eval_strategy": "epoch" if sources.has_validation else "no",
         "save_strategy": "no",  # SaveAndStop finds an interval
     }
-    if fit is not None and fit.sharded:
-        defaults |= fsdp.choose_arguments(settings)
-    if settings.is_given("save_steps") and settings.training.use_checkpoints:
+    if "save_steps" in given and training.use_checkpoints:
         defaults["save_strategy"] = "steps"
-    if settings.is_given("eval_steps") and can_evaluate:
+    if "eval_steps" in given and sources.has_validation:
         defaults["eval_strategy"] = "steps"
-    if settings.training.early_stopping:
-        evaluates = settings.training.eval_strategy if settings.is_given("eval_strategy") else defaults["eval_strategy"]
+    if training.early_stopping:
         defaults |= {
             "load_best_model_at_end": True,
             "metric_for_best_model": "eval_loss",
             "greater_is_better": False,
-            "save_strategy": evaluates,
+            "save_strategy": given.get("eval_strategy", defaults["eval_strategy"]),
         }
-        if settings.is_given("eval_steps"):
-            defaults["save_steps"] = settings.training.eval_steps
+        if "eval_steps" in given:
+            defaults["save_steps"] = training.eval_steps
     return defaults
 
 
-def reveal(value: Any) -> Any:
+def reveal_secret(value: Any) -> Any:
+    """Return a secret's text, and any other value as it is."""
     return value.get_secret_value() if isinstance(value, SecretStr) else value

@@ -126,7 +126,7 @@ def test_a_process_of_a_dataloader_tells_the_bad_row_as_a_rank_does(make_source,
     source = make_source("train", lines=['{"txet": "a"}'])
     with pytest.raises(UserError) as raised:
         read([source], 1, dataloader_num_workers=1)
-    failure = explain(raised.value, "Rank 0", None, {})
+    failure = explain(raised.value, "Rank 0", None)
     assert failure.kind == "mistake"
     assert failure.reason.startswith("train.jsonl row 1 has no field")
 

@@ -56,7 +56,7 @@ def test_every_sentence_that_it_quotes_is_in_the_code():
     ids=str,
 )
 def test_it_knows_what_a_worker_says(error):
-    reason = explain(error, "Rank 0", None, {}).reason.removeprefix("Rank 0 ")
+    reason = explain(error, "Rank 0", None).reason.removeprefix("Rank 0 ")
     beginnings = [sentence.removeprefix(f"{DOTS} ") for sentence in SENTENCE.findall(PAGE.read_text(encoding="utf-8"))]
     known = [beginning.split(DOTS)[0].rstrip(" (") for beginning in beginnings]
     assert [words for words in known if words and reason.startswith(words)], reason

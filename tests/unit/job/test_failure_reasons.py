@@ -21,6 +21,7 @@ from datasets import Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from safetensors.torch import save_file
 
+from llm_trainer.common.activity_notes import EVALUATION, note_activity
 from llm_trainer.common.errors import (
     MAX_FAILURE_CHARACTERS,
     Failure,
@@ -31,9 +32,9 @@ from llm_trainer.common.errors import (
     report_failure,
     reserve_failure,
 )
-from llm_trainer.common.redaction import SECRET_VARIABLES
+from llm_trainer.common.redaction import SECRET_VARIABLES, hide_secrets
 from llm_trainer.config.schema import Settings
-from llm_trainer.job.failure_reasons import explain, explain_death, hide_secrets, write_traceback
+from llm_trainer.job.failure_reasons import JobFacts, explain, explain_death, write_traceback
 from support.small_disk import small_disk, with_shared_memory
 from support.waiting import GUARD_SECONDS
 
@@ -75,9 +76,14 @@ def throw(error: Exception) -> None:
     raise error
 
 
-def told(error: BaseException, folders: dict[str, Path] | None = None, **settings) -> Failure:
+def facts_of(settings: Settings, folders: Sequence[Path] = (), secrets: Sequence[str] = ()) -> JobFacts:
+    sections = settings.model, settings.adapter, settings.data, settings.training, settings.parallelism
+    return JobFacts(*sections, secrets, folders)
+
+
+def told(error: BaseException, folders: Sequence[Path] = (), **settings) -> Failure:
     """What is told of the error, after a check of what holds for every sentence."""
-    failure = explain(error, "Rank 1", Settings(**settings), folders or {})
+    failure = explain(error, "Rank 1", facts_of(Settings(**settings), folders))
     assert failure.reason.startswith("Rank 1 ") or isinstance(error, UserError)
     assert len(failure.reason) <= MAX_FAILURE_CHARACTERS
     assert "\n" not in failure.reason
@@ -120,10 +126,11 @@ def test_gpu_memory_names_checkpointing_that_is_off_and_an_adapter():
 
 
 def test_gpu_memory_in_an_evaluation_names_the_batch_size_of_evaluations():
-    def evaluation_loop() -> None:
-        raise torch.OutOfMemoryError(CUDA_MEMORY)
+    def evaluate() -> None:
+        with note_activity(EVALUATION):
+            raise torch.OutOfMemoryError(CUDA_MEMORY)
 
-    reason = told(caught(evaluation_loop), per_device_train_batch_size=4).reason
+    reason = told(caught(evaluate), per_device_train_batch_size=4).reason
     assert "lower per_device_eval_batch_size (now 8)" in reason
     assert "per_device_train_batch_size" not in reason
 
@@ -173,7 +180,7 @@ class Rows(torch.utils.data.Dataset):
 try:
     list(torch.utils.data.DataLoader(Rows(), num_workers=2))
 except Exception as error:
-    print(explain(error, "Rank 1", None, {}).reason)
+    print(explain(error, "Rank 1", None).reason)
 """
 
 
@@ -217,17 +224,17 @@ def write_arrow(folder: Path) -> None:
 
 
 WRITERS = {
-    "_save_checkpoint": lambda folder: torch.save({"state": torch.zeros(10**6)}, folder / "optimizer.pt"),
+    "checkpoint": lambda folder: torch.save({"state": torch.zeros(10**6)}, folder / "optimizer.pt"),
     "export": lambda folder: save_file({"weight": torch.zeros(10**6)}, folder / "adapter_model.safetensors"),
-    "write_source": write_arrow,
-    "write_text": lambda folder: (folder / "trainer_state.json").write_text("x" * 10**7),
+    "tokens": write_arrow,
+    "text": lambda folder: (folder / "trainer_state.json").write_text("x" * 10**7),
 }
 
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_full_disk(writer, tmp_path):
     with small_disk(tmp_path / "disk", 1024) as folder:
-        failure = told(caught(WRITERS[writer], folder), {"_save_checkpoint": folder, "export": tmp_path})
+        failure = told(caught(WRITERS[writer], folder), [folder, tmp_path])
     assert failure.kind == "mistake"
     assert failure.reason == (
         f"Rank 1 found no space on the disk of {folder}, of which 0.00 of 0.00 GB are free: raise the job's "
@@ -237,14 +244,15 @@ def test_a_full_disk(writer, tmp_path):
 
 def test_a_full_disk_is_named_though_what_filled_it_is_gone(tmp_path):
     def export(folder: Path) -> None:
-        try:
-            WRITERS["export"](folder)
-        finally:
-            (folder / "adapter_model.safetensors").unlink(missing_ok=True)
+        with note_activity("writing the result", folder):
+            try:
+                WRITERS["export"](folder)
+            finally:
+                (folder / "adapter_model.safetensors").unlink(missing_ok=True)
 
     with small_disk(tmp_path / "disk", 1024) as folder:
         error = caught(export, folder)
-        assert f"no space on the disk of {folder}, " in told(error, {"export": folder, "other": tmp_path}).reason
+        assert f"no space on the disk of {folder}, " in told(error, [tmp_path]).reason
 
 
 def test_a_full_disk_inside_what_we_made_a_mistake_of():
@@ -255,7 +263,7 @@ def test_a_full_disk_inside_what_we_made_a_mistake_of():
 
 def test_a_file_that_torch_cannot_write_for_another_reason_is_no_full_disk(tmp_path):
     error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
-    assert told(error, {"_save_checkpoint": tmp_path}).kind == "fault"
+    assert told(error, [tmp_path]).kind == "fault"
 
 
 def test_a_failure_is_reported_on_a_full_disk(tmp_path):
@@ -302,7 +310,7 @@ try:
     else:
         dist.all_reduce(torch.ones(1), group=hasty)
 except Exception as error:
-    failure = explain(error, f"Rank {rank}", None, {})
+    failure = explain(error, f"Rank {rank}", None)
     print(failure.kind, failure.reason, flush=True)
     os._exit(1)
 """
@@ -433,12 +441,13 @@ def test_no_secret_in_a_reason_or_a_traceback(tmp_path, monkeypatch, variable):
     monkeypatch.setenv(variable, "hf_fromEnvironment")
     settings = Settings(wandb_token="key-of-wandb")
     error = caught(throw, ValueError("Bearer hf_fromEnvironment and key-of-wandb at https://me:pass-word@host/api"))
-    reason = explain(error, "Rank 0", settings, {}).reason
-    traceback = write_traceback(error, tmp_path / "failures" / "rank-0.txt", settings)
+    secrets = [settings.tracking.wandb_token.get_secret_value()]
+    reason = explain(error, "Rank 0", facts_of(settings, secrets=secrets)).reason
+    traceback = write_traceback(error, tmp_path / "failures" / "rank-0.txt", secrets)
     for text in (reason, traceback, (tmp_path / "failures" / "rank-0.txt").read_text()):
         assert "Bearer *** and *** at https://***@host/api" in text
         assert "hf_fromEnvironment" not in text
-    assert hide_secrets("nothing to hide", None) == "nothing to hide"
+    assert hide_secrets("nothing to hide") == "nothing to hide"
 
 
 @pytest.mark.parametrize("echo", [signal.SIGABRT, signal.SIGTERM])

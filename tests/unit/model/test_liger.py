@@ -16,12 +16,11 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.formats import IGNORED
-from llm_trainer.job.inputs import Inputs
 from llm_trainer.model.device import Device
 from llm_trainer.model.liger import apply_liger, choose_liger, find_known_types
 from llm_trainer.training.packing import PackingCollator
-from llm_trainer.training.trainer_config import build_arguments, build_trainer
 from support.tiny_model import build_tokenizer
+from support.trainers import build_full_trainer
 
 H100 = Device(torch.device("cuda", 0), "NVIDIA H100", (9, 0))
 CPU = Device(torch.device("cpu"))
@@ -124,11 +123,8 @@ def test_the_chunked_loss_is_the_plain_one(tmp_path, name, packs):
     rows = [torch.randint(3, 259, (length,)).tolist() for length in (30, 17, 9, 4)]
     labels = [[IGNORED] * (len(row) // 2) + row[len(row) // 2 :] for row in rows]
     data = Dataset.from_dict({"input_ids": rows, "labels": labels, "length": [len(row) for row in rows]})
-    settings = Settings(use_peft=False)
-    inputs = Inputs("", [], [], tmp_path / "model", tmp_path / "checkpoints")
-    arguments = build_arguments(settings, inputs, CPU.torch, torch.float32)
     packing = PackingCollator(tokenizer.pad_token_id, 64, flattens=False) if packs else None
-    trainer = build_trainer(model, tokenizer, None, {"train": data}, packing, arguments, settings)
+    trainer = build_full_trainer(model, tokenizer, data, packing, tmp_path)
     batch = (packing or DataCollatorForLanguageModeling(tokenizer.pad_token_id))(
         [{"input_ids": row, "labels": label} for row, label in zip(rows, labels, strict=True)]
     )
@@ -149,10 +145,7 @@ def test_the_lm_head_scores_only_positions_with_a_label(tmp_path):
     model = AutoModelForCausalLM.from_config(CONFIGS["llama"])
     tokens, labels = torch.randint(3, 259, (2, 16)), torch.full((2, 16), IGNORED)
     rows = Dataset.from_dict({"input_ids": tokens.tolist(), "labels": labels.tolist(), "length": [16, 16]})
-    inputs = Inputs("", [], [], tmp_path / "model", tmp_path / "checkpoints")
-    settings = Settings(use_peft=False)
-    arguments = build_arguments(settings, inputs, CPU.torch, torch.float32)
-    trainer = build_trainer(model, build_tokenizer(), None, {"train": rows}, None, arguments, settings)
+    trainer = build_full_trainer(model, build_tokenizer(), rows, None, tmp_path)
 
     def count_operations(number):
         labels[0, 1 : 1 + number] = 7

@@ -18,7 +18,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.model import lora, lora_init
 from llm_trainer.model.loading import build_skeleton
-from llm_trainer.training.resumable_trainer import ResumableTrainer
+from llm_trainer.training.methods.sft import ResumableSFTTrainer
 from support.adapted_models import (
     GPT2,
     LAYERS,
@@ -31,6 +31,7 @@ from support.adapted_models import (
     plan_adapter,
     train_adapter,
 )
+from support.trainers import build_run_context
 
 BASE = lora_init.BaseReference("base", None)
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -214,7 +215,7 @@ def test_weights_in_4_bit_count_their_numbers(make_base):
 
 
 def test_loraplus_gives_b_the_higher_rate_and_keeps_the_optimizer_that_was_asked_for(make_base, tmp_path):
-    trainer = ResumableTrainer.__new__(ResumableTrainer)
+    trainer = ResumableSFTTrainer.__new__(ResumableSFTTrainer)
     trainer.model = adapt_base(make_base(LLAMA), LLAMA)
     trainer.args = SFTConfig(
         output_dir=str(tmp_path),
@@ -224,7 +225,7 @@ def test_loraplus_gives_b_the_higher_rate_and_keeps_the_optimizer_that_was_asked
         optim="adamw_torch",
         use_cpu=True,
     )
-    trainer.optimizer, trainer.loraplus_lr_ratio = None, 16.0
+    trainer.optimizer, trainer.run = None, build_run_context(loraplus_lr_ratio=16.0)
     optimizer = trainer.create_optimizer()
     assert type(optimizer) is torch.optim.AdamW
     names = {id(weight): name for name, weight in trainer.model.named_parameters()}

@@ -12,6 +12,14 @@ from support.adapted_models import GPT2, LLAMA, adapt_base, compute_logits, load
 BASE = lora_init.BaseReference("base", None)
 
 
+def initialize(model, init, base, scratch_dir):
+    """Give the adapter its first values, and return the folder that holds them."""
+    start = lora_init.find_adapter_start(init, scratch_dir)
+    if start is not None:
+        lora_init.initialize_adapter(model, init, base, start)
+    return start
+
+
 @pytest.mark.parametrize(
     "variant",
     [
@@ -28,7 +36,7 @@ BASE = lora_init.BaseReference("base", None)
 def test_each_variant_begins_at_the_base_and_ends_as_an_adapter_of_it(variant, make_base, tmp_path):
     base = make_base(LLAMA)
     model = adapt_base(base, LLAMA, **variant)
-    start = lora_init.initialize_adapter(model, variant.get("init_lora_weights", "default"), str(base), tmp_path)
+    start = initialize(model, variant.get("init_lora_weights", "default"), str(base), tmp_path)
     untrained = compute_logits(load_base(base))
     torch.testing.assert_close(compute_logits(model), untrained, rtol=0, atol=1e-5)
     losses = train_adapter(model)
@@ -42,7 +50,7 @@ def test_each_variant_begins_at_the_base_and_ends_as_an_adapter_of_it(variant, m
 def test_pissa_on_the_transposed_matrices_of_gpt2(make_base, tmp_path):
     base = make_base(GPT2)
     model = adapt_base(base, GPT2, init_lora_weights="pissa")
-    start = lora_init.initialize_adapter(model, "pissa", str(base), tmp_path)
+    start = initialize(model, "pissa", str(base), tmp_path)
     train_adapter(model)
     lora_init.save_adapter(model, tmp_path / "adapter", BASE, start)
     loaded = compute_logits(PeftModel.from_pretrained(load_base(base), tmp_path / "adapter"))
@@ -54,11 +62,11 @@ def test_a_resumed_run_gets_the_base_of_its_own_decomposition(config, make_base,
     """The second machine decomposes otherwise: another random seed stands for it."""
     base, init = make_base(config), "pissa_niter_16"
     first = adapt_base(base, config, init_lora_weights=init)
-    lora_init.save_initial_adapter(lora_init.initialize_adapter(first, init, str(base), tmp_path / "first"), tmp_path)
+    lora_init.save_initial_adapter(initialize(first, init, str(base), tmp_path / "first"), tmp_path)
     second = load_base(base)
     torch.manual_seed(1)
     second = get_peft_model(second, plan_adapter(config, init_lora_weights=init))
-    other = lora_init.initialize_adapter(second, init, str(base), tmp_path / "second")
+    other = initialize(second, init, str(base), tmp_path / "second")
 
     def weights(model):
         return [layer.get_base_layer().weight for _, layer in lora_init.list_lora_layers(model)]
@@ -74,7 +82,7 @@ def test_a_resumed_run_gets_the_base_of_its_own_decomposition(config, make_base,
 
 def test_a_checkpoint_without_its_start_is_refused(make_base, tmp_path):
     model = adapt_base(make_base(LLAMA), LLAMA, init_lora_weights="pissa")
-    start = lora_init.initialize_adapter(model, "pissa", "", tmp_path)
+    start = initialize(model, "pissa", "", tmp_path)
     with pytest.raises(UserError, match="checkpoint-3 does not hold the values that its adapter began with"):
         lora_init.restore_initial_adapter(tmp_path / "checkpoint-3", model, start)
 
@@ -85,7 +93,7 @@ def test_loftq_begins_nearer_to_the_unquantized_base_than_zero(make_base, tmp_pa
     whole = load_base(base)
     model = adapt_base(base, LLAMA, in_4bit=True, init_lora_weights="loftq", lora_r=16)
     from_zero = (compute_logits(model) - compute_logits(whole)).norm()
-    start = lora_init.initialize_adapter(model, "loftq", str(base), tmp_path)
+    start = initialize(model, "loftq", str(base), tmp_path)
     assert (compute_logits(model) - compute_logits(whole)).norm() < 0.8 * from_zero
     for name, layer in lora_init.list_lora_layers(model):
         stored = whole.get_submodule(name).weight

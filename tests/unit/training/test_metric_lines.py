@@ -13,6 +13,7 @@ from llm_trainer.journal.metric_definitions import METRICS
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.model.memory.peak import Peak
 from llm_trainer.training import metric_lines
+from llm_trainer.training.methods.sft import SFT
 from llm_trainer.training.metric_lines import MetricLines
 
 
@@ -23,7 +24,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(metric_lines.time, "monotonic", lambda: clock.now)
     journal = Journal(tmp_path / "metrics.jsonl")
     trainer = SimpleNamespace(num_tokens=50_000, checkpoint_seconds=0.0)
-    lines = MetricLines(trainer, Timeline(0.0, journal, "algo-1"), journal, Peak(torch.device("cpu")), 1000.0)
+    lines = MetricLines(trainer, SFT, Timeline(0.0, journal, "algo-1"), Peak(torch.device("cpu")), 1000.0)
     state = TrainerState(max_steps=40, global_step=10, epoch=0.25, is_world_process_zero=True)
     arguments = SimpleNamespace(world_size=4)
     lines.on_train_begin(arguments, state, TrainerControl())

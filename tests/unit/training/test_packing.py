@@ -33,8 +33,8 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.formats import IGNORED
 from llm_trainer.data.tokenize import FEATURES
-from llm_trainer.training.packing import SPARE_SHARE, Packing, PackingCollator, choose_packing, distribute
-from llm_trainer.training.packing_check import build_sibling, find_leak
+from llm_trainer.training.packing import SPARE_SHARE, Packing, PackingCollator, choose_packing, plan_batch_bins
+from llm_trainer.training.packing_check import build_proxy_model, find_cross_row_attention
 from support.tiny_model import build_tokenizer
 
 BASE = {
@@ -129,7 +129,7 @@ def test_packed_rows_have_the_logits_that_they_have_alone(name, kernel):
     assert len(batch["input_ids"]) < len(rows)
     check_logits(model, batch, rows)
     check_logits(model, stack()([as_one(rows[:3]), as_one(rows[3:])]), rows)
-    assert find_leak(model, stack(max_length=None)) is None
+    assert find_cross_row_attention(model, stack(max_length=None)) is None
 
 
 def test_flex_attention_keeps_packed_rows_apart():
@@ -141,12 +141,12 @@ def test_flex_attention_keeps_packed_rows_apart():
 
 @pytest.mark.parametrize("name", LEAK)
 def test_a_model_that_lets_rows_see_each_other_is_found_out(name):
-    reason = find_leak(build_model(LEAK[name]), stack())
+    reason = find_cross_row_attention(build_model(LEAK[name]), stack())
     assert "ForCausalLM with eager attention lets a row see the one before it" in reason
 
 
 @pytest.mark.parametrize("name", [*KEEP_APART, *LEAK])
-def test_a_small_sibling_tells_what_the_model_would(name):
+def test_a_small_proxy_tells_what_the_model_would(name):
     """Twelve layers, of which the last kind comes late; and none of its weights may be needed."""
     config = copy.deepcopy((KEEP_APART | LEAK)[name])
     if kinds := vars(config).get("layer_types"):
@@ -154,10 +154,10 @@ def test_a_small_sibling_tells_what_the_model_would(name):
     config.num_hidden_layers = 12
     with torch.device("meta"):
         model = build_model(config)
-    sibling = build_sibling(model, torch.device("cpu"))
-    assert len(sibling.base_model.layers if hasattr(sibling.base_model, "layers") else sibling.base_model.h) <= 4
-    assert type(sibling) is type(model)
-    reason = find_leak(sibling, stack(max_length=None))
+    proxy = build_proxy_model(model, torch.device("cpu"))
+    assert len(proxy.base_model.layers if hasattr(proxy.base_model, "layers") else proxy.base_model.h) <= 4
+    assert type(proxy) is type(model)
+    reason = find_cross_row_attention(proxy, stack(max_length=None))
     assert (reason is None) == (name in KEEP_APART), reason
 
 
@@ -175,15 +175,15 @@ def test_a_leak_in_the_batch_itself_is_found_out():
             return batch
 
     model = build_model(KEEP_APART["gpt2"])
-    assert "lets a row see the one before it" in find_leak(model, Contiguous(0, None, False))
-    assert "does not begin anew with a row" in find_leak(model, Shifted(0, None, False))
+    assert "lets a row see the one before it" in find_cross_row_attention(model, Contiguous(0, None, False))
+    assert "does not begin anew with a row" in find_cross_row_attention(model, Shifted(0, None, False))
 
 
 def test_a_model_without_position_ids_is_found_out_and_stays_in_its_mode():
     model = build_model(KEEP_APART["llama"]).train()
     forward = model.forward
     model.forward = lambda input_ids, use_cache=None: forward(input_ids=input_ids)
-    assert "LlamaForCausalLM does not take packed rows" in find_leak(model, stack())
+    assert "LlamaForCausalLM does not take packed rows" in find_cross_row_attention(model, stack())
     assert model.training
 
 
@@ -231,7 +231,7 @@ def test_sequences_are_padded_to_a_multiple():
 @hypothesis_settings(deadline=None)
 def test_rows_are_distributed_over_short_sequences_without_waste(lengths, spare):
     limit = max(lengths) + spare
-    sequences = distribute(lengths, limit)
+    sequences = plan_batch_bins(lengths, limit)
     assert sorted(place for places in sequences for place in places) == list(range(len(lengths)))
     fullest = max(sum(lengths[place] for place in places) for places in sequences)
     assert fullest <= limit
@@ -262,17 +262,19 @@ def test_a_data_set_is_packed_into_full_sequences_once_a_host(tmp_path):
     numbers = [[place] * length for place, length in enumerate(lengths)]
     rows = {"input_ids": numbers, "labels": numbers, "length": lengths, "digest": lengths}
     splits = {"train": Dataset.from_dict(rows, FEATURES), "validation": Dataset.from_dict(rows, FEATURES)}
-    settings = Settings(packing=True, eval_packing=False)
+    settings = Settings(packing=True, eval_packing=False).data
     for _ in range(2):  # the second time after a restart in place
         packing = Packing("data set", "", stack())
-        sequences = packing.pack(splits, settings, tmp_path)
+        sequences = packing.pack(splits, settings, 42, tmp_path)
         assert sequences["validation"] is splits["validation"]
         packed = sequences["train"]
         assert max(map(sum, packed["seq_lengths"])) <= 2048
         assert sorted(length for row in packed["seq_lengths"] for length in row) == sorted(lengths)
-        assert packing.splits["train"].filled >= 0.97
+        assert packing.splits["train"].fill_ratio >= 0.97
         assert str(packing.splits["train"]).startswith(f"packed 3000 rows into {len(packed)} sequences, 9")
-        assert packing.describe()["train"]["num_sequences"] == len(packed)
+        described = packing.describe()["train"]
+        assert (described["num_sequences"], described["num_rows"]) == (len(packed), 3000)
+        assert described["filled"] == packing.splits["train"].fill_ratio
 
 
 def choose(config, **settings):
@@ -283,7 +285,7 @@ def choose(config, **settings):
         fp16=False,
         bf16=settings.pop("bf16", False),
     )
-    return choose_packing(build_model(config), build_tokenizer(), arguments, Settings(**settings), None)
+    return choose_packing(build_model(config), build_tokenizer(), arguments, Settings(**settings).data, None)
 
 
 def test_rows_are_packed_by_default_where_the_model_keeps_them_apart():

@@ -13,13 +13,13 @@ from transformers import TrainerControl, TrainerState
 
 from llm_trainer.journal.metric_definitions import METRICS, define_metrics, format_line
 from llm_trainer.training import progress
-from llm_trainer.training.progress import Progress, follow, show_seconds
+from llm_trainer.training.progress import Progress, choose_progress, show_seconds
 
 
 def train(fails: bool = False) -> None:
     """40 steps, of which every tenth prints a metric line longer than the terminal is wide."""
     state = TrainerState(max_steps=40, is_world_process_zero=True)
-    with follow(time.time() - 3600, num_hosts=2) as callback:
+    with choose_progress(time.time() - 3600, num_hosts=2) as callback:
         for step in range(1, 41):
             time.sleep(0.02)
             step_to(callback, state, step)
@@ -138,7 +138,7 @@ def test_the_last_line_of_a_run_that_was_stopped_extrapolates_nothing(state, cap
 def test_other_ranks_say_nothing(state, capsys, monkeypatch):
     state.is_world_process_zero = False
     monkeypatch.setattr(progress, "EARLY_SECONDS", 0.0)
-    callback = follow(time.time(), num_hosts=1)
+    callback = choose_progress(time.time(), num_hosts=1)
     for step in range(1, 10):
         step_to(callback, state, step)
     callback.on_train_end(None, state, TrainerControl())

@@ -3,7 +3,6 @@
 
 import json
 import socket
-from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -32,15 +31,13 @@ def folder(tmp_path):
 
 def choose(folder, run=RUN, resume_from_checkpoint=None, use_checkpoints=True):
     settings = Settings(resume_from_checkpoint=resume_from_checkpoint, use_checkpoints=use_checkpoints)
-    job = SimpleNamespace(settings=settings, inputs=SimpleNamespace(checkpoint_dir=folder))
-    return resume.choose_checkpoint(job, run)
+    return resume.choose_checkpoint(settings.training, folder, run)
 
 
 def test_the_distribution_is_that_of_the_newest_that_tells(folder):
     def find(**settings):
         settings = {"resume_from_checkpoint": None, "use_checkpoints": True, **settings}
-        inputs = SimpleNamespace(checkpoint_dir=folder)
-        return resume.find_distribution(SimpleNamespace(settings=Settings(**settings), inputs=inputs), None)
+        return resume.find_distribution(Settings(**settings).training, folder, None)
 
     assert find() is None  # a run of before, whose markers do not tell
     for step, distribution in ((3, "ddp"), (4, "fsdp")):
@@ -109,8 +106,7 @@ def write_shards(folder, name, own, contents=FILES):
 
 def find(folder, group):
     settings = Settings(resume_from_checkpoint=None, use_checkpoints=True)
-    job = SimpleNamespace(settings=settings, inputs=SimpleNamespace(checkpoint_dir=folder))
-    found = resume.find_checkpoint(job, RUN, group)
+    found = resume.find_checkpoint(settings.training, folder, RUN, group)
     return found and found.name, checkpoint_dir.find_fault(found) if found else None
 
 

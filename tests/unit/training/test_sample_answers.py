@@ -15,9 +15,9 @@ from llm_trainer.data.formats import IGNORED
 from llm_trainer.journal.journal import Journal
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.training import sample_answers
-from llm_trainer.training.resumable_trainer import ResumableTrainer
-from llm_trainer.training.sample_answers import Generations, choose_prompts
-from llm_trainer.training.stopping import Agreement
+from llm_trainer.training.methods.sft import ResumableSFTTrainer
+from llm_trainer.training.sample_answers import SampleAnswers, choose_prompts
+from support.trainers import build_run_context
 
 PROMPTS = ["one", "two", "three", "four"]
 
@@ -37,9 +37,9 @@ def tokenizer(tiny_model):
 def make(tiny_model, tokenizer, tmp_path):
     """Makes a trainer of a few steps and the job's generations."""
 
-    def build(number=2, lora=True, validation=True, sharded=False, **arguments):
+    def build(number=2, lora=True, validation=True, sharded=False, adapter_start=None, **arguments):
         rows = Dataset.from_list([row_of(tokenizer, prompt, "yes") for prompt in PROMPTS])
-        trainer = ResumableTrainer(
+        trainer = ResumableSFTTrainer(
             model=AutoModelForCausalLM.from_pretrained(tiny_model),
             args=SFTConfig(
                 output_dir=str(tmp_path),
@@ -57,11 +57,12 @@ def make(tiny_model, tokenizer, tmp_path):
             train_dataset=rows,
             processing_class=tokenizer,
             peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+            run=build_run_context(adapter_start=adapter_start),
         )
-        trainer.agreement, trainer.is_fsdp_enabled = Agreement(), sharded
+        trainer.is_fsdp_enabled = sharded
         splits = {"train": rows, **({"validation": rows.select([2, 3, 3])} if validation else {})}
         timeline = Timeline(0.0, Journal(tmp_path / "metrics.jsonl"), "algo-1")
-        return trainer, Generations(trainer, Data(splits, rows, {}), tokenizer, number, timeline)
+        return trainer, SampleAnswers(trainer, Data(splits, rows, {}), tokenizer, number, timeline)
 
     return build
 
@@ -124,8 +125,7 @@ def test_asking_changes_nothing(make, lora):
 
 
 def test_an_adapter_that_took_a_part_of_the_base_is_asked_before(make, tmp_path):
-    trainer, asked = make()
-    trainer.adapter_start = tmp_path
+    _, asked = make(adapter_start=tmp_path)
     asked.before_training()
     assert len(asked.before) == 2
 

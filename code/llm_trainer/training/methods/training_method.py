@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The description of a training method, by which all other code tells methods apart."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llm_trainer.training.resumable import ResumableMixin
+
+
+@dataclass(frozen=True)
+class TrainingMethod:
+    """A way to train: which trainer it is, which rows it takes, and what it logs."""
+
+    name: str
+    trainer_class: type[ResumableMixin]
+    config_class: type[Any]  # of the trainer's arguments, a subclass of Transformers' TrainingArguments
+    columns: tuple[str, ...]  # of a tokenized row, without those that only samplers read
+    metric_names: Mapping[str, str]  # the trainer's names -> those of journal/metric_definitions.py, where they differ
+    hidden_metrics: tuple[str, ...]  # the trainer's metrics that no line and no tracker shows

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all training methods share: whole checkpoints, a stop that all ranks agree on, and an exact resume.
+
+`ResumableMixin` goes before any trainer of Transformers or TRL among the bases of a class. Methods whose names begin
+with an underscore are Transformers' own, of the pinned version.
+"""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft.optimizers import create_loraplus_optimizer
+from transformers import EarlyStoppingCallback, Trainer
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from llm_trainer.common.activity_notes import EVALUATION, note_activity
+from llm_trainer.common.ranks import local_rank
+from llm_trainer.job import checkpoint_dir
+from llm_trainer.journal.journal import Journal
+from llm_trainer.model import lora_init
+from llm_trainer.training.resume import make_gather, share_files
+from llm_trainer.training.stopping import StopConsensus
+
+DEFAULT_LIMIT = 2  # checkpoints that are kept where the settings do not tell
+
+
+class EvaluationStop(Exception):  # noqa: N818 - it is not an error
+    """A stop was agreed on during an evaluation, which may take longer than the platform waits."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a resumable trainer needs to know of its job."""
+
+    consensus: StopConsensus
+    identity: dict[str, Any]  # a run that goes on from one of our checkpoints has the same
+    journal: Journal
+    saves_checkpoints: bool = True
+    loraplus_lr_ratio: float | None = None  # learning rate of the adapter's B over that of A
+    adapter_start: Path | None = None  # folder of the adapter's first values, where a checkpoint has to hold them
+
+
+class ResumableMixin(Trainer):
+    """A trainer that ends with the same weights however often it was stopped, killed and resumed.
+
+    `SaveAndStop` decides when to save and to stop, and the methods here how.
+    """
+
+    optimizer: Any  # None at first
+    _signature_columns: Any  # a list, or None at first
+
+    def __init__(self, *args: Any, run: RunContext, **kwargs: Any) -> None:
+        """Take the arguments of the trainer that follows among the bases, and what this class needs."""
+        self.run = run
+        self.row_order = torch.Generator()  # where rows are grouped by length
+        self.stopped = False
+        self.evaluation_due = False  # a stop put off the evaluation that belongs to the current step
+        self.agreed_seconds = 0.0  # from the signal to the step after which all ranks stop
+        self.checkpoint_seconds = 0.0  # the last checkpoint took so long
+        super().__init__(*args, **kwargs)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens trained on so far, on all devices and in all runs, as TRL's trainers count them."""
+        return int(self._total_train_tokens)
+
+    # Stops
+
+    def stop(self, agreed_seconds: float, evaluation_due: bool) -> None:
+        """Note that all ranks stop after this step. `agreed_seconds` have passed since the signal."""
+        self.stopped, self.agreed_seconds, self.evaluation_due = True, agreed_seconds, evaluation_due
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Save where a stop ends an evaluation, which the next run makes up for."""
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        except EvaluationStop:
+            self.evaluation_due = True
+            if self.run.saves_checkpoints:
+                self._save_checkpoint(model, trial)
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return the folder of checkpoints that are not complete yet."""
+        return str(checkpoint_dir.find_partial_dir(Path(self.args.output_dir)))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write everything under another name, then mark and rename it. Only rank 0 writes what is not sharded."""
+        started = time.monotonic()
+        folder = Path(self.args.output_dir)
+        with note_activity("writing a checkpoint", folder):
+            partial = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if self.manages_checkpoint_dir(partial):
+                checkpoint_dir.remove_partial_checkpoints(folder)
+            self.barrier_if_sharded()
+            self.write_partial_checkpoint(partial, model, trial)
+            self.barrier_if_sharded()
+            self.complete_checkpoint(partial, self.describe_files(partial))
+        self.checkpoint_seconds = time.monotonic() - started
+        seconds = round(self.checkpoint_seconds, 2)
+        self.run.journal.write("checkpoint", step=self.state.global_step, seconds=seconds)
+
+    def write_partial_checkpoint(self, partial: Path, model: torch.nn.Module, trial: Any) -> None:
+        """Write the files of a checkpoint without its marker."""
+        # Trainer's and not SFTTrainer's, which writes a model card beside the checkpoints every time.
+        Trainer._save_checkpoint(self, model, trial)
+        if self.state.best_global_step == self.state.global_step:  # Transformers noted the temporary name
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir) / partial.name)
+        if self.args.should_save:
+            self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+            (partial / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that holds tokens, and nobody reads
+            if self.run.adapter_start:
+                lora_init.save_initial_adapter(self.run.adapter_start, partial)
+
+    def complete_checkpoint(self, partial: Path, files: checkpoint_dir.Files) -> None:
+        """Mark and rename a written checkpoint, then delete those that are too many."""
+        manages = self.manages_checkpoint_dir(partial)  # before the rename
+        if manages:
+            checkpoint_dir.complete_checkpoint(partial, self.run.identity, self.num_tokens, self.evaluation_due, files)
+        self.barrier_if_sharded()  # no host may delete an old one before all have the new one
+        if manages:
+            # One more than the only one: S3 may not have the new one yet, and mirrors the deletion of the old at once.
+            self.rotate_checkpoints(at_least=2)
+            checkpoint_dir.remove_partial_checkpoints(Path(self.args.output_dir))
+
+    def manages_checkpoint_dir(self, partial: Path) -> bool:
+        """Tell whether this rank renames and deletes checkpoints: the one that writes, or one a host if sharded.
+
+        Other hosts see the files that rank 0 alone writes only where all hosts have one folder.
+        """
+        return self.args.should_save or (
+            self.is_fsdp_enabled and local_rank() == 0 and not (partial / TRAINER_STATE_NAME).exists()
+        )
+
+    def barrier_if_sharded(self) -> None:
+        """Wait for all ranks where each writes a share of a checkpoint."""
+        if self.is_fsdp_enabled:
+            dist.barrier(group=self.run.consensus.group)
+
+    def describe_files(self, partial: Path) -> checkpoint_dir.Files:
+        """Return size and digest of a written checkpoint's files, of all hosts where several wrote it."""
+        if not self.is_fsdp_enabled:
+            names = checkpoint_dir.list_files(partial) if self.args.should_save else []
+            return checkpoint_dir.describe_files(partial, names)
+        names = checkpoint_dir.select_own_share(checkpoint_dir.list_files(partial))
+        shares = make_gather(self.run.consensus.group)(checkpoint_dir.describe_files(partial, names))
+        return {name: file for files in shares for name, file in sorted(files.items())}
+
+    def rotate_checkpoints(self, at_least: int = 1) -> None:
+        """Delete the checkpoints beyond save_total_limit, but keep the best and the newest ones."""
+        newest = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        best = self.state.best_model_checkpoint
+        limit = max(at_least, self.args.save_total_limit or DEFAULT_LIMIT)
+        checkpoint_dir.rotate_checkpoints(newest, limit, Path(best) if best else None)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Gather every rank's random state at rank 0, so that one host writes the whole checkpoint."""
+        group = self.run.consensus.group
+        if group is None:
+            return super()._save_rng_state(output_dir)
+        with tempfile.TemporaryDirectory() as own_dir:
+            super()._save_rng_state(own_dir)
+            (own,) = Path(own_dir).iterdir()
+            states: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+            dist.gather_object((own.name, own.read_bytes()), states, group=group)
+        for name, state in states or ():
+            (Path(output_dir) / name).write_bytes(state)
+        return None
+
+    def _load_best_model(self) -> None:
+        """Send each host the files of the best checkpoint that it lacks, and load it."""
+        if self.is_fsdp_enabled and self.run.consensus.group is not None:
+            share_files(Path(str(self.state.best_model_checkpoint)), self.run.consensus.group)
+        super()._load_best_model()
+
+    # Resume
+
+    def train_from(self, checkpoint: Path | None) -> Any:
+        """Train from the checkpoint on, or from the start. Return Transformers' `TrainOutput`."""
+        if checkpoint is None:
+            return self.train()
+        marker = checkpoint_dir.read_marker(checkpoint)
+        if marker is not None:  # a checkpoint of another tool has none
+            self._total_train_tokens = marker.num_tokens
+            self.evaluation_due = marker.evaluation_due
+        return self.train(resume_from_checkpoint=str(checkpoint))
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Restore the count of evaluations without progress, but not its settings, as Transformers would."""
+        position = super()._init_training_state(*args, **kwargs)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                saved = self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+                callback.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+        return position
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Train an epoch whose order of rows depends on seed and epoch alone."""
+        self.row_order.manual_seed(self.args.seed + kwargs["epoch"])
+        names = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
+        self.make_up_evaluation(*(kwargs[name] for name in names))
+        if not self.control.should_training_stop:
+            super()._run_epoch(**kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        """Make up for an evaluation that was due after the last step."""
+        self.make_up_evaluation(self.model, trial, self.state.epoch, None, start_time)
+        return super()._finalize_training(trial, num_train_samples, start_time)
+
+    def make_up_evaluation(
+        self, model: torch.nn.Module, trial: Any, epoch: float, ignore_keys_for_eval: Any, start_time: float
+    ) -> None:
+        """Evaluate now if the stop of an earlier run put the evaluation off, so that its metric is not missing."""
+        if self.evaluation_due and not self.stopped:
+            self.evaluation_due = False
+            self.control.should_evaluate = True
+            self.control.should_save = self.args.load_best_model_at_end  # the best one has to be on disk
+            self._maybe_log_save_evaluate(self._tr_loss, None, model, trial, epoch, ignore_keys_for_eval, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate without moving the random numbers of training: a resumed run does not repeat the evaluation."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with note_activity(EVALUATION), torch.random.fork_rng(devices=devices):
+            return super().evaluate(*args, **kwargs)
+
+    # Rows and optimizer
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the rows' lengths too, which samplers ask for after all other columns have been removed."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, self.args.length_column_name])]
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        """Return a sampler whose order depends on seed and epoch alone: a resumed epoch is the interrupted one."""
+        sampler = super()._get_train_sampler(*args)
+        if isinstance(sampler, LengthGroupedSampler):  # Transformers seeds the random one itself
+            sampler.generator = self.row_order
+            sampler.batch_size *= self.args.world_size  # the rows of a step: their order is the same on any ranks
+            sampler.lengths = sampler.lengths[:]  # a list of a column, which would be read from disk for every row
+        return sampler
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return Transformers' optimizer, with LoRA+'s learning rates (arXiv:2402.12354) where they are asked for."""
+        if self.run.loraplus_lr_ratio is None:
+            return super().create_optimizer(model)
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = create_loraplus_optimizer(
+                model,
+                kind,
+                loraplus_lr_ratio=self.run.loraplus_lr_ratio,
+                loraplus_weight_decay=self.args.weight_decay,
+                **options,
+            )
+        return self.optimizer
