@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This host: GPUs, driver, memory, disks and network, by what is there."""
+"""The host of a process: GPUs, driver, memory, disks and network, by what is there."""

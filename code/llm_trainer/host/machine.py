@@ -64,7 +64,7 @@ def inspect_driver(environment: Environment) -> list[Finding]:
 
 
 def judge_gpus(driver: Driver, num_usable: int) -> Finding:
-    """Return a finding on the GPUs, of which a job may use `num_usable`."""
+    """Return a finding on the GPUs; a job may use `num_usable` of them."""
     if not driver.gpus:
         return Finding("GPUs", "ok", "none: jobs run on the CPU")
     kinds = dict.fromkeys(f"{gpu.name}, {show_bytes(gpu.memory_bytes)}" for gpu in driver.gpus)

@@ -45,7 +45,7 @@ class HostState:
 
     @property
     def is_final(self) -> bool:
-        """Whether the host's part in the job is over."""
+        """True once the host's part in the job is over."""
         return self.phase in ("done", "stopped", "failed", "lost")
 
 
@@ -73,7 +73,7 @@ def parse_record(text: str) -> tuple[str, dict[str, Any]] | None:
 
 @dataclass
 class HostContact:
-    """What this host knows of another one, and since when."""
+    """Knowledge of another host, and when it came."""
 
     state: HostState = field(default_factory=HostState)
     heard_at: float = 0.0  # time.monotonic()
@@ -94,7 +94,7 @@ class HostContact:
 
 
 class ClusterLink:
-    """This host's link to the others: the hub hears every host, the others hear the hub.
+    """A host's link to the others: the hub hears every host, the others hear the hub.
 
     A host alone opens no connection.
     """

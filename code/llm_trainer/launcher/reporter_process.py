@@ -15,7 +15,7 @@ from llm_trainer.trackers.reporter import REPORT_SECONDS, find_patience
 
 @dataclass(frozen=True)
 class ReporterOptions:
-    """What the reporter follows, and where it sends what it reads."""
+    """Options of the reporter: the journal that it follows, and where it sends what it reads."""
 
     journal: Path
     model_dir: Path

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a job's worker processes to their end, in step with the other hosts, and again after a fault if allowed.
 
-The first training host decides once it knows how all others are: to go on, to begin another attempt, or that the job
-has failed, and why. The others report and follow. A stop that reaches a host before its workers train ends the workers
-of all hosts at once; after that (job/start_gate.py) the workers obey a stop themselves.
+The first training host knows how all others are, and decides: to go on, to begin another attempt, or that the job has
+failed. The others report and follow. A stop that reaches a host before its workers train ends the workers of all hosts
+at once. After that (job/start_gate.py) the workers obey a stop themselves.
 """
 
 import subprocess
@@ -30,7 +30,7 @@ KILL_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """How an attempt ended, for all hosts."""
+    """The end of an attempt, for all hosts."""
 
     what: Literal["done", "stopped", "again", "failed"]  # stopped: before the training began
     failure: Failure | None = None

@@ -2,7 +2,7 @@
 """A user's own script in place of our training: SageMaker's training toolkit installs and runs it, as our child.
 
 The toolkit provides the script's folder, requirements, arguments and SM_* variables. This module adds what it lacks: a
-stop signal reaches the script, the failure names its cause first, and only an end that was reported as success is one.
+stop signal reaches the script, and the failure names its cause first. Only an end that was reported as success is one.
 """
 
 import os
