@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the job leaves in /opt/ml/model: an adapter or whole weights, proven, with all that a server needs of them."""
+"""The result of a job in /opt/ml/model: an adapter or whole weights, proven, with the files that a server needs."""
 
 import gc
 import json
@@ -52,48 +52,53 @@ def write_result(trained: TrainingResult, manifest: Manifest) -> None:
     """
     model_dir = trained.places.model_dir
     staging = model_dir / STAGING
-    merges = (
-        trained.settings.output.merge_weights and not trained.trainer.stopped
-    )  # it may take longer than the platform waits
-    shutil.rmtree(staging, ignore_errors=True)  # of a job that was killed here
+    # A merge may take longer than the platform waits after a stop.
+    merges = trained.settings.output.merge_weights and not trained.trainer.stopped
+    shutil.rmtree(staging, ignore_errors=True)  # left by a job that was killed here
     first = staging / ADAPTER if merges else staging
     first.mkdir(parents=True)
-    checks: list[dict[str, Any]] = []
-    manifest["export"] = {"checks": checks}
     try:
-        save_trained(trained, first)
-        trained_bytes = trained.trainer.model.get_memory_footprint()
-        release(trained)
-        if trained.logits is not None:
-            checks.append(prove_trained(trained, first, trained.logits, trained_bytes))
+        checks = save_and_prove(trained, first)
+        manifest["export"] = {"checks": checks}
         trained.timeline.mark("export")
-        finish(first, trained, manifest, is_served=not merges)
+        write_side_files(first, trained, manifest, is_served=not merges)
         remove_earlier_result(model_dir)
         if merges:
             put_in_place(first, model_dir / ADAPTER)  # so that a merge that fails loses nothing
             manifest["export"] |= merge_adapter(trained, model_dir / ADAPTER, staging, checks)
             trained.timeline.mark("merge")
-            finish(staging, trained, manifest, is_served=True)
+            write_side_files(staging, trained, manifest, is_served=True)
         put_in_place(staging, model_dir)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def save_trained(trained: TrainingResult, folder: Path) -> None:
-    """The adapter, or all weights, in a folder that is there."""
+def save_and_prove(trained: TrainingResult, folder: Path) -> list[dict[str, Any]]:
+    """Write the weights, free the trained model, and check what was written. Return the records of the checks.
+
+    A stopped job has no logits to compare with, and no check.
+    """
+    save_weights(trained, folder)
+    trained_bytes = trained.trainer.model.get_memory_footprint()
+    release_memory(trained)
+    return [] if trained.logits is None else [prove_trained(trained, folder, trained.logits, trained_bytes)]
+
+
+def save_weights(trained: TrainingResult, folder: Path) -> None:
+    """Write the adapter, or all weights, to a folder that exists."""
     model, plan, weights = trained.trainer.model, trained.plan, trained.weights
     if isinstance(model, PeftModel):
         base = BaseReference(trained.base_name, trained.base.revision)
         save_adapter(model, folder, base, trained.trainer.run.adapter_start, weights)
         return
-    whole = rebuild(model, weights) if weights else model
+    whole = rebuild_plain_model(model, weights) if weights else model
     whole.to(plan.precision.compute)
     whole.config.use_cache = True  # switched off for training, and a serving container reads it
     whole.save_pretrained(folder)
 
 
-def rebuild(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """The sharded model as a plain one, of the same tensors."""
+def rebuild_plain_model(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """Return a sharded model as a plain one, made of the same tensors."""
     sharded_class, plain_class = type(model), type(model).__mro__[2]  # `fully_shard` put FSDPModule between them
     assert issubclass(sharded_class, FSDPModule)
     with torch.device("meta"):
@@ -104,8 +109,8 @@ def rebuild(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrai
     return plain
 
 
-def release(trained: TrainingResult) -> None:
-    """Free the memory that training took: what was written is loaded next."""
+def release_memory(trained: TrainingResult) -> None:
+    """Free the memory that training took: the written model is loaded next."""
     trainer = trained.trainer
     if trained.weights is not None:
         trained.weights.clear()
@@ -119,7 +124,7 @@ def release(trained: TrainingResult) -> None:
 
 
 def merge_adapter(trained: TrainingResult, adapter: Path, folder: Path, checks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Merge shard by shard into a folder, and prove it; the figures and checks for the manifest.
+    """Merge shard by shard into a folder, and prove the result. Return figures and checks for the manifest.
 
     Raises UserError that tells where the adapter is.
     """
@@ -137,12 +142,15 @@ def merge_adapter(trained: TrainingResult, adapter: Path, folder: Path, checks: 
         ) from error
 
 
-def finish(folder: Path, trained: TrainingResult, manifest: Manifest, is_served: bool) -> None:
-    """Write what stands beside the weights. `is_served` says whether an endpoint gets this folder."""
+def write_side_files(folder: Path, trained: TrainingResult, manifest: Manifest, is_served: bool) -> None:
+    """Write the files beside the weights: tokenizer, serving files, model card and manifest.
+
+    `is_served` tells whether an endpoint gets this folder.
+    """
     trained.tokenizer.save_pretrained(folder)
     refusals = write_serving_files(folder, describe_served(folder, trained, manifest)) if is_served else []
     for refusal in refusals:
-        print(f"Serving: {refusal}", flush=True)
+        log.info(f"Serving: {refusal}")
     manifest["export"]["served_by_vllm"] = not refusals
     write_model_card(folder, manifest, trained.base_folder, trained.base, refusals)
     manifest["files"] = sorted([MANIFEST, *(file.name for file in folder.iterdir())])
@@ -150,6 +158,7 @@ def finish(folder: Path, trained: TrainingResult, manifest: Manifest, is_served:
 
 
 def describe_served(folder: Path, trained: TrainingResult, manifest: Manifest) -> ServedModel:
+    """Return the facts by which the serving files are written."""
     is_adapter = (folder / CONFIG_NAME).is_file()
     return ServedModel(
         config=trained.plan.config,
@@ -165,7 +174,10 @@ def describe_served(folder: Path, trained: TrainingResult, manifest: Manifest) -
 
 
 def remove_earlier_result(model_dir: Path) -> None:
-    """What an earlier run in the same tree left, by its manifest: an adapter beside merged weights misleads servers."""
+    """Remove the files that an earlier run in the same tree left, by its manifest.
+
+    An adapter beside merged weights would mislead servers.
+    """
     for folder in (model_dir / ADAPTER, model_dir):
         for name in read_manifest(folder).get("files", []):
             remove_path(folder / name)
@@ -174,7 +186,7 @@ def remove_earlier_result(model_dir: Path) -> None:
 
 
 def put_in_place(folder: Path, target: Path) -> None:
-    """Move what a finished folder holds to where SageMaker takes it from."""
+    """Move the content of a finished folder to the place that SageMaker uploads."""
     target.mkdir(parents=True, exist_ok=True)
     names = sorted(path.name for path in folder.iterdir())
     for path in folder.rglob("*"):  # safetensors writes files that only the container's root can read
@@ -183,4 +195,4 @@ def put_in_place(folder: Path, target: Path) -> None:
         remove_path(target / name)
         (folder / name).replace(target / name)
     folder.rmdir()
-    print(f"Wrote {', '.join(names)} to {target}", flush=True)
+    log.info(f"Wrote {', '.join(names)} to {target}")

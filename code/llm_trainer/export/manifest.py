@@ -22,7 +22,7 @@ from llm_trainer.training.resumable import ResumableMixin
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What the manifest tells of a run, besides what its trainer knows."""
+    """Facts about a run for the manifest, besides those that its trainer knows."""
 
     model: str  # as the job names it
     settings: dict[str, Any]  # without secrets
@@ -74,7 +74,7 @@ def describe_weights(model: PreTrainedModel | PeftModel) -> Manifest:
 
 
 def last_metrics(history: list[dict[str, float]]) -> dict[str, float]:
-    """The newest value of every metric that training and evaluation logged."""
+    """Return the newest value of every metric that training and evaluation logged."""
     newest: dict[str, float] = {}
     for entry in history:
         newest |= {key: value for key, value in entry.items() if key == "loss" or key.startswith("eval_")}

@@ -29,15 +29,7 @@ def write_model_card(
     """
     licence = find_licence(base_folder)
     is_adapter = (folder / "adapter_config.json").is_file()
-    data = ModelCardData(
-        base_model=base.hub_id,
-        base_model_relation=("adapter" if is_adapter else "finetune") if base.hub_id else None,
-        library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="text-generation",
-        tags=[REPOSITORY, *(["lora"] if "adapter" in manifest else []), "sft"],
-        datasets=list_hub_data(manifest) or None,
-        **licence,
-    )
+    data = build_metadata(manifest, base, is_adapter, licence)
     parts = [
         f"# {manifest['training_job_name'] or 'Fine-tuned model'}",
         describe_result(manifest, describe_base(base), is_adapter, licence),
@@ -51,6 +43,19 @@ def write_model_card(
     # ModelCard.from_template is not used: text that users wrote must not run as a Jinja template.
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
     card.save(folder / CARD)
+
+
+def build_metadata(manifest: Manifest, base: BaseSource, is_adapter: bool, licence: dict[str, str]) -> ModelCardData:
+    """Return the metadata by which the Hub lists the model."""
+    return ModelCardData(
+        base_model=base.hub_id,
+        base_model_relation=("adapter" if is_adapter else "finetune") if base.hub_id else None,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=[REPOSITORY, *(["lora"] if "adapter" in manifest else []), "sft"],
+        datasets=list_hub_data(manifest) or None,
+        **licence,
+    )
 
 
 def describe_base(base: BaseSource) -> str:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads what was exported as its consumers will, and has it proven."""
+"""The check of an export: it is loaded as its consumers load it, and compared with what was trained."""
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,88 +29,111 @@ from llm_trainer.model.plan import ModelPlan
 REJECTED = "rejected_export"  # in output/data
 
 
+@dataclass(frozen=True)
+class WrittenModel:
+    """A model that was written, as the check names and measures it."""
+
+    what: str
+    size_bytes: int  # once it is loaded
+    tolerance: float | None  # of its logits, relative to the largest one
+
+
 def prove_trained(
     trained: TrainingResult, folder: Path, expected: list[torch.Tensor], trained_bytes: int
 ) -> dict[str, Any]:
-    """Load the adapter on its base as it was trained on, or the whole weights, and compare.
+    """Load the written adapter on its base, or the whole weights, and compare with the expected logits.
 
-    Raises UserError that tells where the folder has been put, so that it is neither lost nor taken for the model.
+    `trained_bytes` is the size of the trained model. A result that differs is moved to output/data: it is not lost, and
+    nobody takes it for the model. Raises UserError that names that folder.
     """
-    plan, settings, rows = trained.plan, trained.settings, trained.rows
-    tolerance: float | None = ROUNDING[plan.precision.compute]
-    if (
-        settings.adapter.init_lora_weights == "loftq"
-    ):  # made up for quantization, and is exported for the base without it
-        what, model_bytes, tolerance = "The adapter on the original weights", measure_base(trained), None
-    elif settings.adapter.use_peft:
-        what, model_bytes = "The adapter on its base", trained_bytes
+    adapter_settings, tolerance = trained.settings.adapter, ROUNDING[trained.plan.precision.compute]
+    if adapter_settings.init_lora_weights == "loftq":
+        # It made up for quantization, and is exported for the base without quantization: the logits may differ.
+        check = WrittenModel("The adapter on the original weights", measure_base(trained), None)
+    elif adapter_settings.use_peft:
+        check = WrittenModel("The adapter on its base", trained_bytes, tolerance)
     else:
-        what, model_bytes = "The exported model", measure_weights(folder, plan)
-    place = choose_place(model_bytes, plan.device, trained.places.scratch_dir)
-    if not settings.adapter.use_peft:
-        model = load_whole(trained, folder, place)
+        check = WrittenModel("The exported model", measure_weights(folder, trained.plan), tolerance)
+    place = choose_place(check.size_bytes, trained.plan.device, trained.places.scratch_dir)
+    if not adapter_settings.use_peft:
+        model: PreTrainedModel | PeftModel = load_whole_model(trained, folder, place)
     elif place.placement:
-        return describe_unproven(what, model_bytes)
+        return describe_unproven(check.what, check.size_bytes)
     else:
-        model = load_adapted(trained, folder, place, quantized=settings.adapter.init_lora_weights != "loftq")
+        model = load_adapted_model(trained, folder, place, adapter_settings.init_lora_weights != "loftq")
     try:
-        return compare_logits(what, Expectation(rows, expected, tolerance), model, place)
+        return compare_logits(check.what, Expectation(trained.rows, expected, check.tolerance), model, place)
     except UserError as error:
-        rejected = trained.places.output_dir / "data" / REJECTED
-        shutil.rmtree(rejected, ignore_errors=True)
-        shutil.move(folder, rejected)
+        rejected = reject_result(folder, trained.places.output_dir)
         raise UserError(f"{error} What was written is in {rejected}, and the checkpoints are kept.") from error
+
+
+def reject_result(folder: Path, output_dir: Path) -> Path:
+    """Move a result that failed its check out of the model folder. Return the new place."""
+    rejected = output_dir / "data" / REJECTED
+    shutil.rmtree(rejected, ignore_errors=True)
+    shutil.move(folder, rejected)
+    return rejected
 
 
 def prove_merged(trained: TrainingResult, adapter: Path, folder: Path) -> Iterator[dict[str, Any]]:
     """Load the merged weights, and compare them with the adapter on the base that it was merged into.
 
-    Where that is another base than the quantized one that was trained on, the difference to the latter is recorded too;
-    it is no mistake.
+    A merge into the original of a quantized base also records the difference from the quantized one. That difference is
+    no mistake.
     """
-    plan, settings, rows = trained.plan, trained.settings, trained.rows
+    plan, rows = trained.plan, trained.rows
     assert trained.logits is not None
-    what, rounding = "The merged model", ROUNDING[plan.precision.compute]
-    # LLM.int8() rounds the inputs of its products too, which no merged weights do.
-    tolerance = None if is_in_8_bit(plan) else rounding
-    is_other_base = (
-        settings.model.load_in_4bit or settings.model.load_in_8bit
-    ) and settings.output.merge_base == "bf16"
+    rounding = ROUNDING[plan.precision.compute]
     place = choose_place(measure_weights(folder, plan), plan.device, trained.places.scratch_dir)
-    on_original = None
-    if is_other_base:
-        base_bytes = measure_base(trained)
-        base_place = choose_place(base_bytes, plan.device, trained.places.scratch_dir)
-        if base_place.placement:
-            yield describe_unproven("The adapter on the original weights", base_bytes)
-        else:
-            adapted = load_adapted(trained, adapter, base_place, quantized=False)
-            on_original = compute_logits(adapted, rows, base_place.device)
-            del adapted  # before the other model is loaded
-    merged = load_whole(trained, folder, place)
+    if not is_merged_into_other_base(trained):
+        # LLM.int8() rounds the inputs of its products too, which no merged weights do.
+        expected = Expectation(rows, trained.logits, None if is_in_8_bit(plan) else rounding)
+        yield compare_logits("The merged model", expected, load_whole_model(trained, folder, place), place)
+        return
+    on_original = compute_original_logits(trained, adapter)
+    if on_original is None:
+        yield describe_unproven("The adapter on the original weights", measure_base(trained))
+    merged = load_whole_model(trained, folder, place)
     if on_original is not None:
-        yield compare_logits(what, Expectation(rows, on_original, rounding), merged, place)
-    if is_other_base:
-        what, tolerance = "The merged model, beside the adapter on its quantized base,", None
-    yield compare_logits(what, Expectation(rows, trained.logits, tolerance), merged, place)
+        yield compare_logits("The merged model", Expectation(rows, on_original, rounding), merged, place)
+    what = "The merged model, beside the adapter on its quantized base,"
+    yield compare_logits(what, Expectation(rows, trained.logits, None), merged, place)
+
+
+def is_merged_into_other_base(trained: TrainingResult) -> bool:
+    """Tell whether the training quantized its base, and the merge took the original one."""
+    model_settings, output_settings = trained.settings.model, trained.settings.output
+    is_quantized = model_settings.load_in_4bit or model_settings.load_in_8bit
+    return is_quantized and output_settings.merge_base == "bf16"
+
+
+def compute_original_logits(trained: TrainingResult, adapter: Path) -> list[torch.Tensor] | None:
+    """Return the logits of the adapter on the base as it is stored; None where no memory holds that base."""
+    place = choose_place(measure_base(trained), trained.plan.device, trained.places.scratch_dir)
+    if place.placement:
+        return None
+    return compute_logits(load_adapted_model(trained, adapter, place, False), trained.rows, place.device)
 
 
 def is_in_8_bit(plan: ModelPlan) -> bool:
+    """Tell whether the base is in 8 bit, quantized for the training or as it is stored."""
     stored = getattr(plan.config, "quantization_config", None) or {}
     return bool(getattr(plan.quantization, "load_in_8bit", False) or stored.get("load_in_8bit"))
 
 
 def measure_weights(folder: Path, plan: ModelPlan) -> int:
-    """Bytes of a folder's weights in the type of the computation."""
+    """Return the bytes of a folder's weights in the type of the computation."""
     return plan.precision.compute.itemsize * count_weights(folder)
 
 
 def measure_base(trained: TrainingResult) -> int:
+    """Return the bytes of the original base in the type of the computation."""
     return measure_weights(trained.base_folder, trained.plan)
 
 
-def load_adapted(trained: TrainingResult, adapter: Path, place: CheckPlace, quantized: bool) -> PeftModel:
-    """The base, as it was trained on or as it is stored, with the adapter of a folder."""
+def load_adapted_model(trained: TrainingResult, adapter: Path, place: CheckPlace, quantized: bool) -> PeftModel:
+    """Return the base with the adapter of a folder: quantized as it was trained on, or as it is stored."""
     plan, settings = trained.plan, trained.settings
     quantization = plan.quantization if quantized or isinstance(plan.quantization, Mxfp4Config) else None
     options = replace(plan.load_options, quantization=quantization)
@@ -118,8 +141,8 @@ def load_adapted(trained: TrainingResult, adapter: Path, place: CheckPlace, quan
     return PeftModel.from_pretrained(base, str(adapter))
 
 
-def load_whole(trained: TrainingResult, folder: Path, place: CheckPlace) -> PreTrainedModel:
-    """Weights that were written, as a consumer loads them."""
+def load_whole_model(trained: TrainingResult, folder: Path, place: CheckPlace) -> PreTrainedModel:
+    """Return the model of a folder of weights, as a consumer loads it."""
     plan, settings = trained.plan, trained.settings
     options = LoadOptions(plan.precision.compute, plan.attention.name)
     return load_model(str(folder), settings.model, options, place.device, **place.placement)

@@ -272,7 +272,7 @@ def choose_length(model: ServedModel) -> int | None:
     """Return the tokens of a request and its answer that the advised GPUs hold.
 
     The number lies between the length of the training and the model's limit. It is None where the model states no
-    limit, or where no GPUs are advised. vLLM does not start where its cache cannot hold one sequence of max_model_len tokens.
+    limit, or where no GPUs are advised. A cache that cannot hold one sequence of that length keeps vLLM from starting.
     """
     limit, gpus = find_position_limit(model), advise_gpus(model)
     if limit is None or gpus is None:
