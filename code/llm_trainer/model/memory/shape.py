@@ -95,10 +95,7 @@ def read_shape(
     adapter_settings: AdapterSettings,
     weights_dtype: torch.dtype,
 ) -> ModelShape:
-    """Return the shape of the model of this config, with the adapter and the quantization that the settings ask for.
-
-    Raise UnknownShapeError where Transformers or PEFT cannot build that without weights.
-    """
+    """Return the model's shape, with the adapter and the quantization of the settings. Raise UnknownShapeError."""
     quantization = choose_quantization(model_settings)
     try:
         base = build_on_meta(copy.deepcopy(config), weights_dtype, model_settings.trust_remote_code)
