@@ -19,7 +19,7 @@ from llm_trainer.config.checks import find_missing_hardware
 from llm_trainer.config.environment import Environment, read_environment
 from llm_trainer.config.schema import Settings, redact_settings
 from llm_trainer.config.secret_references import VARIABLES, is_reference, read_secret_variables
-from llm_trainer.job.disk_budget import inspect_disk_need
+from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
 from llm_trainer.job.inputs import Inputs, check_writable, find_inputs, find_missing_weights, find_warnings
 from llm_trainer.job.job import Job, collect_settings
 from llm_trainer.launcher.user_script import names_a_script
@@ -68,7 +68,8 @@ def examine_job(words: Sequence[str], in_colour: bool) -> Validation:
     validation.add_findings("machine", verdict, find_missing_hardware(settings, environment))
     validation.add_findings("job", "warning", find_warnings(settings, environment, inputs))
     set_variables(settings, inputs, validation)
-    validation.findings += inspect_disk_need(settings, inputs, Path(os.environ["LLM_TRAINER_CACHE"]))
+    sections = WriteSettings(settings.adapter, settings.training, settings.output)
+    validation.findings += inspect_disk_need(sections, inputs, Path(os.environ["LLM_TRAINER_CACHE"]))
     if inputs.model and inputs.train:
         examine_data(Job(environment, settings, inputs), validation, in_colour)
     return validation
@@ -100,7 +101,7 @@ def examine_inputs(settings: Settings, environment: Environment, validation: Val
 def set_variables(settings: Settings, inputs: Inputs, validation: Validation) -> None:
     """Set the environment variables that libraries read when they are imported, secrets among them."""
     try:
-        os.environ.update(read_secret_variables(settings, os.environ))
+        os.environ.update(read_secret_variables(settings.secrets, os.environ))
     except UserError as error:  # this machine's role is another than the job's
         validation.add_findings("secrets", "warning", error.problems)
         for name in [name for name in VARIABLES if is_reference(os.environ.get(name, ""))]:

@@ -78,6 +78,11 @@ class Settings(BaseModel):
         return name in self.model_fields_set if name == "config" else self.section_of(name).is_given(name)
 
     @property
+    def secrets(self) -> dict[str, SecretStr | None]:
+        """The settings that hold secrets, by flat names."""
+        return {name: self.value(name) for name in SECRETS}
+
+    @property
     def given(self) -> dict[str, Any]:
         """All settings that the user set, by their flat names."""
         return {name: self.value(name) for name in FIELDS if self.is_given(name)}

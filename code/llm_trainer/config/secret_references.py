@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import SecretStr
+
 from llm_trainer.common.errors import UserError, quote_error
-from llm_trainer.config.schema import Settings
 
 HUB_TOKEN = "LLM_TRAINER_HUB_TOKEN"  # only the push uses it: this token must write, where HF_TOKEN need only read
 # The setting of the same secret, by variable. The setting wins.
@@ -31,16 +32,17 @@ def is_reference(value: str) -> bool:
     return value.startswith("arn:")
 
 
-def read_secret_variables(settings: Settings | None, variables: Mapping[str, str]) -> dict[str, str]:
+def read_secret_variables(secrets: Mapping[str, SecretStr | None], variables: Mapping[str, str]) -> dict[str, str]:
     """Return the environment variables in which libraries look for secrets. References are replaced by what they name.
 
-    Without settings, which a user's own script does not have, the values come from the variables alone.
+    `secrets` are those that were given as settings, by name. A user's own script has none: the values then come from
+    the variables alone.
     Raises UserError with a sentence for every reference that cannot be read.
     """
     values: dict[str, str] = {}
     problems: list[str] = []
     for variable, setting in VARIABLES.items():
-        secret = settings.value(setting) if settings and setting else None
+        secret = secrets.get(setting) if setting else None
         value: str = secret.get_secret_value() if secret else variables.get(variable, "")
         if not value:
             continue

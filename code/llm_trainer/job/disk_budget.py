@@ -4,18 +4,28 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from llm_trainer.common.findings import Finding
 from llm_trainer.common.safetensors_files import list_shapes, list_weights
 from llm_trainer.common.units import MIB, show_bytes
-from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import AdapterSettings, OutputSettings, TrainingSettings
 from llm_trainer.host.free_space import FIX, find_free_bytes, find_nearest_folder
 from llm_trainer.job.inputs import Inputs
 from llm_trainer.readers.sources import FileSource
 
 
-def inspect_disk_need(settings: Settings, inputs: Inputs, cache_dir: Path) -> Iterator[Finding]:
+@dataclass(frozen=True)
+class WriteSettings:
+    """The sections of the settings that decide how much a job writes."""
+
+    adapter: AdapterSettings
+    training: TrainingSettings
+    output: OutputSettings
+
+
+def inspect_disk_need(settings: WriteSettings, inputs: Inputs, cache_dir: Path) -> Iterator[Finding]:
     """Yield one finding for each disk that the job writes to: whether it has room. Less than a MiB always has."""
     disks: dict[int, list[tuple[str, Path, float]]] = defaultdict(list)
     for what, folder, need_bytes in estimate_writes(settings, inputs, cache_dir):
@@ -32,7 +42,7 @@ def inspect_disk_need(settings: Settings, inputs: Inputs, cache_dir: Path) -> It
             yield Finding("disk need", "warning", f"{text}: {FIX}")
 
 
-def estimate_writes(settings: Settings, inputs: Inputs, cache_dir: Path) -> Iterator[tuple[str, Path, float]]:
+def estimate_writes(settings: WriteSettings, inputs: Inputs, cache_dir: Path) -> Iterator[tuple[str, Path, float]]:
     """Yield what is written, the folder, and about how many bytes, as far as sizes are known before the job begins.
 
     An adapter has rank x (rows + columns) float32 numbers for a matrix. A checkpoint holds the trained weights in

@@ -5,6 +5,7 @@ The first training host's launcher writes them; the others send it what they mea
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,8 @@ import pynvml
 from llm_trainer import __version__
 from llm_trainer.common.errors import Failure
 from llm_trainer.common.versions import read_versions
-from llm_trainer.config.checks import count_processes
 from llm_trainer.config.environment import Environment
-from llm_trainer.config.schema import Settings, redact_settings
 from llm_trainer.host.nvidia_driver import read_driver
-from llm_trainer.job import checkpoint_dir
 from llm_trainer.journal.journal import FILE_NAME, Journal
 from llm_trainer.journal.manifest import read_manifest
 from llm_trainer.journal.records import SCHEMA_VERSION, RecordKind
@@ -26,15 +24,23 @@ from llm_trainer.launcher.cluster import ClusterLink
 from llm_trainer.launcher.supervisor import Verdict
 
 
+@dataclass(frozen=True)
+class JobDescription:
+    """The facts of a job that stay the same over its attempts."""
+
+    started: float  # seconds since the epoch
+    world_size: int
+    settings: dict[str, Any]  # redacted
+
+
 class JobEventWriter:
     """Writes one host's events to the journal, by way of the first training host."""
 
-    def __init__(self, environment: Environment, link: ClusterLink, settings: Settings, started: float) -> None:
-        """`started` is the job's start in seconds since the epoch."""
+    def __init__(self, environment: Environment, link: ClusterLink, job: JobDescription) -> None:
+        """Take this host's environment, its link to the others, and the job."""
         self.environment = environment
         self.link = link
-        self.settings = settings
-        self.started = started
+        self.job = job
         self.journal = Journal(environment.output_dir / "data" / FILE_NAME)
 
     def write(self, kind: RecordKind, **fields: Any) -> None:
@@ -44,14 +50,14 @@ class JobEventWriter:
         else:
             self.link.send_record(kind, **fields)
 
-    def write_start(self, checkpoints: Path, timeline: Timeline) -> None:
+    def write_start(self, timeline: Timeline, goes_on: bool) -> None:
         """Write that the first attempt begins, after the phases so far, and accept other hosts' records from now on.
 
-        The journal of an earlier job in the same tree stays where this job goes on from a checkpoint of it.
+        `goes_on` tells whether there is a checkpoint to go on from: the journal of that run stays then.
         """
         if self.environment.node_rank > 0:
             return
-        if not (self.settings.training.use_checkpoints and checkpoint_dir.list_checkpoints(checkpoints)):
+        if not goes_on:
             self.journal.clear()
         self.write_job(1)
         ended_at = timeline.started
@@ -77,11 +83,11 @@ class JobEventWriter:
             name=os.environ.get("TRAINING_JOB_NAME"),
             arn=os.environ.get("TRAINING_JOB_ARN"),
             attempt=attempt,
-            started=round(self.started, 3),
+            started=round(self.job.started, 3),
             hosts=self.environment.hosts,
             billed_hosts=self.environment.num_billed_hosts,
-            world_size=count_processes(self.settings.parallelism, self.environment) * len(self.environment.hosts),
-            settings=redact_settings(self.settings),
+            world_size=self.job.world_size,
+            settings=self.job.settings,
             environment=describe_environment(self.environment),
         )
 

@@ -25,14 +25,14 @@ from llm_trainer.config.tracker_choice import build_tracker_variables, choose_tr
 from llm_trainer.host.machine import inspect_machine
 from llm_trainer.host.system_metrics import SystemMetrics
 from llm_trainer.job import checkpoint_dir
-from llm_trainer.job.disk_budget import inspect_disk_need
+from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
 from llm_trainer.job.inputs import find_warnings
 from llm_trainer.job.job import Job, check_job
 from llm_trainer.job.start_gate import StartGate
 from llm_trainer.journal.journal import FILE_NAME
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.launcher.cluster import ClusterLink, HostState
-from llm_trainer.launcher.job_events import JobEventWriter
+from llm_trainer.launcher.job_events import JobDescription, JobEventWriter
 from llm_trainer.launcher.reporter_process import ReporterOptions, ReporterProcess
 from llm_trainer.launcher.stop_signal import StopSignal
 from llm_trainer.launcher.supervisor import (
@@ -56,7 +56,7 @@ def launch(arguments: Sequence[str]) -> int:
         (output_dir / "failure").unlink(missing_ok=True)  # left by an earlier job in the same tree
         hyperparameters = read_json_object(find_base_dir() / "input" / "config" / "hyperparameters.json")
         if names_a_script(hyperparameters):
-            os.environ.update(read_secret_variables(None, os.environ))
+            os.environ.update(read_secret_variables({}, os.environ))
             return run_script(find_base_dir(), hyperparameters, {**build_cache_variables(os.environ), **os.environ})
         failure = run_host(read_environment(), arguments, Timeline(started))
     except UserError as error:
@@ -121,7 +121,7 @@ def prepare_host(
 
 def check_host(job: Job) -> None:
     """Read the job's secrets, and check what this host offers. Raises UserError with every mistake there is."""
-    os.environ.update(read_secret_variables(job.settings, os.environ))
+    os.environ.update(read_secret_variables(job.settings.secrets, os.environ))
     check_machine(job)
     if job.environment.node_rank == 0 and job.settings.output.push_to_hub:
         from llm_trainer.export.publish import prepare_push  # the Hub's client takes half a second to import
@@ -132,7 +132,8 @@ def check_host(job: Job) -> None:
 def check_machine(job: Job) -> None:
     """Log what the host offers, one line each. Raises UserError for what would end the job after it has begun."""
     cache_dir = Path(find_library_variables(job)["LLM_TRAINER_CACHE"])
-    findings = [*inspect_machine(job.environment), *inspect_disk_need(job.settings, job.inputs, cache_dir)]
+    sections = WriteSettings(job.settings.adapter, job.settings.training, job.settings.output)
+    findings = [*inspect_machine(job.environment), *inspect_disk_need(sections, job.inputs, cache_dir)]
     log.info(*(f"Machine: {finding.verdict}: {finding.subject}: {finding.text}" for finding in findings))
     errors = [f"{finding.subject}: {finding.text}" for finding in findings if finding.verdict == "error"]
     if errors and not job.settings.parallelism.use_cpu:
@@ -167,8 +168,10 @@ class HostJob:
         signals = AttemptSignals(self.scratch_dir / "failures", self.stop_file, StartGate(self.scratch_dir))
         signals.failures_dir.mkdir()
         variables = self.workers.build_variables(self.scratch_dir, started, find_library_variables(self.job))
-        events = JobEventWriter(environment, self.link, self.job.settings, started)
-        events.write_start(inputs.checkpoint_dir, self.timeline)
+        num_ranks = self.workers.num_processes * len(environment.hosts)
+        description = JobDescription(started, num_ranks, redact_settings(self.job.settings))
+        events = JobEventWriter(environment, self.link, description)
+        events.write_start(self.timeline, goes_on=bool(list_kept_checkpoints(self.job)))
         command = self.workers.build_command(arguments)
 
         def start(attempt: int, earlier: Failure | None) -> "subprocess.Popen[bytes]":
@@ -230,8 +233,13 @@ def log_job(job: Job) -> None:
         log.warning(text)
 
 
+def list_kept_checkpoints(job: Job) -> list[Path]:
+    """List the checkpoints that the job may go on from, the newest first."""
+    return checkpoint_dir.list_checkpoints(job.inputs.checkpoint_dir) if job.settings.training.use_checkpoints else []
+
+
 def log_early_stop(job: Job) -> None:
     """Log that a stop came before the training, and which checkpoint stays for the next start."""
-    kept = checkpoint_dir.list_checkpoints(job.inputs.checkpoint_dir) if job.settings.training.use_checkpoints else []
+    kept = list_kept_checkpoints(job)
     stays = f", and {kept[0].name} stays for the next start" if kept else ""
     log.info(f"Stopped before the training began: there is nothing to save{stays}.")

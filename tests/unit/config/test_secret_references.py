@@ -28,7 +28,7 @@ def aws(monkeypatch):
 
 def refuse(variables, settings=None) -> str:
     with pytest.raises(UserError) as refusal:
-        read_secret_variables(settings or Settings(), variables)
+        read_secret_variables((settings or Settings()).secrets, variables)
     return str(refusal.value)
 
 
@@ -36,7 +36,7 @@ def test_settings_and_variables_of_either_service_and_any_region(aws):
     aws.values = {SECRET: "hf_1", OTHER: "key\n", PARAMETER: "word"}
     settings = Settings(token=SECRET, hub_token="hf_plain")
     given = {"HF_TOKEN": "loses", "WANDB_API_KEY": OTHER, "MLFLOW_TRACKING_PASSWORD": PARAMETER, "HOME": "/root"}
-    assert read_secret_variables(settings, given) == {
+    assert read_secret_variables(settings.secrets, given) == {
         "HF_TOKEN": "hf_1",
         "WANDB_API_KEY": "key",
         HUB_TOKEN: "hf_plain",
@@ -47,11 +47,11 @@ def test_settings_and_variables_of_either_service_and_any_region(aws):
 
 
 def test_plain_values_ask_nobody(aws):
-    assert read_secret_variables(Settings(wandb_token="key"), {"HF_TOKEN": "hf_1"}) == {
+    assert read_secret_variables(Settings(wandb_token="key").secrets, {"HF_TOKEN": "hf_1"}) == {
         "HF_TOKEN": "hf_1",
         "WANDB_API_KEY": "key",
     }
-    assert read_secret_variables(Settings(), {}) == {}
+    assert read_secret_variables(Settings().secrets, {}) == {}
     assert aws.requests == []
 
 
@@ -60,7 +60,7 @@ def test_plain_values_ask_nobody(aws):
 )
 def test_a_json_object_gives_the_value_of_the_variable_or_its_only_one(aws, fields, value):
     aws.values[SECRET] = json.dumps(fields)
-    assert read_secret_variables(Settings(), {"HF_TOKEN": SECRET}) == {"HF_TOKEN": value}
+    assert read_secret_variables(Settings().secrets, {"HF_TOKEN": SECRET}) == {"HF_TOKEN": value}
 
 
 @pytest.mark.parametrize("fields", [{"a": "hf_1", "b": "hf_2"}, {"HF_TOKEN": 7}, {}])

@@ -68,7 +68,7 @@ def test_a_push_is_one_commit_of_the_whole_folder(fake_hub, artefacts, capsys):
 
 def test_the_pushs_own_token_and_branch(fake_hub, artefacts, monkeypatch):
     settings = Settings(**PUSH, hub_token="hf_other", hub_revision="trial")
-    for name, value in read_secret_variables(settings, {}).items():
+    for name, value in read_secret_variables(settings.secrets, {}).items():
         monkeypatch.setenv(name, value)
     publish.prepare_push(settings.output)
     assert fake_hub.created[-1] == {"branch": "trial"}

@@ -9,8 +9,13 @@ from safetensors.torch import load_file
 from llm_trainer.config.environment import read_environment
 from llm_trainer.config.schema import Settings
 from llm_trainer.host.free_space import inspect_disk
-from llm_trainer.job.disk_budget import estimate_writes, inspect_disk_need
+from llm_trainer.job.disk_budget import WriteSettings, estimate_writes, inspect_disk_need
 from llm_trainer.job.inputs import find_inputs
+
+
+def sections(**given):
+    settings = Settings(**given)
+    return WriteSettings(settings.adapter, settings.training, settings.output)
 
 
 @pytest.fixture
@@ -25,7 +30,7 @@ def tensors(tree):
 
 
 def sizes(inputs, **settings):
-    return [size for _, _, size in estimate_writes(Settings(**settings), inputs, Path("/tmp"))]
+    return [size for _, _, size in estimate_writes(sections(**settings), inputs, Path("/tmp"))]
 
 
 def test_an_adapter_and_its_checkpoints_are_small(inputs, tensors):
@@ -49,9 +54,9 @@ def test_tokens_take_twice_the_room_of_the_data(inputs):
 
 
 def test_a_disk_without_room_for_the_job_is_told_with_numbers(inputs, tmp_path):
-    (finding,) = inspect_disk_need(Settings(use_peft=False), inputs, tmp_path)
+    (finding,) = inspect_disk_need(sections(use_peft=False), inputs, tmp_path)
     assert finding.verdict == "ok"
-    (finding,) = inspect_disk_need(Settings(use_peft=False, save_total_limit=10**9), inputs, tmp_path)
+    (finding,) = inspect_disk_need(sections(use_peft=False, save_total_limit=10**9), inputs, tmp_path)
     assert finding.verdict == "warning"
     assert finding.text.startswith("the job writes about ")
     assert f"GiB in {inputs.checkpoint_dir}): raise VolumeSize" in finding.text
@@ -59,13 +64,13 @@ def test_a_disk_without_room_for_the_job_is_told_with_numbers(inputs, tmp_path):
 
 def test_each_disk_is_judged_by_itself(inputs, tree):
     tree.write("input/data/train/train.jsonl", bytes(10**6))
-    findings = list(inspect_disk_need(Settings(use_peft=False), inputs, Path("/dev/shm/cache")))
+    findings = list(inspect_disk_need(sections(use_peft=False), inputs, Path("/dev/shm/cache")))
     assert len(findings) == 2
     assert "tokenized data 2 MiB in /dev/shm/cache" in findings[1].text
 
 
 def test_nothing_is_told_where_next_to_nothing_is_written(inputs, tmp_path):
-    assert not list(inspect_disk_need(Settings(use_checkpoints=False), inputs, tmp_path))
+    assert not list(inspect_disk_need(sections(use_checkpoints=False), inputs, tmp_path))
 
 
 def test_a_full_disk_is_told():

@@ -9,12 +9,12 @@ import pytest
 
 from llm_trainer.common.errors import Failure
 from llm_trainer.config.environment import read_environment
-from llm_trainer.config.schema import Settings
+from llm_trainer.config.schema import Settings, redact_settings
 from llm_trainer.journal.journal import Journal, read_records
 from llm_trainer.journal.records import SCHEMA_VERSION
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.launcher.cluster import ClusterLink
-from llm_trainer.launcher.job_events import JobEventWriter
+from llm_trainer.launcher.job_events import JobDescription, JobEventWriter
 from llm_trainer.launcher.supervisor import Verdict
 from support.journals import list_fields
 
@@ -37,7 +37,8 @@ def opt_ml(tmp_path, monkeypatch):
 def build_writer(environment=None, settings=None):
     environment = environment or read_environment()
     link = ClusterLink(environment.hosts, environment.current_host)
-    return JobEventWriter(environment, link, settings or Settings(), 1000.5)
+    redacted = redact_settings(settings or Settings())
+    return JobEventWriter(environment, link, JobDescription(1000.5, 8, redacted))
 
 
 def timeline(started):
@@ -51,7 +52,7 @@ def records(opt_ml):
 def test_a_job_is_told_at_every_attempt_without_its_secrets(opt_ml):
     settings = Settings(model_id="org/model", token="hf_secret", nproc_per_node=4, mlflow_uri="https://me:pass@host/")
     events = build_writer(replace(read_environment(), other_hosts=("algo-3",)), settings)
-    events.write_start(opt_ml / "checkpoints", timeline(1000.5))
+    events.write_start(timeline(1000.5), goes_on=False)
     events.write_restart(2, Failure("Rank 0 broke.", "fault", time.time()))
     job, event, again = records(opt_ml)
     assert (job["name"], job["arn"][:12]) == ("tune-1", "arn:aws:sage")
@@ -70,19 +71,17 @@ def test_a_job_is_told_at_every_attempt_without_its_secrets(opt_ml):
     assert event["text"] == "Rank 0 broke. Attempt 2: the workers start again from the newest checkpoint."
 
 
-@pytest.mark.parametrize(("has_checkpoint", "attempts"), [(False, [1]), (True, [1, 1])])
-def test_an_earlier_jobs_journal_stays_for_a_job_that_goes_on_with_it(opt_ml, has_checkpoint, attempts):
-    if has_checkpoint:
-        (opt_ml / "checkpoints/checkpoint-5").mkdir(parents=True)
+@pytest.mark.parametrize(("goes_on", "attempts"), [(False, [1]), (True, [1, 1])])
+def test_an_earlier_jobs_journal_stays_for_a_job_that_goes_on_with_it(opt_ml, goes_on, attempts):
     for _ in range(2):
-        build_writer().write_start(opt_ml / "checkpoints", timeline(1000.0))
+        build_writer().write_start(timeline(1000.0), goes_on=goes_on)
     assert [record["attempt"] for record in records(opt_ml)] == attempts
 
 
 def test_phases_stand_at_the_time_when_they_ended(opt_ml):
     begun = timeline(1000.0)
     begun.seconds = {"check": 1.5, "meeting": 2.0}
-    build_writer().write_start(opt_ml / "checkpoints", begun)
+    build_writer().write_start(begun, goes_on=False)
     _, *phases = records(opt_ml)
     told = [(record["name"], record["time"], record["seconds"], record["host"]) for record in phases]
     assert told == [("check", 1001.5, 1.5, "algo-1"), ("meeting", 1003.5, 2.0, "algo-1")]
@@ -112,7 +111,7 @@ def test_other_hosts_hand_over_what_they_measure_and_keep_no_journal(opt_ml):
     resources = {"current_host": "algo-2", "hosts": ["algo-1", "algo-2"]}
     (opt_ml / "input/config/resourceconfig.json").write_text(json.dumps(resources))
     events = build_writer()
-    events.write_start(opt_ml / "checkpoints", timeline(1000.0))
+    events.write_start(timeline(1000.0), goes_on=False)
     events.write_restart(2, Failure("Rank 0 broke.", "fault", time.time()))
     events.write("system", host="algo-2", gpus={"power_watts": [1.5]})
     events.write_end(Verdict("done"), opt_ml / "model")
@@ -123,6 +122,6 @@ def test_other_hosts_hand_over_what_they_measure_and_keep_no_journal(opt_ml):
 def test_without_a_place_for_the_journal_the_job_goes_on(opt_ml, capsys):
     (opt_ml / "output").write_text("a file where the folder belongs")
     events = build_writer()
-    events.write_start(opt_ml / "checkpoints", timeline(1000.0))
+    events.write_start(timeline(1000.0), goes_on=False)
     events.write_end(Verdict("done"), opt_ml / "model")
     assert "metrics.jsonl cannot be written" in capsys.readouterr().err
