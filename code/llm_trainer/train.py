@@ -53,7 +53,7 @@ from llm_trainer.training.trainer_config import ArgumentSources, TrainerParts, b
 
 @dataclass(frozen=True)
 class Context:
-    """What all phases share."""
+    """The job, its folder for temporary files and its timeline, which all phases share."""
 
     job: Job
     scratch_dir: Path  # of this attempt, shared with the host's launcher and other workers
@@ -167,7 +167,7 @@ def plan(context: Context, prepared: Prepared) -> Planned:
 
 def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
     """Load the base, pack the rows, find the checkpoint to go on from, and build the trainer."""
-    settings, model_plan, arguments = context.settings, prepared.model_plan, planned.arguments
+    settings, model_plan, consensus = context.settings, prepared.model_plan, prepared.consensus
     peak = Peak(model_plan.device.torch)
     base = load_base(context, prepared, planned)
     context.timeline.mark("model")
@@ -175,24 +175,17 @@ def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
     packing, splits = pack_rows(context, prepared, planned, base)
     train_report, sharded = prepared.data.reports["train"], planned.memory.sharded
     sections = settings.model, settings.adapter, settings.data
-    identity = identify_run(RunParts(*sections, model_plan.folder, train_report, packing, sharded), arguments)
+    identity = identify_run(RunParts(*sections, model_plan.folder, train_report, packing, sharded), planned.arguments)
     checkpoint_dir = context.job.inputs.checkpoint_dir
-    checkpoint = find_checkpoint(settings.training, checkpoint_dir, identity, prepared.consensus.group)
+    checkpoint = find_checkpoint(settings.training, checkpoint_dir, identity, consensus.group)
     context.timeline.mark("packing")
 
-    init = settings.adapter.init_lora_weights
-    run_context = RunContext(
-        consensus=prepared.consensus,
-        identity=identity,
-        journal=context.timeline.journal,
-        saves_checkpoints=settings.training.use_checkpoints,
-        loraplus_lr_ratio=settings.adapter.loraplus_lr_ratio,
-        adapter_start=lora_init.find_adapter_start(init, context.scratch_dir) if model_plan.lora else None,
-    )
+    parts = TrainerParts(base, prepared.tokenizer, planned.arguments, splits, packing.collator, model_plan.lora)
+    run_context = build_run_context(context, consensus, identity)
     patience = settings.training.early_stopping_patience if settings.training.early_stopping else None
-    parts = TrainerParts(base, prepared.tokenizer, arguments, splits, packing.collator, model_plan.lora)
     trainer = build_trainer(prepared.method, parts, run_context, patience)
     if run_context.adapter_start is not None:
+        init = settings.adapter.init_lora_weights
         lora_init.initialize_adapter(trainer.model, init, model_plan.folder, run_context.adapter_start)
     add_callbacks(context, prepared, planned, trainer, peak)
     return Built(trainer, packing, checkpoint, peak)
@@ -232,37 +225,15 @@ def run(context: Context, prepared: Prepared, planned: Planned, built: Built) ->
 
 def export(context: Context, prepared: Prepared, built: Built, outcome: Outcome) -> None:
     """Write the result, prove it and publish it. Only rank 0 calls this."""
-    job, settings, trainer, timeline = context.job, context.settings, built.trainer, context.timeline
+    trainer, journal = built.trainer, context.timeline.journal
     if not trainer.stopped:
         outcome.answers.after_training()
-    described = TrainedRun(
-        model=job.inputs.model,
-        settings=redact_settings(settings),
-        streaming=settings.data.streaming,
-        reports=prepared.data.reports,
-        packing=built.packing,
-        memory=outcome.memory,
-        totals=outcome.totals,
-        phase_seconds=timeline.seconds,
-    )
-    manifest = build_manifest(trainer, described)
-    result = TrainingResult(
-        settings=ExportSettings(settings.model, settings.adapter, settings.data, settings.tracking, settings.output),
-        places=ExportPlaces(job.inputs.model_dir, job.environment.output_dir, context.scratch_dir),
-        base_name=job.inputs.model,
-        plan=prepared.model_plan,
-        trainer=trainer,
-        weights=outcome.weights,
-        rows=outcome.check_rows,
-        logits=outcome.logits,
-        tokenizer=prepared.tokenizer,
-        timeline=timeline,
-    )
-    export_result(result, manifest)
-    timeline.journal.write("manifest", **manifest)
+    manifest = build_manifest(trainer, describe_trained_run(context, prepared, built, outcome))
+    export_result(collect_result(context, prepared, built, outcome), manifest)
+    journal.write("manifest", **manifest)
     if trainer.stopped:
         log.info(f"Exported {prepared.stop_request.age_seconds():.1f} s after the signal")
-    elif settings.training.use_checkpoints:
+    elif context.settings.training.use_checkpoints:
         trainer.rotate_checkpoints()
     log.info(f"The job took {outcome.progress.count_instance_hours():.2f} instance-hours")
 
@@ -325,6 +296,20 @@ def pack_rows(
     return packing, splits
 
 
+def build_run_context(context: Context, consensus: StopConsensus, identity: dict[str, Any]) -> RunContext:
+    """Return what the trainer needs to know of the job."""
+    training, adapter = context.settings.training, context.settings.adapter
+    init = adapter.init_lora_weights
+    return RunContext(
+        consensus=consensus,
+        identity=identity,
+        journal=context.timeline.journal,
+        saves_checkpoints=training.use_checkpoints,
+        loraplus_lr_ratio=adapter.loraplus_lr_ratio,
+        adapter_start=lora_init.find_adapter_start(init, context.scratch_dir) if adapter.use_peft else None,
+    )
+
+
 def add_callbacks(context: Context, prepared: Prepared, planned: Planned, trainer: ResumableMixin, peak: Peak) -> None:
     """Have the trainer show its metrics, save checkpoints and obey a stop."""
     settings, arguments, model_plan = context.settings, planned.arguments, prepared.model_plan
@@ -336,6 +321,37 @@ def add_callbacks(context: Context, prepared: Prepared, planned: Planned, traine
     trainer.add_callback(MetricLines(trainer, prepared.method, context.timeline, peak, peak_speed))
     has_interval = settings.is_given("save_steps") or settings.is_given("save_strategy")
     trainer.add_callback(SaveAndStop(trainer, prepared.stop_request, has_interval))
+
+
+def describe_trained_run(context: Context, prepared: Prepared, built: Built, outcome: Outcome) -> TrainedRun:
+    """Return the run as its manifest describes it."""
+    return TrainedRun(
+        model=context.job.inputs.model,
+        settings=redact_settings(context.settings),
+        streaming=context.settings.data.streaming,
+        reports=prepared.data.reports,
+        packing=built.packing,
+        memory=outcome.memory,
+        totals=outcome.totals,
+        phase_seconds=context.timeline.seconds,
+    )
+
+
+def collect_result(context: Context, prepared: Prepared, built: Built, outcome: Outcome) -> TrainingResult:
+    """Return everything that the export needs."""
+    settings, inputs, output_dir = context.settings, context.job.inputs, context.job.environment.output_dir
+    return TrainingResult(
+        settings=ExportSettings(settings.model, settings.adapter, settings.data, settings.tracking, settings.output),
+        places=ExportPlaces(inputs.model_dir, output_dir, context.scratch_dir),
+        base_name=inputs.model,
+        plan=prepared.model_plan,
+        trainer=built.trainer,
+        weights=outcome.weights,
+        rows=outcome.check_rows,
+        logits=outcome.logits,
+        tokenizer=prepared.tokenizer,
+        timeline=context.timeline,
+    )
 
 
 def describe_run(trainer: ResumableMixin, packing: Packing) -> None:

@@ -61,7 +61,7 @@ DEATHS = {
 
 @dataclass(frozen=True)
 class JobFacts:
-    """What a sentence about a failure may name of the job, and the secrets that it must not."""
+    """Facts of the job that a sentence about a failure may name, and secrets that it must not."""
 
     model: ModelSettings
     adapter: AdapterSettings

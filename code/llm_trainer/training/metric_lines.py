@@ -68,7 +68,7 @@ class MetricLines(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show a set of metrics, unless it is that of the totals at the end, which the manifest holds."""
+        """Show a set of metrics. The totals at the end are left out, as the manifest holds them."""
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         names, hidden = self.method.metric_names, self.method.hidden_metrics

@@ -121,7 +121,7 @@ def assign_longest_first(lengths: list[int], num_sequences: int) -> list[list[in
 
 @dataclass
 class Packing:
-    """How this job's rows become sequences, and why."""
+    """The way in which this job's rows become sequences, and the reason."""
 
     mode: Literal["batch", "data set", "off"]
     reason: str
@@ -136,7 +136,7 @@ class Packing:
 
     @property
     def unit(self) -> str:
-        """What a batch counts."""
+        """The word for the things that a batch counts."""
         return "sequences" if self.mode == "data set" else "rows"
 
     def describe(self) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all training methods share: whole checkpoints, a stop that all ranks agree on, and an exact resume.
+"""Trainers that survive, whatever the training method: whole checkpoints, an agreed stop, and an exact resume.
 
 `ResumableMixin` goes before any trainer of Transformers or TRL among the bases of a class. Methods whose names begin
 with an underscore are Transformers' own, of the pinned version.
@@ -36,13 +36,13 @@ class EvaluationStop(Exception):  # noqa: N818 - it is not an error
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a resumable trainer needs to know of its job."""
+    """The things that a resumable trainer needs to know of its job."""
 
     consensus: StopConsensus
     identity: dict[str, Any]  # a run that goes on from one of our checkpoints has the same
     journal: Journal
     saves_checkpoints: bool = True
-    loraplus_lr_ratio: float | None = None  # learning rate of the adapter's B over that of A
+    loraplus_lr_ratio: float | None = None  # the learning rate of the adapter's B divided by A's
     adapter_start: Path | None = None  # folder of the adapter's first values, where a checkpoint has to hold them
 
 

@@ -40,7 +40,7 @@ TRAINING_ARGUMENTS = (
 
 @dataclass(frozen=True)
 class RunParts:
-    """What the identity of a run is made of, besides its training arguments."""
+    """The parts of a run's identity besides its training arguments."""
 
     model: ModelSettings
     adapter: AdapterSettings

@@ -19,7 +19,7 @@ SLOW_STEP_SECONDS = 1.0  # from here on a step costs more than the wait for all 
 
 
 class SaveAndStop(TrainerCallback):
-    """Has a trainer save at an interval, and save and end after the step at which all ranks know of a stop."""
+    """A callback that has a trainer save at an interval, and save and end once all ranks know of a stop."""
 
     def __init__(self, trainer: ResumableMixin, request: StopRequest, has_interval: bool) -> None:
         """Serve the trainer. With `has_interval` Transformers follows an interval of the user's own."""

@@ -2,9 +2,9 @@
 """The request to stop a job, and how all ranks of all hosts come to stop after the same step.
 
 SageMaker sends SIGTERM to PID 1 of every container, not at the same moment, and kills the containers 120 s later. PID 1
-turns the signal into a file. Nothing between it and the workers can lose or delay a file, or follow it with a kill of
-its own, while torchrun kills its workers 30 s after a SIGTERM. This module serves workers that train. Before that, PID
-1 ends them by itself (job/start_gate.py).
+turns the signal into a file. Nothing between it and the workers can lose or delay a file. A signal would go through
+torchrun, which kills its workers 30 s after a SIGTERM. This module serves workers that train. Before they do, PID 1
+ends them by itself (job/start_gate.py).
 """
 
 import time

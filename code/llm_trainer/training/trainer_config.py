@@ -77,10 +77,9 @@ def build_trainer(
 
     Raises UserError for a combination of arguments that TRL or PEFT refuses.
     """
-    model, arguments, columns = parts.model, parts.arguments, parts.splits["train"].column_names
-    assert columns is None or set(method.columns) <= {*columns}, f"{method.name} needs rows with {method.columns}"
-    for config in (model.config.get_text_config(), model.generation_config):
-        config.pad_token_id = parts.tokenizer.pad_token_id  # else Transformers would say every time that they differ
+    model, arguments = parts.model, parts.arguments
+    check_columns(method, parts.splits["train"])
+    share_pad_token(model, parts.tokenizer)
     set_seed(arguments.seed)  # Transformers does so too, but after the adapter has drawn its first values
     if arguments.fsdp:
         fsdp.allow_cpu_ranks()
@@ -103,6 +102,18 @@ def build_trainer(
     if early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(early_stopping_patience))
     return trainer
+
+
+def check_columns(method: TrainingMethod, rows: Dataset | IterableDataset) -> None:
+    """Raise AssertionError where the rows are not those of the method. A stream may not know its columns."""
+    columns = rows.column_names
+    assert columns is None or set(method.columns) <= {*columns}, f"{method.name} needs rows with {method.columns}"
+
+
+def share_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the model's configs the tokenizer's pad token. Transformers would warn at every start that they differ."""
+    for config in (model.config.get_text_config(), model.generation_config):
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def build_arguments(

@@ -25,6 +25,7 @@ TESTED_ELSEWHERE = {
     "launcher/supervisor.py": "tests/integration/test_hosts.py",  # watches over processes of several hosts
     "launcher/torchrun.py": "tests/integration/test_survival.py",  # the same with several ranks
     "readers/rows.py": "tests/unit/readers/test_files.py",  # the records that all readers give
+    "training/methods/training_method.py": "tests/unit/training/methods/test_sft.py",  # a record without behaviour
     "training/fsdp.py": "tests/integration/test_sharding.py",  # needs several ranks
 }
 # Tests of several modules together.

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows that share a sequence are trained as if they were alone, and little of a sequence is padding."""
 
-import copy
 import itertools
 import random
 from types import SimpleNamespace
@@ -13,19 +12,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    Gemma3TextConfig,
-    GPT2Config,
-    GptOssConfig,
-    JambaConfig,
-    Lfm2Config,
     LlamaConfig,
-    MambaConfig,
-    MistralConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-    Qwen3NextConfig,
 )
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -33,69 +20,10 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.formats import IGNORED
 from llm_trainer.data.tokenize import FEATURES
-from llm_trainer.training.packing import SPARE_SHARE, Packing, PackingCollator, choose_packing, plan_batch_bins
-from llm_trainer.training.packing_check import build_proxy_model, find_cross_row_attention
+from llm_trainer.training.packing import SPARE_SHARE, Packing, choose_packing, plan_batch_bins
+from llm_trainer.training.packing_check import find_cross_row_attention
+from support.packed_models import BASE, KEEP_APART, LEAK, as_one, build_model, make_rows, stack
 from support.tiny_model import build_tokenizer
-
-BASE = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
-KEEP_APART = {
-    "llama": LlamaConfig(**BASE),
-    "qwen3": Qwen3Config(**BASE, head_dim=16),
-    "qwen3-moe": Qwen3MoeConfig(**BASE, **EXPERTS, head_dim=16, decoder_sparse_step=1),
-    "mistral": MistralConfig(**BASE, sliding_window=4),
-    "gemma3": Gemma3TextConfig(**BASE, **SLIDING, head_dim=16),
-    "gpt2": GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64),
-}
-LEAK = {
-    "mamba": MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=8),
-    "lfm2": Lfm2Config(**BASE, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
-    "jamba": JambaConfig(**BASE, num_experts=2, use_mamba_kernels=False, attn_layer_period=2, attn_layer_offset=1),
-    "qwen3-next": Qwen3NextConfig(
-        **{**BASE, **EXPERTS},
-        head_dim=16,
-        shared_expert_intermediate_size=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        layer_types=["linear_attention", "full_attention"],
-    ),
-    "bloom": BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4),
-    # Transformers 5.23 builds its mask without the position ids.
-    "gpt-oss": GptOssConfig(**BASE, **SLIDING, head_dim=16, num_local_experts=4, num_experts_per_tok=2),
-}
-LENGTHS = [40, 9, 21, 1, 13, 30]
-
-
-def build_model(config, attention="eager"):
-    torch.manual_seed(0)
-    config = copy.deepcopy(config)  # else all models of a config get the kernel of the last one
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
-
-
-def make_rows(lengths=LENGTHS):
-    generator = torch.Generator().manual_seed(1)
-    rows = [torch.randint(3, 300, (length,), generator=generator).tolist() for length in lengths]
-    return [{"input_ids": row, "labels": row} for row in rows]
-
-
-def as_one(rows):
-    """The rows as `trl.pack_dataset` packs them into one sequence."""
-    joined = {key: [token for row in rows for token in row[key]] for key in ("input_ids", "labels")}
-    return {**joined, "seq_lengths": [len(row["input_ids"]) for row in rows]}
-
-
-def stack(**options):
-    return PackingCollator(**{"pad_token_id": 0, "max_length": 64, "flattens": False, **options})
 
 
 def rows_of(batch):
@@ -137,54 +65,6 @@ def test_flex_attention_keeps_packed_rows_apart():
     config, rows = LlamaConfig(**{**BASE, "hidden_size": 256}), make_rows()
     with torch.compiler.set_stance("force_eager"):
         check_logits(build_model(config, "flex_attention"), stack()(rows), rows, model_alone=build_model(config))
-
-
-@pytest.mark.parametrize("name", LEAK)
-def test_a_model_that_lets_rows_see_each_other_is_found_out(name):
-    reason = find_cross_row_attention(build_model(LEAK[name]), stack())
-    assert "ForCausalLM with eager attention lets a row see the one before it" in reason
-
-
-@pytest.mark.parametrize("name", [*KEEP_APART, *LEAK])
-def test_a_small_proxy_tells_what_the_model_would(name):
-    """Twelve layers, of which the last kind comes late; and none of its weights may be needed."""
-    config = copy.deepcopy((KEEP_APART | LEAK)[name])
-    if kinds := vars(config).get("layer_types"):
-        config.layer_types = [kinds[0]] * 3 + kinds[1:] + [kinds[0]] * 8
-    config.num_hidden_layers = 12
-    with torch.device("meta"):
-        model = build_model(config)
-    proxy = build_proxy_model(model, torch.device("cpu"))
-    assert len(proxy.base_model.layers if hasattr(proxy.base_model, "layers") else proxy.base_model.h) <= 4
-    assert type(proxy) is type(model)
-    reason = find_cross_row_attention(proxy, stack(max_length=None))
-    assert (reason is None) == (name in KEEP_APART), reason
-
-
-def test_a_leak_in_the_batch_itself_is_found_out():
-    class Contiguous(PackingCollator):
-        def __call__(self, examples):
-            batch = super().__call__(examples)
-            batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
-            return batch
-
-    class Shifted(PackingCollator):
-        def __call__(self, examples):
-            batch = super().__call__(examples)
-            batch["position_ids"] = batch["position_ids"] + torch.arange(3, 3 + len(batch["input_ids"]))[:, None]
-            return batch
-
-    model = build_model(KEEP_APART["gpt2"])
-    assert "lets a row see the one before it" in find_cross_row_attention(model, Contiguous(0, None, False))
-    assert "does not begin anew with a row" in find_cross_row_attention(model, Shifted(0, None, False))
-
-
-def test_a_model_without_position_ids_is_found_out_and_stays_in_its_mode():
-    model = build_model(KEEP_APART["llama"]).train()
-    forward = model.forward
-    model.forward = lambda input_ids, use_cache=None: forward(input_ids=input_ids)
-    assert "LlamaForCausalLM does not take packed rows" in find_cross_row_attention(model, stack())
-    assert model.training
 
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training arguments: our defaults, and the user's settings, which win."""
+
+import pytest
+import torch
+
+from llm_trainer.common.errors import UserError
+from llm_trainer.config.schema import Settings
+from llm_trainer.training.methods import choose_method
+from llm_trainer.training.trainer_config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, build_arguments
+from support.trainers import collect_sources
+
+
+def build(tmp_path, has_validation=False, **settings):
+    sources = collect_sources(Settings(**settings), tmp_path, has_validation)
+    return build_arguments(choose_method(), sources, torch.device("cpu"), torch.float32)
+
+
+def test_the_learning_rate_depends_on_what_is_trained_unless_it_is_given(tmp_path):
+    assert build(tmp_path).learning_rate == LORA_LEARNING_RATE
+    assert build(tmp_path, use_peft=False).learning_rate == FULL_LEARNING_RATE
+    assert build(tmp_path, learning_rate=0.5).learning_rate == 0.5
+
+
+def test_evaluations_and_saves_follow_the_data_and_the_settings(tmp_path):
+    assert (build(tmp_path).eval_strategy, build(tmp_path, has_validation=True).eval_strategy) == ("no", "epoch")
+    assert build(tmp_path, has_validation=True, eval_steps=5).eval_strategy == "steps"
+    assert (build(tmp_path).save_strategy, build(tmp_path, save_steps=5).save_strategy) == ("no", "steps")
+    stopping = build(tmp_path, has_validation=True, early_stopping=True, eval_steps=5)
+    assert (stopping.save_strategy, stopping.save_steps, stopping.load_best_model_at_end) == ("steps", 5, True)
+
+
+def test_others_act_on_rows_checkpoints_and_trackers(tmp_path):
+    arguments = build(tmp_path, max_length=64, packing=True, report_to=["wandb"], resume_from_checkpoint="true")
+    assert (arguments.max_length, arguments.packing, arguments.resume_from_checkpoint) == (None, False, None)
+    assert arguments.output_dir == str(tmp_path)
+    assert not set(arguments.report_to or []) - {"none"}
+
+
+def test_a_value_that_transformers_refuses_is_a_mistake_of_the_users(tmp_path):
+    with pytest.raises(UserError, match=r"^Transformers refuses these settings: .*\.$"):
+        build(tmp_path, load_best_model_at_end=True, eval_strategy="no")
