@@ -39,7 +39,7 @@ def test_a_full_checkpoint_disk(tree):
         reason, log = fail(tree)
         assert list(folder.iterdir()) == []  # nothing half-written, and room for what is to be uploaded
     assert re.fullmatch(
-        rf"Rank 0 found no space on the disk of {folder}, of which 0\.00 of 0\.00 GB are free: raise the job's "
+        rf"Rank 0 found no space on the disk of {folder} \(0\.00 of 0\.00 GB are free\): raise the job's "
         r"VolumeSizeInGB, or keep fewer checkpoints \(save_total_limit\)\.",
         reason,
     )
@@ -51,7 +51,7 @@ def test_a_full_temporary_disk_which_also_holds_the_reason(tree):
     with small_disk(tree.base_dir / "tmp", 800) as folder:
         tree.environment["TMPDIR"] = str(folder)
         reason, _ = fail(tree)
-    assert reason.startswith(f"Rank 0 found no space on the disk of {folder}, of which 0.00 of 0.00 GB are free: ")
+    assert reason.startswith(f"Rank 0 found no space on the disk of {folder} (0.00 of 0.00 GB are free): ")
 
 
 def test_a_gated_model(tree, tiny_model):

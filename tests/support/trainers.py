@@ -30,4 +30,4 @@ def build_full_trainer(model: Any, tokenizer: Any, rows: Any, collator: Any, che
     sources = collect_sources(Settings(use_peft=False), checkpoint_dir)
     arguments = build_arguments(choose_method(), sources, torch.device("cpu"), torch.float32)
     parts = TrainerParts(model, tokenizer, arguments, {"train": rows}, collator, lora=None)
-    return build_trainer(choose_method(), parts, build_run_context(), early_stopping_patience=None)
+    return build_trainer(choose_method(), parts, build_run_context(), patience=None)

@@ -216,8 +216,8 @@ def describe_full_disk(folder: Path) -> str:
     """Return the end of a sentence about the full disk of a folder."""
     disk = shutil.disk_usage(folder)
     return (
-        f"found no space on the disk of {folder}, of which {disk.free / 1e9:.2f} of {disk.total / 1e9:.2f} GB are "
-        "free: raise the job's VolumeSizeInGB, or keep fewer checkpoints (save_total_limit)."
+        f"found no space on the disk of {folder} ({disk.free / 1e9:.2f} of {disk.total / 1e9:.2f} GB are free): "
+        "raise the job's VolumeSizeInGB, or keep fewer checkpoints (save_total_limit)."
     )
 
 

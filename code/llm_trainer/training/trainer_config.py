@@ -70,22 +70,20 @@ class TrainerParts:
     lora: PeftConfig | None  # None for full fine-tuning
 
 
-def build_trainer(
-    method: TrainingMethod, parts: TrainerParts, run: RunContext, early_stopping_patience: int | None
-) -> ResumableMixin:
-    """Return the trainer of tokenized data. It stops early after so many evaluations without progress; None: never.
+def build_trainer(method: TrainingMethod, parts: TrainerParts, run: RunContext, patience: int | None) -> ResumableMixin:
+    """Return the trainer of tokenized data. It stops after `patience` evaluations without progress; None: never.
 
     Raises UserError for a combination of arguments that TRL or PEFT refuses.
     """
-    model, arguments = parts.model, parts.arguments
+    arguments = parts.arguments
     check_columns(method, parts.splits["train"])
-    share_pad_token(model, parts.tokenizer)
+    share_pad_token(parts.model, parts.tokenizer)
     set_seed(arguments.seed)  # Transformers does so too, but after the adapter has drawn its first values
     if arguments.fsdp:
         fsdp.allow_cpu_ranks()
     try:
         trainer = method.trainer_class(
-            model=model,
+            model=parts.model,
             args=arguments,
             data_collator=parts.collator,
             train_dataset=parts.splits["train"],
@@ -99,8 +97,8 @@ def build_trainer(
     if parts.lora is not None:
         keep_adapter_in_float32(trainer.model)
     trainer.remove_callback(PrinterCallback)
-    if early_stopping_patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience))
+    if patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(patience))
     return trainer
 
 

@@ -237,7 +237,7 @@ def test_a_full_disk(writer, tmp_path):
         failure = told(caught(WRITERS[writer], folder), [folder, tmp_path])
     assert failure.kind == "mistake"
     assert failure.reason == (
-        f"Rank 1 found no space on the disk of {folder}, of which 0.00 of 0.00 GB are free: raise the job's "
+        f"Rank 1 found no space on the disk of {folder} (0.00 of 0.00 GB are free): raise the job's "
         "VolumeSizeInGB, or keep fewer checkpoints (save_total_limit)."
     )
 
@@ -252,13 +252,13 @@ def test_a_full_disk_is_named_though_what_filled_it_is_gone(tmp_path):
 
     with small_disk(tmp_path / "disk", 1024) as folder:
         error = caught(export, folder)
-        assert f"no space on the disk of {folder}, " in told(error, [tmp_path]).reason
+        assert f"no space on the disk of {folder} (" in told(error, [tmp_path]).reason
 
 
 def test_a_full_disk_inside_what_we_made_a_mistake_of():
     error = UserError("The tokenizer of x could not be loaded (No space left on device).")
     error.__cause__ = OSError(28, "No space left on device", "/tmp/x/blob")
-    assert told(error).reason.startswith("Rank 1 found no space on the disk of /tmp, ")
+    assert told(error).reason.startswith("Rank 1 found no space on the disk of /tmp (")
 
 
 def test_a_file_that_torch_cannot_write_for_another_reason_is_no_full_disk(tmp_path):

@@ -39,4 +39,4 @@ def test_others_act_on_rows_checkpoints_and_trackers(tmp_path):
 
 def test_a_value_that_transformers_refuses_is_a_mistake_of_the_users(tmp_path):
     with pytest.raises(UserError, match=r"^Transformers refuses these settings: .*\.$"):
-        build(tmp_path, load_best_model_at_end=True, eval_strategy="no")
+        build(tmp_path, load_best_model_at_end=True, eval_strategy="no", save_strategy="steps")
