@@ -66,14 +66,14 @@ bench: venv .demo/opt/ml ## Measure against TRL's command line, scripts and floo
 
 # One thread a job: several at once on few cores would spend their time in waiting for each other's threads.
 test: venv lint ## Lint, types, unit and integration tests; needs no Docker
-	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope -m "not long" $(JUNIT)
+	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder -m "not long" $(JUNIT)
 
 test-long: venv ## SHARD=1/3 for a third of them: jobs beyond the main ones: several ranks and hosts, kills, faults, quantized bases, servers that go away
-	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope -m long $(JUNIT) \
+	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder -m long $(JUNIT) \
 		$(if $(SHARD),--shard $(SHARD)) $(if $(STOP_AFTER_SECONDS),--stop-after-seconds $(STOP_AFTER_SECONDS))
 
 test-unit: venv ## The unit tests alone
-	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope $(JUNIT) $(UNIT_TESTS)
+	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(JUNIT) $(UNIT_TESTS)
 
 test-gpu: venv ## Checks that need an NVIDIA GPU; without one they say so and skip
 	.venv/bin/pytest -s tests/gpu

@@ -242,6 +242,7 @@ def test_mlflow_switches_itself_on_and_learns_no_secret(tree):
     assert "hf_secret" not in (tree.base_dir / "mlflow.db").read_bytes().decode("latin-1")
 
 
+@pytest.mark.long
 def test_a_longer_run_goes_on_and_its_result_replaces_the_first_ones(tree):
     assert tree.run().returncode == 0
     kept = tree.write("model/mine.txt", "not the job's")

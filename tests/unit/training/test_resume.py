@@ -149,6 +149,7 @@ def find_as_host(number, folder):
         dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_all_hosts_come_to_have_the_newest_checkpoint_that_they_have_together(tmp_path, monkeypatch, capfd):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
