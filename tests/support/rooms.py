@@ -228,7 +228,7 @@ def takes_job(code: Code, routine: Routine) -> bool:
 
 
 def dotted_name(imports: dict[str, str], node: ast.expr) -> str:
-    """Return the full name of what an expression names: of an imported module, function or class."""
+    """Return the full name of the imported module, function or class that an expression refers to."""
     if isinstance(node, ast.Name):
         return imports.get(node.id, "")
     if isinstance(node, ast.Attribute):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An estimate of what a job writes to each disk, beside the space that is free there."""
+"""An estimate of the bytes that a job writes to each disk, compared with the free space there."""
 
 import math
 from collections import defaultdict

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The type of training_manifest.json, which tells what made a model. It lies in the model folder."""
+"""The type of training_manifest.json, the record in the model folder of how a model was made."""
 
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -10,7 +10,7 @@ MANIFEST = "training_manifest.json"
 
 
 class Manifest(TypedDict, total=False):
-    """A description of what made a model.
+    """A record of how a model was made.
 
     Fields that this type does not name stay in it. Manifests from before the first schema version lack some.
     """

@@ -112,7 +112,7 @@ def open_stream(file: Path, name: str) -> Iterator[io.BufferedReader]:
 
 
 class Uncompressed(io.RawIOBase):
-    """Stream of what a decompressor gives, a little at a time: a call that fails loses what it gave before."""
+    """Stream of decompressed bytes, read a little at a time: a call that fails loses the bytes before the fault."""
 
     def __init__(self, content: Any) -> None:
         self.content = content

@@ -101,7 +101,7 @@ class JsonText:
     def __init__(self, stream: io.BufferedReader, name: str, whole: str, line: int, head: bytes = b"") -> None:
         self.stream = stream
         self.name = name
-        self.whole = whole  # names what a file that was cut off ends in the middle of
+        self.whole = whole  # the word for the unit that a cut-off file ends in, such as "JSON array"
         self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # bad bytes spoil only their row
         self.text = self.decoder.decode(head)
         self.line = line  # the line on which the text begins, from 1

@@ -359,7 +359,7 @@ class Span(NamedTuple):
 
 
 def draw_timeline(history: History, clock: Clock) -> Iterator[Chart]:
-    """Yield a chart of what the job did when: a row for each phase, and a line for every new attempt."""
+    """Yield a chart of the job over time: a row for each phase, and a line for every new attempt."""
     spans = collect_spans(history)
     if not spans:
         return

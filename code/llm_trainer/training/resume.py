@@ -176,7 +176,7 @@ def share_files(checkpoint: Path, group: dist.ProcessGroup) -> None:
     """
     gather = make_gather(group)
     marker = checkpoint_dir.agree_on_marker(checkpoint, gather)
-    if world_size() == local_world_size() or marker is None:  # each host has its own copy of what another tool wrote
+    if world_size() == local_world_size() or marker is None:  # each host has its own copy of another tool's checkpoint
         return
     faults = gather(checkpoint_dir.find_file_faults(checkpoint, marker))
     partial = checkpoint_dir.find_partial_dir(checkpoint.parent) / checkpoint.name

@@ -155,7 +155,7 @@ class MemoryScenario:
 
     @property
     def has_mask(self) -> bool:
-        """True where the kernel reads a mask of what each token sees. Flash and flex attention read lengths instead."""
+        """True where the kernel reads an attention mask. Flash and flex attention read lengths instead."""
         reads_lengths = self.attention.startswith(("flash", "flex"))
         shares = self.settings.training.per_device_train_batch_size > 1 or bool(self.settings.data.packing)
         return shares and not reads_lengths
