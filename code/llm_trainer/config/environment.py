@@ -47,6 +47,11 @@ class Environment:
         return self.current_host in self.hosts
 
     @property
+    def runs_on_sagemaker(self) -> bool:
+        """True in a job of SageMaker or its local mode, which keep certain folders and no others."""
+        return self.instance_type is not None
+
+    @property
     def model_dir(self) -> Path:
         """The folder that SageMaker uploads as the model."""
         return self.base_dir / "model"

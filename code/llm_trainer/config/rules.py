@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from llm_trainer.common.redaction import hide_secrets
 from llm_trainer.config.rule import Rule
 from llm_trainer.config.schema import FIELDS, Settings
-from llm_trainer.config.sections import HUB_ID, MOVING_STARTS, AdapterSettings, ModelSettings
+from llm_trainer.config.sections import ADDRESS, HUB_ID, MOVING_STARTS, AdapterSettings, ModelSettings
 from llm_trainer.config.tracker_choice import (
     MLFLOW_SCHEMES,
     TRACKERS,
@@ -21,6 +21,7 @@ from llm_trainer.config.tracker_choice import (
     has_wandb_account,
     list_named_trackers,
 )
+from llm_trainer.config.tracker_names import find_refused_names
 
 # These settings ask for an adapter of a certain kind. Sizes such as lora_r do not: a recipe may hold them and switch
 # the adapter off.
@@ -95,6 +96,11 @@ def fill_fsdp_keys(settings: Settings) -> Iterator[dict[str, Any]]:
         yield {"key": key, "fix": fix}
 
 
+def names_whole_path(wish: str | None) -> bool:
+    """Tell whether this value of `resume_from_checkpoint` is one that can be followed wherever the job runs."""
+    return not wish or wish.lower() in ("true", "false") or os.path.isabs(wish)
+
+
 def refuse_quantized_training(name: str) -> Rule:
     """Return the rule that this kind of quantized base is not fine-tuned as a whole."""
     return Rule(
@@ -165,6 +171,12 @@ MODEL_RULES = (
         ("liger_kernel_config", "use_liger_kernel"),
         lambda s: s.model.use_liger_kernel is False and bool(s.model.liger_kernel_config),
         "liger_kernel_config with use_liger_kernel=false: it would do nothing; remove one of them.",
+    ),
+    Rule(
+        ("chat_template_path",),
+        lambda s: bool(ADDRESS.match(s.model.chat_template_path or "")),
+        "chat_template_path={chat_template_path!r} is an address: give a file or folder of a channel, or a Hugging "
+        "Face id.",
     ),
     *(refuse_model_option(option, setting) for option, setting in SETTING_OF_MODEL_OPTION.items()),
 )
@@ -276,6 +288,12 @@ ADAPTER_RULES = (
 
 TRAINING_RULES = (
     Rule(
+        ("resume_from_checkpoint",),
+        lambda s: not names_whole_path(s.training.resume_from_checkpoint),
+        "resume_from_checkpoint={resume_from_checkpoint!r} is neither true, false nor a whole path: give one such as "
+        "'/opt/ml/checkpoints/checkpoint-100'.",
+    ),
+    Rule(
         ("torch_dtype", "use_peft"),
         lambda s: s.model.torch_dtype == "float16" and not s.adapter.use_peft,
         "torch_dtype=float16 with use_peft=false: float16 weights overflow in training; use bfloat16 or float32.",
@@ -335,6 +353,12 @@ TRACKING_RULES = (
         lambda s: names_tracker(s, "wandb") and not has_wandb_account(s.tracking),
         "report_to={report_to!r} without a W&B key: give WANDB_API_KEY in the job's Environment, or "
         "WANDB_MODE=offline.",
+    ),
+    Rule(
+        ("wandb_project", "run_name", "mlflow_experiment_name", "mlflow_register_model"),
+        lambda s: True,
+        "{key}={value!r} is no name that {tracker} takes: {fix}.",
+        lambda s: find_refused_names(s.tracking, s.output),
     ),
     Rule(
         ("track_model", "mlflow_uri", "wandb_token"),

@@ -66,6 +66,7 @@ MOVING_STARTS = ("pissa", "pissa_niter_16", "olora")  # these move a part of the
 
 SECRETS = ("token", "wandb_token", "hub_token")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # the beginning of one, such as s3://, where a path is asked for
 PLAIN_TYPES: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str, "dict": dict, "list": list}
 
 
@@ -359,10 +360,12 @@ class TrackingSettings(Section):
 class OutputSettings(Section):
     """The files that the job leaves, and their places."""
 
-    output_dir: str | None = Field(None, description="Folder of the exported model. Default: /opt/ml/model.")
+    output_dir: str | None = Field(
+        None, description="Folder of the exported model, as a whole path. Default: /opt/ml/model."
+    )
     checkpoint_dir: str | None = Field(
         None,
-        description="Folder of the checkpoints. Default: CheckpointConfig's, or /opt/ml/checkpoints.",
+        description="Folder of the checkpoints, as a whole path. Default: CheckpointConfig's, or /opt/ml/checkpoints.",
     )
     merge_weights: bool = Field(False, description="Export the merged model, with the adapter beside it.")
     merge_base: Literal["bf16", "dequantized"] = Field(

@@ -12,9 +12,10 @@ from llm_trainer.common.safetensors_files import WEIGHTS_INDEX, check_weights, i
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.schema import Settings, show_value
 from llm_trainer.config.secret_references import is_reference
-from llm_trainer.config.sections import HUB_ID, SECRETS, ModelSettings, TrainingSettings
+from llm_trainer.config.sections import ADDRESS, HUB_ID, SECRETS, ModelSettings, TrainingSettings
 from llm_trainer.config.tracker_choice import find_idle_project
 from llm_trainer.host.free_space import find_nearest_folder
+from llm_trainer.job.output_places import find_place_problems, find_place_warnings
 from llm_trainer.readers.sources import (
     Source,
     find_train_sources,
@@ -55,7 +56,8 @@ def find_inputs(settings: Settings, environment: Environment) -> tuple[Inputs, l
         if settings.output.checkpoint_dir
         else environment.checkpoint_dir,
     )
-    problems += check_writable(inputs.model_dir, "output_dir")
+    misplaced = list(find_place_problems(settings.output, environment))
+    problems += misplaced or check_writable(inputs.model_dir, "output_dir")
     return inputs, problems
 
 
@@ -75,6 +77,12 @@ def find_model(
 def check_model(model: str, needs_tokenizer: bool = True) -> Iterator[str]:
     """Yield sentences about a model folder that is incomplete, or a name that is neither folder nor Hub id."""
     folder = Path(model)
+    if ADDRESS.match(model):
+        yield (
+            f"model_id={model!r} is an address, and a model is read from a folder: give its S3 prefix as channel "
+            "'model', or the Hugging Face id."
+        )
+        return
     if not folder.is_dir():
         if not HUB_ID.fullmatch(model):
             yield (
@@ -157,6 +165,7 @@ def find_warnings(settings: Settings, environment: Environment, inputs: Inputs) 
                 f"everyone who may describe the job can read {name}: give it in the job's Environment, or the ARN of a "
                 "Secrets Manager secret in its place."
             )
+    yield from find_place_warnings(settings.output, settings.tracking, environment)
     yield from find_idle_project(settings.tracking)
     yield from find_settings_refusals(settings.adapter, settings.output.merge_weights)
     if settings.training.ignore_data_skip:

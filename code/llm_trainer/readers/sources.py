@@ -12,7 +12,7 @@ from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.files import compute_digest
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.schema import show_value
-from llm_trainer.config.sections import DataSettings
+from llm_trainer.config.sections import ADDRESS, DataSettings
 from llm_trainer.readers.discovery import find_files, find_ignored_files
 from llm_trainer.readers.files import read_chunks
 from llm_trainer.readers.rows import Chunk
@@ -160,6 +160,8 @@ def find_at_path(
     path: str, label: str, split: str, settings: DataSettings, environment: Environment
 ) -> tuple[list[Source], list[str]]:
     """Return the source at a path, or on the Hub where no such path exists, and a sentence for each problem."""
+    if ADDRESS.match(path):
+        return [], [f"{label} is an address, and data are read from files: give its S3 prefix as a channel."]
     if not Path(path).exists() and HUB_DATA_ID.fullmatch(path):
         return [HubSource(path, settings.dataset_config, split)], []
     return find_files_at(Place(Path(path), path, label), (split,), environment)

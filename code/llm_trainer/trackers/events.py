@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from llm_trainer.journal.records import JobRecord, Record
 
+MODEL_CHARACTERS = 100  # in a run's name, for which W&B takes 128
 MAX_LISTED_FILES = 100  # of a split, since MLflow takes at most 64 KiB about a source
 
 
@@ -108,7 +109,7 @@ def choose_run_name(job: JobRecord, given: str | None) -> str:
     It is the setting `run_name`, else the name in the tracker's own variable, else the job's name, else the model's
     name and the time.
     """
-    model = str(job["settings"].get("model_id") or "fine-tuning").rstrip("/").rpartition("/")[2]
+    model = str(job["settings"].get("model_id") or "fine-tuning").rstrip("/").rpartition("/")[2][:MODEL_CHARACTERS]
     moment = time.strftime("%Y-%m-%d %H:%M", time.gmtime(job["time"]))
     return str(job["settings"].get("run_name") or given or job.get("name") or f"{model} {moment}")
 

@@ -29,10 +29,15 @@ REFUSAL = re.compile(r"40[13]|Unauthori[sz]ed|Forbidden|Denied|credential|expire
 FULL_DISK = re.compile(r"No space left|disk (is )?full|quota exceeded", re.IGNORECASE)
 
 
+class TrackerUsageError(Exception):
+    """A tracker was told what it can never take, such as a name with a forbidden character."""
+
+
 class Tracker(Protocol):
     """A service or folder that is told of a run.
 
-    Every method may raise whatever the tracker's library does, and is then called again.
+    Every method may raise whatever the tracker's library does, and is then called again. After a TrackerUsageError
+    none is.
     """
 
     name: str  # for people
@@ -93,6 +98,9 @@ class Feed(threading.Thread):
                 has_more = self.send_batch()
                 if is_over and not has_more:
                     self.finish_run()
+            except TrackerUsageError as error:
+                log.warning(f"{self.tracker.name} is left out: {error}; all metrics are in {self.journal}.")
+                self.is_done = True
             except Exception as error:  # whatever a tracker's library raises, here it ends
                 self.log_failure(error)
                 attempts_left -= is_over

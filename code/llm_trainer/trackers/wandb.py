@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import wandb
+from pydantic import ValidationError
+from wandb.errors import AuthenticationError, UsageError
 
+from llm_trainer.common.errors import quote_error
 from llm_trainer.common.redaction import hide_secrets
 from llm_trainer.journal.records import EndStatus, JobRecord, Record
 from llm_trainer.trackers.events import choose_run_name, find_data_sets, find_parameters, find_surroundings, read_rows
+from llm_trainer.trackers.feed import TrackerUsageError
 from llm_trainer.trackers.run_identity import RunIdentity, recall_run, remember_run
 
 INIT_SECONDS = 15
@@ -37,10 +41,27 @@ class WandbTracker:
         """Make the job's run or continue it. Return where it is."""
         identity = recall_run(self.identity_dir, "wandb") or RunIdentity(choose_run_id(job), job["time"])
         self.started = identity.started
-        name = job.get("name")
         is_offline = os.environ.get("WANDB_MODE") == "offline"
-        self.run = wandb.init(
-            id=os.environ.get("WANDB_RUN_ID") or identity.run_id,
+        check_variables()
+        try:
+            self.run = self.init_run(job, os.environ.get("WANDB_RUN_ID") or identity.run_id, is_offline)
+        except (UsageError, AuthenticationError) as error:
+            raise TrackerUsageError(quote_error(error)) from error
+        remember_run(self.identity_dir, "wandb", RunIdentity(self.run.id, identity.started))
+        # Steps of our own: W&B's may only grow, and a resumed job repeats some.
+        self.run.define_metric("*", step_metric="step")
+        for pattern in SYSTEM_METRICS:
+            self.run.define_metric(pattern, step_metric="seconds")
+        where = f"in {self.run.dir}, to be sent with `wandb sync`" if is_offline else f"at {self.run.url}"
+        return f"run {self.run.name!r} ({self.run.id}) {where}"
+
+    def init_run(self, job: JobRecord, run_id: str, is_offline: bool) -> wandb.Run:
+        """Return the run of this id, new or continued. Raises what W&B does."""
+        name = job.get("name")
+        return wandb.init(
+            id=run_id,
+            project=os.environ.get("WANDB_PROJECT"),
+            entity=os.environ.get("WANDB_ENTITY"),
             name=choose_run_name(job, os.environ.get("WANDB_NAME")),
             tags=[name[:TAG_CHARACTERS]] if name else None,
             resume=None if is_offline else "allow",
@@ -55,13 +76,6 @@ class WandbTracker:
                 x_disable_meta=True,
             ),
         )
-        remember_run(self.identity_dir, "wandb", RunIdentity(self.run.id, identity.started))
-        # Steps of our own: W&B's may only grow, and a resumed job repeats some.
-        self.run.define_metric("*", step_metric="step")
-        for pattern in SYSTEM_METRICS:
-            self.run.define_metric(pattern, step_metric="seconds")
-        where = f"in {self.run.dir}, to be sent with `wandb sync`" if is_offline else f"at {self.run.url}"
-        return f"run {self.run.name!r} ({self.run.id}) {where}"
 
     def send(self, records: Sequence[Record]) -> None:
         """Send the settings, data sets and numbers in the records."""
@@ -92,6 +106,21 @@ class WandbTracker:
             self.run.summary["failure_reason"] = hide_secrets(reason)
         self.run.finish(exit_code=1 if status == "failed" else 0)
         wandb.teardown()
+
+
+def check_variables() -> None:
+    """Raise TrackerUsageError where W&B refuses one of its variables.
+
+    W&B itself raises once, and keeps those that it had read by then: its next attempt would go to a project named
+    uncategorized.
+    """
+    try:
+        wandb.Settings().update_from_env_vars(dict(os.environ))
+    except UsageError as error:
+        raise TrackerUsageError(quote_error(error)) from error
+    except ValidationError as error:
+        texts = (f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors(include_input=False))
+        raise TrackerUsageError("; ".join(texts)) from error
 
 
 def choose_run_id(job: JobRecord) -> str:

@@ -38,7 +38,7 @@ def test_rules_name_settings_that_exist():
 def test_messages_name_only_settings_and_what_the_rule_fills_in():
     for rule in RULES:
         places = {name for _, name, _, _ in string.Formatter().parse(rule.message) if name}
-        assert places <= set(FIELDS) | {"uri", "key", "fix"}, rule
+        assert places <= set(FIELDS) | {"uri", "key", "value", "tracker", "fix"}, rule
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,9 @@ def test_messages_name_only_settings_and_what_the_rule_fills_in():
         {"bnb_4bit_quant_type": "fp4"},
         {"bnb_4bit_use_double_quant": True},
         {"use_liger_kernel": False, "liger_kernel_config": {"rope": False}},
+        {"chat_template_path": "s3://bucket/template.jinja"},
+        {"resume_from_checkpoint": "s3://bucket/checkpoint-5"},
+        {"resume_from_checkpoint": "checkpoint-5"},
         {"model_init_kwargs": {"attn_implementation": "eager"}},
         {"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}},
         {"merge_weights": True, "use_peft": False},

@@ -42,12 +42,19 @@ def test_channels_are_found_without_settings(tree, inputs_of):
 
 def test_settings_come_before_channels(tree, inputs_of):
     file = tree.write("elsewhere/rows.jsonl", "")
-    tree.change(train_dataset_path=str(file), output_dir=str(tree.base_dir / "out"), model_id="org/name")
+    tree.change(train_dataset_path=str(file), output_dir=str(tree.base_dir / "model/out"), model_id="org/name")
     inputs, problems = inputs_of()
     assert not problems
     assert inputs.train[0].files == (file,)
-    assert inputs.model_dir == tree.base_dir / "out"
+    assert inputs.model_dir == tree.base_dir / "model/out"
     assert inputs.model == "org/name"
+
+
+@pytest.mark.parametrize("name", ["model_id", "train_dataset_path", "val_dataset_path", "output_dir", "checkpoint_dir"])
+def test_an_address_in_the_place_of_a_path_is_refused_once(tree, inputs_of, name):
+    tree.change(**{name: "s3://bucket/prefix"})
+    (problem,) = inputs_of()[1]
+    assert problem.startswith(f"{name}='s3://bucket/prefix' is an address")
 
 
 @pytest.mark.parametrize("channel", ["val", "validation"])

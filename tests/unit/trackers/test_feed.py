@@ -8,7 +8,7 @@ import pytest
 
 from llm_trainer.journal.journal import Journal
 from llm_trainer.trackers import feed
-from llm_trainer.trackers.feed import Ending, Feed, choose_advice
+from llm_trainer.trackers.feed import Ending, Feed, TrackerUsageError, choose_advice
 from support.waiting import GUARD_SECONDS
 
 
@@ -102,6 +102,15 @@ def test_a_tracker_that_stays_away_is_given_up_at_the_end(journal):
     tracker = FlakyTracker(range(10**6))
     assert not feed_to_end(tracker, journal).is_done
     assert tracker.ended is None
+
+
+def test_a_tracker_that_is_used_wrongly_is_left_out_at_once(journal, capsys):
+    tracker = FlakyTracker(range(10**6), TrackerUsageError("Invalid project name 'a/b'"))
+    assert feed_to_end(tracker, journal).is_done
+    assert tracker.calls == 1
+    assert capsys.readouterr().out == (
+        f"Warning: Flaky is left out: Invalid project name 'a/b'; all metrics are in {journal.file}.\n"
+    )
 
 
 def test_nothing_of_an_earlier_job_is_sent(journal):

@@ -4,7 +4,11 @@
 import json
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.store.tracking.dbmodels.models import SqlExperiment, SqlRun
+from mlflow.utils import validation
 
+from llm_trainer.config.tracker_names import LIMITS, takes_name
 from llm_trainer.trackers.events import DataSet
 from llm_trainer.trackers.mlflow import DIGEST_CHARACTERS, FORBIDDEN, describe_data_set, split_batches
 
@@ -29,3 +33,31 @@ def test_batches_hold_all_items_in_order():
 
 def test_names_keep_what_mlflow_takes():
     assert FORBIDDEN.sub("_", "gpu/algo-1/0/memory (GiB)!") == "gpu/algo-1/0/memory _GiB__"
+
+
+CHECKS = {
+    "MLFLOW_EXPERIMENT_NAME": validation._validate_experiment_name,
+    "MLFLOW_RUN_ID": validation._validate_run_id,
+    "MLFLOW_EXPERIMENT_ID": validation._validate_experiment_id,
+    None: validation._validate_model_name,  # of the registry
+}
+
+
+def is_taken_by_mlflow(variable, name):
+    try:
+        CHECKS[variable](name)
+    except MlflowException:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("limit", [limit for limit in LIMITS if limit.variable in CHECKS])
+def test_mlflow_takes_every_name_that_is_taken(limit):
+    names = [f"a{chr(code)}b" for code in range(1, 128)] + ["a" * limit.max_characters, "a b", ".", "a"]
+    assert all(is_taken_by_mlflow(limit.variable, name) for name in names if takes_name(limit, name))
+
+
+def test_names_fit_the_columns_of_mlflows_database():
+    widths = {limit.variable: limit.max_characters for limit in LIMITS}
+    assert widths["MLFLOW_EXPERIMENT_NAME"] == SqlExperiment.name.type.length
+    assert widths["MLFLOW_RUN_NAME"] == SqlRun.name.type.length

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A restarted job goes on with its run; tests/integration/test_tracking.py writes runs."""
 
-from llm_trainer.trackers.wandb import choose_run_id
+import os
+
+import pytest
+
+from llm_trainer.trackers.feed import TrackerUsageError
+from llm_trainer.trackers.wandb import WandbTracker, choose_run_id
 
 ARN = "arn:aws:sagemaker:eu-west-1:123456789012:training-job/trial"
 
@@ -10,3 +15,25 @@ def test_a_training_job_has_one_id_and_others_have_new_ones():
     assert choose_run_id({"arn": ARN}) == choose_run_id({"arn": ARN}) != choose_run_id({"arn": f"{ARN}-2"})
     assert choose_run_id({"arn": None}) != choose_run_id({"arn": None})
     assert len(choose_run_id({})) == len(choose_run_id({"arn": ARN})) == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("WANDB_PROJECT", "a/b", "Invalid project name 'a/b'"),
+        ("WANDB_TAGS", "a" * 65, "run_tags: "),
+        ("WANDB_MODE", "offlin", "mode: Input should be"),
+        ("WANDB_API_KEY", "secret ", "API key cannot start or end with whitespace"),
+    ],
+)
+def test_a_variable_that_wandb_refuses_is_refused_at_each_attempt(tmp_path, monkeypatch, name, value, words):
+    for variable in [variable for variable in os.environ if variable.startswith("WANDB_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv(name, value)
+    tracker = WandbTracker(None, tmp_path)
+    for _ in range(2):  # W&B itself would write to a project named uncategorized the second time
+        with pytest.raises(TrackerUsageError, match=words) as refusal:
+            tracker.begin({"kind": "job", "time": 0.0, "settings": {}})
+        assert "secret" not in str(refusal.value)
+    assert not list(tmp_path.iterdir())
