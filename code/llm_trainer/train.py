@@ -21,7 +21,7 @@ from llm_trainer.data.datasets import Data, DataPlaces, load_data
 from llm_trainer.data.fingerprints import describe_split
 from llm_trainer.data.preview import log_data
 from llm_trainer.data.streaming import AUDITED_ROWS
-from llm_trainer.export.export import export_result
+from llm_trainer.export.export import finish_result, place_result, publish_result, warn_of_failure
 from llm_trainer.export.logits_check import choose_check_rows, compute_logits
 from llm_trainer.export.manifest import TrainedRun, build_manifest, describe_weights
 from llm_trainer.export.result import ExportPlaces, ExportSettings, TrainingResult
@@ -226,15 +226,19 @@ def run(context: Context, prepared: Prepared, planned: Planned, built: Built) ->
 def export(context: Context, prepared: Prepared, built: Built, outcome: Outcome) -> None:
     """Write the result, prove it and publish it. Only rank 0 calls this."""
     trainer, journal = built.trainer, context.timeline.journal
-    if not trainer.stopped:
-        outcome.answers.after_training()
+    result = collect_result(context, prepared, built, outcome)
+    placed = place_result(result)
     manifest = build_manifest(trainer, describe_trained_run(context, prepared, built, outcome))
-    export_result(collect_result(context, prepared, built, outcome), manifest)
+    if not trainer.stopped:
+        with warn_of_failure("The answers after the training", placed.path):
+            outcome.answers.after_training()
+    finish_result(result, placed, manifest)
     journal.write("manifest", **manifest)
     if trainer.stopped:
         log.info(f"Exported {prepared.stop_request.age_seconds():.1f} s after the signal")
     elif context.settings.training.use_checkpoints:
         trainer.rotate_checkpoints()
+    publish_result(result)
     log.info(f"The job took {outcome.progress.count_instance_hours():.2f} instance-hours")
 
 

@@ -21,7 +21,7 @@ from support.sagemaker_tree import metrics_of
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 PHASES = [
     *("check", "meeting", "launch", "imports", "download", "tokenizer", "data", "model", "packing"),
-    *("first_step", "training", "answers"),
+    *("first_step", "training", "export", "answers"),
 ]
 SERVING_FILES = {"serving.properties", "serving.env", "adapters", "README.md"}
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
@@ -105,7 +105,7 @@ def test_the_manifest_tells_what_made_the_model(lora_job):
         metrics_of(lora_job.result.stdout, "eval_loss")[-1], rel=1e-4
     )
     assert manifest["versions"]["trl"]
-    assert list(manifest["phase_seconds"]) == [*PHASES, "export"]
+    assert list(manifest["phase_seconds"]) == [*PHASES, "proof"]
 
 
 def test_the_journal_holds_what_the_job_measured(lora_job):

@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of a job in /opt/ml/model: an adapter or whole weights, proven, with the files that a server needs."""
+"""The result of a job in /opt/ml/model: an adapter or whole weights, proven, with the files that a server needs.
+
+The weights go in place first, with their config and the tokenizer. Then they are proven there. Nothing that fails after
+that, or beside it, takes them away: a result that differs from what was trained is moved to output/data.
+"""
 
 import gc
 import json
 import shutil
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -13,75 +20,115 @@ from peft.utils import CONFIG_NAME
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from llm_trainer import __version__
 from llm_trainer.common import log
 from llm_trainer.common.activity_notes import note_activity
 from llm_trainer.common.errors import UserError, quote_error
-from llm_trainer.common.files import remove_path
-from llm_trainer.export.model_card import write_model_card
+from llm_trainer.common.files import remove_path, write_text
+from llm_trainer.export.model_card import CARD, build_model_card
+from llm_trainer.export.placement import ModelFolder, list_files
 from llm_trainer.export.publish import Artefacts, advise_compression, publish
 from llm_trainer.export.result import TrainingResult
 from llm_trainer.export.verify import prove_merged, prove_trained
-from llm_trainer.journal.manifest import MANIFEST, Manifest, read_manifest
+from llm_trainer.job.failure_reasons import is_shortage
+from llm_trainer.journal.manifest import ADAPTER, MANIFEST, Manifest
+from llm_trainer.journal.records import SCHEMA_VERSION
 from llm_trainer.merge.merge import write_merged_model
 from llm_trainer.merge.plan import MergeRequest
 from llm_trainer.model.lora_init import BaseReference, save_adapter
-from llm_trainer.serving.lmi_files import ServedModel, write_serving_files
+from llm_trainer.serving.lmi_files import SERVING_FILES, ServedModel, write_serving_files
 
-STAGING = ".llm-trainer-export"  # beside the result, so that moving a finished file there is a rename
-ADAPTER = "adapter"  # the folder beside merged weights
+REJECTED = "rejected_export"  # in output/data
+UNFINISHED = "the job ended before the comparison did"
+
+Written = TypeVar("Written")
 
 
-def export_result(trained: TrainingResult, manifest: Manifest) -> None:
-    """Write the result, prove it, and publish it. Only global rank 0 calls this.
+@dataclass(frozen=True)
+class PlacedResult:
+    """A result that is in its place."""
+
+    folder: ModelFolder
+    where: str  # its folder in the model folder: "." or ADAPTER
+    files: set[str]  # by their paths in its folder
+
+    @property
+    def path(self) -> Path:
+        """The folder of the result."""
+        return self.folder.path / self.where
+
+    @property
+    def waiting(self) -> Path:
+        """The folder in which a file waits to be put beside the result."""
+        return self.folder.new / self.where
+
+    def name_files(self, files: Iterable[str]) -> list[str]:
+        """Return the names of files of the result in the model folder."""
+        return [(PurePosixPath(self.where) / file).as_posix() for file in files]
+
+
+def place_result(trained: TrainingResult) -> PlacedResult:
+    """Write the trained weights with their config and the tokenizer, and put them in place. Nothing is proven yet.
+
+    Only global rank 0 calls this. The manifest says that the result is unproven, until `finish_result` writes another.
+    """
+    merges = trained.settings.output.merge_weights and not trained.trainer.stopped
+    with note_activity("writing the result", trained.places.model_dir):
+        folder = ModelFolder.open(trained.places.model_dir)
+        placed = PlacedResult(folder, ADAPTER if merges else ".", set())
+        placed.waiting.mkdir(exist_ok=True)
+        try:
+            save_weights(trained, placed.waiting)
+        except BaseException:
+            folder.close()  # half the weights are no result, and a full disk needs the room
+            raise
+        put_in_place(trained, placed, folder.list_earlier())
+    trained.timeline.mark("export")
+    return placed
+
+
+def put_in_place(trained: TrainingResult, placed: PlacedResult, earlier: Iterable[str]) -> None:
+    """Put waiting weights in place, with the tokenizer and a first manifest. `earlier` are files that they replace."""
+    waiting = placed.waiting
+    trained.tokenizer.save_pretrained(waiting)
+    placed.files.update({MANIFEST, *list_files(waiting)})
+    first = Manifest(schema_version=SCHEMA_VERSION, llm_trainer=__version__, export=describe_unproven(UNFINISHED))
+    first["files"] = sorted(placed.files | {CARD, *SERVING_FILES})  # those that a kill could leave
+    with warn_of_failure(MANIFEST, placed.path):
+        write_text(waiting / MANIFEST, format_manifest(first))
+    placed.folder.place(placed.name_files(first["files"]), earlier)
+    log.info(f"Wrote {', '.join(sorted(placed.files))} to {placed.path}")
+
+
+def finish_result(trained: TrainingResult, placed: PlacedResult, manifest: Manifest) -> None:
+    """Describe a result that is in place, prove it, and merge it if that is asked for.
 
     Raises UserError when the files that were written do not compute what was trained.
     """
+    manifest["export"] = describe_unproven(
+        UNFINISHED if trained.logits else "the job was stopped before the comparison"
+    )
+    refusals = write_serving(trained, placed, manifest) if placed.where == "." else []
+    write_records(trained, placed, manifest, refusals)
+    if trained.logits is not None:
+        manifest["export"] |= prove_or_reject(trained, placed, trained.logits)
+        trained.timeline.mark("proof")
+        write_records(trained, placed, manifest, refusals)
+    placed.folder.forget_earlier()
+    try:
+        if placed.where == ADAPTER:
+            add_merged(trained, placed, manifest)
+    finally:
+        placed.folder.close()
+
+
+def publish_result(trained: TrainingResult) -> None:
+    """Publish a finished result, as far as the settings ask for it. Raises UserError with everything that failed."""
     model_dir, settings = trained.places.model_dir, trained.settings
-    with note_activity("writing the result", model_dir):
-        write_result(trained, manifest)
     if advice := advise_compression(model_dir):
         log.info(advice)
     if not trained.trainer.stopped:
         publish(settings.output, settings.tracking, Artefacts(model_dir, trained.architecture, trained.base))
-
-
-def write_result(trained: TrainingResult, manifest: Manifest) -> None:
-    """Write the result whole or not at all, by way of a staging folder.
-
-    Raises UserError when the files that were written do not compute what was trained.
-    """
-    model_dir = trained.places.model_dir
-    staging = model_dir / STAGING
-    # A merge may take longer than the platform waits after a stop.
-    merges = trained.settings.output.merge_weights and not trained.trainer.stopped
-    shutil.rmtree(staging, ignore_errors=True)  # left by a job that was killed here
-    first = staging / ADAPTER if merges else staging
-    first.mkdir(parents=True)
-    try:
-        checks = save_and_prove(trained, first)
-        manifest["export"] = {"checks": checks}
-        trained.timeline.mark("export")
-        write_side_files(first, trained, manifest, is_served=not merges)
-        remove_earlier_result(model_dir)
-        if merges:
-            put_in_place(first, model_dir / ADAPTER)  # so that a merge that fails loses nothing
-            manifest["export"] |= merge_adapter(trained, model_dir / ADAPTER, staging, checks)
-            trained.timeline.mark("merge")
-            write_side_files(staging, trained, manifest, is_served=True)
-        put_in_place(staging, model_dir)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def save_and_prove(trained: TrainingResult, folder: Path) -> list[dict[str, Any]]:
-    """Write the weights, free the trained model, and check what was written. Return the records of the checks.
-
-    A stopped job has no logits to compare with, and no check.
-    """
-    save_weights(trained, folder)
-    trained_bytes = trained.trainer.model.get_memory_footprint()
-    release_memory(trained)
-    return [] if trained.logits is None else [prove_trained(trained, folder, trained.logits, trained_bytes)]
 
 
 def save_weights(trained: TrainingResult, folder: Path) -> None:
@@ -123,38 +170,153 @@ def release_memory(trained: TrainingResult) -> None:
         torch.cuda.empty_cache()
 
 
-def merge_adapter(trained: TrainingResult, adapter: Path, folder: Path, checks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Merge shard by shard into a folder, and prove the result. Return figures and checks for the manifest.
+def prove_or_reject(trained: TrainingResult, placed: PlacedResult, expected: list[torch.Tensor]) -> dict[str, Any]:
+    """Free the trained model, and compare what was written with its logits. Return the outcome for the manifest.
+
+    A result that differs, or cannot be loaded, goes out of the model folder: it is not lost, and nobody takes it for
+    the model. Raises UserError that names its place.
+    """
+    trained_bytes = trained.trainer.model.get_memory_footprint()
+    release_memory(trained)
+    try:
+        return attempt_proof(lambda: [prove_trained(trained, placed.path, expected, trained_bytes)])
+    except Exception as error:
+        rejected = reject_result(placed, trained.places.output_dir)
+        where = f"What was written is in {rejected}, and the checkpoints are kept."
+        if isinstance(error, UserError):
+            raise UserError(f"{error} {where}") from error
+        log.warning(f"The result could not be loaded again. {where}")
+        raise
+
+
+def attempt_proof(prove: Callable[[], Iterable[dict[str, Any]]]) -> dict[str, Any]:
+    """Return the checks of a proof, and whether all of them ran.
+
+    A lack of memory or disk says nothing against the result: it is unproven then. Raises UserError where it differs.
+    """
+    try:
+        checks = list(prove())
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        reason = f"there was no room for the comparison ({quote_error(error)})"
+        log.warning(f"The result is in place, and not proven: {reason}.")
+        return describe_unproven(reason)
+    left_out = [check["loaded"] for check in checks if not check["rows"]]
+    return {**(describe_unproven(left_out[0]) if left_out else {"proven": True, "reason": None}), "checks": checks}
+
+
+def describe_unproven(reason: str) -> dict[str, Any]:
+    """Return the manifest's record of a result that was not compared with the trained model."""
+    return {"proven": False, "reason": reason, "checks": []}
+
+
+def reject_result(placed: PlacedResult, output_dir: Path) -> Path:
+    """Move a result that failed its proof out of the model folder, and an earlier one back. Return its new place.
+
+    Where output/data has no room for it, it stays beside the model, under a name that no server looks for.
+    """
+    removed = placed.folder.take_back(placed.name_files(placed.files)) / placed.where
+    rejected = output_dir / "data" / REJECTED
+    try:
+        remove_path(rejected)
+        shutil.move(removed, rejected)
+    except OSError:
+        shutil.rmtree(rejected, ignore_errors=True)  # a part of a copy
+        rejected = placed.folder.path / REJECTED
+        remove_path(rejected)
+        removed.rename(rejected)
+    placed.folder.close()
+    return rejected
+
+
+def add_merged(trained: TrainingResult, adapter: PlacedResult, manifest: Manifest) -> None:
+    """Merge the adapter shard by shard, prove the merged model, and put it in place beside the adapter.
 
     Raises UserError that tells where the adapter is.
     """
-    plan, settings = trained.plan, trained.settings
-    quantization = plan.quantization if settings.output.merge_base == "dequantized" else None
+    merged = PlacedResult(adapter.folder, ".", set())
+    merged.waiting.mkdir(exist_ok=True)
+    checks = manifest["export"]["checks"]
     try:
-        parts = (trained.base_folder, adapter, plan.config, plan.precision.compute, quantization)
-        figures = write_merged_model(MergeRequest(*parts, settings.model.trust_remote_code), folder)
-        return {"merge": figures, "checks": [*checks, *prove_merged(trained, adapter, folder)]}
+        manifest["export"] |= {"merge": merge_adapter(trained, adapter.path, merged.waiting)}
+        proof = attempt_proof(lambda: prove_merged(trained, adapter.path, merged.waiting))
+        manifest["export"] |= proof | {"checks": [*checks, *proof["checks"]]}
+        trained.timeline.mark("merge")
+        put_in_place(trained, merged, ())
     except (UserError, OSError) as error:
         reason = str(error) if isinstance(error, UserError) else f"{quote_error(error)}."
         raise UserError(
-            f"merge_weights=true: the merge failed, and nothing is lost: the adapter is in {adapter}, and "
+            f"merge_weights=true: the merge failed, and nothing is lost: the adapter is in {adapter.path}, and "
             f"`llm-trainer merge` merges it later. {reason}"
         ) from error
+    write_records(trained, merged, manifest, write_serving(trained, merged, manifest))
 
 
-def write_side_files(folder: Path, trained: TrainingResult, manifest: Manifest, is_served: bool) -> None:
-    """Write the files beside the weights: tokenizer, serving files, model card and manifest.
+def merge_adapter(trained: TrainingResult, adapter: Path, folder: Path) -> dict[str, Any]:
+    """Merge an adapter into its base, and return figures for the manifest."""
+    plan, settings = trained.plan, trained.settings
+    quantization = plan.quantization if settings.output.merge_base == "dequantized" else None
+    parts = (trained.base_folder, adapter, plan.config, plan.precision.compute, quantization)
+    return write_merged_model(MergeRequest(*parts, settings.model.trust_remote_code), folder)
 
-    `is_served` tells whether an endpoint gets this folder.
-    """
-    trained.tokenizer.save_pretrained(folder)
-    refusals = write_serving_files(folder, describe_served(folder, trained, manifest)) if is_served else []
+
+@contextmanager
+def warn_of_failure(what: str, folder: Path) -> Iterator[None]:
+    """Turn whatever fails beside the weights into a warning: the result is whole without it."""
+    try:
+        yield
+    except Exception as error:
+        log.warning(
+            f"{what} could not be written to {folder}, and the weights there are whole without: "
+            f"{type(error).__name__}: {quote_error(error)}."
+        )
+
+
+def write_beside(placed: PlacedResult, what: str, write: Callable[[Path], Written]) -> Written | None:
+    """Have files written to a folder and put beside the weights. Return what `write` does; None after a failure."""
+    with warn_of_failure(what, placed.path):
+        try:
+            placed.waiting.mkdir(parents=True, exist_ok=True)
+            written = write(placed.waiting)
+            placed.files.update(list_files(placed.waiting))
+            placed.folder.add_files()
+            return written
+        finally:
+            remove_path(placed.folder.new)
+    return None
+
+
+def write_serving(trained: TrainingResult, placed: PlacedResult, manifest: Manifest) -> list[str]:
+    """Write the files for a server. Return, and log, why vLLM cannot serve the result."""
+    refusals = write_beside(
+        placed,
+        "The files for AWS's LMI container",
+        lambda folder: write_serving_files(folder, describe_served(placed.path, trained, manifest), placed.path),
+    )
+    if refusals is None:
+        return ["The files for AWS's LMI container could not be written."]
     for refusal in refusals:
         log.info(f"Serving: {refusal}")
+    return refusals
+
+
+def write_records(trained: TrainingResult, placed: PlacedResult, manifest: Manifest, refusals: list[str]) -> None:
+    """Write the model card and the manifest. `refusals` are sentences on why vLLM does not serve the result."""
     manifest["export"]["served_by_vllm"] = not refusals
-    write_model_card(folder, manifest, trained.base_folder, trained.base, refusals)
-    manifest["files"] = sorted([MANIFEST, *(file.name for file in folder.iterdir())])
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+    def write_card(folder: Path) -> None:
+        card = build_model_card(placed.path, manifest, trained.base_folder, trained.base, refusals)
+        write_text(folder / CARD, card, errors="backslashreplace")  # names of files may be no UTF-8
+
+    write_beside(placed, CARD, write_card)
+    manifest["files"] = sorted(placed.files)
+    write_beside(placed, MANIFEST, lambda folder: write_text(folder / MANIFEST, format_manifest(manifest)))
+
+
+def format_manifest(manifest: Manifest) -> str:
+    """Return the text of a manifest's file."""
+    return json.dumps(manifest, indent=2) + "\n"
 
 
 def describe_served(folder: Path, trained: TrainingResult, manifest: Manifest) -> ServedModel:
@@ -171,28 +333,3 @@ def describe_served(folder: Path, trained: TrainingResult, manifest: Manifest) -
         max_length=trained.settings.data.max_length,
         trust_remote_code=trained.settings.model.trust_remote_code,
     )
-
-
-def remove_earlier_result(model_dir: Path) -> None:
-    """Remove the files that an earlier run in the same tree left, by its manifest.
-
-    An adapter beside merged weights would mislead servers.
-    """
-    for folder in (model_dir / ADAPTER, model_dir):
-        for name in read_manifest(folder).get("files", []):
-            remove_path(folder / name)
-    if (model_dir / ADAPTER).is_dir() and not any((model_dir / ADAPTER).iterdir()):
-        (model_dir / ADAPTER).rmdir()
-
-
-def put_in_place(folder: Path, target: Path) -> None:
-    """Move the content of a finished folder to the place that SageMaker uploads."""
-    target.mkdir(parents=True, exist_ok=True)
-    names = sorted(path.name for path in folder.iterdir())
-    for path in folder.rglob("*"):  # safetensors writes files that only the container's root can read
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    for name in names:
-        remove_path(target / name)
-        (folder / name).replace(target / name)
-    folder.rmdir()
-    log.info(f"Wrote {', '.join(names)} to {target}")

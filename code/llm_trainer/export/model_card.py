@@ -20,10 +20,8 @@ LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*")
 LICENCE_TITLES = {"apache license": "apache-2.0", "mit license": "mit"}
 
 
-def write_model_card(
-    folder: Path, manifest: Manifest, base_folder: Path, base: BaseSource, refusals: list[str]
-) -> None:
-    """Write the card of the result in `folder`. The manifest has no secrets, and so the card has none.
+def build_model_card(folder: Path, manifest: Manifest, base_folder: Path, base: BaseSource, refusals: list[str]) -> str:
+    """Return the card of the result in `folder`. The manifest has no secrets, and so the card has none.
 
     `base_folder` holds the base's files. `refusals` are sentences on why vLLM does not serve this result.
     """
@@ -41,8 +39,7 @@ def write_model_card(
         *describe_training(manifest),
     ]
     # ModelCard.from_template is not used: text that users wrote must not run as a Jinja template.
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
-    card.save(folder / CARD)
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
 def build_metadata(manifest: Manifest, base: BaseSource, is_adapter: bool, licence: dict[str, str]) -> ModelCardData:

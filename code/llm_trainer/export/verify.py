@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The check of an export: it is loaded as its consumers load it, and compared with what was trained."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,6 @@ import torch
 from peft import PeftModel
 from transformers import Mxfp4Config, PreTrainedModel
 
-from llm_trainer.common.errors import UserError
 from llm_trainer.common.safetensors_files import count_weights
 from llm_trainer.export.logits_check import (
     ROUNDING,
@@ -25,8 +23,6 @@ from llm_trainer.export.logits_check import (
 from llm_trainer.export.result import TrainingResult
 from llm_trainer.model.loading import LoadOptions, load_model
 from llm_trainer.model.plan import ModelPlan
-
-REJECTED = "rejected_export"  # in output/data
 
 
 @dataclass(frozen=True)
@@ -43,8 +39,7 @@ def prove_trained(
 ) -> dict[str, Any]:
     """Load the written adapter on its base, or the whole weights, and compare with the expected logits.
 
-    `trained_bytes` is the size of the trained model. A result that differs is moved to output/data: it is not lost, and
-    nobody takes it for the model. Raises UserError that names that folder.
+    `trained_bytes` is the size of the trained model. Raises UserError where the logits differ.
     """
     adapter_settings, tolerance = trained.settings.adapter, ROUNDING[trained.plan.precision.compute]
     if adapter_settings.init_lora_weights == "loftq":
@@ -61,19 +56,7 @@ def prove_trained(
         return describe_unproven(check.what, check.size_bytes)
     else:
         model = load_adapted_model(trained, folder, place, adapter_settings.init_lora_weights != "loftq")
-    try:
-        return compare_logits(check.what, Expectation(trained.rows, expected, check.tolerance), model, place)
-    except UserError as error:
-        rejected = reject_result(folder, trained.places.output_dir)
-        raise UserError(f"{error} What was written is in {rejected}, and the checkpoints are kept.") from error
-
-
-def reject_result(folder: Path, output_dir: Path) -> Path:
-    """Move a result that failed its check out of the model folder. Return the new place."""
-    rejected = output_dir / "data" / REJECTED
-    shutil.rmtree(rejected, ignore_errors=True)
-    shutil.move(folder, rejected)
-    return rejected
+    return compare_logits(check.what, Expectation(trained.rows, expected, check.tolerance), model, place)
 
 
 def prove_merged(trained: TrainingResult, adapter: Path, folder: Path) -> Iterator[dict[str, Any]]:

@@ -94,6 +94,12 @@ def diagnose(error: BaseException, facts: JobFacts | None) -> tuple[Kind, str]:
     )
 
 
+def is_shortage(error: BaseException) -> bool:
+    """Tell whether memory or disk ran out, which says nothing of what was computed."""
+    text = "\n".join(str(link) for link in walk_causes(error))
+    return diagnose_memory(error, text, None) is not None or is_disk_full(error)
+
+
 def diagnose_memory(error: BaseException, text: str, facts: JobFacts | None) -> tuple[Kind, str] | None:
     """Return the sentence for memory that ran out, on the GPU, of the host, or shared between its processes."""
     if is_a(error, "torch.OutOfMemoryError") or GPU_MEMORY.search(text):

@@ -16,6 +16,7 @@ from llm_trainer.config.sections import ADDRESS, HUB_ID, SECRETS, ModelSettings,
 from llm_trainer.config.tracker_choice import find_idle_project
 from llm_trainer.host.free_space import find_nearest_folder
 from llm_trainer.job.output_places import find_place_problems, find_place_warnings
+from llm_trainer.journal.manifest import find_unreadable_manifests
 from llm_trainer.readers.sources import (
     Source,
     find_train_sources,
@@ -166,6 +167,7 @@ def find_warnings(settings: Settings, environment: Environment, inputs: Inputs) 
                 "Secrets Manager secret in its place."
             )
     yield from find_place_warnings(settings.output, settings.tracking, environment)
+    yield from find_unreadable_manifests(inputs.model_dir)
     yield from find_idle_project(settings.tracking)
     yield from find_settings_refusals(settings.adapter, settings.output.merge_weights)
     if settings.training.ignore_data_skip:

@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The type of training_manifest.json, the record in the model folder of how a model was made."""
+"""training_manifest.json, the record in the model folder of how a model was made, and the files that it lists."""
 
-from pathlib import Path
+import stat
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict, cast
 
+from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.files import read_json_object
 
 MANIFEST = "training_manifest.json"
+ADAPTER = "adapter"  # the folder beside merged weights
+# The folders that hold files of a result: the model folder itself, the one in which LMI looks for adapters, and the one
+# in which Transformers keeps a tokenizer's further chat templates.
+RESULT_FOLDERS = (".", "adapters/trained", "additional_chat_templates")
 
 
 class Manifest(TypedDict, total=False):
@@ -35,10 +42,54 @@ class Manifest(TypedDict, total=False):
     world_size: int
     phase_seconds: dict[str, float]
     versions: dict[str, str]
-    export: dict[str, Any]  # checks of the result, and figures of the merge
-    files: list[str]  # of the result, in the manifest's folder
+    export: dict[str, Any]  # whether the result is proven, the checks, and figures of the merge
+    files: list[str]  # of the result, by their paths in the manifest's folder
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Return the manifest in a model folder, empty where there is none. Raises UserError where it is not valid JSON."""
     return cast(Manifest, read_json_object(folder / MANIFEST))
+
+
+def read_leftover_manifest(folder: Path) -> tuple[Manifest, str | None]:
+    """Return the manifest that an earlier job left in a folder, and why it cannot be read where that is so.
+
+    The reason is a sentence without its end. The manifest is empty then, and where there is none.
+    """
+    file = folder / MANIFEST
+    try:
+        if file.is_file() and not file.is_symlink():
+            return read_manifest(folder), None
+        return Manifest(), f"{file} is no file" if file.is_symlink() or file.exists() else None
+    except (UserError, OSError, ValueError, RecursionError) as error:
+        return Manifest(), f"{file} cannot be read ({quote_error(error)})"
+
+
+def list_result_files(folder: Path) -> list[str]:
+    """List the files and links in a model folder that its manifest says a job wrote there, by their paths in it.
+
+    Whoever wrote the manifest may have been no job. A name is left out where it leaves the folder, leads through a
+    link, or belongs to a folder.
+    """
+    files = read_leftover_manifest(folder)[0].get("files")
+    return [name for name in files if is_result_file(folder, name)] if isinstance(files, list) else []
+
+
+def is_result_file(folder: Path, name: Any) -> bool:
+    """Tell whether a name of a manifest belongs to a file or link which a job may have written in the folder."""
+    if not isinstance(name, str) or str(parent := PurePosixPath(name).parent) not in RESULT_FOLDERS:
+        return False
+    try:
+        behind_link = any((folder / part).is_symlink() for part in (parent, *parent.parents) if str(part) != ".")
+        kind = (folder / name).lstat().st_mode
+    except (OSError, ValueError):  # not there, or no name that a file system takes
+        return False
+    return not behind_link and (stat.S_ISREG(kind) or stat.S_ISLNK(kind))
+
+
+def find_unreadable_manifests(model_dir: Path) -> Iterator[str]:
+    """Yield a sentence for each manifest of an earlier job that does not tell which files the new result replaces."""
+    for folder in (model_dir, model_dir / ADAPTER):
+        reason = read_leftover_manifest(folder)[1]
+        if reason is not None:
+            yield f"{reason}: what an earlier job left in {folder} stays beside the new result; remove it."

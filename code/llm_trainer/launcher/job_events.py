@@ -17,7 +17,7 @@ from llm_trainer.common.versions import read_versions
 from llm_trainer.config.environment import Environment
 from llm_trainer.host.nvidia_driver import read_driver
 from llm_trainer.journal.journal import FILE_NAME, Journal
-from llm_trainer.journal.manifest import read_manifest
+from llm_trainer.journal.manifest import read_leftover_manifest
 from llm_trainer.journal.records import SCHEMA_VERSION, RecordKind
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.launcher.cluster import ClusterLink
@@ -98,7 +98,7 @@ class JobEventWriter:
         if verdict.failure:
             self.write("end", status="failed", reason=verdict.failure.reason)
             return
-        is_stopped = verdict.what == "stopped" or read_manifest(model_dir).get("stopped")
+        is_stopped = verdict.what == "stopped" or read_leftover_manifest(model_dir)[0].get("stopped")
         self.write("end", status="stopped" if is_stopped else "done", reason=None)
 
 

@@ -21,6 +21,7 @@ PROPERTIES, ENVIRONMENT = "serving.properties", "serving.env"
 MODEL_DIR = "/opt/ml/model"  # where SageMaker puts the artefacts of an endpoint, and LMI looks for a model
 ADAPTERS, ADAPTER_NAME = "adapters", "trained"  # LMI registers each folder in `adapters` under its name
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+SERVING_FILES = (PROPERTIES, ENVIRONMENT, *(f"{ADAPTERS}/{ADAPTER_NAME}/{name}" for name in ADAPTER_FILES))
 DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}  # LMI refuses the long names
 STORED_BYTES = {"mxfp4": 0.55, "fp8": 1.0}  # bytes a weight, with its scales, for a base that vLLM loads quantized
 DEGREES = (1, 2, 4, 8)  # numbers of GPUs that SageMaker's instances have
@@ -88,8 +89,8 @@ class ServedModel:
         return self.config.get_text_config()
 
 
-def write_serving_files(folder: Path, model: ServedModel) -> list[str]:
-    """Write serving.properties and serving.env beside the artefacts.
+def write_serving_files(folder: Path, model: ServedModel, artefacts: Path) -> list[str]:
+    """Write serving.properties, serving.env and a copy of the adapter in `artefacts`, for the place beside it.
 
     Returns a sentence for each reason why vLLM cannot load the adapter. Nothing is written then: the container would
     serve the base alone, or not start.
@@ -98,7 +99,7 @@ def write_serving_files(folder: Path, model: ServedModel) -> list[str]:
     if refusals:
         return refusals
     if model.lora is not None:
-        copy_adapter(folder)
+        copy_adapter(artefacts, folder)
     options, remarks = choose_options(model), list(describe_choices(model))
     lines = [f"# {remark}" for remark in remarks] + ["engine=Python"]
     lines += [f"option.{name}={escape_property(value)}" for name, value in options.items()]
@@ -109,12 +110,12 @@ def write_serving_files(folder: Path, model: ServedModel) -> list[str]:
     return []
 
 
-def copy_adapter(folder: Path) -> None:
+def copy_adapter(artefacts: Path, folder: Path) -> None:
     """Copy the adapter into the subfolder in which alone LMI looks for adapters."""
     target = folder / ADAPTERS / ADAPTER_NAME
     target.mkdir(parents=True)
     for name in ADAPTER_FILES:
-        shutil.copyfile(folder / name, target / name)
+        shutil.copyfile(artefacts / name, target / name)
 
 
 def choose_options(model: ServedModel) -> dict[str, str]:

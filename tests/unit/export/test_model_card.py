@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from llm_trainer.export.base_source import BaseSource
-from llm_trainer.export.model_card import find_licence, write_model_card
+from llm_trainer.export.model_card import build_model_card, find_licence
 
 MANIFEST = {
     "llm_trainer": "0.1.0",
@@ -50,10 +50,8 @@ MANIFEST = {
 
 
 def card_of(folder, base_folder="/nowhere", base_id="org/base", refusals=()):
-    write_model_card(
-        folder, MANIFEST, Path(base_folder), BaseSource(base_id, "abc" if base_id else None), list(refusals)
-    )
-    return ModelCard.load(folder / "README.md")
+    base = BaseSource(base_id, "abc" if base_id else None)
+    return ModelCard(build_model_card(folder, MANIFEST, Path(base_folder), base, list(refusals)))
 
 
 def test_an_adapters_card(tmp_path):

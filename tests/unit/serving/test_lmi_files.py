@@ -51,7 +51,7 @@ def serve(folder, model_type="llama", weights=8e9, shape=None, **fields):
     if model.lora:
         for name in lmi_files.ADAPTER_FILES:
             (folder / name).write_text(name)
-    refusals = write_serving_files(folder, model)
+    refusals = write_serving_files(folder, model, folder)
     if refusals:
         return {}, refusals
     lines = (folder / "serving.properties").read_text(encoding="ascii").splitlines()
