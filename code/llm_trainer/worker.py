@@ -10,7 +10,7 @@ from pathlib import Path
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError, report_failure, reserve_failure
 from llm_trainer.common.library_noise import silence_libraries
-from llm_trainer.common.processes import die_with_parent, exit_without_teardown
+from llm_trainer.common.processes import exit_without_teardown
 from llm_trainer.common.ranks import describe_rank, local_rank, rank
 from llm_trainer.config.sections import SECRETS
 from llm_trainer.config.tracker_choice import configure_trackers
@@ -27,7 +27,6 @@ BITSANDBYTES_OPTIMIZERS = re.compile("bnb|bit|paged|lion|ademamix")
 
 def main() -> int:
     """Run the job of this worker. Return the process's exit code."""
-    die_with_parent()
     end_process_on_lost_batch()
     scratch_dir = Path(os.environ["LLM_TRAINER_SCRATCH"])
     silence_libraries()

@@ -201,6 +201,20 @@ def test_a_killed_launcher_takes_every_process_along(make_job, start):
     wait_until(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers))
 
 
+@pytest.mark.parametrize("num_ranks", ["1", "2"])
+def test_a_launcher_killed_early_leaves_nothing_that_would_train(make_job, start, num_ranks):
+    """torchrun and a worker import torch for seconds before they can do anything about their end."""
+    tree = make_job(num_train_epochs="100000", nproc_per_node=num_ranks)
+    job = start(tree)
+    job.wait_for("Training data: ")
+    launcher = psutil.Process(job.process.pid)
+    wait_until(lambda: len(launcher.children()) == 2)  # the reporter, and what starts the workers
+    children = launcher.children(recursive=True)
+    job.process.kill()
+    job.process.wait()
+    wait_until(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
+
+
 STREAMING = {"streaming": "true", "max_steps": "12", "nproc_per_node": "2", "save_steps": "6"}
 
 

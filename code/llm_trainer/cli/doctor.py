@@ -21,6 +21,7 @@ import psutil
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.findings import Finding, format_finding
+from llm_trainer.common.processes import bind_command
 from llm_trainer.config.environment import Environment, read_environment
 from llm_trainer.config.sections import TrackingSettings
 from llm_trainer.config.tracker_choice import choose_trackers, find_mlflow_uri
@@ -150,9 +151,10 @@ def try_all_reduce(environment: Environment, num_gpus: int) -> Finding:
 
 def run_self_test(environment: Environment, num_processes: int, backend: str) -> tuple[str, int | None]:
     """Return the output and the exit code of torchrun. The exit code is None when its time was up."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    torchrun = [sys.executable, "-m", "llm_trainer.launcher.torchrun", "--standalone", "--local-addr=127.0.0.1"]
+    worker = [sys.executable, "-m", "llm_trainer.cli.all_reduce", backend]
     child = subprocess.Popen(
-        [*torchrun, f"--nproc-per-node={num_processes}", "--module", "llm_trainer.cli.all_reduce", backend],
+        bind_command([*torchrun, f"--nproc-per-node={num_processes}", "--", *worker]),
         env={
             "OMP_NUM_THREADS": "1",
             **build_network_variables(environment),

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from llm_trainer.cli.commands import build_parser, list_commands, parse_command
+from llm_trainer.launcher.stop_signal import end_on_stops, note_early_stops
 
 USAGE_ERROR = 2  # argparse's code for words that it does not understand
 CLOSED_PIPE = 141  # 128 + SIGPIPE: the code of a program that writes to a reader who has left
@@ -15,11 +16,17 @@ CLOSED_PIPE = 141  # 128 + SIGPIPE: the code of a program that writes to a reade
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line, by default the one of the process, and return the exit code.
 
-    Raises SystemExit after --help and --version, and where an argument is wrong, as argparse does.
+    Raises SystemExit after --help and --version, and where an argument is wrong, as argparse does. A stop signal raises
+    it too, except from `train`, which obeys a stop in its own way.
     """
+    if words is None:
+        note_early_stops()
+        words = sys.argv[1:]
+        if words[:1] != ["train"]:
+            end_on_stops()
     try:
         try:
-            return run_command(sys.argv[1:] if words is None else words)
+            return run_command(words)
         finally:
             sys.stdout.flush()  # Python itself would do it after this function, where nothing can catch an error
     except BrokenPipeError:

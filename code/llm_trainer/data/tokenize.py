@@ -26,7 +26,7 @@ from datasets import Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.common.processes import die_with_parent
+from llm_trainer.common.processes import bind_to_parent
 from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.encoding import EncodedRow, Encoder, Ids
 from llm_trainer.data.formats import IGNORED, Example, Fields, RowError, detect_format, parse_example
@@ -251,7 +251,9 @@ def prepare_in_pool(
     """
     # Forked processes have tokenizer and libraries at once. They touch neither torch nor a GPU.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(num_processes, context, initializer=begin_process, initargs=(preparer,)) as pool:
+    with ProcessPoolExecutor(
+        num_processes, context, initializer=begin_process, initargs=(preparer, os.getpid())
+    ) as pool:
         pending: deque[Future[PreparedChunk]] = deque()
         try:
             for chunk in chunks:
@@ -267,10 +269,10 @@ def prepare_in_pool(
 process_preparer: Preparer  # set once in each process of the pool, and nowhere else: tasks would copy it each time
 
 
-def begin_process(preparer: Preparer) -> None:
-    """Set up a process of the pool."""
+def begin_process(preparer: Preparer, parent: int) -> None:
+    """Set up a process of the pool, which the process with the id `parent` has."""
     global process_preparer
-    die_with_parent()
+    bind_to_parent(parent)
     gc.freeze()  # what the fork inherited is not searched for garbage, which would copy its memory
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core leaves no room for threads
     process_preparer = preparer

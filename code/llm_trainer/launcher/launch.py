@@ -17,6 +17,7 @@ from pathlib import Path
 from llm_trainer.common import log
 from llm_trainer.common.errors import Failure, UserError, write_failure
 from llm_trainer.common.files import read_json_object
+from llm_trainer.common.processes import bind_command
 from llm_trainer.config.checks import count_processes
 from llm_trainer.config.environment import Environment, find_base_dir, read_environment
 from llm_trainer.config.schema import redact_settings, show_value
@@ -194,7 +195,7 @@ class HostJob:
         if self.job.environment.node_rank == 0:  # the host that writes them; the folder may be one for all hosts
             checkpoint_dir.remove_partial_checkpoints(self.job.inputs.checkpoint_dir)
         phases = {"LLM_TRAINER_PHASES": json.dumps(self.timeline.seconds)}
-        return subprocess.Popen(command, env={**variables, **phases}, start_new_session=True)
+        return subprocess.Popen(bind_command(command), env={**variables, **phases}, start_new_session=True)
 
     def run_reporter(self, variables: Mapping[str, str]) -> contextlib.AbstractContextManager[object]:
         """Return the reporter's process as a context, on the first training host; on the others an empty one."""

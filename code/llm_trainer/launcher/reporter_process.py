@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from llm_trainer.common import log
+from llm_trainer.common.processes import bind_command
 from llm_trainer.launcher.supervisor import end_processes
 from llm_trainer.trackers.reporter import REPORT_SECONDS, find_patience
 
@@ -47,7 +48,9 @@ class ReporterProcess:
         """Start the process in a session of its own: a terminal's Ctrl-C is not for it."""
         command, variables = self.options.build_command(), {**self.variables, "OMP_NUM_THREADS": "1"}
         # The pipe tells it when the job is over.
-        self.child = subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, start_new_session=True)
+        self.child = subprocess.Popen(
+            bind_command(command), env=variables, stdin=subprocess.PIPE, start_new_session=True
+        )
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -15,6 +15,40 @@ from typing import Self
 
 from llm_trainer.common import log
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+EXIT_CODE_OF_SIGNAL = 128  # plus the signal's number: how shells tell the exit code of a process that a signal ended
+
+early_signals: list[int] = []  # those that came before anything could be done about them
+
+
+def note_early_stops() -> None:
+    """Note stop signals from now on, for whoever asks `find_early_stop`.
+
+    The first statement of the process: imports take a second and more, and PID 1 has no handlers of its own.
+    """
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, lambda number, frame: early_signals.append(number))
+
+
+def find_early_stop() -> signal.Signals | None:
+    """Return the first stop signal that `note_early_stops` noted, None where there was none."""
+    return signal.Signals(early_signals[0]) if early_signals else None
+
+
+def end_on_stops() -> None:
+    """Have a stop signal end this process with an exit code that tells it, one that has come already too.
+
+    Raises SystemExit in the main thread.
+    """
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(EXIT_CODE_OF_SIGNAL + signum)
+
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, end)
+    if early := find_early_stop():
+        end(early, None)
+
 
 class StopSignal:
     """SIGTERM and SIGINT to this process while the block runs; the first one creates `file`."""
@@ -25,7 +59,9 @@ class StopSignal:
 
     def __enter__(self) -> Self:
         """Install the handlers."""
-        self.previous = {signum: signal.signal(signum, self.receive) for signum in (signal.SIGTERM, signal.SIGINT)}
+        self.previous = {signum: signal.signal(signum, self.receive) for signum in STOP_SIGNALS}
+        if early := find_early_stop():
+            self.receive(early, None)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -26,6 +26,8 @@ from llm_trainer.common.errors import write_failure
 from llm_trainer.common.files import read_json_object
 from llm_trainer.common.redaction import hide_secrets
 from llm_trainer.config.hyperparameter_decoding import decode_value
+from llm_trainer.launcher.process_tree import build_tree_command
+from llm_trainer.launcher.stop_signal import find_early_stop
 
 # By module and not by its console script `train`; -P, because the working folder is no place to import from.
 TOOLKIT = [sys.executable, "-P", "-m", "sagemaker_training.cli.train"]
@@ -51,13 +53,17 @@ def find_script(hyperparameters: Mapping[str, Any]) -> str | None:
 
 
 def run_script(base_dir: Path, hyperparameters: Mapping[str, Any], variables: Mapping[str, str]) -> int:
-    """Run the script that the job names. Return the container's exit code: 0 if the script ended with 0, else 1.
+    """Run the script that the job names. Return the container's exit code: 0 if it ended with 0, else 1.
 
-    `variables` are the environment of toolkit and script. Raises PermissionError where the tree cannot be written.
+    `variables` are the environment of toolkit and script. After a stop the script is not begun.
+    Raises PermissionError where the tree cannot be written.
     """
     output_dir = base_dir / "output"
     output_dir.mkdir(parents=True, exist_ok=True)  # where the toolkit cannot write a failure, it ends with exit code 0
     (output_dir / "success").unlink(missing_ok=True)  # left by an earlier job in the same tree
+    if early := find_early_stop():
+        log.info(f"Received {early.name} before the script began: it is not started.")
+        return 0
     provide_code(base_dir, hyperparameters)
     with tempfile.TemporaryDirectory(prefix="llm-trainer-") as scratch_dir:
         exit_code, last_errors = run_toolkit(toolkit_variables(base_dir, variables, Path(scratch_dir)))
@@ -99,19 +105,20 @@ def run_toolkit(variables: Mapping[str, str]) -> tuple[int, str]:
     Returns the toolkit's exit code and the end of its standard error.
     """
     # A session of its own: Ctrl-C in a terminal reaches this process alone, which knows whom to hand it on to.
-    toolkit = subprocess.Popen(TOOLKIT, env=variables, stderr=subprocess.PIPE, start_new_session=True)
-    assert toolkit.stderr is not None
+    command = build_tree_command(TOOLKIT)
+    tree = subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, start_new_session=True)
+    assert tree.stderr is not None
     kept = bytearray()
-    copier = threading.Thread(target=copy_to_stderr, args=(toolkit.stderr, kept), daemon=True)
+    copier = threading.Thread(target=copy_to_stderr, args=(tree.stderr, kept), daemon=True)
     copier.start()
 
     def forward(signum: int, frame: FrameType | None) -> None:
         log.info(f"Received {signal.Signals(signum).name}: handing it on to the script.")
-        forward_signal(signum, toolkit.pid)
+        forward_signal(signum, tree.pid)
 
     previous = {signum: signal.signal(signum, forward) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:
-        exit_code = toolkit.wait()
+        exit_code = tree.wait()
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
@@ -128,10 +135,11 @@ def copy_to_stderr(source: IO[bytes], kept: bytearray) -> None:
         del kept[:-KEPT_STDERR_BYTES]
 
 
-def forward_signal(signum: int, toolkit_pid: int) -> None:
+def forward_signal(signum: int, tree_pid: int) -> None:
     """Send a signal to the script, or to the toolkit where no script runs yet: the toolkit would only die of it."""
     try:
-        toolkit = psutil.Process(toolkit_pid)
+        tree = psutil.Process(tree_pid)
+        toolkit = next(iter(tree.children()), tree)  # the toolkit may not have been started yet
         command = toolkit.cmdline()
         receivers = [found for child in toolkit.children() for found in find_receivers(signum, child, command)]
         for process in receivers or [toolkit]:

@@ -46,7 +46,7 @@ class WorkerProcesses:
             ]
         # Told its own name, torchrun does not look it up, which takes minutes where nobody answers.
         command += [f"--local-addr={environment.current_host if len(environment.hosts) > 1 else '127.0.0.1'}"]
-        return [*command, "--module", "llm_trainer.worker", *arguments]
+        return [*command, "--", sys.executable, "-m", "llm_trainer.worker", *arguments]
 
     def build_variables(self, scratch_dir: Path, started: float, libraries: Mapping[str, str]) -> dict[str, str]:
         """Return the workers' environment: threads that share the cores, the network, and the libraries' variables.

@@ -21,7 +21,6 @@ from pathlib import Path
 
 from llm_trainer.common import log
 from llm_trainer.common.errors import quote_error
-from llm_trainer.common.processes import die_with_parent
 from llm_trainer.journal.journal import read_records
 from llm_trainer.journal.manifest import MANIFEST
 from llm_trainer.trackers.feed import POLL_SECONDS, Ending, Feed, Tracker
@@ -68,7 +67,6 @@ def main(arguments: Sequence[str]) -> None:
 
 def isolate_process() -> None:
     """Keep this process out of the training's way, and libraries' words out of the log."""
-    die_with_parent()
     for signum in (signal.SIGTERM, signal.SIGINT):  # the container's, which the launcher acts upon
         signal.signal(signum, signal.SIG_IGN)
     os.nice(10)

@@ -34,7 +34,7 @@ def test_processes_of_one_host_talk_over_its_loopback(make_workers):
     command = make_workers(2).build_command(["--lora_r", "8"])
     assert command[2:] == [
         *("llm_trainer.launcher.torchrun", "--nproc-per-node=2", "--local-addr=127.0.0.1"),
-        *("--module", "llm_trainer.worker", "--lora_r", "8"),
+        *("--", sys.executable, "-m", "llm_trainer.worker", "--lora_r", "8"),
     ]
 
 
