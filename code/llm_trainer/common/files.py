@@ -2,7 +2,6 @@
 """Files that are written whole or not at all, their digests, their removal, and JSON files of one object."""
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
 from llm_trainer.common.errors import UserError
 
 
@@ -59,9 +59,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): write it as one JSON object.") from error
+        value = read_json(path)
+    except UnreadableTextError as error:
+        raise UserError(f"{path} {error.reason}: write it as one JSON object.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}: write it as one JSON object.")
     return value
