@@ -99,7 +99,7 @@ report-picture: venv .demo/opt/ml ## Take the README's picture of a report from 
 
 image: ## Build sagemaker-llm-trainer:VARIANT (cuda or cpu); IMAGE=, BASE_IMAGE= and BUILDER_IMAGE= override
 ifeq ($(VARIANT),cpu)
-	$(if $(CPU_TORCH),,$(ANY_PYTHON) -m pip download --quiet --no-deps --require-hashes --only-binary :all: --python-version 3.11 \
+	$(if $(CPU_TORCH),,$(ANY_PYTHON) -P -m pip download --quiet --no-deps --require-hashes --only-binary :all: --python-version 3.11 \
 		--platform manylinux_2_28_$(MACHINE) -r $(REQUIREMENTS)/torch-cpu.txt -d docker/wheels || { echo $(NO_CPU_TORCH); exit 1; })
 endif
 	base=$(BASE); case $$base in \

@@ -76,7 +76,7 @@ def audit(packages: list[dict[str, Any]], osv_url: str) -> list[dict[str, Any]]:
         # Without the local part of a version, such as torch's +cpu, which advisories do not know.
         file.writelines(f"{package['name']}=={package['version'].partition('+')[0]}\n" for package in packages)
         file.flush()
-        command = [sys.executable, "-m", "pip_audit", "--requirement", file.name, "--disable-pip", "--no-deps"]
+        command = [sys.executable, "-P", "-m", "pip_audit", "--requirement", file.name, "--disable-pip", "--no-deps"]
         command += ["--vulnerability-service", "osv", "--osv-url", osv_url, "--format", "json"]
         command += ["--progress-spinner", "off"]
         run = subprocess.run(command, capture_output=True, text=True)

@@ -2,6 +2,7 @@
 """The process that is started once a device. It trains, and tells the launcher why when it fails."""
 
 import gc
+import json
 import os
 import re
 import sys
@@ -30,7 +31,7 @@ def main() -> int:
     end_process_on_lost_batch()
     scratch_dir = Path(os.environ["LLM_TRAINER_SCRATCH"])
     silence_libraries()
-    job = read_job(sys.argv[1:])
+    job = read_job(json.loads(os.environ["LLM_TRAINER_ARGUMENTS"]))
     environment = job.environment
     journal = Journal(environment.output_dir / "data" / FILE_NAME if rank() == 0 else None)
     timeline = Timeline.continue_from_launcher(journal, environment.current_host)

@@ -35,6 +35,15 @@ def test_no_user_is_set_because_the_mounts_belong_to_root(config):
     assert config["User"] == ""
 
 
+def test_nothing_is_imported_from_the_working_folder_or_a_users_own(image):
+    script = "cd $(mktemp -d) && echo 'print(\"shadow\")' >argparse.py && cp argparse.py peft.py"
+    script += " && mkdir -p ~/.local/lib/python3.{11,12,13}/site-packages"
+    script += " && for folder in ~/.local/lib/*/site-packages; do cp peft.py $folder/usercustomize.py; done"
+    printed = image.run_bash(f"{script} && llm-trainer --help && python -m llm_trainer --help")
+    assert printed.count("usage: llm-trainer") == 2
+    assert "shadow" not in printed
+
+
 def test_nothing_is_baked_under_opt_ml(image, config):
     assert not config["Volumes"]
     assert image.run_bash("test ! -e /opt/ml && echo absent") == "absent\n"

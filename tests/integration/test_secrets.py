@@ -40,7 +40,7 @@ def test_two_workers_use_what_the_launcher_read_once_and_nothing_holds_it(tree, 
     result = tree.run()
     assert result.returncode == 0, result.stdout
     assert aws.requests == [SECRET, PARAMETER]
-    assert found.read_text() == "hf_behindTheReference key-behind-the-parameter"
+    assert found.read_text() == "hf_behindTheReference withheld"  # only the reporter has a use for W&B's key
     assert "Bearer hf_behindTheReference" in hub.tokens
     assert not re.search("hf_behind|key-behind", result.stdout)
     files = [file for file in tree.base_dir.rglob("*") if file.is_file()]

@@ -21,7 +21,7 @@ import psutil
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.findings import Finding, format_finding
-from llm_trainer.common.processes import bind_command
+from llm_trainer.common.processes import PYTHON, SAFE_PATH, bind_command
 from llm_trainer.config.environment import Environment, read_environment
 from llm_trainer.config.sections import TrackingSettings
 from llm_trainer.config.tracker_choice import choose_trackers, find_mlflow_uri
@@ -151,8 +151,8 @@ def try_all_reduce(environment: Environment, num_gpus: int) -> Finding:
 
 def run_self_test(environment: Environment, num_processes: int, backend: str) -> tuple[str, int | None]:
     """Return the output and the exit code of torchrun. The exit code is None when its time was up."""
-    torchrun = [sys.executable, "-m", "llm_trainer.launcher.torchrun", "--standalone", "--local-addr=127.0.0.1"]
-    worker = [sys.executable, "-m", "llm_trainer.cli.all_reduce", backend]
+    torchrun = [*PYTHON, "-m", "llm_trainer.launcher.torchrun", "--standalone", "--local-addr=127.0.0.1"]
+    worker = [*PYTHON, "-m", "llm_trainer.cli.all_reduce", backend]
     child = subprocess.Popen(
         bind_command([*torchrun, f"--nproc-per-node={num_processes}", "--", *worker]),
         env={
@@ -160,6 +160,7 @@ def run_self_test(environment: Environment, num_processes: int, backend: str) ->
             **build_network_variables(environment),
             **os.environ,
             **build_driver_variables(os.environ),
+            **SAFE_PATH,
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -17,6 +17,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+# How a process of ours is started. By itself `python -m` imports from the working folder first: with a file peft.py
+# there, that would run in the place of the library. The variable is for those that others start, such as torchrun.
+PYTHON = (sys.executable, "-P")
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 
 
 def bind_command(command: Sequence[str]) -> list[str]:

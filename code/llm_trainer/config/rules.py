@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from llm_trainer.common.redaction import hide_secrets
 from llm_trainer.config.rule import Rule
 from llm_trainer.config.schema import FIELDS, Settings
+from llm_trainer.config.secret_references import USED_FOR
 from llm_trainer.config.sections import ADDRESS, HUB_ID, MOVING_STARTS, AdapterSettings, ModelSettings
 from llm_trainer.config.tracker_choice import (
     MLFLOW_SCHEMES,
@@ -223,7 +224,10 @@ PUBLISH_RULES = (
     ),
     Rule(
         ("push_to_hub", "hub_token", "token"),
-        lambda s: s.output.push_to_hub and not (s.output.hub_token or s.model.token or os.environ.get("HF_TOKEN")),
+        lambda s: (
+            s.output.push_to_hub
+            and not (s.output.hub_token or s.model.token or any(os.environ.get(name) for name in USED_FOR["hub"]))
+        ),
         "push_to_hub=true without a token: give one that may write as HF_TOKEN in the job's Environment.",
     ),
     Rule(

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Secrets that a job is given by reference: the ARN of a secret or a parameter stands in the place of its value.
 
-The launcher reads each once a host. From there a value is passed on in environment variables alone.
+The launcher reads each once a host. From there a value is passed on in environment variables alone, and only to the
+processes that use it.
 """
 
 import json
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
 
 from pydantic import SecretStr
 
@@ -17,14 +18,36 @@ HUB_TOKEN = "LLM_TRAINER_HUB_TOKEN"  # only the push uses it: this token must wr
 # The setting of the same secret, by variable. The setting wins.
 VARIABLES = {
     "HF_TOKEN": "token",
+    "HUGGING_FACE_HUB_TOKEN": None,  # its older name, which the Hub's library still reads
     "WANDB_API_KEY": "wandb_token",
     HUB_TOKEN: "hub_token",
     "MLFLOW_TRACKING_PASSWORD": None,
+    "MLFLOW_TRACKING_TOKEN": None,
 }
+Use = Literal["hub", "push", "wandb", "mlflow"]
+# The variables that hold secrets, by what they are used for. What a user names otherwise is left to the user.
+USED_FOR: dict[Use, tuple[str, ...]] = {
+    "hub": ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
+    "push": (HUB_TOKEN,),
+    "wandb": ("WANDB_API_KEY",),
+    # Behind MLflow may stand SageMaker, or artefacts in S3.
+    "mlflow": (
+        *("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN"),
+        *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_CONTAINER_AUTHORIZATION_TOKEN"),
+    ),
+}
+WITHHELD = "withheld"  # in the place of W&B's key: workers check the settings again, and look whether there is one
 REFERENCE = re.compile(r"arn:aws[\w-]*:(?:(secretsmanager):([\w-]+):\d+:secret:.+|(ssm):([\w-]+):\d+:parameter/.+)")
 ACTIONS = {"secretsmanager": "secretsmanager:GetSecretValue", "ssm": "ssm:GetParameter"}
 NOT_THERE = ("ResourceNotFoundException", "ParameterNotFound", "ParameterVersionNotFound")
 CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 5, 10, 3
+
+
+def withhold_secrets(variables: Mapping[str, str], uses: Collection[Use]) -> dict[str, str]:
+    """Return the variables without the secrets that a process has no use for."""
+    withheld = {name for use, names in USED_FOR.items() if use not in uses for name in names} & variables.keys()
+    kept = {name: value for name, value in variables.items() if name not in withheld}
+    return kept | {name: WITHHELD for name in withheld if name in USED_FOR["wandb"]}
 
 
 def is_reference(value: str) -> bool:

@@ -21,7 +21,7 @@ from llm_trainer.common.processes import bind_command
 from llm_trainer.config.checks import count_processes
 from llm_trainer.config.environment import Environment, find_base_dir, read_environment
 from llm_trainer.config.schema import redact_settings, show_value
-from llm_trainer.config.secret_references import read_secret_variables
+from llm_trainer.config.secret_references import USED_FOR, Use, read_secret_variables, withhold_secrets
 from llm_trainer.config.tracker_choice import build_tracker_variables, choose_trackers
 from llm_trainer.host.machine import inspect_machine
 from llm_trainer.host.system_metrics import SystemMetrics
@@ -46,7 +46,12 @@ from llm_trainer.launcher.supervisor import (
     wait_for_trainers,
 )
 from llm_trainer.launcher.user_script import names_a_script, run_script
-from llm_trainer.launcher.worker_processes import WorkerProcesses, build_cache_variables, build_library_variables
+from llm_trainer.launcher.worker_processes import (
+    WorkerProcesses,
+    build_cache_variables,
+    build_library_variables,
+    reads_from_hub,
+)
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -146,6 +151,18 @@ def find_library_variables(job: Job) -> dict[str, str]:
     return build_library_variables(job.inputs, job.settings.model.chat_template_path, job.settings.output.push_to_hub)
 
 
+def find_worker_uses(job: Job) -> list[Use]:
+    """List what the workers need secrets for."""
+    output = job.settings.output
+    reads = reads_from_hub(job.inputs, job.settings.model.chat_template_path)
+    asked: dict[Use, bool] = {
+        "hub": reads or output.push_to_hub,
+        "push": output.push_to_hub,
+        "mlflow": output.mlflow_register_model is not None,
+    }
+    return [use for use, is_asked in asked.items() if is_asked]
+
+
 @dataclass(frozen=True)
 class HostJob:
     """A checked job on one host, in touch with the other hosts."""
@@ -169,17 +186,19 @@ class HostJob:
         signals = AttemptSignals(self.scratch_dir / "failures", self.stop_file, StartGate(self.scratch_dir))
         signals.failures_dir.mkdir()
         variables = self.workers.build_variables(self.scratch_dir, started, find_library_variables(self.job))
+        # Not in the command, which every process of the machine may read: a setting can hold a secret.
+        own = withhold_secrets(variables, find_worker_uses(self.job)) | {"LLM_TRAINER_ARGUMENTS": json.dumps(arguments)}
         num_ranks = self.workers.num_processes * len(environment.hosts)
         description = JobDescription(started, num_ranks, redact_settings(self.job.settings))
         events = JobEventWriter(environment, self.link, description)
         events.write_start(self.timeline, goes_on=bool(list_kept_checkpoints(self.job)))
-        command = self.workers.build_command(arguments)
+        command = self.workers.build_command()
 
         def start(attempt: int, earlier: Failure | None) -> "subprocess.Popen[bytes]":
             if earlier:
                 self.timeline.mark(f"attempt_{attempt - 1}")
                 events.write_restart(attempt, earlier)
-            return self.start_workers(command, variables)
+            return self.start_workers(command, own)
 
         folders = {"checkpoints": inputs.checkpoint_dir, "temp": Path(tempfile.gettempdir())}
         with self.run_reporter(variables):
@@ -202,16 +221,16 @@ class HostJob:
         environment, settings, inputs = self.job.environment, self.job.settings, self.job.inputs
         if environment.node_rank > 0:
             return contextlib.nullcontext()
+        trackers = choose_trackers(settings.tracking, variables)
         options = ReporterOptions(
             journal=environment.output_dir / "data" / FILE_NAME,
             model_dir=inputs.model_dir,
             checkpoint_dir=inputs.checkpoint_dir if settings.training.use_checkpoints else None,
-            trackers=choose_trackers(settings.tracking, variables),
+            trackers=trackers,
             tracks_model=settings.tracking.track_model,
         )
-        return ReporterProcess(
-            options, {**variables, **build_tracker_variables(settings.tracking, variables)}, self.stop_file
-        )
+        own = withhold_secrets(variables, [use for use in USED_FOR if use in trackers])
+        return ReporterProcess(options, own | build_tracker_variables(settings.tracking, variables), self.stop_file)
 
 
 def log_job(job: Job) -> None:

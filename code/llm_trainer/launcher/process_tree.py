@@ -15,15 +15,14 @@ from types import FrameType
 
 import psutil
 
-from llm_trainer.common.processes import bind_to_parent
+from llm_trainer.common.processes import PYTHON, bind_to_parent
 
 DEATH_SIGNAL = signal.SIGUSR1  # one that can be caught, and that means nothing else here
 
 
 def build_tree_command(command: list[str]) -> list[str]:
     """Return a command that ends with this process, and all processes below it too."""
-    # -P, because the working folder is no place to import from.
-    return [sys.executable, "-P", "-m", "llm_trainer.launcher.process_tree", str(os.getpid()), *command]
+    return [*PYTHON, "-m", "llm_trainer.launcher.process_tree", str(os.getpid()), *command]
 
 
 def main() -> int:

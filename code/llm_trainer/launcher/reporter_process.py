@@ -2,14 +2,13 @@
 """The launcher's side of the reporter: start its process with the workers, and end it within bounds."""
 
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 from llm_trainer.common import log
-from llm_trainer.common.processes import bind_command
+from llm_trainer.common.processes import PYTHON, SAFE_PATH, bind_command
 from llm_trainer.launcher.supervisor import end_processes
 from llm_trainer.trackers.reporter import REPORT_SECONDS, find_patience
 
@@ -26,7 +25,7 @@ class ReporterOptions:
 
     def build_command(self) -> list[str]:
         """Return the command of the reporter's process."""
-        command = [sys.executable, "-m", "llm_trainer.trackers.reporter", str(self.journal)]
+        command = [*PYTHON, "-m", "llm_trainer.trackers.reporter", str(self.journal)]
         command += [f"--model-dir={self.model_dir}"]
         if self.trackers:
             command += [f"--trackers={','.join(self.trackers)}"]
@@ -46,7 +45,7 @@ class ReporterProcess:
 
     def __enter__(self) -> Self:
         """Start the process in a session of its own: a terminal's Ctrl-C is not for it."""
-        command, variables = self.options.build_command(), {**self.variables, "OMP_NUM_THREADS": "1"}
+        command, variables = self.options.build_command(), {**self.variables, **SAFE_PATH, "OMP_NUM_THREADS": "1"}
         # The pipe tells it when the job is over.
         self.child = subprocess.Popen(
             bind_command(command), env=variables, stdin=subprocess.PIPE, start_new_session=True

@@ -5,13 +5,12 @@ import subprocess
 import sys
 import time
 
-from llm_trainer.common.processes import bind_command
+from llm_trainer.common.processes import PYTHON, bind_command
 
 
 def main() -> int:
     """Run the worker to its end. Return 0 or 1, and report a worker that died."""
-    worker = [sys.executable, "-m", "llm_trainer.worker", *sys.argv[1:]]
-    exit_code = subprocess.Popen(bind_command(worker)).wait()
+    exit_code = subprocess.Popen(bind_command([*PYTHON, "-m", "llm_trainer.worker"])).wait()
     if exit_code:
         from llm_trainer.job.failure_reasons import report_death
 

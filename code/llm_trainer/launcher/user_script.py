@@ -24,13 +24,14 @@ import psutil
 from llm_trainer.common import log
 from llm_trainer.common.errors import write_failure
 from llm_trainer.common.files import read_json_object
+from llm_trainer.common.processes import PYTHON
 from llm_trainer.common.redaction import hide_secrets
 from llm_trainer.config.hyperparameter_decoding import decode_value
 from llm_trainer.launcher.process_tree import build_tree_command
 from llm_trainer.launcher.stop_signal import find_early_stop
 
-# By module and not by its console script `train`; -P, because the working folder is no place to import from.
-TOOLKIT = [sys.executable, "-P", "-m", "sagemaker_training.cli.train"]
+# By module and not by its console script `train`. The script itself, which the toolkit starts, imports its neighbours.
+TOOLKIT = [*PYTHON, "-m", "sagemaker_training.cli.train"]
 SHELLS = ("bash", "dash", "sh", "busybox")
 KEPT_STDERR_BYTES = 16384
 MAX_LATE_OUTPUT_SECONDS = 5

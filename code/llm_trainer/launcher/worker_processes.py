@@ -2,12 +2,12 @@
 """The command that starts a host's workers, and the environment variables that they get."""
 
 import os
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm_trainer.common.processes import PYTHON, SAFE_PATH
 from llm_trainer.config.environment import Environment
 from llm_trainer.host.network import build_network_variables
 from llm_trainer.host.nvidia_driver import build_driver_variables
@@ -28,15 +28,15 @@ class WorkerProcesses:
     num_processes: int
     on_gpu: bool
 
-    def build_command(self, arguments: Sequence[str]) -> list[str]:
-        """Return the command that starts the workers; `arguments` are those of `llm-trainer train`.
+    def build_command(self) -> list[str]:
+        """Return the command that starts the workers.
 
         One process on one host needs no torchrun, whose import of torch takes seconds.
         """
         environment = self.environment
         if self.num_processes == len(environment.hosts) == 1:
-            return [sys.executable, "-m", "llm_trainer.launcher.single_worker", *arguments]
-        command = [sys.executable, "-m", "llm_trainer.launcher.torchrun", f"--nproc-per-node={self.num_processes}"]
+            return [*PYTHON, "-m", "llm_trainer.launcher.single_worker"]
+        command = [*PYTHON, "-m", "llm_trainer.launcher.torchrun", f"--nproc-per-node={self.num_processes}"]
         if len(environment.hosts) > 1:
             command += [
                 f"--nnodes={len(environment.hosts)}",
@@ -46,7 +46,7 @@ class WorkerProcesses:
             ]
         # Told its own name, torchrun does not look it up, which takes minutes where nobody answers.
         command += [f"--local-addr={environment.current_host if len(environment.hosts) > 1 else '127.0.0.1'}"]
-        return [*command, "--", sys.executable, "-m", "llm_trainer.worker", *arguments]
+        return [*command, "--", *PYTHON, "-m", "llm_trainer.worker"]
 
     def build_variables(self, scratch_dir: Path, started: float, libraries: Mapping[str, str]) -> dict[str, str]:
         """Return the workers' environment: threads that share the cores, the network, and the libraries' variables.
@@ -66,7 +66,10 @@ class WorkerProcesses:
             variables |= KEPT_MEMORY
         if len(environment.hosts) > 1:
             variables["LLM_TRAINER_HOST"] = environment.current_host
-        variables |= libraries
+        variables |= {**libraries, **SAFE_PATH}
+        if "PYTHONPATH" in variables:  # an empty part of it is the working folder
+            places = variables["PYTHONPATH"].split(os.pathsep)
+            variables["PYTHONPATH"] = os.pathsep.join(place for place in places if os.path.isabs(place))
         return variables | build_driver_variables(variables)
 
 

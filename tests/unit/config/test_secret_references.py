@@ -8,7 +8,7 @@ import pytest
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.environment import read_environment
 from llm_trainer.config.schema import Settings
-from llm_trainer.config.secret_references import HUB_TOKEN, read_secret_variables
+from llm_trainer.config.secret_references import HUB_TOKEN, USED_FOR, WITHHELD, read_secret_variables, withhold_secrets
 from llm_trainer.job.inputs import find_inputs, find_warnings
 from support.fake_aws import FakeAWS
 
@@ -114,3 +114,18 @@ def test_only_a_value_among_the_settings_can_be_read_by_others(tree, monkeypatch
         "everyone who may describe the job can read wandb_token: give it in the job's Environment, or the ARN of a "
         "Secrets Manager secret in its place."
     ]
+
+
+@pytest.mark.parametrize("uses", [[], ["hub"], ["wandb"], ["mlflow", "push"]])
+def test_a_process_gets_only_the_secrets_that_it_uses(uses):
+    given = {name: f"value of {name}" for names in USED_FOR.values() for name in names} | {"MY_API_KEY": "mine"}
+    kept = withhold_secrets(given, uses)
+    assert kept["MY_API_KEY"] == "mine"
+    for use, names in USED_FOR.items():
+        for name in names:
+            withheld = WITHHELD if use == "wandb" else None
+            assert kept.get(name) == (given[name] if use in uses else withheld)
+
+
+def test_no_variable_is_made_up():
+    assert withhold_secrets({"HOME": "/root"}, []) == {"HOME": "/root"}

@@ -26,20 +26,20 @@ def make_workers(tmp_path, monkeypatch):
 
 
 def test_one_process_on_one_host_needs_no_torchrun(make_workers):
-    command = make_workers(1).build_command(["--lora_r", "8"])
-    assert command == [sys.executable, "-m", "llm_trainer.launcher.single_worker", "--lora_r", "8"]
+    command = make_workers(1).build_command()
+    assert command == [sys.executable, "-P", "-m", "llm_trainer.launcher.single_worker"]
 
 
 def test_processes_of_one_host_talk_over_its_loopback(make_workers):
-    command = make_workers(2).build_command(["--lora_r", "8"])
-    assert command[2:] == [
+    command = make_workers(2).build_command()
+    assert command[3:] == [
         *("llm_trainer.launcher.torchrun", "--nproc-per-node=2", "--local-addr=127.0.0.1"),
-        *("--", sys.executable, "-m", "llm_trainer.worker", "--lora_r", "8"),
+        *("--", sys.executable, "-P", "-m", "llm_trainer.worker"),
     ]
 
 
 def test_several_hosts_meet_at_the_first(make_workers):
-    command = make_workers(1, ["algo-1", "algo-2"], "algo-2").build_command([])
+    command = make_workers(1, ["algo-1", "algo-2"], "algo-2").build_command()
     options = {"--nnodes=2", "--node-rank=1", "--master-addr=algo-1", "--master-port=7777", "--local-addr=algo-2"}
     assert options <= set(command)
 
@@ -53,6 +53,12 @@ def test_threads_share_the_cores_and_the_libraries_variables_win(make_workers, t
     assert variables["LLM_TRAINER_HOST"] == "a"
     assert libraries.items() <= variables.items()
     assert worker_processes.KEPT_MEMORY.items() <= variables.items()
+
+
+def test_nothing_is_imported_from_the_working_folder(make_workers, tmp_path):
+    libraries = {"PYTHONPATH": "/mine::here", "PYTHONSAFEPATH": ""}
+    variables = make_workers(1).build_variables(tmp_path, 0.0, libraries)
+    assert (variables["PYTHONPATH"], variables["PYTHONSAFEPATH"]) == ("/mine", "1")
 
 
 def test_memory_is_given_back_on_gpus_and_one_host_has_no_name(make_workers, tmp_path):
