@@ -30,13 +30,13 @@ def main() -> int:
     """Run the job of this worker. Return the process's exit code."""
     end_process_on_lost_batch()
     scratch_dir = Path(os.environ["LLM_TRAINER_SCRATCH"])
+    log.escape_unprintable()
     silence_libraries()
-    job = read_job(json.loads(os.environ["LLM_TRAINER_ARGUMENTS"]))
+    job = read_own_job(scratch_dir / "failures")
     environment = job.environment
     journal = Journal(environment.output_dir / "data" / FILE_NAME if rank() == 0 else None)
     timeline = Timeline.continue_from_launcher(journal, environment.current_host)
     try:
-        reserve_failure(scratch_dir / "failures", f"rank-{rank()}")
         configure_trackers(job.settings.tracking, job.settings.output)
         if not may_need_bitsandbytes(job):
             hide_package("bitsandbytes")  # PEFT would import it, for seconds
@@ -48,10 +48,20 @@ def main() -> int:
         gc.enable()
         timeline.mark("imports")
         train(job, scratch_dir, timeline)
-    except Exception as error:  # the last frame of the process: whatever it was, SageMaker must learn of it
+    except (Exception, SystemExit) as error:  # the last frame: whatever it was, even a library's exit, is told of
         report_worker_failure(error, job, scratch_dir)
         return 1
     return 0
+
+
+def read_own_job(failures_dir: Path) -> Job:
+    """Return the job of this worker. An error, which the launcher did not meet, is raised and left for it."""
+    reserve_failure(failures_dir, f"rank-{rank()}")
+    try:
+        return read_job(json.loads(os.environ["LLM_TRAINER_ARGUMENTS"]))
+    except Exception as error:
+        report_failure(failures_dir, f"rank-{rank()}", explain(error, describe_rank(rank()), None))
+        raise
 
 
 def may_need_bitsandbytes(job: Job) -> bool:
@@ -72,7 +82,7 @@ def hide_package(name: str) -> None:
         sys.modules[name] = None  # type: ignore[assignment] # as Python's documentation of sys.modules describes
 
 
-def report_worker_failure(error: Exception, job: Job, scratch_dir: Path) -> None:
+def report_worker_failure(error: BaseException, job: Job, scratch_dir: Path) -> None:
     """Leave the reason for the launcher, and the traceback, unless it is a user's mistake, in the log and a file."""
     environment, facts = job.environment, collect_facts(job)
     failure = explain(error, describe_rank(rank()), facts)

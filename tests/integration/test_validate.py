@@ -261,9 +261,10 @@ def test_a_terminal_shows_in_colour_what_is_trained_on(examine_tree):
     assert "green: trained on" in text
 
 
-def test_an_output_folder_that_cannot_be_written_is_no_hindrance(tree, examine_tree):
+def test_an_output_folder_that_cannot_be_written_is_told_beside_all_else(tree, examine_tree):
     write_rows(tree, {"messages": 1})
     tree.write("output", "a file where the folder should be")
     validation = examine_tree()
     assert any("train.jsonl row 1" in problem for problem in validation.list_texts("error"))
-    assert any("Bad rows are not listed there." in text for text in validation.list_texts("warning"))
+    output = tree.base_dir / "output"
+    assert f"output: {output} is a file: give a folder." in validation.list_texts("error")

@@ -175,9 +175,14 @@ def add_metrics(commands: "Commands[argparse.ArgumentParser]") -> None:
 
 def run_train(asked: argparse.Namespace) -> int:
     """Run a job, and return the container's exit code."""
-    from llm_trainer.launcher.launch import launch
+    from llm_trainer.launcher.last_words import run_to_an_answer
 
-    return launch(asked.settings)
+    def run() -> int:
+        from llm_trainer.launcher.launch import launch  # an import that fails is told of, too
+
+        return launch(asked.settings)
+
+    return run_to_an_answer(run)
 
 
 def run_validate(asked: argparse.Namespace) -> int:

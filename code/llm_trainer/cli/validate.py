@@ -19,8 +19,9 @@ from llm_trainer.config.checks import find_missing_hardware
 from llm_trainer.config.environment import Environment, read_environment
 from llm_trainer.config.schema import Settings, redact_settings
 from llm_trainer.config.secret_references import VARIABLES, is_reference, read_secret_variables
+from llm_trainer.host.write_probe import find_write_problem
 from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
-from llm_trainer.job.inputs import Inputs, check_writable, find_inputs, find_missing_weights, find_warnings
+from llm_trainer.job.inputs import Inputs, find_inputs, find_missing_weights, find_warnings
 from llm_trainer.job.job import Job, collect_settings
 from llm_trainer.launcher.user_script import names_a_script
 from llm_trainer.launcher.worker_processes import build_library_variables
@@ -114,10 +115,9 @@ def examine_data(job: Job, validation: Validation, in_colour: bool) -> None:
     from llm_trainer.data.preview import mark_sample
 
     output_dir = job.environment.output_dir
-    unwritable = list(check_writable(output_dir, "output"))
-    validation.add_findings("output", "warning", [f"{text} Bad rows are not listed there." for text in unwritable])
+    is_writable = find_write_problem(output_dir) is None
     with tempfile.TemporaryDirectory(prefix="llm-trainer-") as folder:
-        rejected_rows = Path(folder if unwritable else output_dir / "data") / "rejected_rows.jsonl"
+        rejected_rows = Path(output_dir / "data" if is_writable else folder) / "rejected_rows.jsonl"
         try:
             prepared = prepare_data(job, Path(folder), rejected_rows, validation)
         except UserError as error:

@@ -100,13 +100,20 @@ def quote_error(error: BaseException) -> str:
 def write_failure(output_dir: Path, reason: str) -> None:
     """Write output/failure, at most 1,024 characters. The first writer wins, as its error caused the later ones.
 
-    Where it cannot be written the log says so. The reason itself is in the log already.
+    It takes the space that `reserve_failure` took, if it did. What UTF-8 cannot hold is written as an escape. Where
+    the file cannot be written the log says so. The reason itself is in the log already.
     """
+    text = reason.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()[:MAX_FAILURE_CHARACTERS]
+    reserved = output_dir / ".failure"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        with open(output_dir / "failure", "x", encoding="utf-8") as file:
-            file.write(reason[:MAX_FAILURE_CHARACTERS])
-    except FileExistsError:
-        return
+        if (output_dir / "failure").exists():
+            reserved.unlink(missing_ok=True)
+            return
+        reserved.touch()
+        with reserved.open("r+", encoding="utf-8") as file:
+            file.write(text)
+            file.truncate()
+        reserved.rename(output_dir / "failure")
     except OSError as error:
         log.error(f"The failure file could not be written: {error}")

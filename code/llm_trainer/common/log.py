@@ -4,6 +4,7 @@
 CloudWatch shows each line by itself, so that a carriage return would hide or join lines.
 """
 
+import io
 import sys
 from typing import TextIO
 
@@ -28,8 +29,19 @@ def error(text: str) -> None:
     write_line(sys.stderr, text)
 
 
+def escape_unprintable() -> None:
+    """Have this process's streams write characters that their encoding lacks as escapes.
+
+    A name that is not UTF-8, or any name under LANG=C, would otherwise end the job in the middle of a print.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not where a test or a notebook has put its own in their place
+            stream.reconfigure(errors="backslashreplace")
+
+
 def write_line(stream: TextIO, text: str) -> None:
     """Write a text and its line break at once: lines of several processes must not mix."""
     whole = hide_secrets(text).replace("\r\n", "\n").replace("\r", " ")
-    stream.write(f"{whole}\n")
+    encoding = stream.encoding or "utf-8"
+    stream.write(f"{whole}\n".encode(encoding, "backslashreplace").decode(encoding))
     stream.flush()

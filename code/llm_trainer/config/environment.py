@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_trainer.common.errors import UserError
+from llm_trainer.common.errors import UserError, cut_quote
 from llm_trainer.common.files import read_json_object
 
 DEFAULT_BASE_DIR = "/opt/ml"
@@ -81,7 +81,7 @@ def read_environment() -> Environment:
     config_dir = base_dir / "input" / "config"
     resources = read_json_object(config_dir / "resourceconfig.json")
     all_hosts = read_hosts(resources)
-    hosts = choose_training_group(resources.get("instance_groups") or [], all_hosts)
+    hosts = choose_training_group(read_groups(resources), all_hosts)
     input_data_config = read_json_object(config_dir / "inputdataconfig.json")
     return Environment(
         base_dir=base_dir,
@@ -91,8 +91,8 @@ def read_environment() -> Environment:
         hosts=hosts,
         other_hosts=tuple(host for host in all_hosts if host not in hosts),
         current_host=resources.get("current_host", all_hosts[0]),
-        network_interface=resources.get("network_interface_name"),
-        instance_type=resources.get("current_instance_type"),
+        network_interface=read_name(resources, "network_interface_name"),
+        instance_type=read_name(resources, "current_instance_type"),
         num_gpus=count_gpus(),
         num_cpus=len(os.sched_getaffinity(0)),
         checkpoint_dir=find_checkpoint_dir(base_dir, read_json_object(config_dir / "checkpointconfig.json")),
@@ -103,14 +103,36 @@ def read_hosts(resources: dict[str, Any]) -> list[str]:
     """Return all hosts of the job, in the order of resourceconfig.json. Raises UserError where they are wrong."""
     hosts = resources.get("hosts") or ["localhost"]
     if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
-        raise UserError(f"resourceconfig.json has hosts={hosts!r}: write a list of host names.")
+        raise UserError(f"resourceconfig.json has hosts={cut_quote(repr(hosts))}: write a list of host names.")
     current_host = resources.get("current_host", hosts[0])
     if current_host not in hosts:
         raise UserError(
-            f"resourceconfig.json names current_host={current_host!r}, which is not one of its hosts {hosts}: "
+            f"resourceconfig.json names current_host={cut_quote(repr(current_host))}, which is not one of its hosts "
+            f"{cut_quote(repr(hosts))}: "
             "list every host of the job under 'hosts'."
         )
     return hosts
+
+
+def read_name(resources: dict[str, Any], key: str) -> str | None:
+    """Return a name in resourceconfig.json, None where there is none. Raises UserError where it is no text."""
+    value = resources.get(key)
+    if value is None or isinstance(value, str):
+        return value
+    raise UserError(f"resourceconfig.json has {key}={cut_quote(repr(value))}: write a text, or leave it out.")
+
+
+def read_groups(resources: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the instance groups, each with its type, perhaps "", and its hosts. Raises UserError for other things."""
+    groups = resources.get("instance_groups") or []
+    for group in groups if isinstance(groups, list) else [groups]:
+        hosts = group.get("hosts") or [] if isinstance(group, dict) else None
+        if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
+            raise UserError(
+                f"resourceconfig.json has the instance group {cut_quote(repr(group))}: write an object with "
+                "'instance_type' and a list of 'hosts'."
+            )
+    return [{"instance_type": read_name(group, "instance_type") or "", "hosts": group.get("hosts")} for group in groups]
 
 
 def choose_training_group(groups: list[dict[str, Any]], all_hosts: list[str]) -> tuple[str, ...]:
@@ -118,8 +140,8 @@ def choose_training_group(groups: list[dict[str, Any]], all_hosts: list[str]) ->
 
     The first group counts where several are equally large.
     """
-    with_gpus = [group for group in groups if GPU_INSTANCE.match(group.get("instance_type", ""))]
-    candidates: list[list[str]] = [group["hosts"] for group in with_gpus or groups if group.get("hosts")]
+    with_gpus = [group for group in groups if GPU_INSTANCE.match(group["instance_type"])]
+    candidates: list[list[str]] = [group["hosts"] for group in with_gpus or groups if group["hosts"]]
     if len(groups) < 2 or not candidates:
         return tuple(all_hosts)
     return tuple(max(candidates, key=len))  # type: ignore[arg-type]
@@ -128,6 +150,8 @@ def choose_training_group(groups: list[dict[str, Any]], all_hosts: list[str]) ->
 def find_checkpoint_dir(base_dir: Path, checkpoint_config: dict[str, Any]) -> Path:
     """Return the folder that SageMaker synchronizes with S3: the job's CheckpointConfig.LocalPath, or the default."""
     local_path = checkpoint_config.get("LocalPath")
+    if local_path and not isinstance(local_path, str):
+        raise UserError(f"checkpointconfig.json has LocalPath={cut_quote(repr(local_path))}: write a folder's path.")
     return Path(local_path) if local_path else base_dir / "checkpoints"
 
 

@@ -46,7 +46,7 @@ def parse_literal(text: str) -> Any:
     """Return the text read as JSON, else as a Python literal, else NO_LITERAL."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     try:
         return ast.literal_eval(text.strip())

@@ -2,7 +2,6 @@
 """Settings read from a YAML file, the hyperparameters and the command line. The later wins over the earlier."""
 
 import difflib
-import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from llm_trainer.common.redaction import REDACTED
 from llm_trainer.config.checks import find_contradictions
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.hyperparameter_decoding import decode_value
+from llm_trainer.config.plain_values import find_unusable_part
 from llm_trainer.config.schema import FIELDS, Settings, list_plain_types, show_value, split_union
 from llm_trainer.config.sections import ALIASES, SECRETS
 
@@ -59,8 +59,9 @@ def read_settings(environment: Environment, arguments: Mapping[str, str]) -> tup
 
 def find_config_file(environment: Environment, given: Mapping[str, Any]) -> Path | None:
     """Return the YAML file that `config` names, or the channel of that name, or None."""
-    if given.get("config"):
-        return Path(decode_value(str(given["config"]), frozenset({"str"}), nullable=True))
+    named = decode_value(str(given.get("config") or ""), frozenset({"str"}), nullable=True)
+    if named is not None:
+        return Path(named)
     return environment.channels.get("config")
 
 
@@ -83,7 +84,7 @@ def read_yaml(path: Path | None, problems: list[str]) -> dict[str, Any]:
     except FileNotFoundError:
         problems.append(f"config={str(path)!r} does not exist: give the path of a YAML file in a channel.")
         return {}
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         problems.append(
             f"{path} is not readable YAML ({' '.join(str(error).split())}): write it as `key: value` lines."
         )
@@ -132,16 +133,27 @@ def find_problem(name: str, value: Any, raw: Any) -> str | None:
     field = FIELDS[name]
     adapter = TypeAdapter[Any](Annotated[field.annotation, field], config=Settings.model_config)  # type: ignore[arg-type]
     is_stray_bool = isinstance(value, bool) and "bool" not in list_plain_types(name)[0]
-    is_infinite = isinstance(value, float) and not math.isfinite(value)
+    fault = find_unusable_part(value)
     try:
-        adapter.validate_python(value)
+        valid = None if fault else adapter.validate_python(value)
     except ValidationError:
         pass
     else:
-        if not (is_stray_bool or is_infinite):
+        fault = fault or find_unusable_part(valid.get_secret_value() if isinstance(valid, SecretStr) else valid)
+        if not (is_stray_bool or fault):
             return None
-    shown = REDACTED if name in SECRETS else cut_quote(repr(raw))
+    shown = REDACTED if name in SECRETS else show_cut(raw)
+    if fault:
+        return f"{name}={shown} is not valid: {fault}."
     return f"{name}={shown} is not valid: it must be {describe_rule(field)}; {suggest_value(field, value)}"
+
+
+def show_cut(value: Any) -> str:
+    """Return a value as it is given, on one line and cut to what a sentence holds."""
+    try:
+        return cut_quote(repr(value))
+    except (RecursionError, ValueError):  # nested deeply, or a number of more digits than Python prints
+        return f"a {type(value).__name__}"
 
 
 def describe_rule(field: FieldInfo) -> str:

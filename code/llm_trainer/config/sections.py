@@ -59,7 +59,7 @@ RANGES: dict[str, dict[str, Any]] = {
     "save_total_limit": {"ge": 1},
     "dataloader_num_workers": {"ge": 0},
     "ddp_timeout": {"ge": 1},
-    "seed": {"ge": 0},
+    "seed": {"ge": 0, "lt": 2**32},  # NumPy takes no larger one
 }
 
 MOVING_STARTS = ("pissa", "pissa_niter_16", "olora")  # these move a part of the base into the adapter
@@ -67,7 +67,7 @@ MOVING_STARTS = ("pissa", "pissa_niter_16", "olora")  # these move a part of the
 SECRETS = ("token", "wandb_token", "hub_token")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # the beginning of one, such as s3://, where a path is asked for
-PLAIN_TYPES: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str, "dict": dict, "list": list}
+PLAIN_TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str, "dict": dict, "list": list[str]}
 
 
 class Section(BaseModel):

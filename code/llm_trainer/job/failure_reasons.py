@@ -29,6 +29,7 @@ from llm_trainer.config.sections import (
     ParallelismSettings,
     TrainingSettings,
 )
+from llm_trainer.host.free_space import describe_lack, has_inodes
 
 SHARED_MEMORY_DIR = Path("/dev/shm")
 NEARLY_FULL_BYTES = 16 << 20  # with no more than this left, a write that failed without a reason failed for that
@@ -37,6 +38,7 @@ GPU_MEMORY = re.compile(r"CUDA error: out of memory|Cuda failure 2 'out of memor
 HOST_MEMORY = re.compile(r"DefaultCPUAllocator: can't allocate|Cannot allocate memory|killed by signal: Killed")
 SHARED_MEMORY = re.compile(r"file </torch_|shared memory segment|/dev/shm|Bus error")
 NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded")
+OVER_QUOTA = re.compile(r"Disk quota exceeded")
 FAILED_WRITE = re.compile(r"inline_container|PytorchStreamWriter|iostream error")  # torch.save does not say why
 LOST_LOADER = re.compile(r"DataLoader worker .* exited unexpectedly")  # what it says if it noticed before the signal
 OLD_DRIVER = re.compile(r"driver on your system is too old|driver version is insufficient")
@@ -119,7 +121,10 @@ def diagnose_disk(error: BaseException, text: str, folders: Sequence[Path]) -> t
     if is_disk_full(error) or FAILED_WRITE.search(text):
         folder = find_written_folder(error, folders)
         if is_disk_full(error) or is_nearly_full(folder):
-            return "mistake", SMALL_SHARED_MEMORY if folder == SHARED_MEMORY_DIR else describe_full_disk(folder)
+            if folder == SHARED_MEMORY_DIR:
+                return "mistake", SMALL_SHARED_MEMORY
+            over_quota = OVER_QUOTA.search(text) is not None or errno.EDQUOT in list_numbers(error)
+            return "mistake", describe_lack(folder, over_quota)
     return None
 
 
@@ -189,9 +194,13 @@ def list_memory_savings(error: BaseException, facts: JobFacts) -> Iterator[str]:
 
 def is_disk_full(error: BaseException) -> bool:
     """Tell whether the error, or one that it was raised from, says that a disk or a quota is full."""
-    numbers = {getattr(link, "errno", None) for link in walk_causes(error)}
     texts = [str(link) for link in walk_causes(error)]
-    return bool(numbers & {errno.ENOSPC, errno.EDQUOT}) or any(NO_SPACE.search(text) for text in texts)
+    return bool(list_numbers(error) & {errno.ENOSPC, errno.EDQUOT}) or any(NO_SPACE.search(text) for text in texts)
+
+
+def list_numbers(error: BaseException) -> set[int | None]:
+    """Return the numbers (errno) of the error, and of those that it was raised from."""
+    return {getattr(link, "errno", None) for link in walk_causes(error)}
 
 
 def find_written_folder(error: BaseException, folders: Sequence[Path]) -> Path:
@@ -207,24 +216,23 @@ def find_written_folder(error: BaseException, folders: Sequence[Path]) -> Path:
     for note in (note for link in causes for note in read_notes(link)):
         if note.folder is not None and note.folder.is_dir():
             return note.folder
-    candidates = [folder for folder in (*folders, Path(tempfile.gettempdir())) if folder.is_dir()]
+    candidates = [folder for folder in (*folders, Path(find_temp_dir())) if folder.is_dir()]
     if is_nearly_full(SHARED_MEMORY_DIR):  # it is small in any case
         candidates.append(SHARED_MEMORY_DIR)
-    return min(candidates, key=lambda folder: shutil.disk_usage(folder).free)
+    return min(candidates, key=lambda folder: (has_inodes(folder), shutil.disk_usage(folder).free))
 
 
 def is_nearly_full(folder: Path) -> bool:
-    """Tell whether a folder's disk has next to no space left."""
-    return folder.is_dir() and shutil.disk_usage(folder).free <= NEARLY_FULL_BYTES
+    """Tell whether a folder's disk has next to no space left, or no inode for another file."""
+    return folder.is_dir() and (shutil.disk_usage(folder).free <= NEARLY_FULL_BYTES or not has_inodes(folder))
 
 
-def describe_full_disk(folder: Path) -> str:
-    """Return the end of a sentence about the full disk of a folder."""
-    disk = shutil.disk_usage(folder)
-    return (
-        f"found no space on the disk of {folder} ({disk.free / 1e9:.2f} of {disk.total / 1e9:.2f} GB are free): "
-        "raise the job's VolumeSizeInGB, or keep fewer checkpoints (save_total_limit)."
-    )
+def find_temp_dir() -> str:
+    """Return the folder for temporary files, though it may be full."""
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:  # none of those that Python tries can be written
+        return os.environ.get("TMPDIR", "/tmp")
 
 
 def is_peer_lost(error: BaseException, text: str) -> bool:
@@ -248,7 +256,7 @@ def write_traceback(error: BaseException, file: Path, secrets: Sequence[str]) ->
     text = hide_secrets("".join(traceback.format_exception(error)), secrets)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as unwritable:  # a full disk is a likely reason to be here; the log has the text as well
         text += f"\n(not written to {file}: {unwritable})\n"
     return text

@@ -14,7 +14,7 @@ from llm_trainer.config.schema import Settings, show_value
 from llm_trainer.config.secret_references import is_reference
 from llm_trainer.config.sections import ADDRESS, HUB_ID, SECRETS, ModelSettings, TrainingSettings
 from llm_trainer.config.tracker_choice import find_idle_project
-from llm_trainer.host.free_space import find_nearest_folder
+from llm_trainer.host.write_probe import find_temp_problem, find_write_problem
 from llm_trainer.job.output_places import find_place_problems, find_place_warnings
 from llm_trainer.journal.manifest import find_unreadable_manifests
 from llm_trainer.readers.sources import (
@@ -58,7 +58,7 @@ def find_inputs(settings: Settings, environment: Environment) -> tuple[Inputs, l
         else environment.checkpoint_dir,
     )
     misplaced = list(find_place_problems(settings.output, environment))
-    problems += misplaced or check_writable(inputs.model_dir, "output_dir")
+    problems += misplaced or check_folders(inputs, environment.output_dir, settings.training.use_checkpoints)
     return inputs, problems
 
 
@@ -144,11 +144,20 @@ def check_evaluation(settings: TrainingSettings, has_validation: bool) -> Iterat
             yield f"{name}={show_value(value)} needs validation data and there is none: give a channel 'validation'."
 
 
-def check_writable(model_dir: Path, setting: str) -> Iterator[str]:
-    """Yield a sentence where a folder cannot be made or written: the result would be lost after hours."""
-    nearest = find_nearest_folder(model_dir)
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        yield f"{setting}: user {os.getuid()} cannot write to {nearest}: mount it writable, or run as another user."
+def check_folders(inputs: Inputs, output_dir: Path, use_checkpoints: bool) -> Iterator[str]:
+    """Yield a sentence for each folder that the job writes to and cannot."""
+    yield from check_writable(inputs.model_dir, "output_dir")
+    yield from check_writable(output_dir, "output")
+    if use_checkpoints:
+        yield from check_writable(inputs.checkpoint_dir, "checkpoint_dir")
+    if problem := find_temp_problem():
+        yield problem
+
+
+def check_writable(folder: Path, name: str) -> Iterator[str]:
+    """Yield a sentence where a folder cannot be made or written: what the job writes would be lost after hours."""
+    if problem := find_write_problem(folder):
+        yield f"{name}: {problem}"
 
 
 def find_warnings(settings: Settings, environment: Environment, inputs: Inputs) -> Iterator[str]:

@@ -25,6 +25,7 @@ from llm_trainer.config.secret_references import USED_FOR, Use, read_secret_vari
 from llm_trainer.config.tracker_choice import build_tracker_variables, choose_trackers
 from llm_trainer.host.machine import inspect_machine
 from llm_trainer.host.system_metrics import SystemMetrics
+from llm_trainer.host.write_probe import find_temp_problem
 from llm_trainer.job import checkpoint_dir
 from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
 from llm_trainer.job.inputs import find_warnings
@@ -34,6 +35,7 @@ from llm_trainer.journal.journal import FILE_NAME
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.launcher.cluster import ClusterLink, HostState
 from llm_trainer.launcher.job_events import JobDescription, JobEventWriter
+from llm_trainer.launcher.last_words import explain_crash
 from llm_trainer.launcher.reporter_process import ReporterOptions, ReporterProcess
 from llm_trainer.launcher.stop_signal import StopSignal
 from llm_trainer.launcher.supervisor import (
@@ -64,14 +66,14 @@ def launch(arguments: Sequence[str]) -> int:
         if names_a_script(hyperparameters):
             os.environ.update(read_secret_variables({}, os.environ))
             return run_script(find_base_dir(), hyperparameters, {**build_cache_variables(os.environ), **os.environ})
+        if problem := find_temp_problem():
+            raise UserError(problem)
         failure = run_host(read_environment(), arguments, Timeline(started))
     except UserError as error:
         failure = Failure(str(error), "mistake", started)
     except PermissionError as error:
         fix = f"mount {output_dir.parent} so that user {os.getuid()} may read and write it."
         failure = Failure(f"{error}: {fix}", "mistake", started)
-    except OSError as error:
-        failure = Failure(f"The job could not be started: {error}.", "mistake", started)
     if failure is None:
         return 0
     log.error(failure.reason)
@@ -86,22 +88,34 @@ def run_host(environment: Environment, arguments: Sequence[str], timeline: Timel
         StopSignal(Path(folder) / "stop") as stop,
         ClusterLink([*environment.hosts, *environment.other_hosts], environment.current_host) as link,
     ):
-        if not environment.trains:
-            log.info(f"This host, {environment.current_host}, does not train: it waits for {link.hub}.")
-            return wait_for_trainers(link, stop.file)
-        job, failure = prepare_host(environment, arguments, link, stop.file, timeline)
-        if job is None or failure is not None:
+        try:
+            return take_part(environment, arguments, timeline, link, stop)
+        except Exception as error:  # the other hosts wait for this one, whatever befell it
+            failure = explain_crash(error)
+            link.publish(HostState("failed", link.state(link.own).attempt, failure))
             return failure
-        if stop.file.exists():
-            link.publish(HostState("stopped"))
-            log_early_stop(job)
-            return None
-        log_job(job)
-        verdict = HostJob(job, link, Path(folder), stop.file, timeline).supervise(arguments)
-        if verdict.what == "stopped":
-            log_early_stop(job)
-        stop.log_end()
-        return verdict.failure
+
+
+def take_part(
+    environment: Environment, arguments: Sequence[str], timeline: Timeline, link: ClusterLink, stop: StopSignal
+) -> Failure | None:
+    """Do this host's part in the job in touch with the other hosts. Return why the job failed, if it did."""
+    if not environment.trains:
+        log.info(f"This host, {environment.current_host}, does not train: it waits for {link.hub}.")
+        return wait_for_trainers(link, stop.file)
+    job, failure = prepare_host(environment, arguments, link, stop.file, timeline)
+    if job is None or failure is not None:
+        return failure
+    if stop.file.exists():
+        link.publish(HostState("stopped"))
+        log_early_stop(job)
+        return None
+    log_job(job)
+    verdict = HostJob(job, link, stop.file.parent, stop.file, timeline).supervise(arguments)
+    if verdict.what == "stopped":
+        log_early_stop(job)
+    stop.log_end()
+    return verdict.failure
 
 
 def prepare_host(
@@ -111,16 +125,18 @@ def prepare_host(
 
     Returns the job, None where it has a mistake, and the failure of this or another host.
     """
-    job, mistake = None, None
+    job, failed = None, None
     try:
         job = check_job(environment, arguments)
         check_host(job)
     except UserError as error:
-        mistake = Failure(str(error), "mistake", timeline.started)
+        failed = Failure(str(error), "mistake", timeline.started)
+    except Exception as error:  # told to the other hosts like a mistake: they wait for this one
+        failed = explain_crash(error)
     timeline.mark("check")
-    is_checked = job is not None and mistake is None
+    is_checked = job is not None and failed is None
     timeout = job.settings.parallelism.host_timeout_seconds if job and is_checked else INTRODUCTION_SECONDS
-    failure = wait_for_all_hosts(link, mistake, timeout, stop_file)
+    failure = wait_for_all_hosts(link, failed, timeout, stop_file)
     timeline.mark("meeting")
     return job, failure
 

@@ -42,6 +42,7 @@ VARIABLES = {
 
 def main(arguments: Sequence[str]) -> None:
     """Follow the journal to the end of the job."""
+    log.escape_unprintable()
     isolate_process()
     options = parse_arguments(arguments)
     stop_file = Path(os.environ["LLM_TRAINER_SCRATCH"]) / "stop"

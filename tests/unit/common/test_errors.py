@@ -61,4 +61,10 @@ def test_a_failure_is_left_in_the_space_that_was_reserved_for_it(tmp_path):
 def test_the_first_failure_file_stays(tmp_path):
     write_failure(tmp_path / "output", "é" * 2000)
     write_failure(tmp_path / "output", "a later one")
-    assert (tmp_path / "output/failure").read_text() == "é" * MAX_FAILURE_CHARACTERS
+    assert (tmp_path / "output/failure").read_text(encoding="utf-8") == "é" * MAX_FAILURE_CHARACTERS
+    assert [file.name for file in (tmp_path / "output").iterdir()] == ["failure"]
+
+
+def test_a_failure_that_utf_8_cannot_hold_is_written_with_escapes(tmp_path):
+    write_failure(tmp_path, "file \udcff\0 is broken")
+    assert (tmp_path / "failure").read_text(encoding="utf-8") == r"file \udcff\x00 is broken"

@@ -125,3 +125,39 @@ def test_a_model_of_which_every_host_has_other_files_is_refused(base_dir):
     write(base_dir, "resourceconfig.json", {"current_host": "algo-1", "hosts": ["algo-1", "algo-2"]})
     with pytest.raises(UserError, match=r"Channel model uses S3DistributionType=ShardedByS3Key.*use FullyReplicated"):
         read_environment()
+
+
+@pytest.mark.parametrize(
+    "groups", [{}, "x", [None], [{"hosts": "algo-1"}], [{"hosts": [None]}], [{"instance_type": 5}]]
+)
+def test_instance_groups_that_are_none_are_told(base_dir, groups):
+    write(base_dir, "resourceconfig.json", {"current_host": "algo-1", "hosts": ["algo-1"], "instance_groups": groups})
+    if groups:
+        with pytest.raises(UserError, match=r"^resourceconfig\.json has "):
+            read_environment()
+    else:
+        assert read_environment().hosts == ("algo-1",)
+
+
+def test_a_group_without_a_type_or_hosts_is_one_without_gpus(base_dir):
+    groups = [
+        {"instance_group_name": "a", "instance_type": None, "hosts": ["algo-1"]},
+        {"instance_group_name": "b", "hosts": None},
+        {"instance_group_name": "c", "instance_type": "ml.g5.xlarge", "hosts": ["algo-2"]},
+    ]
+    hosts = ["algo-1", "algo-2"]
+    write(base_dir, "resourceconfig.json", {"current_host": "algo-1", "hosts": hosts, "instance_groups": groups})
+    assert read_environment().hosts == ("algo-2",)
+
+
+@pytest.mark.parametrize("key", ["network_interface_name", "current_instance_type"])
+def test_a_name_that_is_no_text_is_told(base_dir, key):
+    write(base_dir, "resourceconfig.json", {"current_host": "algo-1", "hosts": ["algo-1"], key: [5]})
+    with pytest.raises(UserError, match=rf"resourceconfig\.json has {key}=\[5\]: write a text"):
+        read_environment()
+
+
+def test_a_checkpoint_path_that_is_no_text_is_told(base_dir):
+    write(base_dir, "checkpointconfig.json", {"LocalPath": 5})
+    with pytest.raises(UserError, match=r"checkpointconfig\.json has LocalPath=5"):
+        read_environment()

@@ -15,6 +15,7 @@ from hypothesis.strategies import SearchStrategy
 from pydantic import SecretStr
 
 from llm_trainer.config.load import read_settings
+from llm_trainer.config.plain_values import find_unusable_part
 from llm_trainer.config.schema import FIELDS, list_plain_types, split_union
 from llm_trainer.config.tracker_choice import TRACKERS
 from support.environments import build_environment
@@ -49,7 +50,8 @@ def values_of(name: str) -> SearchStrategy[Any]:
         return st.sampled_from([*TRACKERS, None, ["mlflow", "wandb"]])
     field = FIELDS[name]
     bounds = {key: getattr(rule, key) for rule in field.metadata for key in ("ge", "gt", "lt") if hasattr(rule, key)}
-    return st.one_of([values_of_type(part, bounds) for part in split_union(field.annotation)])
+    values = st.one_of([values_of_type(part, bounds) for part in split_union(field.annotation)])
+    return values.filter(lambda value: find_unusable_part(value) is None)  # no NUL, no more than 64 bits
 
 
 def values_of_type(kind: Any, bounds: dict[str, float]) -> SearchStrategy[Any]:

@@ -8,7 +8,14 @@ import pytest
 
 from llm_trainer.common.units import GIB
 from llm_trainer.host import free_space
-from llm_trainer.host.free_space import find_free_bytes, find_nearest_folder, inspect_disk
+from llm_trainer.host.free_space import (
+    describe_lack,
+    find_free_bytes,
+    find_nearest_folder,
+    has_inodes,
+    inspect_disk,
+)
+from support.small_disk import small_disk
 
 
 def test_the_nearest_folder_is_itself_or_the_first_above_that_is_there(tmp_path, monkeypatch):
@@ -48,3 +55,19 @@ def test_a_disk_of_less_than_ten_gib_is_warned_of(tmp_path, monkeypatch, free_by
     finding = inspect_disk("disk", free_space.Path("/data"))
     assert (finding.subject, finding.verdict) == ("disk", verdict)
     assert finding.text.startswith(text)
+
+
+def test_what_a_disk_has_run_out_of_is_told_apart(tmp_path):
+    with small_disk(tmp_path / "disk", 1024) as folder:
+        assert describe_lack(folder).startswith(f"found no space on the disk of {folder} (0.00 of 0.00 GB are free)")
+        assert describe_lack(folder, over_quota=True).startswith(f"found the quota on {folder} used up (")
+        assert has_inodes(folder)
+        with pytest.raises(OSError, match="No space left"):
+            for number in range(10_000):
+                (folder / str(number)).touch()
+        assert not has_inodes(folder)
+        assert describe_lack(folder / "not made yet") == (
+            f"found no inode on the disk of {folder / 'not made yet'} for one more file (10,000 are taken, 0.00 of "
+            "0.00 GB are free): put the data into fewer, larger files, or mount a disk with more inodes; a larger "
+            "volume has more."
+        )

@@ -4,6 +4,7 @@
 Those of a GPU cannot be had here: they are real exceptions with the texts of the libraries' sources.
 """
 
+import errno
 import os
 import signal
 import socket
@@ -240,6 +241,24 @@ def test_a_full_disk(writer, tmp_path):
         f"Rank 1 found no space on the disk of {folder} (0.00 of 0.00 GB are free): raise the job's "
         "VolumeSizeInGB, or keep fewer checkpoints (save_total_limit)."
     )
+
+
+def test_inodes_that_are_used_up_are_no_full_disk(tmp_path):
+    def write(folder: Path) -> None:
+        for number in range(10_001):
+            (folder / str(number)).touch()
+
+    with small_disk(tmp_path / "disk", 1 << 15) as folder:
+        failure = told(caught(write, folder), [folder, tmp_path])
+        named = OSError(28, "No space left on device")
+        assert told(named, [tmp_path, folder]).reason == failure.reason  # the folder is found by its inodes
+    assert failure.reason.startswith(f"Rank 1 found no inode on the disk of {folder} for one more file (10,000 are")
+    assert "VolumeSizeInGB" not in failure.reason
+
+
+def test_a_quota_that_is_used_up_is_no_full_disk(tmp_path):
+    error = OSError(errno.EDQUOT, "Disk quota exceeded", str(tmp_path / "x"))
+    assert told(error).reason.startswith(f"Rank 1 found the quota on {tmp_path} used up (")
 
 
 def test_a_full_disk_is_named_though_what_filled_it_is_gone(tmp_path):

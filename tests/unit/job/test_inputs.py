@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a job points at is checked before anything heavy starts."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from llm_trainer.config.environment import read_environment
 from llm_trainer.config.load import read_settings
 from llm_trainer.job.inputs import find_inputs, find_missing_weights, find_warnings
 from llm_trainer.job.job import read_job
+from support.small_disk import small_disk
 
+FOLDERS = {"output_dir": "model", "checkpoint_dir": "checkpoints", "output": "output"}
 GIT_LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 
@@ -155,6 +158,22 @@ def test_an_unwritable_result_folder_is_told(tree, inputs_of):
     (tree.base_dir / "model").mkdir(mode=0o500)
     _, (problem,) = inputs_of()
     assert "cannot write to" in problem
+
+
+def test_a_read_only_folder_is_told_before_the_job_starts(tree, inputs_of):
+    with contextlib.ExitStack() as stack:
+        disks = [
+            stack.enter_context(small_disk(tree.base_dir / name, 64)) for name in ("model", "checkpoints", "output")
+        ]
+        for disk in disks:
+            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        problems = inputs_of()[1]
+        tree.change(use_checkpoints="false")
+        assert len(inputs_of()[1]) == 2
+    assert sorted(problems) == sorted(
+        f"{name}: {tree.base_dir / folder} is on a read-only file system: mount it writable."
+        for name, folder in FOLDERS.items()
+    )
 
 
 def test_the_launchers_modules_import_neither_torch_nor_trackers(tree):

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The last word of a launcher that fails in a way nobody foresaw: a sentence in output/failure, whatever happened.
+
+SageMaker shows nothing else of a job that failed. What it needs is imported where it is used, since an import may be
+what fails.
+"""
+
+import contextlib
+import os
+import time
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from llm_trainer.common import log
+from llm_trainer.common.errors import reserve_failure, write_failure
+from llm_trainer.config.environment import find_base_dir
+
+if TYPE_CHECKING:
+    from llm_trainer.common.errors import Failure
+
+
+def run_to_an_answer(run: Callable[[], int]) -> int:
+    """Run the launcher, and return its exit code. Whatever it raises becomes output/failure and exit code 1."""
+    output_dir = find_base_dir() / "output"
+    with contextlib.suppress(OSError):  # the check of the folders tells of one that cannot be written
+        output_dir.mkdir(parents=True, exist_ok=True)
+        reserve_failure(output_dir, "failure")
+    try:
+        return run()
+    except BaseException as error:  # whatever it is, SageMaker must learn of it
+        reason = explain_crash(error).reason
+        with contextlib.suppress(OSError):  # nobody reads the log any more
+            log.error(reason)
+        write_failure(output_dir, reason)
+        return 1
+    finally:
+        with contextlib.suppress(OSError):
+            (output_dir / ".failure").unlink(missing_ok=True)
+
+
+def explain_crash(error: BaseException) -> "Failure":
+    """Return the failure that an unforeseen exception means, after leaving its traceback in the log and in a file."""
+    who = "The launcher"
+    try:
+        from llm_trainer.job.failure_reasons import explain, write_traceback
+
+        name = f"{os.uname().nodename}-launcher.txt"
+        log.error(write_traceback(error, find_base_dir() / "output" / "data" / "failures" / name, ()))
+        return explain(error, who, None)
+    except BaseException:  # the package itself may be broken, or the memory gone
+        from llm_trainer.common.errors import Failure
+
+        with contextlib.suppress(Exception):
+            traceback.print_exception(error, limit=20)
+        return Failure(f"{who} failed with {type(error).__name__}: the log has the traceback.", "fault", time.time())
