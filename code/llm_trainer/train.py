@@ -25,6 +25,7 @@ from llm_trainer.export.export import finish_result, place_result, publish_resul
 from llm_trainer.export.logits_check import choose_check_rows, compute_logits
 from llm_trainer.export.manifest import TrainedRun, build_manifest, describe_weights
 from llm_trainer.export.result import ExportPlaces, ExportSettings, TrainingResult
+from llm_trainer.export.stop_watch import StopWatch
 from llm_trainer.job.job import Job
 from llm_trainer.job.start_gate import StartGate
 from llm_trainer.journal.timeline import Timeline
@@ -226,19 +227,22 @@ def run(context: Context, prepared: Prepared, planned: Planned, built: Built) ->
 def export(context: Context, prepared: Prepared, built: Built, outcome: Outcome) -> None:
     """Write the result, prove it and publish it. Only rank 0 calls this."""
     trainer, journal = built.trainer, context.timeline.journal
-    result = collect_result(context, prepared, built, outcome)
-    placed = place_result(result)
-    manifest = build_manifest(trainer, describe_trained_run(context, prepared, built, outcome))
-    if not trainer.stopped:
-        with warn_of_failure("The answers after the training", placed.path):
-            outcome.answers.after_training()
-    finish_result(result, placed, manifest)
-    journal.write("manifest", **manifest)
-    if trainer.stopped:
+    with StopWatch(prepared.stop_request.file, trainer.stopped) as watch:
+        result = collect_result(context, prepared, built, outcome, watch)
+        placed = place_result(result)
+        manifest = build_manifest(trainer, describe_trained_run(context, prepared, built, outcome))
+        if outcome.answers.prompts:
+            with warn_of_failure("The answers after the training", placed.path):
+                watch.attempt("the answers after the training", outcome.answers.after_training)
+        finish_result(result, placed, manifest)
+        journal.write("manifest", **manifest)
+        if context.settings.training.use_checkpoints and not trainer.stopped:
+            trainer.rotate_checkpoints()
+        publish_result(result)
+    for text in watch.left_out:
+        journal.write("event", level="warning", text=text, host=context.timeline.host)
+    if watch.is_stopped:
         log.info(f"Exported {prepared.stop_request.age_seconds():.1f} s after the signal")
-    elif context.settings.training.use_checkpoints:
-        trainer.rotate_checkpoints()
-    publish_result(result)
     log.info(f"The job took {outcome.progress.count_instance_hours():.2f} instance-hours")
 
 
@@ -341,7 +345,9 @@ def describe_trained_run(context: Context, prepared: Prepared, built: Built, out
     )
 
 
-def collect_result(context: Context, prepared: Prepared, built: Built, outcome: Outcome) -> TrainingResult:
+def collect_result(
+    context: Context, prepared: Prepared, built: Built, outcome: Outcome, watch: StopWatch
+) -> TrainingResult:
     """Return everything that the export needs."""
     settings, inputs, output_dir = context.settings, context.job.inputs, context.job.environment.output_dir
     return TrainingResult(
@@ -355,6 +361,7 @@ def collect_result(context: Context, prepared: Prepared, built: Built, outcome: 
         logits=outcome.logits,
         tokenizer=prepared.tokenizer,
         timeline=context.timeline,
+        watch=watch,
     )
 
 

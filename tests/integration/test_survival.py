@@ -2,6 +2,7 @@
 """A job that is stopped, killed and started again ends as if nothing had happened. Real processes and signals."""
 
 import json
+import os
 import shutil
 import signal
 
@@ -9,6 +10,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from support.fake_hub import MODEL, FakeHub
+from support.holding import hold_function
 from support.sagemaker_tree import ROWS, metrics_of
 from support.waiting import wait_until
 
@@ -153,23 +156,77 @@ def test_a_run_ends_by_itself_before_its_time_is_over(make_job):
     assert "adapter_model.safetensors" in tree.model_files  # a merge may take longer than there is time
 
 
-def test_a_stop_during_evaluation_does_not_wait_for_its_end(make_job, start):
-    tree = make_job(num_train_epochs="1", per_device_eval_batch_size="1", eval_steps="2")
+@pytest.mark.parametrize("step", [2, 4], ids=["in-the-middle", "after-the-last-step"])
+def test_a_stop_during_evaluation_does_not_wait_for_its_end(make_job, start, step):
+    tree = make_job(num_train_epochs="1", per_device_eval_batch_size="1", eval_steps=str(step))
     row = json.dumps(
         {"messages": [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "y" * 200}]}
     )
     tree.write("input/data/validation/validation.json", f"{row}\n" * 6000)
     job = start(tree)
-    job.wait_for("step=2;")  # the evaluation comes next
+    job.wait_for(f"step={step};")  # the evaluation comes next
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == 0, job.log
-    assert tree.checkpoints[-1] == tree.manifest["num_steps"] == 2
-    marker = json.loads((tree.base_dir / "checkpoints/checkpoint-2/complete.json").read_text())
+    assert tree.checkpoints[-1] == tree.manifest["num_steps"] == step
+    assert not tree.manifest["export"]["proven"]
+    marker = json.loads((tree.base_dir / f"checkpoints/checkpoint-{step}/complete.json").read_text())
     assert marker["evaluation_due"]
     tree.write("input/data/validation/validation.json", f"{row}\n" * 2)
     log = run(tree)
-    assert metrics_of(log, "step")[0] == 2  # the evaluation that was put off comes first
+    assert metrics_of(log, "step")[0] == step  # the evaluation that was put off comes first
     assert "eval_loss" in log.split("train_loss")[0]
+
+
+# Phases after the training, each by a function of it, and what is left out of the job then.
+PROOF, ANSWERS = "the comparison with the trained model", "the answers after the training"
+HELD = {
+    "answers": ("llm_trainer.training.sample_answers:SampleAnswers.ask", (ANSWERS, PROOF, "the merge")),
+    "proof": ("llm_trainer.export.verify:compare_logits", (PROOF, "the merge")),
+    "merge": ("llm_trainer.export.export:write_merged_model", ("the merge",)),
+}
+PUSH = "llm_trainer.export.publish:push_to_hub"
+
+
+@pytest.mark.parametrize("phase", list(HELD))
+def test_a_stop_after_the_training_breaks_off_what_the_result_can_do_without(make_job, start, tmp_path, phase):
+    function, left_out = HELD[phase]
+    tree = make_job(num_train_epochs="1", merge_weights="true", sample_prompts="1")
+    tree.environment |= hold_function(tmp_path / "held", os.environ.get("PYTHONPATH", ""), function)
+    job = start(tree)
+    job.wait_for("HOLDING")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 0, job.log
+    told = [f"Left out, since the job was stopped: {what}." for what in left_out]
+    assert [line for line in job.log.splitlines() if "Left out" in line] == [f"Warning: {text}" for text in told]
+    assert not (tree.base_dir / "output/failure").exists()
+    folder = tree.base_dir / "model/adapter"
+    assert load_file(folder / "adapter_model.safetensors")
+    assert not {file.name for file in (tree.base_dir / "model").iterdir()} - {"adapter"}
+    manifest = json.loads((folder / "training_manifest.json").read_text())
+    assert manifest["stopped"]
+    assert manifest["num_steps"] == manifest["total_steps"]
+    assert (manifest["export"]["proven"], manifest["export"]["left_out"]) == (phase == "merge", told)
+    card, report = (folder / "README.md").read_text(), (tree.base_dir / "output/data/report.html").read_text()
+    for text in (card, report):
+        assert ("the job was stopped before the comparison" in text) == (phase != "merge")
+    records = tree.read_journal()
+    assert [record["text"] for record in records if record["kind"] == "event"] == told
+    assert records[-1]["status"] == "stopped"
+
+
+def test_a_stop_breaks_off_the_push_of_a_result(make_job, start, tmp_path, tiny_model):
+    hub = FakeHub(tiny_model)
+    tree = make_job(num_train_epochs="1", push_to_hub="true", hub_model_id=MODEL)
+    tree.environment |= {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0"}
+    tree.environment |= hold_function(tmp_path / "held", os.environ.get("PYTHONPATH", ""), PUSH)
+    job = start(tree)
+    job.wait_for("HOLDING")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 0, job.log
+    assert f"Warning: Left out, since the job was stopped: publishing {tree.base_dir / 'model'}." in job.log
+    assert tree.manifest["export"]["proven"]
+    assert "adapter_model.safetensors" in tree.model_files
+    assert not hub.commits
 
 
 def test_a_killed_worker_is_replaced_and_goes_on(make_job, start):

@@ -40,6 +40,7 @@ from llm_trainer.serving.lmi_files import SERVING_FILES, ServedModel, write_serv
 
 REJECTED = "rejected_export"  # in output/data
 UNFINISHED = "the job ended before the comparison did"
+STOPPED = "the job was stopped before the comparison"
 
 Written = TypeVar("Written")
 
@@ -72,7 +73,10 @@ def place_result(trained: TrainingResult) -> PlacedResult:
 
     Only global rank 0 calls this. The manifest says that the result is unproven, until `finish_result` writes another.
     """
-    merges = trained.settings.output.merge_weights and not trained.trainer.stopped
+    merges = trained.settings.output.merge_weights
+    if merges and trained.watch.is_stopped:
+        merges = False  # it may take longer than the platform waits
+        trained.watch.leave_out("the merge")
     with note_activity("writing the result", trained.places.model_dir):
         folder = ModelFolder.open(trained.places.model_dir)
         placed = PlacedResult(folder, ADAPTER if merges else ".", set())
@@ -105,9 +109,7 @@ def finish_result(trained: TrainingResult, placed: PlacedResult, manifest: Manif
 
     Raises UserError when the files that were written do not compute what was trained.
     """
-    manifest["export"] = describe_unproven(
-        UNFINISHED if trained.logits else "the job was stopped before the comparison"
-    )
+    manifest["export"] = describe_unproven(UNFINISHED if trained.logits else STOPPED)
     refusals = write_serving(trained, placed, manifest) if placed.where == "." else []
     write_records(trained, placed, manifest, refusals)
     if trained.logits is not None:
@@ -127,8 +129,9 @@ def publish_result(trained: TrainingResult) -> None:
     model_dir, settings = trained.places.model_dir, trained.settings
     if advice := advise_compression(model_dir):
         log.info(advice)
-    if not trained.trainer.stopped:
-        publish(settings.output, settings.tracking, Artefacts(model_dir, trained.architecture, trained.base))
+    if settings.output.push_to_hub or settings.output.mlflow_register_model:
+        artefacts = Artefacts(model_dir, trained.architecture, trained.base)
+        trained.watch.attempt(f"publishing {model_dir}", lambda: publish(settings.output, settings.tracking, artefacts))
 
 
 def save_weights(trained: TrainingResult, folder: Path) -> None:
@@ -179,7 +182,7 @@ def prove_or_reject(trained: TrainingResult, placed: PlacedResult, expected: lis
     trained_bytes = trained.trainer.model.get_memory_footprint()
     release_memory(trained)
     try:
-        return attempt_proof(lambda: [prove_trained(trained, placed.path, expected, trained_bytes)])
+        return attempt_proof(trained, lambda: [prove_trained(trained, placed.path, expected, trained_bytes)])
     except Exception as error:
         rejected = reject_result(placed, trained.places.output_dir)
         where = f"What was written is in {rejected}, and the checkpoints are kept."
@@ -189,19 +192,22 @@ def prove_or_reject(trained: TrainingResult, placed: PlacedResult, expected: lis
         raise
 
 
-def attempt_proof(prove: Callable[[], Iterable[dict[str, Any]]]) -> dict[str, Any]:
+def attempt_proof(trained: TrainingResult, prove: Callable[[], Iterable[dict[str, Any]]]) -> dict[str, Any]:
     """Return the checks of a proof, and whether all of them ran.
 
-    A lack of memory or disk says nothing against the result: it is unproven then. Raises UserError where it differs.
+    A stop and a lack of memory or disk say nothing against the result, which is unproven then. Raises UserError where
+    it differs.
     """
     try:
-        checks = list(prove())
+        checks = trained.watch.attempt("the comparison with the trained model", lambda: list(prove()))
     except Exception as error:
         if not is_shortage(error):
             raise
         reason = f"there was no room for the comparison ({quote_error(error)})"
         log.warning(f"The result is in place, and not proven: {reason}.")
         return describe_unproven(reason)
+    if checks is None:
+        return describe_unproven(STOPPED)
     left_out = [check["loaded"] for check in checks if not check["rows"]]
     return {**(describe_unproven(left_out[0]) if left_out else {"proven": True, "reason": None}), "checks": checks}
 
@@ -239,8 +245,14 @@ def add_merged(trained: TrainingResult, adapter: PlacedResult, manifest: Manifes
     merged.waiting.mkdir(exist_ok=True)
     checks = manifest["export"]["checks"]
     try:
-        manifest["export"] |= {"merge": merge_adapter(trained, adapter.path, merged.waiting)}
-        proof = attempt_proof(lambda: prove_merged(trained, adapter.path, merged.waiting))
+        merge = trained.watch.attempt("the merge", lambda: merge_adapter(trained, adapter.path, merged.waiting))
+        if merge is None:
+            log.info(f"The adapter is in {adapter.path}, and `llm-trainer merge` merges it later.")
+            remove_path(merged.waiting)  # half a merge
+            write_records(trained, adapter, manifest, [])
+            return
+        manifest["export"] |= {"merge": merge}
+        proof = attempt_proof(trained, lambda: prove_merged(trained, adapter.path, merged.waiting))
         manifest["export"] |= proof | {"checks": [*checks, *proof["checks"]]}
         trained.timeline.mark("merge")
         put_in_place(trained, merged, ())
@@ -303,7 +315,8 @@ def write_serving(trained: TrainingResult, placed: PlacedResult, manifest: Manif
 
 def write_records(trained: TrainingResult, placed: PlacedResult, manifest: Manifest, refusals: list[str]) -> None:
     """Write the model card and the manifest. `refusals` are sentences on why vLLM does not serve the result."""
-    manifest["export"]["served_by_vllm"] = not refusals
+    manifest["export"] |= {"served_by_vllm": not refusals, "left_out": trained.watch.left_out}
+    manifest["stopped"] |= bool(trained.watch.left_out)
 
     def write_card(folder: Path) -> None:
         card = build_model_card(placed.path, manifest, trained.base_folder, trained.base, refusals)

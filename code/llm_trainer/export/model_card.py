@@ -95,7 +95,10 @@ def describe_result(manifest: Manifest, base: str, is_adapter: bool, licence: di
     kind = "A LoRA adapter of" if is_adapter else "All weights of a fine-tuned copy of"
     merged = " with its LoRA adapter merged in" if not is_adapter and "adapter" in manifest else ""
     trained = f"{manifest['trainable_parameters']:,} of {manifest['parameters']:,} weights were trained"
-    stopped = "The training was stopped before its end. " if manifest["stopped"] else ""
+    stopped = "The training was stopped before its end. " if manifest["num_steps"] < manifest["total_steps"] else ""
+    export = manifest.get("export") or {}
+    if export.get("proven") is False:
+        stopped += f"**Not proven**: {export['reason']}. "
     name = licence.get("license_name") or licence.get("license")
     terms = f"The base's licence, `{name}`, applies." if name else "The base's licence was not found with its files."
     return f"{kind} {base}{merged}; {trained}, by {REPOSITORY} {manifest['llm_trainer']}. {stopped}{terms}"

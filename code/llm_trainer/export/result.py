@@ -17,6 +17,7 @@ from llm_trainer.config.sections import (
     TrackingSettings,
 )
 from llm_trainer.export.base_source import BaseSource
+from llm_trainer.export.stop_watch import StopWatch
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.model.plan import ModelPlan
 from llm_trainer.training.resumable import ResumableMixin
@@ -56,6 +57,7 @@ class TrainingResult:
     logits: list[torch.Tensor] | None  # the trained model's on the rows; None after a stop, as there is no time for it
     tokenizer: PreTrainedTokenizerBase
     timeline: Timeline
+    watch: StopWatch
 
     @property
     def architecture(self) -> str:

@@ -17,7 +17,7 @@ from llm_trainer.common.versions import read_versions
 from llm_trainer.config.environment import Environment
 from llm_trainer.host.nvidia_driver import read_driver
 from llm_trainer.journal.journal import FILE_NAME, Journal
-from llm_trainer.journal.manifest import read_leftover_manifest
+from llm_trainer.journal.manifest import ADAPTER, read_leftover_manifest
 from llm_trainer.journal.records import SCHEMA_VERSION, RecordKind
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.launcher.cluster import ClusterLink
@@ -98,7 +98,9 @@ class JobEventWriter:
         if verdict.failure:
             self.write("end", status="failed", reason=verdict.failure.reason)
             return
-        is_stopped = verdict.what == "stopped" or read_leftover_manifest(model_dir)[0].get("stopped")
+        folders = (model_dir, model_dir / ADAPTER)  # a merge may have been left out
+        cut_short = any(read_leftover_manifest(folder)[0].get("stopped") for folder in folders)
+        is_stopped = verdict.what == "stopped" or cut_short
         self.write("end", status="stopped" if is_stopped else "done", reason=None)
 
 

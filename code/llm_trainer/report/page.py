@@ -116,6 +116,9 @@ def list_facts(history: History) -> Iterator[tuple[str, str]]:
     speed = history.find_metric("tokens_per_second")
     if speed:
         yield "Tokens a second", show_number(speed.mean)
+    export = history.manifest.get("export") or {}
+    if export.get("proven") is False:
+        yield "Result", f"not proven: {export.get('reason')}"
     if history.duration:
         yield "Duration", show_duration(history.duration)
     if history.instance_hours is not None:

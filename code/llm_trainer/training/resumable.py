@@ -25,6 +25,7 @@ from llm_trainer.job import checkpoint_dir
 from llm_trainer.journal.journal import Journal
 from llm_trainer.model import lora_init
 from llm_trainer.training.resume import make_gather, share_files
+from llm_trainer.training.step_start import RandomState, StepCounts
 from llm_trainer.training.stopping import StopConsensus
 
 DEFAULT_LIMIT = 2  # checkpoints that are kept where the settings do not tell
@@ -60,9 +61,12 @@ class ResumableMixin(Trainer):
         self.run = run
         self.row_order = torch.Generator()  # where rows are grouped by length
         self.stopped = False
+        self.can_stop_evaluation = False  # an EvaluationStop would be caught now
         self.evaluation_due = False  # a stop put off the evaluation that belongs to the current step
         self.agreed_seconds = 0.0  # from the signal to the step after which all ranks stop
         self.checkpoint_seconds = 0.0  # the last checkpoint took so long
+        self.random_state: RandomState | None = None  # after the last whole step
+        self.step_counts: StepCounts | None = None  # at the beginning of the current step
         super().__init__(*args, **kwargs)
 
     @property
@@ -76,16 +80,40 @@ class ResumableMixin(Trainer):
         """Note that all ranks stop after this step. `agreed_seconds` have passed since the signal."""
         self.stopped, self.agreed_seconds, self.evaluation_due = True, agreed_seconds, evaluation_due
 
+    def note_step_begin(self) -> None:
+        """Keep the sums to which a stop in the middle of the step that begins goes back."""
+        self.step_counts = StepCounts.read(self)
+
+    def note_step_end(self) -> None:
+        """Keep the random state that a checkpoint of this step has, for a stop in the middle of the next one."""
+        self.random_state = RandomState.read(self.args.device)
+
+    def return_to_last_step(self) -> None:
+        """Throw away the step that has begun: all is as after the last whole one."""
+        self.model.zero_grad()
+        if self.step_counts is not None:
+            self.step_counts.restore(self)
+        if self.random_state is not None:
+            self.random_state.restore(self.args.device)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load the random state of a checkpoint, and keep it: it is the state after the last whole step."""
+        super()._load_rng_state(checkpoint)
+        self.note_step_end()
+
     def _maybe_log_save_evaluate(
         self, tr_loss: torch.Tensor, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Save where a stop ends an evaluation, which the next run makes up for."""
+        self.can_stop_evaluation = True
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         except EvaluationStop:
             self.evaluation_due = True
             if self.run.saves_checkpoints:
                 self._save_checkpoint(model, trial)
+        finally:
+            self.can_stop_evaluation = False
 
     # Checkpoints
 
@@ -108,6 +136,11 @@ class ResumableMixin(Trainer):
         self.checkpoint_seconds = time.monotonic() - started
         seconds = round(self.checkpoint_seconds, 2)
         self.run.journal.write("checkpoint", step=self.state.global_step, seconds=seconds)
+
+    def estimate_checkpoint_bytes(self) -> int:
+        """Return about how large a checkpoint is: the weights that are trained, and two numbers in float32 for each."""
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        return sum(weight.numel() * (weight.element_size() + 8) for weight in trained)
 
     def write_partial_checkpoint(self, partial: Path, model: torch.nn.Module, trial: Any) -> None:
         """Write the files of a checkpoint without its marker."""

@@ -7,15 +7,18 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from llm_trainer.common import log
 from llm_trainer.training.resumable import EvaluationStop, ResumableMixin
-from llm_trainer.training.stopping import StopRequest
+from llm_trainer.training.stopping import SLOW_STEP_SECONDS, StopRequest
 
 # Where the settings name no interval:
 CHECKPOINTS_A_RUN = 10
 MAX_SECONDS_BETWEEN = 900.0  # so much work may be lost with a host that vanishes without a signal
 MAX_SAVING_SHARE = 0.05  # of the run's time
 
-SLOW_STEP_SECONDS = 1.0  # from here on a step costs more than the wait for all ranks' decision
+GRACE_SECONDS = 120.0  # SageMaker kills a job so long after its signal
+MAX_WAITING_SHARE = 0.5  # of them; the rest is for the export
+BYTES_A_SECOND = 125e6  # of a checkpoint: what a gp3 volume takes by default
 
 
 class SaveAndStop(TrainerCallback):
@@ -28,6 +31,9 @@ class SaveAndStop(TrainerCallback):
         self.has_interval = has_interval
         self.in_epoch = False
         self.deferred = False  # a save waits for the evaluation that belongs to its step
+        self.ends_within_step = False  # the last whole step has no checkpoint, which is written at the end
+        self.num_batches, self.began_at = 0, time.monotonic()  # of the current step
+        self.num_steps, self.has_warned = 0, False  # of this process
         self.saved_step, self.saved_at = 0, time.monotonic()
         self.step_at, self.step_seconds = time.monotonic(), 0.0
 
@@ -38,10 +44,33 @@ class SaveAndStop(TrainerCallback):
         if not self.in_epoch:
             self.in_epoch, self.saved_step, self.step_at = True, state.global_step, time.monotonic()
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep what a stop in the middle of the step goes back to."""
+        self.num_batches, self.began_at = 0, time.monotonic()
+        if args.gradient_accumulation_steps > 1:
+            self.trainer.note_step_begin()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End in the middle of a step where all ranks know of a stop. The next run begins the step anew."""
+        self.num_batches += 1
+        between_polls = self.trainer.run.consensus.count_batches_between_polls(args.gradient_accumulation_steps)
+        if self.num_batches % between_polls == 0 and self.poll_ranks(state)[0]:
+            self.trainer.return_to_last_step()
+            self.stop(control, evaluation_due=False)
+            self.ends_within_step = self.trainer.run.saves_checkpoints and state.global_step > self.saved_step
+            log.info(f"The stop came within step {state.global_step + 1}: the next start begins it anew")
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Agree with all ranks on a save and a stop after this step."""
         now = time.monotonic()
         self.step_seconds, self.step_at = now - self.step_at, now
+        if args.gradient_accumulation_steps > 1:
+            self.trainer.note_step_end()
+        self.warn_of_long_batches((now - self.began_at) / args.gradient_accumulation_steps)
         stop, save = self.poll_ranks(state)
         ends_run = state.global_step >= state.max_steps or control.should_training_stop
         ends_epoch = state.epoch == int(state.epoch)
@@ -58,9 +87,9 @@ class SaveAndStop(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save what was deferred, and nothing after a stop, which has saved already."""
+        """Save what was deferred. A stop has saved already, but for one in the middle of a step."""
         if self.trainer.stopped:
-            control.should_evaluate = control.should_save = False
+            control.should_evaluate, control.should_save = False, self.ends_within_step
         elif self.deferred:
             control.should_save, self.deferred = True, False
 
@@ -68,7 +97,7 @@ class SaveAndStop(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """End an evaluation where all ranks know of a stop. Raises EvaluationStop."""
-        if self.in_epoch and not self.trainer.stopped and self.poll_ranks(state)[0]:
+        if self.trainer.can_stop_evaluation and not self.trainer.stopped and self.poll_ranks(state)[0]:
             self.stop(control, evaluation_due=True)
             raise EvaluationStop
 
@@ -81,7 +110,23 @@ class SaveAndStop(TrainerCallback):
         return self.trainer.run.consensus.poll(
             stop=self.request.is_made(self.trainer.checkpoint_seconds),
             save=state.is_world_process_zero and self.is_save_due(state),
-            slow=self.step_seconds > SLOW_STEP_SECONDS,
+            step_seconds=self.step_seconds,
+        )
+
+    def warn_of_long_batches(self, batch_seconds: float) -> None:
+        """Warn once where a stop that comes in the middle of a batch leaves too little time for the rest."""
+        self.num_steps += 1
+        if self.has_warned or self.num_steps < 2 or batch_seconds < SLOW_STEP_SECONDS:  # the first step compiles
+            return
+        expected = self.trainer.estimate_checkpoint_bytes() / BYTES_A_SECOND
+        checkpoint_seconds = self.trainer.checkpoint_seconds or expected
+        if batch_seconds + checkpoint_seconds < MAX_WAITING_SHARE * GRACE_SECONDS:
+            return
+        self.has_warned = True
+        log.warning(
+            f"a stop may wait {batch_seconds:.0f} s for the end of a batch, and a checkpoint takes about "
+            f"{checkpoint_seconds:.0f} s: SageMaker kills a job {GRACE_SECONDS:.0f} s after its signal. Lower "
+            "per_device_train_batch_size and raise gradient_accumulation_steps as much, or lower max_length."
         )
 
     def stop(self, control: TrainerControl, evaluation_due: bool) -> None:

@@ -7,6 +7,7 @@ torchrun, which kills its workers 30 s after a SIGTERM. This module serves worke
 ends them by itself (job/start_gate.py).
 """
 
+import math
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 # A run that is given a time leaves this share of it for the last checkpoint and the export, but no more than this.
 RESERVED_SHARE, RESERVED_SECONDS = 0.1, 60.0
+SLOW_STEP_SECONDS = 1.0  # from here on a step costs more than the wait for all ranks' decision
 RESERVED_CHECKPOINTS = 3  # at least as long as so many checkpoints took is left, too
 
 
@@ -48,28 +50,37 @@ class StopConsensus:
     def __init__(self) -> None:
         """Make a gloo group of all ranks, where there are several. Every rank must call this."""
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self.sums = torch.zeros(3, dtype=torch.int32)
+        self.sums = torch.zeros(3, dtype=torch.int64)
         self.pending: dist.Work | None = None
+        self.step_seconds = float("inf")  # the mean of all ranks, the same on each; not known yet
 
-    def poll(self, stop: bool, save: bool, slow: bool) -> tuple[bool, bool]:
+    def poll(self, stop: bool, save: bool, step_seconds: float) -> tuple[bool, bool]:
         """Return whether to stop and whether to save, the same on every rank, for this rank's wishes.
 
-        `slow` says that this rank's steps are long.
+        `step_seconds` is the length of this rank's last step.
         """
         if self.group is None:
+            self.step_seconds = step_seconds
             return stop, save
-        was_slow = self.finish()[2]
-        agreed = self.sums
-        self.sums = torch.tensor([stop, save, slow], dtype=torch.int32)
+        agreed = self.finish()
+        self.sums = torch.tensor([stop, save, round(1000 * step_seconds)], dtype=torch.int64)
         self.pending = dist.all_reduce(self.sums, group=self.group, async_op=True)
-        if was_slow:
-            self.finish()
-            agreed = self.sums
+        if self.step_seconds > SLOW_STEP_SECONDS:
+            agreed = self.finish()
+            self.sums = torch.zeros_like(agreed)  # these wishes come true now, and not once more
         return bool(agreed[0]), bool(agreed[1])
 
     def finish(self) -> torch.Tensor:
-        """Wait for the newest sum. Return it: [ranks that stop, that save, that are slow]."""
+        """Wait for the newest sum. Return it: [ranks that stop, that save, milliseconds of their last steps]."""
         if self.pending is not None:
             self.pending.wait()
             self.pending = None
+            self.step_seconds = int(self.sums[2]) / 1000 / dist.get_world_size(self.group)
         return self.sums
+
+    def count_batches_between_polls(self, batches_a_step: int) -> int:
+        """Return after how many batches of a step the ranks ask each other again: about once in SLOW_STEP_SECONDS.
+
+        It is more than a step has where steps are short.
+        """
+        return max(1, math.ceil(batches_a_step * SLOW_STEP_SECONDS / max(self.step_seconds, 1e-3)))

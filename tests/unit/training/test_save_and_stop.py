@@ -16,8 +16,11 @@ class Trainer(ResumableMixin):
     """A trainer that has its state of stops and checkpoints, and trains nothing."""
 
     def __init__(self, run):
-        self.run, self.stopped, self.evaluation_due = run, False, False
+        self.run, self.stopped, self.evaluation_due, self.can_stop_evaluation = run, False, False, True
         self.agreed_seconds, self.checkpoint_seconds = 0.0, 0.0
+
+    def estimate_checkpoint_bytes(self):
+        return 1_250_000_000
 
 
 @pytest.fixture
@@ -29,11 +32,12 @@ def make(monkeypatch):
         trainer = Trainer(build_run_context(**context))
         request = SimpleNamespace(made=False, is_made=lambda seconds: request.made, age_seconds=lambda: 1.5)
         callback = SaveAndStop(trainer, request, has_interval)
-        arguments = SimpleNamespace(eval_strategy="epoch")
+        arguments = SimpleNamespace(eval_strategy="epoch", gradient_accumulation_steps=1)
         state = TrainerState(max_steps=100, global_step=0, epoch=0.0, is_world_process_zero=True)
         callback.on_epoch_begin(arguments, state, TrainerControl())
 
         def step(global_step, seconds=1.0, epoch=0.5):
+            callback.on_step_begin(arguments, state, TrainerControl())
             clock.now += seconds
             state.global_step, state.epoch, control = global_step, epoch, TrainerControl()
             callback.on_step_end(arguments, state, control)
@@ -90,3 +94,26 @@ def test_a_stop_ends_an_evaluation(make):
     with pytest.raises(EvaluationStop):
         run.callback.on_prediction_step(None, run.state, TrainerControl())
     assert run.trainer.evaluation_due
+
+
+def test_an_evaluation_before_the_training_goes_on(make):
+    run = make()
+    run.request.made, run.trainer.can_stop_evaluation = True, False
+    run.callback.on_prediction_step(None, run.state, TrainerControl())
+    assert not run.trainer.stopped
+
+
+def test_batches_that_leave_no_time_after_a_stop_are_warned_of_once(make, capfd):
+    run = make()
+    run.step(1, 70.0)  # the first one compiles
+    run.step(2, 49.0)
+    assert capfd.readouterr().out == ""
+    run.step(3, 50.0)
+    run.step(4, 50.0)
+    (line,) = capfd.readouterr().out.splitlines()
+    assert line.startswith("Warning: a stop may wait 50 s for the end of a batch, and a checkpoint takes about 10 s: ")
+    measured = make()
+    measured.trainer.checkpoint_seconds = 58.0
+    measured.step(1)
+    measured.step(2, 2.0)
+    assert "a checkpoint takes about 58 s" in capfd.readouterr().out

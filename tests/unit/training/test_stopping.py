@@ -4,7 +4,7 @@
 import pytest
 
 from llm_trainer.training import stopping
-from llm_trainer.training.stopping import StopRequest
+from llm_trainer.training.stopping import StopConsensus, StopRequest
 
 STARTED = 1_000_000.0
 
@@ -35,3 +35,11 @@ def test_the_clock_leaves_time_for_the_end(tmp_path, clock, max_run_seconds, che
     clock(last_second + 1)
     assert request.is_made(checkpoint_seconds)
     assert request.age_seconds() == 0.0
+
+
+def test_ranks_ask_each_other_about_once_a_second_within_a_step():
+    consensus = StopConsensus()
+    assert consensus.count_batches_between_polls(8) == 1  # the first step: nobody knows how long it takes
+    for step_seconds, batches in ((64.0, 1), (4.0, 2), (2.0, 4), (0.5, 16), (0.0, 8000)):
+        assert consensus.poll(stop=False, save=True, step_seconds=step_seconds) == (False, True)
+        assert consensus.count_batches_between_polls(8) == batches
