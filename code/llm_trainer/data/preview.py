@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from llm_trainer.common import log
 from llm_trainer.data.datasets import Data
 from llm_trainer.data.formats import IGNORED
-from llm_trainer.data.report import DataReport
+from llm_trainer.data.report import DataReport, list_names
 
 MAX_SAMPLE_TOKENS = 200
 COLOURED = ("\x1b[32m", "\x1b[0m")  # green
@@ -32,6 +32,8 @@ def find_data_warnings(name: str, report: DataReport) -> Iterator[str]:
     """Yield sentences about properties of a split that may be meant and are often a mistake."""
     if report.num_rows_in_validation:
         yield f"{report.num_rows_in_validation} rows of the {name} data are in the validation data too."
+    if report.empty_files:
+        yield f"the {name} data has empty files: {list_names(report.empty_files)}."
     if report.num_duplicate_rows:
         yield f"{report.num_duplicate_rows} rows of the {name} data repeat an earlier one."
     if report.num_truncated_rows:

@@ -8,6 +8,7 @@ from typing import Any
 
 from llm_trainer.common.errors import MAX_LISTED_PROBLEMS
 
+MAX_NAMED_FILES = 10
 PERCENTILES = (50, 90, 95, 99)
 REJECTED_ROWS = "rejected_rows.jsonl"  # the file that lists bad rows
 
@@ -35,6 +36,7 @@ class DataReport:
     num_rows_in_validation: int = 0
     bad_rows: list[str] = field(default_factory=list)  # sentences about the first of them
     damage: list[str] = field(default_factory=list)  # a sentence for each file that could not be read to its end
+    empty_files: list[str] = field(default_factory=list)  # files without a row
     lengths: Counter[int] = field(default_factory=Counter)  # length -> rows
 
     def note_bad_row(self, problem: str) -> None:
@@ -110,7 +112,8 @@ class DataReport:
     def find_flaws(self, name: str) -> Iterator[str]:
         """Yield a sentence where training on the usable rows would fail, or teach the wrong thing."""
         if not self.lengths:
-            yield f"The {name} data has no rows: {len(self.files)} files were read and they are empty; put rows there."
+            found = f"empty: {list_names(self.empty_files)}" if self.empty_files else "no file was read"
+            yield f"The {name} data has no rows ({found}): put rows there."
         elif not self.num_rows and self.num_dropped_rows:
             yield (
                 f"The {name} data has no rows left ({self.num_dropped_rows} were longer than max_length): "
@@ -132,3 +135,9 @@ class DataReport:
                 f"No row of the {name} data trains the end-of-sequence token, so the model would never learn to stop: "
                 "give a chat template whose assistant turns include it, or rows that end in it."
             )
+
+
+def list_names(files: list[str]) -> str:
+    """Return the names of files for a sentence, with the number of those that are too many to name."""
+    more = f" and {len(files) - MAX_NAMED_FILES} more" if len(files) > MAX_NAMED_FILES else ""
+    return ", ".join(files[:MAX_NAMED_FILES]) + more

@@ -22,7 +22,7 @@ from llm_trainer.data.report import REJECTED_ROWS, DataReport
 from llm_trainer.data.streaming import SourceHead
 from llm_trainer.data.tokenize import CHUNK_ROWS, Preparer, find_format, prepare_chunks, write_chunks
 from llm_trainer.readers.rows import Chunk, DamagedFile
-from llm_trainer.readers.sources import Source
+from llm_trainer.readers.sources import FileSource, Source
 
 ROWS, REPORT = "rows.arrow", "report.json"
 # Files of this package that decide what tokens a row becomes. A test compares them with what the cache imports.
@@ -98,12 +98,24 @@ def write_source(source: Source | SourceHead, vocabulary: Vocabulary, settings: 
 
 
 def read_undamaged(source: Source | SourceHead, report: DataReport) -> Iterator[Chunk]:
-    """Yield a source's chunks, and note in the report each file that cannot be read to its end."""
-    for chunks in source.read_parts(CHUNK_ROWS):
+    """Yield a source's chunks, and note in the report each file that has no rows or cannot be read to its end."""
+    for names, chunks in zip(name_parts(source), source.read_parts(CHUNK_ROWS), strict=True):
+        is_empty = True
         try:
-            yield from chunks
+            for chunk in chunks:
+                is_empty = False
+                yield chunk
+            if is_empty:
+                report.empty_files += names
         except DamagedFile as error:
             report.damage.append(str(error))
+
+
+def name_parts(source: Source | SourceHead) -> list[list[str]]:
+    """Return the names of the files in each part of a source; a Hub data set has one part without files."""
+    files = source.source if isinstance(source, SourceHead) else source
+    names = [name for name, _ in files.name_files()] if isinstance(files, FileSource) else []
+    return [[name] for name in names] if source is files and isinstance(files, FileSource) else [names]
 
 
 def build_key(files: list[dict[str, Any]], vocabulary: Vocabulary, settings: DataSettings) -> str:

@@ -27,6 +27,7 @@ from llm_trainer.readers.sources import (
 from llm_trainer.serving.limits import find_settings_refusals
 
 TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "vocab.*", "*.model", "*.tiktoken")
+MAX_NAMED_FILES = 5
 POINTER = "is a Git LFS pointer and not the file itself: run `git lfs pull`, or download the model again."
 
 
@@ -164,7 +165,8 @@ def find_warnings(settings: Settings, environment: Environment, inputs: Inputs) 
     """Yield sentences about choices that are valid and seldom meant."""
     for source in (*inputs.train, *inputs.validation):
         if unread := find_unread_files(source):
-            yield f"{source.name} holds files that are not read: {', '.join(unread[:5])}"
+            more = f" and {len(unread) - MAX_NAMED_FILES} more" if len(unread) > MAX_NAMED_FILES else ""
+            yield f"{source.name} holds files that are not read: {', '.join(unread[:MAX_NAMED_FILES])}{more}"
     if unused := find_unused_channels(environment):
         names = "train, train_..., validation or val, model and config"
         yield f"nothing reads channel {', '.join(unused)}: a job reads {names}."

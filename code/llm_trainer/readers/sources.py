@@ -3,7 +3,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from llm_trainer.common.files import compute_digest
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.schema import show_value
 from llm_trainer.config.sections import ADDRESS, DataSettings
-from llm_trainer.readers.discovery import find_files, find_ignored_files
+from llm_trainer.readers.discovery import PassedOver, describe_passed_over, find_files, list_unexpected
 from llm_trainer.readers.files import read_chunks
 from llm_trainer.readers.rows import Chunk
 
@@ -33,10 +33,13 @@ class FileSource:
     files: tuple[Path, ...]
     prefix: str = ""  # stands before the files' names in messages, where there are several sources
     is_sharded: bool = False  # whether other hosts have other files of it; this host may then have none
+    passed_over: PassedOver = field(default_factory=dict)  # files beside them that are not read
 
     def describe(self) -> str:
-        """Return a line that names the source, its folder and the number of its files."""
+        """Return a line that names the source, its folder and the number of its files, read and passed over."""
         files = f"{len(self.files)} file{'' if len(self.files) == 1 else 's'}"
+        if self.passed_over:
+            files += f" (passed over: {describe_passed_over(self.passed_over)})"
         return f"{self.name}: {self.folder}, {files}{', a shard of this host alone' if self.is_sharded else ''}"
 
     def identify_files(self) -> list[dict[str, Any]]:
@@ -193,7 +196,7 @@ def find_files_at(place: Place, splits: tuple[str, ...], environment: Environmen
         fix = "check the path and the channel's S3 prefix."
         return [], [f"{place.label} does not exist in the container ({path}): {fix}"]
     try:
-        files = find_files(path, splits)
+        files, passed_over = find_files(path, splits)
     except UserError as error:
         return [], list(error.problems)
     if not files and not is_sharded:
@@ -202,7 +205,7 @@ def find_files_at(place: Place, splits: tuple[str, ...], environment: Environmen
             f"{place.label} has no {KINDS} file in {path} (found: {', '.join(found) or 'nothing'}): put the data there."
         ]
     folder = path.parent if path.is_file() else path
-    return [FileSource(place.name, folder, tuple(files), place.prefix, is_sharded)], []
+    return [FileSource(place.name, folder, tuple(files), place.prefix, is_sharded, passed_over)], []
 
 
 def check_train_weights(settings: DataSettings, channels: list[str]) -> Iterator[str]:
@@ -216,8 +219,8 @@ def check_train_weights(settings: DataSettings, channels: list[str]) -> Iterator
 
 
 def find_unread_files(source: Source) -> list[str]:
-    """Return the names of files beside the data that nobody reads, for a warning."""
-    return find_ignored_files(source.folder) if isinstance(source, FileSource) else []
+    """Return the names of files beside the data that are not read and may have been meant, for a warning."""
+    return list_unexpected(source.passed_over, source.folder) if isinstance(source, FileSource) else []
 
 
 def find_unused_channels(environment: Environment) -> list[str]:

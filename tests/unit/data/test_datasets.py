@@ -52,7 +52,7 @@ def build_source(tmp_path, channel, rows):
         file = tmp_path / channel / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
-    return FileSource(channel, tmp_path / channel, tuple(find_files(tmp_path / channel)))
+    return FileSource(channel, tmp_path / channel, tuple(find_files(tmp_path / channel)[0]))
 
 
 def texts(*words):
@@ -118,7 +118,10 @@ def test_rows_of_which_the_cut_leaves_nothing_to_train_on_are_left_out_and_count
 
 def test_data_that_would_teach_nothing_or_never_to_stop_fails(load):
     assert "no rows left" in problems_of(load, {"train": texts("a" * 50)}, max_length=10, apply_truncation=False)[0]
-    assert "The train data has no rows: 1 files were read" in problems_of(load, {"empty": {"a.jsonl": b""}})[0]
+    empty = {"a.jsonl": b"", "b.json": b"[]", "c.csv": b"text\n", "d.jsonl.gz": gzip.compress(b"\n")}
+    assert problems_of(load, {"empty": empty}) == (
+        "The train data has no rows (empty: a.jsonl, b.json, c.csv, d.jsonl.gz): put rows there.",
+    )
     assert "No token of the train data" in problems_of(load, {"train": [CHAT]}, max_length=5)[0]
     unlabelled = [{"input_ids": [5, 6, 2], "labels": [IGNORED] * 3}]
     assert "No token of the train data" in problems_of(load, {"train": unlabelled})[0]
@@ -201,6 +204,8 @@ def test_an_empty_file_among_full_ones_is_no_mistake(load):
     data = load({"train": {"a.jsonl": b"", "b.jsonl": lines, "c.json": b" \n", "d.csv": b"text\nc\n"}})
     assert data.reports["train"].num_rows == 2
     assert len(data.reports["train"].files) == 4
+    warnings = list(find_data_warnings("train", data.reports["train"]))
+    assert warnings[0] == "the train data has empty files: a.jsonl, c.json."
 
 
 def test_ten_megabytes_in_one_row_are_cut_like_any_other(load):

@@ -59,7 +59,7 @@ def test_bad_rows_are_told_unless_that_many_are_allowed(fraction, num_sentences)
 @pytest.mark.parametrize(
     ("counts", "sentence"),
     [
-        ({}, "The train data has no rows: 0 files were read"),
+        ({}, "The train data has no rows (no file was read): put rows there."),
         ({"num_dropped_rows": 2}, "The train data has no rows left (2 were longer than max_length)"),
         ({"num_rows": 2}, "No token of the train data is trained on"),
         ({"num_rows": 2, "num_supervised_tokens": 2, "num_missed_stops": 1}, "1 of 2 rows of the train data train on"),
