@@ -83,7 +83,7 @@ class FakeHub:
             )  # it has no folders
         if path.startswith(f"{self.address}/tree/"):
             return send(request, 200, [self.describe_file(name) for name in self.files])
-        return self.send_file(request, path.rpartition("/")[2])
+        return self.send_file(request, path.partition("/resolve/")[2].partition("/")[2])
 
     def answer_push(self, request: BaseHTTPRequestHandler, path: str, body: bytes) -> None:
         self.requests.append(f"{request.command} {path}")

@@ -151,7 +151,7 @@ def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: V
     validation.add_findings("model", "error", find_quantization_problems(folder, config, *sections))
     tokenizer = loading.load_tokenizer(folder, settings.model)
     vocabulary = loading.build_vocabulary(folder, config, tokenizer, settings.model.model_revision)
-    examine_adapter(folder, config, settings, validation)
+    examine_structure(folder, config, settings, validation)
     splits, problems = prepare_splits(inputs, vocabulary, settings.data, rejected_rows)
     return PreparedData(config, tokenizer, splits, problems)
 
@@ -169,19 +169,20 @@ def add_reports(splits: "Mapping[str, Split]", are_valid: bool, validation: Vali
             validation.add_findings(name, "warning", find_data_warnings(name, split.report))
 
 
-def examine_adapter(folder: str, config: "PreTrainedConfig", settings: Settings, validation: Validation) -> None:
-    """Add what keeps the adapter from being put on the model, or from being served."""
-    if not settings.adapter.use_peft:
-        return
-    from llm_trainer.model.loading import build_skeleton
+def examine_structure(folder: str, config: "PreTrainedConfig", settings: Settings, validation: Validation) -> None:
+    """Add what keeps the model from being trained, and the adapter from being put on it or from being served."""
+    from llm_trainer.model.loading import build_skeleton, check_fit
     from llm_trainer.model.lora import build_lora_config
     from llm_trainer.serving.limits import find_placement_refusals
 
     try:
+        check_fit(folder, config, settings.model)
         skeleton = build_skeleton(folder, config, settings.model.trust_remote_code)
+        if not settings.adapter.use_peft:
+            return
         lora = build_lora_config(settings.model, settings.adapter, skeleton)
     except UserError as error:
-        validation.add_findings("adapter", "error", error.problems)
+        validation.add_findings("model", "error", error.problems)
         return
     if not settings.output.merge_weights:
         validation.add_findings(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Hugging Face Hub: a model's files, patience with a busy Hub, and a clear sentence where it refuses."""
 
+import glob
 import random
 import time
 from collections.abc import Callable
@@ -23,10 +24,16 @@ from llm_trainer.common import log
 from llm_trainer.common.activity_notes import note_activity
 from llm_trainer.common.errors import UserError, quote_error, walk_causes
 from llm_trainer.common.retry import Backoff
+from llm_trainer.common.safetensors_files import (
+    SINGLE_FILE,
+    check_weights,
+    find_unasked_weights,
+    list_weights,
+    map_weights,
+)
 
-# A causal language model needs these. A repository may hold the same weights in other formats besides.
+# A causal language model needs these beside its weights.
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken"]
-WEIGHTS = ["*.safetensors"]
 FIRST_WAIT_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 60.0
 PATIENCE_SECONDS = 180.0  # no attempt begins later than this after the first
@@ -35,18 +42,47 @@ Result = TypeVar("Result")
 
 
 def download_model(model: str, revision: str | None, with_weights: bool) -> str:
-    """Download a model, and return the folder of its files in the cache. Raises UserError when the Hub refuses.
+    """Download a model, and return the folder of its files in the cache.
+
+    The small files come first. They tell which of the repository's weights are loaded: it may hold the same weights for
+    other programs besides. Raises UserError when the Hub refuses, or the repository is not a plain base model.
+    """
+    with note_activity("downloading the model", Path(constants.HF_HOME)):
+        folder = download_files(model, revision, SMALL_FILES)
+        if problems := list(find_unasked_weights(Path(folder), f"model_id={model!r}")):
+            raise UserError(*problems)
+        if with_weights:
+            download_weights(model, Path(folder))
+    return folder
+
+
+def download_weights(model: str, folder: Path) -> None:
+    """Download a model's weights beside its small files. Raises UserError where they are missing or damaged."""
+    try:
+        names = map_weights(folder) or {SINGLE_FILE: set()}
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    download_files(model, folder.name, [glob.escape(name) for name in names])  # by the commit of the small files
+    if problems := list(check_weights(folder)):
+        raise UserError(*problems)
+    if not list_weights(folder):
+        raise UserError(
+            f"model_id={model!r} has no {SINGLE_FILE} and no index of .safetensors files, and no other weights are "
+            "read: convert the model to safetensors, or give another one."
+        )
+
+
+def download_files(model: str, revision: str | None, patterns: list[str]) -> str:
+    """Download the files of a model that match a pattern. Return the folder that stands for their commit in the cache.
 
     huggingface_hub repeats some requests itself, five times within half a minute. It does not repeat the first one,
     which asks for the repository, nor a request for a file after a server error.
     """
-    files = SMALL_FILES + (WEIGHTS if with_weights else [])
-    with note_activity("downloading the model", Path(constants.HF_HOME)):
-        return retry_while_busy(
-            lambda: str(snapshot_download(model, revision=revision, allow_patterns=files)),
-            f"Downloading {model}",
-            lambda error: find_refusal(error, f"model_id={model!r}") or describe_outage(model, find_answer(error)),
-        )
+    return retry_while_busy(
+        lambda: str(snapshot_download(model, revision=revision, allow_patterns=patterns)),
+        f"Downloading {model}",
+        lambda error: find_refusal(error, f"model_id={model!r}") or describe_outage(model, find_answer(error)),
+    )
 
 
 def retry_while_busy(action: Callable[[], Result], what: str, refuse: Callable[[BaseException], str]) -> Result:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The .safetensors files of a model folder: whether they are whole, and how large. Only their headers are read.
+"""The weights of a model folder: which files Transformers loads, whether they are whole, and how large.
+
+Only the headers of .safetensors files are read, and pickled weights are never.
 
 A file is 8 bytes with the header's length, the header, a JSON object of tensors, and the tensors' bytes.
 """
@@ -7,19 +9,72 @@ A file is 8 bytes with the header's length, the header, a JSON object of tensors
 import contextlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+SINGLE_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+# A folder with such a file is loaded by torch's distributed checkpointing, whatever else it holds.
+DISTRIBUTED_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec"
 MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"  # how the names of its tensors end
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 def list_weights(folder: Path) -> list[Path]:
-    """Return the .safetensors files of a folder, sorted by name."""
-    return sorted(folder.glob("*.safetensors"))
+    """Return the files that Transformers loads the weights of a folder from, sorted by name.
+
+    Others beside them, such as `consolidated.safetensors`, hold the same weights for other programs.
+    """
+    with contextlib.suppress(ValueError):  # the check of the model tells of an index that cannot be read
+        return sorted(folder / name for name in map_weights(folder) if (folder / name).is_file())
+    return []
+
+
+def map_weights(folder: Path) -> dict[str, set[str]]:
+    """Return the tensors of each file that Transformers loads, as far as an index tells them.
+
+    As Transformers does, take a single file before an index. Raises ValueError with what is wrong with the index.
+    """
+    tensors = read_index(folder / WEIGHTS_INDEX)
+    if (folder / SINGLE_FILE).is_file():
+        return {SINGLE_FILE: tensors.get(SINGLE_FILE, set())}
+    return tensors
+
+
+def find_unasked_weights(folder: Path, subject: str) -> Iterator[str]:
+    """Yield sentences about files that Transformers would load unasked, on top of the weights or in their place."""
+    adapter = folder / ADAPTER_CONFIG
+    if adapter.is_file():
+        yield describe_adapter(adapter, subject)
+    shard = next((file.name for file in sorted(folder.glob("shard-*")) if DISTRIBUTED_SHARD.fullmatch(file.name)), None)
+    if shard:
+        yield f"{subject} holds {shard}, part of a distributed checkpoint, which would be loaded: remove its shards."
+    with contextlib.suppress(ValueError):
+        tensors = read_index(folder / WEIGHTS_INDEX)
+        if tensors and SINGLE_FILE not in tensors and (folder / SINGLE_FILE).is_file():
+            yield f"{subject} holds {SINGLE_FILE}, and {WEIGHTS_INDEX} names other files: remove one of the two."
+
+
+def describe_adapter(adapter: Path, subject: str) -> str:
+    """Return the sentence about an adapter's config where a base model is expected."""
+    if (adapter.parent / "config.json").is_file():
+        return (
+            f"{subject} also holds an adapter ({ADAPTER_CONFIG}), which would be loaded with the base unasked: to go "
+            f"on from it, merge it with `llm-trainer merge` and give the result; else remove {ADAPTER_CONFIG}."
+        )
+    try:
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError):
+        base = None
+    named = f" of {base!r}" if isinstance(base, str) and base else ""
+    return (
+        f"{subject} holds an adapter{named} and no model ({ADAPTER_CONFIG} without config.json): give its base as the "
+        "model, or merge both with `llm-trainer merge` and give the result."
+    )
 
 
 def is_git_lfs_pointer(file: Path) -> bool:
@@ -52,7 +107,7 @@ def read_header(file: Path) -> dict[str, Any]:
 def check_weights(folder: Path) -> Iterator[str]:
     """Yield sentences on what is missing or damaged. A folder without any weights is for the caller to judge."""
     try:
-        tensors = read_index(folder / WEIGHTS_INDEX) or {file.name: set() for file in list_weights(folder)}
+        tensors = map_weights(folder)
     except ValueError as error:
         yield str(error)
         return
@@ -79,6 +134,8 @@ def read_index(index: Path) -> dict[str, set[str]]:
     tensors: dict[str, set[str]] = {}
     try:
         for tensor, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            if Path(file).is_absolute() or ".." in Path(file).parts:
+                raise ValueError(f"it names {file!r}, outside of the folder")
             tensors.setdefault(file, set()).add(tensor)
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(f"{index} is not a weights index ({error!r}): download the model again.") from error

@@ -48,6 +48,14 @@ SETTING_OF_MODEL_OPTION = {
     "revision": "model_revision",
     "trust_remote_code": "trust_remote_code",
 }
+# Options of from_pretrained with which it would load other files than are checked, proven and merged, run other code
+# than the image's, or return something else than a model.
+UNSAFE_MODEL_OPTIONS = (
+    *("adapter_kwargs", "config", "gguf_file", "ignore_mismatched_sizes", "key_mapping", "state_dict", "subfolder"),
+    *("use_safetensors", "variant", "weights_only"),
+    *("allow_all_kernels", "fusion_config", "kernel_config", "use_kernels"),
+    *("device_map", "device_mesh", "distributed_config", "output_loading_info", "tp_plan", "tp_size"),
+)
 # Keys of fsdp_config that a user may set. Checkpoints, loading and export rely on all the others.
 REFINABLE = frozenset({"reshard_after_forward", "auto_wrap_policy", "transformer_layer_cls_to_wrap", "min_num_params"})
 OTHER_WAYS = {
@@ -129,6 +137,13 @@ def refuse_model_option(option: str, setting: str) -> Rule:
     )
 
 
+def fill_unsafe_options(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Yield each option of from_pretrained that a user may not give."""
+    for option in UNSAFE_MODEL_OPTIONS:
+        if option in (settings.model.model_init_kwargs or {}):
+            yield {"option": option}
+
+
 def refuse_without_push(name: str) -> Rule:
     """Return the rule that this setting needs a push to the Hub."""
     return Rule(
@@ -180,6 +195,13 @@ MODEL_RULES = (
         "Face id.",
     ),
     *(refuse_model_option(option, setting) for option, setting in SETTING_OF_MODEL_OPTION.items()),
+    Rule(
+        ("model_init_kwargs",),
+        lambda s: not {*UNSAFE_MODEL_OPTIONS}.isdisjoint(s.model.model_init_kwargs or {}),
+        "model_init_kwargs has {option!r}: it changes which files or code a model is made of, or where it lies, which "
+        "the checks and the export rely on; remove it.",
+        fill_unsafe_options,
+    ),
 )
 
 MERGE_RULES = (

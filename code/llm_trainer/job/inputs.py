@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_trainer.common.errors import quote_error
-from llm_trainer.common.safetensors_files import WEIGHTS_INDEX, check_weights, is_git_lfs_pointer, list_weights
+from llm_trainer.common.safetensors_files import (
+    SINGLE_FILE,
+    WEIGHTS_INDEX,
+    check_weights,
+    find_unasked_weights,
+    is_git_lfs_pointer,
+    list_weights,
+)
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.schema import Settings, show_value
 from llm_trainer.config.secret_references import is_reference
@@ -28,6 +35,7 @@ from llm_trainer.serving.limits import find_settings_refusals
 
 TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "vocab.*", "*.model", "*.tiktoken")
 MAX_NAMED_FILES = 5
+UNREAD_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".safetensors")  # the last one under another name than the model's
 POINTER = "is a Git LFS pointer and not the file itself: run `git lfs pull`, or download the model again."
 
 
@@ -92,6 +100,9 @@ def check_model(model: str, needs_tokenizer: bool = True) -> Iterator[str]:
                 "give an id such as 'Qwen/Qwen3-0.6B' or the folder of a channel."
             )
         return
+    if unasked := list(find_unasked_weights(folder, f"Model folder {folder}")):
+        yield from unasked
+        return
     unreadable = [file for file in folder.glob("*.*") if not os.access(file, os.R_OK)]
     for file in unreadable:
         yield f"Model file {file} cannot be read by user {os.getuid()}: make it readable, or run as another user."
@@ -117,6 +128,11 @@ def check_config(file: Path) -> Iterator[str]:
             return
         if not isinstance(config, dict) or not config.keys() & {"model_type", "auto_map"}:  # a map to code of its own
             yield f"{file} has no model_type: give the config.json of a Transformers model."
+        elif config.get("transformers_weights"):
+            yield (
+                f"{file} has transformers_weights={config['transformers_weights']!r}, other weights than a merge and a "
+                "server read: remove it, and name the weights as other models do."
+            )
 
 
 def check_tokenizer(file: Path) -> Iterator[str]:
@@ -130,9 +146,12 @@ def find_missing_weights(model: str) -> Iterator[str]:
     folder = Path(model)
     if not model or not folder.is_dir() or list_weights(folder) or (folder / WEIGHTS_INDEX).is_file():
         return
-    others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".gguf"))
+    others = sorted(file.name for file in folder.glob("*") if file.suffix in UNREAD_WEIGHTS)
     found = f" (found {', '.join(others[:3])}, which is not read)" if others else ""
-    yield f"Model folder {folder} has no weights{found}: put the model's .safetensors files there."
+    yield (
+        f"Model folder {folder} has no weights{found}: put {SINGLE_FILE} there, or the files of a {WEIGHTS_INDEX} "
+        "with it."
+    )
 
 
 def check_evaluation(settings: TrainingSettings, has_validation: bool) -> Iterator[str]:

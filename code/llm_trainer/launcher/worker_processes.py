@@ -82,6 +82,9 @@ def build_library_variables(inputs: Inputs, chat_template_path: str | None, push
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # carriage returns spoil CloudWatch's lines
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        # Transformers would fetch code for kernels from the Hub, and weights that a bot has converted.
+        "USE_HUB_KERNELS": "NO",
+        "DISABLE_SAFETENSORS_CONVERSION": "1",
         **build_cache_variables(os.environ),
         **os.environ,
     }

@@ -19,14 +19,14 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.common.safetensors_files import (
     MXFP4_BLOCKS,
     MXFP4_SCALES,
+    SINGLE_FILE,
     WEIGHTS_INDEX,
     check_weights,
+    list_weights,
     read_header,
-    read_index,
     unpack_shape,
 )
 
-SINGLE_FILE = "model.safetensors"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -281,10 +281,10 @@ def list_shards(base: Path) -> list[Path]:
     """Return the files that Transformers would load. Raise UserError when one is missing or broken."""
     if problems := list(check_weights(base)):
         raise UserError(*problems)
-    names = read_index(base / WEIGHTS_INDEX) or {SINGLE_FILE: set()}
-    if not all((base / name).is_file() for name in names):
+    files = list_weights(base)
+    if not files:
         raise UserError(f"Model folder {base} has neither {SINGLE_FILE} nor {WEIGHTS_INDEX}: give a model's folder.")
-    return [base / name for name in sorted(names)]
+    return files
 
 
 def list_tensors(shards: Iterable[Path], dtype: torch.dtype) -> list[BaseTensor]:

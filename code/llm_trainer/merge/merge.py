@@ -18,10 +18,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.files import compute_digest
-from llm_trainer.common.safetensors_files import WEIGHTS_INDEX, list_weights
+from llm_trainer.common.safetensors_files import SINGLE_FILE, WEIGHTS_INDEX, list_weights
 from llm_trainer.host.free_space import find_free_bytes
 from llm_trainer.merge import shard_writer
-from llm_trainer.merge.base_tensors import SINGLE_FILE
 from llm_trainer.merge.plan import FLOATING, MergePlan, MergeRequest, plan_merge
 from llm_trainer.merge.shard_writer import MergedShard, write_json
 from llm_trainer.model.precision import show_dtype

@@ -22,9 +22,10 @@ from transformers import (
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.hub import download_model, find_refusal
 from llm_trainer.common.ranks import run_on_local_rank_zero
+from llm_trainer.common.safetensors_files import list_weights, read_header
 from llm_trainer.config.sections import ModelSettings
 from llm_trainer.data.encoding import Vocabulary
-from llm_trainer.model.quantization import Quantization, keep_trainable
+from llm_trainer.model.quantization import Quantization, find_stored_method, keep_trainable
 
 UNKNOWN_TYPE = re.compile(r"model type `(.+?)` but Transformers does not recognize")
 
@@ -42,17 +43,18 @@ def fetch_model(model: str, settings: ModelSettings, scratch_dir: Path, with_wei
     """Return the folder of a model's files. Download a Hub model once a host.
 
     With `use_snapshot_download=false` the model's Hub id comes back, and each rank loads it from the Hub by itself.
-    Raise UserError when the model cannot be downloaded.
+    Raise UserError when the model cannot be downloaded, or is not a plain base model.
     """
-    if Path(model).is_dir() or not settings.use_snapshot_download:
+    if Path(model).is_dir():
         return model
     place = scratch_dir / "model_folder"
+    with_weights = with_weights and settings.use_snapshot_download
 
     def download() -> None:
         place.write_text(download_model(model, settings.model_revision, with_weights), encoding="utf-8")
 
     run_on_local_rank_zero(scratch_dir / "model.done", download)
-    return place.read_text(encoding="utf-8")
+    return place.read_text(encoding="utf-8") if settings.use_snapshot_download else model
 
 
 def read_config(model: str, settings: ModelSettings) -> PreTrainedConfig:
@@ -209,9 +211,48 @@ def load_model(
         }
         if options.quantization is not None:  # None would hide how the checkpoint is stored
             arguments["quantization_config"] = options.quantization
-        return keep_trainable(AutoModelForCausalLM.from_pretrained(model, **arguments))
+        loaded, _ = load_whole(model, arguments)
+        return keep_trainable(loaded)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(explain_failure(error, model, "weights")) from error
+
+
+def load_whole(model: str, arguments: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
+    """Return the model, and the names of the files' tensors that are no part of it.
+
+    Raise UserError where weights are missing or of other shapes: Transformers would begin with random numbers there.
+    """
+    loaded, found = AutoModelForCausalLM.from_pretrained(
+        model, **arguments, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    missing, mismatched = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
+    problems, fix = [], "give the whole model, with the config that belongs to its weights."
+    if missing:
+        problems.append(f"The weights of {model} lack {len(missing)} tensors of the model, first {missing[0]}: {fix}")
+    for name, stored, needed in mismatched[:1]:
+        shapes = f"{name} has shape {list(stored)} and the model needs {list(needed)}"
+        problems.append(f"{len(mismatched)} tensors of {model} do not fit its config, first {shapes}: {fix}")
+    if problems:
+        raise UserError(*problems)
+    return loaded, sorted(found["unexpected_keys"])
+
+
+def check_fit(model: str, config: PreTrainedConfig, settings: ModelSettings) -> list[str]:
+    """Read which tensors a folder's files hold, and return the names of those that are no part of the model.
+
+    No weights are read. A quantized checkpoint is checked when it loads, as is a model whose weights are not here.
+    Raise UserError where some are missing, or of other shapes.
+    """
+    if not list_weights(Path(model)) or find_stored_method(config):
+        return []
+    options = {**build_source_options(settings), **(settings.model_init_kwargs or {})}
+    try:
+        skeleton, unexpected = load_whole(model, {**options, "device_map": {"": "meta"}, "use_safetensors": True})
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise UserError(explain_failure(error, model, "weights")) from error
+    ignored = re.compile("|".join(skeleton._keys_to_ignore_on_load_unexpected or ["(?!)"]))
+    names = {name for file in list_weights(Path(model)) for name in read_header(file)}
+    return sorted({*unexpected, *filter(ignored.search, names)})
 
 
 def build_empty_model(model: str, settings: ModelSettings, options: LoadOptions) -> PreTrainedModel:

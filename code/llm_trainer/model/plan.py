@@ -12,7 +12,7 @@ from llm_trainer.config.sections import AdapterSettings, ModelSettings, OutputSe
 from llm_trainer.model.attention import AttentionChoice, choose_attention, find_faults, read_needs
 from llm_trainer.model.device import Device
 from llm_trainer.model.liger import LigerChoice, choose_liger, find_known_types
-from llm_trainer.model.loading import LoadOptions, build_skeleton, read_config
+from llm_trainer.model.loading import LoadOptions, build_skeleton, check_fit, read_config
 from llm_trainer.model.lora import build_lora_config
 from llm_trainer.model.precision import Precision, find_stored_dtype
 from llm_trainer.model.quantization import (
@@ -64,6 +64,7 @@ def plan_model(folder: str, settings: PlanSettings, device: Device, precision: P
     sections = (model_settings, settings.adapter, settings.parallelism)
     if problems := list(find_quantization_problems(folder, config, *sections)):
         raise UserError(*problems)
+    left_out = check_fit(folder, config, model_settings)
     quantization = build_quantization(config, model_settings, precision.compute, device.torch)
     skeleton = build_skeleton(folder, config, model_settings.trust_remote_code)
     asked, faults = model_settings.attn_implementation, find_faults(device)
@@ -71,7 +72,17 @@ def plan_model(folder: str, settings: PlanSettings, device: Device, precision: P
     liger = choose_liger(config, model_settings, device, find_known_types(device))
     lora = build_lora_config(model_settings, settings.adapter, skeleton) if settings.adapter.use_peft else None
     plan = ModelPlan(folder, config, device, precision, quantization, attention, liger, lora)
-    return replace(plan, reasons=tuple(describe_plan(plan, skeleton, settings.output.merge_weights)))
+    reasons = [*describe_left_out(left_out), *describe_plan(plan, skeleton, settings.output.merge_weights)]
+    return replace(plan, reasons=tuple(reasons))
+
+
+def describe_left_out(names: list[str]) -> Iterator[str]:
+    """Yield a line for the log about tensors of the files that Transformers makes no use of."""
+    if names:
+        yield (
+            f"Weights: {len(names)} tensors of the files are no part of the model, such as {names[0]}: they are not "
+            "trained, and an export of all weights has none of them"
+        )
 
 
 def describe_plan(plan: ModelPlan, skeleton: PreTrainedModel, merges: bool) -> Iterator[str]:

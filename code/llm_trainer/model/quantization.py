@@ -3,7 +3,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -46,7 +46,8 @@ def build_quantization(
 
 def find_stored_method(config: PreTrainedConfig) -> str | None:
     """Return the method that a checkpoint is stored quantized with, by Transformers' name, or None."""
-    stored = getattr(config, "quantization_config", None) or {}
+    parts = (config, config.get_text_config())  # Transformers takes the second one where the first has none
+    stored: Any = next((found for part in parts if (found := getattr(part, "quantization_config", None))), {})
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     method = stored.get("quant_method")
     if method is None and (stored.get("load_in_4bit") or stored.get("load_in_8bit")):

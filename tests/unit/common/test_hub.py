@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What becomes of the Hub's answers, given by a real server: a model, a clear refusal, or patience."""
 
+import json
+from pathlib import Path
+
 import pytest
 from huggingface_hub import constants
+from safetensors.torch import load
 
 from llm_trainer.common import hub
 from llm_trainer.common.errors import UserError
+from llm_trainer.common.safetensors_files import list_weights
 from llm_trainer.config.environment import read_environment
 from llm_trainer.config.schema import Settings
 from llm_trainer.job.inputs import find_inputs
@@ -85,6 +90,62 @@ def test_a_refusal_without_a_token(fake_hub, tmp_path, monkeypatch):
 def test_a_name_that_is_none(fake_hub, tmp_path):
     sentence = refuse(loading.fetch_model, "/no/such/folder", Settings().model, tmp_path)
     assert sentence == "model_id='/no/such/folder' is neither a folder nor a Hugging Face Hub id: give one of them."
+
+
+def list_downloads(server) -> list[str]:
+    return sorted(
+        request.partition("/resolve/")[2].partition("/")[2]
+        for request in server.requests
+        if request.startswith("GET") and "/resolve/" in request
+    )
+
+
+OTHER_FORMATS = (
+    "consolidated.safetensors",
+    "original/model.safetensors",
+    "original/consolidated.00.pth",
+    "model.fp16.safetensors",
+    "onnx/model.onnx",
+    "openvino/openvino_model.bin",
+    "pytorch_model.bin",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "model-Q4_K_M.gguf",
+)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_the_weights_are_downloaded_once(fake_hub, tmp_path, is_sharded):
+    fake_hub.files |= dict.fromkeys(OTHER_FORMATS, b"the same weights once more")
+    names = ["model.safetensors"]
+    if is_sharded:
+        weights = fake_hub.files.pop("model.safetensors")
+        names = ["model-00001-of-00001.safetensors"]
+        fake_hub.files[names[0]] = weights
+        tensors = dict.fromkeys(load(weights), names[0])
+        fake_hub.files["model.safetensors.index.json"] = json.dumps({"weight_map": tensors}).encode()
+    folder = Path(loading.fetch_model(MODEL, Settings().model, tmp_path))
+    assert [name for name in list_downloads(fake_hub) if not name.endswith((".json", ".jinja"))] == names
+    assert list_weights(folder) == [folder / name for name in names]
+
+
+def test_weights_that_are_not_read_are_not_downloaded(fake_hub, tmp_path):
+    fake_hub.files["pytorch_model.bin"] = fake_hub.files.pop("model.safetensors")
+    assert "has no model.safetensors and no index" in refuse(loading.fetch_model, MODEL, Settings().model, tmp_path)
+    assert "pytorch_model.bin" not in list_downloads(fake_hub)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("has_base", [True, False])
+def test_an_adapter_in_the_repository_is_refused_before_the_weights(fake_hub, tmp_path, has_base, at_once):
+    fake_hub.files["adapter_config.json"] = b'{"base_model_name_or_path": "org/base"}'
+    if not has_base:
+        del fake_hub.files["config.json"]
+    settings = Settings(use_snapshot_download=at_once).model
+    sentence = refuse(loading.fetch_model, MODEL, settings, tmp_path)
+    told = "also holds an adapter" if has_base else "holds an adapter of 'org/base' and no model"
+    assert f"model_id='{MODEL}' {told}" in sentence
+    assert not any(name.endswith(".safetensors") for name in list_downloads(fake_hub))
 
 
 def test_a_busy_hub_is_asked_again_until_it_delivers(fake_hub, tmp_path, capsys):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llm_trainer.common.safetensors_files import check_weights, list_shapes
+from llm_trainer.common.safetensors_files import check_weights, find_unasked_weights, list_shapes, list_weights
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -32,6 +32,39 @@ def test_whole_weights_are_fine_with_an_index_and_without(folder):
     assert list_shapes(folder) == [[10, 20], [10, 20]]
     (folder / "model.safetensors.index.json").unlink()
     assert not list(check_weights(folder))
+
+
+def test_only_what_transformers_loads_counts(folder):
+    save_file({"tok_embeddings.weight": torch.zeros(10, 20)}, folder / "consolidated.safetensors")
+    save_file({"a": torch.zeros(10, 20)}, folder / "model.fp16.safetensors")
+    assert list_weights(folder) == [folder / name for name in SHARDS]
+    assert list_shapes(folder) == [[10, 20], [10, 20]]
+    (folder / "model.safetensors.index.json").unlink()
+    assert list_weights(folder) == []
+
+
+def test_a_single_file_beside_an_index_of_others_is_refused(folder):
+    assert not list(find_unasked_weights(folder, "It"))
+    save_file({"a": torch.ones(10, 20)}, folder / "model.safetensors")
+    assert list_weights(folder) == [folder / "model.safetensors"]  # so does Transformers
+    (problem,) = find_unasked_weights(folder, "It")
+    assert problem == (
+        "It holds model.safetensors, and model.safetensors.index.json names other files: remove one of the two."
+    )
+
+
+def test_an_index_stays_in_its_folder(folder):
+    for name in ("../victim.safetensors", "/etc/victim.safetensors"):
+        write_index(folder, {"a": name})
+        (problem,) = check_weights(folder)
+        assert f"names {name!r}, outside of the folder" in problem
+        assert list_weights(folder) == []
+
+
+def test_a_distributed_checkpoint_beside_the_weights_is_refused(folder):
+    (folder / "shard-00000-model-00001-of-00001.safetensors").touch()
+    (problem,) = find_unasked_weights(folder, "It")
+    assert "part of a distributed checkpoint, which would be loaded" in problem
 
 
 def test_every_shard_that_was_cut_off_is_told_with_its_sizes(folder):

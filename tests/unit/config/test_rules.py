@@ -38,7 +38,7 @@ def test_rules_name_settings_that_exist():
 def test_messages_name_only_settings_and_what_the_rule_fills_in():
     for rule in RULES:
         places = {name for _, name, _, _ in string.Formatter().parse(rule.message) if name}
-        assert places <= set(FIELDS) | {"uri", "key", "value", "tracker", "fix"}, rule
+        assert places <= set(FIELDS) | {"uri", "key", "value", "tracker", "fix", "option"}, rule
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,8 @@ def test_messages_name_only_settings_and_what_the_rule_fills_in():
         {"resume_from_checkpoint": "checkpoint-5"},
         {"model_init_kwargs": {"attn_implementation": "eager"}},
         {"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}},
+        {"model_init_kwargs": {"use_safetensors": False}},
+        {"model_init_kwargs": {"variant": "fp16"}},
         {"merge_weights": True, "use_peft": False},
         {"merge_base": "bf16"},
         {"merge_base": "dequantized", "merge_weights": True},

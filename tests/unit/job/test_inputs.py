@@ -2,6 +2,7 @@
 """What a job points at is checked before anything heavy starts."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -114,6 +115,40 @@ def test_a_damaged_model_file_is_told(tree, inputs_of, file, content, word):
     tree.write(f"input/data/model/{file}", content)
     _, (problem,) = inputs_of()
     assert word in problem
+
+
+def test_an_adapter_beside_the_base_is_refused(tree, inputs_of):
+    tree.write("input/data/model/adapter_config.json", {"base_model_name_or_path": "org/base"})
+    _, (problem,) = inputs_of()
+    assert problem == (
+        f"Model folder {tree.base_dir / 'input/data/model'} also holds an adapter (adapter_config.json), which would "
+        "be loaded with the base unasked: to go on from it, merge it with `llm-trainer merge` and give the result; "
+        "else remove adapter_config.json."
+    )
+
+
+def test_an_adapter_alone_is_no_model(tree, inputs_of):
+    tree.write("input/data/model/adapter_config.json", {"base_model_name_or_path": "org/base"})
+    (tree.base_dir / "input/data/model/config.json").unlink()
+    _, (problem,) = inputs_of()
+    assert "holds an adapter of 'org/base' and no model" in problem
+    tree.write("input/data/model/adapter_config.json", "no JSON")
+    _, (problem,) = inputs_of()
+    assert "holds an adapter and no model" in problem
+
+
+def test_weights_under_another_name_are_not_taken_for_the_models(tree, inputs_of):
+    folder = tree.base_dir / "input/data/model"
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    (lack,) = find_missing_weights(str(folder))
+    assert "found consolidated.safetensors, which is not read" in lack
+
+
+def test_a_config_that_names_other_weights_is_refused(tree, inputs_of):
+    config = json.loads((tree.base_dir / "input/data/model/config.json").read_text())
+    tree.write("input/data/model/config.json", {**config, "transformers_weights": "other.safetensors"})
+    _, (problem,) = inputs_of()
+    assert "has transformers_weights='other.safetensors'" in problem
 
 
 def test_only_a_job_needs_weights(tree, inputs_of):

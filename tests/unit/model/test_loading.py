@@ -2,11 +2,13 @@
 """A model that cannot be trained is refused in a sentence, by its config alone."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import dynamic_module_utils
 
 from llm_trainer.common.errors import UserError
@@ -15,6 +17,7 @@ from llm_trainer.model.attention import read_needs
 from llm_trainer.model.loading import (
     LoadOptions,
     build_skeleton,
+    check_fit,
     choose_pad_token,
     load_model,
     load_tokenizer,
@@ -105,6 +108,46 @@ def test_a_model_that_is_not_there_is_refused_offline():
 
 def test_the_models_options_change_its_config_too(tiny_model):
     assert read_config(str(tiny_model), Settings(model_init_kwargs={"rms_norm_eps": 0.5}).model).rms_norm_eps == 0.5
+
+
+@pytest.fixture
+def change_weights(tiny_model, tmp_path):
+    """Makes a copy of the tiny model with other tensors."""
+
+    def change_them(removed=(), **added):
+        folder = shutil.copytree(tiny_model, tmp_path / "changed")
+        weights = {**load_file(folder / "model.safetensors"), **added}
+        weights = {name: tensor for name, tensor in weights.items() if name not in removed}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return str(folder)
+
+    return change_them
+
+
+NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"removed": (UP,)}, f"lack 1 tensors of the model, first {UP}: give the whole model"),
+        ({NORM: torch.ones(7)}, f"do not fit its config, first {NORM} has shape [7] and the model needs [32]: give"),
+    ],
+)
+def test_weights_that_would_be_random_numbers_are_refused_before_they_load(change_weights, changes, problem):
+    folder, settings = change_weights(**changes), Settings().model
+    with pytest.raises(UserError, match=re.escape(problem)):
+        check_fit(folder, read_config(folder, settings), settings)
+    with pytest.raises(UserError, match=re.escape(problem)):
+        load_model(folder, settings, LoadOptions(torch.float32, "eager"), torch.device("cpu"))
+
+
+def test_weights_that_are_left_out_are_named(change_weights, tiny_model):
+    settings = Settings().model
+    config = read_config(str(tiny_model), settings)
+    assert check_fit(str(tiny_model), config, settings) == []
+    folder = change_weights(**{"mtp.layers.0.weight": torch.ones(3)})
+    assert check_fit(folder, config, settings) == ["mtp.layers.0.weight"]
 
 
 def test_the_pad_token_is_not_the_eos():
