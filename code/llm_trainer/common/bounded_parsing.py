@@ -157,6 +157,21 @@ def check_value(value: Any) -> None:
     raise TooMuch(TOO_DEEP)
 
 
+def is_too_deep(value: Any) -> bool:
+    """Tell whether more than MAX_DEPTH lists and objects stand in each other, whatever else the value holds."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            part
+            for each in level
+            if isinstance(each, list | dict)
+            for part in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return False
+    return True
+
+
 def list_parts(value: Any) -> Iterator[Any]:
     """Yield the elements of a list, or the keys and values of an object. Raises TooMuch for a text or number."""
     if isinstance(value, dict):

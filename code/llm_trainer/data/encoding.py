@@ -11,7 +11,7 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from llm_trainer.common.errors import UserError
+from llm_trainer.common.errors import UserError, cut_quote
 from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.chat_template import ChatTemplate, Span
 from llm_trainer.data.formats import IGNORED, Conversation, Example, RowError, Text, Tokens
@@ -187,7 +187,7 @@ class Encoder:
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocabulary.size):
             unknown = ids[(ids < 0) | (ids >= self.vocabulary.size)][0]
             raise RowError(
-                f"has the token id {unknown} among its {name} and the model's vocabulary ends before "
+                f"has the token id {cut_quote(str(unknown))} among its {name} and the model's vocabulary ends before "
                 f"{self.vocabulary.size}: use the model's own tokenizer."
             )
 

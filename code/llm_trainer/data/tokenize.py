@@ -31,7 +31,7 @@ from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.encoding import EncodedRow, Encoder, Ids
 from llm_trainer.data.formats import IGNORED, Example, Fields, RowError, detect_format, parse_example
 from llm_trainer.data.report import DataReport
-from llm_trainer.readers.json import parse_json
+from llm_trainer.readers.json import TooDeep, parse_json
 from llm_trainer.readers.rows import BadRow, Chunk
 
 CHUNK_ROWS = 500
@@ -73,9 +73,10 @@ class Preparer:
         def reject(index: int, reason: str) -> None:
             number = chunk.numbers[index]
             names_place = reason.startswith("line ")
-            report.note_bad_row(f"{chunk.file} {reason}" if names_place else describe_place(chunk, index, reason))
-            content = quote_row(chunk.rows[index])
-            rejected.append({"file": chunk.file, "row": number, "reason": reason, "content": content})
+            place = f"{chunk.file} {reason}" if names_place else describe_place(chunk, index, reason)
+            report.note_bad_row(make_writable(place))
+            row = {"file": chunk.file, "reason": reason, "content": quote_row(chunk.rows[index])}
+            rejected.append({"row": number, **{name: make_writable(text) for name, text in row.items()}})
 
         examples: list[tuple[int, Example]] = []
         for index, raw in enumerate(chunk.rows):
@@ -149,6 +150,8 @@ def parse_fields(raw: Any, number: int) -> Fields:
             ) from error
         except UnicodeDecodeError as error:
             raise RowError(f"line {number} is not UTF-8 text ({error.reason}): save it as UTF-8.") from error
+        except TooDeep as error:
+            raise RowError(f"{error}: mend or remove the row.") from error
         except ValueError as error:
             raise RowError(f"{error}: keep one of them.") from error
     if isinstance(raw, BadRow):
@@ -167,6 +170,11 @@ def quote_row(raw: Any) -> str:
     """Return a bad row as text, cut to MAX_QUOTED_ROW_CHARACTERS."""
     text = raw.decode("utf-8", errors="replace") if isinstance(raw, bytes) else json.dumps(raw, default=str)
     return text[:MAX_QUOTED_ROW_CHARACTERS]
+
+
+def make_writable(text: str) -> str:
+    """Return a text with each half of a character as its escape, since neither file nor log takes it."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def build_table(rows: list[EncodedRow]) -> pa.Table:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from llm_trainer.common.errors import quote_error
 from llm_trainer.readers.json import read_json
-from llm_trainer.readers.rows import Chunk, DamagedFile, Numbered
+from llm_trainer.readers.rows import MAX_ROW_BYTES, TOO_LONG, BadRow, Chunk, DamagedFile, Numbered
 from llm_trainer.readers.tables import read_arrow, read_csv, read_parquet, read_table
 
 MAX_BYTES = 4 * 2**20  # raw rows in a chunk
@@ -44,7 +44,7 @@ def read_chunks(file: Path, name: str, max_rows: int, max_bytes: int = MAX_BYTES
     try:
         for number, row, length in read_rows(file, name, max_rows, max_bytes):
             numbers.append(number)
-            rows.append(row)
+            rows.append(row if length <= MAX_ROW_BYTES else BadRow(TOO_LONG))
             size += length
             if len(rows) >= max_rows or size >= max_bytes:
                 yield Chunk(name, numbers, rows)

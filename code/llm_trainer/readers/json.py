@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llm_trainer.readers.rows import BadRow, DamagedFile, Numbered
+from llm_trainer.common.bounded_parsing import MAX_DEPTH, TOO_DEEP, is_too_deep
+from llm_trainer.readers.rows import MAX_ROW_BYTES, TOO_LONG, BadRow, DamagedFile, Numbered
 
 READ_BYTES = 2**20  # part of a JSON array that is read at a time
 LITERALS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
@@ -19,6 +20,10 @@ WHITE = re.compile(r"[ \t\n\r]*")
 
 class DuplicateKey(ValueError):  # noqa: N818 (it names the key that is there twice)
     """Error for a JSON object that has a key twice, since one of the two values would be lost."""
+
+
+class TooDeep(ValueError):  # noqa: N818 (it names what is too deep)
+    """Error for a row whose lists and objects nest so deeply that a program that walks it may fail."""
 
 
 def read_json(stream: io.BufferedReader, name: str, is_json_lines: bool) -> Iterator[Numbered]:
@@ -34,11 +39,11 @@ def read_json(stream: io.BufferedReader, name: str, is_json_lines: bool) -> Iter
     if is_json_lines:
         yield from read_lines(stream, line)
         return
-    head = stream.readline()
+    head = stream.readline(MAX_ROW_BYTES)
     if starts_long_json(head):
         yield from read_values(JsonText(stream, name, "a JSON object", line, head))
     else:
-        yield from read_lines(itertools.chain([head], stream), line)
+        yield from read_lines(stream, line, head)
 
 
 def skip_white(stream: io.BufferedReader) -> int:
@@ -64,10 +69,21 @@ def starts_long_json(head: bytes) -> bool:
     return False
 
 
-def read_lines(lines: Iterable[bytes], first: int) -> Iterator[Numbered]:
-    """Yield the lines that are not empty as bytes; `first` is the number of the first line."""
-    for number, line in enumerate(lines, start=first):
-        if not line.isspace():
+def read_lines(stream: io.BufferedReader, first: int, head: bytes = b"") -> Iterator[Numbered]:
+    """Yield the lines that are not empty as bytes, and a BadRow for each that is too long.
+
+    `first` is the number of the first line, and `head` what was read of it before.
+    """
+    for number in itertools.count(first):
+        line = head or stream.readline(MAX_ROW_BYTES)
+        head = b""
+        if not line:
+            return
+        if len(line) >= MAX_ROW_BYTES and not line.endswith(b"\n"):
+            while (rest := stream.readline(READ_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            yield number, BadRow(TOO_LONG), 0
+        elif not line.isspace():
             yield number, line, len(line)
 
 
@@ -132,7 +148,11 @@ class JsonText:
                 row, end = decode_value(self.text, self.position)
             except json.JSONDecodeError as error:
                 row, end, failure = None, len(self.text) if is_in_string(error) else error.pos, error
-            if end <= len(self.text) - LONGEST_TOKEN or not self.read_more():
+            if end <= len(self.text) - LONGEST_TOKEN:
+                break
+            if len(self.text) - self.position > 2 * MAX_ROW_BYTES:
+                raise DamagedFile(f"{self.name} row {self.num_rows + 1} {TOO_LONG}: split or remove it.")
+            if not self.read_more():
                 break
         if failure:
             raise self.build_damage(failure)
@@ -198,9 +218,18 @@ def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object's fields. Raises DuplicateKey where two have one key."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise DuplicateKey(f"has the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+        raise DuplicateKey(f"has the key {find_double(key for key, _ in pairs)!r} twice")
     return fields
+
+
+def find_double(names: Iterable[str]) -> str | None:
+    """Return the first name that was there before; None where each is there once."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 ROW_DECODER = JsonDecoder(object_pairs_hook=refuse_duplicates)
@@ -210,20 +239,29 @@ ANY_DECODER = JsonDecoder()
 def parse_json(text: str | bytes) -> Any:
     """Parse one JSON text, with or without a byte order mark.
 
-    Raises JSONDecodeError, UnicodeDecodeError or DuplicateKey, all of them a ValueError.
+    Raises JSONDecodeError, UnicodeDecodeError, DuplicateKey or TooDeep, all of them a ValueError.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8")
-    return ROW_DECODER.decode(text.removeprefix("\ufeff"))
+    value = ROW_DECODER.decode(text.removeprefix("\ufeff"))
+    if may_be_deep(text, 0, len(text)) and is_too_deep(value):
+        raise TooDeep(TOO_DEEP)
+    return value
+
+
+def may_be_deep(text: str, start: int, end: int) -> bool:
+    """Tell whether a part of a text has enough brackets to nest too deeply: counting them is quicker than a walk."""
+    return text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH
 
 
 def decode_value(text: str, position: int) -> tuple[Any, int]:
-    """Return the JSON value that begins at a position, or a BadRow for a duplicate key, and the position after it.
+    """Return the JSON value that begins at a position, or a BadRow in its place, and the position after it.
 
-    Raises JSONDecodeError.
+    A key that is there twice makes a BadRow, and so does a value that nests too deeply. Raises JSONDecodeError.
     """
     try:
-        return ROW_DECODER.raw_decode(text, position)
+        value, end = ROW_DECODER.raw_decode(text, position)
+        return BadRow(TOO_DEEP) if may_be_deep(text, position, end) and is_too_deep(value) else value, end
     except DuplicateKey as error:
         return BadRow(str(error)), ANY_DECODER.raw_decode(text, position)[1]
 

@@ -4,6 +4,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+# A row becomes a hundred times its bytes in memory while it is tokenized, in each process.
+MAX_ROW_BYTES = 16 * 2**20
+TOO_LONG = f"is longer than {MAX_ROW_BYTES // 2**20} MiB"
+
 Numbered = tuple[int, Any, int]  # a row's number, the row, and its approximate size in bytes
 
 

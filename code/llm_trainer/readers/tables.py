@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm_trainer.readers.json import is_utf8
+from llm_trainer.readers.json import find_double, is_utf8
 from llm_trainer.readers.rows import BadRow, DamagedFile, Numbered
 
 BUFFER_BYTES = 2**16  # buffer of an open Parquet file
@@ -41,9 +41,11 @@ def read_csv(stream: io.BufferedReader, name: str) -> Iterator[Numbered]:
 
 
 def decode_lines(stream: io.BufferedReader, name: str) -> Iterator[str]:
-    """Yield the lines as text, with their line breaks. Raises DamagedFile at a line that is not UTF-8."""
+    """Yield the lines as text, with their line breaks. Raises DamagedFile at a line that is not UTF-8 or has no end."""
     with io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline="") as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_CELL), ""), start=1):
+            if len(line) >= MAX_CELL:
+                raise DamagedFile(f"{name} line {number} is longer than {MAX_CELL // 2**20} MiB: mend or remove it.")
             if not is_utf8(line):
                 raise DamagedFile(f"{name} line {number} is not UTF-8 text: save it as UTF-8.")
             yield line
@@ -59,8 +61,8 @@ def check_columns(names: list[str], file_name: str) -> None:
     for column, name in enumerate(names, start=1):
         if not name.strip():
             raise DamagedFile(f"{file_name} has no name for column {column}: name it, or remove it.")
-        if names.count(name) > 1:
-            raise DamagedFile(f"{file_name} has the column {name!r} twice: rename or remove one of them.")
+    if (double := find_double(names)) is not None:
+        raise DamagedFile(f"{file_name} has the column {double!r} twice: rename or remove one of them.")
 
 
 def read_parquet(file: Path, max_rows: int, max_bytes: int) -> Iterator[Any]:

@@ -136,3 +136,14 @@ def test_a_killed_process_is_told(monkeypatch):
     monkeypatch.setattr(Preparer, "prepare_chunk", die)
     with pytest.raises(UserError, match=r"^A process that tokenizes was killed, most likely because the host ran out"):
         list(prepare_chunks(build_preparer(), iter(build_chunks(3)), 2))
+
+
+def test_half_a_character_in_a_name_spoils_only_its_row(tmp_path):
+    rows = [{"text": "a"}, json.loads(r'{"\ud800": 1}'), rb'{"\ud800": 1}', {"text": "b"}]
+    report = DataReport()
+    prepared = build_preparer().prepare_chunk(Chunk("caf\udce9.jsonl", [1, 2, 3, 4], rows))
+    write_chunks((each for each in [prepared]), tmp_path / "rows.arrow", tmp_path / "rejected.jsonl", report)
+    assert (report.num_rows, report.num_bad_rows) == (2, 2)
+    assert all(r"(found: \ud800)" in problem for problem in report.bad_rows)
+    rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["row"], row["file"]) for row in rejected] == [(2, r"caf\udce9.jsonl"), (3, r"caf\udce9.jsonl")]

@@ -9,7 +9,7 @@ import pytest
 from llm_trainer.readers import json as json_rows
 from llm_trainer.readers.files import read_chunks
 from llm_trainer.readers.json import DuplicateKey, parse_json
-from llm_trainer.readers.rows import BadRow
+from llm_trainer.readers.rows import MAX_ROW_BYTES, BadRow
 from support.data_files import LINES, ROWS, compress_gzip, compress_zstd, read_damaged, read_rows, write_file
 
 
@@ -125,3 +125,36 @@ def test_no_reader_is_run_as_a_script():
     """A script's folder comes first in sys.path: `import json` would find the reader instead of Python's module."""
     folder = Path(json_rows.__file__).parent
     assert not [file.name for file in folder.glob("*.py") if "__main__" in file.read_text(encoding="utf-8")]
+
+
+def nest(depth):
+    return '{"text": "b", "more": ' + "[" * (depth - 1) + "]" * (depth - 1) + "}"
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (nest(900), "nests more than 64 lists and objects in each other"),
+        ('{"text": "' + "b" * MAX_ROW_BYTES + '"}', "is longer than 16 MiB"),
+        (json.dumps(dict.fromkeys(map(str, range(40_000)), 1))[:-1] + ', "39999": 2}', "has the key '39999' twice"),
+    ],
+)
+def test_a_hostile_row_is_bad_and_its_neighbours_are_read(tmp_path, name, row, reason):
+    lines = ['{"text": "a"}', row, '{"text": "c"}']
+    content = f"[{','.join(lines)}]" if name == "a.json" else "\n".join(lines)
+    rows = [row for chunk in read_chunks(write_file(tmp_path, name, content.encode()), name, 9) for row in chunk.rows]
+    parsed = []
+    for each in rows:
+        try:
+            parsed.append(parse_json(each) if isinstance(each, bytes) else each)
+        except ValueError as error:
+            parsed.append(BadRow(str(error)))
+    assert parsed == [{"text": "a"}, BadRow(reason), {"text": "c"}]
+
+
+def test_an_array_whose_row_does_not_end_is_not_read_into_memory(tmp_path):
+    content = b'[{"text": "a"}, {"text": "' + b"b" * (3 * MAX_ROW_BYTES)
+    rows, damage = read_damaged(write_file(tmp_path, "a.json", content))
+    assert rows == [{"text": "a"}]
+    assert damage == "a.json row 2 is longer than 16 MiB: split or remove it."

@@ -113,3 +113,17 @@ def test_columns_that_would_hide_each_other_and_values_without_a_python_type_are
     with pa.ipc.new_stream(str(tmp_path / "c.arrow"), pa.schema({"text": pa.string()})) as writer:
         writer.write_batch(pa.record_batch({"text": text}))
     assert "Invalid UTF8" in read_damaged(tmp_path / "c.arrow")[1]
+
+
+def test_a_table_with_very_many_columns_is_read_at_once(tmp_path):
+    header = ",".join(f"k{number}" for number in range(50_000))
+    file = write_file(tmp_path, "a.csv", f"{header}\n{'1,' * 49_999}1\n".encode())
+    assert len(read_rows(file)[1][0]) == 50_000
+    twice = write_file(tmp_path, "b.csv", f"{header},k49999\n".encode())
+    assert read_damaged(twice)[1] == "b.csv has the column 'k49999' twice: rename or remove one of them."
+
+
+def test_a_csv_line_without_an_end_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_trainer.readers.tables.MAX_CELL", 1000)
+    file = write_file(tmp_path, "a.csv", b"text\na\n" + b"b," * 1000)
+    assert read_damaged(file)[1] == "a.csv line 3 is longer than 0 MiB: mend or remove it."
