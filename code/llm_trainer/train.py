@@ -44,6 +44,7 @@ from llm_trainer.training.metric_lines import MetricLines
 from llm_trainer.training.packing import Packing, choose_packing
 from llm_trainer.training.packing_check import build_proxy_model
 from llm_trainer.training.progress import Progress, choose_progress
+from llm_trainer.training.rehearsal import rehearse_step
 from llm_trainer.training.resumable import ResumableMixin, RunContext
 from llm_trainer.training.resume import RunParts, find_checkpoint, find_distribution, identify_run
 from llm_trainer.training.sample_answers import SampleAnswers
@@ -131,7 +132,8 @@ def prepare(context: Context) -> Prepared:
     device = find_device(settings.parallelism.use_cpu)
     precision = choose_precision(settings.model, settings.adapter, device)
     # Built again when the data are known; here mistakes in them are told before all work, and the ranks meet.
-    build_arguments(method, collect_argument_sources(job), device.torch, precision.compute)
+    arguments = build_arguments(method, collect_argument_sources(job), device.torch, precision.compute)
+    rehearse_step(arguments, device.torch)
     stop_request = StopRequest(context.scratch_dir / "stop", timeline.started, settings.training.max_run_seconds)
     consensus = StopConsensus()
 
@@ -313,6 +315,7 @@ def build_run_context(context: Context, consensus: StopConsensus, identity: dict
         identity=identity,
         journal=context.timeline.journal,
         saves_checkpoints=training.use_checkpoints,
+        has_logging_interval=training.is_given("logging_steps"),
         loraplus_lr_ratio=adapter.loraplus_lr_ratio,
         adapter_start=lora_init.find_adapter_start(init, context.scratch_dir) if adapter.use_peft else None,
     )

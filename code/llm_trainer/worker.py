@@ -4,7 +4,6 @@
 import gc
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from llm_trainer.common.library_noise import silence_libraries
 from llm_trainer.common.processes import exit_without_teardown
 from llm_trainer.common.ranks import describe_rank, local_rank, rank
 from llm_trainer.config.sections import SECRETS
+from llm_trainer.config.sft_config_fields import read_snapshot
 from llm_trainer.config.tracker_choice import configure_trackers
 from llm_trainer.job import checkpoint_dir
 from llm_trainer.job.failure_reasons import JobFacts, explain, write_traceback
@@ -21,9 +21,6 @@ from llm_trainer.job.job import Job, read_job
 from llm_trainer.journal.journal import FILE_NAME, Journal
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.training.lost_batches import end_process_on_lost_batch
-
-# In the names of optimizers that bitsandbytes has.
-BITSANDBYTES_OPTIMIZERS = re.compile("bnb|bit|paged|lion|ademamix")
 
 
 def main() -> int:
@@ -65,12 +62,12 @@ def read_own_job(failures_dir: Path) -> Job:
 
 
 def may_need_bitsandbytes(job: Job) -> bool:
-    """Tell whether the job quantizes, has an optimizer of that package, or a model that may be quantized already."""
+    """Tell whether the job quantizes, has an optimizer that torch lacks, or a model that may be quantized already."""
     config = Path(job.inputs.model) / "config.json"
     return (
         job.settings.model.load_in_4bit
         or job.settings.model.load_in_8bit
-        or BITSANDBYTES_OPTIMIZERS.search(job.settings.training.optim) is not None
+        or job.settings.training.optim in read_snapshot()["optim"].packages
         or not config.is_file()
         or "quantization_config" in config.read_text(encoding="utf-8")
     )

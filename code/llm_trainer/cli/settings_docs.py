@@ -12,11 +12,11 @@ from pathlib import Path
 
 from llm_trainer.common.files import write_text
 from llm_trainer.config.checks import HARDWARE_RULES
-from llm_trainer.config.load import describe_rule
+from llm_trainer.config.load import describe_default, describe_rule
 from llm_trainer.config.rule import HardwareRule, Rule
 from llm_trainer.config.rules import RULES
-from llm_trainer.config.schema import FIELDS, OWN_NAMES, SECTIONS, show_value
-from llm_trainer.config.sections import ALIASES
+from llm_trainer.config.schema import FIELDS, OWN_NAMES, SECTIONS
+from llm_trainer.config.sections import ALIASES, OWN_DEFAULTS
 
 PLACEHOLDER = re.compile(r"\{[^{}]*\}")
 
@@ -47,7 +47,8 @@ def format_settings() -> str:
 def format_setting(name: str) -> str:
     """Return two lines on a setting: its name with what it takes and its default, and its description."""
     field = FIELDS[name]
-    return f"  --{name}  ({describe_rule(field)}; default {show_value(field.default)})\n      {field.description}"
+    default = describe_default(name) or "none"
+    return f"  --{name}  ({describe_rule(field)}; default {default})\n      {field.description}"
 
 
 def format_own_settings() -> str:
@@ -64,7 +65,8 @@ def format_settings_table(names: Iterable[str]) -> str:
     rows = []
     for name in names:
         field = FIELDS[name]
-        default = "" if field.default is None else f"`{show_value(field.default)}`"
+        default = describe_default(name)
+        default = f"`{default}`" if default and name not in OWN_DEFAULTS else default
         rows.append((f"`{name}`", describe_rule(field), default, field.description or ""))
     return format_table(("setting", "takes", "default", "meaning"), rows)
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
     from llm_trainer.data.splits import Split
 
+# Arguments that depend on the GPUs of the job: rules of the hardware judge them.
+GPU_ARGUMENTS = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "ddp_backend")
+
 
 @dataclass(frozen=True)
 class PreparedData:
@@ -119,6 +122,7 @@ def examine_data(job: Job, validation: Validation, in_colour: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="llm-trainer-") as folder:
         rejected_rows = Path(output_dir / "data" if is_writable else folder) / "rejected_rows.jsonl"
         try:
+            examine_arguments(job, validation)
             prepared = prepare_data(job, Path(folder), rejected_rows, validation)
         except UserError as error:
             validation.add_findings("tokenizer", "error", error.problems)
@@ -154,6 +158,27 @@ def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: V
     examine_structure(folder, config, settings, validation)
     splits, problems = prepare_splits(inputs, vocabulary, settings.data, rejected_rows)
     return PreparedData(config, tokenizer, splits, problems)
+
+
+def examine_arguments(job: Job, validation: Validation) -> None:
+    """Add what keeps the training's arguments from being taken. Those of a GPU are left out where there is none."""
+    import torch
+
+    from llm_trainer.training.methods import choose_method
+    from llm_trainer.training.rehearsal import rehearse_step
+    from llm_trainer.training.trainer_config import ArgumentSources, build_arguments
+
+    settings, inputs = job.settings, job.inputs
+    given = {name: value for name, value in settings.given.items() if name not in GPU_ARGUMENTS}
+    quantizes, has_validation = settings.model.load_in_4bit, bool(inputs.validation)
+    sources = ArgumentSources(
+        given, settings.training, settings.adapter.use_peft, quantizes, has_validation, inputs.checkpoint_dir
+    )
+    try:
+        cpu = torch.device("cpu")
+        rehearse_step(build_arguments(choose_method(), sources, cpu, torch.float32), cpu)
+    except UserError as error:
+        validation.add_findings("arguments", "error", error.problems)
 
 
 def add_reports(splits: "Mapping[str, Split]", are_valid: bool, validation: Validation) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.rule import HardwareRule
 from llm_trainer.config.rules import RULES, uses_fsdp
-from llm_trainer.config.schema import Settings
+from llm_trainer.config.schema import Settings, show_value
 from llm_trainer.config.sections import ParallelismSettings
 
 
@@ -28,12 +28,37 @@ def count_processes(settings: ParallelismSettings, environment: Environment) -> 
     return settings.nproc_per_node or num_gpus or 1
 
 
+def runs_on_cpu(settings: ParallelismSettings, environment: Environment) -> bool:
+    """Tell whether the workers compute on the CPU."""
+    return settings.use_cpu or not environment.num_gpus
+
+
+def refuse_on_cpu(name: str, value: str) -> HardwareRule:
+    """Return the rule that this value of a setting needs a GPU."""
+    return HardwareRule(
+        (name, "use_cpu"),
+        lambda s, e: show_value(s.value(name)).strip("'") == value and runs_on_cpu(s.parallelism, e),
+        f"{name}={value} needs an NVIDIA GPU and there is none to use: leave it out.",
+    )
+
+
 # In the conditions, `s` stands for the settings of the job and `e` for its environment.
 HARDWARE_RULES = (
     HardwareRule(
         ("attn_implementation",),
         lambda s, e: s.model.attn_implementation not in ("auto", "sdpa", "eager") and not e.num_gpus,
         "attn_implementation={attn_implementation} runs only on an NVIDIA GPU and there is none here: leave it out.",
+    ),
+    *(
+        refuse_on_cpu(name, value)
+        for name, value in (
+            ("torch_dtype", "float16"),
+            ("fp16", "true"),
+            ("fp16_full_eval", "true"),
+            ("tf32", "true"),
+            ("use_liger_kernel", "true"),
+            ("ddp_backend", "nccl"),
+        )
     ),
     HardwareRule(
         ("activation_offloading", "use_cpu"),

@@ -18,7 +18,7 @@ from llm_trainer.config.environment import Environment
 from llm_trainer.config.hyperparameter_decoding import decode_value
 from llm_trainer.config.plain_values import find_unusable_part
 from llm_trainer.config.schema import FIELDS, Settings, list_plain_types, show_value, split_union
-from llm_trainer.config.sections import ALIASES, SECRETS
+from llm_trainer.config.sections import ALIASES, OWN_DEFAULTS, SECRETS
 
 # Names from other tools, and the settings that they mean. No spelling distance would find these.
 SYNONYMS = {
@@ -45,7 +45,7 @@ def read_settings(environment: Environment, arguments: Mapping[str, str]) -> tup
     values = {}
     for name, raw in asked.items():
         types, nullable = list_plain_types(name)
-        value = decode_value(raw, types, nullable) if isinstance(raw, str) else raw
+        value = restore_no(name, decode_value(raw, types, nullable) if isinstance(raw, str) else raw)
         if value is None and not nullable:
             continue  # null asks for the default
         problem = find_problem(name, value, raw)
@@ -128,6 +128,17 @@ def suggest_name(key: str, names: list[str]) -> str:
     return "remove it (`llm-trainer train --help` lists the valid names)."
 
 
+def restore_no(name: str, value: Any) -> Any:
+    """Return "no" for a false that is given to a setting with this choice, since YAML reads a bare no as false."""
+    return "no" if str(value).lower() == "false" and "no" in list_choices(name) else value
+
+
+def list_choices(name: str) -> list[str]:
+    """Return the texts among which a setting is one, or an empty list where it is free."""
+    parts = split_union(FIELDS[name].annotation)
+    return [choice for part in parts if typing.get_origin(part) is Literal for choice in typing.get_args(part)]
+
+
 def find_problem(name: str, value: Any, raw: Any) -> str | None:
     """Return a sentence where the value breaks the rule of its field: key, value as given, rule, fix. Else None."""
     field = FIELDS[name]
@@ -145,7 +156,7 @@ def find_problem(name: str, value: Any, raw: Any) -> str | None:
     shown = REDACTED if name in SECRETS else show_cut(raw)
     if fault:
         return f"{name}={shown} is not valid: {fault}."
-    return f"{name}={shown} is not valid: it must be {describe_rule(field)}; {suggest_value(field, value)}"
+    return f"{name}={shown} is not valid: it must be {describe_rule(field)}; {suggest_value(name, value)}"
 
 
 def show_cut(value: Any) -> str:
@@ -180,11 +191,18 @@ def describe_rule(field: FieldInfo) -> str:
     return f"{rule}, {' and '.join(bounds)}" if bounds else rule
 
 
-def suggest_value(field: FieldInfo, value: Any) -> str:
+def suggest_value(name: str, value: Any) -> str:
     """Return the end of a sentence about a wrong value: the nearest right one, or the default."""
-    choices = [str(choice) for part in split_union(field.annotation) for choice in typing.get_args(part)]
+    choices = list_choices(name)
     longer = [choice for choice in choices if choice.startswith(str(value))]
     close = longer or difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
     if close and value != "":
         return f"the nearest is {close[0]!r}."
-    return "leave it out for none." if field.default is None else f"its default is {show_value(field.default)}."
+    default = describe_default(name)
+    return f"its default is {default}." if default else "leave it out for none."
+
+
+def describe_default(name: str) -> str:
+    """Return the default of a setting as a job has it, or an empty text where there is none."""
+    default = FIELDS[name].default
+    return OWN_DEFAULTS.get(name) or ("" if default is None else show_value(default))

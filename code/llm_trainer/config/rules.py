@@ -6,6 +6,7 @@ The rules are told in the order of the table. In their conditions, `s` stands fo
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,6 +15,7 @@ from llm_trainer.config.rule import Rule
 from llm_trainer.config.schema import FIELDS, Settings
 from llm_trainer.config.secret_references import USED_FOR
 from llm_trainer.config.sections import ADDRESS, HUB_ID, MOVING_STARTS, AdapterSettings, ModelSettings
+from llm_trainer.config.sft_config_fields import read_snapshot
 from llm_trainer.config.tracker_choice import (
     MLFLOW_SCHEMES,
     TRACKERS,
@@ -23,6 +25,7 @@ from llm_trainer.config.tracker_choice import (
     list_named_trackers,
 )
 from llm_trainer.config.tracker_names import find_refused_names
+from llm_trainer.journal.metric_definitions import OBJECTIVES
 
 # These settings ask for an adapter of a certain kind. Sizes such as lora_r do not: a recipe may hold them and switch
 # the adapter off.
@@ -63,7 +66,57 @@ OTHER_WAYS = {
     "version": "FSDP2, which is always used",
     "state_dict_type": "sharded checkpoints, which are always written",
 }
+BEST_METRICS = tuple(name for name in OBJECTIVES if name.startswith("eval_"))
 HUB_NAMES = tuple(name for name in FIELDS if name.startswith("hub_") and name != "hub_token")
+
+
+# These may be texts too, which Transformers takes for the path of a file.
+JSON_OBJECTS = (
+    "model_init_kwargs",
+    "dataset_kwargs",
+    "lr_scheduler_kwargs",
+    "accelerator_config",
+    "activation_checkpointing_kwargs",
+)
+SKIP_PREPARATION = "skip_prepare_dataset"  # TRL's word for what a job does anyway
+BACKENDS = ("nccl", "gloo")  # of torch.distributed, in this image
+LOADER_SETTINGS = (
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context",
+)
+LOW_RANK_OPTIMIZERS = ("galore", "apollo")  # these work on modules that optim_target_modules names
+
+
+def find_missing_package(optim: str) -> str | None:
+    """Return the package that an optimizer needs and that is not installed, or None."""
+    package = read_snapshot()["optim"].packages.get(optim)
+    return package if package and find_spec(package) is None else None
+
+
+def fill_optimizers(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Yield the package that the optimizer lacks, and the optimizers that lack none."""
+    choices = read_snapshot()["optim"].choices or []
+    usable = ", ".join(choice for choice in choices if not find_missing_package(choice))
+    yield {"package": find_missing_package(settings.training.optim), "choices": usable}
+
+
+def refuse_without_loaders(name: str) -> Rule:
+    """Return the rule that this setting needs processes that load batches."""
+    return Rule(
+        (name, "dataloader_num_workers"),
+        lambda s: bool(s.value(name)) and not s.training.dataloader_num_workers,
+        f"{name}={{{name}}} without dataloader_num_workers: no process loads batches ahead; give it or remove {name}.",
+    )
+
+
+def refuse_text(name: str) -> Rule:
+    """Return the rule that this setting is a JSON object."""
+    return Rule(
+        (name,),
+        lambda s: isinstance(s.value(name), str),
+        f"{name}={{{name}!r}} is not a JSON object: write the name and the value of each argument into one.",
+    )
 
 
 def supports_fsdp(model_settings: ModelSettings, adapter_settings: AdapterSettings) -> bool:
@@ -110,6 +163,26 @@ def names_whole_path(wish: str | None) -> bool:
     return not wish or wish.lower() in ("true", "false") or os.path.isabs(wish)
 
 
+def delays_by_steps(settings: Settings) -> bool:
+    """Tell whether `eval_delay` counts steps, as it does where evaluations do. Else it counts epochs."""
+    training = settings.training
+    return training.eval_strategy == "steps" if training.is_given("eval_strategy") else training.is_given("eval_steps")
+
+
+def name_best_metric(name: str | None) -> str:
+    """Return the metric that a value of `metric_for_best_model` names, with the prefix that may be left out."""
+    return f"eval_{(name or 'loss').removeprefix('eval_')}"
+
+
+def refuse_without_evaluation(name: str) -> Rule:
+    """Return the rule that this setting needs evaluations."""
+    return Rule(
+        (name, "eval_strategy"),
+        lambda s: s.value(name) and s.is_given("eval_strategy") and s.training.eval_strategy == "no",
+        f"{name}=true with eval_strategy=no: without evaluations no weights are the best; remove eval_strategy.",
+    )
+
+
 def refuse_quantized_training(name: str) -> Rule:
     """Return the rule that this kind of quantized base is not fine-tuned as a whole."""
     return Rule(
@@ -132,7 +205,7 @@ def refuse_model_option(option: str, setting: str) -> Rule:
     """Return the rule that an option of from_pretrained is given by this setting."""
     return Rule(
         ("model_init_kwargs",),
-        lambda s: option in (s.model.model_init_kwargs or {}),
+        lambda s: isinstance(s.model.model_init_kwargs, dict) and option in s.model.model_init_kwargs,
         f"model_init_kwargs has {option!r}, which is a setting of its own: give {setting} instead.",
     )
 
@@ -183,6 +256,7 @@ QUANTIZATION_RULES = (
 )
 
 MODEL_RULES = (
+    *(refuse_text(name) for name in JSON_OBJECTS),
     Rule(
         ("liger_kernel_config", "use_liger_kernel"),
         lambda s: s.model.use_liger_kernel is False and bool(s.model.liger_kernel_config),
@@ -320,6 +394,44 @@ TRAINING_RULES = (
         "'/opt/ml/checkpoints/checkpoint-100'.",
     ),
     Rule(
+        ("optim",),
+        lambda s: find_missing_package(s.training.optim) is not None,
+        "optim={optim} needs the package {package}, which is not installed: use one of {choices}.",
+        fill_optimizers,
+    ),
+    Rule(
+        ("optim", "optim_target_modules"),
+        lambda s: s.training.optim.startswith(LOW_RANK_OPTIMIZERS) and not s.training.optim_target_modules,
+        "optim={optim} without optim_target_modules: name the modules whose gradients it projects, or use "
+        "adamw_torch_fused.",
+    ),
+    Rule(
+        ("optim_target_modules", "optim"),
+        lambda s: bool(s.training.optim_target_modules) and not s.training.optim.startswith(LOW_RANK_OPTIMIZERS),
+        "optim_target_modules with optim={optim}: it would do nothing; remove it.",
+    ),
+    *(refuse_without_loaders(name) for name in LOADER_SETTINGS),
+    *(refuse_without_evaluation(name) for name in ("early_stopping", "load_best_model_at_end")),
+    Rule(
+        ("metric_for_best_model",),
+        lambda s: name_best_metric(s.training.metric_for_best_model) not in BEST_METRICS,
+        f"metric_for_best_model={{metric_for_best_model!r}} is not valid: it must be among {', '.join(BEST_METRICS)}; "
+        "leave it out for eval_loss.",
+    ),
+    Rule(
+        ("eval_delay", "max_steps"),
+        lambda s: s.training.max_steps > 0 and delays_by_steps(s) and s.training.eval_delay > s.training.max_steps,
+        "eval_delay={eval_delay} with max_steps={max_steps}: nothing is ever evaluated; lower eval_delay.",
+    ),
+    Rule(
+        ("eval_delay", "num_train_epochs"),
+        lambda s: (
+            s.training.max_steps <= 0 and not delays_by_steps(s) and s.training.eval_delay > s.training.num_train_epochs
+        ),
+        "eval_delay={eval_delay} with num_train_epochs={num_train_epochs}: nothing is ever evaluated; it counts epochs "
+        "where each epoch is evaluated; lower it.",
+    ),
+    Rule(
         ("torch_dtype", "use_peft"),
         lambda s: s.model.torch_dtype == "float16" and not s.adapter.use_peft,
         "torch_dtype=float16 with use_peft=false: float16 weights overflow in training; use bfloat16 or float32.",
@@ -419,6 +531,17 @@ STREAMING_RULES = (
 
 PARALLELISM_RULES = (
     Rule(
+        ("parallelism_config",),
+        lambda s: s.parallelism.parallelism_config is not None,
+        "parallelism_config: a job is spread by distribution=ddp or fsdp, and splits neither layers nor sequences; "
+        "remove it.",
+    ),
+    Rule(
+        ("ddp_backend",),
+        lambda s: s.parallelism.ddp_backend not in (None, *BACKENDS),
+        f"ddp_backend={{ddp_backend}} is not valid: it must be among {', '.join(BACKENDS)}; leave it out.",
+    ),
+    Rule(
         ("deepspeed",),
         lambda s: s.parallelism.deepspeed is not None,
         "deepspeed is not part of this image: use distribution=fsdp, which shards a model as ZeRO does.",
@@ -466,6 +589,12 @@ PARALLELISM_RULES = (
 )
 
 DATA_RULES = (
+    Rule(
+        ("dataset_kwargs",),
+        lambda s: isinstance(s.data.dataset_kwargs, dict) and not s.data.dataset_kwargs.keys() <= {SKIP_PREPARATION},
+        "dataset_kwargs={dataset_kwargs}: it would do nothing, since rows are tokenized before TRL sees them; remove "
+        "it.",
+    ),
     Rule(
         ("train_weights",),
         lambda s: any(weight <= 0 for weight in (s.data.train_weights or {}).values()),

@@ -62,7 +62,34 @@ RANGES: dict[str, dict[str, Any]] = {
     "seed": {"ge": 0, "lt": 2**32},  # NumPy takes no larger one
 }
 
+# Fields of SFTConfig whose default is this project's: what it is, in words.
+OWN_DEFAULTS = {
+    "learning_rate": "2e-4 for an adapter, 2e-5 for all weights",
+    "bf16": "as torch_dtype says",
+    "fp16": "as torch_dtype says",
+    "logging_steps": "10, or a tenth of a run that is shorter than 100 steps",
+    "eval_strategy": "epoch with validation data, steps with eval_steps too, no without",
+    "save_strategy": "ten times a run and every 15 minutes, steps with save_steps",
+    "save_steps": "a tenth of the run",
+    "save_total_limit": "2",
+    "load_best_model_at_end": "as early_stopping",
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": "false for eval_loss",
+    "train_sampling_strategy": "group_by_length where rows are padded, random where they are packed",
+    "report_to": "the trackers that are configured",
+    "hub_strategy": "end",
+    "use_cpu": "true where there is no GPU",
+    "ddp_backend": "nccl on GPUs, gloo on CPUs",
+    "ddp_find_unused_parameters": "false",
+    "dataloader_pin_memory": "true on a GPU",
+    "activation_checkpointing_kwargs": '{"use_reentrant": false}',
+    "disable_tqdm": "true",
+    "prediction_loss_only": "true",
+}
+
 MOVING_STARTS = ("pissa", "pissa_niter_16", "olora")  # these move a part of the base into the adapter
+
+METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # of the learning rate: these follow eval_loss
 
 SECRETS = ("token", "wandb_token", "hub_token")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

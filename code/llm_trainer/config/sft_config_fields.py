@@ -4,13 +4,17 @@
 `python -m llm_trainer.config.sft_config_fields` writes the snapshot anew; a test fails when it is stale.
 """
 
+import ast
 import dataclasses
 import enum
 import functools
+import inspect
 import json
 import re
 import typing
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 SNAPSHOT = Path(__file__).with_suffix(".json")
@@ -20,13 +24,17 @@ NOT_SETTINGS = ("local_rank",)
 
 
 class Argument(typing.NamedTuple):
-    """A field of SFTConfig: the names of its plain types, such as "bool" or "list", its default and its choices."""
+    """A field of SFTConfig: the names of its plain types, such as "bool" or "list", its default and its choices.
+
+    `packages` names what a choice imports when it is used, beside torch.
+    """
 
     types: list[str]
     nullable: bool
     default: Any
     choices: list[str] | None
     help: str
+    packages: Mapping[str, str] = MappingProxyType({})
 
 
 @functools.cache
@@ -40,11 +48,26 @@ def take_snapshot() -> dict[str, Any]:
     from trl import SFTConfig
 
     hints = typing.get_type_hints(SFTConfig)
-    return {
+    found = {
         field.name: describe_field(field, hints[field.name])
         for field in dataclasses.fields(SFTConfig)
         if field.name not in NOT_SETTINGS
     }
+    found["optim"]["packages"] = find_optimizer_packages()
+    return found
+
+
+def find_optimizer_packages() -> dict[str, str]:
+    """Return the package that Transformers imports for each optimizer that torch lacks, by the optimizer's name."""
+    from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
+
+    found: dict[str, str] = {}
+    for name, handler in _OPTIMIZER_HANDLERS.items():
+        statements = ast.walk(ast.parse(inspect.getsource(handler)))
+        modules = [statement.module for statement in statements if isinstance(statement, ast.ImportFrom)]
+        packages = {str(module).partition(".")[0] for module in modules} - {"torch"}
+        found |= {str(getattr(name, "value", name)): package for package in packages}
+    return found
 
 
 def describe_field(field: "dataclasses.Field[Any]", hint: Any) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def prove_trained(
 
     `trained_bytes` is the size of the trained model. Raises UserError where the logits differ.
     """
-    adapter_settings, tolerance = trained.settings.adapter, ROUNDING[trained.plan.precision.compute]
+    adapter_settings, tolerance = trained.settings.adapter, find_rounding(trained)
     if adapter_settings.init_lora_weights == "loftq":
         # It made up for quantization, and is exported for the base without quantization: the logits may differ.
         check = WrittenModel("The adapter on the original weights", measure_base(trained), None)
@@ -67,7 +67,7 @@ def prove_merged(trained: TrainingResult, adapter: Path, folder: Path) -> Iterat
     """
     plan, rows = trained.plan, trained.rows
     assert trained.logits is not None
-    rounding = ROUNDING[plan.precision.compute]
+    rounding = find_rounding(trained)
     place = choose_place(measure_weights(folder, plan), plan.device, trained.places.scratch_dir)
     if not is_merged_into_other_base(trained):
         # LLM.int8() rounds the inputs of its products too, which no merged weights do.
@@ -82,6 +82,16 @@ def prove_merged(trained: TrainingResult, adapter: Path, folder: Path) -> Iterat
         yield compare_logits("The merged model", Expectation(rows, on_original, rounding), merged, place)
     what = "The merged model, beside the adapter on its quantized base,"
     yield compare_logits(what, Expectation(rows, trained.logits, None), merged, place)
+
+
+def find_rounding(trained: TrainingResult) -> float:
+    """Return the difference of logits that rounding explains, relative to the largest logit.
+
+    The settings bf16 and fp16 had the training compute in a coarser type than the written model's.
+    """
+    arguments, compute = trained.trainer.args, trained.plan.precision.compute
+    mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else compute
+    return max(ROUNDING[compute], ROUNDING[mixed])
 
 
 def is_merged_into_other_base(trained: TrainingResult) -> bool:

@@ -19,9 +19,10 @@ from llm_trainer.common.safetensors_files import (
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.schema import Settings, show_value
 from llm_trainer.config.secret_references import is_reference
-from llm_trainer.config.sections import ADDRESS, HUB_ID, SECRETS, ModelSettings, TrainingSettings
+from llm_trainer.config.sections import ADDRESS, HUB_ID, METRIC_SCHEDULES, SECRETS, ModelSettings, TrainingSettings
 from llm_trainer.config.tracker_choice import find_idle_project
 from llm_trainer.host.write_probe import find_temp_problem, find_write_problem
+from llm_trainer.job.objective import find_objective_problems, find_objective_warnings, read_objective
 from llm_trainer.job.output_places import find_place_problems, find_place_warnings
 from llm_trainer.journal.manifest import find_unreadable_manifests
 from llm_trainer.readers.sources import (
@@ -57,6 +58,7 @@ def find_inputs(settings: Settings, environment: Environment) -> tuple[Inputs, l
     validation, missing_too = find_validation_sources(settings.data, environment)
     problems += missing + missing_too
     problems += check_evaluation(settings.training, has_validation=bool(validation))
+    problems += find_objective_problems(read_objective(environment), settings.training, has_validation=bool(validation))
     inputs = Inputs(
         model=model,
         train=train,
@@ -158,9 +160,16 @@ def check_evaluation(settings: TrainingSettings, has_validation: bool) -> Iterat
     """Yield a sentence for each setting that needs validation data where there are none."""
     if has_validation:
         return
-    for name, off in (("early_stopping", False), ("load_best_model_at_end", False), ("eval_strategy", "no")):
-        value = settings.value(name)
-        if value != off:
+    for name, asks in (
+        ("early_stopping", settings.early_stopping),
+        ("load_best_model_at_end", settings.load_best_model_at_end),
+        ("eval_strategy", settings.eval_strategy != "no"),
+        ("eval_on_start", settings.eval_on_start),
+        ("lr_scheduler_type", settings.lr_scheduler_type in METRIC_SCHEDULES),
+        ("save_strategy", settings.save_strategy == "best"),
+    ):
+        if asks:
+            value = settings.value(name)
             yield f"{name}={show_value(value)} needs validation data and there is none: give a channel 'validation'."
 
 
@@ -196,6 +205,7 @@ def find_warnings(settings: Settings, environment: Environment, inputs: Inputs) 
                 f"everyone who may describe the job can read {name}: give it in the job's Environment, or the ARN of a "
                 "Secrets Manager secret in its place."
             )
+    yield from find_objective_warnings(read_objective(environment))
     yield from find_place_warnings(settings.output, settings.tracking, environment)
     yield from find_unreadable_manifests(inputs.model_dir)
     yield from find_idle_project(settings.tracking)

@@ -23,6 +23,12 @@ METRICS = {
     "step": "updates of the weights so far",
     "total_steps": "updates of the weights in all",
 }
+# Metrics that not every job logs.
+CONDITIONAL_METRICS = {
+    "aux_loss": "for a mixture of experts",
+    "eval_aux_loss": "for a mixture of experts",
+    "mfu": "on a GPU whose peak is known, in 16 bit",
+}
 # What automatic model tuning may be told to minimize, or, of an accuracy, to maximize.
 OBJECTIVES = ("eval_loss", "train_loss", "eval_mean_token_accuracy")
 # Transformers' names -> ours. The others keep their name.

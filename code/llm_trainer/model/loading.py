@@ -29,6 +29,11 @@ from llm_trainer.model.quantization import Quantization, find_stored_method, kee
 
 UNKNOWN_TYPE = re.compile(r"model type `(.+?)` but Transformers does not recognize")
 
+# Options of from_pretrained that a user may give, beside values of the model's config. Rules name the unsafe ones.
+LOADING_OPTIONS = frozenset(
+    {"cache_dir", "disable_mmap", "experts_implementation", "force_download", "local_files_only", "proxies", "token"}
+)
+
 
 @dataclass(frozen=True)
 class LoadOptions:
@@ -64,9 +69,14 @@ def read_config(model: str, settings: ModelSettings) -> PreTrainedConfig:
     """
     try:
         options = {**build_source_options(settings), **(settings.model_init_kwargs or {})}
-        config = AutoConfig.from_pretrained(model, **options)
+        config, unused = AutoConfig.from_pretrained(model, return_unused_kwargs=True, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(explain_failure(error, model, "config")) from error
+    if unknown := sorted((settings.model_init_kwargs or {}).keys() & unused.keys() - LOADING_OPTIONS):
+        raise UserError(
+            f"model_init_kwargs has {unknown[0]!r}, which is neither in the model's config nor among "
+            f"{', '.join(sorted(LOADING_OPTIONS))}: remove it."
+        )
     # Code that comes with the model registers its own class, which Transformers' table does not know.
     is_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not is_own and type(config) not in AutoModelForCausalLM._model_mapping:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from llm_trainer.common import log
 from llm_trainer.common.units import GIB
@@ -17,6 +18,8 @@ from llm_trainer.journal.timeline import Timeline
 from llm_trainer.model.memory.peak import Peak
 from llm_trainer.training.methods import TrainingMethod
 from llm_trainer.training.resumable import ResumableMixin
+
+LINES_A_RUN = 10  # at least, where the settings name no interval
 
 
 @dataclass
@@ -47,11 +50,15 @@ class MetricLines(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure from here, which may be the middle of a run."""
+        """Measure from here, which may be the middle of a run. A short run is logged more often than a long one."""
         self.lap = Lap(time.monotonic(), state.global_step, self.trainer.num_tokens)
+        if not self.trainer.run.has_logging_interval:
+            state.logging_steps = min(state.logging_steps, max(1, state.max_steps // LINES_A_RUN))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Show once how long everything before the first step took, and that step."""
+        """Show once how long everything before the first step took, and that step. Have the last step logged."""
+        if state.global_step >= state.max_steps and args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True
         if state.is_world_process_zero and "first_step" not in self.timeline.seconds:
             self.timeline.mark("first_step")
             log.info(f"First step done {self.timeline}")

@@ -43,6 +43,7 @@ class RunContext:
     identity: dict[str, Any]  # a run that goes on from one of our checkpoints has the same
     journal: Journal
     saves_checkpoints: bool = True
+    has_logging_interval: bool = True  # the user's own, which a short run does not change
     loraplus_lr_ratio: float | None = None  # the learning rate of the adapter's B divided by A's
     adapter_start: Path | None = None  # folder of the adapter's first values, where a checkpoint has to hold them
 

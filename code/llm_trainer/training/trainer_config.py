@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import ParallelismConfig
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from pydantic import SecretStr
@@ -42,6 +41,7 @@ ACTED_ON = frozenset(
     }
     | {"packing", "packing_strategy", "padding_free", "eval_packing", "dataset_kwargs"}
 )
+RECOMPUTATION = {"use_reentrant": False}  # the other kind loses gradients of frozen inputs
 LORA_LEARNING_RATE = 2e-4  # ten times full fine-tuning's, as TRL's documentation advises for adapters
 FULL_LEARNING_RATE = 2e-5
 
@@ -139,7 +139,7 @@ def build_arguments(
             activation_checkpointing=recomputes and not sharded,
             **values,
         )
-    except (ValueError, ImportError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"Transformers refuses these settings: {quote_error(error)}.") from error
     # Only now, as Transformers warns that layers are gathered once more in the backward pass: not those of FSDP2.
     arguments.activation_checkpointing = arguments.gradient_checkpointing = recomputes
@@ -150,8 +150,10 @@ def select_given(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings among those that the user gave which the trainer's arguments take, as it takes them."""
     names = (name for name in read_snapshot() if name in given and name not in ACTED_ON)
     selected = {name: reveal_secret(given[name]) for name in names}
-    if isinstance(selected.get("parallelism_config"), dict):
-        selected["parallelism_config"] = ParallelismConfig(**selected["parallelism_config"])
+    if isinstance(recomputation := selected.get("activation_checkpointing_kwargs"), dict):
+        selected["activation_checkpointing_kwargs"] = RECOMPUTATION | recomputation
+    if world_size() == 1:  # Accelerate would ask a group of processes that a single one has not
+        selected.pop("ddp_backend", None)
     return selected
 
 
@@ -169,7 +171,7 @@ def choose_defaults(
         "ddp_backend": "gloo" if on_cpu and world_size() > 1 else None,
         "dataloader_pin_memory": not on_cpu,
         "activation_checkpointing": memory_plan is not None and memory_plan.gradient_checkpointing,
-        "activation_checkpointing_kwargs": {"use_reentrant": False},  # the other kind loses gradients of frozen inputs
+        "activation_checkpointing_kwargs": RECOMPUTATION,
         "activation_offloading": memory_plan is not None and memory_plan.activation_offloading,
         "ddp_find_unused_parameters": False,  # the search costs a pass over the graph a step and finds nothing
         "disable_tqdm": True,  # its carriage returns spoil a log; metric lines show the progress
@@ -191,11 +193,12 @@ def choose_intervals(sources: ArgumentSources) -> dict[str, Any]:
         defaults["save_strategy"] = "steps"
     if "eval_steps" in given and sources.has_validation:
         defaults["eval_strategy"] = "steps"
-    if training.early_stopping:
+    if training.save_strategy == "best":
+        defaults["metric_for_best_model"] = "eval_loss"
+    if training.early_stopping or training.load_best_model_at_end:
         defaults |= {
             "load_best_model_at_end": True,
             "metric_for_best_model": "eval_loss",
-            "greater_is_better": False,
             "save_strategy": given.get("eval_strategy", defaults["eval_strategy"]),
         }
         if "eval_steps" in given:

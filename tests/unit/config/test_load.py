@@ -107,7 +107,8 @@ def test_every_mistake_is_told_in_one_go():
         "lora_r='0' is not valid: it must be a whole number, at least 1; its default is 8.",
         "torch_dtype='bf16' is not valid: it must be one of auto, bfloat16, float16, float32; "
         "the nearest is 'bfloat16'.",
-        "learning_rate='fast' is not valid: it must be a number, above 0; its default is 2e-05.",
+        "learning_rate='fast' is not valid: it must be a number, above 0; its default is 2e-4 for an adapter, 2e-5 "
+        "for all weights.",
         "packing='maybe' is not valid: it must be true or false or null; leave it out for none.",
         problems[6],
         "lora_dropout='1.5' is not valid: it must be a number, at least 0 and below 1; its default is 0.1.",
@@ -168,6 +169,25 @@ def test_what_sagemaker_adds_is_not_rejected():
 def test_null_asks_for_the_default():
     settings = settings_of({"lora_r": "None", "learning_rate": "null", "max_length": "null"})
     assert (settings.adapter.lora_r, settings.training.learning_rate, settings.data.max_length) == (8, 2e-5, None)
+
+
+@pytest.mark.parametrize("text", ["no", "false", '"no"'])
+def test_a_bare_no_is_the_choice_that_it_says(tmp_path, text):
+    file = tmp_path / "args.yaml"
+    file.write_text(f"eval_strategy: {text}\nsave_strategy: {text}\n")
+    settings = settings_of({"config": str(file), "logging_strategy": "False"})
+    strategies = settings.training.eval_strategy, settings.training.save_strategy, settings.training.logging_strategy
+    assert strategies == ("no", "no", "no")
+
+
+def test_other_settings_do_not_take_a_bare_no():
+    (problem,) = problems_of({"optim": "false"})
+    assert problem.startswith("optim='false' is not valid")
+
+
+def test_a_wrong_value_is_told_the_default_that_the_job_has():
+    assert problems_of({"learning_rate": "0"})[0].endswith("its default is 2e-4 for an adapter, 2e-5 for all weights.")
+    assert problems_of({"lora_r": "0"})[0].endswith("its default is 8.")
 
 
 def test_contradictions_are_told_with_the_mistakes():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llm_trainer.config import rules
 from llm_trainer.config.rules import RULES, supports_fsdp
 from llm_trainer.config.schema import FIELDS, Settings
 
@@ -38,7 +39,8 @@ def test_rules_name_settings_that_exist():
 def test_messages_name_only_settings_and_what_the_rule_fills_in():
     for rule in RULES:
         places = {name for _, name, _, _ in string.Formatter().parse(rule.message) if name}
-        assert places <= set(FIELDS) | {"uri", "key", "value", "tracker", "fix", "option"}, rule
+        filled = {"uri", "key", "value", "tracker", "fix", "option", "package", "choices"}
+        assert places <= set(FIELDS) | filled, rule
 
 
 @pytest.mark.parametrize(
@@ -78,8 +80,24 @@ def test_messages_name_only_settings_and_what_the_rule_fills_in():
         {"load_in_8bit": True, "init_lora_weights": "olora"},
         {"init_lora_weights": "loftq"},
         {"init_lora_weights": "orthogonal", "lora_r": 3},
-        {"loraplus_lr_ratio": 16, "optim": "galore_adamw"},
         {"bf16": True, "fp16": True},
+        {"optim": "lomo"},
+        {"optim": "adamw_torch_8bit"},
+        {"optim_target_modules": ["q_proj"]},
+        {"early_stopping": True, "eval_strategy": "no"},
+        {"load_best_model_at_end": True, "eval_strategy": "no"},
+        {"metric_for_best_model": "accuracy"},
+        {"eval_delay": 11, "eval_steps": 5, "max_steps": 10},
+        {"eval_delay": 2, "num_train_epochs": 1},
+        {"lr_scheduler_kwargs": "kwargs.json"},
+        {"model_init_kwargs": "dtype"},
+        {"dataset_kwargs": {"add_special_tokens": False}},
+        {"parallelism_config": {"cp_size": 2}},
+        {"parallelism_config": {"foo": 1}},
+        {"ddp_backend": "mpi"},
+        {"dataloader_persistent_workers": True},
+        {"dataloader_multiprocessing_context": "spawn"},
+        {"dataloader_prefetch_factor": 2},
         {"enable_jit_checkpoint": True},
         {"save_only_model": True},
         {"save_on_each_node": True},
@@ -115,12 +133,45 @@ def test_each_contradiction_breaks_one_rule(values):
         ({"use_peft": False, "use_dora": True}, "use_dora=true with use_peft=false"),
         ({"use_peft": False, "target_modules": ["a", "b"]}, "target_modules=['a', 'b'] with use_peft=false"),
         ({"push_to_hub": True, "hub_token": "x"}, "push_to_hub=true with hub_model_id=null: give a name such as"),
-        ({"optim": "apollo_adamw", "loraplus_lr_ratio": 2.5}, "loraplus_lr_ratio=2.5 with optim=apollo_adamw"),
+        ({"lr_scheduler_kwargs": "a.json"}, "lr_scheduler_kwargs='a.json' is not a JSON object"),
     ],
 )
 def test_a_sentence_shows_the_values_as_users_write_them(values, sentence):
     (problem,) = find_broken(**values)
     assert sentence in problem
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"metric_for_best_model": "mean_token_accuracy"},
+        {"metric_for_best_model": "loss"},
+        {"dataset_kwargs": {"skip_prepare_dataset": True}},
+        {"eval_delay": 2, "num_train_epochs": 1, "max_steps": 10},
+        {"eval_delay": 20, "eval_steps": 5},
+        {"ddp_backend": "gloo"},
+        {"dataloader_persistent_workers": True, "dataloader_num_workers": 1},
+    ],
+)
+def test_what_can_hold_together_breaks_no_rule(values):
+    assert find_broken(**values) == []
+
+
+def test_an_optimizer_whose_package_is_missing_is_refused_with_those_that_run():
+    (problem,) = find_broken(optim="schedule_free_adamw")
+    start, _, choices = problem.rstrip(".").partition(": use one of ")
+    assert start == "optim=schedule_free_adamw needs the package schedulefree, which is not installed"
+    usable = choices.split(", ")
+    assert {"adamw_torch", "adamw_torch_fused", "adafactor", "adamw_8bit", "sgd"} <= set(usable)
+    assert not any(find_broken(optim=optim) for optim in usable)
+
+
+def test_an_optimizer_with_groups_of_its_own_excludes_loraplus(monkeypatch):
+    monkeypatch.setattr(rules, "find_missing_package", lambda optim: None)
+    (problem,) = find_broken(optim="apollo_adamw", optim_target_modules="all-linear", loraplus_lr_ratio=2.5)
+    assert problem.startswith("loraplus_lr_ratio=2.5 with optim=apollo_adamw")
+    (problem,) = find_broken(optim="galore_adamw")
+    assert problem.startswith("optim=galore_adamw without optim_target_modules")
 
 
 def test_each_key_of_fsdp_config_gets_its_sentence_in_order():

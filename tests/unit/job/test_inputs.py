@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -180,6 +181,28 @@ def test_what_is_seldom_meant_is_told(tree, inputs_of):
         "everyone who may describe the job can read token",
         "ignore_data_skip=true",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("early_stopping", "true"),
+        ("load_best_model_at_end", "true"),
+        ("eval_on_start", "true"),
+        ("eval_strategy", "steps"),
+        ("save_strategy", "best"),
+        ("lr_scheduler_type", "reduce_lr_on_plateau"),
+        ("_tuning_objective_metric", "eval_loss"),
+    ],
+)
+def test_what_needs_evaluations_needs_validation_data(tree, inputs_of, name, value):
+    tree.change(**{name: value})
+    assert inputs_of()[1] == []
+    shutil.rmtree(tree.base_dir / "input/data/validation")
+    tree.write("input/config/inputdataconfig.json", {})
+    (problem,) = inputs_of()[1]
+    assert problem.startswith(f"{name}=")
+    assert "needs validation data" in problem
 
 
 def test_a_path_that_is_no_folder_is_no_model(tree, inputs_of):

@@ -150,6 +150,11 @@ def test_weights_that_are_left_out_are_named(change_weights, tiny_model):
     assert check_fit(folder, config, settings) == ["mtp.layers.0.weight"]
 
 
+def test_an_option_that_nothing_reads_is_refused_with_the_config(tiny_model):
+    with pytest.raises(UserError, match=r"^model_init_kwargs has 'foo', which is neither in the model's config"):
+        read_config(str(tiny_model), Settings(model_init_kwargs={"foo": True, "rms_norm_eps": 0.5}).model)
+
+
 def test_the_pad_token_is_not_the_eos():
     tokenizer = build_tokenizer()
     assert tokenizer.pad_token == tokenizer.eos_token

@@ -23,10 +23,12 @@ def run(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(metric_lines.time, "monotonic", lambda: clock.now)
     journal = Journal(tmp_path / "metrics.jsonl")
-    trainer = SimpleNamespace(num_tokens=50_000, checkpoint_seconds=0.0)
+    trainer = SimpleNamespace(
+        num_tokens=50_000, checkpoint_seconds=0.0, run=SimpleNamespace(has_logging_interval=False)
+    )
     lines = MetricLines(trainer, SFT, Timeline(0.0, journal, "algo-1"), Peak(torch.device("cpu")), 1000.0)
-    state = TrainerState(max_steps=40, global_step=10, epoch=0.25, is_world_process_zero=True)
-    arguments = SimpleNamespace(world_size=4)
+    state = TrainerState(max_steps=40, logging_steps=10, global_step=10, epoch=0.25, is_world_process_zero=True)
+    arguments = SimpleNamespace(world_size=4, logging_strategy="steps")
     lines.on_train_begin(arguments, state, TrainerControl())
 
     def log(step, seconds, **logs):
@@ -40,7 +42,7 @@ def run(tmp_path, monkeypatch):
         lines.on_save(arguments, state, TrainerControl())
 
     read = lambda: [json.loads(line) for line in journal.file.read_text().splitlines()]  # noqa: E731
-    return SimpleNamespace(log=log, save=save, read=read, state=state)
+    return SimpleNamespace(log=log, save=save, read=read, state=state, lines=lines, arguments=arguments)
 
 
 def test_speed_counts_from_where_a_resumed_run_began(run, capsys):
@@ -73,3 +75,25 @@ def test_totals_and_other_ranks_are_no_lines(run, capsys):
     run.state.is_world_process_zero = False
     run.log(12, 1.0, loss=0.5, num_tokens=52_000.0)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "is_given", "interval"),
+    [(9, False, 1), (40, False, 4), (99, False, 9), (100, False, 10), (5000, False, 10), (9, True, 10)],
+)
+def test_a_short_run_has_ten_lines_unless_the_user_says_otherwise(run, max_steps, is_given, interval):
+    run.lines.trainer.run.has_logging_interval = is_given
+    run.state.max_steps, run.state.logging_steps = max_steps, 10
+    run.lines.on_train_begin(run.arguments, run.state, TrainerControl())
+    assert run.state.logging_steps == interval
+
+
+@pytest.mark.parametrize(
+    ("step", "strategy", "logs"),
+    [(39, "steps", False), (40, "steps", True), (40, "epoch", True), (40, "no", False)],
+)
+def test_the_last_step_has_a_line(run, step, strategy, logs):
+    run.state.global_step, run.arguments.logging_strategy = step, strategy
+    control = TrainerControl()
+    run.lines.on_step_end(run.arguments, run.state, control)
+    assert control.should_log == logs

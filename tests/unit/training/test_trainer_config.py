@@ -5,9 +5,16 @@ import pytest
 import torch
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.config.schema import Settings
+from llm_trainer.config.schema import OWN_NAMES, Settings
+from llm_trainer.config.sections import ALIASES, OWN_DEFAULTS
+from llm_trainer.config.sft_config_fields import read_snapshot
 from llm_trainer.training.methods import choose_method
-from llm_trainer.training.trainer_config import FULL_LEARNING_RATE, LORA_LEARNING_RATE, build_arguments
+from llm_trainer.training.trainer_config import (
+    FULL_LEARNING_RATE,
+    LORA_LEARNING_RATE,
+    build_arguments,
+    choose_defaults,
+)
 from support.trainers import collect_sources
 
 
@@ -28,6 +35,23 @@ def test_evaluations_and_saves_follow_the_data_and_the_settings(tmp_path):
     assert (build(tmp_path).save_strategy, build(tmp_path, save_steps=5).save_strategy) == ("no", "steps")
     stopping = build(tmp_path, has_validation=True, early_stopping=True, eval_steps=5)
     assert (stopping.save_strategy, stopping.save_steps, stopping.load_best_model_at_end) == ("steps", 5, True)
+
+
+def test_the_best_weights_are_those_of_the_metric(tmp_path):
+    best = build(tmp_path, has_validation=True, load_best_model_at_end=True)
+    assert (best.save_strategy, best.metric_for_best_model, best.greater_is_better) == ("epoch", "eval_loss", False)
+    metric = {"metric_for_best_model": "mean_token_accuracy"}
+    assert build(tmp_path, has_validation=True, early_stopping=True, **metric).greater_is_better
+    assert build(tmp_path, has_validation=True, save_strategy="best").metric_for_best_model == "eval_loss"
+
+
+def test_defaults_that_differ_from_trls_are_told_to_users(tmp_path):
+    sources = collect_sources(Settings(early_stopping=True, eval_steps=5), tmp_path, True)
+    defaults = choose_defaults(sources, torch.device("cpu"), torch.float32, None)
+    assert set(defaults) <= {*OWN_DEFAULTS, *OWN_NAMES, *ALIASES}
+    for name, text in OWN_DEFAULTS.items():
+        same = text == str(read_snapshot()[name].default)
+        assert not same, f"{name} needs no words: TRL has the same default"
 
 
 def test_others_act_on_rows_checkpoints_and_trackers(tmp_path):
