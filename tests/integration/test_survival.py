@@ -10,6 +10,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from llm_trainer.job.checkpoint_lock import find_other_job
 from support.fake_hub import MODEL, FakeHub
 from support.holding import hold_function
 from support.sagemaker_tree import ROWS, metrics_of
@@ -152,7 +153,8 @@ def test_a_run_ends_by_itself_before_its_time_is_over(make_job):
     log = run(tree)
     assert "Stopped after step" in log
     assert tree.manifest["stopped"]
-    assert len(tree.checkpoints) == 1
+    # On a busy machine the time is over in the first step, which a stop within it leaves undone.
+    assert len(tree.checkpoints) == min(1, tree.manifest["num_steps"])
     assert "adapter_model.safetensors" in tree.model_files  # a merge may take longer than there is time
 
 
@@ -248,13 +250,18 @@ def test_a_killed_worker_is_replaced_and_goes_on(make_job, start):
     assert trained_until < launch["time"] - launch["seconds"] < again
 
 
-def test_a_killed_launcher_takes_every_process_along(make_job, start):
+def test_a_launcher_keeps_its_checkpoint_folder_to_itself_and_takes_every_process_along(make_job, start):
     tree = make_job(num_train_epochs="100000")
     job = start(tree)
     job.wait_for("step=2;")
     workers = job.workers()
+    folder = tree.base_dir / "checkpoints"
+    second = make_job(checkpoint_dir=str(folder))
+    assert second.run().returncode == 1
+    assert second.failure.startswith(f"checkpoint_dir='{folder}' is in use by another job (host algo-1, process ")
     job.process.kill()
     job.process.wait()
+    assert find_other_job(folder) is None
     wait_until(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers))
 
 

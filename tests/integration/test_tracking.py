@@ -18,10 +18,11 @@ import pytest
 from mlflow import MlflowClient
 
 from llm_trainer.journal.journal import FILE_NAME, Journal
+from llm_trainer.launcher.reporter_process import ReporterOptions, ReporterProcess
 from support.mlflow_server import MlflowServer
 from support.sagemaker_tree import HOSTS
 from support.small_disk import small_disk
-from support.waiting import GUARD_SECONDS
+from support.waiting import GUARD_SECONDS, wait_until
 
 pytestmark = pytest.mark.long
 
@@ -565,3 +566,18 @@ def read_tensorboard(folder: Path, name: str) -> list[tuple[int, float]]:
         found += [(event.step, pytest.approx(value.simple_value)) for value in event.summary.value if value.tag == name]
         offset += 16 + size
     return found
+
+
+def test_a_reporter_that_is_killed_is_told_of_and_another_writes_the_report(tmp_path, capfd):
+    journal = Journal(tmp_path / "output/data/metrics.jsonl")
+    started = time.time()
+    variables = {**os.environ, "LLM_TRAINER_SCRATCH": str(tmp_path), "LLM_TRAINER_STARTED": str(started)}
+    options = ReporterOptions(journal.file, tmp_path / "model", None, ["tensorboard"], tracks_model=False)
+    with ReporterProcess(options, variables, tmp_path / "stop") as reporter:
+        journal.write("job", **JOB)
+        reporter.child.kill()
+        wait_until(lambda: "has died" in capfd.readouterr().out)
+        journal.write("end", status="done", reason=None)
+    assert "<html" in (tmp_path / "output/data/report.html").read_text()
+    assert reporter.child.returncode == 0
+    assert not (tmp_path / "output/data/tensorboard").exists()

@@ -20,6 +20,7 @@ from llm_trainer.config.environment import Environment, read_environment
 from llm_trainer.config.schema import Settings, redact_settings
 from llm_trainer.config.secret_references import VARIABLES, is_reference, read_secret_variables
 from llm_trainer.host.write_probe import find_write_problem
+from llm_trainer.job.checkpoint_lock import find_other_job
 from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
 from llm_trainer.job.inputs import Inputs, find_inputs, find_missing_weights, find_warnings
 from llm_trainer.job.job import Job, collect_settings
@@ -97,6 +98,8 @@ def examine_inputs(settings: Settings, environment: Environment, validation: Val
     if not problems:
         validation.add_findings("inputs", "ok", [inputs.model])
         validation.add_findings("inputs", "ok", [source.describe() for source in (*inputs.train, *inputs.validation)])
+    in_use = find_other_job(inputs.checkpoint_dir) if settings.training.use_checkpoints else None
+    validation.add_findings("checkpoints", "error", [in_use] if in_use else [])
     missing = [f"{text} Only train needs them." for text in find_missing_weights(inputs.model)]
     validation.add_findings("weights", "warning", missing)
     return inputs

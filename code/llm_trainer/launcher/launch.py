@@ -27,6 +27,7 @@ from llm_trainer.host.machine import inspect_machine
 from llm_trainer.host.system_metrics import SystemMetrics
 from llm_trainer.host.write_probe import find_temp_problem
 from llm_trainer.job import checkpoint_dir
+from llm_trainer.job.checkpoint_lock import lock_checkpoints
 from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
 from llm_trainer.job.inputs import find_warnings
 from llm_trainer.job.job import Job, check_job
@@ -145,6 +146,8 @@ def check_host(job: Job) -> None:
     """Read the job's secrets, and check what this host offers. Raises UserError with every mistake there is."""
     os.environ.update(read_secret_variables(job.settings.secrets, os.environ))
     check_machine(job)
+    if job.environment.node_rank == 0 and job.settings.training.use_checkpoints:
+        lock_checkpoints(job.inputs.checkpoint_dir, job.environment.current_host)
     if job.environment.node_rank == 0 and job.settings.output.push_to_hub:
         from llm_trainer.export.publish import prepare_push  # the Hub's client takes half a second to import
 
