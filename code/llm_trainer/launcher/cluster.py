@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from llm_trainer.common.errors import Failure
 from llm_trainer.common.retry import Backoff
+from llm_trainer.launcher.greeting import admit, introduce
 
 PORT = 7778
 HEARTBEAT_SECONDS = 2.0
@@ -28,6 +29,9 @@ CONNECT_SECONDS = 5.0
 FIRST_RETRY_SECONDS = 0.1
 MAX_RETRY_SECONDS = 5.0
 MAX_WAITING_RECORDS = 256  # where the hub does not hear a host, its oldest records are dropped
+PHASES = ("absent", "ready", "running", "done", "stopped", "failed")  # a host says of itself
+MAX_LINE_BYTES = 2**20
+MIN_STRANGERS = 64  # connections that may wait at a time to be known; others are closed at once
 HEARD_KINDS = ("system", "event")  # the kinds of records that the hub takes from others
 
 
@@ -49,20 +53,25 @@ class HostState:
         return self.phase in ("done", "stopped", "failed", "lost")
 
 
-def parse_message(text: str) -> tuple[str, HostState, list[str]]:
+def parse_message(text: str | bytes) -> tuple[str, HostState, list[str]]:
     """Return who speaks, how it is, and which hosts it misses. Raises ValueError for what no launcher says."""
     try:
         words: dict[str, Any] = json.loads(text)
         state, failure = words["state"], words["state"]["failure"]
-        told = HostState(state["phase"], state["attempt"], Failure(**failure) if failure else None)
+        told = HostState(state["phase"], int(state["attempt"]), Failure(**failure) if failure else None)
+        if told.phase not in PHASES:
+            raise ValueError(f"no phase of a host: {told.phase!r}")
         return words["host"], told, words.get("absent", [])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a launcher's words: {text!r}") from error
 
 
-def parse_record(text: str) -> tuple[str, dict[str, Any]] | None:
+def parse_record(text: str | bytes) -> tuple[str, dict[str, Any]] | None:
     """Return who speaks and its record for the journal; None for another message. Raises ValueError for noise."""
-    words = json.loads(text)
+    try:
+        words = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(words, dict) or "record" not in words:
         return None
     host, record = words.get("host"), words["record"]
@@ -99,8 +108,10 @@ class ClusterLink:
     A host alone opens no connection.
     """
 
-    def __init__(self, names: Sequence[str], own: str) -> None:
-        """Take the names of all hosts, the hub's first, and this host's own."""
+    def __init__(self, names: Sequence[str], own: str, key: bytes) -> None:
+        """Take the names of all hosts, the hub's first, this host's own, and the key of the job."""
+        self.key = key
+        self.strangers = threading.BoundedSemaphore(max(MIN_STRANGERS, 4 * len(names)))
         self.names = names
         self.own = own
         self.hub = names[0]
@@ -184,24 +195,41 @@ class ClusterLink:
             self.changed.wait(HEARTBEAT_SECONDS)
             self.changed.clear()
 
-    def read_messages(self, line: socket.socket) -> None:
-        """Read what a host says, until its connection ends."""
+    def admit_caller(self, line: socket.socket) -> None:
+        """Read what a host of the job says, and close the connection of a stranger."""
         name = None
-        with suppress(OSError, ValueError), line, line.makefile(encoding="utf-8") as texts:
-            for text in texts:
-                if found := parse_record(text):
-                    self.receive_record(*found)
-                    continue
-                name, state, self.absent = parse_message(text)
-                if name not in self.contacts:
-                    return
-                self.lines[name] = line
-                if state.phase != self.contacts[name].state.phase:
-                    self.changed.set()
-                self.contacts[name].update(state)
-        if name is not None and self.lines.get(name) is line:
+        try:
+            with suppress(OSError):
+                name = admit(line, self.key, self.names)
+        finally:
+            self.strangers.release()
+        if name is None:
+            line.close()
+        else:
+            self.read_messages(line, name)
+
+    def read_messages(self, line: socket.socket, name: str) -> None:
+        """Read what the host of that name says, until its connection ends. What nobody understands is passed over."""
+        with suppress(OSError), line, line.makefile("rb") as texts:
+            while (text := texts.readline(MAX_LINE_BYTES)).endswith(b"\n"):
+                with suppress(ValueError):
+                    self.hear(line, name, text)
+        if self.lines.get(name) is line:
             del self.lines[name]
             self.contacts[name].broken_at = time.monotonic()
+
+    def hear(self, line: socket.socket, name: str, text: bytes) -> None:
+        """Take note of a message or a record of the host of that name. Raises ValueError for noise."""
+        if found := parse_record(text):
+            self.receive_record(name, found[1])
+            return
+        _, state, absent = parse_message(text)
+        self.lines[name] = line
+        if name == self.hub:
+            self.absent = absent
+        if state.phase != self.contacts[name].state.phase:
+            self.changed.set()
+        self.contacts[name].update(state)
 
     def receive_record(self, sender: str, record: dict[str, Any]) -> None:
         """Hand a record of another host to whoever writes the journal."""
@@ -218,7 +246,7 @@ class ClusterLink:
             while self.records:
                 words = {"host": self.own, "record": self.records.popleft()}
                 try:
-                    line = line or socket.create_connection((self.hub, PORT), timeout=CONNECT_SECONDS)
+                    line = line or self.call_hub()
                     line.sendall(json.dumps(words).encode() + b"\n")
                 except OSError:
                     line = None
@@ -233,24 +261,37 @@ class ClusterLink:
         while not self.is_closing:
             try:
                 line, _ = self.server.accept()
-            except OSError:
-                return  # closed
-            threading.Thread(target=self.read_messages, args=[line], daemon=True).start()
+            except OSError:  # closed, or out of open files
+                time.sleep(FIRST_RETRY_SECONDS)
+                continue
+            if self.strangers.acquire(blocking=False):
+                threading.Thread(target=self.admit_caller, args=[line], daemon=True).start()
+            else:
+                line.close()
+
+    def call_hub(self) -> socket.socket:
+        """Return a connection to the hub, which knows this host then. Raises OSError."""
+        line = socket.create_connection((self.hub, PORT), timeout=CONNECT_SECONDS)
+        try:
+            introduce(line, self.key, self.own)
+        except OSError:
+            line.close()
+            raise
+        return line
 
     def stay_connected(self) -> None:
         """Keep a connection to the hub, whose name may take minutes to resolve."""
         backoff = Backoff(FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS)
         while not self.is_closing:
             try:
-                line = socket.create_connection((self.hub, PORT), timeout=CONNECT_SECONDS)
+                line = self.call_hub()
             except OSError as error:
                 self.error = error
                 time.sleep(backoff.note_failure())
                 continue
             self.error = None
             backoff.note_success()
-            line.settimeout(None)
             self.lines[self.hub] = line
             self.changed.set()
-            self.read_messages(line)
+            self.read_messages(line, self.hub)
             time.sleep(FIRST_RETRY_SECONDS)

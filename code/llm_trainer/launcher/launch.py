@@ -35,6 +35,7 @@ from llm_trainer.job.start_gate import StartGate
 from llm_trainer.journal.journal import FILE_NAME
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.launcher.cluster import ClusterLink, HostState
+from llm_trainer.launcher.greeting import derive_key
 from llm_trainer.launcher.job_events import JobDescription, JobEventWriter
 from llm_trainer.launcher.last_words import explain_crash
 from llm_trainer.launcher.reporter_process import ReporterOptions, ReporterProcess
@@ -84,10 +85,11 @@ def launch(arguments: Sequence[str]) -> int:
 
 def run_host(environment: Environment, arguments: Sequence[str], timeline: Timeline) -> Failure | None:
     """Do this host's part in the job, from the check to the end of all hosts. Return why it failed, if it did."""
+    names = [*environment.hosts, *environment.other_hosts]
     with (
         tempfile.TemporaryDirectory(prefix="llm-trainer-") as folder,
         StopSignal(Path(folder) / "stop") as stop,
-        ClusterLink([*environment.hosts, *environment.other_hosts], environment.current_host) as link,
+        ClusterLink(names, environment.current_host, derive_key(names, os.environ)) as link,
     ):
         try:
             return take_part(environment, arguments, timeline, link, stop)

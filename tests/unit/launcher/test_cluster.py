@@ -2,18 +2,22 @@
 """Hosts hear of each other over real connections; three addresses of the loopback interface stand for them."""
 
 import json
+import select
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
 from llm_trainer.common.errors import Failure
-from llm_trainer.launcher import cluster
+from llm_trainer.launcher import cluster, greeting
 from llm_trainer.launcher.cluster import ClusterLink, HostState
+from llm_trainer.launcher.greeting import introduce
 from support.waiting import GUARD_SECONDS, wait_until
 
 NAMES = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
+KEY = b"of the job"
 
 
 @pytest.fixture
@@ -22,9 +26,9 @@ def three(monkeypatch):
         free.bind(("", 0))
         monkeypatch.setattr(cluster, "PORT", free.getsockname()[1])
     with (
-        ClusterLink(NAMES, NAMES[0]) as hub,
-        ClusterLink(NAMES, NAMES[1]) as second,
-        ClusterLink(NAMES, NAMES[2]) as third,
+        ClusterLink(NAMES, NAMES[0], KEY) as hub,
+        ClusterLink(NAMES, NAMES[1], KEY) as second,
+        ClusterLink(NAMES, NAMES[2], KEY) as third,
     ):
         yield hub, second, third
 
@@ -77,17 +81,133 @@ def test_a_broken_connection_is_made_again(three):
     wait_until(lambda: hub.state(NAMES[1]) == HostState("running", 2))
 
 
-def test_strangers_and_noise_are_not_heard(three):
+def call(name=None, key=KEY):
+    """Return a connection to the hub, as a host of that name where one is given."""
+    line = socket.create_connection((NAMES[0], cluster.PORT))
+    if name:
+        introduce(line, key, name)
+    return line
+
+
+def is_closed(line):
+    """Wait until the hub has closed a connection; True then."""
+    line.settimeout(GUARD_SECONDS)
+    with suppress(ConnectionResetError):
+        while line.recv(4096):
+            pass
+    return True
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        b'{"host": "127.0.0.2", "state": {"phase": "failed", "attempt": 1, "failure": null}}\n',
+        b'{"host": "127.0.0.2", "challenge": "c", "proof": "guessed"}\n',
+        b'{"host": "stranger", "challenge": "c", "proof": "guessed"}\n',
+        b"GET / HTTP/1.1\r\nHost: algo-1\r\n\r\n",
+        b"[" * 1000 + b"\n",
+        b"\xff\xfe\n",
+        b"x" * 10**6,
+        b"",
+    ],
+    ids=["no-greeting", "no-proof", "stranger", "http", "nested", "bytes", "endless", "nothing"],
+)
+def test_whoever_gives_no_proof_is_not_heard(three, words):
     hub, second, _ = three
-    for words in (b'{"host": "stranger", "state": {}}\n', b"GET / HTTP/1.1\n", b'{"host": "127.0.0.2"}\n', b"[]\n"):
-        with socket.create_connection((NAMES[0], cluster.PORT)) as line:
+    with call() as line:
+        with suppress(ConnectionError):
             line.sendall(words)
+            line.shutdown(socket.SHUT_WR)
+        assert is_closed(line)
+    assert hub.state(NAMES[1]).phase == "absent"
     second.publish(HostState("ready"))
     wait_until(lambda: hub.state(NAMES[1]).phase == "ready")
 
 
+@pytest.mark.usefixtures("three")
+def test_a_host_with_another_key_is_refused_and_learns_it():
+    with pytest.raises(ConnectionRefusedError, match="it takes this host for a stranger: give all hosts the same job"):
+        call(NAMES[1], b"of another job")
+
+
+@pytest.mark.usefixtures("three")
+def test_a_proof_that_was_overheard_is_worth_nothing():
+    with call() as line:
+        challenge = line.makefile().readline().strip()
+        proof = greeting.prove(KEY, "host", NAMES[1], challenge)
+        words = json.dumps({"host": NAMES[1], "challenge": "c", "proof": proof}).encode() + b"\n"
+        line.sendall(words)
+        assert line.recv(100) == greeting.prove(KEY, "hub", "c").encode() + b"\n"
+    with call() as again:
+        again.recv(100)
+        again.sendall(words)
+        assert is_closed(again)
+
+
+@pytest.mark.usefixtures("three")
+def test_one_that_sends_byte_by_byte_gains_no_time(monkeypatch):
+    monkeypatch.setattr(greeting, "GREETING_SECONDS", 0.3)
+    with call() as line:
+        line.recv(100)
+        with suppress(ConnectionError):
+            while not select.select([line], [], [], 0.05)[0]:
+                line.sendall(b"x")
+        assert is_closed(line)
+
+
+def test_a_thousand_connections_keep_no_host_out(three, monkeypatch):
+    hub, second, third = three
+    monkeypatch.setattr(greeting, "GREETING_SECONDS", 1.0)
+    monkeypatch.setattr(cluster, "MAX_RETRY_SECONDS", 0.2)
+    before = threading.active_count()
+    lines = []
+    try:
+        for _ in range(1000):
+            lines.append(call())
+        assert threading.active_count() - before <= cluster.MIN_STRANGERS
+        second.publish(HostState("running", 3))
+        wait_until(lambda: hub.state(NAMES[1]) == HostState("running", 3))
+        third.lines[NAMES[0]].shutdown(socket.SHUT_RDWR)  # it has to call again
+        third.publish(HostState("running", 4))
+        wait_until(lambda: hub.state(NAMES[2]) == HostState("running", 4))
+    finally:
+        for line in lines:
+            line.close()
+
+
+def test_a_host_speaks_for_itself_alone_and_noise_is_passed_over(three):
+    hub, _, _ = three
+    heard = []
+    hub.accept_records(heard.append)
+    with call(NAMES[1]) as line:
+        for words in (
+            {"host": NAMES[2], "state": {"phase": "running", "attempt": 1, "failure": None}},
+            {"host": NAMES[1], "state": {"phase": "unheard of", "attempt": 1, "failure": None}},
+            {"host": NAMES[1], "state": {"phase": "failed", "attempt": "x", "failure": None}},
+            {"host": NAMES[1], "state": []},
+            {"host": NAMES[1], "record": {"kind": "end"}},
+            {"host": NAMES[1], "record": []},
+            {"kind": "of a later version"},
+            [[]],
+            {"host": NAMES[1], "record": {"kind": "system", "last": True}},
+        ):
+            line.sendall(json.dumps(words).encode() + b"\n")
+        wait_until(lambda: heard)
+    assert heard == [{"kind": "system", "last": True}]
+    assert hub.contacts[NAMES[2]].state.phase != "running"
+    assert hub.contacts[NAMES[1]].state.phase == "running"
+
+
+@pytest.mark.usefixtures("three")
+def test_a_line_without_end_ends_the_connection():
+    with call(NAMES[1]) as line:
+        with suppress(ConnectionError):
+            line.sendall(b"x" * (cluster.MAX_LINE_BYTES + 1))
+        assert is_closed(line)
+
+
 def test_a_host_alone_opens_nothing():
-    with ClusterLink(["algo-1"], "algo-1") as alone:
+    with ClusterLink(["algo-1"], "algo-1", KEY) as alone:
         alone.publish(HostState("ready"))
         assert not alone.find_absent()
 
@@ -127,21 +247,3 @@ def test_a_hub_that_takes_records_slowly_still_hears_that_their_host_lives(three
     second.publish(HostState("running", 7))
     wait_until(lambda: hub.state(NAMES[1]) == HostState("running", 7))
     stuck.set()
-
-
-def test_records_of_strangers_and_of_other_kinds_are_not_taken(three):
-    hub, second, _ = three
-    heard = []
-    hub.accept_records(heard.append)
-    for words in (
-        {"host": "stranger", "record": {"kind": "system"}},
-        {"host": NAMES[1], "record": {"kind": "end"}},
-        {"host": NAMES[1], "record": []},
-    ):
-        with socket.create_connection((NAMES[0], cluster.PORT)) as line:
-            line.sendall(json.dumps(words).encode() + b"\n")
-            line.shutdown(socket.SHUT_WR)
-            line.recv(1)  # the hub has read it and closed
-    second.send_record("system", last=True)
-    wait_until(lambda: any("last" in record for record in heard))
-    assert len(heard) == 1

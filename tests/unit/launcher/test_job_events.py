@@ -36,7 +36,7 @@ def opt_ml(tmp_path, monkeypatch):
 
 def build_writer(environment=None, settings=None):
     environment = environment or read_environment()
-    link = ClusterLink(environment.hosts, environment.current_host)
+    link = ClusterLink(environment.hosts, environment.current_host, b"key")
     redacted = redact_settings(settings or Settings())
     return JobEventWriter(environment, link, JobDescription(1000.5, 8, redacted))
 
