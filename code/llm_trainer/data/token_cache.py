@@ -15,7 +15,17 @@ import transformers
 import trl
 
 import llm_trainer
+from llm_trainer.common import log
 from llm_trainer.common.activity_notes import note_activity
+from llm_trainer.common.files import remove_path
+from llm_trainer.common.sealed_folders import (
+    find_damage,
+    hold_folder,
+    make_private_folder,
+    remove_oldest,
+    seal_folder,
+    sync,
+)
 from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.encoding import Encoder, Vocabulary
 from llm_trainer.data.report import REJECTED_ROWS, DataReport
@@ -24,6 +34,7 @@ from llm_trainer.data.tokenize import CHUNK_ROWS, Preparer, find_format, prepare
 from llm_trainer.readers.rows import Chunk, DamagedFile
 from llm_trainer.readers.sources import FileSource, Source
 
+MAX_SHARE_OF_DISK = 0.2  # what all kept tokens may take; the oldest go first
 ROWS, REPORT = "rows.arrow", "report.json"
 # Files of this package that decide what tokens a row becomes. A test compares them with what the cache imports.
 CODE_THAT_DECIDES_TOKENS = (
@@ -46,22 +57,43 @@ def prepare_source(
     Raises UserError where no row of such data could be used.
     """
     files = source.identify_files()
-    folder = find_cache_dir() / "data" / build_key(files, vocabulary, settings)
+    folder = find_folder(build_key(files, vocabulary, settings))
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
-        try:
-            with note_activity("writing tokenized rows", find_cache_dir().parent):
-                write_source(source, vocabulary, settings, unfinished)
-            publish_folder(unfinished, folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        folder = write_folder(source, vocabulary, settings, folder)
     report = DataReport.from_json(json.loads((folder / REPORT).read_text(encoding="utf-8")))
     report.files = files
     if report.formats:  # an empty shard has none
         report.formats = {source.name: report.formats["rows"]}
         report.loss_on = {source.name: report.loss_on["rows"]}
     return folder, report
+
+
+def find_folder(key: str) -> Path:
+    """Return the folder of a key, held until this process ends; it is not there where the cache has nothing sound."""
+    folder = make_private_folder(find_cache_dir() / "data") / key
+    hold_folder(folder)
+    if folder.is_symlink() or folder.exists():
+        if damage := find_damage(folder, key):
+            log.warning(f"The tokens kept in {folder} are made anew: the folder {damage}.", every_rank=True)
+            remove_path(folder)
+        else:
+            os.utime(folder)  # the time of its last use
+    return folder
+
+
+def write_folder(source: Source | SourceHead, vocabulary: Vocabulary, settings: DataSettings, folder: Path) -> Path:
+    """Tokenize a source into the folder, which is whole once it has its name, and return it."""
+    remove_oldest(folder.parent, int(shutil.disk_usage(folder.parent).total * MAX_SHARE_OF_DISK))
+    unfinished = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+    hold_folder(unfinished)
+    try:
+        with note_activity("writing tokenized rows", find_cache_dir().parent):
+            write_source(source, vocabulary, settings, unfinished)
+            seal_folder(unfinished, folder.name)
+        publish_folder(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
 
 
 def publish_folder(unfinished: Path, folder: Path) -> None:
@@ -71,9 +103,11 @@ def publish_folder(unfinished: Path, folder: Path) -> None:
     """
     try:
         unfinished.rename(folder)
+        sync(folder.parent)
     except OSError:
         if not folder.is_dir():
             raise
+        hold_folder(folder)
 
 
 def write_source(source: Source | SourceHead, vocabulary: Vocabulary, settings: DataSettings, folder: Path) -> None:

@@ -5,9 +5,11 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from llm_trainer.common.processes import PYTHON, SAFE_PATH
+from llm_trainer.common.sealed_folders import make_private_folder
 from llm_trainer.config.environment import Environment
 from llm_trainer.host.network import build_network_variables
 from llm_trainer.host.nvidia_driver import build_driver_variables
@@ -101,11 +103,21 @@ def reads_from_hub(inputs: Inputs, chat_template_path: str | None) -> bool:
 
 
 def build_cache_variables(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return where libraries keep what they download and compile: the warm pool's folder if there is one, else /tmp."""
-    root = Path(variables.get("SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY", tempfile.gettempdir()))
+    """Return where libraries keep what they download and compile: in the warm pool's folder if there is one, else /tmp.
+
+    All lies in one folder of this user that nobody else may write to: what is compiled there is run as this job.
+    """
+    shared = variables.get("SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY", tempfile.gettempdir())
+    root = find_cache_root(Path(shared))
     return {
         "HF_HOME": str(root / "huggingface"),
-        "LLM_TRAINER_CACHE": str(root / f"llm-trainer-{os.getuid()}"),  # one a user: another may not write there
+        "LLM_TRAINER_CACHE": str(root / "tokens"),
         "TRITON_CACHE_DIR": str(root / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"),
     }
+
+
+@cache
+def find_cache_root(shared: Path) -> Path:
+    """Return this user's folder for all caches, made if it is missing; the same one for the whole job."""
+    return make_private_folder(shared / f"llm-trainer-{os.getuid()}")

@@ -3,6 +3,7 @@
 
 import ast
 import json
+import shutil
 from pathlib import Path
 from threading import Barrier
 
@@ -100,3 +101,57 @@ def test_the_key_differs_with_each_setting_that_decides_tokens_and_with_no_other
     assert len(others | {key()}) == len(OTHER_VALUES) + 1
     assert key(packing=True, dataset_num_proc=3, shuffle_dataset=True) == key()
     assert key([{"name": "a.jsonl"}]) != key()
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch):
+    """Prepares two rows, and returns their folder and its texts."""
+    monkeypatch.setenv("LLM_TRAINER_CACHE", str(tmp_path / "cache"))
+    tokenizer = build_tokenizer()
+    vocabulary = Vocabulary(tokenizer, frozenset({tokenizer.eos_token_id}), len(tokenizer))
+
+    def prepare(words):
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(f'{{"text": "{word}"}}\n' for word in words))
+        source = FileSource("train", tmp_path, (file,))
+        folder, report = prepare_source(source, vocabulary, Settings(dataset_num_proc=1).data)
+        rows = Dataset.from_file(str(folder / ROWS), in_memory=True)["input_ids"][:]
+        assert report.num_rows == len(rows)
+        return folder, [tokenizer.decode(row[:-1]) for row in rows]
+
+    return prepare
+
+
+def cut(folder):
+    content = (folder / ROWS).read_bytes()
+    (folder / ROWS).write_bytes(content[: len(content) // 2])
+
+
+def flip(folder):
+    content = bytearray((folder / ROWS).read_bytes())
+    content[content.index(b"\x00\x00\x01\x00\x00\x00") + 2] ^= 3
+    (folder / ROWS).write_bytes(content)
+
+
+def open_up(folder):
+    folder.chmod(0o777)
+
+
+@pytest.mark.parametrize("harm", [cut, flip, open_up, lambda folder: (folder / "report.json").unlink()])
+def test_tokens_that_are_not_as_they_were_written_are_made_anew(prepare, capsys, harm):
+    folder, texts = prepare(["one", "two"])
+    assert texts == ["one", "two"]
+    harm(folder)
+    assert prepare(["one", "two"]) == (folder, texts)
+    assert f"The tokens kept in {folder} are made anew: the folder " in capsys.readouterr().out
+    assert prepare(["one", "two"]) == (folder, texts)
+    assert "made anew" not in capsys.readouterr().out
+
+
+def test_tokens_of_other_data_are_not_taken(prepare, capsys):
+    folder, _ = prepare(["one", "two"])
+    other, _ = prepare(["three", "four"])
+    shutil.rmtree(folder)
+    shutil.copytree(other, folder)
+    assert prepare(["one", "two"]) == (folder, ["one", "two"])
+    assert "the folder belongs to other data" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 """The workers' command names their hosts and numbers, and their environment what libraries read."""
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -95,7 +96,19 @@ def test_what_the_user_sets_wins_over_our_defaults(tmp_path, monkeypatch):
     assert (variables["HF_HOME"], variables["HF_HUB_DISABLE_TELEMETRY"]) == ("/mine", "1")
 
 
-def test_caches_lie_in_the_warm_pools_folder_if_there_is_one():
-    folders = build_cache_variables({"SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY": "/pool"}).values()
-    assert all(folder.startswith("/pool/") for folder in folders)
-    assert not any(folder.startswith("/pool/") for folder in build_cache_variables({}).values())
+def test_caches_lie_in_the_warm_pools_folder_if_there_is_one_where_nobody_else_may_write(tmp_path):
+    caches = build_cache_variables({"SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY": str(tmp_path)})
+    root = tmp_path / f"llm-trainer-{os.getuid()}"
+    assert {Path(folder).parent for folder in caches.values()} == {root}
+    assert root.stat().st_mode & 0o777 == 0o700
+    assert not any(folder.startswith(str(tmp_path)) for folder in build_cache_variables({}).values())
+
+
+def test_a_cache_that_others_could_write_to_is_not_used(tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"llm-trainer-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    for _ in range(2):
+        caches = build_cache_variables({"SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY": str(tmp_path)})
+    (root,) = {Path(folder).parent for folder in caches.values()}
+    assert root.name.startswith(f"llm-trainer-{os.getuid()}-")
+    assert capsys.readouterr().out.count("could be written by others") == 1
