@@ -2,6 +2,7 @@
 """One job on several hosts. Here two addresses of the loopback interface stand for them; tests/image has containers."""
 
 import json
+import os
 import signal
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from llm_trainer.host.gpu_metrics import GPU_METRICS
 from llm_trainer.journal.journal import read_records
+from support.holding import hold_function
 from support.sagemaker_tree import HOSTS, ROWS
 from support.waiting import wait_until
 
@@ -100,6 +102,21 @@ def test_a_stop_of_one_host_stops_all_after_the_same_step(make_hosts, start):
     assert [end["status"] for end in records(first.base_dir / "output/data/metrics.jsonl", "end")] == ["stopped"]
     assert first.checkpoints[-1] == first.manifest["num_steps"]
     assert not second.checkpoints
+
+
+def test_a_stop_of_the_other_host_breaks_off_the_first_ones_proof(make_hosts, start, tmp_path):
+    first, second = make_hosts()
+    function = "llm_trainer.export.verify:compare_logits"
+    first.environment |= hold_function(tmp_path / "held", os.environ.get("PYTHONPATH", ""), function)
+    jobs = [start(tree) for tree in (first, second)]
+    jobs[0].wait_for("HOLDING")
+    jobs[1].process.send_signal(signal.SIGTERM)
+    for job in jobs:
+        assert job.end() == 0, job.log
+    assert "Host 127.0.0.2 got a stop signal: this host stops, too.\n" in jobs[0].log
+    assert first.manifest["export"]["left_out"] == [
+        "Left out, since the job was stopped: the comparison with the trained model."
+    ]
 
 
 @pytest.mark.parametrize("signalled", [0, 1])

@@ -46,6 +46,7 @@ class HostState:
     phase: str = "absent"
     attempt: int = 0
     failure: Failure | None = None
+    is_stopping: bool = False  # its container got a stop signal
 
     @property
     def is_final(self) -> bool:
@@ -58,7 +59,8 @@ def parse_message(text: str | bytes) -> tuple[str, HostState, list[str]]:
     try:
         words: dict[str, Any] = json.loads(text)
         state, failure = words["state"], words["state"]["failure"]
-        told = HostState(state["phase"], int(state["attempt"]), Failure(**failure) if failure else None)
+        failed = Failure(**failure) if failure else None
+        told = HostState(state["phase"], int(state["attempt"]), failed, state.get("is_stopping") is True)
         if told.phase not in PHASES:
             raise ValueError(f"no phase of a host: {told.phase!r}")
         return words["host"], told, words.get("absent", [])

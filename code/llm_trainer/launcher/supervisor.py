@@ -8,7 +8,7 @@ at once. After that (job/start_gate.py) the workers obey a stop themselves.
 
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,6 +106,7 @@ class Supervisor:
         done_at = None
         while True:
             states = self.read_states()
+            self.join_stop(states)
             if self.signals.stops_early() or any(state.phase == "stopped" for state in states.values()):
                 return Verdict("stopped")
             exit_code = child.poll()
@@ -133,10 +134,24 @@ class Supervisor:
                 has_reported = True
                 own = self.explain_end(child)
                 self.link.publish(HostState("failed" if own else "done", attempt, own))
+            self.tell_stop()
             verdict = obey(hub, self.link.hub, attempt, own)
             if verdict is not None:
                 return verdict
             time.sleep(POLL_SECONDS)
+
+    def join_stop(self, states: Mapping[str, HostState]) -> None:
+        """Stop this host too where another one got a signal: this one exports, when the others have no workers left."""
+        stopping = [name for name, state in states.items() if state.is_stopping]
+        if stopping and not self.signals.stop_file.exists():
+            log.info(f"Host {stopping[0]} got a stop signal: this host stops, too.")
+            self.signals.stop_file.touch()
+
+    def tell_stop(self) -> None:
+        """Tell the first host of a stop signal to this one."""
+        state = self.link.state(self.link.own)
+        if self.signals.stop_file.exists() and not state.is_stopping:
+            self.link.publish(replace(state, is_stopping=True))
 
     def read_states(self) -> dict[str, HostState]:
         """Return how the other training hosts are."""
