@@ -1,17 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chat template of the model: render a conversation, and find the assistant's turns in its text."""
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
+from types import FrameType
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers, supports_tool_calling
 
-from llm_trainer.common.errors import UserError, quote_error
-from llm_trainer.data.formats import Conversation, Fields, RowError
+from llm_trainer.common.errors import UserError, cut_quote, quote_error
+from llm_trainer.data.formats import SHAREGPT_ROLES, Conversation, Fields, RowError
 
 Span = tuple[int, int]  # from the first character to the one after the last
+
+MAX_SECONDS = 10  # of computing for a row, which takes a thousandth of one as a rule
+MAX_LATE_ROWS = 3
+TOO_SLOW = f"computes for more than {MAX_SECONDS} seconds"
+FIX = "give another one with chat_template_path."
+# A template is a program. It ends in any of these where it divides by zero, calls itself, or fills the memory.
+TEMPLATE_ERRORS = (
+    *(TemplateError, ArithmeticError, AttributeError, LookupError),
+    *(MemoryError, RecursionError, TypeError, ValueError),
+)
+ROLES = ("system", "user", "assistant", "tool")
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 PROBE = "probe-7c3a9e"  # no template writes this text by itself
@@ -34,12 +52,18 @@ class ChatTemplate:
             )
         self.tokenizer = tokenizer
         self.source: str = tokenizer.get_chat_template()
+        self.named_source = self.source  # the model's own, which may name roles that TRL's version of it does not
         self.is_marked = False  # whether {% generation %} marks the turns
         # The texts that a template without marks writes before and after an assistant's text.
         self.turn_start, self.turn_end = "", ""
         self.special_tokens = dict(tokenizer.special_tokens_map)
+        self.num_late_rows = 0
         if finds_turns is not False:
-            self.find_turn_marks()
+            try:
+                with limit_rows(MAX_SECONDS):
+                    self.find_turn_marks()
+            except TimeUp as error:
+                raise UserError(f"The model's chat template {TOO_SLOW} with two short messages: {FIX}") from error
         if finds_turns and not self.tells_turns:
             raise UserError(
                 "assistant_only_loss=true but the model's chat template does not tell where the assistant's turns end: "
@@ -99,8 +123,22 @@ class ChatTemplate:
     def render_conversation(self, conversation: Conversation) -> tuple[str, list[Span] | None]:
         """Return a conversation's text and the spans to train on; None where turns cannot or need not be told apart.
 
-        Raises RowError where the template refuses the conversation or leaves out a part of it.
+        Raises RowError where the template refuses the conversation or leaves out a part of it. Within `limit_rows` it
+        is raised for a row that takes too long, too, and UserError after several of them.
         """
+        try:
+            return self.render_whole(conversation)
+        except TimeUp as error:
+            self.num_late_rows += 1
+            if self.num_late_rows == MAX_LATE_ROWS:
+                raise UserError(
+                    f"The model's chat template {TOO_SLOW} with each of {MAX_LATE_ROWS} rows: {FIX}"
+                ) from error
+            raise RowError(f"is one with which the model's chat template {TOO_SLOW}: shorten or remove it.") from error
+
+    def render_whole(self, conversation: Conversation) -> tuple[str, list[Span] | None]:
+        """Return the text and spans of `render_conversation`, however long it takes. Raises RowError."""
+        self.check_roles(conversation)
         self.check_tools(conversation)
         if has_reasoning(conversation) and not self.renders_reasoning:
             conversation = fold_reasoning(conversation)
@@ -126,7 +164,7 @@ class ChatTemplate:
                 return_assistant_tokens_mask=self.is_marked,
                 **self.special_tokens,
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except TEMPLATE_ERRORS as error:
             raise RowError(f"is refused by the model's chat template: {quote_error(error)}.") from error
         return text, join_spans(spans[0]) if spans else []
 
@@ -185,6 +223,17 @@ class ChatTemplate:
             raise RowError("has turns that are not to be trained on, and the model's chat template joins them.")
         raise RowError("has no assistant message to train on: add one, or set assistant_only_loss=false.")
 
+    def check_roles(self, conversation: Conversation) -> None:
+        """Raise RowError for a role that neither data usually have nor the template names, such as `usr`."""
+        for number, role in enumerate((message["role"] for message in conversation.messages), start=1):
+            if role not in ROLES and not any(f"{quote}{role}{quote}" in self.named_source for quote in "'\""):
+                known = SHAREGPT_ROLES.get(role) or next(iter(get_close_matches(role.lower(), ROLES, 1)), None)
+                meant = f"{known!r}" if known else f"one of {', '.join(ROLES)}"
+                raise RowError(
+                    f"has a message {number} with the role {cut_quote(role)!r}, which the model's chat template does "
+                    f"not name: write {meant}, or give a template that names it with chat_template_path."
+                )
+
     def check_tools(self, conversation: Conversation) -> None:
         """Raise RowError where the template would leave out tools, their calls or their results."""
         fix = "give a template that does with chat_template_path, or remove the row."
@@ -193,6 +242,44 @@ class ChatTemplate:
         calls = any(message.get("tool_calls") or message["role"] == "tool" for message in conversation.messages)
         if calls and not self.renders_tool_calls:
             raise RowError(f"has tool calls or results, and the model's chat template does not render them: {fix}")
+
+
+class TimeUp(BaseException):
+    """The end of the time that a row may compute. No `except Exception` of a library catches it."""
+
+
+@dataclass
+class RowClock:
+    """The row that is worked on, and the one that was at the last tick."""
+
+    row: int = 0
+    row_at_tick: int = -1
+
+    def tick(self, _number: int, _frame: FrameType | None) -> None:
+        """Raise TimeUp where the row is the same as a tick before: the handler of the signal."""
+        if self.row == self.row_at_tick:
+            raise TimeUp
+        self.row_at_tick = self.row
+
+
+@contextmanager
+def limit_rows(seconds: float) -> Iterator[RowClock]:
+    """Give a clock to tell the row to, and raise TimeUp in the block where one row computes for longer than that.
+
+    Waiting does not count, so that a busy machine changes nothing. A row costs no system call: the limit is met after
+    once to twice the seconds. Only a process's main thread can be limited.
+    """
+    clock = RowClock()
+    if threading.current_thread() is not threading.main_thread():
+        yield clock
+        return
+    handler = signal.signal(signal.SIGVTALRM, clock.tick)
+    timer = signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)
+    try:
+        yield clock
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
+        signal.signal(signal.SIGVTALRM, handler)
 
 
 def join_spans(spans: list[Span]) -> list[Span]:

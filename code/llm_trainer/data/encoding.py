@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_trainer.common.errors import UserError, cut_quote
 from llm_trainer.config.sections import DataSettings
-from llm_trainer.data.chat_template import ChatTemplate, Span
+from llm_trainer.data.chat_template import MAX_SECONDS, ChatTemplate, Span, limit_rows
 from llm_trainer.data.formats import IGNORED, Conversation, Example, RowError, Text, Tokens
 
 Ids = npt.NDArray[np.int32]
@@ -86,16 +86,18 @@ class Encoder:
         """Return each example's row, which ends in a stop token, or the error that says why there is none."""
         rows: list[EncodedRow | RowError | None] = [None] * len(examples)
         texts: dict[bool, list[tuple[int, str, list[Span] | None]]] = {True: [], False: []}
-        for place, example in enumerate(examples):
-            try:
-                if isinstance(example, Tokens):
-                    rows[place] = self.convert_tokens(example)
-                else:
-                    text, spans = self.render(example)
-                    wants_specials = isinstance(example, Text) and not self.starts_with_bos(text)
-                    texts[wants_specials].append((place, text, spans))
-            except RowError as error:
-                rows[place] = error
+        with limit_rows(MAX_SECONDS) as clock:
+            for place, example in enumerate(examples):
+                clock.row = place
+                try:
+                    if isinstance(example, Tokens):
+                        rows[place] = self.convert_tokens(example)
+                    else:
+                        text, spans = self.render(example)
+                        wants_specials = isinstance(example, Text) and not self.starts_with_bos(text)
+                        texts[wants_specials].append((place, text, spans))
+                except RowError as error:
+                    rows[place] = error
         for add_special_tokens, batch in texts.items():
             if batch:
                 encoded = self.tokenize([text for _, text, _ in batch], add_special_tokens)

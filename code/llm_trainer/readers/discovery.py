@@ -60,8 +60,8 @@ def find_files(path: Path, splits: tuple[str, ...] = ()) -> tuple[list[Path], Pa
 
     The data files are the path itself if it is a file, or those in the folder and below.
     A saved DatasetDict, or the files of a Hub data set, give the first of `splits` that they have. Raises UserError
-    where a DatasetDict has none of them, a saved Dataset lacks one of its files, and for each data file that is no
-    regular file or a link that leads out of the folder or nowhere.
+    where a DatasetDict has none of them, or a saved Dataset lacks one of its files. The same for each data file that
+    is no regular file, or a link that leads out of the folder or nowhere.
     """
     if not path.is_dir():  # a file that is named itself may be a link to anywhere
         refuse_odd_files([path] if path.exists() else [], Path("/"))

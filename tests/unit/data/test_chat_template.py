@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where in a conversation's text the assistant speaks, for templates with marks, known to TRL, and of neither kind."""
 
+import signal
 from pathlib import Path
 
 import pytest
 import trl
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.data.chat_template import ChatTemplate
+from llm_trainer.data.chat_template import ChatTemplate, limit_rows
 from llm_trainer.data.formats import Conversation, RowError
 from support.tiny_model import build_tokenizer
 
@@ -140,9 +141,9 @@ def test_a_template_that_refuses_a_conversation_says_why():
 
 def test_a_role_that_the_template_passes_over_is_told():
     picky = "{% for message in messages if message.role in ('user', 'assistant') %}" + MARKED.split("%}", 1)[1]
-    narrator = {"role": "narrator", "content": "meanwhile"}
-    assert "message 1 with the role 'narrator'" in problem_of(build(picky), [narrator, *CHAT])
-    assert turns_of(build(), [narrator, ASK, ANSWER]) == ["first answer<|im_end|>"]
+    system = {"role": "system", "content": "be brief"}
+    assert "message 1 with the role 'system', which the model's" in problem_of(build(picky), [system, *CHAT])
+    assert turns_of(build(), [system, ASK, ANSWER]) == ["first answer<|im_end|>"]
 
 
 def test_tools_and_their_calls_are_rendered_or_refused():
@@ -166,3 +167,55 @@ def test_reasoning_survives_with_a_place_of_its_own_or_without():
     assert marked == "<think>\ntwo and two\n</think>\n\nfour<|im_end|>\n"
     (folded,) = turns_of(build(), [ASK, thought])
     assert folded == "<think>\ntwo and two\n</think>\n\nfour<|im_end|>"
+
+
+def test_a_role_that_the_template_does_not_name_is_refused_with_the_nearest():
+    template = build()
+    typo = problem_of(template, [{"role": "usr", "content": "one?"}, ANSWER])
+    assert typo == (
+        "has a message 1 with the role 'usr', which the model's chat template does not name: write 'user', or give a "
+        "template that names it with chat_template_path."
+    )
+    for role, known in (
+        ("Assistant", "'assistant'"),
+        ("gpt", "'assistant'"),
+        ("human", "'user'"),
+        ("x", "one of system"),
+    ):
+        assert f": write {known}" in problem_of(template, [ASK, ANSWER, {"role": role, "content": "two?"}])
+    named = build("{# 'usr' #}" + template.source)
+    assert turns_of(named, [{"role": "usr", "content": "one?"}, ANSWER]) == ["first answer<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("expression", "error"),
+    [
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
+        ("{{ [1][9] + 1 }}", "no element 9"),
+        ("{{ 'x' * 10 ** 18 }}", "MemoryError"),
+        ("{{ 2.0 ** 100000 }}", "Numerical result out of range"),
+    ],
+)
+def test_a_template_that_fails_is_named_with_its_row(expression, error):
+    template = build("{% if messages[0].content == 'one?' %}" + expression + "{% endif %}" + MARKED)
+    assert problem_of(template, CHAT).startswith("is refused by the model's chat template: ")
+    assert error in problem_of(template, CHAT)
+    assert turns_of(template, [{**ASK, "content": "other"}, ANSWER]) == ["first answer<|im_end|>"]
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_does_not_end_is_told_soon(monkeypatch):
+    monkeypatch.setattr("llm_trainer.data.chat_template.MAX_SECONDS", 0.1)
+    template = build("{% if messages[0].content == 'one?' %}" + LOOP + "{% endif %}" + MARKED)
+    with limit_rows(0.1) as clock:
+        for clock.row in range(2):
+            assert "computes for more than 10 seconds: shorten or remove it" in problem_of(template, CHAT)
+        assert turns_of(template, [{**ASK, "content": "other"}, ANSWER]) == ["first answer<|im_end|>"]
+        with pytest.raises(UserError, match=r"computes for more than 10 seconds with each of 3 rows: give another one"):
+            template.render_conversation(Conversation(CHAT))
+    with pytest.raises(UserError, match="with two short messages: give another one"):
+        build(LOOP)
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
