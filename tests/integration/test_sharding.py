@@ -2,6 +2,8 @@
 """FSDP2 over CPU ranks learns what one process would have, saves shards, resumes on other ranks, exports it whole."""
 
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,9 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from llm_trainer.config.rules import find_missing_package, updates_shards
+from llm_trainer.config.sft_config_fields import read_snapshot
+from support import sharded_optimizers
 from support.sagemaker_tree import metrics_of
 
 # Eight rows a step on any number of ranks. Float32, and sums in another order: 1e-6 was seen of losses around 5.
@@ -129,3 +134,11 @@ def test_hosts_have_their_own_shards_and_go_on_together_after_a_worker_was_kille
     alone = make_job(1, **options, use_checkpoints="false")
     run(alone)
     assert_same_weights(trees[0], alone, tolerance=1e-3)
+
+
+def test_the_optimizers_that_update_shards_are_those_that_the_rules_let_through(tmp_path):
+    command = [sys.executable, sharded_optimizers.__file__, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    optimizers = [optim for optim in read_snapshot()["optim"].choices if not find_missing_package(optim)]
+    assert result.stdout.split() == [optim for optim in optimizers if updates_shards(optim)]

@@ -119,9 +119,15 @@ def refuse_text(name: str) -> Rule:
     )
 
 
-def supports_fsdp(model_settings: ModelSettings, adapter_settings: AdapterSettings) -> bool:
-    """Tell whether a base that is loaded so, with an adapter that begins so, can be sharded."""
-    return not model_settings.load_in_8bit and adapter_settings.init_lora_weights not in UNSHARDABLE_STARTS
+def supports_fsdp(model_settings: ModelSettings, adapter_settings: AdapterSettings, optim: str) -> bool:
+    """Tell whether a base that is loaded so, with an adapter that begins so and this optimizer, can be sharded."""
+    starts_alike = adapter_settings.init_lora_weights not in UNSHARDABLE_STARTS
+    return not model_settings.load_in_8bit and starts_alike and updates_shards(optim)
+
+
+def updates_shards(optim: str) -> bool:
+    """Tell whether an optimizer updates sharded weights: those of torch do, but for Transformers' own Adafactor."""
+    return optim != "adafactor" and optim not in read_snapshot()["optim"].packages
 
 
 def is_quantized(settings: Settings) -> bool:
@@ -401,7 +407,11 @@ TRAINING_RULES = (
     ),
     Rule(
         ("optim", "optim_target_modules"),
-        lambda s: s.training.optim.startswith(LOW_RANK_OPTIMIZERS) and not s.training.optim_target_modules,
+        lambda s: (
+            s.training.optim.startswith(LOW_RANK_OPTIMIZERS)
+            and not s.training.optim_target_modules
+            and not find_missing_package(s.training.optim)
+        ),
         "optim={optim} without optim_target_modules: name the modules whose gradients it projects, or use "
         "adamw_torch_fused.",
     ),
@@ -571,6 +581,11 @@ PARALLELISM_RULES = (
         ("load_in_8bit", "distribution"),
         lambda s: uses_fsdp(s) and s.model.load_in_8bit,
         "load_in_8bit=true with distribution=fsdp: 8-bit weights cannot be sharded; use load_in_4bit=true.",
+    ),
+    Rule(
+        ("optim", "distribution"),
+        lambda s: uses_fsdp(s) and not updates_shards(s.training.optim) and not find_missing_package(s.training.optim),
+        "optim={optim} with distribution=fsdp: it cannot update sharded weights; use adamw_torch_fused.",
     ),
     Rule(
         ("init_lora_weights", "distribution"),

@@ -76,7 +76,7 @@ class MetricLines(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Show a set of metrics. The totals at the end are left out, as the manifest holds them."""
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+        if not state.is_world_process_zero or not logs or "train_loss" in logs:  # per step it is "loss"
             return
         names, hidden = self.method.metric_names, self.method.hidden_metrics
         values = {names.get(key, key): value for key, value in logs.items() if key not in hidden}

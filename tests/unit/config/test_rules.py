@@ -180,8 +180,9 @@ def test_each_key_of_fsdp_config_gets_its_sentence_in_order():
 
 
 def test_what_cannot_be_sharded_is_what_the_rules_refuse():
-    for quantized, start in product((False, True), ("default", "pissa", "loftq", "orthogonal")):
-        values = {"load_in_8bit": quantized, "init_lora_weights": start, "distribution": "fsdp"}
+    optimizers = ("adamw_torch_fused", "adafactor", "paged_adamw_8bit")
+    for quantized, start, optim in product((False, True), ("default", "pissa", "loftq", "orthogonal"), optimizers):
+        values = {"load_in_8bit": quantized, "init_lora_weights": start, "optim": optim, "distribution": "fsdp"}
         settings = Settings(**values)
         refused = [problem for problem in find_broken(**values) if " with distribution=fsdp: " in problem]
-        assert supports_fsdp(settings.model, settings.adapter) == (not refused)
+        assert supports_fsdp(settings.model, settings.adapter, optim) == (not refused)

@@ -70,6 +70,13 @@ def test_evaluations_and_checkpoints_are_no_training(run):
     assert last["seconds_per_step"] == pytest.approx(1)
 
 
+def test_a_line_is_shown_with_what_transformers_adds_to_it(run):
+    run.log(12, 1.0, loss=0.5, num_tokens=51_000.0, train_runtime=1.0, num_input_tokens_seen=9, total_flos=1.0)
+    (record,) = run.read()
+    assert record["values"].keys() <= METRICS.keys()
+    assert record["values"]["train_loss"] == 0.5
+
+
 def test_totals_and_other_ranks_are_no_lines(run, capsys):
     run.log(12, 1.0, train_runtime=5.0, train_loss=0.3)
     run.state.is_world_process_zero = False

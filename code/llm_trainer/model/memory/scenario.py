@@ -50,7 +50,7 @@ class MemorySettings:
     @property
     def can_shard(self) -> bool:
         """True where FSDP can shard a base that is loaded so, with an adapter that begins so."""
-        return supports_fsdp(self.model, self.adapter)
+        return supports_fsdp(self.model, self.adapter, self.training.optim)
 
 
 @dataclass(frozen=True)

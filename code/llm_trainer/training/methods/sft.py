@@ -45,5 +45,9 @@ SFT = TrainingMethod(
     config_class=SFTConfig,
     columns=("input_ids", "labels"),
     metric_names=RENAMED,
-    hidden_metrics=("total_flos", "entropy", "eval_entropy", "eval_num_tokens"),
+    hidden_metrics=(
+        *("total_flos", "entropy", "eval_entropy", "eval_num_tokens"),
+        # What include_num_input_tokens_seen adds to each line, which has it all already.
+        *("num_input_tokens_seen", "train_runtime", "train_tokens_per_second"),
+    ),
 )
