@@ -18,7 +18,12 @@ import llm_trainer
 from llm_trainer.common import log
 from llm_trainer.common.activity_notes import note_activity
 from llm_trainer.common.files import remove_path
-from llm_trainer.common.sealed_folders import (
+from llm_trainer.config.sections import DataSettings
+from llm_trainer.data.encoding import Encoder, Vocabulary
+from llm_trainer.data.report import REJECTED_ROWS, DataReport
+from llm_trainer.data.streaming import SourceHead
+from llm_trainer.data.tokenize import CHUNK_ROWS, Preparer, find_format, prepare_chunks, write_chunks
+from llm_trainer.host.sealed_folders import (
     find_damage,
     hold_folder,
     make_private_folder,
@@ -26,11 +31,6 @@ from llm_trainer.common.sealed_folders import (
     seal_folder,
     sync,
 )
-from llm_trainer.config.sections import DataSettings
-from llm_trainer.data.encoding import Encoder, Vocabulary
-from llm_trainer.data.report import REJECTED_ROWS, DataReport
-from llm_trainer.data.streaming import SourceHead
-from llm_trainer.data.tokenize import CHUNK_ROWS, Preparer, find_format, prepare_chunks, write_chunks
 from llm_trainer.readers.rows import Chunk, DamagedFile
 from llm_trainer.readers.sources import FileSource, Source
 

@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 
 from llm_trainer.common.processes import PYTHON, SAFE_PATH
-from llm_trainer.common.sealed_folders import make_private_folder
 from llm_trainer.config.environment import Environment
 from llm_trainer.host.network import build_network_variables
 from llm_trainer.host.nvidia_driver import build_driver_variables
+from llm_trainer.host.sealed_folders import make_private_folder
 from llm_trainer.job.inputs import Inputs
 from llm_trainer.readers.sources import HubSource
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from llm_trainer.common.sealed_folders import (
+from llm_trainer.host.sealed_folders import (
     SEAL,
     find_damage,
     hold_folder,
@@ -75,7 +75,7 @@ def test_the_oldest_folders_go_first_and_those_in_use_never(tmp_path):
         (tmp_path / name / "rows").write_bytes(bytes(100))
         os.utime(tmp_path / name, (1_000_000 - age, 1_000_000 - age))
     os.utime(tmp_path / "held", (0, 0))
-    hold = "import sys; from pathlib import Path; from llm_trainer.common.sealed_folders import hold_folder\n"
+    hold = "import sys; from pathlib import Path; from llm_trainer.host.sealed_folders import hold_folder\n"
     hold += "hold_folder(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(tmp_path / "held")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
