@@ -39,6 +39,7 @@ from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings
 from llm_trainer.model.plan import ModelPlan, PlanSettings, plan_model
 from llm_trainer.model.precision import choose_precision
 from llm_trainer.training import fsdp
+from llm_trainer.training.loss_check import check_loss
 from llm_trainer.training.methods import TrainingMethod, choose_method
 from llm_trainer.training.metric_lines import MetricLines
 from llm_trainer.training.packing import Packing, choose_packing
@@ -190,6 +191,7 @@ def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
     if run_context.adapter_start is not None:
         init = settings.adapter.init_lora_weights
         lora_init.initialize_adapter(trainer.model, init, model_plan.folder, run_context.adapter_start)
+    check_trained_loss(context, prepared, planned, trainer)
     add_callbacks(context, prepared, planned, trainer, peak)
     return Built(trainer, packing, checkpoint, peak)
 
@@ -304,6 +306,15 @@ def pack_rows(
     splits = packing.pack(prepared.data.splits, settings.data, settings.training.seed, context.scratch_dir)
     log.info(*(f"Data {name}: {packed}" for name, packed in packing.splits.items()))
     return packing, splits
+
+
+def check_trained_loss(context: Context, prepared: Prepared, planned: Planned, trainer: ResumableMixin) -> None:
+    """Raise UserError for a model that the loss would train wrongly. LLM.int8() rounds a batch's tokens together."""
+    if planned.memory.sharded or context.settings.model.load_in_8bit:
+        return
+    plan = prepared.model_plan
+    vocabulary_size = plan.config.get_text_config().vocab_size
+    check_loss(trainer.model, vocabulary_size, plan.device.torch, plan.precision.compute)
 
 
 def build_run_context(context: Context, consensus: StopConsensus, identity: dict[str, Any]) -> RunContext:

@@ -75,8 +75,10 @@ def test_an_adapter_that_servers_cannot_load_is_told_before_the_training(tree, e
     config = tree.base_dir / "input/data/model/config.json"
     config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "qwen2"'))
 
-    warnings = examine_tree("--target_modules", "lm_head").list_texts("warning")
-    assert any("it sits on lm_head, which vLLM adapts in no qwen2" in text for text in warnings)
+    warnings = examine_tree("--target_modules", "embed_tokens").list_texts("warning")
+    assert any("it sits on embed_tokens, which vLLM adapts in no qwen2" in text for text in warnings)
+    (problem,) = examine_tree("--target_modules", "lm_head").list_texts("error")
+    assert problem.startswith("target_modules: lm_head is the output layer")
 
 
 def test_a_good_job_is_shown_to_a_person(tree, run_validate):

@@ -35,6 +35,7 @@ from llm_trainer.journal.manifest import ADAPTER, MANIFEST, Manifest
 from llm_trainer.journal.records import SCHEMA_VERSION
 from llm_trainer.merge.merge import write_merged_model
 from llm_trainer.merge.plan import MergeRequest
+from llm_trainer.model.loading import restore_generation_config
 from llm_trainer.model.lora_init import BaseReference, save_adapter
 from llm_trainer.serving.lmi_files import SERVING_FILES, ServedModel, write_serving_files
 
@@ -144,6 +145,7 @@ def save_weights(trained: TrainingResult, folder: Path) -> None:
     whole = rebuild_plain_model(model, weights) if weights else model
     whole.to(plan.precision.compute)
     whole.config.use_cache = True  # switched off for training, and a serving container reads it
+    restore_generation_config(whole, trained.base_folder)
     whole.save_pretrained(folder)
 
 

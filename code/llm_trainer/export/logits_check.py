@@ -49,7 +49,7 @@ def compute_logits(model: torch.nn.Module, rows: Sequence[list[int]], device: to
     """
     model.eval()  # without dropout
     tokens = [torch.tensor([row], device=device) for row in rows]
-    return [model(input_ids=row).logits[0].float().cpu() for row in tokens]
+    return [model(input_ids=row, use_cache=False).logits[0].float().cpu() for row in tokens]
 
 
 def measure_difference(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:

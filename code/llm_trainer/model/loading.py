@@ -102,9 +102,25 @@ def explain_failure(error: Exception, model: str, part: str) -> str:
 def build_skeleton(model: str, config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     """Return the model without its weights, on the meta device. Raise UserError where its code cannot build it."""
     try:
-        return build_on_meta(config, config.dtype, trust_remote_code)
+        skeleton = build_on_meta(config, config.dtype, trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(explain_failure(error, model, "code")) from error
+    check_output_layer(model, skeleton)
+    return skeleton
+
+
+def check_output_layer(model: str, skeleton: PreTrainedModel) -> None:
+    """Raise UserError for an encoder such as BERT, which computes a head of its own before its output layer.
+
+    The loss would leave that head out. All encoders have it inside of a module, and no decoder of Transformers does.
+    """
+    output = skeleton.get_output_embeddings()
+    name = next((name for name, module in skeleton.named_modules() if module is output), "")
+    if "." in name and type(skeleton).__module__.startswith("transformers."):
+        raise UserError(
+            f"model_id={model!r} is a {type(skeleton).__name__}, an encoder with a head of its own ({name}), and "
+            "cannot be trained to continue texts: give a decoder such as Llama or Qwen."
+        )
 
 
 def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
@@ -190,6 +206,17 @@ def find_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, revision: str 
         stop = None
     stops = stop if isinstance(stop, list) else [stop] if stop is not None else []
     return frozenset([*stops, tokenizer.eos_token_id])
+
+
+def restore_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    """Give a model the generation config of its base's folder, as it is there.
+
+    Many published ones have values that contradict each other. Transformers writes one back as it was read, and refuses
+    to write one that was changed, as by the pad token of a training.
+    """
+    own = {"config_file_name": "config.json", "_from_model_config": True}  # what Transformers takes where there is none
+    options = {} if (folder / "generation_config.json").is_file() else own
+    model.generation_config = GenerationConfig.from_pretrained(folder, **options)
 
 
 def build_vocabulary(

@@ -4,14 +4,18 @@
 All that can be wrong with it is found on the model's skeleton, before any weights load.
 """
 
+import copy
 import difflib
 import re
 from collections import Counter
 from collections.abc import Iterator
 
+import torch
 from peft import LoraConfig, PeftModel, TaskType
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -22,6 +26,7 @@ ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output l
 LINEAR = (nn.Linear, Conv1D)
 ADAPTABLE = (*LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # PEFT has LoRA layers for these
 DECOMPOSING = (*MOVING_STARTS, "loftq")  # these begin with a part of each matrix, or of its quantization error
+PROBED_ROWS, PROBED_TOKENS = 2, 8
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -89,16 +94,17 @@ def choose_targets(
 
 
 def find_linear_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """Return the decoder's linear layers, without the output layer and the routers, as names of modules and of weights.
+    """Return the linear layers that a row of text passes through, as names of modules and of weights.
+
+    Left out are the output layer, the routers, and what PEFT refuses: kernels of Mamba read those weights directly.
 
     A layer goes by its weight where PEFT would take the layer's name for one that experts bore in Transformers 4.
     """
-    routers = set(find_routers(model))
-    decoder = set(model.get_decoder().modules()) - {model.get_output_embeddings()}
+    routers, called = set(find_routers(model)), find_called_layers(model)
     names = [
         name
-        for name, module in model.named_modules()
-        if isinstance(module, LINEAR) and module in decoder and name not in routers
+        for name, module in list_decoder_layers(model)
+        if name not in routers and (called is None or name in called) and not is_refused_by_peft(name, model)
     ]
     leaves = {name.rpartition(".")[2] for name in names}
     taken = {leaf for leaf in leaves if is_taken_for_experts(leaf, model)}
@@ -109,6 +115,48 @@ def find_linear_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
         shorten_names(modules, [name for name, _ in model.named_modules()]),
         shorten_names(weights, parameters, parts=3),
     )
+
+
+def list_decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """Return the decoder's linear layers with their names, without the output layer.
+
+    Where a class names its output layer as its decoder, these are all linear layers.
+    """
+    output = model.get_output_embeddings()
+    layers = [(name, each) for name, each in model.named_modules() if isinstance(each, LINEAR) and each is not output]
+    decoder = set(model.get_decoder().modules())
+    return [(name, layer) for name, layer in layers if layer in decoder] or layers
+
+
+def find_called_layers(model: PreTrainedModel) -> set[str] | None:
+    """Return the names of the linear layers that a row of text passes through, or None where this cannot be found.
+
+    Others get no gradients, and ranks would wait in vain for those of their adapters. They are towers for images,
+    attention to an encoder that is not there, and layers whose weight is read without a call, as Mamba's `dt_proj`.
+    """
+    probe = copy.deepcopy(model)
+    called: set[str] = set()
+    for name, module in probe.named_modules():
+        if isinstance(module, LINEAR):
+            module.register_forward_pre_hook(lambda _, inputs, name=name: called.add(name))
+    try:
+        if probe._can_set_experts_implementation():
+            probe.set_experts_implementation("batched_mm")  # the plain loop asks for numbers
+        with FakeTensorMode(), torch.no_grad():
+            probe._apply(lambda tensor: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype))
+            probe(input_ids=torch.zeros(PROBED_ROWS, PROBED_TOKENS, dtype=torch.long), use_cache=False)
+    except Exception:  # the code of any model runs here, which may ask for numbers
+        return None
+    return called
+
+
+def is_refused_by_peft(name: str, model: PreTrainedModel) -> bool:
+    """Tell whether PEFT puts no adapter on a module of this name and of this kind of model."""
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
 
 
 def find_expert_parameters(model: PreTrainedModel) -> list[str]:
@@ -225,6 +273,7 @@ def find_unsupported_options(config: LoraConfig, settings: AdapterSettings, mode
     """Yield a sentence for each option that PEFT's layers cannot apply to these targets."""
     if config.target_parameters:
         yield from find_parameter_problems(config.target_parameters, settings)
+    yield from find_refused_targets(config, model)
     init = settings.init_lora_weights
     targets = {name: module for name, module in model.named_modules() if is_linear_target(config, name, module, model)}
     if init == "olora" and any(isinstance(module, Conv1D) for module in targets.values()):
@@ -237,6 +286,27 @@ def find_unsupported_options(config: LoraConfig, settings: AdapterSettings, mode
                 f"lora_r={settings.lora_r} with init_lora_weights={init}: the matrix of {smallest} has only "
                 f"rank {min(shapes[smallest])}; lower lora_r to that."
             )
+
+
+def find_refused_targets(config: LoraConfig, model: PreTrainedModel) -> Iterator[str]:
+    """Yield a sentence where a target is the output layer, or one that PEFT refuses."""
+    targets = [(name, module) for name, module in model.named_modules() if is_target(config, name, module, model)]
+    output = model.get_output_embeddings()
+    fix = "leave it out, or use target_modules=auto."
+    if name := next((name for name, module in targets if module is output), None):
+        yield (
+            f"target_modules: {name} is the output layer, whose weights the loss reads without calling it, so that an "
+            f"adapter on it would never be trained: {fix}"
+        )
+    if name := next((name for name, _ in targets if is_refused_by_peft(name, model)), None):
+        yield (
+            f"target_modules: {name}: PEFT puts no adapter there in a model of type {model.config.model_type}, whose "
+            f"kernels read its weight without calling it: {fix}"
+        )
+    weights = {f"{name}.weight" for name, module in model.named_modules() if module is output}
+    for target in config.target_parameters or ():
+        if any(matches_end(name, target) for name in weights):
+            yield f"target_parameters: {target} is the output layer's weight, which takes no adapter: leave it out."
 
 
 def find_parameter_problems(parameters: list[str], settings: AdapterSettings) -> Iterator[str]:
@@ -254,14 +324,17 @@ def find_parameter_problems(parameters: list[str], settings: AdapterSettings) ->
 
 def is_linear_target(config: LoraConfig, name: str, module: nn.Module, model: PreTrainedModel) -> bool:
     """Tell whether a module is a linear layer that gets an adapter."""
+    return isinstance(module, LINEAR) and is_target(config, name, module, model)
+
+
+def is_target(config: LoraConfig, name: str, module: nn.Module, model: PreTrainedModel) -> bool:
+    """Tell whether PEFT takes a module for one that gets an adapter."""
     targets = config.target_modules
-    if not isinstance(module, LINEAR):
-        return False
     if targets == ALL_LINEAR:
-        return module is not model.get_output_embeddings()
+        return isinstance(module, LINEAR) and module is not model.get_output_embeddings()
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
-    return any(matches_end(name, target) for target in targets)
+    return any(matches_end(name, target) for target in targets or ())
 
 
 def count_targets(model: PeftModel) -> dict[str, int]:

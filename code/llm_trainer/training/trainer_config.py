@@ -77,7 +77,7 @@ def build_trainer(method: TrainingMethod, parts: TrainerParts, run: RunContext, 
     """
     arguments = parts.arguments
     check_columns(method, parts.splits["train"])
-    share_pad_token(parts.model, parts.tokenizer)
+    prepare_config(parts.model, parts.tokenizer)
     set_seed(arguments.seed)  # Transformers does so too, but after the adapter has drawn its first values
     if arguments.fsdp:
         fsdp.allow_cpu_ranks()
@@ -112,6 +112,22 @@ def share_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     """Give the model's configs the tokenizer's pad token. Transformers would warn at every start that they differ."""
     for config in (model.config.get_text_config(), model.generation_config):
         config.pad_token_id = tokenizer.pad_token_id
+
+
+def prepare_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Change what the model's config says to what its training needs."""
+    share_pad_token(model, tokenizer)
+    name_experts(model)
+
+
+def name_experts(model: PreTrainedModel) -> None:
+    """Give the model's config the number of its experts by the name that TRL's loss reads, where it has another name.
+
+    GraniteMoe and Phi-MoE say `num_local_experts`, and the loss that balances experts would end the first step.
+    """
+    config = model.config.get_text_config()
+    if not hasattr(config, "num_experts") and hasattr(config, "num_local_experts"):
+        config.num_experts = config.num_local_experts
 
 
 def build_arguments(

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import dynamic_module_utils
+from transformers import BertConfig, dynamic_module_utils
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
@@ -22,7 +22,9 @@ from llm_trainer.model.loading import (
     load_model,
     load_tokenizer,
     read_config,
+    restore_generation_config,
 )
+from llm_trainer.training.trainer_config import share_pad_token
 from support.tiny_model import build_tokenizer
 
 OWN_CODE = """
@@ -153,6 +155,30 @@ def test_weights_that_are_left_out_are_named(change_weights, tiny_model):
 def test_an_option_that_nothing_reads_is_refused_with_the_config(tiny_model):
     with pytest.raises(UserError, match=r"^model_init_kwargs has 'foo', which is neither in the model's config"):
         read_config(str(tiny_model), Settings(model_init_kwargs={"foo": True, "rms_norm_eps": 0.5}).model)
+
+
+def test_an_encoder_is_refused():
+    config = BertConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    with pytest.raises(UserError, match=r"is a BertLMHeadModel, an encoder with a head of its own \(cls.predictions"):
+        build_skeleton("bert", config, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+def test_a_generation_config_is_written_back_as_it_was(tiny_model, tmp_path, has_file):
+    folder = shutil.copytree(tiny_model, tmp_path / "base")
+    file = folder / "generation_config.json"
+    values = {**json.loads(file.read_text()), "temperature": 0.6, "do_sample": False}
+    file.write_text(json.dumps(values))
+    if not has_file:
+        file.unlink()
+    model = load_model(str(folder), Settings().model, LoadOptions(torch.float32, "eager"), torch.device("cpu"))
+    share_pad_token(model, load_tokenizer(str(folder), Settings().model))
+    restore_generation_config(model, folder)
+    model.save_pretrained(tmp_path / "export")
+    written = json.loads((tmp_path / "export/generation_config.json").read_text())
+    assert written.get("temperature") == (0.6 if has_file else None)
 
 
 def test_the_pad_token_is_not_the_eos():

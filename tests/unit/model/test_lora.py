@@ -5,9 +5,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import (
+    BartConfig,
     DeepseekV3Config,
     GptOssConfig,
     Llama4TextConfig,
+    MambaConfig,
     MixtralConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
@@ -36,6 +38,8 @@ from support.trainers import build_run_context
 BASE = lora_init.BaseReference("base", None)
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MIXTRAL = MixtralConfig(**SIZES, num_local_experts=4)
+MAMBA = MambaConfig(vocab_size=300, hidden_size=64, num_hidden_layers=LAYERS, state_size=8)
+BART = BartConfig(vocab_size=300, d_model=64, decoder_layers=LAYERS, decoder_attention_heads=4, decoder_ffn_dim=64)
 MODELS = {
     "llama": LLAMA,
     "gpt2": GPT2,
@@ -144,6 +148,22 @@ def test_targets_by_name_pattern_and_parameter(make_base):
     assert hit(MIXTRAL, target_modules=["w1", "w2", "w3"]) == EXPERTS
 
 
+def test_auto_takes_only_layers_that_a_text_passes_through():
+    """A weight that is read without a call, and attention to an encoder that is not there, get no gradients."""
+    assert plan_adapter(MAMBA).target_modules == {"in_proj", "x_proj"}
+    targets = plan_adapter(BART).target_modules
+    assert {"fc1", "model.decoder.layers.0.self_attn.q_proj"} <= targets
+    assert not any("encoder_attn" in target for target in targets)
+
+
+def test_an_adapter_on_mamba_learns_everywhere(make_base):
+    model = adapt_base(make_base(MAMBA), MAMBA)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    losses = train_adapter(model)
+    assert losses[-1] < losses[0]
+    assert not any(torch.equal(before[name], model.get_parameter(name)) for name in before)
+
+
 @pytest.mark.parametrize(
     ("config", "settings", "sentences"),
     [
@@ -155,6 +175,15 @@ def test_targets_by_name_pattern_and_parameter(make_base):
                 "target_modules: the model has no 'v_prj'; the nearest is 'v_proj', and there are embed_tokens,",
             ],
         ),
+        (LLAMA, {"target_modules": ["q_proj", "lm_head"]}, ["target_modules: lm_head is the output layer, whose"]),
+        (LLAMA, {"target_modules": ".*(q_proj|lm_head)"}, ["target_modules: lm_head is the output layer, whose"]),
+        (
+            LLAMA,
+            {"target_modules": "q_proj", "target_parameters": ["lm_head.weight"]},
+            ["target_parameters: lm_head.weight is the output layer's weight"],
+        ),
+        (MAMBA, {"target_modules": "all-linear"}, ["target_modules: backbone.layers.0.mixer.out_proj: PEFT puts no"]),
+        (MAMBA, {"target_modules": ["conv1d"]}, ["target_modules: backbone.layers.0.mixer.conv1d: PEFT puts no"]),
         (LLAMA, {"target_modules": r".*\.nothing"}, [r"target_modules='.*\\.nothing' matches no module's path: there"]),
         (
             LLAMA,

@@ -204,9 +204,12 @@ def prune_layers(model: nn.Module, layers_name: str, config: PreTrainedConfig) -
         kind = "last" if index == len(layers) - 1 else (types[index] if types else None, *parameters)
         kept.setdefault(kind, index)
         kinds.append(kind)
+    try:
+        config.num_hidden_layers = len(kept)
+        if types:
+            config.layer_types = [types[index] for index in kept.values()]
+    except (AttributeError, NotImplementedError):  # where these follow from other numbers, all layers are kept
+        return tuple(range(len(layers)))
     parent, _, own = layers_name.rpartition(".")
     setattr(model.get_submodule(parent), own, nn.ModuleList(layers[index] for index in kept.values()))
-    config.num_hidden_layers = len(kept)
-    if types:
-        config.layer_types = [types[index] for index in kept.values()]
     return tuple(list(kept).index(kind) for kind in kinds)

@@ -10,7 +10,7 @@ import functools
 import weakref
 from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +31,7 @@ from llm_trainer.common.errors import quote_error
 from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError
 
 FUSED = "fused"  # our attention kernel, for models that have no SDPA
+MAX_OPERATIONS = 20_000  # a few seconds; a layer of attention takes about a hundred, forward and backward
 OFFLOADED_BYTES = 1024  # TRL leaves smaller activations on the device
 
 
@@ -62,7 +63,7 @@ class HeldBytes(TorchDispatchMode):
 
     def __init__(self, known: list[torch.Tensor], first_span: Hashable) -> None:
         super().__init__()
-        self.held = self.highest = self.began = 0
+        self.held = self.highest = self.began = self.num_operations = 0
         self.seen = WeakIdKeyDictionary()  # a storage is counted once, however many tensors look at it
         for tensor in known:
             self.seen[tensor.untyped_storage()] = None
@@ -70,6 +71,9 @@ class HeldBytes(TorchDispatchMode):
         self.name = first_span
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_operations += 1
+        if self.num_operations > MAX_OPERATIONS:
+            raise UnknownShapeError("its code goes through a row token by token, which takes too long to follow")
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
@@ -142,7 +146,11 @@ def trace_step(shape: ModelShape, step: Step) -> StepTrace:
     """
     try:
         return run_fake_step(shape, step)
+    except UnknownShapeError:
+        raise
     except Exception as error:  # the code of any model runs here, which may ask for anything
+        if step.has_mask:  # older models and Mamba take no mask of four dimensions
+            return trace_step(shape, replace(step, has_mask=False))
         raise UnknownShapeError(f"its code does not run without numbers: {quote_error(error)}") from error
 
 
@@ -196,8 +204,9 @@ def make_computable(model: nn.Module, step: Step) -> None:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype)
 
     for module in model.modules():
-        if hasattr(module, "rope_type"):
-            module.rope_type = "default"  # other types ask for the positions' numbers; the sizes are the same
+        if hasattr(module, "rope_type"):  # other types ask for the positions' numbers; the sizes are the same
+            by_layer = module.rope_type if isinstance(module.rope_type, dict) else None
+            module.rope_type = dict.fromkeys(by_layer, "default") if by_layer else "default"
         if hasattr(module, "quantization"):
             module.forward = functools.partial(apply_quantized, module)
     model._apply(fill)
@@ -209,7 +218,9 @@ def make_computable(model: nn.Module, step: Step) -> None:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
     if base._can_set_experts_implementation():
-        base.set_experts_implementation("grouped_mm")  # the plain loop asks for numbers
+        # The plain loop asks for numbers, and torch's grouped product takes no float32.
+        is_16_bit = step.compute_dtype != torch.float32
+        base.set_experts_implementation("grouped_mm" if is_16_bit else "batched_mm")
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     model.train()
 

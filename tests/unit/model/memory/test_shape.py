@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from llm_trainer.config.schema import Settings
 from llm_trainer.model import lora
 from llm_trainer.model.memory.shape import UnknownShapeError, find_layer_list, read_shape
+from support.packed_models import LEAK
 from support.tiny_model import build_tokenizer
 
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -112,3 +113,9 @@ def test_layers_of_each_kind_stay_in_the_skeleton():
 def test_a_model_without_a_list_of_its_layers_is_not_known():
     with pytest.raises(UnknownShapeError, match="no list of the 3 layers"):
         find_layer_list(nn.ModuleList([nn.Linear(2, 2)]), 3)
+
+
+def test_a_hybrid_whose_kinds_of_layers_follow_from_other_numbers_keeps_all_its_layers():
+    shape = shape_of(LEAK["jamba"], Settings(), torch.float32)
+    assert shape.kinds == (0, 1)
+    assert shape.count_weights("adapter") == shape.num_trained > 0

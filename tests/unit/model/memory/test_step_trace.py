@@ -4,6 +4,7 @@
 That its sum is that of a real step is tested in test_estimate.py.
 """
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from llm_trainer.config.schema import Settings
 from llm_trainer.model.memory import step_trace
 from llm_trainer.model.memory.shape import UnknownShapeError, read_shape
 from llm_trainer.model.memory.step_trace import HeldBytes, Span, Step, trace_step
+from support.packed_models import KEEP_APART, LEAK
 
 WIDTH, LENGTH = 128, 256
 CONFIG = LlamaConfig(
@@ -93,3 +95,20 @@ def test_a_model_whose_code_asks_for_numbers_is_unknown(shape, monkeypatch):
     monkeypatch.setattr(step_trace, "run_fake_step", ask)
     with pytest.raises(UnknownShapeError, match="item"):
         trace_step(shape, replace(STEP, length=LENGTH + 8))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3-moe", "mamba", "jamba"])
+def test_models_of_other_kinds_are_traced_too(name):
+    """Frequencies for each kind of layer, experts in float32, and masks of two dimensions."""
+    settings = Settings()
+    config = copy.deepcopy({**KEEP_APART, **LEAK}[name])
+    shape = read_shape(config, settings.model, settings.adapter, torch.float32)
+    masked = replace(STEP, length=16, has_mask=True)
+    assert all(span.peak > 0 for span in trace_step(shape, masked).forward)
+
+
+def test_a_model_that_goes_through_a_row_token_by_token_is_not_followed_for_minutes():
+    settings = Settings()
+    shape = read_shape(copy.deepcopy(LEAK["mamba"]), settings.model, settings.adapter, torch.float32)
+    with pytest.raises(UnknownShapeError, match="token by token"):
+        trace_step(shape, replace(STEP, length=4096))

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model that TRL's loss would train wrongly is refused before its first step, whatever its class is called."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, MambaForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from llm_trainer.common.errors import UserError
+from llm_trainer.training.loss_check import check_loss
+from llm_trainer.training.methods.sft import score_labelled_positions_only
+from support.adapted_models import LLAMA
+from support.packed_models import LEAK
+
+
+class ScaledLlama(LlamaForCausalLM):
+    """Scales its logits, as TRL cannot know."""
+
+    def forward(self, **inputs):
+        output = super().forward(**inputs)
+        output.logits = 30 * output.logits
+        return output
+
+
+class OtherOutput(LlamaForCausalLM):
+    """Has no name that TRL reads."""
+
+    base_model_prefix = "nothing"
+
+
+def check(model, dtype=torch.float32):
+    torch.manual_seed(0)
+    score_labelled_positions_only()
+    add_fused_lm_head(model, outputs=("log_probs",))
+    model.train()
+    check_loss(model, 300, torch.device("cpu"), dtype)
+    assert model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("build", [lambda: LlamaForCausalLM(LLAMA), lambda: MambaForCausalLM(LEAK["mamba"])])
+def test_a_decoder_passes(build, dtype):
+    check(build(), dtype)
+
+
+def test_logits_that_trl_does_not_compute_are_refused():
+    with pytest.raises(UserError, match=r"^TRL's loss of the model is 5\.\d+, and its own logits give \d"):
+        check(ScaledLlama(LLAMA))
+
+
+def test_an_encoder_is_refused():
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with pytest.raises(UserError, match=r"^The model lets a token see those after it"):
+        check(BertLMHeadModel(BertConfig(vocab_size=300, **sizes)))
+
+
+def test_code_that_fails_with_trls_loss_is_refused():
+    with pytest.raises(UserError, match=r"^The model does not compute with TRL's loss \(.*last_hidden_state"):
+        check(OtherOutput(LLAMA))
