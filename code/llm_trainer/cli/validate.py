@@ -93,7 +93,7 @@ def examine_settings(environment: Environment, words: Sequence[str], validation:
 
 def examine_inputs(settings: Settings, environment: Environment, validation: Validation) -> Inputs:
     """Return the job's model and data, after adding what they are and what is wrong with them."""
-    inputs, problems = find_inputs(settings, environment)
+    inputs, problems = find_inputs(settings, environment, has_mistakes=bool(validation.list_texts("error")))
     validation.add_findings("inputs", "error", problems)
     if not problems:
         validation.add_findings("inputs", "ok", [inputs.model])

@@ -7,12 +7,13 @@ A file is 8 bytes with the header's length, the header, a JSON object of tensors
 """
 
 import contextlib
-import json
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
 
 SINGLE_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -67,8 +68,8 @@ def describe_adapter(adapter: Path, subject: str) -> str:
             f"on from it, merge it with `llm-trainer merge` and give the result; else remove {ADAPTER_CONFIG}."
         )
     try:
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, LookupError, TypeError):
+        base = read_json(adapter)["base_model_name_or_path"]
+    except (UnreadableTextError, LookupError, TypeError):
         base = None
     named = f" of {base!r}" if isinstance(base, str) and base else ""
     return (
@@ -94,14 +95,26 @@ def read_header(file: Path) -> dict[str, Any]:
     if size < 8 or (header_bytes <= MAX_HEADER_BYTES and len(header) < header_bytes):
         raise ValueError(f"ends after {size:,} bytes, within its header: it was cut off; download the model again.")
     try:
-        tensors = {name: tensor for name, tensor in json.loads(header).items() if name != "__metadata__"}
-        whole = 8 + header_bytes + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-    except (ValueError, AttributeError, LookupError, TypeError) as error:
+        described = read_json(header, "header", MAX_HEADER_BYTES)
+        tensors = {name: tensor for name, tensor in described.items() if name != "__metadata__"}
+        whole = 8 + header_bytes + max(map(find_end, tensors.values()), default=0)
+    except (UnreadableTextError, ValueError, AttributeError, LookupError, TypeError) as error:
         raise ValueError("has no header of the safetensors format: download the model again.") from error
     if size != whole:
         fault = "was cut off" if size < whole else "is damaged"
         raise ValueError(f"is {size:,} bytes of {whole:,}: it {fault}; download the model again.")
     return tensors
+
+
+def find_end(tensor: dict[str, Any]) -> int:
+    """Return where a tensor's bytes end. Raises ValueError for what no header says of a tensor."""
+    start, end = tensor["data_offsets"]
+    numbers = [start, end, *tensor["shape"]]
+    if not all(type(number) is int and number >= 0 for number in numbers) or not isinstance(tensor["dtype"], str):
+        raise ValueError("not a tensor")
+    if start > end or math.prod(tensor["shape"]) > 8 * (end - start):  # no type has less than a bit a number
+        raise ValueError("not a tensor's extent")
+    return end
 
 
 def check_weights(folder: Path) -> Iterator[str]:
@@ -133,10 +146,12 @@ def read_index(index: Path) -> dict[str, set[str]]:
         return {}
     tensors: dict[str, set[str]] = {}
     try:
-        for tensor, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+        for tensor, file in read_json(index)["weight_map"].items():
             if Path(file).is_absolute() or ".." in Path(file).parts:
                 raise ValueError(f"it names {file!r}, outside of the folder")
             tensors.setdefault(file, set()).add(tensor)
+    except UnreadableTextError as error:
+        raise ValueError(f"{index} {error.reason}: download the model again.") from error
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(f"{index} is not a weights index ({error!r}): download the model again.") from error
     return tensors

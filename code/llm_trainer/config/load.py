@@ -16,7 +16,7 @@ from llm_trainer.common.redaction import REDACTED
 from llm_trainer.config.checks import find_contradictions
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.hyperparameter_decoding import decode_value
-from llm_trainer.config.plain_values import find_unusable_part
+from llm_trainer.config.plain_values import PATHS, find_path_fault, find_unusable_part
 from llm_trainer.config.schema import FIELDS, Settings, list_plain_types, show_value, split_union
 from llm_trainer.config.sections import ALIASES, OWN_DEFAULTS, SECRETS
 
@@ -144,7 +144,7 @@ def find_problem(name: str, value: Any, raw: Any) -> str | None:
     field = FIELDS[name]
     adapter = TypeAdapter[Any](Annotated[field.annotation, field], config=Settings.model_config)  # type: ignore[arg-type]
     is_stray_bool = isinstance(value, bool) and "bool" not in list_plain_types(name)[0]
-    fault = find_unusable_part(value)
+    fault = find_unusable_part(value) or (find_path_fault(value) if name in PATHS else None)
     try:
         valid = None if fault else adapter.validate_python(value)
     except ValidationError:

@@ -10,6 +10,12 @@ from typing import Any
 
 from llm_trainer.common.bounded_parsing import TooMuch, check_value
 
+PATHS = (
+    *("config", "model_id", "chat_template_path", "train_dataset_path", "val_dataset_path"),
+    *("output_dir", "checkpoint_dir"),
+)
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4000  # Linux: of a file's name, and of a path with room for names below it
+
 
 def find_unusable_part(value: Any) -> str | None:
     """Return what a value holds that no setting can, as the rest of a sentence about it; None for a plain value."""
@@ -18,6 +24,14 @@ def find_unusable_part(value: Any) -> str | None:
     except TooMuch as error:
         return f"it {error}"
     return find_odd_part(value)
+
+
+def find_path_fault(value: Any) -> str | None:
+    """Return why a text can be no path, as the rest of a sentence about it; None where it can, and for other values."""
+    parts = value.encode("utf-8", "replace").split(b"/") if isinstance(value, str) else []
+    if sum(map(len, parts)) > MAX_PATH_BYTES or any(len(part) > MAX_NAME_BYTES for part in parts):
+        return "it is longer than any path: give one"
+    return None
 
 
 def find_odd_part(value: Any) -> str | None:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The places that a job reads and writes: model, data, result and checkpoints, checked before the job starts."""
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_trainer.common.errors import quote_error
+from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
+from llm_trainer.common.errors import UserError
 from llm_trainer.common.safetensors_files import (
     SINGLE_FILE,
     WEIGHTS_INDEX,
@@ -22,6 +22,8 @@ from llm_trainer.config.secret_references import is_reference
 from llm_trainer.config.sections import ADDRESS, HUB_ID, METRIC_SCHEDULES, SECRETS, ModelSettings, TrainingSettings
 from llm_trainer.config.tracker_choice import find_idle_project
 from llm_trainer.host.write_probe import find_temp_problem, find_write_problem
+from llm_trainer.job.model_archive import find_archive
+from llm_trainer.job.model_place import locate_model
 from llm_trainer.job.objective import find_objective_problems, find_objective_warnings, read_objective
 from llm_trainer.job.output_places import find_place_problems, find_place_warnings
 from llm_trainer.journal.manifest import find_unreadable_manifests
@@ -51,12 +53,16 @@ class Inputs:
     checkpoint_dir: Path
 
 
-def find_inputs(settings: Settings, environment: Environment) -> tuple[Inputs, list[str]]:
-    """Return the job's inputs, and a sentence for every one that is missing or unusable."""
-    model, problems = find_model(settings.model, environment)
+def find_inputs(settings: Settings, environment: Environment, has_mistakes: bool = False) -> tuple[Inputs, list[str]]:
+    """Return the job's inputs, and a sentence for every one that is missing or unusable.
+
+    A model in an archive is unpacked, which takes minutes, only where the job has no mistakes so far.
+    """
     train, missing = find_train_sources(settings.data, environment)
     validation, missing_too = find_validation_sources(settings.data, environment)
-    problems += missing + missing_too
+    missing += missing_too
+    model, problems = find_model(settings.model, environment, unpacks=not (missing or has_mistakes))
+    problems += missing
     problems += check_evaluation(settings.training, has_validation=bool(validation))
     problems += find_objective_problems(read_objective(environment), settings.training, has_validation=bool(validation))
     inputs = Inputs(
@@ -74,16 +80,28 @@ def find_inputs(settings: Settings, environment: Environment) -> tuple[Inputs, l
 
 
 def find_model(
-    settings: ModelSettings, environment: Environment, needs_tokenizer: bool = True
+    settings: ModelSettings, environment: Environment, needs_tokenizer: bool = True, unpacks: bool = True
 ) -> tuple[str, list[str]]:
     """Return the model's folder or Hub id, empty if there is none, and a sentence for each thing wrong with it.
 
     Without `needs_tokenizer`, a folder may lack its tokenizer, as where only the model's config is of interest.
+    Without `unpacks`, a model in an archive is left for later, and nothing is said of it.
     """
-    model = settings.model_id or str(environment.channels.get("model", ""))
-    if model:
+    place = name_model(settings, environment)
+    if place:
+        try:
+            if not unpacks and find_archive(Path(place)):
+                return "", []
+            model = locate_model(place)
+        except UserError as error:
+            return "", list(error.problems)
         return model, list(check_model(model, needs_tokenizer))
     return "", ["model_id is missing: give a Hugging Face model id, or the model's files as channel 'model'."]
+
+
+def name_model(settings: ModelSettings, environment: Environment) -> str:
+    """Return the place that the user names for the model: a Hub id, a path, or the channel; "" where there is none."""
+    return settings.model_id or str(environment.channels.get("model", ""))
 
 
 def check_model(model: str, needs_tokenizer: bool = True) -> Iterator[str]:
@@ -95,7 +113,7 @@ def check_model(model: str, needs_tokenizer: bool = True) -> Iterator[str]:
             "'model', or the Hugging Face id."
         )
         return
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path's, it takes a name that is too long for one that is not there
         if not HUB_ID.fullmatch(model):
             yield (
                 f"model_id={model!r} is neither a folder in the container nor a Hugging Face id: "
@@ -107,13 +125,23 @@ def check_model(model: str, needs_tokenizer: bool = True) -> Iterator[str]:
         return
     unreadable = [file for file in folder.glob("*.*") if not os.access(file, os.R_OK)]
     for file in unreadable:
-        yield f"Model file {file} cannot be read by user {os.getuid()}: make it readable, or run as another user."
+        yield describe_unreadable(file)
     if needs_tokenizer and not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         yield f"Model folder {folder} has no tokenizer ({TOKENIZER_FILES[0]}): put the tokenizer beside the weights."
     if not unreadable:
         yield from check_config(folder / "config.json")
         yield from check_tokenizer(folder / TOKENIZER_FILES[0])
         yield from check_weights(folder)
+
+
+def describe_unreadable(file: Path) -> str:
+    """Return the sentence on a model's file that cannot be opened: a link to nowhere, or one of another user."""
+    if file.is_symlink() and not os.path.exists(file):
+        return (
+            f"Model file {file} is a link to {os.readlink(file)}, which is not there: copy the files themselves "
+            "(`cp -rL`, `aws s3 sync --follow-symlinks`)."
+        )
+    return f"Model file {file} cannot be read by user {os.getuid()}: make it readable, or run as another user."
 
 
 def check_config(file: Path) -> Iterator[str]:
@@ -124,9 +152,9 @@ def check_config(file: Path) -> Iterator[str]:
         yield f"{file} {POINTER}"
     else:
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            yield f"{file} is not valid JSON ({quote_error(error)}): download the model again."
+            config = read_json(file)
+        except UnreadableTextError as error:
+            yield f"{file} {error.reason}: download the model again."
             return
         if not isinstance(config, dict) or not config.keys() & {"model_type", "auto_map"}:  # a map to code of its own
             yield f"{file} has no model_type: give the config.json of a Transformers model."
@@ -146,7 +174,7 @@ def check_tokenizer(file: Path) -> Iterator[str]:
 def find_missing_weights(model: str) -> Iterator[str]:
     """Yield a sentence where a model folder has no weights at all: only training needs them."""
     folder = Path(model)
-    if not model or not folder.is_dir() or list_weights(folder) or (folder / WEIGHTS_INDEX).is_file():
+    if not model or not os.path.isdir(folder) or list_weights(folder) or (folder / WEIGHTS_INDEX).is_file():
         return
     others = sorted(file.name for file in folder.glob("*") if file.suffix in UNREAD_WEIGHTS)
     found = f" (found {', '.join(others[:3])}, which is not read)" if others else ""
@@ -191,6 +219,9 @@ def check_writable(folder: Path, name: str) -> Iterator[str]:
 
 def find_warnings(settings: Settings, environment: Environment, inputs: Inputs) -> Iterator[str]:
     """Yield sentences about choices that are valid and seldom meant."""
+    place = name_model(settings.model, environment)
+    if inputs.model and inputs.model != place:
+        yield f"the model is read from {inputs.model}, as {place} is no model's folder itself."
     for source in (*inputs.train, *inputs.validation):
         if unread := find_unread_files(source):
             more = f" and {len(unread) - MAX_NAMED_FILES} more" if len(unread) > MAX_NAMED_FILES else ""

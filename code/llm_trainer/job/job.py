@@ -29,7 +29,7 @@ def read_job(arguments: Sequence[str]) -> Job:
 def check_job(environment: Environment, arguments: Sequence[str]) -> Job:
     """Read the job of this environment. Raises UserError with every mistake there is."""
     settings, problems = collect_settings(environment, arguments)
-    inputs, missing = find_inputs(settings, environment)
+    inputs, missing = find_inputs(settings, environment, has_mistakes=bool(problems))
     missing += [*find_missing_weights(inputs.model), *find_missing_hardware(settings, environment)]
     if problems or missing:
         raise UserError(*problems, *missing)

@@ -111,7 +111,7 @@ def test_a_tensor_that_is_not_where_the_index_says_is_told(folder):
 def test_a_broken_index_is_told(folder, index):
     (folder / "model.safetensors.index.json").write_text(index)
     (problem,) = check_weights(folder)
-    assert "is not a weights index" in problem
+    assert "is not a weights index" in problem or "is not valid JSON" in problem
 
 
 def test_only_headers_are_read_of_the_many_large_shards_of_a_large_model(tmp_path):

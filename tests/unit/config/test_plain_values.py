@@ -6,7 +6,7 @@ import datetime
 import pytest
 
 from llm_trainer.common.bounded_parsing import MAX_DEPTH
-from llm_trainer.config.plain_values import find_unusable_part
+from llm_trainer.config.plain_values import find_path_fault, find_unusable_part
 
 
 def nest(depth: int) -> list:
@@ -46,3 +46,10 @@ def test_what_no_setting_can_hold_is_told(value, fault):
 @pytest.mark.parametrize("value", [None, True, 2**63, 1e-5, "é 🙂", [], {}, {"a": [1, {"b": None}]}, nest(20)])
 def test_plain_values_are_fine(value):
     assert find_unusable_part(value) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "is_path"), [("x" * 255, True), ("\u00e9" * 128, False), ("x/" * 4500, False), (5, True)]
+)
+def test_a_text_that_no_path_can_be_is_told(value, is_path):
+    assert (find_path_fault(value) is None) == is_path
