@@ -115,8 +115,8 @@ endif
 flash-attn: ## Compile flash-attn's wheel to docker/wheels/, where `make image VARIANT=cuda` takes it from
 	$(BUILD) --target flash-attn-wheel --output docker/wheels .
 
-flash-attn-cached: ## The same, from the cache in CACHE_FOLDER=s3://... if it has the wheel, else compiled and put there
-	$(if $(filter cuda,$(VARIANT)),docker/wheel_cache.sh $(CACHE_FOLDER),@echo "The $(VARIANT) variant has no flash-attn.")
+flash-attn-cached: ## The same, from the cache in CACHE_FOLDER=s3://... by its digest in WHEEL_DIGESTS=/..., else compiled and put there
+	$(if $(filter cuda,$(VARIANT)),docker/wheel_cache.sh $(CACHE_FOLDER) $(WHEEL_DIGESTS),@echo "The $(VARIANT) variant has no flash-attn.")
 
 smoke: venv ## Run a job and `doctor` in an image that is there
 	DOCKER=$(DOCKER) IMAGE=$(TAGGED_IMAGE) VARIANT=$(VARIANT) .venv/bin/pytest -m smoke $(JUNIT) tests/image

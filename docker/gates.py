@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether an image may be pushed, by its bill of materials: licences, and known vulnerabilities.
 
+Vulnerabilities are those that OSV knows (osv.dev): for Python by pip-audit, for the packages of Debian and Ubuntu and
+for what we bundle from npm by a question for each. A distribution knows of many that it has not mended: these are told,
+and stop nothing, as no version could be taken instead.
+
     gates.py licenses SBOM [RULES]
     gates.py vulnerabilities SBOM [RULES] [--osv-url URL]
 
@@ -15,9 +19,14 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter, Retry
 
 RULES = Path(__file__).with_name("supply_chain.toml")
 OSV_URL = "https://api.osv.dev/v1/query"
@@ -32,12 +41,13 @@ def main() -> int:
     asked = parser.parse_args()
     components = json.loads(asked.sbom.read_text(encoding="utf-8"))["components"]
     packages = [component for component in components if component["purl"].startswith("pkg:pypi/")]
+    others = [component for component in components if component["purl"].startswith(("pkg:deb/", "pkg:npm/"))]
     rules = tomllib.loads(asked.rules.read_text(encoding="utf-8"))
     if asked.gate == "licenses":
         return judge_licenses(packages, rules["licenses"])
     try:
-        audited = audit(packages, asked.osv_url)
-    except (OSError, ValueError) as error:
+        audited = audit(packages, asked.osv_url) + audit_others(others, asked.osv_url)
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors
         print(f"The vulnerabilities could not be asked for at {asked.osv_url}: {error}", file=sys.stderr)
         return 2
     return judge_vulnerabilities(audited, rules.get("vulnerabilities", []))
@@ -85,29 +95,108 @@ def audit(packages: list[dict[str, Any]], osv_url: str) -> list[dict[str, Any]]:
     return json.loads(run.stdout)["dependencies"]
 
 
+def audit_others(components: list[dict[str, Any]], osv_url: str) -> list[dict[str, Any]]:
+    """OSV's word on each package that is not Python's, as pip-audit gives it. Raises OSError or ValueError."""
+    packages = sorted({read_package(component) for component in components})
+    busy = Retry(3, backoff_factor=1, status_forcelist=(429, 502, 503, 504), allowed_methods=None)
+    session = requests.Session()
+    session.mount("https://", HTTPAdapter(max_retries=busy))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda package: list(ask_osv(session, osv_url, package)), packages))
+    return [
+        {
+            "ecosystem": ecosystem,
+            "name": name,
+            "version": version,
+            "vulns": [describe_advisory(advisory, ecosystem, name) for advisory in advisories],
+        }
+        for (ecosystem, name, version), advisories in zip(packages, found, strict=True)
+    ]
+
+
+def read_package(component: dict[str, Any]) -> tuple[str, str, str]:
+    """OSV's ecosystem, and the name and version it knows there: a distribution's are those of the source package."""
+    address = urlsplit(component["purl"])
+    if address.path.startswith("npm/"):
+        return "npm", component["name"], component["version"]
+    qualifiers = dict(parse_qsl(address.query))
+    name, _, version = qualifiers["upstream"].partition("@")
+    distribution, _, release = qualifiers["distro"].partition("-")
+    if distribution == "ubuntu":
+        year, _, month = release.partition(".")
+        return f"Ubuntu:{release}" + (":LTS" if month == "04" and int(year) % 2 == 0 else ""), name, version
+    return f"{distribution.capitalize()}:{release}", name, version
+
+
+def ask_osv(session: requests.Session, osv_url: str, package: tuple[str, str, str]) -> Iterator[dict[str, Any]]:
+    """Yield the advisories that a package's version is subject to, page by page."""
+    ecosystem, name, version = package
+    query: dict[str, Any] = {"package": {"ecosystem": ecosystem, "name": name}, "version": version}
+    while True:
+        answer = session.post(osv_url, json=query, timeout=60)
+        answer.raise_for_status()
+        page = answer.json()
+        yield from (advisory for advisory in page.get("vulns", []) if "withdrawn" not in advisory)
+        if not page.get("next_page_token"):
+            return
+        query["page_token"] = page["next_page_token"]
+
+
+def describe_advisory(advisory: dict[str, Any], ecosystem: str, name: str) -> dict[str, Any]:
+    """An advisory as pip-audit describes it. `fix_versions` are those of this release of the distribution."""
+    fixes = {
+        event["fixed"]
+        for affected in advisory.get("affected", [])
+        if (affected["package"]["ecosystem"], affected["package"]["name"]) == (ecosystem, name)
+        for span in affected.get("ranges", [])
+        for event in span.get("events", [])
+        if event.get("fixed")
+    }
+    names = [*advisory.get("aliases", []), *advisory.get("upstream", [])]
+    return {"id": advisory["id"], "aliases": names, "fix_versions": sorted(fixes)}
+
+
 def judge_vulnerabilities(audited: list[dict[str, Any]], allowed: list[dict[str, Any]]) -> int:
     problems = list(find_expired(allowed))
     open_ids = {entry["id"] for entry in allowed}
-    found = set()
+    found, unmended = set(), []
     for package in audited:
         for vulnerability in package.get("vulns", []):
             names = {vulnerability["id"], *vulnerability.get("aliases", [])}
             found |= names
-            fixes = ", ".join(vulnerability["fix_versions"]) or "no release yet"
-            text = f"{package['name']} {package['version']}: {vulnerability['id']}, mended in {fixes}"
+            fixes = ", ".join(vulnerability["fix_versions"])
+            text = (
+                f"{package['name']} {package['version']}: {vulnerability['id']}, mended in {fixes or 'no release yet'}"
+            )
             if names & open_ids:
                 print(f"allowed: {text}")
+            elif not fixes and is_of_distribution(package):
+                unmended.append(f"{package['name']}: {vulnerability['id']}")
             else:
-                problems.append(f"{text}: raise the pin and run `make lock`, or allow it in supply_chain.toml.")
+                problems.append(f"{text}: {name_way_out(package)}, or allow it in supply_chain.toml.")
         if "skip_reason" in package:
             problems.append(f"{package['name']} was not audited: {package['skip_reason']}.")
     for entry in allowed:
         if entry["id"] not in found:
             print(f"not needed any more: {entry['id']} in supply_chain.toml")
+    if unmended:
+        print(f"not mended by the distribution yet, {len(unmended)}: {', '.join(unmended)}")
     for problem in problems:
         print(problem)
     print(f"{len(audited)} packages audited, {len(problems)} problems.")
     return int(bool(problems))
+
+
+def is_of_distribution(package: dict[str, Any]) -> bool:
+    return ":" in package.get("ecosystem", "")
+
+
+def name_way_out(package: dict[str, Any]) -> str:
+    if is_of_distribution(package):
+        return "build again without cached layers (BUILD_OPTIONS=--no-cache)"
+    if package.get("ecosystem") == "npm":
+        return "renew it in code/llm_trainer/report/assets"
+    return "raise the pin and run `make lock`"
 
 
 def find_expired(allowed: list[dict[str, Any]]) -> Iterator[str]:

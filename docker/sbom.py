@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the bill of materials of an image, CycloneDX in JSON: every Python and every Debian package in it.
+"""Writes the bill of materials of an image, CycloneDX in JSON: every Python and Debian package, and what we bundle.
 
     sbom.py ROOT FLASH_ATTN_REQUIREMENTS BASE VERSION > sbom.cdx.json
 
@@ -7,6 +7,8 @@ ROOT is the image's file system, BASE the name and digest of the image below it.
 the same packages give the same bill.
 """
 
+import hashlib
+import json
 import re
 import sys
 import uuid
@@ -32,7 +34,11 @@ HEADINGS = re.compile(r"^License: *(\S+)", re.MULTILINE)  # of a copyright file 
 def main() -> None:
     root, flash_attn, base, version = sys.argv[1:]
     bom = Bom(
-        components=[*list_python(Path(root), Path(flash_attn)), *list_debian(Path(root))],
+        components=[
+            *list_python(Path(root), Path(flash_attn)),
+            *list_bundled(Path(root)),
+            *list_debian(Path(root)),
+        ],
         serial_number=uuid.uuid5(uuid.NAMESPACE_URL, "sagemaker-llm-trainer"),
     )
     bom.metadata.timestamp = datetime.fromtimestamp(0, UTC)  # the image's label tells when
@@ -57,8 +63,40 @@ def list_python(root: Path, flash_attn: Path) -> Iterator[Component]:
             purl=PackageURL("pypi", None, name, distribution.version),
             bom_ref=f"pypi/{name}",
             licenses=[LICENSES.make_from_string(text) for text in find_license(distribution)],
+            hashes=read_digests(distribution),
             external_references=[describe_source(flash_attn)] if name == "flash-attn" else None,
         )
+
+
+def read_digests(distribution: Distribution) -> list[HashType]:
+    """Digests of a wheel that came as a file, as pip noted them (PEP 610): flash-attn's and our own.
+
+    Those of all others stand in docker/requirements/.
+    """
+    origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+    digests = origin.get("archive_info", {}).get("hashes", {})
+    return [HashType.from_composite_str(f"{algorithm}:{digest}") for algorithm, digest in sorted(digests.items())]
+
+
+def list_bundled(root: Path) -> Iterator[Component]:
+    """The scripts of others in our package, each named by the README beside it."""
+    for readme in (root / VENV / "lib").glob("python3*/site-packages/llm_trainer/report/assets/README.md"):
+        text = readme.read_text(encoding="utf-8")
+        for script in sorted(readme.parent.glob("*.min.js")):
+            name = script.name.removesuffix(".min.js")
+            told = re.search(rf"^`{re.escape(script.name)}` is .*? (\d[\d.]*\d), (\S+) \(", text, re.MULTILINE)
+            if told is None:
+                raise ValueError(f"{readme.name} does not tell the version and the licence of {script.name}")
+            digest = hashlib.sha256(script.read_bytes()).hexdigest()
+            yield Component(
+                type=ComponentType.LIBRARY,
+                name=name,
+                version=told[1],
+                purl=PackageURL("npm", None, name, told[1]),
+                bom_ref=f"npm/{name}",
+                licenses=[LICENSES.make_from_string(told[2])],
+                hashes=[HashType.from_composite_str(f"sha256:{digest}")],
+            )
 
 
 def find_license(distribution: Distribution) -> list[str]:
@@ -82,6 +120,12 @@ def describe_source(requirements: Path) -> ExternalReference:
     )
 
 
+def find_source(fields: dict[str, str]) -> str:
+    """The source package and its version, by which the distributions' advisories name what is vulnerable."""
+    name, _, version = fields.get("Source", fields["Package"]).partition(" ")
+    return f"{name}@{version.strip('()') or fields['Version']}"
+
+
 def list_debian(root: Path) -> Iterator[Component]:
     os_release = (root / "etc/os-release").read_text(encoding="utf-8")
     release = dict(re.findall(r'^(\w+)="?([^"\n]*)', os_release, re.MULTILINE))
@@ -90,7 +134,11 @@ def list_debian(root: Path) -> Iterator[Component]:
         if fields["Status"] != "install ok installed":
             continue
         name, version, architecture = fields["Package"], fields["Version"], fields["Architecture"]
-        qualifiers = {"arch": architecture, "distro": f"{release['ID']}-{release['VERSION_ID']}"}
+        qualifiers = {
+            "arch": architecture,
+            "distro": f"{release['ID']}-{release['VERSION_ID']}",
+            "upstream": find_source(fields),
+        }
         copyright_file = root / "usr/share/doc" / name / "copyright"
         terms = copyright_file.read_text(encoding="utf-8", errors="replace") if copyright_file.is_file() else ""
         yield Component(

@@ -143,24 +143,31 @@ class Osv:
     advisories: dict[str, dict[str, Any]] = field(default_factory=dict)  # by package
     asked: list[dict[str, Any]] = field(default_factory=list)
 
-    def plant(self, package: str, advisory: str, alias: str, fixed: str) -> None:
+    def plant(self, package: str, advisory: str, alias: str, fixed: str | None, ecosystem: str = "PyPI") -> None:
+        """An advisory on a package; in a distribution `alias` stands under `upstream`, as OSV has it there."""
+        events = [{"introduced": "0"}, *([{"fixed": fixed}] if fixed else [])]
         affected = {
-            "package": {"name": package, "ecosystem": "PyPI"},
-            "ranges": [{"type": "ECOSYSTEM", "events": [{"introduced": "0"}, {"fixed": fixed}]}],
+            "package": {"name": package, "ecosystem": ecosystem},
+            "ranges": [{"type": "ECOSYSTEM", "events": events}],
         }
         self.advisories[package] = {
             "schema_version": "1.7.3",
             "id": advisory,
-            "aliases": [alias],
+            "upstream" if ":" in ecosystem else "aliases": [alias],
             "summary": "Planted by the test.",
             "modified": "2026-01-01T00:00:00Z",
             "affected": [affected],
         }
 
     def answer(self, query: dict[str, Any]) -> dict[str, Any]:
+        """The advisory on the second page, as long answers come: the first has none."""
         self.asked.append(query)
         advisory = self.advisories.get(query["package"]["name"])
-        return {"vulns": [advisory]} if advisory else {}
+        if advisory is None or query["package"]["ecosystem"] != advisory["affected"][0]["package"]["ecosystem"]:
+            return {}
+        if query["package"]["ecosystem"] != "PyPI" and "page_token" not in query:
+            return {"next_page_token": "2"}
+        return {"vulns": [advisory]}
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
+from urllib.parse import quote
 
 import pytest
 
@@ -44,16 +45,60 @@ def judge(tmp_path, osv):
     return run_gate
 
 
+def debian(name, version, upstream, distro="debian-12"):
+    purl = f"pkg:deb/{distro.partition('-')[0]}/{name}@{version}?arch=amd64&distro={distro}&upstream={quote(upstream)}"
+    return {"name": name, "version": version, "purl": purl}
+
+
 TORCH, HARMLESS = component("torch", "2.13.0+cpu"), component("harmless", "1.0")
+LIBSSL = debian("libssl3", "3.0.15-1~deb12u1", "openssl@3.0.15-1~deb12u1")
 
 
 def test_packages_without_advisories_pass(judge, osv):
-    result = judge("vulnerabilities", TORCH, HARMLESS, component("libc6", "2.36", kind="deb/debian"))
+    libc = debian("libc6", "2.39-0ubuntu8", "glibc@2.39-0ubuntu8", distro="ubuntu-24.04")
+    echarts = component("echarts", "6.1.0", kind="npm")
+    osv.asked.clear()
+    result = judge(
+        "vulnerabilities", TORCH, HARMLESS, LIBSSL, debian("openssl", *["openssl@3.0.15-1"] * 2), libc, echarts
+    )
     assert result.returncode == 0, result.stdout
-    assert {query["package"]["name"]: query["version"] for query in osv.asked[-2:]} == {
-        "torch": "2.13.0",
-        "harmless": "1.0",
+    assert "6 packages audited, 0 problems" in result.stdout
+    asked = {(query["package"]["ecosystem"], query["package"]["name"], query["version"]) for query in osv.asked}
+    assert asked == {
+        ("PyPI", "torch", "2.13.0"),
+        ("PyPI", "harmless", "1.0"),
+        ("Debian:12", "openssl", "3.0.15-1~deb12u1"),
+        ("Debian:12", "openssl", "3.0.15-1"),
+        ("Ubuntu:24.04:LTS", "glibc", "2.39-0ubuntu8"),
+        ("npm", "echarts", "6.1.0"),
     }
+
+
+@pytest.mark.parametrize(
+    ("planted", "ecosystem", "fixed", "way_out"),
+    [
+        (LIBSSL, "Debian:12", "3.0.16-1~deb12u1", "BUILD_OPTIONS=--no-cache"),
+        (component("echarts", "6.1.0", kind="npm"), "npm", "6.2.0", "report/assets"),
+        (component("echarts", "6.1.0", kind="npm"), "npm", None, "report/assets"),
+    ],
+    ids=["debian", "npm", "npm-not-mended"],
+)
+def test_what_is_not_pythons_stops_the_push_too(judge, osv, planted, ecosystem, fixed, way_out):
+    name = "openssl" if ecosystem.startswith("Debian") else "echarts"
+    osv.plant(name, "DEBIAN-CVE-2026-1", "CVE-2026-1", fixed, ecosystem)
+    result = judge("vulnerabilities", HARMLESS, planted)
+    assert result.returncode == 1, result.stdout
+    assert f"{name} {planted['version']}: DEBIAN-CVE-2026-1, mended in {fixed or 'no release yet'}" in result.stdout
+    assert way_out in result.stdout
+    rules = ALLOWED.format(id="CVE-2026-1", reason="Not reached", expires=TODAY + timedelta(days=1))
+    assert judge("vulnerabilities", HARMLESS, planted, rules=rules).returncode == 0
+
+
+def test_what_the_distribution_has_not_mended_is_told_and_stops_nothing(judge, osv):
+    osv.plant("openssl", "DEBIAN-CVE-2026-1", "CVE-2026-1", None, "Debian:12")
+    result = judge("vulnerabilities", HARMLESS, LIBSSL)
+    assert result.returncode == 0, result.stdout
+    assert "not mended by the distribution yet, 1: openssl: DEBIAN-CVE-2026-1" in result.stdout
 
 
 def test_a_vulnerable_package_stops_the_push(judge, osv):

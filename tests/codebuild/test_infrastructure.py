@@ -142,6 +142,11 @@ def test_the_build_may_push_to_its_repository_and_keep_wheels(build_outputs, rea
     assert find_resources(statements, "s3:GetObject") == [f"{bucket}/wheels/*"]
     assert find_resources(statements, "s3:PutObject") == [f"{bucket}/wheels/*", f"{bucket}/builds/*"]
     assert find_resources(statements, "codeconnections:GetConnectionToken") == [CONNECTION]
+    assert find_resources(statements, "ssm:PutParameter") == [
+        f"arn:aws:ssm:{REGION}:{ACCOUNT}:parameter/{NAME}/wheels/*"
+    ]
+    (digests,) = [statement for statement in statements if "ssm:PutParameter" in list_of(statement["Action"])]
+    assert digests["Condition"] == {"StringNotEquals": {"ssm:Overwrite": "true"}}  # a digest stays what it is
     assert trust["Principal"] == {"Service": "codebuild.amazonaws.com"}
     project = f"arn:aws:codebuild:{REGION}:{ACCOUNT}:project/{NAME}"
     assert trust["Condition"] == {"StringEquals": {"aws:SourceArn": project}}
@@ -166,7 +171,7 @@ def test_the_project_is_what_the_buildspec_asks_for():
     project = read_properties("codebuild", "Project")
     head = (SOURCE / "buildspec.yml").read_text(encoding="utf-8").partition("version:")[0]
     asked = set(re.findall(r"^#   ([A-Z_]+) ", head, re.MULTILINE))
-    assert asked == {"REPOSITORY", "CACHE_FOLDER", "PIP_EXTRA_INDEX_URL"}
+    assert asked == {"REPOSITORY", "CACHE_FOLDER", "WHEEL_DIGESTS", "PIP_EXTRA_INDEX_URL"}
     environment = project["Environment"]
     assert {entry["Name"] for entry in environment["EnvironmentVariables"]} == asked | {"VARIANT"}
     assert (environment["ComputeType"], environment["PrivilegedMode"]) == ("BUILD_GENERAL1_LARGE", True)
@@ -179,14 +184,28 @@ def test_a_training_job_reads_one_prefix_and_writes_another(deploy, read_stateme
     deploy("training-role", BucketName="data")
     statements, (trust,) = read_statements("training-role")
     assert_least_privilege(statements)
-    assert find_resources(statements, "s3:GetObject") == ["arn:aws:s3:::data/input/*", "arn:aws:s3:::data/output/*"]
-    assert find_resources(statements, "s3:PutObject") == ["arn:aws:s3:::data/output/*"]
+    below = {name: f"arn:aws:s3:::data/{name}/*" for name in ("input", "output", "checkpoints")}
+    assert find_resources(statements, "s3:GetObject") == list(below.values())
+    assert find_resources(statements, "s3:PutObject") == [below["output"], below["checkpoints"]]
     assert find_resources(statements, "ecr:BatchGetImage") == [REPOSITORY_ARN]
     assert not find_resources(statements, "ecr:PutImage")
     services = {action.partition(":")[0] for statement in statements for action in list_of(statement["Action"])}
     assert services == {"cloudwatch", "ecr", "logs", "s3"}
     assert trust["Principal"] == {"Service": "sagemaker.amazonaws.com"}
-    assert trust["Condition"] == {"StringEquals": {"aws:SourceAccount": ACCOUNT}}
+    jobs = [f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:{kind}/*" for kind in ("training-job", "hyper-parameter-tuning-job")]
+    assert trust["Condition"] == {
+        "StringEquals": {"aws:SourceAccount": ACCOUNT},
+        "ArnLike": {"aws:SourceArn": jobs},
+    }
+
+
+@pytest.mark.parametrize("prefix", ["checkpoints", "checkpoints/job-7"])
+def test_a_training_job_deletes_checkpoints_alone(deploy, read_statements, prefix):
+    deploy("training-role", BucketName="data", CheckpointPrefix=prefix)
+    statements, _ = read_statements("training-role")
+    assert find_resources(statements, "s3:DeleteObject") == [f"arn:aws:s3:::data/{prefix}/*"]
+    deleting = {action for statement in statements for action in list_of(statement["Action"]) if "Delete" in action}
+    assert deleting == {"s3:DeleteObject"}
 
 
 def test_a_training_job_tracks_and_reads_secrets_by_arn(deploy, read_statements):

@@ -29,6 +29,7 @@ LABEL org.opencontainers.image.revision={revision} org.opencontainers.image.vers
 """
 VERSION = "0.1.0"
 REPOSITORY = "second-push"
+DIGESTS = ["WHEEL_DIGESTS=/trainer/wheels"]
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_flash_attn_is_compiled_once_for_what_decides_it(make, aws, checkout, no
     def make_wheel(*options):
         for wheel in wheels.glob("flash_attn-*.whl"):
             wheel.unlink()
-        output = make("flash-attn-cached", f"CACHE_FOLDER=s3://{bucket}/cache", *options, make=compiler)
+        output = make("flash-attn-cached", f"CACHE_FOLDER=s3://{bucket}/cache", *DIGESTS, *options, make=compiler)
         assert [wheel.read_text(encoding="utf-8") for wheel in wheels.glob("flash_attn-*.whl")] == ["wheel\n"]
         started.append(notes.read_text(encoding="utf-8").count("flash-attn\n"))
         return output
@@ -116,10 +117,60 @@ def test_flash_attn_is_compiled_once_for_what_decides_it(make, aws, checkout, no
     assert started[-1] == 5
 
 
+@pytest.mark.parametrize("attack", ["other content", "gone", "another wheel beside it"])
+def test_a_wheel_is_taken_by_its_digest_alone(make, aws, checkout, notes, attack):
+    """Who may write to the bucket puts nothing into the image."""
+    bucket, wheels = aws.make_bucket("attacked"), checkout.folder / "docker/wheels"
+    compiler = COMPILING_MAKE.format(make=call("which", "make").strip(), notes=notes)
+
+    def list_wheels():
+        return {wheel.name: wheel.read_text(encoding="utf-8") for wheel in wheels.glob("flash_attn-*.whl")}
+
+    def make_wheel():
+        make("flash-attn-cached", f"CACHE_FOLDER=s3://{bucket}/cache", *DIGESTS, make=compiler)
+
+    make_wheel()
+    compiled = list_wheels()
+    for wheel in compiled:
+        (wheels / wheel).unlink()
+    ((key,), s3) = aws.list_keys(bucket), aws.client("s3")
+    if attack == "gone":
+        s3.delete_object(Bucket=bucket, Key=key)
+    else:
+        poisoned = key if attack == "other content" else f"{key.rpartition('/')[0]}/torch-2.13.0-py3-none-any.whl"
+        s3.put_object(Bucket=bucket, Key=poisoned, Body=b"poison")
+    before = set(wheels.iterdir())
+    if attack == "another wheel beside it":
+        make_wheel()
+        assert list_wheels() == compiled
+        assert {file.name for file in set(wheels.iterdir()) - before} == set(compiled)
+        return
+    with pytest.raises(
+        AssertionError, match="is gone, or is not the wheel whose digest is in /trainer/wheels/flash-attn-"
+    ):
+        make_wheel()
+    assert list_wheels() == {}
+    assert notes.read_text(encoding="utf-8").count("flash-attn\n") == 1
+
+
+def test_a_digest_that_cannot_be_asked_for_is_no_reason_to_compile(make, aws, notes):
+    folder = f"s3://{aws.make_bucket('denied')}/cache"
+    compiler = COMPILING_MAKE.format(make=call("which", "make").strip(), notes=notes)
+    with pytest.raises(AssertionError, match="AccessDenied"):
+        make(
+            "flash-attn-cached",
+            f"CACHE_FOLDER={folder}",
+            *DIGESTS,
+            make=compiler,
+            aws="#!/bin/bash\necho AccessDeniedException >&2\nexit 254\n",
+        )
+    assert not notes.exists()
+
+
 def test_the_compiler_gets_the_builds_options(make, aws, notes):
     folder = f"s3://{aws.make_bucket('options')}/cache"
     compiler = COMPILING_MAKE.format(make=call("which", "make").strip(), notes=notes)
-    make("flash-attn-cached", f"CACHE_FOLDER={folder}", "BUILD_OPTIONS=--build-arg MAX_JOBS=4", make=compiler)
+    make("flash-attn-cached", f"CACHE_FOLDER={folder}", *DIGESTS, "BUILD_OPTIONS=--build-arg MAX_JOBS=4", make=compiler)
     assert "--build-arg MAX_JOBS=4 --build-arg FLASH_ATTN_CUDA_ARCHS=80;90;100;120" in notes.read_text("utf-8")
 
 

@@ -33,6 +33,56 @@ def test_the_bill_lists_every_debian_package(image, bill):
     assert list_components(bill, "deb") == sorted(line.split()[0] for line in lines if line.split()[1] == "ii")
 
 
+def test_the_bill_lists_the_reports_scripts(image, bill):
+    names = image.run_bash("cd /opt/llm-trainer/venv/lib/python3*/site-packages/llm_trainer && find . -name '*.min.js'")
+    assert [f"{name}.min.js" for name in list_components(bill, "npm")] == [
+        name.rpartition("/")[2] for name in sorted(names.split())
+    ]
+
+
+def test_every_file_of_the_environment_is_as_its_package_brought_it(image):
+    """By the digests that each wheel lists: nothing was added or changed that the bill does not tell."""
+    script = """python - <<'END'
+import base64, hashlib, importlib.metadata, os
+root = os.environ["VIRTUAL_ENV"]
+known = {"pyvenv.cfg", "bin/Activate.ps1", "bin/activate", "bin/activate.csh", "bin/activate.fish"}
+for distribution in importlib.metadata.distributions():
+    for file in distribution.files:
+        path = os.path.normpath(distribution.locate_file(file))
+        known.add(os.path.relpath(path, root))
+        if file.hash and os.path.exists(path):
+            digest = hashlib.file_digest(open(path, "rb"), file.hash.mode).digest()
+            if base64.urlsafe_b64encode(digest).decode().rstrip("=") != file.hash.value:
+                print("changed", path)
+for folder, _, names in os.walk(root):
+    for path in (os.path.join(folder, name) for name in names if not name.endswith(".pyc")):
+        if os.path.relpath(path, root) not in known and not os.path.islink(path):
+            print("added", path)
+END"""
+    assert image.run_bash(script) == ""
+
+
+def test_every_program_and_library_beside_it_is_of_a_package(image):
+    script = r"""python3 - <<'END'
+import glob, os
+owned = {
+    os.path.realpath(line.rstrip("\n"))
+    for name in glob.glob("/var/lib/dpkg/info/*.list")
+    for line in open(name)
+}
+skipped = ("/proc", "/sys", "/dev", "/tmp", "/opt/llm-trainer", "/var/lib/dpkg/info", "/run")
+for folder, folders, names in os.walk("/"):
+    folders[:] = [name for name in folders if not os.path.join(folder, name).startswith(skipped)]
+    for path in (os.path.join(folder, name) for name in names):
+        is_program = os.access(path, os.X_OK) or ".so" in os.path.basename(path)
+        if not os.path.islink(path) and os.path.isfile(path) and is_program and os.path.realpath(path) not in owned:
+            print(path)
+END"""
+    # Of the ld.so cache and what Docker or a stand-in base puts there: no package's, and no program.
+    found = {path for path in image.run_bash(script).split() if path not in ("/etc/ld.so.cache", "/etc/ld.so.conf")}
+    assert found <= {"/.dockerenv"}
+
+
 def test_the_bill_tells_the_image_its_version_and_its_base(bill):
     described = bill["metadata"]["component"]
     assert (described["name"], described["version"]) == ("sagemaker-llm-trainer", __version__)

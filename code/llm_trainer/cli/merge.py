@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`llm-trainer merge`: an adapter is merged into its base outside a job, and gets the tokenizer's files beside it."""
 
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +17,6 @@ from llm_trainer.serving.lmi_files import ADAPTER_FILES
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
-
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "chat_template*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-)
 
 
 @dataclass(frozen=True)
@@ -80,7 +70,7 @@ def merge_files(options: MergeOptions, adapter: Path, output: Path) -> tuple[Pat
     quantization = build_quantization(manifest) if options.merge_base == "dequantized" else None
     request = MergeRequest(base, adapter, config, DTYPES.get(options.dtype), quantization, trusts)
     figures = write_merged_model(request, output)
-    copy_tokenizer(adapter, base, output)
+    write_tokenizer(adapter, base, output)
     return base, figures
 
 
@@ -135,9 +125,9 @@ def build_quantization(manifest: Manifest) -> "BitsAndBytesConfig":
     )
 
 
-def copy_tokenizer(adapter: Path, base: Path, output: Path) -> None:
-    """Copy the tokenizer's files: the adapter's, which may have a template or tokens of its own, else the base's."""
-    source = adapter if list(adapter.glob("tokenizer*")) else base
-    for pattern in TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, output / file.name)
+def write_tokenizer(adapter: Path, base: Path, output: Path) -> None:
+    """Write the tokenizer's files: the adapter's, which may have a template or tokens of its own, else the base's."""
+    from llm_trainer.model.tokenizer_files import copy_tokenizer, make_readable
+
+    copy_tokenizer(adapter if list(adapter.glob("tokenizer*")) else base, output)
+    make_readable(output)

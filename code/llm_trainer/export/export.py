@@ -35,8 +35,10 @@ from llm_trainer.journal.manifest import ADAPTER, MANIFEST, Manifest
 from llm_trainer.journal.records import SCHEMA_VERSION
 from llm_trainer.merge.merge import write_merged_model
 from llm_trainer.merge.plan import MergeRequest
+from llm_trainer.model.config_file import write_config, write_generation_config
 from llm_trainer.model.loading import restore_generation_config
 from llm_trainer.model.lora_init import BaseReference, save_adapter
+from llm_trainer.model.tokenizer_files import save_tokenizer
 from llm_trainer.serving.lmi_files import SERVING_FILES, ServedModel, write_serving_files
 
 REJECTED = "rejected_export"  # in output/data
@@ -95,7 +97,7 @@ def place_result(trained: TrainingResult) -> PlacedResult:
 def put_in_place(trained: TrainingResult, placed: PlacedResult, earlier: Iterable[str]) -> None:
     """Put waiting weights in place, with the tokenizer and a first manifest. `earlier` are files that they replace."""
     waiting = placed.waiting
-    trained.tokenizer.save_pretrained(waiting)
+    save_tokenizer(trained.tokenizer, trained.base_folder, waiting, trained.settings.model.trust_remote_code)
     placed.files.update({MANIFEST, *list_files(waiting)})
     first = Manifest(schema_version=SCHEMA_VERSION, llm_trainer=__version__, export=describe_unproven(UNFINISHED))
     first["files"] = sorted(placed.files | {CARD, *SERVING_FILES})  # those that a kill could leave
@@ -147,6 +149,9 @@ def save_weights(trained: TrainingResult, folder: Path) -> None:
     whole.config.use_cache = True  # switched off for training, and a serving container reads it
     restore_generation_config(whole, trained.base_folder)
     whole.save_pretrained(folder)
+    with warn_of_failure("A config.json for Transformers 4 too", folder):
+        write_config(folder, trained.base_folder, whole.config, trained.settings.model.trust_remote_code)
+        write_generation_config(folder, trained.base_folder, whole.generation_config)
 
 
 def rebuild_plain_model(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrainedModel:

@@ -114,6 +114,11 @@ def describe_use(manifest: Manifest, base: BaseSource, is_adapter: bool, refusal
             "On SageMaker: AWS's LMI container (vLLM) serves this folder by its `serving.properties`, or with the "
             "variables of `serving.env`."
         )
+    targets = (manifest.get("adapter") or {}).get("targets", ())
+    if is_adapter and any("experts" in name for name in targets):
+        yield "Transformers 5 loads it. Transformers 4 has no fused experts, and would leave out what they learned."
+    else:
+        yield "Transformers 4.57 and 5 load it."
     check = manifest.get("export")
     if check:
         yield f"Checked when it was written:\n\n```json\n{json.dumps(check, indent=2, default=str)}\n```"

@@ -5,6 +5,7 @@ The whole model is never in memory. The result's tensors have the names of those
 of the same names, as servers know them. The tokenizer's files are not written here.
 """
 
+import copy
 import hashlib
 import json
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from transformers import PreTrainedConfig
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.files import compute_digest
@@ -23,6 +25,7 @@ from llm_trainer.host.free_space import find_free_bytes
 from llm_trainer.merge import shard_writer
 from llm_trainer.merge.plan import FLOATING, MergePlan, MergeRequest, plan_merge
 from llm_trainer.merge.shard_writer import MergedShard, write_json
+from llm_trainer.model.config_file import write_config
 from llm_trainer.model.precision import show_dtype
 
 # A server reads these of a model's folder beside config.json. The tokenizer comes with the adapter.
@@ -67,7 +70,8 @@ def write_files(request: MergeRequest, plan: MergePlan, output: Path) -> None:
     copy_small_files(request, output)
     shard_writer.publish_shards(output, plan.shards)
     write_index(output, plan.shards)
-    write_config(request.base, output, find_main_dtype(plan.shards), plan.is_untied)
+    result = describe_result(request.config, find_main_dtype(plan.shards), plan.is_untied)
+    write_config(output, request.base, result, request.trust_remote_code)
     shard_writer.remove_record(output)
 
 
@@ -135,16 +139,14 @@ def write_index(output: Path, shards: list[MergedShard]) -> None:
     write_json(output / WEIGHTS_INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": files})
 
 
-def write_config(base: Path, output: Path, dtype: torch.dtype, is_untied: bool) -> None:
-    """Write the base's config.json with what the merge changed. `dtype` is the result's main type."""
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    config.pop("quantization_config", None)
-    for part in (config, config.get("text_config") or {}):
-        if part is config or "dtype" in part or "torch_dtype" in part:
-            part.pop("torch_dtype", None)
-            part["dtype"] = show_dtype(dtype)
-        if part is config or "use_cache" in part:
-            part["use_cache"] = True
-        if is_untied and (part is config or "tie_word_embeddings" in part):
-            part["tie_word_embeddings"] = False
-    write_json(output / "config.json", config)
+def describe_result(config: PreTrainedConfig, dtype: torch.dtype, is_untied: bool) -> PreTrainedConfig:
+    """Return the base's config with what the merge changed. `dtype` is the result's main type."""
+    result = copy.deepcopy(config)
+    if hasattr(result, "quantization_config"):
+        del result.quantization_config
+    for part in {id(part): part for part in (result, result.get_text_config())}.values():
+        part.dtype = dtype
+        part.use_cache = True
+        if is_untied:
+            part.tie_word_embeddings = False
+    return result

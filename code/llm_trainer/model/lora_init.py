@@ -12,9 +12,10 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.integrations import dequantize_module_weight
@@ -29,6 +30,12 @@ from llm_trainer.config.sections import MOVING_STARTS
 # In a checkpoint. A folder of its own would make PEFT load it as a second adapter.
 INITIAL_ADAPTER = "initial_adapter.safetensors"
 ADAPTER = "default"  # PEFT's name of the only adapter
+# Fields that adapter_config.json has in any case: those that readers other than PEFT look for.
+SAID_FIELDS = (
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "bias"),
+    *("target_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "inference_mode"),
+    *("init_lora_weights", "fan_in_fan_out"),
+)
 
 
 @dataclass(frozen=True)
@@ -147,4 +154,18 @@ def save_adapter(
     file = folder / CONFIG_NAME
     config = json.loads(file.read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": base.name, "revision": base.revision}
+    config = leave_out_defaults(config)
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def leave_out_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """Return an adapter's config without fields that are empty or PEFT's default, but for those readers look for.
+
+    PEFT before 0.15 refuses every field that it does not know, and each release brings some.
+    """
+    defaults = LoraConfig().to_dict()
+    return {
+        name: value
+        for name, value in config.items()
+        if name in SAID_FIELDS or (name != "peft_version" and value not in (None, [], {}, defaults.get(name)))
+    }

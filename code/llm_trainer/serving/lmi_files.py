@@ -169,7 +169,7 @@ def choose_parsers(model: ServedModel) -> dict[str, str]:
 
 def describe_choices(model: ServedModel) -> Iterator[str]:
     """Yield the lines that explain the options to a reader of the files."""
-    yield "For AWS's LMI container with vLLM. serving.env holds the same as the container's environment variables."
+    yield "For AWS's LMI container with vLLM, v27 (vLLM 0.23) or newer. serving.env has the same as variables."
     limit = find_position_limit(model)
     if limit is not None:
         trained = model.max_length or "any number of"

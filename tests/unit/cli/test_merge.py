@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_trainer.cli.merge import build_quantization, copy_tokenizer, find_base, read_adapter
+from llm_trainer.cli.merge import build_quantization, find_base, read_adapter, write_tokenizer
 from llm_trainer.common.errors import UserError
 
 
@@ -50,10 +50,10 @@ def test_the_adapters_own_tokenizer_wins(tmp_path: Path) -> None:
         folder.mkdir()
     (base / "tokenizer.json").write_text("base")
     (base / "vocab.txt").write_text("base")
-    copy_tokenizer(adapter, base, output)
+    write_tokenizer(adapter, base, output)
     assert {file.name: file.read_text() for file in output.iterdir()} == {"tokenizer.json": "base", "vocab.txt": "base"}
     (adapter / "tokenizer.json").write_text("adapter")
-    copy_tokenizer(adapter, base, output)
+    write_tokenizer(adapter, base, output)
     assert (output / "tokenizer.json").read_text() == "adapter"
 
 

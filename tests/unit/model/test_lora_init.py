@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters that begin at the base, by each start, and are exported as adapters of the base as it is on disk."""
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -110,3 +112,15 @@ def test_loftq_begins_nearer_to_the_unquantized_base_than_zero(make_base, tmp_pa
 def test_loftq_needs_the_matrices_in_the_files(tmp_path):
     with pytest.raises(UserError, match=r"and model\.q_proj\.weight is none there: use init_lora_weights=default"):
         lora_init.read_weight("model.q_proj.weight", {}, "model")
+
+
+def test_older_releases_of_peft_know_every_field_of_an_exported_config(make_base, tmp_path):
+    """They refuse the others. Those of PEFT 0.11 are listed: no release since has taken one away."""
+    model = adapt_base(make_base(LLAMA), LLAMA)
+    lora_init.save_adapter(model, tmp_path, lora_init.BaseReference("owner/base", "main"), None)
+    config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    known = {"alpha_pattern", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "r", "revision"}
+    known |= {"init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "rank_pattern"}
+    known |= {"target_modules", "task_type", "use_dora", "use_rslora"}
+    assert config.keys() == known
+    assert (config["base_model_name_or_path"], config["r"]) == ("owner/base", 4)
