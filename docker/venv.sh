@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Makes a virtual environment from hash-locked requirements, after a check of what this machine has.
 #   docker/venv.sh              `make venv`: .venv, with torch, the developers' tools and this package
-#   docker/venv.sh FOLDER LOCK  FOLDER from docker/requirements/LOCK.txt alone
+#   docker/venv.sh FOLDER LOCK [OPTION...]  FOLDER from docker/requirements/LOCK.txt alone, with more options of pip
 #   docker/venv.sh python       prints the Python that the two above use
 # PYTHON names a Python; without it the first of those below that runs is taken.
 set -euo pipefail
@@ -138,7 +138,7 @@ main() {
     install .venv dev --quiet --no-build-isolation
     .venv/bin/pip install --quiet --no-compile --no-deps --no-build-isolation -e .
   else
-    install "$folder" "$2" --quiet --no-build-isolation
+    install "$folder" "$2" --quiet --no-build-isolation "${@:3}"
   fi
 }
 

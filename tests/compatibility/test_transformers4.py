@@ -50,7 +50,7 @@ def run_older(*arguments: str | Path) -> str:
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> Path:
     """The models as Transformers 4 stores them, and one as Transformers 5 does."""
-    subprocess.run(["make", f"{OLDER.name}/.made"], check=True, cwd=ROOT)
+    subprocess.run(["docker/venv.sh", OLDER.name, "transformers4", "--no-deps"], check=True, cwd=ROOT)
     folder = tmp_path_factory.mktemp("bases")
     run_older("make", folder)
     for name in STORED_BY_5:
