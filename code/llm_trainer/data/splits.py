@@ -134,7 +134,7 @@ def append_rejected_rows(own: Path, target: Path, split: str) -> None:
     if not own.stat().st_size:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with own.open(encoding="utf-8") as rows, target.open("a", encoding="utf-8") as file:
+    with own.open(encoding="utf-8") as rows, target.open("a", encoding="utf-8", errors="backslashreplace") as file:
         for line in rows:
             file.write(json.dumps({"split": split, **json.loads(line)}, ensure_ascii=False) + "\n")
 

@@ -198,7 +198,7 @@ class Stream:
         if prepared.rejected:
             lines = [json.dumps({"split": "train", **row}, ensure_ascii=False) + "\n" for row in prepared.rejected]
             self.rejected_rows.parent.mkdir(parents=True, exist_ok=True)
-            with self.rejected_rows.open("a", encoding="utf-8") as file:
+            with self.rejected_rows.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write("".join(lines))  # in one write, because other ranks of this host append to it too
 
     def build_error(self, source: Source, *problems: str) -> UserError:

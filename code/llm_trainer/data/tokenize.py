@@ -197,7 +197,7 @@ def write_chunks(
     """Write rows to an Arrow file and bad rows to a JSON Lines file, and count them in the report."""
     with (
         ArrowWriter(path=str(arrow), features=FEATURES) as writer,
-        rejected_rows.open("w", encoding="utf-8") as rejected,
+        rejected_rows.open("w", encoding="utf-8", errors="backslashreplace") as rejected,
         # Closed in any case, because processes that wait for more chunks would keep this one from ending.
         closing(prepared_chunks),
     ):

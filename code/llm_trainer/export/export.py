@@ -89,7 +89,11 @@ def place_result(trained: TrainingResult) -> PlacedResult:
         except BaseException:
             folder.close()  # half the weights are no result, and a full disk needs the room
             raise
-        put_in_place(trained, placed, folder.list_earlier())
+        try:
+            put_in_place(trained, placed, folder.list_earlier())
+        except Exception:
+            log.warning(f"What was written of the result is in {folder.new}.")
+            raise
     trained.timeline.mark("export")
     return placed
 

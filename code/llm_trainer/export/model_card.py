@@ -2,12 +2,13 @@
 """The result's README.md: a model card as the Hugging Face Hub reads it, written from the manifest."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
 from llm_trainer.config.sections import HUB_ID
 from llm_trainer.export.base_source import BaseSource
@@ -16,6 +17,9 @@ from llm_trainer.journal.manifest import Manifest
 CARD = "README.md"
 REPOSITORY = "sagemaker-llm-trainer"
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*")
+LICENCE_KEYS = ("license", "license_name", "license_link")
+LICENCE_CHARACTERS, CARD_CHARACTERS = 400, 2**16  # of a licence and of a card: their beginning tells
+MAX_CARD_DEPTH = 32  # of the metadata; the parser's time grows with the depth
 # What the first lines of well-known licences' texts hold -> the Hub's identifier.
 LICENCE_TITLES = {"apache license": "apache-2.0", "mit license": "mit"}
 
@@ -65,23 +69,45 @@ def describe_base(base: BaseSource) -> str:
 def find_licence(base: Path) -> dict[str, str]:
     """Return the base's licence by its own card, else by its licence file; {} where neither tells.
 
-    The keys are those of a model card's metadata.
+    The keys are those of a model card's metadata. Raises OSError for a file that cannot be read.
     """
-    if (base / CARD).is_file():
-        try:
-            stated = ModelCard.load(base / CARD, ignore_metadata_errors=True).data.to_dict()
-        except (ValueError, yaml.YAMLError):
-            stated = {}
-        licence = {key: stated[key] for key in ("license", "license_name", "license_link") if key in stated}
-        if licence:
-            return licence
-    for file in (file for pattern in LICENCE_FILES for file in sorted(base.glob(pattern))):
-        head = file.read_text(encoding="utf-8", errors="replace")[:400].lower()
-        for title, licence_id in LICENCE_TITLES.items():
-            if title in head:
-                return {"license": licence_id}
-        return {"license": "other", "license_name": file.name}
+    stated = read_stated_licence(base / CARD)
+    if stated:
+        return stated
+    for path in (path for pattern in LICENCE_FILES for path in sorted(base.glob(pattern))):
+        if path.is_file():
+            with path.open(encoding="utf-8", errors="replace") as file:
+                head = file.read(LICENCE_CHARACTERS).lower()
+            titled = next((licence for title, licence in LICENCE_TITLES.items() if title in head), None)
+            return {"license": titled} if titled else {"license": "other", "license_name": path.name}
+        if path.is_dir():  # such as LICENSES, which holds several
+            return {"license": "other", "license_name": path.name}
     return {}
+
+
+def read_stated_licence(card: Path) -> dict[str, str]:
+    """Return what the metadata of a card say of the licence; {} where they say nothing or are no YAML.
+
+    Values are never built, only the parser's events are read: hostile metadata can take neither time nor memory.
+    """
+    if not card.is_file():
+        return {}
+    with card.open(encoding="utf-8", errors="replace") as file:
+        start, _, text = file.read(CARD_CHARACTERS).partition("\n")
+    if start.strip() != "---":
+        return {}
+    nodes: list[str | None] = []  # of the topmost mapping: key, value, key, value; None for what is no text
+    depth = 0
+    try:
+        for event in yaml.parse(re.split(r"^---\s*$", text, maxsplit=1, flags=re.MULTILINE)[0], yaml.SafeLoader):
+            if depth == 1 and isinstance(event, yaml.NodeEvent):
+                nodes.append(getattr(event, "value", None))
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_CARD_DEPTH:
+                return {}
+    except yaml.YAMLError:
+        return {}
+    return {key: value for key, value in zip(nodes[::2], nodes[1::2], strict=False) if key in LICENCE_KEYS and value}
 
 
 def list_hub_data(manifest: Manifest) -> list[str]:

@@ -53,7 +53,7 @@ def write_report(journal: Path, data_dir: Path) -> None:
     curves = list(draw_curves(history))
     data_dir.mkdir(parents=True, exist_ok=True)
     page = render_page(history, clock, curves)
-    write_text(data_dir / "report.html", page, errors="replace")  # half of a surrogate pair in a generation
+    write_text(data_dir / "report.html", page, errors="backslashreplace")  # half of a surrogate pair in a generation
     write_text(data_dir / "curves.json", json.dumps(list_curves(history), separators=(",", ":"), allow_nan=False))
     write_image(curves, data_dir / "curves.png")
 

@@ -71,7 +71,8 @@ def identify_run(parts: RunParts, arguments: SFTConfig) -> dict[str, Any]:
     identity["model"] = hashlib.sha256((Path(parts.base) / "config.json").read_bytes()).hexdigest()[:12]
     report = parts.train_report
     files = sorted(file.get("sha256") or f"{file['name']} {file['bytes']}" for file in report.files)
-    identity["training data"] = f"{report.num_rows} rows {hashlib.sha256(''.join(files).encode()).hexdigest()[:12]}"
+    digest = hashlib.sha256("".join(files).encode(errors="backslashreplace")).hexdigest()[:12]  # a name may be no UTF-8
+    identity["training data"] = f"{report.num_rows} rows {digest}"
     return json.loads(json.dumps(identity, default=str))
 
 

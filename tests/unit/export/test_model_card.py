@@ -91,11 +91,22 @@ def test_a_whole_models_card_of_a_base_without_a_name(tmp_path):
         ("README.md", "---\nlicense: other\nlicense_name: x\n---\n", {"license": "other", "license_name": "x"}),
         ("README.md", "---\n{ no: yaml\n---\n", {}),
         ("README.md", "no front matter", {}),
+        ("README.md", f"---\nlicense: mit\ndeep: {'[' * 60_000}\n---\n", {}),
+        ("README.md", "---\nlicense: [mit]\nlicense_name: *nowhere\n---\n", {}),
+        (
+            "README.md",
+            "---\ntags: [{license: gpl}, b]\n? [a, b]\n: c\nlicense: mit\n---\n---\nlicense: x\n---\n",
+            {"license": "mit"},
+        ),
+        ("README.md", '---\nlicense: "a\\ud800"\n---\n', {"license": "a\ud800"}),
+        ("LICENSES/Apache-2.0.txt", "Apache License", {"license": "other", "license_name": "LICENSES"}),
+        ("LICENSE", "\0" * 500 + "mit license", {"license": "other", "license_name": "LICENSE"}),
         ("LICENSE", "   Apache License\n  Version 2.0", {"license": "apache-2.0"}),
         ("LICENSE.txt", "Our own terms", {"license": "other", "license_name": "LICENSE.txt"}),
     ],
 )
 def test_the_licence_is_the_bases_own(tmp_path, file, content, licence):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(content)
     assert find_licence(tmp_path) == licence
 

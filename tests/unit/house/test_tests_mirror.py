@@ -15,7 +15,6 @@ TESTED_ELSEWHERE = {
     "cli/plan.py": "tests/integration/test_validate.py",  # a command over a whole tree
     "cli/validate.py": "tests/integration/test_validate.py",  # a command over a whole tree
     "export/base_source.py": "tests/unit/export/test_model_card.py",  # two fields, which the card tells
-    "export/export.py": "tests/integration/test_export.py",  # takes what a whole job has trained
     "export/manifest.py": "tests/integration/test_jobs.py",  # tells what a whole job has made
     "export/result.py": "tests/integration/test_export.py",  # a record of what a whole job has trained
     "export/verify.py": "tests/integration/test_export.py",  # loads what a whole job has exported

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A result is in its place whatever fails beside it, and out of it where it is wrong; it is never lost."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from llm_trainer.common.errors import UserError
+from llm_trainer.export import export
+from llm_trainer.export.placement import STAGING, list_files
+from support.exports import build_manifest, build_result
+from support.killed_exports import KINDS
+from support.measures import ROOT
+
+ESSENTIALS = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+WRONG = UserError("The adapter does not compute what was trained.")
+
+
+@pytest.fixture
+def trained(tiny_model, tmp_path):
+    return build_result(tiny_model, tmp_path)
+
+
+def fail(error):
+    def raise_error(*_, **__):
+        raise error
+
+    return raise_error
+
+
+def export_result(trained):
+    export.finish_result(trained, export.place_result(trained), build_manifest())
+
+
+def read_manifest(folder):
+    return json.loads((folder / "training_manifest.json").read_text())
+
+
+def test_a_result_is_proven_where_it_lies(trained, tmp_path):
+    placed = export.place_result(trained)
+    assert set(list_files(tmp_path / "model")) >= ESSENTIALS
+    assert read_manifest(tmp_path / "model")["export"]["proven"] is False
+    export.finish_result(trained, placed, build_manifest())
+    manifest = read_manifest(tmp_path / "model")
+    assert manifest["export"]["proven"] is True
+    assert manifest["export"]["checks"][0]["relative_logit_difference"] <= 1e-4
+    assert manifest["files"] == sorted(list_files(tmp_path / "model"))
+    assert {"README.md", "adapters/trained/adapter_model.safetensors", "serving.env"} <= set(manifest["files"])
+
+
+@pytest.mark.parametrize("error", [RecursionError(), OSError(errno.ENOSPC, "No space left on device"), KeyError("x")])
+def test_whatever_fails_beside_the_result_is_a_warning(trained, tmp_path, monkeypatch, capsys, error):
+    for writer in ("build_model_card", "write_serving_files", "format_manifest"):
+        monkeypatch.setattr(export, writer, fail(error))
+    export_result(trained)
+    assert set(list_files(tmp_path / "model")) >= ESSENTIALS
+    assert not any((tmp_path / "model").glob("serving*"))
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: ")]
+    for what in ("README.md", "The files for AWS's LMI container", "training_manifest.json"):
+        assert any(what in line and "the weights there are whole" in line for line in warnings)
+
+
+def test_half_a_copy_for_a_server_goes(trained, tmp_path, monkeypatch):
+    def copy_half(source, target):
+        target.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", copy_half)
+    export_result(trained)
+    assert read_manifest(tmp_path / "model")["export"] | {"checks": []} == {
+        "proven": True,
+        "reason": None,
+        "checks": [],
+        "served_by_vllm": False,
+    }
+    assert not any((tmp_path / "model").glob("*/*"))
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_wrong_result_leaves_and_the_earlier_one_comes_back(trained, tmp_path, monkeypatch, has_room):
+    (tmp_path / "model/config.json").write_text("earlier")
+    (tmp_path / "model/training_manifest.json").write_text('{"files": ["config.json", "training_manifest.json"]}')
+    monkeypatch.setattr(export, "prove_trained", fail(WRONG))
+    if not has_room:
+        monkeypatch.setattr(shutil, "move", fail(OSError(errno.ENOSPC, "No space left on device")))
+    rejected = tmp_path / ("output/data" if has_room else "model") / "rejected_export"
+    with pytest.raises(UserError, match=f"trained. What was written is in {rejected}, and the checkpoints are kept."):
+        export_result(trained)
+    assert set(list_files(rejected)) >= ESSENTIALS | {"training_manifest.json", "README.md"}
+    assert read_manifest(rejected)["export"]["proven"] is False
+    left = {name for name in list_files(tmp_path / "model") if not name.startswith("rejected_export/")}
+    assert left == {"config.json", "training_manifest.json"}
+    assert (tmp_path / "model/config.json").read_text() == "earlier"
+
+
+def test_a_result_that_cannot_be_loaded_again_is_not_lost(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "prove_trained", fail(KeyError("weight")))
+    with pytest.raises(KeyError):
+        export_result(trained)
+    rejected = tmp_path / "output/data/rejected_export"
+    assert set(list_files(rejected)) >= ESSENTIALS
+    assert f"could not be loaded again. What was written is in {rejected}, and" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), OSError(errno.ENOSPC, "No space left")]
+)
+def test_without_room_for_the_proof_the_result_stays_and_says_so(trained, tmp_path, monkeypatch, capsys, error):
+    monkeypatch.setattr(export, "prove_trained", fail(error))
+    export_result(trained)
+    assert set(list_files(tmp_path / "model")) >= ESSENTIALS
+    outcome = read_manifest(tmp_path / "model")["export"]
+    assert (outcome["proven"], outcome["checks"]) == (False, [])
+    assert outcome["reason"].startswith("there was no room for the comparison (")
+    assert "Warning: The result is in place, and not proven: " in capsys.readouterr().out
+
+
+def test_half_the_weights_are_no_result(trained, tmp_path, monkeypatch):
+    def write_half(trained, folder):
+        (folder / "adapter_model.safetensors").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "model/kept").touch()
+    monkeypatch.setattr(export, "save_weights", write_half)
+    with pytest.raises(OSError, match="No space"):
+        export.place_result(trained)
+    assert list_files(tmp_path / "model") == ["kept"]
+
+
+def test_weights_that_cannot_get_their_place_stay_where_they_were_written(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trained.tokenizer, "save_pretrained", fail(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output"):
+        export.place_result(trained)
+    (file,) = (tmp_path / "model").glob(f"{STAGING}*/new/adapter_model.safetensors")
+    assert f"Warning: What was written of the result is in {file.parent}." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "kind", ["adapter", *(pytest.param(kind, marks=pytest.mark.long) for kind in KINDS if kind != "adapter")]
+)
+def test_killed_at_any_moment_it_leaves_no_half_that_looks_whole(tiny_model, tmp_path, kind):
+    command = [sys.executable, "-m", "support.killed_exports", tiny_model, tmp_path, kind]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    ran = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, check=False, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    lines = [line for line in ran.stdout.splitlines() if line.startswith(("killed", "operations"))]
+    assert len(lines) == 1, lines
