@@ -74,6 +74,7 @@ def test_what_a_gpu_has_to_hold_is_told_without_one(examine_tree):
 def test_an_adapter_that_servers_cannot_load_is_told_before_the_training(tree, examine_tree):
     config = tree.base_dir / "input/data/model/config.json"
     config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "qwen2"'))
+    (config.parent / "model.safetensors").unlink()  # it has none of the biases of a qwen2
 
     warnings = examine_tree("--target_modules", "embed_tokens").list_texts("warning")
     assert any("it sits on embed_tokens, which vLLM adapts in no qwen2" in text for text in warnings)
