@@ -137,7 +137,8 @@ def examine_data(job: Job, validation: Validation, in_colour: bool) -> None:
     add_reports(prepared.splits, not prepared.problems, validation)
     if not prepared.problems:
         longest_row = max(report.longest_row_tokens for report in validation.reports.values())
-        examine_memory(prepared.config, job.settings, job.environment, longest_row, validation)
+        if not any(finding.subject == "model" and finding.verdict == "error" for finding in validation.findings):
+            examine_memory(prepared.config, job.settings, job.environment, longest_row, validation)
     row = prepared.splits["train"].find_first_row()
     validation.sample = mark_sample(row, prepared.tokenizer, in_colour) if row else ""
 
