@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from llm_trainer.common.redaction import noted
 from support.sagemaker_tree import HOSTS, HYPERPARAMETERS, ROWS, RunningJob, SageMakerTree
 from support.schedule import (  # noqa: F401  # hooks, which pytest finds here
     pytest_addoption,
@@ -22,6 +23,13 @@ from support.schedule import (  # noqa: F401  # hooks, which pytest finds here
     pytest_terminal_summary,
 )
 from support.tiny_model import build_tiny_model
+
+
+@pytest.fixture(autouse=True)
+def forget_secrets() -> Iterator[None]:
+    """What one test tells as a secret is none in the next one."""
+    yield
+    noted.clear()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from trl import SFTConfig
 
 from llm_trainer.common import log
 from llm_trainer.common.ranks import local_rank, rank, world_size
-from llm_trainer.config.schema import Settings, redact_settings
+from llm_trainer.config.schema import Settings, describe_settings
 from llm_trainer.data.datasets import Data, DataPlaces, load_data
 from llm_trainer.data.fingerprints import describe_split
 from llm_trainer.data.preview import log_data
@@ -349,7 +349,7 @@ def describe_trained_run(context: Context, prepared: Prepared, built: Built, out
     """Return the run as its manifest describes it."""
     return TrainedRun(
         model=context.job.inputs.model,
-        settings=redact_settings(context.settings),
+        settings=describe_settings(context.settings),
         streaming=context.settings.data.streaming,
         reports=prepared.data.reports,
         packing=built.packing,

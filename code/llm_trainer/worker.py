@@ -12,7 +12,6 @@ from llm_trainer.common.errors import UserError, report_failure, reserve_failure
 from llm_trainer.common.library_noise import silence_libraries
 from llm_trainer.common.processes import exit_without_teardown
 from llm_trainer.common.ranks import describe_rank, local_rank, rank
-from llm_trainer.config.sections import SECRETS
 from llm_trainer.config.sft_config_fields import read_snapshot
 from llm_trainer.config.tracker_choice import configure_trackers
 from llm_trainer.job import checkpoint_dir
@@ -88,24 +87,23 @@ def report_worker_failure(error: BaseException, job: Job, scratch_dir: Path) -> 
     report_failure(scratch_dir / "failures", f"rank-{rank()}", failure)
     if not isinstance(error, UserError):
         name = f"{environment.current_host}-rank-{rank()}.txt"
-        log.error(write_traceback(error, environment.output_dir / "data" / "failures" / name, facts.secrets))
+        log.error(write_traceback(error, environment.output_dir / "data" / "failures" / name))
 
 
 def collect_facts(job: Job) -> JobFacts:
-    """Return what a sentence about a failure of the job may name, and what it must not."""
+    """Return what a sentence about a failure of the job may name."""
     settings, inputs = job.settings, job.inputs
     caches = Path(os.environ["HF_HOME"]), Path(os.environ["LLM_TRAINER_CACHE"]).parent
-    secrets = (settings.value(name) for name in SECRETS)
     return JobFacts(
         model=settings.model,
         adapter=settings.adapter,
         data=settings.data,
         training=settings.training,
         parallelism=settings.parallelism,
-        secrets=tuple(secret.get_secret_value() for secret in secrets if secret is not None),
         folders=(inputs.checkpoint_dir, inputs.model_dir, *caches),
     )
 
 
 if __name__ == "__main__":
+    log.guard_output()
     exit_without_teardown(main())

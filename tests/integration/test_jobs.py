@@ -12,8 +12,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llm_trainer.common.metric_definitions import define_metrics
 from llm_trainer.journal.journal import read_records
-from llm_trainer.journal.metric_definitions import define_metrics
 from llm_trainer.journal.records import KINDS, SCHEMA_VERSION
 from support.journals import list_fields
 from support.sagemaker_tree import metrics_of

@@ -20,11 +20,11 @@ from urllib.parse import urlsplit
 import psutil
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.common.findings import Finding, format_finding
 from llm_trainer.common.processes import PYTHON, SAFE_PATH, bind_command
 from llm_trainer.config.environment import Environment, read_environment
 from llm_trainer.config.sections import TrackingSettings
 from llm_trainer.config.tracker_choice import choose_trackers, find_mlflow_uri
+from llm_trainer.host.findings import Finding, format_finding
 from llm_trainer.host.machine import inspect_machine
 from llm_trainer.host.network import build_network_variables
 from llm_trainer.host.nvidia_driver import build_driver_variables, find_torch_cuda

@@ -22,6 +22,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     if words is None:
         note_early_stops()
+        log.guard_output()
         words = sys.argv[1:]
         if words[:1] != ["train"]:
             end_on_stops()

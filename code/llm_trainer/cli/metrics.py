@@ -3,7 +3,7 @@
 
 import json
 
-from llm_trainer.journal.metric_definitions import METRICS, OBJECTIVES, define_metrics
+from llm_trainer.common.metric_definitions import METRICS, OBJECTIVES, define_metrics
 
 
 def print_definitions(as_json: bool) -> int:

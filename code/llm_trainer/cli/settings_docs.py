@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from llm_trainer.common.files import write_text
+from llm_trainer.common.files import write_verbatim
 from llm_trainer.config.checks import HARDWARE_RULES
 from llm_trainer.config.load import describe_default, describe_rule
 from llm_trainer.config.rule import HardwareRule, Rule
@@ -108,4 +108,4 @@ def renew_tables(text: str) -> str:
 
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]):
-        write_text(path, renew_tables(path.read_text(encoding="utf-8")))
+        write_verbatim(path, renew_tables(path.read_text(encoding="utf-8")))

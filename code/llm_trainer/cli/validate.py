@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 from llm_trainer.cli.gpu_memory import examine_memory
 from llm_trainer.cli.validation import Validation, print_validation
 from llm_trainer.common.errors import UserError
-from llm_trainer.common.findings import Verdict
 from llm_trainer.config.checks import find_missing_hardware
 from llm_trainer.config.environment import Environment, read_environment
-from llm_trainer.config.schema import Settings, redact_settings
+from llm_trainer.config.schema import Settings, describe_settings
 from llm_trainer.config.secret_references import VARIABLES, is_reference, read_secret_variables
+from llm_trainer.host.findings import Verdict
 from llm_trainer.host.write_probe import find_write_problem
 from llm_trainer.job.checkpoint_lock import find_other_job
 from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
@@ -83,7 +83,7 @@ def examine_job(words: Sequence[str], in_colour: bool) -> Validation:
 def examine_settings(environment: Environment, words: Sequence[str], validation: Validation) -> Settings:
     """Return the settings as far as they are valid, after adding what is wrong with them."""
     settings, problems = collect_settings(environment, words)
-    given = {name: value for name, value in redact_settings(settings).items() if settings.is_given(name)}
+    given = {name: value for name, value in describe_settings(settings).items() if settings.is_given(name)}
     validation.settings = given
     validation.add_findings("settings", "error", problems)
     if not problems:

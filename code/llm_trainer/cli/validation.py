@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llm_trainer.common.errors import MAX_LISTED_PROBLEMS
-from llm_trainer.common.findings import Finding, Verdict, format_finding
 from llm_trainer.common.library_noise import silence_libraries
 from llm_trainer.common.units import GIB, MIB
 from llm_trainer.data.report import DataReport
+from llm_trainer.host.findings import Finding, Verdict, format_finding
 
 
 @dataclass

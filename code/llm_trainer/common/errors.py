@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from llm_trainer.common import log
+from llm_trainer.common.redaction import hide_in, hide_secrets
 
 # A mistake would happen again, a fault may not. Lost is a host that no longer answers, peer a failure's echo elsewhere.
 Kind = Literal["mistake", "fault", "lost", "peer"]
@@ -53,7 +54,7 @@ def report_failure(folder: Path, name: str, failure: Failure) -> None:
     try:
         unfinished.touch()
         with unfinished.open("r+", encoding="utf-8") as file:
-            json.dump(asdict(failure), file)
+            json.dump(hide_in(asdict(failure)), file)
             file.truncate()
         unfinished.rename(folder / f"{name}.json")
     except OSError as error:
@@ -86,7 +87,8 @@ def walk_causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def cut_quote(text: str) -> str:
-    """Cut a text that is too long to be quoted in a sentence."""
+    """Cut a text that is too long to be quoted in a sentence. Secrets go first: half of one would not be known."""
+    text = hide_secrets(text)
     return text if len(text) <= MAX_QUOTED_CHARACTERS else f"{text[:MAX_QUOTED_CHARACTERS]}..."
 
 
@@ -103,7 +105,7 @@ def write_failure(output_dir: Path, reason: str) -> None:
     It takes the space that `reserve_failure` took, if it did. What UTF-8 cannot hold is written as an escape. Where
     the file cannot be written the log says so. The reason itself is in the log already.
     """
-    text = reason.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()[:MAX_FAILURE_CHARACTERS]
+    text = log.show_plainly(reason)[:MAX_FAILURE_CHARACTERS]
     reserved = output_dir / ".failure"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -2,15 +2,17 @@
 """Files that are written whole or not at all, their digests, their removal, and JSON files of one object."""
 
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
 from llm_trainer.common.errors import UserError
+from llm_trainer.common.redaction import hide_in, hide_known, hide_secrets
 
 
 @contextmanager
@@ -28,9 +30,30 @@ def replace_file(file: Path) -> Iterator[Path]:
 
 
 def write_text(file: Path, text: str, errors: str = "strict") -> None:
-    """Write a UTF-8 text file whole or not at all. `errors` says what becomes of characters that UTF-8 cannot hold."""
+    """Write a UTF-8 text file for people, whole or not at all, without secrets.
+
+    `errors` says what becomes of characters that UTF-8 cannot hold.
+    """
+    write_verbatim(file, hide_secrets(text), errors)
+
+
+def write_json(file: Path, value: Any, indent: int | None = 2) -> None:
+    """Write a value as JSON, whole or not at all, without secrets."""
+    write_verbatim(file, json.dumps(hide_in(value), indent=indent) + "\n")
+
+
+def write_verbatim(file: Path, text: str, errors: str = "strict") -> None:
+    """Write a UTF-8 text file whole or not at all, as it is: programs read it back, and no secret goes into it."""
     with replace_file(file) as unfinished:
         unfinished.write_text(text, encoding="utf-8", errors=errors)
+
+
+def append_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows as JSON lines, without the secrets that this process knows: rows may hold whatever else they like."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab", buffering=0) as stream:  # a row in one write, since several processes may append to it
+        for row in rows:
+            stream.write(f"{hide_known(json.dumps(row, ensure_ascii=False))}\n".encode(errors="backslashreplace"))
 
 
 def rename_durably(unfinished: Path, file: Path) -> None:

@@ -12,13 +12,13 @@ from pydantic import SecretStr, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from llm_trainer.common.errors import cut_quote
-from llm_trainer.common.redaction import REDACTED
+from llm_trainer.common.redaction import note_secrets
 from llm_trainer.config.checks import find_contradictions
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.hyperparameter_decoding import decode_value
 from llm_trainer.config.plain_values import PATHS, find_path_fault, find_unusable_part
 from llm_trainer.config.schema import FIELDS, Settings, list_plain_types, show_value, split_union
-from llm_trainer.config.sections import ALIASES, OWN_DEFAULTS, SECRETS
+from llm_trainer.config.sections import ALIASES, OWN_DEFAULTS
 
 # Names from other tools, and the settings that they mean. No spelling distance would find these.
 SYNONYMS = {
@@ -40,7 +40,9 @@ def read_settings(environment: Environment, arguments: Mapping[str, str]) -> tup
     """
     problems: list[str] = []
     given = {**environment.hyperparameters, **arguments}
+    note_secrets(given)
     asked = resolve_names(read_yaml(find_config_file(environment, given), problems), "YAML key", problems)
+    note_secrets(asked)
     asked |= resolve_names(given, "Hyperparameter", problems)
     values = {}
     for name, raw in asked.items():
@@ -153,7 +155,7 @@ def find_problem(name: str, value: Any, raw: Any) -> str | None:
         fault = fault or find_unusable_part(valid.get_secret_value() if isinstance(valid, SecretStr) else valid)
         if not (is_stray_bool or fault):
             return None
-    shown = REDACTED if name in SECRETS else show_cut(raw)
+    shown = show_cut(raw)
     if fault:
         return f"{name}={shown} is not valid: {fault}."
     return f"{name}={shown} is not valid: it must be {describe_rule(field)}; {suggest_value(name, value)}"

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
 
+from llm_trainer.common.metric_definitions import OBJECTIVES
 from llm_trainer.common.redaction import hide_secrets
 from llm_trainer.config.rule import Rule
 from llm_trainer.config.schema import FIELDS, Settings
@@ -25,7 +26,6 @@ from llm_trainer.config.tracker_choice import (
     list_named_trackers,
 )
 from llm_trainer.config.tracker_names import find_refused_names
-from llm_trainer.journal.metric_definitions import OBJECTIVES
 
 # These settings ask for an adapter of a certain kind. Sizes such as lora_r do not: a recipe may hold them and switch
 # the adapter off.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic.fields import FieldInfo
 
-from llm_trainer.common.redaction import REDACTED, URL_PASSWORD
+from llm_trainer.common.redaction import REDACTED
 from llm_trainer.config.sections import (
     SECRETS,
     AdapterSettings,
@@ -130,14 +130,8 @@ def show_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else repr(value)
 
 
-def redact_settings(settings: Settings) -> dict[str, Any]:
-    """Return the settings that the user set and our own defaults, without secrets, for a log or a manifest."""
+def describe_settings(settings: Settings) -> dict[str, Any]:
+    """Return the settings that the user set and our own defaults, for a log or a manifest."""
     names = [name for name in FIELDS if name in OWN_NAMES or settings.is_given(name)]
-    return {name: redact_value(name, settings.value(name)) for name in names}
-
-
-def redact_value(name: str, value: Any) -> Any:
-    """Return the value of a setting without the secret that it is or holds, such as the password of an address."""
-    if name in SECRETS and value is not None:
-        return REDACTED
-    return URL_PASSWORD.sub(REDACTED, value) if isinstance(value, str) else value
+    values = {name: settings.value(name) for name in names}
+    return {name: REDACTED if isinstance(value, SecretStr) else value for name, value in values.items()}

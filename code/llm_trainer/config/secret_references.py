@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import SecretStr
 
 from llm_trainer.common.errors import UserError, quote_error
+from llm_trainer.common.redaction import note_secrets
 
 HUB_TOKEN = "LLM_TRAINER_HUB_TOKEN"  # only the push uses it: this token must write, where HF_TOKEN need only read
 # The setting of the same secret, by variable. The setting wins.
@@ -66,7 +67,8 @@ def read_secret_variables(secrets: Mapping[str, SecretStr | None], variables: Ma
     problems: list[str] = []
     for variable, setting in VARIABLES.items():
         secret = secrets.get(setting) if setting else None
-        value: str = secret.get_secret_value() if secret else variables.get(variable, "")
+        # Without the line break that a file or a shell leaves at its end: no header can hold one.
+        value: str = (secret.get_secret_value() if secret else variables.get(variable, "")).strip()
         if not value:
             continue
         name = setting if secret and setting else variable
@@ -74,6 +76,7 @@ def read_secret_variables(secrets: Mapping[str, SecretStr | None], variables: Ma
             values[variable] = read_secret(value, name, variable) if is_reference(value) else value
         except UserError as error:
             problems += error.problems
+    note_secrets(values)
     if problems:
         raise UserError(*problems)
     return values

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from llm_trainer.common.files import write_verbatim
+
 SNAPSHOT = Path(__file__).with_suffix(".json")
 
 # Fields that torchrun sets, and never a user.
@@ -108,4 +110,4 @@ def cut_first_sentence(text: str) -> str:
 
 
 if __name__ == "__main__":
-    SNAPSHOT.write_text(json.dumps(take_snapshot(), indent=1) + "\n", encoding="utf-8")
+    write_verbatim(SNAPSHOT, json.dumps(take_snapshot(), indent=1) + "\n")

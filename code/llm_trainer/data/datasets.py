@@ -11,6 +11,7 @@ import numpy.typing as npt
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from llm_trainer.common.errors import UserError
+from llm_trainer.common.files import write_verbatim
 from llm_trainer.common.ranks import local_rank, run_on_local_rank_zero
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.sections import DataSettings, TrainingSettings
@@ -94,7 +95,7 @@ def share_splits(places: DataPlaces, vocabulary: Vocabulary, settings: DataSetti
         splits, problems = prepare_splits(places.inputs, vocabulary, settings, rejected_rows, group)
         if problems:
             raise UserError(*problems)
-        index.write_text(json.dumps({name: split.to_json() for name, split in splits.items()}), encoding="utf-8")
+        write_verbatim(index, json.dumps({name: split.to_json() for name, split in splits.items()}))
 
     run_on_local_rank_zero(done, prepare)
     values = json.loads(index.read_text(encoding="utf-8"))

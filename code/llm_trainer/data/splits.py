@@ -12,6 +12,7 @@ import numpy.typing as npt
 from datasets import Dataset, concatenate_datasets
 
 from llm_trainer.common.errors import UserError
+from llm_trainer.common.files import append_rows
 from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.encoding import Vocabulary
 from llm_trainer.data.report import REJECTED_ROWS, DataReport
@@ -133,10 +134,8 @@ def append_rejected_rows(own: Path, target: Path, split: str) -> None:
     """Append a source's bad rows, with the name of their split, to the job's file."""
     if not own.stat().st_size:
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with own.open(encoding="utf-8") as rows, target.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        for line in rows:
-            file.write(json.dumps({"split": split, **json.loads(line)}, ensure_ascii=False) + "\n")
+    with own.open(encoding="utf-8") as rows:
+        append_rows(target, ({"split": split, **json.loads(line)} for line in rows))
 
 
 def count_duplicates(splits: dict[str, Split]) -> None:

@@ -7,7 +7,6 @@ its number alone. A resumed job reads again the rows that were trained on before
 """
 
 import itertools
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 from datasets import Features, IterableDataset, List, Value
 
 from llm_trainer.common.errors import UserError
+from llm_trainer.common.files import append_rows
 from llm_trainer.common.ranks import world_size
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.sections import DataSettings, TrainingSettings
@@ -196,10 +196,7 @@ class Stream:
     def append_rejected_rows(self, prepared: PreparedChunk) -> None:
         """Append a chunk's bad rows to the job's file of rejected rows."""
         if prepared.rejected:
-            lines = [json.dumps({"split": "train", **row}, ensure_ascii=False) + "\n" for row in prepared.rejected]
-            self.rejected_rows.parent.mkdir(parents=True, exist_ok=True)
-            with self.rejected_rows.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write("".join(lines))  # in one write, because other ranks of this host append to it too
+            append_rows(self.rejected_rows, ({"split": "train", **row} for row in prepared.rejected))
 
     def build_error(self, source: Source, *problems: str) -> UserError:
         """Return a UserError about a source's rows, which names this host where other hosts have other rows."""

@@ -17,7 +17,7 @@ import trl
 import llm_trainer
 from llm_trainer.common import log
 from llm_trainer.common.activity_notes import note_activity
-from llm_trainer.common.files import remove_path
+from llm_trainer.common.files import remove_path, write_verbatim
 from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.encoding import Encoder, Vocabulary
 from llm_trainer.data.report import REJECTED_ROWS, DataReport
@@ -128,7 +128,7 @@ def write_source(source: Source | SourceHead, vocabulary: Vocabulary, settings: 
     num_processes = settings.dataset_num_proc or len(os.sched_getaffinity(0))
     prepared = prepare_chunks(preparer, itertools.chain(seen, chunks), num_processes)
     write_chunks(prepared, folder / ROWS, folder / REJECTED_ROWS, report)
-    (folder / REPORT).write_text(json.dumps(vars(report)), encoding="utf-8")
+    write_verbatim(folder / REPORT, json.dumps(vars(report)))
 
 
 def read_undamaged(source: Source | SourceHead, report: DataReport) -> Iterator[Chunk]:

@@ -26,7 +26,9 @@ from datasets import Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
 from llm_trainer.common.errors import UserError
+from llm_trainer.common.files import append_rows
 from llm_trainer.common.processes import bind_to_parent
+from llm_trainer.common.redaction import hide_known
 from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.encoding import EncodedRow, Encoder, Ids
 from llm_trainer.data.formats import IGNORED, Example, Fields, RowError, detect_format, parse_example
@@ -167,9 +169,9 @@ def describe_place(chunk: Chunk, index: int, reason: str = "") -> str:
 
 
 def quote_row(raw: Any) -> str:
-    """Return a bad row as text, cut to MAX_QUOTED_ROW_CHARACTERS."""
+    """Return a bad row as text, without secrets, and cut to MAX_QUOTED_ROW_CHARACTERS."""
     text = raw.decode("utf-8", errors="replace") if isinstance(raw, bytes) else json.dumps(raw, default=str)
-    return text[:MAX_QUOTED_ROW_CHARACTERS]
+    return hide_known(text)[:MAX_QUOTED_ROW_CHARACTERS]
 
 
 def make_writable(text: str) -> str:
@@ -195,9 +197,9 @@ def write_chunks(
     prepared_chunks: Generator[PreparedChunk, None, None], arrow: Path, rejected_rows: Path, report: DataReport
 ) -> None:
     """Write rows to an Arrow file and bad rows to a JSON Lines file, and count them in the report."""
+    rejected_rows.touch()
     with (
         ArrowWriter(path=str(arrow), features=FEATURES) as writer,
-        rejected_rows.open("w", encoding="utf-8", errors="backslashreplace") as rejected,
         # Closed in any case, because processes that wait for more chunks would keep this one from ending.
         closing(prepared_chunks),
     ):
@@ -205,8 +207,7 @@ def write_chunks(
             report.add_report(prepared.report)
             if len(prepared.table):
                 writer.write_table(prepared.table)
-            for row in prepared.rejected:
-                rejected.write(json.dumps(row, ensure_ascii=False) + "\n")
+            append_rows(rejected_rows, prepared.rejected)
         writer.finalize()
 
 

@@ -6,7 +6,6 @@ that, or beside it, takes them away: a result that differs from what was trained
 """
 
 import gc
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from llm_trainer import __version__
 from llm_trainer.common import log
 from llm_trainer.common.activity_notes import note_activity
 from llm_trainer.common.errors import UserError, quote_error
-from llm_trainer.common.files import remove_path, write_text
+from llm_trainer.common.files import remove_path, write_json, write_text
 from llm_trainer.export.model_card import CARD, build_model_card
 from llm_trainer.export.placement import ModelFolder, list_files
 from llm_trainer.export.publish import Artefacts, advise_compression, publish
@@ -106,7 +105,7 @@ def put_in_place(trained: TrainingResult, placed: PlacedResult, earlier: Iterabl
     first = Manifest(schema_version=SCHEMA_VERSION, llm_trainer=__version__, export=describe_unproven(UNFINISHED))
     first["files"] = sorted(placed.files | {CARD, *SERVING_FILES})  # those that a kill could leave
     with warn_of_failure(MANIFEST, placed.path):
-        write_text(waiting / MANIFEST, format_manifest(first))
+        write_json(waiting / MANIFEST, first)
     placed.folder.place(placed.name_files(first["files"]), earlier)
     log.info(f"Wrote {', '.join(sorted(placed.files))} to {placed.path}")
 
@@ -335,12 +334,7 @@ def write_records(trained: TrainingResult, placed: PlacedResult, manifest: Manif
 
     write_beside(placed, CARD, write_card)
     manifest["files"] = sorted(placed.files)
-    write_beside(placed, MANIFEST, lambda folder: write_text(folder / MANIFEST, format_manifest(manifest)))
-
-
-def format_manifest(manifest: Manifest) -> str:
-    """Return the text of a manifest's file."""
-    return json.dumps(manifest, indent=2) + "\n"
+    write_beside(placed, MANIFEST, lambda folder: write_json(folder / MANIFEST, manifest))
 
 
 def describe_served(folder: Path, trained: TrainingResult, manifest: Manifest) -> ServedModel:

@@ -5,8 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
-from llm_trainer.common.findings import Finding
 from llm_trainer.common.units import GIB, show_bytes
+from llm_trainer.host.findings import Finding
 
 MIN_DISK_BYTES = 10 * GIB
 SAVE_SPACE = "or keep fewer checkpoints (save_total_limit)."

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pynvml
 
-from llm_trainer.common.findings import Finding
 from llm_trainer.common.units import GIB, show_bytes
 from llm_trainer.config.environment import Environment
+from llm_trainer.host.findings import Finding
 from llm_trainer.host.free_space import inspect_disk
 from llm_trainer.host.network import find_efa_devices, find_verbs_devices, is_efa_plugin_present
 from llm_trainer.host.nvidia_driver import (

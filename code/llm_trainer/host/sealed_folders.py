@@ -20,7 +20,7 @@ import xxhash
 
 from llm_trainer.common import log
 from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
-from llm_trainer.common.files import remove_path
+from llm_trainer.common.files import remove_path, write_verbatim
 
 SEAL = "seal.json"  # the folder's label, and the checksum of each of its files
 
@@ -49,7 +49,7 @@ def is_private(folder: Path) -> bool:
 def seal_folder(folder: Path, label: str) -> None:
     """Write the label and the checksums of a folder's files beside them, and bring all of it to the disk."""
     sums = {file.name: compute_checksum(file) for file in sorted(folder.iterdir())}
-    (folder / SEAL).write_text(json.dumps({"label": label, "checksums": sums}), encoding="utf-8")
+    write_verbatim(folder / SEAL, json.dumps({"label": label, "checksums": sums}))
     for path in (*folder.iterdir(), folder):
         sync(path)
 

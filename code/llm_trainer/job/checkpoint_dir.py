@@ -17,6 +17,7 @@ from typing import Any
 
 import xxhash
 
+from llm_trainer.common.files import write_verbatim
 from llm_trainer.common.ranks import local_rank, local_world_size
 
 Files = dict[str, tuple[int, str]]  # path below the checkpoint -> bytes, xxh3_64
@@ -79,7 +80,7 @@ def complete_checkpoint(
 
 def write_marker(folder: Path, marker: Marker) -> None:
     """Write complete.json into a checkpoint that is not in place yet."""
-    (folder / MARKER).write_text(json.dumps(asdict(marker)) + "\n", encoding="utf-8")
+    write_verbatim(folder / MARKER, json.dumps(asdict(marker)) + "\n")
 
 
 def move_into_place(partial: Path) -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError, quote_error
+from llm_trainer.common.redaction import hide_in
 
 LOCK = ".in-use.json"
 MAX_BYTES = 4096
@@ -43,7 +44,7 @@ def lock_checkpoints(folder: Path, host: str) -> None:
         os.close(stream)  # its holder has just ended, and removed it
     owner = {"job": os.environ.get("TRAINING_JOB_NAME"), "host": host, "process": os.getpid(), "since": time.time()}
     os.truncate(stream, 0)
-    os.pwrite(stream, json.dumps(owner).encode() + b"\n", 0)
+    os.pwrite(stream, json.dumps(hide_in(owner)).encode() + b"\n", 0)
     atexit.register(release, file)
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_trainer.common.findings import Finding
 from llm_trainer.common.safetensors_files import list_shapes, list_weights
 from llm_trainer.common.units import MIB, show_bytes
 from llm_trainer.config.sections import AdapterSettings, OutputSettings, TrainingSettings
+from llm_trainer.host.findings import Finding
 from llm_trainer.host.free_space import FIX, find_free_bytes, find_nearest_folder
 from llm_trainer.job.inputs import Inputs
 from llm_trainer.readers.sources import FileSource

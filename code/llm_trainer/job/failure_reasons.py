@@ -19,9 +19,9 @@ from pathlib import Path
 
 from llm_trainer.common.activity_notes import EVALUATION, read_notes
 from llm_trainer.common.errors import Failure, Kind, UserError, quote_error, report_failure, walk_causes
+from llm_trainer.common.files import write_text
 from llm_trainer.common.hub import find_refusal
 from llm_trainer.common.ranks import describe_rank
-from llm_trainer.common.redaction import hide_secrets
 from llm_trainer.config.sections import (
     AdapterSettings,
     DataSettings,
@@ -63,26 +63,24 @@ DEATHS = {
 
 @dataclass(frozen=True)
 class JobFacts:
-    """Facts of the job that a sentence about a failure may name, and secrets that it must not."""
+    """Facts of the job that a sentence about a failure may name."""
 
     model: ModelSettings
     adapter: AdapterSettings
     data: DataSettings
     training: TrainingSettings
     parallelism: ParallelismSettings
-    secrets: Sequence[str] = ()
     folders: Sequence[Path] = ()  # the job writes to them
 
 
 def explain(error: BaseException, who: str, facts: JobFacts | None) -> Failure:
     """Return the failure that an exception means for the user. `who` is the failed process, such as "Rank 0"."""
-    secrets = facts.secrets if facts is not None else ()
     if isinstance(error, UserError) and not is_disk_full(error):
         # After what PyTorch puts before it where it was raised in a process of a DataLoader.
         sentence = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]
-        return Failure(hide_secrets(sentence, secrets), "mistake", time.time())
+        return Failure(sentence, "mistake", time.time())
     kind, sentence = diagnose(error, facts)
-    return Failure(hide_secrets(f"{who} {sentence}", secrets), kind, time.time())
+    return Failure(f"{who} {sentence}", kind, time.time())
 
 
 def diagnose(error: BaseException, facts: JobFacts | None) -> tuple[Kind, str]:
@@ -251,12 +249,12 @@ def describe_lost_peer(error: BaseException, facts: JobFacts | None) -> str:
     )
 
 
-def write_traceback(error: BaseException, file: Path, secrets: Sequence[str]) -> str:
-    """Write the traceback to a file of the output, without secrets. Return its text."""
-    text = hide_secrets("".join(traceback.format_exception(error)), secrets)
+def write_traceback(error: BaseException, file: Path) -> str:
+    """Write the traceback to a file of the output. Return its text."""
+    text = "".join(traceback.format_exception(error))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8", errors="backslashreplace")
+        write_text(file, text, errors="backslashreplace")
     except OSError as unwritable:  # a full disk is a likely reason to be here; the log has the text as well
         text += f"\n(not written to {file}: {unwritable})\n"
     return text

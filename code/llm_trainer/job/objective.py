@@ -3,10 +3,10 @@
 
 from collections.abc import Iterator
 
+from llm_trainer.common.metric_definitions import CONDITIONAL_METRICS, METRICS
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.hyperparameter_decoding import decode_value
 from llm_trainer.config.sections import TrainingSettings
-from llm_trainer.journal.metric_definitions import CONDITIONAL_METRICS, METRICS
 
 OBJECTIVE = "_tuning_objective_metric"  # the hyperparameter in which SageMaker names it
 

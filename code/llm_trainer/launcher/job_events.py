@@ -30,7 +30,7 @@ class JobDescription:
 
     started: float  # seconds since the epoch
     world_size: int
-    settings: dict[str, Any]  # redacted
+    settings: dict[str, Any]
 
 
 class JobEventWriter:

@@ -46,7 +46,7 @@ def explain_crash(error: BaseException) -> "Failure":
         from llm_trainer.job.failure_reasons import explain, write_traceback
 
         name = f"{os.uname().nodename}-launcher.txt"
-        log.error(write_traceback(error, find_base_dir() / "output" / "data" / "failures" / name, ()))
+        log.error(write_traceback(error, find_base_dir() / "output" / "data" / "failures" / name))
         return explain(error, who, None)
     except BaseException:  # the package itself may be broken, or the memory gone
         from llm_trainer.common.errors import Failure

@@ -20,7 +20,7 @@ from llm_trainer.common.files import read_json_object
 from llm_trainer.common.processes import bind_command
 from llm_trainer.config.checks import count_processes
 from llm_trainer.config.environment import Environment, find_base_dir, read_environment
-from llm_trainer.config.schema import redact_settings, show_value
+from llm_trainer.config.schema import describe_settings, show_value
 from llm_trainer.config.secret_references import USED_FOR, Use, read_secret_variables, withhold_secrets
 from llm_trainer.config.tracker_choice import build_tracker_variables, choose_trackers
 from llm_trainer.host.machine import inspect_machine
@@ -210,7 +210,7 @@ class HostJob:
         # Not in the command, which every process of the machine may read: a setting can hold a secret.
         own = withhold_secrets(variables, find_worker_uses(self.job)) | {"LLM_TRAINER_ARGUMENTS": json.dumps(arguments)}
         num_ranks = self.workers.num_processes * len(environment.hosts)
-        description = JobDescription(started, num_ranks, redact_settings(self.job.settings))
+        description = JobDescription(started, num_ranks, describe_settings(self.job.settings))
         events = JobEventWriter(environment, self.link, description)
         events.write_start(self.timeline, goes_on=bool(list_kept_checkpoints(self.job)))
         command = self.workers.build_command()
@@ -266,7 +266,7 @@ def log_job(job: Job) -> None:
         *(f"Validation data: {source.describe()}" for source in inputs.validation),
         *(
             f"Setting {name}={show_value(value)}"
-            for name, value in redact_settings(settings).items()
+            for name, value in describe_settings(settings).items()
             if settings.is_given(name)
         ),
     )

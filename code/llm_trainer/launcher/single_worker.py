@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+from llm_trainer.common import log
 from llm_trainer.common.processes import PYTHON, bind_command
 
 
@@ -19,4 +20,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    log.guard_output()
     sys.exit(main())

@@ -42,4 +42,5 @@ def report_deaths(error: ChildFailedError) -> None:
 
 
 if __name__ == "__main__":
+    log.guard_output()
     sys.exit(main())

@@ -13,27 +13,26 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
 from llm_trainer.common import log
 from llm_trainer.common.errors import write_failure
-from llm_trainer.common.files import read_json_object
+from llm_trainer.common.files import read_json_object, write_text
 from llm_trainer.common.processes import PYTHON
-from llm_trainer.common.redaction import hide_secrets
+from llm_trainer.common.redaction import note_secrets
 from llm_trainer.config.hyperparameter_decoding import decode_value
 from llm_trainer.launcher.process_tree import build_tree_command
+from llm_trainer.launcher.script_output import OutputCopier
 from llm_trainer.launcher.stop_signal import find_early_stop
 
 # By module and not by its console script `train`. The script itself, which the toolkit starts, imports its neighbours.
 TOOLKIT = [*PYTHON, "-m", "sagemaker_training.cli.train"]
 SHELLS = ("bash", "dash", "sh", "busybox")
-KEPT_STDERR_BYTES = 16384
 MAX_LATE_OUTPUT_SECONDS = 5
 # How Python ends, also with torchrun's rank before it and without its script: "ValueError: no rows".
 PYTHON_ERROR = re.compile(
@@ -59,6 +58,7 @@ def run_script(base_dir: Path, hyperparameters: Mapping[str, Any], variables: Ma
     `variables` are the environment of toolkit and script. After a stop the script is not begun.
     Raises PermissionError where the tree cannot be written.
     """
+    note_secrets(hyperparameters)
     output_dir = base_dir / "output"
     output_dir.mkdir(parents=True, exist_ok=True)  # where the toolkit cannot write a failure, it ends with exit code 0
     (output_dir / "success").unlink(missing_ok=True)  # left by an earlier job in the same tree
@@ -107,11 +107,13 @@ def run_toolkit(variables: Mapping[str, str]) -> tuple[int, str]:
     """
     # A session of its own: Ctrl-C in a terminal reaches this process alone, which knows whom to hand it on to.
     command = build_tree_command(TOOLKIT)
-    tree = subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, start_new_session=True)
-    assert tree.stderr is not None
-    kept = bytearray()
-    copier = threading.Thread(target=copy_to_stderr, args=(tree.stderr, kept), daemon=True)
-    copier.start()
+    pipe = subprocess.PIPE
+    tree = subprocess.Popen(command, env=variables, stdout=pipe, stderr=pipe, start_new_session=True)
+    assert tree.stdout is not None and tree.stderr is not None
+    errors = OutputCopier(tree.stderr, sys.stderr.buffer)
+    copiers = [OutputCopier(tree.stdout, sys.stdout.buffer), errors]
+    for copier in copiers:
+        copier.start()
 
     def forward(signum: int, frame: FrameType | None) -> None:
         log.info(f"Received {signal.Signals(signum).name}: handing it on to the script.")
@@ -123,17 +125,9 @@ def run_toolkit(variables: Mapping[str, str]) -> tuple[int, str]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
-    copier.join(MAX_LATE_OUTPUT_SECONDS)  # bounded: a process that the script left behind may hold the pipe open
-    return exit_code, kept.decode(errors="replace")
-
-
-def copy_to_stderr(source: IO[bytes], kept: bytearray) -> None:
-    """Copy a pipe to our standard error as it comes, and keep its last bytes in `kept`."""
-    while chunk := os.read(source.fileno(), KEPT_STDERR_BYTES):
-        sys.stderr.buffer.write(chunk)
-        sys.stderr.buffer.flush()
-        kept += chunk
-        del kept[:-KEPT_STDERR_BYTES]
+    for copier in copiers:
+        copier.join(MAX_LATE_OUTPUT_SECONDS)  # bounded: a process that the script left behind may hold the pipe open
+    return exit_code, errors.kept.decode(errors="replace")
 
 
 def forward_signal(signum: int, tree_pid: int) -> None:
@@ -175,7 +169,7 @@ def has_signal_handler(signum: int, pid: int) -> bool:
 
 
 def explain_failure(output_dir: Path, script: str, exit_code: int, last_errors: str) -> None:
-    """Replace the toolkit's report by one sentence. A failure file that the script itself wrote stays."""
+    """Replace the toolkit's report by one sentence. A failure file of the script itself stays, without secrets."""
     failure = output_dir / "failure"
     report = failure.read_text(encoding="utf-8", errors="replace") if failure.exists() else ""
     ended = re.match(r"(Execute|Install)\w+Error:\nExitCode (-?\d+)\n", report)
@@ -186,11 +180,11 @@ def explain_failure(output_dir: Path, script: str, exit_code: int, last_errors: 
     elif report.startswith("Framework Error:"):  # a traceback of the toolkit's, with the cause at its end
         reason = f"{script} could not be started: {report.splitlines()[-1]}"
     elif report:
+        write_text(failure, report, errors="replace")
         return
     else:
         errors = PYTHON_ERROR.findall(last_errors)
         reason = describe_end(f"SageMaker's training toolkit, which runs {script},", exit_code, errors)
-    reason = hide_secrets(reason)
     log.error(reason)
     failure.unlink(missing_ok=True)
     write_failure(output_dir, reason)

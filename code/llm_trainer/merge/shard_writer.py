@@ -22,7 +22,7 @@ import torch
 
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError
-from llm_trainer.common.files import rename_durably, write_text
+from llm_trainer.common.files import rename_durably, write_verbatim
 from llm_trainer.common.units import GIB, show_bytes
 from llm_trainer.merge.base_tensors import CODES, BaseTensor, count_rows
 from llm_trainer.merge.lora_deltas import WeightDelta
@@ -192,7 +192,7 @@ def claim_output(output: Path, made_from: dict[str, Any]) -> None:
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
     """Write a value as indented JSON, whole or not at all."""
-    write_text(file, json.dumps(value, indent=2) + "\n")
+    write_verbatim(file, json.dumps(value, indent=2) + "\n")
 
 
 def find_finished(output: Path, shards: list[MergedShard]) -> list[str]:

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from llm_trainer.common.errors import UserError, quote_error
+from llm_trainer.common.files import write_verbatim
 from llm_trainer.common.hub import download_model, find_refusal
 from llm_trainer.common.ranks import run_on_local_rank_zero
 from llm_trainer.common.safetensors_files import list_weights, read_header
@@ -56,7 +57,7 @@ def fetch_model(model: str, settings: ModelSettings, scratch_dir: Path, with_wei
     with_weights = with_weights and settings.use_snapshot_download
 
     def download() -> None:
-        place.write_text(download_model(model, settings.model_revision, with_weights), encoding="utf-8")
+        write_verbatim(place, download_model(model, settings.model_revision, with_weights))
 
     run_on_local_rank_zero(scratch_dir / "model.done", download)
     return place.read_text(encoding="utf-8") if settings.use_snapshot_download else model

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from llm_trainer.common.errors import UserError
+from llm_trainer.common.files import write_verbatim
 from llm_trainer.common.ranks import local_rank
 from llm_trainer.common.safetensors_files import list_weights
 from llm_trainer.config.sections import MOVING_STARTS
@@ -155,7 +156,7 @@ def save_adapter(
     config = json.loads(file.read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": base.name, "revision": base.revision}
     config = leave_out_defaults(config)
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_verbatim(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def leave_out_defaults(config: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from jinja2 import Environment, StrictUndefined
 
-from llm_trainer.common.files import write_text
+from llm_trainer.common.files import write_verbatim
 from llm_trainer.common.units import show_count, show_duration, show_large, show_number, show_share
 from llm_trainer.journal.records import GenerationRecord
 from llm_trainer.report.advice import find_advice
@@ -53,8 +53,10 @@ def write_report(journal: Path, data_dir: Path) -> None:
     curves = list(draw_curves(history))
     data_dir.mkdir(parents=True, exist_ok=True)
     page = render_page(history, clock, curves)
-    write_text(data_dir / "report.html", page, errors="backslashreplace")  # half of a surrogate pair in a generation
-    write_text(data_dir / "curves.json", json.dumps(list_curves(history), separators=(",", ":"), allow_nan=False))
+    # As it is, since the journal has no secrets and a browser runs scripts only by their digest. A generation may hold
+    # half of a surrogate pair.
+    write_verbatim(data_dir / "report.html", page, errors="backslashreplace")
+    write_verbatim(data_dir / "curves.json", json.dumps(list_curves(history), separators=(",", ":"), allow_nan=False))
     write_image(curves, data_dir / "curves.png")
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_trainer.common.files import write_verbatim
 from llm_trainer.serving.limits import find_adapter_refusals, find_largest_rank, find_served_rank
 
 if TYPE_CHECKING:
@@ -103,10 +104,10 @@ def write_serving_files(folder: Path, model: ServedModel, artefacts: Path) -> li
     options, remarks = choose_options(model), list(describe_choices(model))
     lines = [f"# {remark}" for remark in remarks] + ["engine=Python"]
     lines += [f"option.{name}={escape_property(value)}" for name, value in options.items()]
-    (folder / PROPERTIES).write_text("\n".join(lines) + "\n", encoding="ascii")
+    write_verbatim(folder / PROPERTIES, "\n".join(lines) + "\n")
     variables = {f"OPTION_{name.upper()}": value for name, value in {"engine": "Python", **options}.items()}
     lines = [f"# {remark}" for remark in remarks] + [f"{name}={value}" for name, value in variables.items()]
-    (folder / ENVIRONMENT).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_verbatim(folder / ENVIRONMENT, "\n".join(lines) + "\n")
     return []
 
 

@@ -13,7 +13,6 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
-from llm_trainer.common.redaction import hide_secrets
 from llm_trainer.config.tracker_choice import SQLITE
 from llm_trainer.journal.records import EndStatus, JobRecord, Record
 from llm_trainer.trackers.events import (
@@ -158,7 +157,7 @@ class MlflowTracker:
     def end(self, status: EndStatus, reason: str | None) -> None:
         """End the run with the job's status, and with the reason as a tag."""
         if reason:
-            self.client.set_tag(self.run_id, FAILURE_TAG, hide_secrets(reason)[:TAG_CHARACTERS])
+            self.client.set_tag(self.run_id, FAILURE_TAG, reason[:TAG_CHARACTERS])
         self.client.set_terminated(self.run_id, STATUS[status])
 
 

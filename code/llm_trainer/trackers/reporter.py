@@ -156,5 +156,6 @@ def wait_for_feeds(feeds: list[Feed], patience: float, patience_without_model: f
 
 
 if __name__ == "__main__":
+    log.guard_output()
     main(sys.argv[1:])
     os._exit(0)  # without waiting for threads that hang

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llm_trainer.common import log
-from llm_trainer.common.files import write_text
+from llm_trainer.common.files import write_verbatim
 
 RUN_FILE = "mlflow-run"  # in the scratch folder
 MODEL_PATH = "model"  # of the exported model in MLflow's run
@@ -41,7 +41,7 @@ def remember_run(folder: Path | None, tracker: str, identity: RunIdentity) -> No
     file = name_identity_file(folder, tracker)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(asdict(identity)) + "\n")
+        write_verbatim(file, json.dumps(asdict(identity)) + "\n")
     except OSError as error:
         log.error(f"Warning: {file} cannot be written ({error}): a resumed job begins another run.")
 
@@ -53,7 +53,7 @@ def name_identity_file(folder: Path, tracker: str) -> Path:
 
 def leave_run(scratch_dir: Path, run_id: str) -> None:
     """Leave the id of MLflow's run for the worker that registers the model."""
-    write_text(scratch_dir / RUN_FILE, run_id)
+    write_verbatim(scratch_dir / RUN_FILE, run_id)
 
 
 def find_left_run(scratch_dir: Path, patience: float) -> str | None:

@@ -17,7 +17,6 @@ from pydantic import ValidationError
 from wandb.errors import AuthenticationError, UsageError
 
 from llm_trainer.common.errors import quote_error
-from llm_trainer.common.redaction import hide_secrets
 from llm_trainer.journal.records import EndStatus, JobRecord, Record
 from llm_trainer.trackers.events import choose_run_name, find_data_sets, find_parameters, find_surroundings, read_rows
 from llm_trainer.trackers.feed import TrackerUsageError
@@ -103,7 +102,7 @@ class WandbTracker:
         """End the run, and W&B's own process."""
         self.run.summary["status"] = status
         if reason:
-            self.run.summary["failure_reason"] = hide_secrets(reason)
+            self.run.summary["failure_reason"] = reason
         self.run.finish(exit_code=1 if status == "failed" else 0)
         wandb.teardown()
 

@@ -12,8 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from llm_trainer.common import log
+from llm_trainer.common.metric_definitions import format_line
 from llm_trainer.common.units import GIB
-from llm_trainer.journal.metric_definitions import format_line
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.model.memory.peak import Peak
 from llm_trainer.training.methods import TrainingMethod
@@ -84,7 +84,7 @@ class MetricLines(TrainerCallback):
             values |= self.measure_speed(state.global_step, logs["num_tokens"], args.world_size)
         self.lap.at += logs.get("eval_runtime", 0.0)
         steps = {"step": state.global_step, "total_steps": state.max_steps}
-        log.info(format_line(values | steps))
+        log.metric_line(format_line(values | steps))
         epoch = values.pop("epoch", state.epoch)
         self.timeline.journal.write("metrics", **steps, epoch=epoch, values=values)
 

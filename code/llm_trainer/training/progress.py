@@ -97,7 +97,7 @@ class ProgressBar(Progress):
         from rich.live import Live
 
         # The terminal wraps what is printed, and lines can be copied whole.
-        console = Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False, emoji=False)
+        console = Console(file=log.find_terminal(), soft_wrap=True, highlight=False, markup=False, emoji=False)
         self.live = Live(console=console, auto_refresh=False)  # a thread for it would slow the training
         self.live.start()
         return self

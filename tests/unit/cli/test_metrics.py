@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from llm_trainer.cli.metrics import print_definitions
-from llm_trainer.journal.metric_definitions import METRICS, OBJECTIVES, define_metrics
+from llm_trainer.common.metric_definitions import METRICS, OBJECTIVES, define_metrics
 
 
 def test_json_is_what_create_training_job_takes(capsys):

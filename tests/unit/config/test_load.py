@@ -3,9 +3,9 @@
 
 import pytest
 
-from llm_trainer.common.redaction import REDACTED
+from llm_trainer.common.redaction import REDACTED, hide_in, hide_secrets
 from llm_trainer.config.load import read_settings
-from llm_trainer.config.schema import FIELDS, Settings, redact_settings
+from llm_trainer.config.schema import FIELDS, Settings, describe_settings
 from llm_trainer.config.sections import ALIASES
 from support.environments import build_environment
 
@@ -197,10 +197,10 @@ def test_contradictions_are_told_with_the_mistakes():
 
 def test_secrets_appear_neither_in_settings_nor_in_messages():
     settings = settings_of({"token": "hf_secret", "wandb_token": "w_secret", "hub_token": "h_secret"})
-    assert "secret" not in repr(settings) + repr(redact_settings(settings))
-    assert redact_settings(settings)["token"] == REDACTED
+    assert "secret" not in repr(settings) + repr(describe_settings(settings))
+    assert describe_settings(settings)["token"] == REDACTED
     assert settings.model.token.get_secret_value() == "hf_secret"
-    assert "hf_secret" not in problems_of({"token": '["hf_secret"]', "lora_r": "x"})[0]
+    assert "hf_secret" not in hide_secrets(problems_of({"token": '["hf_secret"]', "lora_r": "x"})[0])
 
 
 @pytest.mark.parametrize("text", ["a: [", "- a list", "just text"])
@@ -232,7 +232,7 @@ def test_a_config_channel_needs_one_yaml_file(tmp_path):
 
 def test_a_password_in_a_url_is_not_shown():
     settings = settings_of({"mlflow_uri": "https://me:secret@mlflow.example/x", "model_id": "org/name@x"})
-    shown = redact_settings(settings)
+    shown = hide_in(describe_settings(settings))
     assert shown["mlflow_uri"] == f"https://{REDACTED}@mlflow.example/x"
     assert shown["model_id"] == "org/name@x"
 

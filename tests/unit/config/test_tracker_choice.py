@@ -7,7 +7,6 @@ import sys
 
 import pytest
 
-from llm_trainer.common.redaction import hide_secrets
 from llm_trainer.config.checks import find_contradictions
 from llm_trainer.config.schema import Settings
 from llm_trainer.config.tracker_choice import build_tracker_variables, choose_trackers, find_idle_project
@@ -91,12 +90,6 @@ def test_files_are_named_by_their_whole_path(monkeypatch, tmp_path):
         ("http://host", "http://host"),
     ):
         assert build_tracker_variables(Settings(mlflow_uri=uri).tracking, {})["MLFLOW_TRACKING_URI"] == whole
-
-
-def test_secrets_are_hidden_wherever_they_stand(monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "a-key")
-    text = hide_secrets("a-key and mine at https://me:word@host/x", ["mine"])
-    assert text == "*** and *** at https://***@host/x"
 
 
 def test_a_run_is_recalled_where_it_was_remembered(tmp_path, capsys):

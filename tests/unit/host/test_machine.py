@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_trainer.common.findings import Finding
 from llm_trainer.config.environment import read_environment
+from llm_trainer.host.findings import Finding
 from llm_trainer.host.machine import (
     inspect_locked_memory,
     inspect_machine,

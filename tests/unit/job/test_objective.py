@@ -3,9 +3,9 @@
 
 import pytest
 
+from llm_trainer.common.metric_definitions import METRICS
 from llm_trainer.config.schema import Settings
 from llm_trainer.job.objective import find_objective_problems, find_objective_warnings, read_objective
-from llm_trainer.journal.metric_definitions import METRICS
 from support.environments import build_environment
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from llm_trainer.common.errors import Failure
 from llm_trainer.config.environment import read_environment
-from llm_trainer.config.schema import Settings, redact_settings
+from llm_trainer.config.schema import Settings, describe_settings
 from llm_trainer.journal.journal import Journal, read_records
 from llm_trainer.journal.records import SCHEMA_VERSION
 from llm_trainer.journal.timeline import Timeline
@@ -37,7 +37,7 @@ def opt_ml(tmp_path, monkeypatch):
 def build_writer(environment=None, settings=None):
     environment = environment or read_environment()
     link = ClusterLink(environment.hosts, environment.current_host, b"key")
-    redacted = redact_settings(settings or Settings())
+    redacted = describe_settings(settings or Settings())
     return JobEventWriter(environment, link, JobDescription(1000.5, 8, redacted))
 
 

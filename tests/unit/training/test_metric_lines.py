@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
+from llm_trainer.common.metric_definitions import METRICS
 from llm_trainer.journal.journal import Journal
-from llm_trainer.journal.metric_definitions import METRICS
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.model.memory.peak import Peak
 from llm_trainer.training import metric_lines

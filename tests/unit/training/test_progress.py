@@ -11,7 +11,7 @@ import traceback
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from llm_trainer.journal.metric_definitions import METRICS, define_metrics, format_line
+from llm_trainer.common.metric_definitions import METRICS, define_metrics, format_line
 from llm_trainer.training import progress
 from llm_trainer.training.progress import Progress, choose_progress, show_seconds
 

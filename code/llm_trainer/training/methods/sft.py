@@ -6,7 +6,7 @@ from typing import Any
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
-from llm_trainer.journal.metric_definitions import RENAMED
+from llm_trainer.common.metric_definitions import RENAMED
 from llm_trainer.training.methods.training_method import TrainingMethod
 from llm_trainer.training.resumable import ResumableMixin, RunContext
 

@@ -16,5 +16,5 @@ class TrainingMethod:
     trainer_class: type[ResumableMixin]
     config_class: type[Any]  # of the trainer's arguments, a subclass of Transformers' TrainingArguments
     columns: tuple[str, ...]  # of a tokenized row, without those that only samplers read
-    metric_names: Mapping[str, str]  # the trainer's names -> those of journal/metric_definitions.py, where they differ
+    metric_names: Mapping[str, str]  # the trainer's names -> those of common/metric_definitions.py, where they differ
     hidden_metrics: tuple[str, ...]  # the trainer's metrics that no line and no tracker shows

@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_trainer.journal.metric_definitions import METRICS
+from llm_trainer.common.metric_definitions import METRICS
 from llm_trainer.training.methods import METHODS, choose_method
 from llm_trainer.training.methods.sft import SFT
 from llm_trainer.training.packing import PackingCollator

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from llm_trainer.common.findings import Finding, format_finding
+from llm_trainer.host.findings import Finding, format_finding
 
 
 def test_a_finding_is_a_line_and_its_verdict_may_have_a_colour():

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from llm_trainer.journal.metric_definitions import METRICS, RENAMED, define_metrics, format_line
+from llm_trainer.common.metric_definitions import METRICS, RENAMED, define_metrics, format_line
 
 REGEXES = {definition["Name"]: definition["Regex"] for definition in define_metrics()}
 
