@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from llm_trainer.config.schema import Settings
 from llm_trainer.export.logits_check import compute_logits
 from llm_trainer.export.result import ExportPlaces, ExportSettings, TrainingResult
+from llm_trainer.export.stop_watch import StopWatch
 from llm_trainer.journal.manifest import Manifest
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.model.device import find_device
@@ -51,6 +52,7 @@ def build_result(base: Path, tree: Path, **given: Any) -> TrainingResult:
         logits=compute_logits(model, ROWS, device.torch),
         tokenizer=AutoTokenizer.from_pretrained(base),
         timeline=Timeline(time.time()),
+        watch=StopWatch(tree / "scratch/stop", is_stopped=False),
     )
 
 

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kills an export before each of its changes to the model folder, and tells what it left that looks whole and is not.
 
-Run as `python -m support.killed_exports BASE FOLDER KIND`. Each process is forked from this one, which has imported
-what takes seconds, and dies by SIGKILL. Python's audit events name the operations. The comparison of logits writes
-nothing, and is left out.
+Run as `python -m support.killed_exports BASE FOLDER`. Python's audit events name the changes. Before each one the
+process forks: the one that exports dies by SIGKILL, and its copy looks at what it left, and goes on in its place. What
+happens in the hidden folder alone does not count, since nobody sees it. The comparison of logits writes nothing, and is
+left out.
 """
 
-import gc
 import hashlib
 import os
 import shutil
 import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,47 +38,59 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def run_export(trained: TrainingResult, kills_at: int | None = None) -> None:
-    """Export a result. The process kills itself before the operation of that number."""
+def run_export(trained: TrainingResult) -> None:
+    """Export a result without the comparison of logits."""
     export.prove_trained = lambda *_: CHECK
     export.prove_merged = lambda *_: [CHECK]
-    export.release_memory = lambda _: None  # a collection in each process would take most of the time
-    if kills_at is not None:
-        sys.addaudithook(count_down(kills_at, trained.places.model_dir))
+    export.release_memory = lambda _: None
     export.finish_result(trained, export.place_result(trained), build_manifest())
 
 
-def count_down(left: int, model_dir: Path) -> Callable[[str, tuple[Any, ...]], None]:
-    """Return an audit hook that kills this process before a change of the model folder, after `left` others.
+def run_killed_export(trained: TrainingResult, wholes: list[dict[str, str]], pipe: int) -> None:
+    """Export a result while the process is killed again and again. Write faults and the number of kills to a pipe."""
+    model_dir, num_kills = trained.places.model_dir, 0
 
-    What happens in the hidden folder alone does not count, since nobody sees it.
-    """
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal left
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if event not in OPERATIONS and not writes:
+    def die_and_go_on(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal num_kills
+        if not changes_folder(event, arguments, model_dir):
             return
-        paths = [os.fsdecode(path) for path in arguments if isinstance(path, str | bytes | os.PathLike)]
-        if any(path.startswith(str(model_dir)) and STAGING not in path for path in paths):
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left -= 1
+        exporter = os.getpid()
+        if os.fork():
+            os.kill(exporter, signal.SIGKILL)
+        while os.getppid() == exporter:
+            time.sleep(0.001)
+        num_kills += 1
+        for fault in find_halves(read(model_dir), wholes):
+            os.write(pipe, f"{fault}, killed before {event} {arguments}\n".encode())
 
-    return hook
+    sys.addaudithook(die_and_go_on)
+    run_export(trained)
+    os.write(pipe, f"kills: {num_kills}\n".encode())
 
 
-def fork(run: Callable[..., None], *arguments: Any) -> int:
-    """Run a function in a process of its own. Return its exit code, negative for a signal."""
-    child = os.fork()
-    if child == 0:
-        code = 1
+def changes_folder(event: str, arguments: tuple[Any, ...], model_dir: Path) -> bool:
+    """Tell whether an audit event is a change of the model folder that others see."""
+    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    if event not in OPERATIONS and not writes:
+        return False
+    paths = [os.fsdecode(path) for path in arguments if isinstance(path, str | bytes | os.PathLike)]
+    return any(path.startswith(str(model_dir)) and STAGING not in path for path in paths)
+
+
+def fork(run: Callable[..., None], *arguments: Any) -> str:
+    """Run a function in a process of its own, which is given a pipe last. Return what it and its copies write there."""
+    reader, writer = os.pipe()
+    if os.fork() == 0:
         try:
-            run(*arguments)
-            code = 0
+            os.close(reader)
+            run(*arguments, writer)
+        except BaseException:
+            traceback.print_exc()
         finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as stream:
+        return stream.read()
 
 
 def read(folder: Path) -> dict[str, str]:
@@ -114,27 +128,19 @@ def select_essentials(files: dict[str, str], folder: str) -> dict[str, str]:
     }
 
 
-def main(base: Path, folder: Path, kind: str) -> None:
-    """Print the number of operations, and every fault."""
-    torch.set_num_threads(1)
-    settings, earlier = KINDS[kind]
+def kill_export(base: Path, folder: Path, settings: dict[str, Any], earlier: dict[str, Any]) -> str:
+    """Return the faults of an export that comes after an earlier one, and the number of kills."""
     before, tree = folder / "before", folder / "tree"
-    assert fork(run_export, build_result(base, before, **earlier)) == 0
+    fork(lambda _: run_export(build_result(base, before, **earlier)))
     trained = build_result(base, tree, **settings)
-    assert fork(run_export, trained) == 0
+    fork(lambda _: run_export(trained))
     wholes = [read(before / "model"), read(tree / "model")]
-    gc.freeze()
-    code, number = -signal.SIGKILL, 0
-    while code == -signal.SIGKILL:
-        shutil.rmtree(tree)
-        shutil.copytree(before, tree)
-        code = fork(run_export, trained, number)
-        for fault in find_halves(read(tree / "model"), wholes):
-            print(f"killed before operation {number}: {fault}")
-        number += 1
-    assert code == 0, code
-    print(f"operations: {number}")
+    shutil.rmtree(tree)
+    shutil.copytree(before, tree)
+    return fork(run_killed_export, trained, wholes)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    torch.set_num_threads(1)
+    for kind, (own, others) in KINDS.items():
+        print(f"{kind}: {kill_export(Path(sys.argv[1]), Path(sys.argv[2]) / kind, own, others)}", flush=True)

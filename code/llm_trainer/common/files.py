@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
@@ -75,6 +75,22 @@ def remove_path(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_leftover(path: Path) -> None:
+    """Remove a file or folder that nobody needs, as far as it can be removed. A link goes, and what it names stays."""
+    if path.is_symlink() or not path.is_dir():
+        with suppress(OSError):
+            path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def is_inner_path(name: Any) -> bool:
+    """Tell whether a name out of a file is the path of something below a folder, from which it does not lead out."""
+    if not isinstance(name, str) or "\0" in name:
+        return False
+    path = PurePosixPath(name)
+    return str(path) == name != "." and not path.is_absolute() and ".." not in path.parts
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
+from llm_trainer.common.files import is_inner_path
 
 SINGLE_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -147,7 +148,7 @@ def read_index(index: Path) -> dict[str, set[str]]:
     tensors: dict[str, set[str]] = {}
     try:
         for tensor, file in read_json(index)["weight_map"].items():
-            if Path(file).is_absolute() or ".." in Path(file).parts:
+            if not is_inner_path(file):
                 raise ValueError(f"it names {file!r}, outside of the folder")
             tensors.setdefault(file, set()).add(tensor)
     except UnreadableTextError as error:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Self
 
-from llm_trainer.common.files import remove_path
+from llm_trainer.common.files import remove_leftover
 from llm_trainer.journal.manifest import ADAPTER, MANIFEST, list_result_files
 from llm_trainer.serving.lmi_files import ENVIRONMENT, PROPERTIES
 
@@ -90,12 +90,6 @@ class ModelFolder:
             if blocked or is_there(self.path / name):
                 obstacles.add((blocked or [self.path / name])[-1].relative_to(self.path).as_posix())
         return obstacles
-
-
-def remove_leftover(path: Path) -> None:
-    """Remove a hidden file or folder that nobody needs, as far as it can be removed."""
-    with contextlib.suppress(OSError):
-        remove_path(path)
 
 
 def is_there(path: Path) -> bool:

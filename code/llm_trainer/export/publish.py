@@ -99,7 +99,7 @@ def push_to_hub(settings: OutputSettings, model_dir: Path) -> str:
     def upload() -> str:
         name = settings.hub_model_id
         repository = name if "/" in name else f"{api.whoami()['name']}/{name}"
-        files = sorted(file for file in model_dir.rglob("*") if file.is_file())
+        files = list_artefacts(model_dir)
         # Not upload_folder, which makes several commits of a large folder: a reader could find half a model.
         additions = [CommitOperationAdd(file.relative_to(model_dir).as_posix(), file) for file in files]
         message = "Result of sagemaker-llm-trainer"
@@ -112,6 +112,12 @@ def push_to_hub(settings: OutputSettings, model_dir: Path) -> str:
         return f"{refuse_push(settings, error)}; the artefacts are in {model_dir}: push them by hand."
 
     return hub.retry_while_busy(upload, f"Pushing to {settings.hub_model_id}", refuse)
+
+
+def list_artefacts(model_dir: Path) -> list[Path]:
+    """List the files of a result. Hidden ones, and what a link names, are none of it."""
+    visible = (file for file in model_dir.rglob("*") if not str(file.relative_to(model_dir)).startswith("."))
+    return sorted(file for file in visible if file.is_file() and not file.is_symlink())
 
 
 def connect_to_hub() -> HfApi:

@@ -9,7 +9,6 @@ host's folder holds what its ranks wrote, and the list names the files of all ho
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from llm_trainer.common.files import write_verbatim
+from llm_trainer.common.files import is_inner_path, remove_leftover, remove_path, write_verbatim
 from llm_trainer.common.ranks import local_rank, local_world_size
 
 Files = dict[str, tuple[int, str]]  # path below the checkpoint -> bytes, xxh3_64
@@ -47,7 +46,7 @@ def find_partial_dir(folder: Path) -> Path:
 
 def remove_partial_checkpoints(folder: Path) -> None:
     """Remove checkpoints that a killed job left half written."""
-    shutil.rmtree(find_partial_dir(folder), ignore_errors=True)
+    remove_leftover(find_partial_dir(folder))
 
 
 def gather_alone(own: Any) -> list[Any]:
@@ -86,11 +85,11 @@ def write_marker(folder: Path, marker: Marker) -> None:
 def move_into_place(partial: Path) -> Path:
     """Rename a marked checkpoint to its final name; it takes the place of a broken one of that name."""
     final = partial.parent.parent / partial.name
-    if final.exists():
+    if final.exists() or final.is_symlink():
         replaced = partial.with_name(f"replaced-{partial.name}")
         final.rename(replaced)
         partial.rename(final)
-        shutil.rmtree(replaced)
+        remove_path(replaced)
     else:
         partial.rename(final)
     return final
@@ -126,10 +125,14 @@ def list_over_hosts(folder: Path, gather: Gather) -> list[Path]:
 
 
 def read_marker(checkpoint: Path) -> Marker | None:
-    """Return the checkpoint's marker, or None where there is none that can be read."""
+    """Return the checkpoint's marker, or None where there is none that can be read.
+
+    One that names files outside its checkpoint is none: hosts write the files that it names.
+    """
     try:
-        return Marker(**json.loads((checkpoint / MARKER).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        marker = Marker(**json.loads((checkpoint / MARKER).read_text(encoding="utf-8")))
+        return marker if all(is_inner_path(name) for name in marker.files) else None
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 
@@ -207,4 +210,4 @@ def rotate_checkpoints(newest: Path, limit: int | None, best: Path | None) -> No
             doomed = find_partial_dir(newest.parent) / f"deleted-{checkpoint.name}"
             doomed.parent.mkdir(exist_ok=True)
             checkpoint.rename(doomed)
-            shutil.rmtree(doomed)
+            remove_path(doomed)

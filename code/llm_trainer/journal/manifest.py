@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict, cast
 
 from llm_trainer.common.errors import UserError, quote_error
-from llm_trainer.common.files import read_json_object
+from llm_trainer.common.files import is_inner_path, read_json_object
 
 MANIFEST = "training_manifest.json"
 ADAPTER = "adapter"  # the folder beside merged weights
@@ -77,7 +77,7 @@ def list_result_files(folder: Path) -> list[str]:
 
 def is_result_file(folder: Path, name: Any) -> bool:
     """Tell whether a name of a manifest belongs to a file or link which a job may have written in the folder."""
-    if not isinstance(name, str) or str(parent := PurePosixPath(name).parent) not in RESULT_FOLDERS:
+    if not is_inner_path(name) or str(parent := PurePosixPath(name).parent) not in RESULT_FOLDERS:
         return False
     try:
         behind_link = any((folder / part).is_symlink() for part in (parent, *parent.parents) if str(part) != ".")

@@ -177,8 +177,9 @@ def claim_output(output: Path, made_from: dict[str, Any]) -> None:
     Raise UserError for a folder with other files, or with shards that are made from something else.
     """
     record = output / UNFINISHED / RECORD
-    others = [path.name for path in output.iterdir() if path.name != UNFINISHED] if output.is_dir() else []
-    if not record.is_file():
+    found = list(output.iterdir()) if output.is_dir() else []
+    others = [path.name for path in found if path.name != UNFINISHED or path.is_symlink()]
+    if record.parent.is_symlink() or not record.is_file():
         if others:
             raise UserError(f"The output folder {output} is not empty ({sorted(others)[0]}): give a new or empty one.")
         record.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from llm_trainer.common import log
 from llm_trainer.common.activity_notes import EVALUATION, note_activity
 from llm_trainer.common.ranks import local_rank
 from llm_trainer.job import checkpoint_dir
@@ -63,6 +64,7 @@ class ResumableMixin(Trainer):
         self.row_order = torch.Generator()  # where rows are grouped by length
         self.stopped = False
         self.can_stop_evaluation = False  # an EvaluationStop would be caught now
+        self.resumed_from: Path | None = None  # a checkpoint
         self.evaluation_due = False  # a stop put off the evaluation that belongs to the current step
         self.agreed_seconds = 0.0  # from the signal to the step after which all ranks stop
         self.checkpoint_seconds = 0.0  # the last checkpoint took so long
@@ -222,6 +224,7 @@ class ResumableMixin(Trainer):
         """Train from the checkpoint on, or from the start. Return Transformers' `TrainOutput`."""
         if checkpoint is None:
             return self.train()
+        self.resumed_from = checkpoint
         marker = checkpoint_dir.read_marker(checkpoint)
         if marker is not None:  # a checkpoint of another tool has none
             self._total_train_tokens = marker.num_tokens
@@ -231,11 +234,27 @@ class ResumableMixin(Trainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Restore the count of evaluations without progress, but not its settings, as Transformers would."""
         position = super()._init_training_state(*args, **kwargs)
+        self.forget_foreign_best()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 saved = self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
                 callback.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
         return position
+
+    def forget_foreign_best(self) -> None:
+        """Forget a best checkpoint that lies beside neither this run's checkpoints nor the resumed one.
+
+        Its path comes out of a file, and its weights would become the result.
+        """
+        best = self.state.best_model_checkpoint
+        if best is None or self.resumed_from is None:
+            return
+        is_checkpoint = checkpoint_dir.parse_step(Path(best)) >= 0
+        if not is_checkpoint or Path(best).parent not in (Path(self.args.output_dir), self.resumed_from.parent):
+            log.warning(
+                f"{self.resumed_from} names {best} as the best checkpoint, which is none of its run: forgotten."
+            )
+            self.state.best_model_checkpoint = None
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """Train an epoch whose order of rows depends on seed and epoch alone."""

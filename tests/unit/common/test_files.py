@@ -8,7 +8,9 @@ import pytest
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.files import (
     compute_digest,
+    is_inner_path,
     read_json_object,
+    remove_leftover,
     remove_path,
     rename_durably,
     replace_file,
@@ -70,6 +72,24 @@ def test_files_folders_and_links_are_removed(tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
     remove_path(folder)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_nobody_needs_goes_and_what_its_links_name_stays(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left/link").symlink_to(folder)
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "file").touch()
+    for name in ("left", "link", "file", "absent"):
+        remove_leftover(tmp_path / name)
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "inner"]
+
+
+def test_a_name_out_of_a_file_does_not_lead_out_of_its_folder():
+    assert [name for name in ("a", "a/b", "a..b") if not is_inner_path(name)] == []
+    bad = ["", ".", "..", "../a", "a/../b", "/a", "a//b", "./a", "a/", "a\0", 7, None]
+    assert [name for name in bad if is_inner_path(name)] == []
 
 
 def test_a_json_object_is_read_and_its_absence_is_an_empty_one(tmp_path):

@@ -53,14 +53,22 @@ def describe(model_dir):
     return publish.Artefacts(model_dir, "LlamaForCausalLM", BaseSource(None, None))
 
 
-def test_a_push_is_one_commit_of_the_whole_folder(fake_hub, artefacts, capsys):
+def test_a_push_is_one_commit_of_the_whole_folder(fake_hub, artefacts, capsys, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    (artefacts / "link").symlink_to(tmp_path / "secret")
+    (artefacts / ".llm-trainer-export1").mkdir()
+    (artefacts / ".llm-trainer-export1/left").touch()
     settings = Settings(**PUSH, hub_private_repo=True)
     publish.prepare_push(settings.output)
     assert fake_hub.created == [{"name": "model", "organization": "tiny", "visibility": "private"}]
     publish.publish(settings.output, settings.tracking, describe(artefacts))
     (files,) = fake_hub.commits
     assert files == {
-        file.relative_to(artefacts).as_posix(): file.read_bytes() for file in artefacts.rglob("*") if file.is_file()
+        name: (artefacts / name).read_bytes()
+        for name in (
+            *("README.md", "training_manifest.json", "adapter_model.safetensors"),
+            "adapters/trained/adapter_model.safetensors",
+        )
     }
     assert f"Pushed to {fake_hub.endpoint}/{MODEL}/commit/" in capsys.readouterr().out
     assert fake_hub.tokens <= {f"Bearer {TOKEN}", None}

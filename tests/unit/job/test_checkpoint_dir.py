@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Only whole checkpoints count, whatever half of one a kill or a synchronization leaves behind."""
 
+import json
+
 import pytest
 
 from llm_trainer.job import checkpoint_dir
@@ -105,3 +107,28 @@ def test_other_folders_are_left_alone(tmp_path):
     write(tmp_path, 1)
     write(tmp_path, 2, limit=1)
     assert {entry.name for entry in tmp_path.iterdir()} == {"checkpoint-best", "notes", "checkpoint-2", ".partial"}
+
+
+@pytest.mark.parametrize("name", ["../victim", "/etc/hostname", "below/../../victim", "", "a\0b"])
+def test_a_list_that_names_files_outside_its_checkpoint_is_none(tmp_path, name):
+    write(tmp_path, 1)
+    marker = write(tmp_path, 2) / "complete.json"
+    content = json.loads(marker.read_text())
+    marker.write_text(json.dumps(content | {"files": content["files"] | {name: [1, "0"]}}))
+    assert checkpoint_dir.find_newest(tmp_path)[0] == tmp_path / "checkpoint-1"
+
+
+def test_what_links_name_stays(tmp_path):
+    folder, outside = tmp_path / "checkpoints", tmp_path / "outside"
+    write(outside, 1)
+    folder.mkdir()
+    (folder / "checkpoint-1").symlink_to(outside / "checkpoint-1")
+    checkpoint_dir.find_partial_dir(folder).symlink_to(outside)
+    checkpoint_dir.remove_partial_checkpoints(folder)
+    assert not checkpoint_dir.find_partial_dir(folder).exists()
+    write(folder, 2, limit=1)
+    (folder / "checkpoint-3").symlink_to(tmp_path / "nowhere")
+    write(folder, 3)
+    assert names(folder) == ["checkpoint-3", "checkpoint-2"]
+    assert not (folder / "checkpoint-3").is_symlink()
+    assert checkpoint_dir.find_fault(outside / "checkpoint-1") is None

@@ -84,4 +84,8 @@ def test_an_output_folder_belongs_to_one_merge(tmp_path):
     (other / "mine.txt").touch()
     with pytest.raises(UserError, match=r"is not empty \(mine\.txt\)"):
         claim_output(other, {})
+    (other / "mine.txt").unlink()
+    (other / UNFINISHED).symlink_to(output / UNFINISHED)  # what it names would be overwritten, and removed at the end
+    with pytest.raises(UserError, match="is not empty"):
+        claim_output(other, {"base": "a", "shapes": [1, 2]})
     assert json.loads((output / UNFINISHED / shard_writer.RECORD).read_text()) == {"base": "a", "shapes": [1, 2]}

@@ -61,8 +61,12 @@ def test_any_trainer_of_transformers_resumes_to_the_very_same_weights(tiny_model
     assert checkpoint_dir.read_marker(checkpoint).run == {"seed": 42}
     (record,) = map(json.loads, journal.file.read_text().splitlines())
     assert (record["kind"], record["step"]) == ("checkpoint", 3)
+    state = checkpoint / "trainer_state.json"
+    foreign = {"best_model_checkpoint": str(tmp_path), "best_global_step": 1}  # would become the result
+    state.write_text(json.dumps(json.loads(state.read_text()) | foreign))
     second = build(tiny_model, tmp_path / "parts")
     second.train_from(checkpoint)
+    assert second.state.best_model_checkpoint is None
     for ours, theirs in zip(second.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
