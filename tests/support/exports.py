@@ -61,6 +61,7 @@ def build_idle_trainer(model: torch.nn.Module) -> Any:
     return SimpleNamespace(
         model=model,
         stopped=False,
+        args=SimpleNamespace(bf16=False, fp16=False),
         run=SimpleNamespace(adapter_start=None),
         accelerator=SimpleNamespace(free_memory=lambda: None),
     )
