@@ -50,7 +50,6 @@ def test_the_adapters_own_tokenizer_wins(tmp_path: Path) -> None:
         folder.mkdir()
     (base / "tokenizer.json").write_text("base")
     (base / "vocab.txt").write_text("base")
-    (base / "tokenizer").mkdir()  # a folder of a repository that holds more than one model
     write_tokenizer(adapter, base, output)
     assert {file.name: file.read_text() for file in output.iterdir()} == {"tokenizer.json": "base", "vocab.txt": "base"}
     (adapter / "tokenizer.json").write_text("adapter")

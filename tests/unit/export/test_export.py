@@ -15,6 +15,7 @@ import torch
 from llm_trainer.common.errors import UserError
 from llm_trainer.export import export
 from llm_trainer.export.placement import STAGING, list_files
+from llm_trainer.serving import lmi_files
 from support.exports import build_manifest, build_result
 from support.measures import ROOT
 
@@ -67,11 +68,12 @@ def test_whatever_fails_beside_the_result_is_a_warning(trained, tmp_path, monkey
 
 
 def test_half_a_copy_for_a_server_goes(trained, tmp_path, monkeypatch):
-    def copy_half(source, target):
-        target.write_text("half")
+    def copy_half(artefacts, folder):
+        (folder / "adapters").mkdir()
+        (folder / "adapters/half").touch()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shutil, "copyfile", copy_half)
+    monkeypatch.setattr(lmi_files, "copy_adapter", copy_half)
     export_result(trained)
     assert read_manifest(tmp_path / "model")["export"] | {"checks": []} == {
         "proven": True,
@@ -135,7 +137,7 @@ def test_half_the_weights_are_no_result(trained, tmp_path, monkeypatch):
 
 
 def test_weights_that_cannot_get_their_place_stay_where_they_were_written(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trained.tokenizer, "save_pretrained", fail(OSError(errno.EIO, "Input/output error")))
+    monkeypatch.setattr(export, "save_tokenizer", fail(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(OSError, match="Input/output"):
         export.place_result(trained)
     (file,) = (tmp_path / "model").glob(f"{STAGING}*/new/adapter_model.safetensors")
