@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import SecretStr, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from llm_trainer.common import bounded_parsing
+from llm_trainer.common.bounded_parsing import UnreadableTextError
 from llm_trainer.common.errors import cut_quote
 from llm_trainer.common.redaction import note_secrets
 from llm_trainer.config.checks import find_contradictions
@@ -80,16 +81,13 @@ def read_yaml(path: Path | None, problems: list[str]) -> dict[str, Any]:
             )
             return {}
         path = files[0]
-    try:
-        with path.open(encoding="utf-8") as file:
-            value = yaml.safe_load(file)  # given the text itself, its errors would quote a line, which can hold a token
-    except FileNotFoundError:
+    if not path.exists():
         problems.append(f"config={str(path)!r} does not exist: give the path of a YAML file in a channel.")
         return {}
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        problems.append(
-            f"{path} is not readable YAML ({' '.join(str(error).split())}): write it as `key: value` lines."
-        )
+    try:
+        value = bounded_parsing.read_yaml(path)
+    except UnreadableTextError as error:
+        problems.append(f"{path} {error.reason}: write it as `key: value` lines.")
         return {}
     if value is None:
         return {}

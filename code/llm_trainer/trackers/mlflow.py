@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The job's run in MLflow: on a server, in a database or folder, or in SageMaker by the plugin sagemaker-mlflow."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from llm_trainer.config.tracker_choice import SQLITE
@@ -23,6 +24,7 @@ from llm_trainer.trackers.events import (
     find_surroundings,
     read_rows,
 )
+from llm_trainer.trackers.feed import TrackerUsageError
 from llm_trainer.trackers.run_identity import MODEL_PATH, RunIdentity, leave_run, recall_run, remember_run
 
 Item = TypeVar("Item")
@@ -70,16 +72,21 @@ class MlflowTracker:
     def find_experiment(self) -> str:
         """Return the experiment's id. The experiment is made where there is none of its name."""
         if given := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+            with explain_absence(f"MLFLOW_EXPERIMENT_ID={given!r} is no experiment of this server"):
+                check_active(self.client.get_experiment(given), given)
             return given
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"
         found = self.client.get_experiment_by_name(name)
+        if found:
+            check_active(found, name)
         return str(found.experiment_id if found else self.client.create_experiment(name))
 
     def find_run(self, job: JobRecord, experiment: str) -> Run | None:
         """Return the run that this job was given, or that it began before it was interrupted. Have it run again."""
         known = recall_run(self.identity_dir, "mlflow")
         if given := os.environ.get("MLFLOW_RUN_ID"):
-            run: Run | None = self.client.get_run(given)
+            with explain_absence(f"MLFLOW_RUN_ID={given!r} is no run of this server"):
+                run: Run | None = self.client.get_run(given)
         else:
             run = (self.read_run(known.run_id) if known else None) or self.search_run(job, experiment)
         if run is not None:
@@ -159,6 +166,27 @@ class MlflowTracker:
         if reason:
             self.client.set_tag(self.run_id, FAILURE_TAG, reason[:TAG_CHARACTERS])
         self.client.set_terminated(self.run_id, STATUS[status])
+
+
+@contextlib.contextmanager
+def explain_absence(what: str) -> Iterator[None]:
+    """Raise TrackerUsageError with `what` where the block asks for something that the server does not have."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise TrackerUsageError(f"{what}: correct it, or leave it out") from error
+
+
+def check_active(experiment: Experiment, given: str) -> None:
+    """Raise TrackerUsageError for an experiment that has been deleted: it takes no runs until it is restored."""
+    if experiment.lifecycle_stage != "active":
+        number = experiment.experiment_id
+        raise TrackerUsageError(
+            f"the experiment {given!r} has been deleted: restore it (`mlflow experiments restore -x {number}`), or set "
+            "another mlflow_experiment_name"
+        )
 
 
 def describe_data_set(data: DataSet) -> DatasetInput:

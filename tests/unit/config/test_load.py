@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the user asked for is what the job gets, and every mistake is told at once, in the user's words."""
 
+import itertools
+
 import pytest
 
 from llm_trainer.common.redaction import REDACTED, hide_in, hide_secrets
@@ -240,3 +242,17 @@ def test_a_password_in_a_url_is_not_shown():
 def test_an_object_comes_whole():
     settings = settings_of({"distribution": "fsdp", "fsdp_config": '{"reshard_after_forward": false}'})
     assert settings.parallelism.fsdp_config == {"reshard_after_forward": False}
+
+
+def test_a_hostile_yaml_file_ends_in_a_sentence_that_names_it(tmp_path):
+    names = "abcdefghi"
+    lines = [f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in itertools.pairwise(names)]
+    laughs = "\n".join(["a: &a [x]", *lines])
+    loop, deep, tag = "a: &a [*a]", "[" * 100_000, "a: !!python/object:os.system x"
+    for number, text in enumerate([laughs, loop, deep, tag, "a: \0", "{"]):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(text)
+        (problem,) = problems_of({"config": str(file)})
+        assert problem.startswith(f"{file} ")
+        assert problem.endswith(": write it as `key: value` lines.")
+    assert problems_of({"config": "None"}) == []

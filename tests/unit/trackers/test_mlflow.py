@@ -4,13 +4,15 @@
 import json
 
 import pytest
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.dbmodels.models import SqlExperiment, SqlRun
 from mlflow.utils import validation
 
 from llm_trainer.config.tracker_names import LIMITS, takes_name
 from llm_trainer.trackers.events import DataSet
-from llm_trainer.trackers.mlflow import DIGEST_CHARACTERS, FORBIDDEN, describe_data_set, split_batches
+from llm_trainer.trackers.feed import TrackerUsageError
+from llm_trainer.trackers.mlflow import DIGEST_CHARACTERS, FORBIDDEN, MlflowTracker, describe_data_set, split_batches
 
 
 @pytest.mark.parametrize(
@@ -61,3 +63,45 @@ def test_names_fit_the_columns_of_mlflows_database():
     widths = {limit.variable: limit.max_characters for limit in LIMITS}
     assert widths["MLFLOW_EXPERIMENT_NAME"] == SqlExperiment.name.type.length
     assert widths["MLFLOW_RUN_NAME"] == SqlRun.name.type.length
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A real store, whose experiment 1, `gone`, has been deleted. To make one takes seconds."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    client = MlflowClient(uri)
+    client.delete_experiment(client.create_experiment("gone", "file:///nowhere"))
+    return uri
+
+
+@pytest.fixture
+def begin(store, tmp_path, monkeypatch):
+    """Begins a run in the store."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(**variables: str) -> str:
+        for name, value in {"MLFLOW_TRACKING_URI": store, **variables}.items():
+            monkeypatch.setenv(name, value)
+        job = {"kind": "job", "time": 1.0, "settings": {}, "environment": {}}
+        return MlflowTracker(None, tmp_path).begin(job)
+
+    return start
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        (
+            "MLFLOW_EXPERIMENT_NAME",
+            "gone",
+            r"the experiment 'gone' has been deleted: restore it \(.* -x 1`\)",
+        ),
+        ("MLFLOW_EXPERIMENT_ID", "1", "the experiment '1' has been deleted: restore it"),
+        ("MLFLOW_EXPERIMENT_ID", "77", "MLFLOW_EXPERIMENT_ID='77' is no experiment of this server: correct it"),
+        ("MLFLOW_RUN_ID", "nonsense", "MLFLOW_RUN_ID='nonsense' is no run of this server: correct it, or leave it out"),
+    ],
+)
+def test_what_the_server_does_not_have_is_told_as_that(begin, variable, value, sentence):
+    with pytest.raises(TrackerUsageError, match=sentence):
+        begin(**{variable: value})
