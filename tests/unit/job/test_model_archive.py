@@ -78,7 +78,9 @@ def test_an_archive_beside_a_model_is_no_model(pack):
 
 
 @pytest.mark.parametrize(
-    "member", ["../victim", link("a", "/etc/passwd"), link("b", "../../x"), "a/../../victim"], ids=str
+    "member",
+    ["../victim", link("a", "/etc/passwd"), link("b", "../../x"), "a/../../victim"],
+    ids=["file above", "link elsewhere", "link above", "hidden way above"],
 )
 def test_what_leads_out_of_the_folder_is_refused(pack, tmp_path, temp_dir, member):
     archive = pack("config.json", member)
