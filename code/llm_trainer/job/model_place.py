@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a model behind the place that a user names.
 
-Users give what they have: the folder, one above it, a copy of a Hugging Face cache, or the model.tar.gz
+Users give the folder, one above it, a copy of a Hugging Face cache, or the model.tar.gz
 that an earlier SageMaker job left. Whatever leaves no doubt is taken.
 """
 
