@@ -37,7 +37,7 @@ from llm_trainer.merge.plan import MergeRequest
 from llm_trainer.model.config_file import write_config, write_generation_config
 from llm_trainer.model.loading import restore_generation_config
 from llm_trainer.model.lora_init import BaseReference, save_adapter
-from llm_trainer.model.tokenizer_files import save_tokenizer
+from llm_trainer.model.tokenizer_files import list_tokenizer_files, save_tokenizer
 from llm_trainer.serving.lmi_files import SERVING_FILES, ServedModel, write_serving_files
 
 REJECTED = "rejected_export"  # in output/data
@@ -136,7 +136,7 @@ def publish_result(trained: TrainingResult) -> None:
     if advice := advise_compression(model_dir):
         log.info(advice)
     if settings.output.push_to_hub or settings.output.mlflow_register_model:
-        artefacts = Artefacts(model_dir, trained.architecture, trained.base)
+        artefacts = Artefacts(model_dir, trained.architecture, trained.base, list_tokenizer_files(model_dir))
         trained.watch.attempt(f"publishing {model_dir}", lambda: publish(settings.output, settings.tracking, artefacts))
 
 

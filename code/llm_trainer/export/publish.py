@@ -38,6 +38,7 @@ class Artefacts:
     model_dir: Path
     architecture: str  # the model's class in Transformers
     base: BaseSource
+    tokenizer: list[Path]  # its files and folders in the model folder
 
 
 def publish(settings: OutputSettings, tracking: TrackingSettings, artefacts: Artefacts) -> None:
@@ -160,8 +161,8 @@ def register_in_mlflow(name: str, tracking: TrackingSettings, artefacts: Artefac
             model.save(f"{folder}/MLmodel")
             client.log_artifact(run_id, f"{folder}/MLmodel", MODEL_PATH)
         client.log_artifacts(run_id, str(model_dir), MODEL_PATH)
-        for file in [*model_dir.glob("token*"), *model_dir.glob("*.jinja"), *model_dir.glob("special_tokens_map.json")]:
-            client.log_artifact(run_id, str(file), f"{MODEL_PATH}/components/tokenizer")
+        for path in artefacts.tokenizer:
+            client.log_artifact(run_id, str(path), f"{MODEL_PATH}/components/tokenizer")
         version = mlflow.register_model(f"runs:/{run_id}/{MODEL_PATH}", name).version
         if mlflow.active_run():
             mlflow.end_run()

@@ -6,7 +6,6 @@ Transformers 5 writes special tokens and class names in a way that Transformers 
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +75,17 @@ def change_template(folder: Path, template: str | dict[str, str] | None) -> None
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the tokenizer's files, and its code where it has some."""
-    has_code = "auto_map" in read_object(source / CONFIG)
-    for path in list_files(source, (*PATTERNS, "*.py") if has_code else PATTERNS):
+    for path in list_tokenizer_files(source):
         if path.is_dir():
             shutil.copytree(path, folder / path.name, copy_function=shutil.copyfile, dirs_exist_ok=True)
         else:
             shutil.copyfile(path, folder / path.name)
 
 
-def list_files(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
-    """Yield what lies in a folder under one of the patterns."""
-    for pattern in patterns:
-        yield from folder.glob(pattern)
+def list_tokenizer_files(folder: Path) -> list[Path]:
+    """List the files and folders that a tokenizer may consist of, and its code where it has some, by name."""
+    patterns = (*PATTERNS, "*.py") if "auto_map" in read_object(folder / CONFIG) else PATTERNS
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 
 def make_readable(folder: Path, class_name: str | None = None) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pushing to a Hub and registering in MLflow, each a real server on this machine."""
 
+import shutil
+
 import pytest
 from huggingface_hub import constants
 
@@ -11,6 +13,7 @@ from llm_trainer.config.schema import Settings
 from llm_trainer.config.secret_references import read_secret_variables
 from llm_trainer.export import publish
 from llm_trainer.export.base_source import BaseSource
+from llm_trainer.model.tokenizer_files import list_tokenizer_files
 from llm_trainer.trackers.run_identity import leave_run
 from support.fake_hub import MODEL, FakeHub
 from support.mlflow_server import MlflowServer
@@ -50,7 +53,7 @@ def refuse(action, *arguments) -> str:
 
 
 def describe(model_dir):
-    return publish.Artefacts(model_dir, "LlamaForCausalLM", BaseSource(None, None))
+    return publish.Artefacts(model_dir, "LlamaForCausalLM", BaseSource(None, None), list_tokenizer_files(model_dir))
 
 
 def test_a_push_is_one_commit_of_the_whole_folder(fake_hub, artefacts, capsys, tmp_path):
@@ -178,18 +181,29 @@ def test_the_artefacts_become_a_version_of_a_registered_model(mlflow_server, tin
     monkeypatch.setenv("LLM_TRAINER_SCRATCH", str(tmp_path))
     run = mlflow.MlflowClient().create_run("0")  # the reporter's
     leave_run(tmp_path, run.info.run_id)
+    model_dir = tmp_path / "model"
+    shutil.copytree(tiny_model, model_dir)
+    (model_dir / "additional_chat_templates").mkdir()
+    (model_dir / "additional_chat_templates/tool_use.jinja").write_text("tools")
+    for name in ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"):  # a copied base's may have more
+        (model_dir / name).write_text("{}")
     settings = Settings(mlflow_uri=mlflow_server, mlflow_register_model="sums")
     versions = [
-        publish.register_in_mlflow(settings.output.mlflow_register_model, settings.tracking, describe(tiny_model))
+        publish.register_in_mlflow(settings.output.mlflow_register_model, settings.tracking, describe(model_dir))
         for _ in range(2)
     ]
     assert versions == ["1", "2"]
     version = mlflow.MlflowClient().get_model_version("sums", "1")
     assert version.run_id == run.info.run_id
     assert version.status == "READY"
-    loaded = mlflow.transformers.load_model("models:/sums/1", return_type="components", dst_path=str(tmp_path))
+    place = tmp_path / "loaded"
+    place.mkdir()
+    loaded = mlflow.transformers.load_model("models:/sums/1", return_type="components", dst_path=str(place))
     assert type(loaded["model"]).__name__ == "LlamaForCausalLM"
-    assert loaded["tokenizer"].chat_template
+    assert loaded["tokenizer"].chat_template["tool_use"] == "tools"
+    of_the_model = {"config.json", "generation_config.json", "model.safetensors"}
+    sent = {path.name for path in (place / "components/tokenizer").iterdir()}
+    assert sent == {path.name for path in model_dir.iterdir()} - of_the_model
 
 
 def test_without_a_run_of_the_job_the_model_gets_its_own(mlflow_server, tiny_model, monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from llm_trainer.model.tokenizer_files import CONFIG, make_readable, save_tokenizer
+from llm_trainer.model.tokenizer_files import CONFIG, list_tokenizer_files, make_readable, save_tokenizer
 from support.tiny_model import build_tokenizer
 
 NEW_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -50,6 +50,18 @@ def output(tmp_path: Path) -> Path:
     folder = tmp_path / "output"
     folder.mkdir()
     return folder
+
+
+def test_each_file_of_a_tokenizer_is_listed_once_and_its_code_where_it_has_some(base):
+    for name in ("tokenizer.model", "spiece.model", "vocab.json", "tokenization_own.py", "model.safetensors"):
+        (base / name).touch()
+    listed = [path.name for path in list_tokenizer_files(base)]
+    named = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "chat_template.jinja"}
+    assert set(listed) == {*named, CONFIG, "special_tokens_map.json", "additional_chat_templates"}
+    assert len(listed) == len(set(listed))
+    config = json.loads((base / CONFIG).read_text(encoding="utf-8"))
+    (base / CONFIG).write_text(json.dumps(config | {"auto_map": {}}), encoding="utf-8")
+    assert {path.name for path in list_tokenizer_files(base)} - set(listed) == {"tokenization_own.py"}
 
 
 def test_without_a_change_every_byte_is_the_bases(base, output):
