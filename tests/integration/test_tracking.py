@@ -83,6 +83,7 @@ class Reporter:
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(
                 command,
+                cwd=self.folder,
                 env={**self.variables, "LLM_TRAINER_STARTED": str(time.time())},
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -338,6 +339,8 @@ def test_a_full_store_is_told_and_gets_all_when_there_is_room(make_reporter, tmp
 
 def test_wandb_offline_and_tensorboard_have_the_same_metrics(make_reporter, tmp_path):
     reporter = make_reporter("wandb,tensorboard", WANDB_MODE="offline", WANDB_PROJECT="project", **SECRETS)
+    (reporter.folder / "wandb").mkdir()  # whoever wrote it: W&B reads the settings of its working folder
+    (reporter.folder / "wandb/settings").write_text("[default]\nentity = somebody_else\n")
     reporter.start(f"--checkpoint-dir={tmp_path / 'checkpoints'}")
     reporter.journal.write("job", **JOB)
     reporter.journal.write("data", **DATA)
@@ -346,7 +349,8 @@ def test_wandb_offline_and_tensorboard_have_the_same_metrics(make_reporter, tmp_
     log = reporter.end("failed", reason="Rank 0 failed.")
     assert "Warning" not in log
     (folder,) = (reporter.folder / "output/data/wandb").glob("offline-run-*")
-    rows, config, exit_code = read_wandb(next(folder.glob("*.wandb")))
+    rows, config, exit_code = read_wandb(run := next(folder.glob("*.wandb")))
+    assert b"somebody_else" not in run.read_bytes()
     losses = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
     assert losses == [(step, 1 / step) for step in range(1, 9)]
     assert len([row for row in rows if "gpu/algo-2/0/utilization" in row and "seconds" in row]) == 8

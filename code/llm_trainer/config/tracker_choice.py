@@ -15,7 +15,7 @@ from llm_trainer.config.sections import OutputSettings, TrackingSettings
 
 TRACKERS = ("mlflow", "wandb", "tensorboard", "none")  # the image carries these
 MLFLOW_SCHEMES = ("", "file", "sqlite", "postgresql", "mysql", "mssql", "http", "https", "arn", "databricks")
-SQLITE = "sqlite:///"
+SQLITE, FILE = "sqlite:///", "file:"
 WANDB_HOST = "api.wandb.ai"
 # These import trackers wherever they are installed, once they are imported themselves.
 TRACKER_IMPORTERS = ("transformers", "trl")
@@ -53,6 +53,8 @@ def find_mlflow_uri(settings: TrackingSettings, variables: Mapping[str, str] = o
         return uri and str(Path(uri).absolute())
     if uri.startswith(SQLITE):
         return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"
+    if uri.startswith(FILE) and not uri.startswith(f"{FILE}/"):
+        return f"{FILE}{Path(uri.removeprefix(FILE)).absolute()}"
     return uri
 
 
@@ -81,11 +83,13 @@ def find_idle_project(settings: TrackingSettings) -> Iterator[str]:
 def build_tracker_variables(settings: TrackingSettings, variables: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the environment variables that the libraries of the trackers read.
 
-    User and password of an address become variables of their own. The text of an error can then show neither.
+    User and password of an address become variables of their own. The text of an error can then show neither. Paths
+    are absolute: the reporter has a working folder of its own.
     """
     found = {
         "MLFLOW_EXPERIMENT_NAME": settings.mlflow_experiment_name,
         "WANDB_PROJECT": settings.wandb_project,
+        "WANDB_DIR": os.path.abspath(folder) if (folder := variables.get("WANDB_DIR")) else None,
         "MLFLOW_ALLOW_FILE_STORE": "true",  # without it, MLflow 3 refuses a plain folder
     }
     uri = find_mlflow_uri(settings, variables)

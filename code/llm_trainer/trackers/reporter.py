@@ -43,8 +43,8 @@ VARIABLES = {
 def main(arguments: Sequence[str]) -> None:
     """Follow the journal to the end of the job."""
     log.escape_unprintable()
-    isolate_process()
     options = parse_arguments(arguments)
+    isolate_process()
     stop_file = Path(os.environ["LLM_TRAINER_SCRATCH"]) / "stop"
     ending = Ending()
     # Rounded as the journal rounds: what was written before it are another job's records.
@@ -67,7 +67,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def isolate_process() -> None:
-    """Keep this process out of the training's way, and libraries' words out of the log."""
+    """Keep this process out of the training's way, libraries' words out of the log, and others' settings out of it.
+
+    Libraries read settings from the working folder, such as W&B the address of its server from `wandb/settings`. The
+    image's is /tmp, where everybody may write; the job's scratch folder is this user's alone.
+    """
+    os.chdir(os.environ["LLM_TRAINER_SCRATCH"])
     for signum in (signal.SIGTERM, signal.SIGINT):  # the container's, which the launcher acts upon
         signal.signal(signum, signal.SIG_IGN)
     os.nice(10)
@@ -78,14 +83,19 @@ def isolate_process() -> None:
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the command line's options."""
+    """Return the command line's options, with absolute paths."""
     parser = argparse.ArgumentParser(prog="python -m llm_trainer.trackers.reporter")
-    parser.add_argument("journal", type=Path)
+    parser.add_argument("journal", type=find_place)
     parser.add_argument("--trackers", type=lambda names: names.split(","), default=[])
-    parser.add_argument("--checkpoint-dir", type=Path)
-    parser.add_argument("--model-dir", type=Path, required=True)
+    parser.add_argument("--checkpoint-dir", type=find_place)
+    parser.add_argument("--model-dir", type=find_place, required=True)
     parser.add_argument("--track-model", action="store_true")
     return parser.parse_args(arguments)
+
+
+def find_place(path: str) -> Path:
+    """Return the absolute path of a file or folder, which outlasts a change of the working folder."""
+    return Path(path).absolute()
 
 
 def build_trackers(options: argparse.Namespace) -> list[Tracker]:

@@ -87,9 +87,12 @@ def test_files_are_named_by_their_whole_path(monkeypatch, tmp_path):
         ("mlruns", f"{tmp_path}/mlruns"),
         ("sqlite:///a.db", f"sqlite:///{tmp_path}/a.db"),
         ("sqlite:////b/a.db", "sqlite:////b/a.db"),
+        ("file:runs", f"file:{tmp_path}/runs"),
+        ("file:///b/runs", "file:///b/runs"),
         ("http://host", "http://host"),
     ):
         assert build_tracker_variables(Settings(mlflow_uri=uri).tracking, {})["MLFLOW_TRACKING_URI"] == whole
+    assert build_tracker_variables(Settings().tracking, {"WANDB_DIR": "runs"})["WANDB_DIR"] == f"{tmp_path}/runs"
 
 
 def test_a_run_is_recalled_where_it_was_remembered(tmp_path, capsys):

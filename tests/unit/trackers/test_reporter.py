@@ -14,8 +14,8 @@ from llm_trainer.trackers.feed import Ending
 
 def test_the_options_are_those_of_the_launcher():
     options = reporter.parse_arguments(["metrics.jsonl", "--trackers=mlflow,wandb", "--model-dir=model"])
-    assert (options.journal, options.trackers) == (Path("metrics.jsonl"), ["mlflow", "wandb"])
-    assert (options.checkpoint_dir, options.model_dir, options.track_model) == (None, Path("model"), False)
+    assert (options.journal, options.trackers) == (Path("metrics.jsonl").absolute(), ["mlflow", "wandb"])
+    assert (options.checkpoint_dir, options.model_dir, options.track_model) == (None, Path("model").absolute(), False)
 
 
 def test_a_tracker_that_cannot_be_loaded_is_left_out(monkeypatch, capsys):
