@@ -88,6 +88,11 @@ def show_plainly(text: str, for_terminal: bool = False) -> str:
     return (CONTROL_BUT_COLOURS if for_terminal else CONTROL).sub(show_code, plain)
 
 
+def show_line(text: str) -> str:
+    """Return a text on one line, without secrets, and with the codes of control characters in their place."""
+    return show_plainly(text).replace("\n", " ")
+
+
 def show_code(match: re.Match[str]) -> str:
     """Return the code of a matched character, as Python writes it."""
     return match[0].encode("unicode_escape").decode()

@@ -6,10 +6,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import ModelCardData
 
+from llm_trainer.common.log import show_line
 from llm_trainer.config.sections import HUB_ID
 from llm_trainer.export.base_source import BaseSource
 from llm_trainer.journal.manifest import Manifest
@@ -20,6 +22,8 @@ LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*")
 LICENCE_KEYS = ("license", "license_name", "license_link")
 LICENCE_CHARACTERS, CARD_CHARACTERS = 400, 2**16  # of a licence and of a card: their beginning tells
 MAX_CARD_DEPTH = 32  # of the metadata; the parser's time grows with the depth
+# Characters to which Markdown gives a meaning, and those by which readers of the Hub make links of plain addresses.
+MARKUP = re.compile(r"[\\`*\[\]<>|~&#$@]|(?<!\w)_|_(?!\w)|(?<=:)/(?=/)|(?<=www)\.", re.IGNORECASE)
 # What the first lines of well-known licences' texts hold -> the Hub's identifier.
 LICENCE_TITLES = {"apache license": "apache-2.0", "mit license": "mit"}
 
@@ -33,7 +37,7 @@ def build_model_card(folder: Path, manifest: Manifest, base_folder: Path, base: 
     is_adapter = (folder / "adapter_config.json").is_file()
     data = build_metadata(manifest, base, is_adapter, licence)
     parts = [
-        f"# {manifest['training_job_name'] or 'Fine-tuned model'}",
+        f"# {quote_text(manifest['training_job_name'] or 'Fine-tuned model')}",
         describe_result(manifest, describe_base(base), is_adapter, licence),
         "## Use",
         *describe_use(manifest, base, is_adapter, refusals),
@@ -55,15 +59,24 @@ def build_metadata(manifest: Manifest, base: BaseSource, is_adapter: bool, licen
         pipeline_tag="text-generation",
         tags=[REPOSITORY, *(["lora"] if "adapter" in manifest else []), "sft"],
         datasets=list_hub_data(manifest) or None,
-        **licence,
+        **{name: show_line(value) for name, value in licence.items()},
     )
+
+
+def quote_text(text: str) -> str:
+    """Return a text that Markdown shows as it is, on one line: in a sentence, a heading, a link or a cell of a table.
+
+    All that the job did not write itself comes into the card by it, or as JSON within a block of code.
+    """
+    return MARKUP.sub(r"\\\g<0>", show_line(text))
 
 
 def describe_base(base: BaseSource) -> str:
     """Return the base's name as a link, and its revision."""
     name = base.hub_id
-    link = f"[{name}](https://huggingface.co/{name})" if name else "a model whose name is not known"
-    return f"{link} (revision `{base.revision}`)" if base.revision else link
+    address = f"https://huggingface.co/{quote(name)}" if name else ""
+    link = f"[{quote_text(name)}]({address})" if name else "a model whose name is not known"
+    return f"{link} (revision {quote_text(base.revision)})" if base.revision else link
 
 
 def find_licence(base: Path) -> dict[str, str]:
@@ -124,9 +137,13 @@ def describe_result(manifest: Manifest, base: str, is_adapter: bool, licence: di
     stopped = "The training was stopped before its end. " if manifest["num_steps"] < manifest["total_steps"] else ""
     export = manifest.get("export") or {}
     if export.get("proven") is False:
-        stopped += f"**Not proven**: {export['reason']}. "
+        stopped += f"**Not proven**: {quote_text(export['reason'])}. "
     name = licence.get("license_name") or licence.get("license")
-    terms = f"The base's licence, `{name}`, applies." if name else "The base's licence was not found with its files."
+    terms = (
+        f"The base's licence, {quote_text(name)}, applies."
+        if name
+        else "The base's licence was not found with its files."
+    )
     return f"{kind} {base}{merged}; {trained}, by {REPOSITORY} {manifest['llm_trainer']}. {stopped}{terms}"
 
 
@@ -134,7 +151,7 @@ def describe_use(manifest: Manifest, base: BaseSource, is_adapter: bool, refusal
     """Yield how the result is loaded, what serves it, and how it was checked."""
     yield f"```python\n{write_snippet(base, is_adapter)}\n```"
     if refusals:
-        yield "\n".join(f"- {refusal}" for refusal in refusals)
+        yield "\n".join(f"- {quote_text(refusal)}" for refusal in refusals)
     else:
         yield (
             "On SageMaker: AWS's LMI container (vLLM) serves this folder by its `serving.properties`, or with the "
@@ -184,11 +201,10 @@ def describe_data(manifest: Manifest) -> Iterator[str]:
     for split, report in manifest["data"].items():
         sources = ", ".join(f"{source}: {kind}" for source, kind in report["formats"].items())
         share = f"{report['supervised_share']:.1%} of the tokens"
-        rows.append(
-            f"| {split} | {escape_cell(sources)} | {report['num_rows']:,} | {report['num_tokens']:,} | {share} |"
-        )
+        numbers = f"{report['num_rows']:,} | {report['num_tokens']:,}"
+        rows.append(f"| {quote_text(split)} | {quote_text(sources)} | {numbers} | {share} |")
         files += [
-            f"| {escape_cell(file['name'])} | {file['bytes']:,} | {file.get('sha256', 'streamed')} |"
+            f"| {quote_text(file['name'])} | {file['bytes']:,} | {file.get('sha256', 'streamed')} |"
             for file in report["files"]
         ]
     yield "\n".join(rows)
@@ -196,17 +212,12 @@ def describe_data(manifest: Manifest) -> Iterator[str]:
         yield "\n".join(files)
 
 
-def escape_cell(text: str) -> str:
-    """Return a text that Markdown takes for one cell of a table."""
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
 def describe_training(manifest: Manifest) -> Iterator[str]:
     """Yield steps, metrics, settings and versions."""
     metrics = {name: value for name, value in manifest["metrics"].items() if isinstance(value, int | float)}
     yield f"{manifest['num_steps']} of {manifest['total_steps']} steps on {manifest['world_size']} devices."
     yield "\n".join(
-        ["| metric | value |", "|---|---|", *(f"| {name} | {value:g} |" for name, value in metrics.items())]
+        ["| metric | value |", "|---|---|", *(f"| {quote_text(name)} | {value:g} |" for name, value in metrics.items())]
     )
     yield f"Settings:\n\n```json\n{json.dumps(select_given_settings(manifest), indent=2, default=str)}\n```"
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())

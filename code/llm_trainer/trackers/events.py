@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
+from llm_trainer.common.log import show_line, show_plainly
 from llm_trainer.journal.records import JobRecord, Record
 
 MODEL_CHARACTERS = 100  # in a run's name, for which W&B takes 128
@@ -107,13 +108,13 @@ def choose_run_name(job: JobRecord, given: str | None) -> str:
     """Return the run's name for people.
 
     It is the setting `run_name`, else the name in the tracker's own variable, else the job's name, else the model's
-    name and the time.
+    name and the time. Control characters are shown by their codes, since trackers show names to everybody.
     """
     model = str(job["settings"].get("model_id") or "fine-tuning").rstrip("/").rpartition("/")[2][:MODEL_CHARACTERS]
     moment = time.strftime("%Y-%m-%d %H:%M", time.gmtime(job["time"]))
-    return str(job["settings"].get("run_name") or given or job.get("name") or f"{model} {moment}")
+    return show_line(str(job["settings"].get("run_name") or given or job.get("name") or f"{model} {moment}"))
 
 
 def format_text(value: Any) -> str:
-    """Return a text as it is, and any other value as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    """Return a text with the codes of control characters in their place, and any other value as JSON."""
+    return show_plainly(value) if isinstance(value, str) else json.dumps(value, default=str)

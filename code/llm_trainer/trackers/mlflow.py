@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
+from llm_trainer.common.log import show_line
 from llm_trainer.config.tracker_choice import SQLITE
 from llm_trainer.journal.records import EndStatus, JobRecord, Record
 from llm_trainer.trackers.events import (
@@ -116,7 +117,7 @@ class MlflowTracker:
         if revision := job["environment"].get("revision"):
             tags["mlflow.source.git.commit"] = revision
         named = {ARN_TAG: job.get("arn"), NAME_TAG: job.get("name")}
-        tags |= {tag: value for tag, value in named.items() if value}
+        tags |= {tag: show_line(value) for tag, value in named.items() if value}
         name = choose_run_name(job, os.environ.get("MLFLOW_RUN_NAME"))
         return self.client.create_run(experiment, start_time=round(job["time"] * 1000), tags=tags, run_name=name)
 

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from wandb.errors import AuthenticationError, UsageError
 
 from llm_trainer.common.errors import quote_error
+from llm_trainer.common.log import show_line
 from llm_trainer.journal.records import EndStatus, JobRecord, Record
 from llm_trainer.trackers.events import choose_run_name, find_data_sets, find_parameters, find_surroundings, read_rows
 from llm_trainer.trackers.feed import TrackerUsageError
@@ -62,7 +63,7 @@ class WandbTracker:
             project=os.environ.get("WANDB_PROJECT"),
             entity=os.environ.get("WANDB_ENTITY"),
             name=choose_run_name(job, os.environ.get("WANDB_NAME")),
-            tags=[name[:TAG_CHARACTERS]] if name else None,
+            tags=[show_line(name)[:TAG_CHARACTERS]] if name else None,
             resume=None if is_offline else "allow",
             dir=os.environ.get("WANDB_DIR", str(self.data_dir)),
             settings=wandb.Settings(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The card is one that the Hub reads, says what the manifest says, and its snippet runs."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from llm_trainer.export.base_source import BaseSource
 from llm_trainer.export.model_card import build_model_card, find_licence
@@ -68,7 +70,7 @@ def test_an_adapters_card(tmp_path):
         "| eval_loss | 0.0424 |",
         "a\\|b.jsonl | 45,278 | fa99 |",
         "16,746",
-        "{{ 7 * 7 }}",
+        "{{ 7 \\* 7 }}",
     ):
         assert part in card.text
     assert "largest_difference" in card.text
@@ -109,6 +111,42 @@ def test_the_licence_is_the_bases_own(tmp_path, file, content, licence):
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(content)
     assert find_licence(tmp_path) == licence
+
+
+HOSTILE = (
+    "x\n---\n# Evil\n[click](https://evil.example) <img src=a onerror=alert(1)> `code` | cell | **bold** ![i](u) "
+    "www.evil.example \x1b[31m \u202e &lt; _slanted_ ```\n```\n<script>alert(2)</script>"
+)
+
+
+def test_names_that_others_chose_are_shown_as_they_are(tmp_path):
+    data = MANIFEST["data"]["train"] | {"formats": {HOSTILE: "messages"}, "files": [{"name": HOSTILE, "bytes": 1}]}
+    hostile = {
+        "training_job_name": HOSTILE,
+        "settings": {"run_name": HOSTILE, "note": [HOSTILE], "train_dataset_path": HOSTILE},
+        "data": {HOSTILE: data},
+        "metrics": {HOSTILE: 1.0},
+        "export": {"proven": False, "reason": HOSTILE},
+    }
+    (tmp_path / "README.md").write_text(f"---\nlicense: other\nlicense_name: {json.dumps(HOSTILE)}\n---\n")
+    base = BaseSource("org/base", HOSTILE)
+    text = build_model_card(tmp_path, MANIFEST | hostile, tmp_path, base, [HOSTILE])
+    assert not [character for character in ("\x1b", "\u202e") if character in text]
+    card = ModelCard(text)
+    assert card.data.to_dict().keys() == {
+        *("base_model", "base_model_relation", "library_name", "pipeline_tag", "tags", "license", "license_name")
+    }
+    blocks = MarkdownIt("commonmark").enable("table").parse(card.text)
+    words = [child for block in blocks if block.type == "inline" for child in block.children]
+    shown = {"text", "link_open", "link_close", "strong_open", "strong_close", "code_inline", "softbreak"}
+    assert {word.type for word in words} <= shown
+    assert {word.content for word in words if word.type == "code_inline"} <= {"serving.properties", "serving.env"}
+    assert [word.attrs["href"] for word in words if word.type == "link_open"] == ["https://huggingface.co/org/base"]
+    assert not [block for block in blocks if block.type in ("html_block", "hr")]
+    assert [block.tag for block in blocks if block.type == "heading_open"] == ["h1", "h2", "h2", "h2"]
+    assert len([block for block in blocks if block.type == "td_open"]) == 5 + 3 + 2
+    told = "".join(block.content for block in blocks if block.type == "inline")
+    assert not re.search(r"https://evil|www\.", told)
 
 
 def test_the_snippet_answers(tmp_path, tiny_model):

@@ -90,3 +90,12 @@ def test_a_data_set_lists_its_first_files():
 )
 def test_the_runs_name_is_the_most_particular_one(changes, given, name):
     assert choose_run_name({**JOB, **changes}, given) == name
+
+
+def test_control_characters_reach_no_tracker():
+    hostile = "a\x1b[31m\u202eb\nc\x00"
+    job = {**JOB, "name": hostile, "settings": {"run_name": hostile, "note": hostile}}
+    for name in (choose_run_name(job, None), choose_run_name({**job, "settings": {}}, hostile)):
+        assert name == "a\\x1b[31m\\u202eb c\\x00"
+    shown = "a\\x1b[31m\\u202eb\nc\\x00"
+    assert find_parameters([job])["note"] == find_surroundings([job])["training_job_name"] == shown
