@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.gpu_memory import examine_memory
-from llm_trainer.cli.validation import Validation, print_validation
+from llm_trainer.cli.validation import Validation, collect_findings, print_validation
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.environment import read_environment
 from llm_trainer.config.schema import Settings
@@ -32,27 +32,30 @@ def plan(words: Sequence[str], as_json: bool) -> int:
 
 def examine_model(words: Sequence[str]) -> Validation:
     """Return how the model would be loaded with the settings of these words. Sets environment variables."""
-    validation = Validation()
+    return collect_findings(lambda validation: examine_loading(words, validation))
+
+
+def examine_loading(words: Sequence[str], validation: Validation) -> None:
+    """Add how the model would be loaded with the settings of these words. Sets environment variables."""
     try:
         environment = read_environment()
         settings, problems = collect_settings(environment, words)
     except UserError as error:
         validation.add_findings("tree", "error", error.problems)
-        return validation
+        return
     name, missing = find_model(settings.model, environment, needs_tokenizer=False)
     if problems or missing:
         validation.add_findings("settings", "error", [*problems, *missing])
-        return validation
+        return
     try:
         planned = plan_loading(name, settings, environment.model_dir)
     except UserError as error:
         validation.add_findings("model", "error", error.problems)
-        return validation
+        return
     validation.add_findings("model", "ok", [name, *planned.reasons])
     longest_row = settings.data.max_length or USUAL_ROW_TOKENS
     validation.add_findings("memory", "ok", [f"for rows of {longest_row} tokens, which data may stay below"])
     examine_memory(planned.config, settings, environment, longest_row, validation)
-    return validation
 
 
 def plan_loading(name: str, settings: Settings, model_dir: Path) -> "ModelPlan":

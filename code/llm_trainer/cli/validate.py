@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.gpu_memory import examine_memory
-from llm_trainer.cli.validation import Validation, print_validation
+from llm_trainer.cli.validation import Validation, collect_findings, print_validation
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.checks import find_missing_hardware
 from llm_trainer.config.environment import Environment, read_environment
@@ -24,6 +24,7 @@ from llm_trainer.job.checkpoint_lock import find_other_job
 from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
 from llm_trainer.job.inputs import Inputs, find_inputs, find_missing_weights, find_warnings
 from llm_trainer.job.job import Job, collect_settings
+from llm_trainer.job.model_objects import find_broken_objects
 from llm_trainer.launcher.user_script import names_a_script
 from llm_trainer.launcher.worker_processes import build_library_variables
 
@@ -56,16 +57,20 @@ def validate(words: Sequence[str], as_json: bool) -> int:
 
 def examine_job(words: Sequence[str], in_colour: bool) -> Validation:
     """Return what is known of the job of the tree, with the settings of these words. Sets environment variables."""
-    validation = Validation()
+    return collect_findings(lambda validation: examine_tree(words, in_colour, validation))
+
+
+def examine_tree(words: Sequence[str], in_colour: bool, validation: Validation) -> None:
+    """Add what is known of the job of the tree, with the settings of these words. Sets environment variables."""
     try:
         environment = read_environment()
     except UserError as error:
         validation.add_findings("tree", "error", error.problems)
-        return validation
+        return
     if names_a_script(environment.hyperparameters):
         text = "the job runs a script of your own, about which nothing can be checked."
         validation.add_findings("script", "warning", [text])
-        return validation
+        return
     settings = examine_settings(environment, words, validation)
     inputs = examine_inputs(settings, environment, validation)
     # A laptop says nothing of the GPUs that the job will have.
@@ -75,9 +80,8 @@ def examine_job(words: Sequence[str], in_colour: bool) -> Validation:
     set_variables(settings, inputs, validation)
     sections = WriteSettings(settings.adapter, settings.training, settings.output)
     validation.findings += inspect_disk_need(sections, inputs, Path(os.environ["LLM_TRAINER_CACHE"]))
-    if inputs.model and inputs.train:
+    if inputs.model and inputs.train and not any(find_broken_objects(Path(inputs.model))):
         examine_data(Job(environment, settings, inputs), validation, in_colour)
-    return validation
 
 
 def examine_settings(environment: Environment, words: Sequence[str], validation: Validation) -> Settings:

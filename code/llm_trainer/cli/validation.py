@@ -13,6 +13,7 @@ from llm_trainer.common.library_noise import silence_libraries
 from llm_trainer.common.units import GIB, MIB
 from llm_trainer.data.report import DataReport
 from llm_trainer.host.findings import Finding, Verdict, format_finding
+from llm_trainer.launcher.last_words import explain_crash
 
 
 @dataclass
@@ -32,6 +33,16 @@ class Validation:
     def list_texts(self, verdict: Verdict) -> list[str]:
         """Return the texts of the findings with this verdict."""
         return [finding.text for finding in self.findings if finding.verdict == verdict]
+
+
+def collect_findings(examine: Callable[[Validation], None]) -> Validation:
+    """Return what the function finds out. Where it fails in a way nobody foresaw, that is the last finding."""
+    validation = Validation()
+    try:
+        examine(validation)
+    except Exception as error:  # whatever it is, the user must learn what was found before
+        validation.add_findings("check", "error", [explain_crash(error, "check").reason])
+    return validation
 
 
 def print_validation(examine: Callable[[bool], Validation], as_json: bool) -> int:

@@ -51,16 +51,23 @@ JsonLikeLoader.yaml_constructors = {
 }
 
 
-def read_json(source: Path | str | bytes, name: str = "", max_bytes: int = MAX_JSON_BYTES) -> Any:
+def read_json(
+    source: Path | str | bytes, name: str = "", max_bytes: int = MAX_JSON_BYTES, is_plain: bool = True
+) -> Any:
     """Return the value of a JSON file or text; `name` names it in messages, as its path does by default.
 
+    Without `is_plain`, texts may hold every character, and numbers 4,300 digits, as in files of models. A tokenizer
+    without a limit has a model_max_length of 31 digits.
     Raises UnreadableTextError, also for a file that cannot be read.
     """
     name = name or (str(source) if isinstance(source, Path) else "The JSON text")
     text = read_text(source, name, max_bytes)
     try:
         value = json.loads(text)
-        check_value(value)
+        if is_plain:
+            check_value(value)
+        elif is_too_deep(value):
+            raise TooMuch(TOO_DEEP)
     except TooMuch as error:
         raise UnreadableTextError(name, str(error)) from error
     except RecursionError as error:

@@ -5,13 +5,13 @@ The launcher reads each once a host. From there a value is passed on in environm
 processes that use it.
 """
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from pydantic import SecretStr
 
+from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.redaction import note_secrets
 
@@ -140,11 +140,13 @@ def explain_refusal(error: Exception, service: str, region: str) -> str:
 def choose_value(text: str, arn: str, name: str, variable: str) -> str:
     """Return the text of a secret. In a JSON object it is the value with the variable's name, or the only value.
 
-    Raises UserError where an object has neither.
+    Raises UserError where an object has neither, or cannot be read.
     """
     try:
-        fields: Any = json.loads(text)
-    except ValueError:
+        fields: Any = read_json(text)
+    except UnreadableTextError as error:
+        if text.lstrip().startswith("{"):  # no token begins like an object
+            raise UserError(f"{name} refers to {arn}, a JSON object that {error.reason}: write it again.") from error
         fields = None
     if not isinstance(fields, dict):
         return text.strip()

@@ -112,7 +112,7 @@ def read_stated_licence(card: Path) -> dict[str, str]:
     nodes: list[str | None] = []  # of the topmost mapping: key, value, key, value; None for what is no text
     depth = 0
     try:
-        for event in yaml.parse(re.split(r"^---\s*$", text, maxsplit=1, flags=re.MULTILINE)[0], yaml.SafeLoader):
+        for event in yaml.parse(re.split(r"^---\s*$", text, maxsplit=1, flags=re.MULTILINE)[0], yaml.CSafeLoader):
             if depth == 1 and isinstance(event, yaml.NodeEvent):
                 nodes.append(getattr(event, "value", None))
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

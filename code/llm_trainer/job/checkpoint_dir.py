@@ -16,6 +16,7 @@ from typing import Any
 
 import xxhash
 
+from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
 from llm_trainer.common.files import is_inner_path, remove_leftover, remove_path, write_verbatim
 from llm_trainer.common.ranks import local_rank, local_world_size
 
@@ -130,10 +131,27 @@ def read_marker(checkpoint: Path) -> Marker | None:
     One that names files outside its checkpoint is none: hosts write the files that it names.
     """
     try:
-        marker = Marker(**json.loads((checkpoint / MARKER).read_text(encoding="utf-8")))
-        return marker if all(is_inner_path(name) for name in marker.files) else None
-    except (OSError, ValueError, TypeError, RecursionError):
+        marker = Marker(**read_json(checkpoint / MARKER))
+    except (UnreadableTextError, TypeError):  # TypeError: other fields than a marker's, or no object
         return None
+    return marker if is_marker(marker) else None
+
+
+def is_marker(marker: Marker) -> bool:
+    """Tell whether the fields of a marker hold what they should, whoever wrote them."""
+    numbers = (marker.step, marker.num_tokens)
+    if not all(type(number) is int and number >= 0 for number in numbers) or type(marker.evaluation_due) is not bool:
+        return False
+    return isinstance(marker.run, dict) and isinstance(marker.files, dict) and all(map(is_file, marker.files.items()))
+
+
+def is_file(entry: tuple[str, Any]) -> bool:
+    """Tell whether an entry of a marker's files is a path inside of the checkpoint with a size and a digest."""
+    name, described = entry
+    if not is_inner_path(name) or not isinstance(described, list) or len(described) != 2:
+        return False
+    size, digest = described
+    return type(size) is int and size >= 0 and isinstance(digest, str)
 
 
 def agree_on_marker(checkpoint: Path, gather: Gather) -> Marker | None:

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from llm_trainer.common import log
+from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.redaction import hide_in
 
 LOCK = ".in-use.json"
 MAX_BYTES = 4096
+MAX_SECONDS = 2.0**32  # since the epoch, in the year 2106: others are no time of a job
 
 
 def lock_checkpoints(folder: Path, host: str) -> None:
@@ -84,7 +86,8 @@ def describe_use(folder: Path) -> str:
     owner = read_owner(folder / LOCK)
     name = f"job {owner['job']!r}" if owner.get("job") else "another job"
     seconds = owner.get("since")
-    since = time.strftime(" since %Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds)) if isinstance(seconds, float) else ""
+    is_time = isinstance(seconds, float) and 0 <= seconds < MAX_SECONDS
+    since = time.strftime(" since %Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds)) if is_time else ""
     return (
         f"checkpoint_dir={str(folder)!r} is in use by {name} (host {owner.get('host', 'unknown')}, "
         f"process {owner.get('process', 'unknown')}){since}, and two jobs would delete each other's checkpoints: "
@@ -96,7 +99,7 @@ def read_owner(file: Path) -> dict[str, Any]:
     """Return what a lock's file tells of its holder, and nothing where it cannot be read."""
     try:
         with file.open("rb") as stream:
-            owner = json.loads(stream.read(MAX_BYTES))
-    except (OSError, ValueError, RecursionError):
+            owner = read_json(stream.read(MAX_BYTES))
+    except (OSError, UnreadableTextError):
         return {}
     return owner if isinstance(owner, dict) else {}

@@ -52,14 +52,22 @@ def estimate_writes(settings: WriteSettings, inputs: Inputs, cache_dir: Path) ->
     folder = Path(inputs.model)
     is_known = bool(inputs.model) and folder.is_dir()  # the files of a Hub model come later
     shapes = list_shapes(folder) if is_known else []
-    weights_bytes = sum(file.stat().st_size for file in list_weights(folder)) if is_known else 0
+    weights_bytes = sum(map(measure_file, list_weights(folder))) if is_known else 0
     adapter_bytes = 4 * settings.adapter.lora_r * sum(sum(shape) for shape in shapes if len(shape) == 2)
     trained_bytes = adapter_bytes if settings.adapter.use_peft else 4 * sum(math.prod(shape) for shape in shapes)
     num_checkpoints = max(2, settings.training.save_total_limit or 2) + 1 if settings.training.use_checkpoints else 0
     writes_model = settings.output.merge_weights or not settings.adapter.use_peft
     sources = [source for source in (*inputs.train, *inputs.validation) if isinstance(source, FileSource)]
-    data_bytes = sum(file.stat().st_size for source in sources for file in source.files)
+    data_bytes = sum(measure_file(file) for source in sources for file in source.files)
     whole_bytes = max(weights_bytes, 2 * sum(map(math.prod, shapes)))  # written in 16 bits, where it was in 4
     yield "result", inputs.model_dir, whole_bytes if writes_model else adapter_bytes
     yield "checkpoints", inputs.checkpoint_dir, num_checkpoints * 3 * trained_bytes
     yield "tokenized data", cache_dir, 2 * data_bytes
+
+
+def measure_file(file: Path) -> int:
+    """Return a file's bytes; 0 where it cannot be reached, which whoever reads it tells of."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0

@@ -23,6 +23,7 @@ from llm_trainer.config.sections import ADDRESS, HUB_ID, METRIC_SCHEDULES, SECRE
 from llm_trainer.config.tracker_choice import find_idle_project
 from llm_trainer.host.write_probe import find_temp_problem, find_write_problem
 from llm_trainer.job.model_archive import find_archive
+from llm_trainer.job.model_objects import find_broken_objects
 from llm_trainer.job.model_place import locate_model
 from llm_trainer.job.objective import find_objective_problems, find_objective_warnings, read_objective
 from llm_trainer.job.output_places import find_place_problems, find_place_warnings
@@ -129,6 +130,7 @@ def check_model(model: str, needs_tokenizer: bool = True) -> Iterator[str]:
     if needs_tokenizer and not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         yield f"Model folder {folder} has no tokenizer ({TOKENIZER_FILES[0]}): put the tokenizer beside the weights."
     if not unreadable:
+        yield from find_broken_objects(folder)
         yield from check_config(folder / "config.json")
         yield from check_tokenizer(folder / TOKENIZER_FILES[0])
         yield from check_weights(folder)
@@ -145,18 +147,19 @@ def describe_unreadable(file: Path) -> str:
 
 
 def check_config(file: Path) -> Iterator[str]:
-    """Yield a sentence where a model's config.json is missing, unreadable or none."""
+    """Yield a sentence where a model's config.json is missing, a pointer, or another program's."""
     if not file.is_file():
         yield f"Model folder {file.parent} has no config.json: give the folder that holds the model's files itself."
     elif is_git_lfs_pointer(file):
         yield f"{file} {POINTER}"
     else:
         try:
-            config = read_json(file)
-        except UnreadableTextError as error:
-            yield f"{file} {error.reason}: download the model again."
+            config = read_json(file, is_plain=False)
+        except UnreadableTextError:  # told of with the other files
             return
-        if not isinstance(config, dict) or not config.keys() & {"model_type", "auto_map"}:  # a map to code of its own
+        if not isinstance(config, dict):
+            return
+        if not config.keys() & {"model_type", "auto_map"}:  # a map to code of its own
             yield f"{file} has no model_type: give the config.json of a Transformers model."
         elif config.get("transformers_weights"):
             yield (

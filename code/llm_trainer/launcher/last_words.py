@@ -29,7 +29,7 @@ def run_to_an_answer(run: Callable[[], int]) -> int:
     try:
         return run()
     except BaseException as error:  # whatever it is, SageMaker must learn of it
-        reason = explain_crash(error).reason
+        reason = explain_crash(error, "launcher").reason
         with contextlib.suppress(OSError):  # nobody reads the log any more
             log.error(reason)
         write_failure(output_dir, reason)
@@ -39,13 +39,16 @@ def run_to_an_answer(run: Callable[[], int]) -> int:
             (output_dir / ".failure").unlink(missing_ok=True)
 
 
-def explain_crash(error: BaseException) -> "Failure":
-    """Return the failure that an unforeseen exception means, after leaving its traceback in the log and in a file."""
-    who = "The launcher"
+def explain_crash(error: BaseException, program: str) -> "Failure":
+    """Return the failure that an unforeseen exception means, after leaving its traceback in the log and in a file.
+
+    `program` is the part of this package that it ended, such as "launcher".
+    """
+    who = f"The {program}"
     try:
         from llm_trainer.job.failure_reasons import explain, write_traceback
 
-        name = f"{os.uname().nodename}-launcher.txt"
+        name = f"{os.uname().nodename}-{program}.txt"
         log.error(write_traceback(error, find_base_dir() / "output" / "data" / "failures" / name))
         return explain(error, who, None)
     except BaseException:  # the package itself may be broken, or the memory gone

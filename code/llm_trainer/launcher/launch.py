@@ -94,7 +94,7 @@ def run_host(environment: Environment, arguments: Sequence[str], timeline: Timel
         try:
             return take_part(environment, arguments, timeline, link, stop)
         except Exception as error:  # the other hosts wait for this one, whatever befell it
-            failure = explain_crash(error)
+            failure = explain_crash(error, "launcher")
             link.publish(HostState("failed", link.state(link.own).attempt, failure))
             return failure
 
@@ -135,7 +135,7 @@ def prepare_host(
     except UserError as error:
         failed = Failure(str(error), "mistake", timeline.started)
     except Exception as error:  # told to the other hosts like a mistake: they wait for this one
-        failed = explain_crash(error)
+        failed = explain_crash(error, "launcher")
     timeline.mark("check")
     is_checked = job is not None and failed is None
     timeout = job.settings.parallelism.host_timeout_seconds if job and is_checked else INTRODUCTION_SECONDS

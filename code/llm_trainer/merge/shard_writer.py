@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from llm_trainer.common import log
+from llm_trainer.common.bounded_parsing import read_json
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.files import rename_durably, write_verbatim
 from llm_trainer.common.units import GIB, show_bytes
@@ -184,7 +185,7 @@ def claim_output(output: Path, made_from: dict[str, Any]) -> None:
             raise UserError(f"The output folder {output} is not empty ({sorted(others)[0]}): give a new or empty one.")
         record.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, made_from)
-    elif json.loads(record.read_text(encoding="utf-8")) != json.loads(json.dumps(made_from)):
+    elif read_json(record) != json.loads(json.dumps(made_from)):
         raise UserError(
             f"The output folder {output} holds an unfinished merge of another base or adapter, or with other options: "
             "remove the folder, or give another one."

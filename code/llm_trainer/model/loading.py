@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -26,10 +27,18 @@ from llm_trainer.common.ranks import run_on_local_rank_zero
 from llm_trainer.common.safetensors_files import list_weights, read_header
 from llm_trainer.config.sections import ModelSettings
 from llm_trainer.data.encoding import Vocabulary
+from llm_trainer.job.model_objects import find_broken_objects
 from llm_trainer.model.quantization import Quantization, find_stored_method, keep_trainable
 
 UNKNOWN_TYPE = re.compile(r"model type `(.+?)` but Transformers does not recognize")
 
+# What Transformers and PEFT raise for files of a model that hold other values than they expect.
+LOADING_ERRORS = (
+    *(OSError, ValueError, ImportError, SafetensorError, StrictDataclassError),
+    *(TypeError, AttributeError, LookupError, ArithmeticError, RecursionError),
+)
+# On the meta device, where no memory can run out, torch's own refusal of a shape is one of them.
+META_ERRORS = (*LOADING_ERRORS, RuntimeError)
 # Options of from_pretrained that a user may give, beside values of the model's config. Rules name the unsafe ones.
 LOADING_OPTIONS = frozenset(
     {"cache_dir", "disable_mmap", "experts_implementation", "force_download", "local_files_only", "proxies", "token"}
@@ -57,7 +66,10 @@ def fetch_model(model: str, settings: ModelSettings, scratch_dir: Path, with_wei
     with_weights = with_weights and settings.use_snapshot_download
 
     def download() -> None:
-        write_verbatim(place, download_model(model, settings.model_revision, with_weights))
+        folder = download_model(model, settings.model_revision, with_weights)
+        if broken := list(find_broken_objects(Path(folder))):
+            raise UserError(*broken)
+        write_verbatim(place, folder)
 
     run_on_local_rank_zero(scratch_dir / "model.done", download)
     return place.read_text(encoding="utf-8") if settings.use_snapshot_download else model
@@ -71,7 +83,7 @@ def read_config(model: str, settings: ModelSettings) -> PreTrainedConfig:
     try:
         options = {**build_source_options(settings), **(settings.model_init_kwargs or {})}
         config, unused = AutoConfig.from_pretrained(model, return_unused_kwargs=True, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(explain_failure(error, model, "config")) from error
     if unknown := sorted((settings.model_init_kwargs or {}).keys() & unused.keys() - LOADING_OPTIONS):
         raise UserError(
@@ -104,7 +116,7 @@ def build_skeleton(model: str, config: PreTrainedConfig, trust_remote_code: bool
     """Return the model without its weights, on the meta device. Raise UserError where its code cannot build it."""
     try:
         skeleton = build_on_meta(config, config.dtype, trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except META_ERRORS as error:
         raise UserError(explain_failure(error, model, "code")) from error
     check_output_layer(model, skeleton)
     return skeleton
@@ -143,7 +155,7 @@ def load_tokenizer(model: str, settings: ModelSettings) -> PreTrainedTokenizerBa
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, **build_source_options(settings))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the library behind it raises no narrower class
         raise UserError(explain_failure(error, model, "tokenizer")) from error
     if settings.chat_template_path:
         tokenizer.chat_template = read_chat_template(settings.chat_template_path)
@@ -174,7 +186,7 @@ def read_chat_template(path: str) -> str:
         if Path(path).is_file():
             return Path(path).read_text(encoding="utf-8")
         template = AutoTokenizer.from_pretrained(path).chat_template
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         refusal = find_refusal(error, f"chat_template_path={path!r}")
         raise UserError(refusal or f"chat_template_path={path!r} could not be read ({quote_error(error)}).") from error
     if not isinstance(template, str):
@@ -205,6 +217,8 @@ def find_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, revision: str 
         stop = GenerationConfig.from_pretrained(model, revision=revision or "main").eos_token_id
     except OSError:  # many models have no generation_config.json
         stop = None
+    except LOADING_ERRORS as error:
+        raise UserError(explain_failure(error, model, "generation_config.json")) from error
     stops = stop if isinstance(stop, list) else [stop] if stop is not None else []
     return frozenset([*stops, tokenizer.eos_token_id])
 
@@ -251,7 +265,7 @@ def load_model(
             arguments["quantization_config"] = options.quantization
         loaded, _ = load_whole(model, arguments)
         return keep_trainable(loaded)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(explain_failure(error, model, "weights")) from error
 
 
@@ -286,7 +300,7 @@ def check_fit(model: str, config: PreTrainedConfig, settings: ModelSettings) -> 
     options = {**build_source_options(settings), **(settings.model_init_kwargs or {})}
     try:
         skeleton, unexpected = load_whole(model, {**options, "device_map": {"": "meta"}, "use_safetensors": True})
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except META_ERRORS as error:
         raise UserError(explain_failure(error, model, "weights")) from error
     ignored = re.compile("|".join(skeleton._keys_to_ignore_on_load_unexpected or ["(?!)"]))
     names = {name for file in list_weights(Path(model)) for name in read_header(file)}

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llm_trainer.common import log
+from llm_trainer.common.bounded_parsing import read_json
 from llm_trainer.common.errors import quote_error
 from llm_trainer.common.files import remove_path, write_text
 
@@ -117,4 +118,4 @@ def read_object(file: Path) -> dict[str, Any]:
 
     Tokenizers without a limit have a model_max_length of 31 digits.
     """
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file, is_plain=False) if file.is_file() else {}

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llm_trainer.common import log
+from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
 from llm_trainer.common.files import write_verbatim
 
 RUN_FILE = "mlflow-run"  # in the scratch folder
@@ -29,9 +30,11 @@ def recall_run(folder: Path | None, tracker: str) -> RunIdentity | None:
     if folder is None:
         return None
     try:
-        return RunIdentity(**json.loads(name_identity_file(folder, tracker).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        identity = RunIdentity(**read_json(name_identity_file(folder, tracker)))
+    except (UnreadableTextError, TypeError):
         return None
+    is_sound = isinstance(identity.run_id, str) and isinstance(identity.started, int | float)
+    return identity if is_sound else None
 
 
 def remember_run(folder: Path | None, tracker: str, identity: RunIdentity) -> None:

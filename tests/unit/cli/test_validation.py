@@ -4,7 +4,7 @@
 import json
 import sys
 
-from llm_trainer.cli.validation import Validation, format_table, format_text, print_validation
+from llm_trainer.cli.validation import Validation, collect_findings, format_table, format_text, print_validation
 
 
 def build_validation(num_errors: int = 0) -> Validation:
@@ -65,6 +65,21 @@ def test_json_is_alone_on_standard_output(capsys):
     values = json.loads(output.out)
     assert (values["ok"], values["problems"], values["warnings"]) == (False, ["wrong 0"], ["slow"])
     assert output.err == "a library's word\n"
+
+
+def test_what_nobody_foresaw_is_the_last_finding(tmp_path, monkeypatch, capfd):
+    def examine(validation: Validation) -> None:
+        validation.add_findings("settings", "ok", ["3 given"])
+        raise KeyError("odd")
+
+    monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(tmp_path))
+    assert print_validation(lambda in_colour: collect_findings(examine), as_json=True) == 1
+    output = capfd.readouterr()
+    (problem,) = json.loads(output.out)["problems"]
+    assert problem.startswith("The check failed with KeyError: 'odd' (the traceback is in the log")
+    assert 'raise KeyError("odd")' in output.err
+    (traceback,) = (tmp_path / "output/data/failures").glob("*-check.txt")
+    assert "KeyError" in traceback.read_text()
 
 
 def test_text_has_colours_only_on_a_terminal(capsys, monkeypatch):

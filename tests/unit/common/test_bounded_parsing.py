@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.common.bounded_parsing import MAX_DEPTH, UnreadableTextError, read_json, read_yaml
+from support.hostile_files import LAUGHS
 
-LAUGHS = "a0: &a0 [ha, ha, ha, ha, ha, ha, ha, ha, ha]\n" + "".join(
-    f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 12)
-)
 MERGED_LAUGHS = "a0: &a0 {x: 1}\n" + "".join(
     f"a{level}: &a{level}\n  <<: [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 12)
 )

@@ -72,6 +72,14 @@ def test_another_json_object_is_refused_without_its_values(aws, fields):
     assert not any(str(value) in reason for value in fields.values())
 
 
+@pytest.mark.parametrize("text", ["{", '{"HF_TOKEN": "hf_secret"', '{"a":' * 5_000, '{"a": "hf_secret\\u0000"}'])
+def test_a_broken_json_object_is_no_token(aws, text):
+    aws.values[SECRET] = text
+    reason = refuse({"HF_TOKEN": SECRET})
+    assert f"HF_TOKEN refers to {SECRET}, a JSON object that " in reason
+    assert "hf_secret" not in reason
+
+
 def test_all_that_cannot_be_read_is_told_at_once_with_what_to_allow(aws):
     aws.refusals = {SECRET: "AccessDeniedException", PARAMETER: "AccessDeniedException"}
     reason = refuse({"HF_TOKEN": SECRET, "WANDB_API_KEY": OTHER}, Settings(hub_token=PARAMETER))

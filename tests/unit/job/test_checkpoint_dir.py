@@ -6,6 +6,7 @@ import json
 import pytest
 
 from llm_trainer.job import checkpoint_dir
+from support.hostile_files import HOSTILE
 
 RUN = {"seed": 42}
 
@@ -116,6 +117,40 @@ def test_a_list_that_names_files_outside_its_checkpoint_is_none(tmp_path, name):
     content = json.loads(marker.read_text())
     marker.write_text(json.dumps(content | {"files": content["files"] | {name: [1, "0"]}}))
     assert checkpoint_dir.find_newest(tmp_path)[0] == tmp_path / "checkpoint-1"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "2"},
+        {"step": None},
+        {"step": True},
+        {"num_tokens": -1},
+        {"evaluation_due": 1},
+        {"run": []},
+        {"files": ["optimizer.pt"]},
+        {"files": {"optimizer.pt": None}},
+        {"files": {"optimizer.pt": [1]}},
+        {"files": {"optimizer.pt": ["1", "0"]}},
+        {"files": {"optimizer.pt": [1, 0]}},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_marker_with_other_values_is_none(tmp_path, change):
+    write(tmp_path, 1)
+    marker = write(tmp_path, 2) / "complete.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | change))
+    assert checkpoint_dir.read_marker(marker.parent) is None
+    assert checkpoint_dir.find_newest(tmp_path)[0] == tmp_path / "checkpoint-1"
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_marker_is_none(tmp_path, content):
+    (write(tmp_path, 1) / "complete.json").write_bytes(content)
+    newest, (warning,) = checkpoint_dir.find_newest(tmp_path)
+    assert newest is None
+    assert "it has no readable complete.json" in warning
 
 
 def test_what_links_name_stays(tmp_path):

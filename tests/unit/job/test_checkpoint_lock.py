@@ -75,7 +75,9 @@ def test_a_job_that_ends_leaves_no_file(hold, tmp_path):
     assert find_other_job(tmp_path) is None
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff{", b"[" * 5000, b'{"since": "now"}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"\xff{", b"[" * 5000, b'{"since": "now"}', b'{"since": 1e300}', b'{"since": NaN}']
+)
 def test_a_file_that_tells_nothing_is_no_crash(hold, tmp_path, content):
     hold()
     (tmp_path / LOCK).write_bytes(content)

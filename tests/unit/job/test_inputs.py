@@ -106,7 +106,7 @@ def test_an_incomplete_model_folder_is_told(tree, inputs_of, removed, word):
     [
         ("config.json", "{", "config.json is not valid JSON (Expecting property name"),
         ("config.json", "{}", "config.json has no model_type"),
-        ("config.json", "[]", "config.json has no model_type"),
+        ("config.json", "[]", "config.json holds no JSON object"),
         ("config.json", GIT_LFS_POINTER, "config.json is a Git LFS pointer"),
         ("tokenizer.json", GIT_LFS_POINTER, "tokenizer.json is a Git LFS pointer"),
         ("model.safetensors", GIT_LFS_POINTER, "model.safetensors is a Git LFS pointer and not the weights: run"),

@@ -11,6 +11,7 @@ from llm_trainer.trackers.run_identity import (
     recall_run,
     remember_run,
 )
+from support.hostile_files import HOSTILE
 
 
 def test_a_resumed_job_recalls_each_trackers_run(tmp_path):
@@ -22,9 +23,17 @@ def test_a_resumed_job_recalls_each_trackers_run(tmp_path):
     assert sorted(file.name for file in folder.iterdir()) == ["tracked-run-mlflow.json", "tracked-run-wandb.json"]
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"run_id": "a", "started": 1, "newer": 2}'])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[1]", '{"run_id": "a", "started": 1, "newer": 2}', '{"run_id": 1, "started": "x"}']
+)
 def test_an_identity_that_cannot_be_read_is_none(tmp_path, content):
     (tmp_path / "tracked-run-mlflow.json").write_text(content)
+    assert recall_run(tmp_path, "mlflow") is None
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_identity_is_none(tmp_path, content):
+    (tmp_path / "tracked-run-mlflow.json").write_bytes(content)
     assert recall_run(tmp_path, "mlflow") is None
 
 

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's small files are read before a library has to, and a sentence names the one that cannot be."""
+
+import json
+import os
+
+import pytest
+
+from llm_trainer.job.model_objects import OBJECTS, TEMPLATE, find_broken_objects
+from support.hostile_files import HOSTILE, is_object
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_file_without_an_object_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    problems = list(find_broken_objects(tmp_path))
+    assert len(problems) == (0 if is_object(content) else 1)
+    assert all(problem.startswith(f"{tmp_path / name} ") for problem in problems)
+
+
+def test_a_template_is_text(tmp_path):
+    (tmp_path / TEMPLATE).write_text("{{ messages }}ü", encoding="utf-8")
+    assert list(find_broken_objects(tmp_path)) == []
+    (tmp_path / TEMPLATE).write_text("{{ messages }}ü", encoding="utf-16")
+    (problem,) = find_broken_objects(tmp_path)
+    assert problem.startswith(f"{tmp_path / TEMPLATE} is not UTF-8 text")
+
+
+def test_a_pipe_keeps_nobody_waiting(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer_config.json")
+    (problem,) = find_broken_objects(tmp_path)
+    assert "tokenizer_config.json is no regular file" in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", '{"model_max_length": 1000000000000000019884624838656}'),  # most models on the Hub
+        ("config.json", '{"model_type": "mamba2", "time_step_limit": [0.0, Infinity]}'),
+        ("special_tokens_map.json", r'{"eos_token": "\u0000", "unk_token": "\ud83d"}'),
+    ],
+)
+def test_what_models_on_the_hub_hold_is_taken(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert list(find_broken_objects(tmp_path)) == []
+
+
+@pytest.mark.parametrize("config", [{"num_hidden_layers": 10**30}, {"text_config": {"n_layer": 1e300}}])
+def test_layers_without_end_are_refused(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (problem,) = find_broken_objects(tmp_path)
+    assert "of more than 10,000: download the model again." in problem
