@@ -53,6 +53,15 @@ def test_tokens_take_twice_the_room_of_the_data(inputs):
     assert sizes(inputs)[2] == 2 * sum(file.stat().st_size for file in files)
 
 
+def test_a_file_that_goes_away_takes_no_room(inputs):
+    before = sizes(inputs)[2]
+    file = inputs.train[0].files[0]
+    num_bytes = file.stat().st_size
+    file.unlink()
+    file.symlink_to("/nowhere")
+    assert sizes(inputs)[2] == before - 2 * num_bytes
+
+
 def test_a_disk_without_room_for_the_job_is_told_with_numbers(inputs, tmp_path):
     (finding,) = inspect_disk_need(sections(use_peft=False), inputs, tmp_path)
     assert finding.verdict == "ok"
