@@ -169,7 +169,7 @@ def read_adapter_config(adapter: Path) -> LoraConfig:
     """Return PEFT's config of the adapter in a folder. Raise UserError for one that cannot be merged."""
     try:
         config = PeftConfig.from_pretrained(str(adapter))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise UserError(f"{adapter / 'adapter_config.json'} cannot be read: {quote_error(error)}.") from error
     if not isinstance(config, LoraConfig):
         raise UserError(f"The adapter in {adapter} is of type {config.peft_type}: only LoRA can be merged.")

@@ -12,6 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig
 
 from llm_trainer.common import log
+from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.ranks import local_rank, local_world_size, rank, world_size
 from llm_trainer.config.sections import AdapterSettings, DataSettings, ModelSettings, TrainingSettings
@@ -144,12 +145,25 @@ def check_named(checkpoint: Path, gather: Gather) -> Path:
     """
     has_marker = checkpoint_dir.agree_on_marker(checkpoint, gather) is not None
     fault = checkpoint_dir.find_fault(checkpoint, gather) if has_marker else None
-    if fault or not any(gather((checkpoint / TRAINER_STATE_NAME).is_file())):
+    state_faults = gather(find_state_fault(checkpoint))
+    if fault or None not in state_faults:
         raise UserError(
             f"resume_from_checkpoint={str(checkpoint)!r} is not a complete checkpoint "
-            f"({fault or f'it has no {TRAINER_STATE_NAME}'}): name another one, or leave it out to take the newest."
+            f"({fault or state_faults[0]}): name another one, or leave it out to take the newest."
         )
     return checkpoint
+
+
+def find_state_fault(checkpoint: Path) -> str | None:
+    """Return why the Trainer could not go on from its own record in a checkpoint; None where it can."""
+    file = checkpoint / TRAINER_STATE_NAME
+    if not file.is_file():
+        return f"it has no {TRAINER_STATE_NAME}"
+    try:
+        is_object = isinstance(read_json(file, is_plain=False), dict)
+    except UnreadableTextError as error:
+        return f"its {TRAINER_STATE_NAME} {error.reason}"
+    return None if is_object else f"its {TRAINER_STATE_NAME} holds no JSON object"
 
 
 def check_run(checkpoint: Path, marker: Marker | None, identity: dict[str, Any]) -> None:

@@ -84,6 +84,17 @@ def test_a_broken_one_is_refused_by_name(folder):
         choose(folder, resume_from_checkpoint=str(folder / "checkpoint-7"))
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[" * 100_000, "null", '{"global_step": 1'], ids=["empty", "deep", "null", "cut"]
+)
+def test_another_tools_state_that_cannot_be_read_is_refused(folder, content):
+    state = folder / "checkpoint-7/trainer_state.json"
+    state.parent.mkdir()
+    state.write_text(content)
+    with pytest.raises(UserError, match=r"is not a complete checkpoint \(its trainer_state.json (is|nests|holds) "):
+        choose(folder, resume_from_checkpoint=str(state.parent))
+
+
 def test_one_of_another_run_is_refused_with_what_differs(folder):
     differs = r"another run \(lora_r was 8 and is 4; rows a step was 16 and is 32\): change that back"
     with pytest.raises(UserError, match=differs):
