@@ -189,6 +189,24 @@ def test_a_job_is_one_run_with_all_that_was_measured(server, make_reporter):
     assert files == {"training_manifest.json", "report.html"}
 
 
+@pytest.mark.parametrize("kind", ["run", "experiment"])
+def test_what_was_deleted_on_a_server_is_told_as_that(server, make_reporter, kind):
+    client = MlflowClient(server.uri)
+    experiment = client.create_experiment(f"deleted {kind}")
+    if kind == "run":
+        run = client.create_run(experiment).info.run_id
+        client.delete_run(run)
+        variables, told = {"MLFLOW_RUN_ID": run}, f"the run MLFLOW_RUN_ID='{run}' has been deleted: restore it"
+    else:
+        client.delete_experiment(experiment)
+        variables, told = {}, "the experiment 'deleted experiment' has been deleted: restore it"
+    variables |= {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_EXPERIMENT_NAME": f"deleted {kind}"}
+    reporter = make_reporter("mlflow", **variables).start()
+    reporter.journal.write("job", **JOB)
+    reporter.wait_for(f"Warning: MLflow is left out: {told}")
+    assert "check its address" not in reporter.end()
+
+
 def test_what_a_server_missed_comes_when_it_is_back(tmp_path, make_reporter):
     server = MlflowServer(tmp_path).start()
     try:

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
-from urllib.parse import urlsplit
 
 from llm_trainer.common.metric_definitions import OBJECTIVES
 from llm_trainer.common.redaction import hide_secrets
@@ -18,11 +17,11 @@ from llm_trainer.config.secret_references import USED_FOR
 from llm_trainer.config.sections import ADDRESS, HUB_ID, MOVING_STARTS, AdapterSettings, ModelSettings
 from llm_trainer.config.sft_config_fields import read_snapshot
 from llm_trainer.config.tracker_choice import (
-    MLFLOW_SCHEMES,
     TRACKERS,
     choose_trackers,
     find_mlflow_uri,
     has_wandb_account,
+    is_mlflow_address,
     list_named_trackers,
 )
 from llm_trainer.config.tracker_names import find_refused_names
@@ -146,9 +145,9 @@ def names_tracker(settings: Settings, tracker: str) -> bool:
 
 
 def is_unknown_address(settings: Settings) -> bool:
-    """Tell whether MLflow's address has a scheme that MLflow does not know."""
+    """Tell whether MLflow's address is of no kind that MLflow or its plugin for SageMaker knows."""
     uri = find_mlflow_uri(settings.tracking)
-    return uri is not None and urlsplit(uri).scheme.partition("+")[0] not in MLFLOW_SCHEMES
+    return uri is not None and not is_mlflow_address(uri)
 
 
 def fill_address(settings: Settings) -> Iterator[dict[str, Any]]:
@@ -492,8 +491,9 @@ TRACKING_RULES = (
     Rule(
         ("mlflow_uri",),
         is_unknown_address,
-        "mlflow_uri={uri!r} begins with nothing that MLflow knows: give http(s)://, sqlite:///, a folder, or the ARN "
-        "of a SageMaker tracking server or MLflow app.",
+        "mlflow_uri={uri!r} is no address that MLflow knows: give http(s)://, sqlite:///, a folder, or the ARN of a "
+        "SageMaker tracking server or MLflow app (arn:aws:sagemaker:REGION:ACCOUNT:mlflow-tracking-server/NAME, or "
+        "mlflow-app/NAME).",
         fill_address,
     ),
     Rule(

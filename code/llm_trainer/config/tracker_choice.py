@@ -6,6 +6,7 @@ One process a job, the reporter, feeds the trackers. The workers never import on
 
 import netrc
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from llm_trainer.config.sections import OutputSettings, TrackingSettings
 
 TRACKERS = ("mlflow", "wandb", "tensorboard", "none")  # the image carries these
 MLFLOW_SCHEMES = ("", "file", "sqlite", "postgresql", "mysql", "mssql", "http", "https", "arn", "databricks")
+# Those that the pinned sagemaker-mlflow takes; it fails on others at its first request, some by an IndexError.
+MLFLOW_ARN = re.compile(r"arn:(aws|aws-us-gov):sagemaker:[\w-]+:\d+:(mlflow-tracking-server|mlflow-app)/[\w-]+")
 SQLITE, FILE = "sqlite:///", "file:"
 WANDB_HOST = "api.wandb.ai"
 # These import trackers wherever they are installed, once they are imported themselves.
@@ -56,6 +59,12 @@ def find_mlflow_uri(settings: TrackingSettings, variables: Mapping[str, str] = o
     if uri.startswith(FILE) and not uri.startswith(f"{FILE}/"):
         return f"{FILE}{Path(uri.removeprefix(FILE)).absolute()}"
     return uri
+
+
+def is_mlflow_address(uri: str) -> bool:
+    """Tell whether MLflow knows the scheme of an address, and SageMaker's plugin the kind of an ARN."""
+    scheme = urlsplit(uri).scheme.partition("+")[0]
+    return scheme in MLFLOW_SCHEMES and (scheme != "arn" or MLFLOW_ARN.fullmatch(uri) is not None)
 
 
 def has_wandb_account(settings: TrackingSettings, variables: Mapping[str, str] = os.environ) -> bool:

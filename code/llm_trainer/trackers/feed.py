@@ -25,8 +25,47 @@ RECORDS_A_BATCH = 100
 FIRST_WAIT_SECONDS = 2.0  # after a failure; doubled after each
 LONGEST_WAIT_SECONDS = 60.0
 LAST_ATTEMPTS = 3  # of a tracker that fails when the job is over
-REFUSAL = re.compile(r"40[13]|Unauthori[sz]ed|Forbidden|Denied|credential|expired|api.?key|authenti", re.IGNORECASE)
 FULL_DISK = re.compile(r"No space left|disk (is )?full|quota exceeded", re.IGNORECASE)
+UNREACHABLE = "check its address, and that the job's network leads there"
+
+
+def match_answer(numbers: str, words: str) -> re.Pattern[str]:
+    """Return the pattern of an answer by HTTP: its number, as libraries write it, or one of these words."""
+    return re.compile(
+        rf"(code|HTTP|status|error|failed|many):? ({numbers})\b|\b({numbers}) (Client|Server) Error|{words}", re.I
+    )
+
+
+# What the libraries say, and what to change. The first that fits counts.
+ADVICE = (
+    (FULL_DISK, "make room where it stores them"),
+    (re.compile(r"ProxyError|Tunnel connection failed"), UNREACHABLE),
+    (
+        re.compile(r"tracking server.*(not be found|not found|not exist|stopp|not active|inactive)", re.IGNORECASE),
+        "start that tracking server, or correct its ARN",
+    ),
+    (
+        match_answer("401|403", "Unauthori|not authori|Forbidden|Denied|credential|expired|api.?key|authenti"),
+        "give credentials that may write there",
+    ),
+    (re.compile(r"must be in (the )?'active'"), "restore what was deleted there"),
+    (
+        match_answer("404", "NOT_FOUND|DOES_NOT_EXIST|not in a valid JSON format"),
+        "check that its address leads to the tracker itself, and that nothing was deleted there",
+    ),
+    (
+        match_answer("429", "LIMIT_EXCEEDED|RESOURCE_EXHAUSTED|Throttl|too many requests"),
+        "it takes fewer requests than that: raise its limits if this lasts",
+    ),
+    (
+        match_answer("50[0-4]", "INTERNAL_ERROR|TEMPORARILY_UNAVAILABLE|DEADLINE_EXCEEDED"),
+        "it answers and fails: look into its own log",
+    ),
+    (
+        re.compile(r"certificate", re.IGNORECASE),
+        "give it a certificate that the image trusts, or the file of its authority in REQUESTS_CA_BUNDLE",
+    ),
+)
 
 
 class TrackerUsageError(Exception):
@@ -162,11 +201,8 @@ class Feed(threading.Thread):
 
 def choose_advice(error: Exception) -> str:
     """Return what to change, by what the libraries say about the error."""
-    text = " ".join(f"{type(cause).__name__} {cause}" for cause in walk_causes(error))
-    if FULL_DISK.search(text) or any(
-        isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in walk_causes(error)
-    ):
+    causes = list(walk_causes(error))
+    if any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in causes):
         return "make room where it stores them"
-    if REFUSAL.search(text):
-        return "give credentials that may write there"
-    return "check its address, and that the job's network leads there"
+    text = " ".join(f"{type(cause).__name__} {cause}" for cause in causes)
+    return next((advice for pattern, advice in ADVICE if pattern.search(text)), UNREACHABLE)

@@ -87,11 +87,21 @@ class MlflowTracker:
         known = recall_run(self.identity_dir, "mlflow")
         if given := os.environ.get("MLFLOW_RUN_ID"):
             with explain_absence(f"MLFLOW_RUN_ID={given!r} is no run of this server"):
-                run: Run | None = self.client.get_run(given)
+                run: Run | None = self.read_given_run(given)
         else:
             run = (self.read_run(known.run_id) if known else None) or self.search_run(job, experiment)
         if run is not None:
             self.client.update_run(run.info.run_id, status="RUNNING")
+        return run
+
+    def read_given_run(self, run_id: str) -> Run:
+        """Return the run that the user names. Raises TrackerUsageError where it has been deleted: it takes nothing."""
+        run: Run = self.client.get_run(run_id)
+        if run.info.lifecycle_stage != "active":
+            raise TrackerUsageError(
+                f"the run MLFLOW_RUN_ID={run_id!r} has been deleted: restore it (`mlflow runs restore --run-id "
+                f"{run_id}`), or leave MLFLOW_RUN_ID out"
+            )
         return run
 
     def read_run(self, run_id: str) -> Run | None:

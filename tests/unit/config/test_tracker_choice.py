@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from sagemaker_mlflow.exceptions import MlflowSageMakerException
+from sagemaker_mlflow.mlflow_sagemaker_helpers import SageMakerMLflowHostMetadataProvider
 
 from llm_trainer.config.checks import find_contradictions
 from llm_trainer.config.schema import Settings
@@ -52,7 +54,7 @@ def test_what_is_configured_is_on_unless_report_to_says_otherwise(given, variabl
         ({"report_to": "mlflow"}, "report_to='mlflow' without an address: give mlflow_uri"),
         ({"report_to": ["wandb"]}, "without a W&B key: give WANDB_API_KEY"),
         ({"report_to": "comet"}, "it must be among mlflow, wandb, tensorboard, none"),
-        ({"mlflow_uri": "htp://me:secret@host"}, "mlflow_uri='htp://***@host' begins with nothing that MLflow knows"),
+        ({"mlflow_uri": "htp://me:secret@host"}, "mlflow_uri='htp://***@host' is no address that MLflow knows"),
         ({"track_model": True}, "track_model=true without a tracker"),
     ],
 )
@@ -64,6 +66,31 @@ def test_what_cannot_be_tracked_is_told_before(given, part):
 @pytest.mark.parametrize("uri", ["mlruns", "file:///a", "sqlite:///a.db", "http://a:5000", "mysql+pymysql://a/b", ARN])
 def test_addresses_that_mlflow_takes_are_taken(uri):
     assert not list(find_contradictions(Settings(mlflow_uri=uri, report_to="mlflow")))
+
+
+@pytest.mark.parametrize(
+    "arn",
+    [
+        ARN,
+        "arn:aws-us-gov:sagemaker:us-gov-west-1:123456789012:mlflow-tracking-server/my-runs",
+        "arn:aws:sagemaker:eu-west-1:123456789012:mlflow-tracking-server",
+        "arn:aws:sagemaker:eu-west-1:123456789012:mlflow-tracking-server/",
+        "arn:aws:sagemaker:eu-west-1:123456789012:endpoint/a",
+        "arn:aws-cn:sagemaker:cn-north-1:123456789012:mlflow-app/a",
+        "arn:aws:s3:eu-west-1:123456789012:mlflow-app/a",
+        "arn:aws:sagemaker",
+    ],
+)
+def test_an_arn_is_taken_where_sagemakers_plugin_takes_it(arn):
+    host = SageMakerMLflowHostMetadataProvider()
+    try:
+        host.set_arn(arn)
+        host.construct_tracking_server_url()
+    except (MlflowSageMakerException, IndexError):
+        (problem,) = find_contradictions(Settings(mlflow_uri=arn))
+        assert problem.startswith(f"mlflow_uri={arn!r} is no address that MLflow knows: ")
+    else:
+        assert not list(find_contradictions(Settings(mlflow_uri=arn)))
 
 
 def test_a_project_without_a_key_is_told_and_a_netrc_is_a_key(tmp_path):

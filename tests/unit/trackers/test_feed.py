@@ -2,9 +2,13 @@
 """A tracker that fails now and then gets every record all the same, in order; and what the log says of it."""
 
 import errno
+import json
 import time
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.utils.rest_utils import verify_rest_response
+from requests import Response
 
 from llm_trainer.journal.journal import Journal
 from llm_trainer.trackers import feed
@@ -122,6 +126,22 @@ def test_nothing_of_an_earlier_job_is_sent(journal):
     assert steps_of(tracker) == list(range(10))
 
 
+INACTIVE = "The run 4031 must be in the 'active' state. Current state is deleted."
+
+
+def refuse(status, body):
+    """Return the error that MLflow's client raises for an answer of a server."""
+    response = Response()
+    response.status_code, response._content = status, body.encode()
+    with pytest.raises(MlflowException) as raised:
+        verify_rest_response(response, "/api/2.0/mlflow/runs/create")
+    return raised.value
+
+
+def refuse_as_json(**answer):
+    return refuse(400, json.dumps(answer))
+
+
 @pytest.mark.parametrize(
     ("error", "advice"),
     [
@@ -130,7 +150,23 @@ def test_nothing_of_an_earlier_job_is_sent(journal):
         (ValueError("failed with error code 403 != 200"), "give credentials"),
         (ValueError("An error occurred (ExpiredTokenException): The security token has expired"), "give credentials"),
         (ValueError("Unable to locate credentials"), "give credentials"),
-        (ConnectionError("Name or service not known"), "check its address"),
+        (ConnectionError("Name or service not known"), "check its address, and that the job's network"),
+        (ConnectionError("Max retries exceeded with url: /get?experiment_id=403 (port=401)"), "check its address, and"),
+        (ConnectionError("Tunnel connection failed: 403 Forbidden"), "check its address, and that the job's network"),
+        (refuse_as_json(error_code="PERMISSION_DENIED", message="Permission denied"), "give credentials"),
+        (refuse_as_json(message="User: arn:aws:sts::1:role/r is not authorized to perform"), "give credentials"),
+        (refuse(401, ""), "give credentials"),
+        (refuse(403, "Forbidden"), "give credentials"),
+        (refuse(404, "<html>Not here</html>"), "check that its address leads to the tracker itself"),
+        (refuse(200, "<html>Sign in</html>"), "check that its address leads to the tracker itself"),
+        (refuse_as_json(error_code="RESOURCE_DOES_NOT_EXIST", message="No run 'a'"), "check that its address leads to"),
+        (refuse_as_json(error_code="INVALID_PARAMETER_VALUE", message=INACTIVE), "restore what was deleted there"),
+        (refuse(404, "Tracking server could not be found"), "start that tracking server, or correct its ARN"),
+        (refuse(400, "Tracking Server a is currently in status Stopped"), "start that tracking server"),
+        (refuse(429, "slow down"), "it takes fewer requests"),
+        (refuse(503, "upstream is gone"), "it answers and fails: look into its own log"),
+        (refuse_as_json(error_code="INTERNAL_ERROR", message="database is locked"), "it answers and fails"),
+        (ConnectionError("SSL: CERTIFICATE_VERIFY_FAILED self-signed certificate"), "give it a certificate"),
     ],
 )
 def test_the_advice_fits_the_error(error, advice):

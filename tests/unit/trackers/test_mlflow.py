@@ -5,6 +5,7 @@ import json
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.dbmodels.models import SqlExperiment, SqlRun
 from mlflow.utils import validation
@@ -71,6 +72,7 @@ def store(tmp_path_factory):
     uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
     client = MlflowClient(uri)
     client.delete_experiment(client.create_experiment("gone", "file:///nowhere"))
+    client.delete_run(client.create_run("0", tags={"mlflow.runName": "gone"}).info.run_id)
     return uri
 
 
@@ -86,6 +88,14 @@ def begin(store, tmp_path, monkeypatch):
         return MlflowTracker(None, tmp_path).begin(job)
 
     return start
+
+
+@pytest.mark.long
+def test_a_run_that_has_been_deleted_is_told_as_that(begin, store):
+    (run,) = MlflowClient(store).search_runs(["0"], run_view_type=ViewType.DELETED_ONLY)
+    sentence = rf"the run MLFLOW_RUN_ID='{run.info.run_id}' has been deleted: restore it \(.*\), or leave MLFLOW_RUN_ID"
+    with pytest.raises(TrackerUsageError, match=sentence):
+        begin(MLFLOW_RUN_ID=run.info.run_id)
 
 
 @pytest.mark.long
