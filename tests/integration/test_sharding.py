@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """FSDP2 over CPU ranks learns what one process would have, saves shards, resumes on other ranks, exports it whole."""
 
+import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from llm_trainer.config.rules import find_missing_package, updates_shards
 from llm_trainer.config.sft_config_fields import read_snapshot
 from support import sharded_optimizers
-from support.sagemaker_tree import metrics_of
+from support.sagemaker_tree import ROWS, metrics_of
 
 # Eight rows a step on any number of ranks. Float32, and sums in another order: 1e-6 was seen of losses around 5.
 pytestmark = pytest.mark.long
@@ -102,6 +104,28 @@ def test_whole_weights_stopped_on_four_ranks_go_on_with_two(make_job, start):
     assert len(metrics_of(log, "train_loss")) == sharded.manifest["total_steps"] - step
     assert_same_weights(sharded, alone)
     assert torch.allclose(logits_of(sharded, AutoModelForCausalLM), logits_of(alone, AutoModelForCausalLM), atol=1e-3)
+
+
+@pytest.mark.parametrize("distribution", ["ddp", "fsdp"])
+def test_a_stop_within_a_long_step_is_agreed_on_by_two_ranks(make_job, start, distribution):
+    batches = 200
+    options = {"distribution": distribution, "per_device_train_batch_size": "1", "lora_dropout": "0.3"}
+    options |= {"gradient_accumulation_steps": str(batches), "save_steps": "100", "max_steps": "3"}
+    stopped, whole = make_job(2, **options), make_job(2, **options)
+    for tree in (stopped, whole):
+        tree.write("input/data/train/train.jsonl", "".join(f"{json.dumps(row)}\n" for row in ROWS) * 40)
+    job = start(stopped)
+    job.wait_for("step=1;")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 0, job.log
+    (told,) = re.findall(r"The stop came within step (\d), after (\d+) of its batches: the next start begins", job.log)
+    assert int(told[1]) < batches - 1
+    assert stopped.checkpoints == [int(told[0]) - 1] == [stopped.manifest["num_steps"]]
+    log = run(stopped)
+    assert metrics_of(log, "step")[0] == int(told[0])
+    assert stopped.manifest["num_steps"] == 3
+    run(whole)
+    assert_same_weights(stopped, whole, tolerance=0)
 
 
 def test_a_quantized_base_is_sharded_and_trained_as_by_one_process(make_job):

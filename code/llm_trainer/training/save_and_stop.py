@@ -16,6 +16,7 @@ CHECKPOINTS_A_RUN = 10
 MAX_SECONDS_BETWEEN = 900.0  # so much work may be lost with a host that vanishes without a signal
 MAX_SAVING_SHARE = 0.05  # of the run's time
 
+UNKNOWN_STEP_SECONDS = 3600.0  # before the first step has ended it may be a long one
 GRACE_SECONDS = 120.0  # SageMaker kills a job so long after its signal
 MAX_WAITING_SHARE = 0.5  # of them; the rest is for the export
 BYTES_A_SECOND = 125e6  # of a checkpoint: what a gp3 volume takes by default
@@ -35,7 +36,7 @@ class SaveAndStop(TrainerCallback):
         self.num_batches, self.began_at = 0, time.monotonic()  # of the current step
         self.num_steps, self.has_warned = 0, False  # of this process
         self.saved_step, self.saved_at = 0, time.monotonic()
-        self.step_at, self.step_seconds = time.monotonic(), 0.0
+        self.step_at, self.step_seconds = time.monotonic(), UNKNOWN_STEP_SECONDS
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -62,7 +63,14 @@ class SaveAndStop(TrainerCallback):
             self.trainer.return_to_last_step()
             self.stop(control, evaluation_due=False)
             self.ends_within_step = self.trainer.run.saves_checkpoints and state.global_step > self.saved_step
-            log.info(f"The stop came within step {state.global_step + 1}: the next start begins it anew")
+            log.info(self.describe_return(state))
+
+    def describe_return(self, state: TrainerState) -> str:
+        """Return the sentence on a stop in the middle of a step: where it was, and what the next start has."""
+        sentence = f"The stop came within step {state.global_step + 1}, after {self.num_batches} of its batches: "
+        if state.global_step == 0:
+            return f"{sentence}nothing is trained yet, so there is no checkpoint, and the next start begins anew"
+        return f"{sentence}the next start begins it anew"
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Agree with all ranks on a save and a stop after this step."""

@@ -87,6 +87,25 @@ def test_a_stop_saves_at_once_and_leaves_the_evaluation_to_the_next_run(make):
     assert not control.should_save
 
 
+@pytest.mark.parametrize(("evaluates_first", "step"), [(False, 0), (False, 3), (True, 3)])
+def test_a_stop_is_looked_for_after_every_batch_of_a_first_step(make, capfd, evaluates_first, step):
+    """Nobody knows yet how long it takes: a first poll that told 0 seconds put off the second one to its end."""
+    run, control = make(), TrainerControl()
+    arguments = SimpleNamespace(gradient_accumulation_steps=64)
+    run.state.global_step = step
+    run.trainer.note_step_begin = run.trainer.return_to_last_step = lambda: None
+    if evaluates_first:
+        run.callback.on_prediction_step(None, run.state, control)
+    run.callback.on_step_begin(arguments, run.state, control)
+    for batch in range(1, 4):
+        run.request.made = batch == 3
+        run.callback.on_substep_end(arguments, run.state, control)
+        assert control.should_training_stop == (batch == 3)
+    has_none = "nothing is trained yet, so there is no checkpoint, and the next start begins anew"
+    told = has_none if step == 0 else "the next start begins it anew"
+    assert f"The stop came within step {step + 1}, after 3 of its batches: {told}" in capfd.readouterr().out
+
+
 def test_a_stop_ends_an_evaluation(make):
     run = make()
     run.callback.on_prediction_step(None, run.state, TrainerControl())
