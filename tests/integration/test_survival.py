@@ -225,8 +225,10 @@ def test_a_stop_breaks_off_the_push_of_a_result(make_job, start, tmp_path, tiny_
     job.wait_for("HOLDING")
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == 0, job.log
-    assert f"Warning: Left out, since the job was stopped: publishing {tree.base_dir / 'model'}." in job.log
+    told = f"Left out, since the job was stopped: publishing {tree.base_dir / 'model'}."
+    assert f"Warning: {told}" in job.log
     assert tree.manifest["export"]["proven"]
+    assert (tree.manifest["stopped"], tree.manifest["export"]["left_out"]) == (True, [told])
     assert "adapter_model.safetensors" in tree.model_files
     assert not hub.commits
 

@@ -30,7 +30,7 @@ from llm_trainer.export.publish import Artefacts, advise_compression, publish
 from llm_trainer.export.result import TrainingResult
 from llm_trainer.export.verify import prove_merged, prove_trained
 from llm_trainer.job.failure_reasons import is_shortage
-from llm_trainer.journal.manifest import ADAPTER, MANIFEST, Manifest
+from llm_trainer.journal.manifest import ADAPTER, MANIFEST, Manifest, read_manifest
 from llm_trainer.journal.records import SCHEMA_VERSION
 from llm_trainer.merge.merge import write_merged_model
 from llm_trainer.merge.plan import MergeRequest
@@ -138,6 +138,19 @@ def publish_result(trained: TrainingResult) -> None:
     if settings.output.push_to_hub or settings.output.mlflow_register_model:
         artefacts = Artefacts(model_dir, trained.architecture, trained.base, list_tokenizer_files(model_dir))
         trained.watch.attempt(f"publishing {model_dir}", lambda: publish(settings.output, settings.tracking, artefacts))
+        if trained.watch.left_out:
+            record_left_out(model_dir, trained.watch.left_out)
+
+
+def record_left_out(model_dir: Path, left_out: list[str]) -> None:
+    """Tell a result's manifests what a stop has left out since they were written. `left_out` are sentences."""
+    for folder in (model_dir, model_dir / ADAPTER):
+        if (folder / MANIFEST).is_file():
+            with warn_of_failure(MANIFEST, folder):
+                manifest = read_manifest(folder)
+                manifest["stopped"] = True
+                manifest["export"]["left_out"] = left_out
+                write_json(folder / MANIFEST, manifest)
 
 
 def save_weights(trained: TrainingResult, folder: Path) -> None:

@@ -42,6 +42,13 @@ OVER_QUOTA = re.compile(r"Disk quota exceeded")
 FAILED_WRITE = re.compile(r"inline_container|PytorchStreamWriter|iostream error")  # torch.save does not say why
 LOST_LOADER = re.compile(r"DataLoader worker .* exited unexpectedly")  # what it says if it noticed before the signal
 OLD_DRIVER = re.compile(r"driver on your system is too old|driver version is insufficient")
+FOREIGN_GPU = re.compile(r"no kernel image is available")
+BROKEN_GPU = re.compile(
+    r"uncorrectable (ECC|NVLink) error|fallen off the bus|GPU is lost|hardware stack error|unspecified launch failure"
+)
+BAD_INDEX = re.compile(r"device-side assert triggered")
+FEW_FILES = re.compile(r"Too many open files")
+FEW_THREADS = re.compile(r"can't start new thread|pthread_create")
 GLOO = re.compile(r"/gloo/|monitoredBarrier|Gloo connect")  # its errors are plain RuntimeErrors
 OWN_NCCL_ERROR = re.compile(r"ncclInvalid|ncclUnhandledCudaError")
 
@@ -53,8 +60,28 @@ SMALL_SHARED_MEMORY = (
 SAVE_HOST_MEMORY = (
     "use an instance with more memory, or fewer processes (nproc_per_node, dataloader_num_workers) on this one."
 )
+SAVE_LIMIT = "lower dataloader_num_workers, or raise the limit"
+GPU_ADVICE: tuple[tuple[re.Pattern[str], Kind, str], ...] = (
+    (
+        FOREIGN_GPU,
+        "mistake",
+        "found a GPU that the image's CUDA code is not made for: use another instance type, or an image for this GPU.",
+    ),
+    (
+        BROKEN_GPU,
+        "fault",
+        "lost its GPU, whose hardware or driver failed: start the job again, and it goes on from its checkpoint; "
+        "where the same host fails again, tell AWS's support.",
+    ),
+    (
+        BAD_INDEX,
+        "fault",
+        "had an index out of range on the GPU, such as a token that the model has no embedding for: the log above "
+        "names the place; check that tokenizer and model belong together.",
+    ),
+)
 UPDATE_DRIVER = "use a newer instance type or AMI, or an image for an older CUDA."
-DEATHS = {
+DEATHS: dict[int, str] = {
     signal.SIGKILL: f"most likely because the host ran out of memory: {SAVE_HOST_MEMORY}",
     signal.SIGBUS: f"most likely because it {SMALL_SHARED_MEMORY}",
     signal.SIGABRT: "by a library's own check or, after ddp_timeout, by NCCL's watchdog: the log holds its last lines.",
@@ -130,11 +157,25 @@ def diagnose_surroundings(error: BaseException, text: str, facts: JobFacts | Non
     """Return the sentence for the GPU's driver, the network, or another rank."""
     if OLD_DRIVER.search(text):
         return "mistake", f"found an NVIDIA driver that is older than the image's CUDA: {UPDATE_DRIVER}"
+    for pattern, kind, sentence in GPU_ADVICE:
+        if pattern.search(text):
+            return kind, sentence
+    if limit := find_process_limit(text):
+        return "mistake", limit
     refusal = find_refusal(error, "a file that it asked for")
     if refusal:
         return "mistake", f"got no answer of use from the network: {refusal}"
     if is_peer_lost(error, text):
         return "peer", describe_lost_peer(error, facts)
+    return None
+
+
+def find_process_limit(text: str) -> str | None:
+    """Return the end of a sentence on a limit of the container that was reached, and on what to change."""
+    if FEW_FILES.search(text):
+        return f"ran out of open files: {SAVE_LIMIT} (docker run --ulimit nofile=1048576)."
+    if FEW_THREADS.search(text):
+        return f"ran out of processes or threads: {SAVE_LIMIT} (docker run --pids-limit=-1)."
     return None
 
 
@@ -150,9 +191,10 @@ def explain_death(who: str, exit_code: int, timestamp: float) -> Failure:
     # When one rank is gone, NCCL's watchdog aborts those that wait for it, and torchrun terminates the others.
     kind: Kind = "peer" if exit_code in (-signal.SIGABRT, -signal.SIGTERM) else "fault"
     if exit_code < 0:
-        killer = signal.Signals(-exit_code)
-        name = "signal 9" if killer is signal.SIGKILL else killer.name
-        reason = f"{who} was killed by {name}, {DEATHS.get(killer, 'the log holds its last lines.')}"
+        number = -exit_code
+        has_name = number in list(signal.Signals) and number != signal.SIGKILL  # most real-time signals have none
+        name = signal.Signals(number).name if has_name else f"signal {number}"
+        reason = f"{who} was killed by {name}, {DEATHS.get(number, 'the log holds its last lines.')}"
     else:
         reason = f"{who} ended with exit code {exit_code}: its error is in the log above."
     return Failure(reason, kind, timestamp)

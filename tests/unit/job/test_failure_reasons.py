@@ -427,6 +427,39 @@ def test_an_old_driver(text):
     assert "found an NVIDIA driver that is older than the image's CUDA: use a newer instance type" in failure.reason
 
 
+# The GPU, and the limits of the container
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "sentence"),
+    [
+        ("CUDA error: no kernel image is available for execution on the device", "mistake", "found a GPU that the"),
+        ("CUDA error: uncorrectable ECC error encountered", "fault", "lost its GPU, whose hardware or driver failed"),
+        ("CUDA error: unspecified launch failure\nCUDA kernel errors might", "fault", "lost its GPU, whose hardware"),
+        ("CUDA error: device-side assert triggered", "fault", "had an index out of range on the GPU"),
+        ("ncclUnhandledCudaError: \nCuda failure 214 'uncorrectable ECC error'", "fault", "lost its GPU"),
+        ("can't start new thread", "mistake", "ran out of processes or threads: lower dataloader_num_workers, or"),
+    ],
+)
+def test_a_gpu_that_fails_and_a_limit_that_is_reached(error, kind, sentence):
+    for failed in (RuntimeError(error), torch.distributed.DistBackendError(error)):
+        failure = told(failed)
+        assert (failure.kind, failure.reason.startswith(f"Rank 1 {sentence}")) == (kind, True), failure
+
+
+def test_too_many_open_files(tmp_path):
+    program = """
+import resource, sys
+from llm_trainer.job.failure_reasons import explain
+resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
+try:
+    files = [open(sys.argv[1], "w") for _ in range(99)]
+except OSError as error:
+    print(explain(error, "Rank 1", None).reason)
+"""
+    assert run_python(program, tmp_path / "a").startswith("Rank 1 ran out of open files: lower dataloader_num_workers")
+
+
 # Everything else
 
 
@@ -447,6 +480,7 @@ def test_an_error_without_a_text():
         (-signal.SIGBUS, "Rank 1 was killed by SIGBUS, most likely because it ran out of shared memory (/dev/shm)"),
         (-signal.SIGABRT, "Rank 1 was killed by SIGABRT, by a library's own check or, after ddp_timeout, by NCCL's"),
         (-signal.SIGSEGV, "Rank 1 was killed by SIGSEGV, the log holds its last lines."),
+        (-40, "Rank 1 was killed by signal 40, the log holds its last lines."),
         (3, "Rank 1 ended with exit code 3: its error is in the log above."),
     ],
 )
