@@ -22,7 +22,7 @@ from llm_trainer.host.findings import Verdict
 from llm_trainer.host.write_probe import find_write_problem
 from llm_trainer.job.checkpoint_lock import find_other_job
 from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
-from llm_trainer.job.inputs import Inputs, find_inputs, find_missing_weights, find_warnings
+from llm_trainer.job.inputs import Inputs, check_model, find_inputs, find_missing_weights, find_warnings
 from llm_trainer.job.job import Job, collect_settings
 from llm_trainer.job.model_objects import find_broken_objects
 from llm_trainer.launcher.user_script import names_a_script
@@ -209,7 +209,8 @@ def examine_structure(folder: str, config: "PreTrainedConfig", settings: Setting
     from llm_trainer.serving.limits import find_placement_refusals
 
     try:
-        check_fit(folder, config, settings.model)
+        if not any(check_model(folder)):  # else they are damaged, and told so among the inputs
+            check_fit(folder, config, settings.model)
         skeleton = build_skeleton(folder, config, settings.model.trust_remote_code)
         if not settings.adapter.use_peft:
             return

@@ -117,7 +117,7 @@ def holds_secret(name: Any, value: Any) -> bool:
 def is_secret_name(name: str) -> bool:
     """Tell whether a secret is what has this name: `hub_token`, `apiKey`, and not `pad_token` or `max_tokens`."""
     words = [word.lower() for word in WORD.findall(name)]
-    if not words or FACTS.fullmatch(words[-1]):
+    if not words or FACTS.fullmatch(words[-1]) or name == "PWD":  # the shell's working folder
         return False
     if any(map(SECRET_WORDS.fullmatch, words)):
         return True

@@ -21,6 +21,7 @@ NAMED = (
 UNNAMED = (
     *("tokens_per_second", "max_tokens", "max_new_tokens", "pad_token", "eos_token", "pad_token_id", "token_ids"),
     *("tokenizer", "num_tokens", "key", "sort_key", "AWS_SHARED_CREDENTIALS_FILE", "secret_arn", "hub_model_id"),
+    "PWD",  # the working folder, which a shell keeps there
 )
 
 

@@ -16,6 +16,7 @@ from pydantic import SecretStr
 
 from llm_trainer.config.load import read_settings
 from llm_trainer.config.plain_values import find_unusable_part
+from llm_trainer.config.rules import BEST_METRICS
 from llm_trainer.config.schema import FIELDS, list_plain_types, split_union
 from llm_trainer.config.tracker_choice import TRACKERS
 from support.environments import build_environment
@@ -48,6 +49,8 @@ def values_of(name: str) -> SearchStrategy[Any]:
     """Valid values of a setting, by its annotation and its bounds."""
     if name == "report_to":
         return st.sampled_from([*TRACKERS, None, ["mlflow", "wandb"]])
+    if name == "metric_for_best_model":
+        return st.sampled_from(BEST_METRICS)
     field = FIELDS[name]
     bounds = {key: getattr(rule, key) for rule in field.metadata for key in ("ge", "gt", "lt") if hasattr(rule, key)}
     values = st.one_of([values_of_type(part, bounds) for part in split_union(field.annotation)])
