@@ -221,7 +221,7 @@ def test_a_missing_template_is_told(tree, examine_tree):
 def test_a_tokenizer_that_cannot_be_read_is_told(tree, examine_tree):
     tree.write("input/data/model/tokenizer.json", "{")
     validation = examine_tree()
-    assert any("could not be loaded" in problem for problem in validation.list_texts("error"))
+    assert any("tokenizer.json is not valid JSON" in problem for problem in validation.list_texts("error"))
     assert not validation.reports
 
 

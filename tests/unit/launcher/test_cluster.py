@@ -176,7 +176,9 @@ def test_a_thousand_connections_keep_no_host_out(three, monkeypatch):
 
 
 def test_a_host_speaks_for_itself_alone_and_noise_is_passed_over(three):
-    hub, _, _ = three
+    hub, second, _ = three
+    second.publish(HostState("running"))
+    wait_until(lambda: hub.contacts[NAMES[1]].state.phase == "running")
     heard = []
     hub.accept_records(heard.append)
     with call(NAMES[1]) as line:
