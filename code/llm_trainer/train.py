@@ -16,20 +16,24 @@ from trl import SFTConfig
 
 from llm_trainer.common import log
 from llm_trainer.common.ranks import local_rank, rank, world_size
+from llm_trainer.common.safetensors_files import compute_sampled_digest
 from llm_trainer.config.schema import Settings, describe_settings
+from llm_trainer.config.sections import AdapterSettings
 from llm_trainer.data.datasets import Data, DataPlaces, load_data
 from llm_trainer.data.fingerprints import describe_split
 from llm_trainer.data.preview import log_data
 from llm_trainer.data.streaming import AUDITED_ROWS
 from llm_trainer.export.export import finish_result, place_result, publish_result, warn_of_failure
 from llm_trainer.export.logits_check import choose_check_rows, compute_logits
-from llm_trainer.export.manifest import TrainedRun, build_manifest, describe_weights
+from llm_trainer.export.manifest import Origin, TrainedRun, build_manifest, describe_weights
 from llm_trainer.export.result import ExportPlaces, ExportSettings, TrainingResult
 from llm_trainer.export.stop_watch import StopWatch
-from llm_trainer.job.job import Job
+from llm_trainer.job.earlier_adapter import describe_lineage
+from llm_trainer.job.inputs import Inputs
+from llm_trainer.job.job import Job, fetch_earlier_adapter
 from llm_trainer.job.start_gate import StartGate
 from llm_trainer.journal.timeline import Timeline
-from llm_trainer.model import loading, lora, lora_init
+from llm_trainer.model import adapter_file, loading, lora, lora_init
 from llm_trainer.model.device import find_device
 from llm_trainer.model.liger import apply_liger
 from llm_trainer.model.memory.fit import MemoryPlan, choose_memory_plan, describe_memory_plan, find_target
@@ -78,6 +82,7 @@ class Prepared:
     data: Data
     stop_request: StopRequest
     consensus: StopConsensus
+    origin: Origin
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +122,7 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     Raises UserError for what is wrong with settings, model or data.
     """
     disable_progress_bars()
-    context = Context(job, scratch_dir, timeline)
+    context = Context(fetch_earlier_adapter(job, scratch_dir), scratch_dir, timeline)
     prepared = prepare(context)
     planned = plan(context, prepared)
     built = build(context, prepared, planned)
@@ -151,7 +156,8 @@ def prepare(context: Context) -> Prepared:
     data = load_data(places, vocabulary, settings.data, settings.training)
     report_data(context, data, tokenizer)
     timeline.mark("data")
-    return Prepared(method, model_plan, tokenizer, data, stop_request, consensus)
+    origin = describe_origin(job, folder)
+    return Prepared(method, model_plan, tokenizer, data, stop_request, consensus, origin)
 
 
 def plan(context: Context, prepared: Prepared) -> Planned:
@@ -177,9 +183,7 @@ def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
     context.timeline.mark("model")
 
     packing, splits = pack_rows(context, prepared, planned, base)
-    train_report, sharded = prepared.data.reports["train"], planned.memory.sharded
-    sections = settings.model, settings.adapter, settings.data
-    identity = identify_run(RunParts(*sections, model_plan.folder, train_report, packing, sharded), planned.arguments)
+    identity = identify_run(describe_run_parts(context, prepared, packing, planned.memory.sharded), planned.arguments)
     checkpoint_dir = context.job.inputs.checkpoint_dir
     checkpoint = find_checkpoint(settings.training, checkpoint_dir, identity, consensus.group)
     context.timeline.mark("packing")
@@ -188,9 +192,7 @@ def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
     run_context = build_run_context(context, consensus, identity)
     patience = settings.training.early_stopping_patience if settings.training.early_stopping else None
     trainer = build_trainer(prepared.method, parts, run_context, patience)
-    if run_context.adapter_start is not None:
-        init = settings.adapter.init_lora_weights
-        lora_init.initialize_adapter(trainer.model, init, model_plan.folder, run_context.adapter_start)
+    give_first_values(trainer, settings.adapter, model_plan.folder)
     check_trained_loss(context, prepared, planned, trainer)
     add_callbacks(context, prepared, planned, trainer, peak)
     return Built(trainer, packing, checkpoint, peak)
@@ -204,7 +206,7 @@ def run(context: Context, prepared: Prepared, planned: Planned, built: Built) ->
     num_prompts = context.settings.tracking.sample_prompts
     answers = SampleAnswers(trainer, prepared.data, prepared.tokenizer, num_prompts, timeline)
     answers.before_training()
-    log.info(f"Resuming from {built.checkpoint}" if built.checkpoint else "Starting from the base model")
+    log.info(f"Resuming from {built.checkpoint}" if built.checkpoint else describe_beginning(context.job.inputs))
     if built.checkpoint and trainer.run.adapter_start:
         lora_init.restore_initial_adapter(built.checkpoint, trainer.model, trainer.run.adapter_start)
     if local_rank() == 0:
@@ -308,6 +310,30 @@ def pack_rows(
     return packing, splits
 
 
+def describe_run_parts(context: Context, prepared: Prepared, packing: Packing, sharded: bool) -> RunParts:
+    """Return the parts of the run's identity besides its training arguments."""
+    settings, lineage = context.settings, prepared.origin.lineage
+    return RunParts(
+        model=settings.model,
+        adapter=settings.adapter,
+        data=settings.data,
+        base=prepared.model_plan.folder,
+        train_report=prepared.data.reports["train"],
+        packing=packing,
+        sharded=sharded,
+        earlier_adapter=lineage[0]["sha256"] if lineage else None,
+    )
+
+
+def give_first_values(trainer: ResumableMixin, settings: AdapterSettings, base_folder: str) -> None:
+    """Give an adapter the values that it begins with, where these are not PEFT's. Every rank calls this."""
+    if trainer.run.adapter_start is not None:
+        init = settings.init_lora_weights
+        lora_init.initialize_adapter(trainer.model, init, base_folder, trainer.run.adapter_start)
+    if trainer.run.goes_on:
+        adapter_file.load_trained_values(trainer.model, settings)
+
+
 def check_trained_loss(context: Context, prepared: Prepared, planned: Planned, trainer: ResumableMixin) -> None:
     """Raise UserError for a model that the loss would train wrongly. LLM.int8() rounds a batch's tokens together."""
     if planned.memory.sharded or context.settings.model.load_in_8bit:
@@ -329,6 +355,7 @@ def build_run_context(context: Context, consensus: StopConsensus, identity: dict
         has_logging_interval=training.is_given("logging_steps"),
         loraplus_lr_ratio=adapter.loraplus_lr_ratio,
         adapter_start=lora_init.find_adapter_start(init, context.scratch_dir) if adapter.use_peft else None,
+        goes_on=bool(adapter.adapter_path),
     )
 
 
@@ -349,6 +376,7 @@ def describe_trained_run(context: Context, prepared: Prepared, built: Built, out
     """Return the run as its manifest describes it."""
     return TrainedRun(
         model=context.job.inputs.model,
+        origin=prepared.origin,
         settings=describe_settings(context.settings),
         streaming=context.settings.data.streaming,
         reports=prepared.data.reports,
@@ -357,6 +385,13 @@ def describe_trained_run(context: Context, prepared: Prepared, built: Built, out
         totals=outcome.totals,
         phase_seconds=context.timeline.seconds,
     )
+
+
+def describe_origin(job: Job, base_folder: str) -> Origin:
+    """Return what the training begins with, read while its files are there for sure."""
+    folder = job.settings.adapter.adapter_path
+    lineage = describe_lineage(job.inputs.adapter, Path(folder)) if folder else []
+    return Origin(compute_sampled_digest(Path(base_folder)), lineage)
 
 
 def collect_result(
@@ -392,6 +427,13 @@ def describe_run(trainer: ResumableMixin, packing: Packing) -> None:
         f"global batch {per_device * world_size() * accumulation} {packing.unit} "
         f"= {per_device} a device x {world_size()} devices x {accumulation} accumulation steps"
     )
+
+
+def describe_beginning(inputs: Inputs) -> str:
+    """Return a line for the log on what a new run begins with."""
+    if not inputs.adapter:
+        return "Starting from the base model"
+    return f"Starting from the adapter {inputs.adapter}, with a new optimizer"
 
 
 def describe_stop(trainer: ResumableMixin) -> None:

@@ -15,8 +15,9 @@ from llm_trainer.cli.validation import Validation, collect_findings, print_valid
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.environment import read_environment
 from llm_trainer.config.schema import Settings
+from llm_trainer.job.earlier_adapter import find_adapter
 from llm_trainer.job.inputs import Inputs, find_model
-from llm_trainer.job.job import collect_settings
+from llm_trainer.job.job import Job, collect_settings, fetch_earlier_adapter
 from llm_trainer.launcher.worker_processes import build_library_variables
 
 if TYPE_CHECKING:
@@ -44,11 +45,13 @@ def examine_loading(words: Sequence[str], validation: Validation) -> None:
         validation.add_findings("tree", "error", error.problems)
         return
     name, missing = find_model(settings.model, environment, needs_tokenizer=False)
-    if problems or missing:
-        validation.add_findings("settings", "error", [*problems, *missing])
+    adapter, faults = find_adapter(settings.adapter, environment)
+    if problems or missing or faults:
+        validation.add_findings("settings", "error", [*problems, *missing, *faults])
         return
+    inputs = Inputs(name, [], [], environment.model_dir, environment.model_dir, adapter)
     try:
-        planned = plan_loading(name, settings, environment.model_dir)
+        planned, settings = plan_loading(Job(environment, settings, inputs))
     except UserError as error:
         validation.add_findings("model", "error", error.problems)
         return
@@ -58,9 +61,12 @@ def examine_loading(words: Sequence[str], validation: Validation) -> None:
     examine_memory(planned.config, settings, environment, longest_row, validation)
 
 
-def plan_loading(name: str, settings: Settings, model_dir: Path) -> "ModelPlan":
-    """Return how the model, a folder or a Hub id, would be loaded. Raises UserError where it cannot be."""
-    inputs = Inputs(name, [], [], model_dir, model_dir)
+def plan_loading(job: Job) -> "tuple[ModelPlan, Settings]":
+    """Return how the model of a job would be loaded, and the settings with what an earlier adapter tells.
+
+    Raises UserError where it cannot be loaded.
+    """
+    settings, inputs = job.settings, job.inputs
     os.environ.update(build_library_variables(inputs, settings.model.chat_template_path, settings.output.push_to_hub))
     from llm_trainer.model import loading  # Transformers has to find the variables set
     from llm_trainer.model.device import find_device
@@ -68,8 +74,9 @@ def plan_loading(name: str, settings: Settings, model_dir: Path) -> "ModelPlan":
     from llm_trainer.model.precision import choose_precision
 
     with tempfile.TemporaryDirectory(prefix="llm-trainer-") as scratch_dir:
-        folder = loading.fetch_model(name, settings.model, Path(scratch_dir), with_weights=False)
+        settings = fetch_earlier_adapter(job, Path(scratch_dir)).settings
+        folder = loading.fetch_model(inputs.model, settings.model, Path(scratch_dir), with_weights=False)
         device = find_device(settings.parallelism.use_cpu)
         precision = choose_precision(settings.model, settings.adapter, device)
         sections = PlanSettings(settings.model, settings.adapter, settings.parallelism, settings.output)
-        return plan_model(folder, sections, device, precision)
+        return plan_model(folder, sections, device, precision), settings

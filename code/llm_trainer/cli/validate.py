@@ -23,7 +23,7 @@ from llm_trainer.host.write_probe import find_write_problem
 from llm_trainer.job.checkpoint_lock import find_other_job
 from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
 from llm_trainer.job.inputs import Inputs, check_model, find_inputs, find_missing_weights, find_warnings
-from llm_trainer.job.job import Job, collect_settings
+from llm_trainer.job.job import Job, collect_settings, fetch_earlier_adapter, take_over_adapter
 from llm_trainer.job.model_objects import find_broken_objects
 from llm_trainer.launcher.user_script import names_a_script
 from llm_trainer.launcher.worker_processes import build_library_variables
@@ -73,6 +73,8 @@ def examine_tree(words: Sequence[str], in_colour: bool, validation: Validation) 
         return
     settings = examine_settings(environment, words, validation)
     inputs = examine_inputs(settings, environment, validation)
+    job = take_over_adapter(Job(environment, settings, inputs))
+    settings = job.settings
     # A laptop says nothing of the GPUs that the job will have.
     verdict: Verdict = "error" if environment.num_gpus else "warning"
     validation.add_findings("machine", verdict, find_missing_hardware(settings, environment))
@@ -81,7 +83,7 @@ def examine_tree(words: Sequence[str], in_colour: bool, validation: Validation) 
     sections = WriteSettings(settings.adapter, settings.training, settings.output)
     validation.findings += inspect_disk_need(sections, inputs, Path(os.environ["LLM_TRAINER_CACHE"]))
     if inputs.model and inputs.train and not any(find_broken_objects(Path(inputs.model))):
-        examine_data(Job(environment, settings, inputs), validation, in_colour)
+        examine_data(job, validation, in_colour)
 
 
 def examine_settings(environment: Environment, words: Sequence[str], validation: Validation) -> Settings:
@@ -100,7 +102,8 @@ def examine_inputs(settings: Settings, environment: Environment, validation: Val
     inputs, problems = find_inputs(settings, environment, has_mistakes=bool(validation.list_texts("error")))
     validation.add_findings("inputs", "error", problems)
     if not problems:
-        validation.add_findings("inputs", "ok", [inputs.model])
+        adapter = [f"adapter to go on from: {inputs.adapter}"] if inputs.adapter else []
+        validation.add_findings("inputs", "ok", [inputs.model, *adapter])
         validation.add_findings("inputs", "ok", [source.describe() for source in (*inputs.train, *inputs.validation)])
     in_use = find_other_job(inputs.checkpoint_dir) if settings.training.use_checkpoints else None
     validation.add_findings("checkpoints", "error", [in_use] if in_use else [])
@@ -129,6 +132,7 @@ def examine_data(job: Job, validation: Validation, in_colour: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="llm-trainer-") as folder:
         rejected_rows = Path(output_dir / "data" if is_writable else folder) / "rejected_rows.jsonl"
         try:
+            job = fetch_earlier_adapter(job, Path(folder))
             examine_arguments(job, validation)
             prepared = prepare_data(job, Path(folder), rejected_rows, validation)
         except UserError as error:
@@ -204,6 +208,7 @@ def add_reports(splits: "Mapping[str, Split]", are_valid: bool, validation: Vali
 
 def examine_structure(folder: str, config: "PreTrainedConfig", settings: Settings, validation: Validation) -> None:
     """Add what keeps the model from being trained, and the adapter from being put on it or from being served."""
+    from llm_trainer.model.adapter_fit import check_earlier_adapter
     from llm_trainer.model.loading import build_skeleton, check_fit
     from llm_trainer.model.lora import build_lora_config
     from llm_trainer.serving.limits import find_placement_refusals
@@ -215,6 +220,9 @@ def examine_structure(folder: str, config: "PreTrainedConfig", settings: Setting
         if not settings.adapter.use_peft:
             return
         lora = build_lora_config(settings.model, settings.adapter, skeleton)
+        if settings.adapter.adapter_path:
+            line = check_earlier_adapter(folder, config, settings.model, settings.adapter)
+            validation.add_findings("adapter", "ok", [line])
     except UserError as error:
         validation.add_findings("model", "error", error.problems)
         return

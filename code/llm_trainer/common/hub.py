@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Hugging Face Hub: a model's files, patience with a busy Hub, and a clear sentence where it refuses."""
+"""The Hugging Face Hub: files of models and adapters, patience with a busy Hub, and a sentence where it refuses."""
 
 import glob
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +26,8 @@ from llm_trainer.common.activity_notes import note_activity
 from llm_trainer.common.errors import UserError, quote_error, walk_causes
 from llm_trainer.common.retry import Backoff
 from llm_trainer.common.safetensors_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
     SINGLE_FILE,
     check_weights,
     find_unasked_weights,
@@ -41,19 +44,46 @@ BUSY = (408, 429, 500, 502, 503, 504)
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True)
+class Repository:
+    """A repository of the Hub, and the settings and the channel by which a job asks for such a one."""
+
+    name: str
+    revision: str | None
+    setting: str = "model_id"
+    revision_setting: str = "model_revision"
+    channel: str = "model"
+
+    @property
+    def subject(self) -> str:
+        """The setting with its value, for a message."""
+        return f"{self.setting}={self.name!r}"
+
+
 def download_model(model: str, revision: str | None, with_weights: bool) -> str:
     """Download a model, and return the folder of its files in the cache.
 
     The small files come first. They tell which of the repository's weights are loaded: it may hold the same weights for
     other programs besides. Raises UserError when the Hub refuses, or the repository is not a plain base model.
     """
+    repository = Repository(model, revision)
     with note_activity("downloading the model", Path(constants.HF_HOME)):
-        folder = download_files(model, revision, SMALL_FILES)
-        if problems := list(find_unasked_weights(Path(folder), f"model_id={model!r}")):
+        folder = download_files(repository, SMALL_FILES)
+        if problems := list(find_unasked_weights(Path(folder), repository.subject)):
             raise UserError(*problems)
         if with_weights:
             download_weights(model, Path(folder))
     return folder
+
+
+def download_adapter(name: str, revision: str | None, others: list[str]) -> str:
+    """Download an adapter, and the files of these names beside it. Return their folder in the cache.
+
+    Raises UserError when the Hub refuses. Whether the repository holds an adapter is for the caller to judge.
+    """
+    repository = Repository(name, revision, "adapter_path", "adapter_revision", "adapter")
+    with note_activity("downloading the adapter", Path(constants.HF_HOME)):
+        return download_files(repository, [ADAPTER_CONFIG, ADAPTER_FILE, *others])
 
 
 def download_weights(model: str, folder: Path) -> None:
@@ -62,7 +92,8 @@ def download_weights(model: str, folder: Path) -> None:
         names = map_weights(folder) or {SINGLE_FILE: set()}
     except ValueError as error:
         raise UserError(str(error)) from error
-    download_files(model, folder.name, [glob.escape(name) for name in names])  # by the commit of the small files
+    by_commit = Repository(model, folder.name)  # of the small files
+    download_files(by_commit, [glob.escape(name) for name in names])
     if problems := list(check_weights(folder)):
         raise UserError(*problems)
     if not list_weights(folder):
@@ -72,16 +103,19 @@ def download_weights(model: str, folder: Path) -> None:
         )
 
 
-def download_files(model: str, revision: str | None, patterns: list[str]) -> str:
-    """Download the files of a model that match a pattern. Return the folder that stands for their commit in the cache.
+def download_files(repository: Repository, patterns: list[str]) -> str:
+    """Download the files that match a pattern. Return the folder that stands for their commit in the cache.
 
     huggingface_hub repeats some requests itself, five times within half a minute. It does not repeat the first one,
     which asks for the repository, nor a request for a file after a server error.
     """
     return retry_while_busy(
-        lambda: str(snapshot_download(model, revision=revision, allow_patterns=patterns)),
-        f"Downloading {model}",
-        lambda error: find_refusal(error, f"model_id={model!r}") or describe_outage(model, find_answer(error)),
+        lambda: str(snapshot_download(repository.name, revision=repository.revision, allow_patterns=patterns)),
+        f"Downloading {repository.name}",
+        lambda error: (
+            find_refusal(error, repository.subject, repository.revision_setting)
+            or describe_outage(repository, find_answer(error))
+        ),
     )
 
 
@@ -105,12 +139,12 @@ def retry_while_busy(action: Callable[[], Result], what: str, refuse: Callable[[
             time.sleep(seconds)
 
 
-def describe_outage(model: str, answer: BaseException) -> str:
+def describe_outage(repository: Repository, answer: BaseException) -> str:
     """Return the sentence on a Hub or network that stayed away."""
     way = "start the job again later" if isinstance(answer, HfHubHTTPError) else "give the container a network"
     return (
-        f"model_id={model!r} could not be downloaded ({quote_error(answer)}): {way}, or give the model's files as "
-        "channel 'model'."
+        f"{repository.subject} could not be downloaded ({quote_error(answer)}): {way}, or give the "
+        f"{repository.channel}'s files as channel '{repository.channel}'."
     )
 
 
@@ -137,7 +171,7 @@ def read_asked_wait(answer: BaseException) -> float:
     return int(seconds) if seconds.isdigit() else 0
 
 
-def find_refusal(error: BaseException, what: str) -> str | None:
+def find_refusal(error: BaseException, what: str, revision_setting: str = "model_revision") -> str | None:
     """Return the sentence for a refusal that would come again, else None. `what` is the setting with its value."""
     given = "the given token may not read it" if get_token() else "no token is given"
     permit = "give a token that may read it as HF_TOKEN in the job's Environment."
@@ -149,7 +183,7 @@ def find_refusal(error: BaseException, what: str) -> str | None:
         if is_unknown:
             return f"{what} is not on the Hugging Face Hub, or is private and {given}: check the name, and {permit}"
         if isinstance(link, RevisionNotFoundError):
-            return f"{what} has no such revision on the Hugging Face Hub: check model_revision."
+            return f"{what} has no such revision on the Hugging Face Hub: check {revision_setting}."
         if isinstance(link, HFValidationError):
             return f"{what} is neither a folder nor a Hugging Face Hub id: give one of them."
         if status in (401, 403):

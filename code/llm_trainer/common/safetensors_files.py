@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The weights of a model folder: which files Transformers loads, whether they are whole, and how large.
 
-Only the headers of .safetensors files are read, and pickled weights are never.
+Only the headers of .safetensors files are read, and some bytes to tell models apart. Pickled weights are never read.
 
 A file is 8 bytes with the header's length, the header, a JSON object of tensors, and the tensors' bytes.
 """
 
 import contextlib
+import hashlib
 import math
 import re
 from collections.abc import Iterator
@@ -18,12 +19,13 @@ from llm_trainer.common.files import is_inner_path
 
 SINGLE_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 # A folder with such a file is loaded by torch's distributed checkpointing, whatever else it holds.
 DISTRIBUTED_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec"
 MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"  # how the names of its tensors end
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+NUM_SAMPLES, SAMPLE_BYTES = 32, 4096  # of a model's matrices: enough to tell a fine-tuned copy from its base
 
 
 def list_weights(folder: Path) -> list[Path]:
@@ -65,8 +67,8 @@ def describe_adapter(adapter: Path, subject: str) -> str:
     """Return the sentence about an adapter's config where a base model is expected."""
     if (adapter.parent / "config.json").is_file():
         return (
-            f"{subject} also holds an adapter ({ADAPTER_CONFIG}), which would be loaded with the base unasked: to go "
-            f"on from it, merge it with `llm-trainer merge` and give the result; else remove {ADAPTER_CONFIG}."
+            f"{subject} also holds an adapter ({ADAPTER_CONFIG}), which would be loaded with the base unasked: remove "
+            "its files there, and give them as channel 'adapter' to go on from it."
         )
     try:
         base = read_json(adapter)["base_model_name_or_path"]
@@ -75,7 +77,7 @@ def describe_adapter(adapter: Path, subject: str) -> str:
     named = f" of {base!r}" if isinstance(base, str) and base else ""
     return (
         f"{subject} holds an adapter{named} and no model ({ADAPTER_CONFIG} without config.json): give its base as the "
-        "model, or merge both with `llm-trainer merge` and give the result."
+        "model, and the adapter as channel 'adapter' to go on from it."
     )
 
 
@@ -181,3 +183,32 @@ def unpack_shape(shape: list[int]) -> list[int]:
     """Return the [..., columns] numbers in MXFP4 blocks of [..., groups, bytes]: a byte holds two (OCP MX 1.0)."""
     *rows, groups, size_bytes = shape
     return [*rows, 2 * groups * size_bytes]
+
+
+def compute_sampled_digest(folder: Path) -> str | None:
+    """Return a digest of some bytes from the middle of matrices all over a model, None where none can be read.
+
+    Copies of a model have the same one, however their tensors are spread over files.
+    """
+    matrices: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for file in list_weights(folder):
+        with contextlib.suppress(ValueError, OSError):  # the check of the model tells of a file that cannot be read
+            header = read_header(file)
+            matrices |= {name: (file, tensor) for name, tensor in header.items() if len(tensor["shape"]) > 1}
+    names = sorted(matrices)
+    if not names:
+        return None
+    digest = hashlib.sha256()
+    for name in names[:: math.ceil(len(names) / NUM_SAMPLES)]:
+        file, tensor = matrices[name]
+        digest.update(f"{name} {tensor['dtype']} {tensor['shape']}".encode())
+        digest.update(read_middle(file, *tensor["data_offsets"]))
+    return digest.hexdigest()
+
+
+def read_middle(file: Path, start: int, end: int) -> bytes:
+    """Return some bytes from the middle of a tensor, which lies between these offsets behind the header."""
+    with file.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        stream.seek(8 + header_bytes + max(start, (start + end - SAMPLE_BYTES) // 2))
+        return stream.read(min(SAMPLE_BYTES, end - start))

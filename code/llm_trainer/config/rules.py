@@ -35,6 +35,7 @@ ADAPTER_CHOICES = (
     "use_dora",
     "init_lora_weights",
     "loraplus_lr_ratio",
+    "adapter_path",
 )
 # An adapter that began so cannot be told apart from its base once both are sharded.
 UNSHARDABLE_STARTS = (*MOVING_STARTS, "loftq")
@@ -345,6 +346,12 @@ PUBLISH_RULES = (
 
 ADAPTER_RULES = (
     *(refuse_without_adapter(name) for name in ADAPTER_CHOICES),
+    Rule(
+        ("adapter_revision", "adapter_path"),
+        lambda s: bool(s.adapter.adapter_revision) and not s.adapter.adapter_path,
+        "adapter_revision={adapter_revision!r} without adapter_path: it would do nothing; give the adapter's Hub id, "
+        "or remove it.",
+    ),
     Rule(
         ("use_dora", "init_lora_weights"),
         lambda s: (

@@ -25,6 +25,7 @@ AdapterInit = Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter
 ALIASES = {
     "MaxRuntimeInSeconds": "max_run_seconds",
     "activation_checkpointing": "gradient_checkpointing",
+    "adapter_name_or_path": "adapter_path",
     "dataset_name": "train_dataset_path",
     "dataset_text_field": "text_field",
     "dtype": "torch_dtype",
@@ -116,6 +117,11 @@ class Section(BaseModel):
     def value(self, name: str) -> Any:
         """Return the setting of that name."""
         return getattr(self, name)
+
+    def fill_in(self, **values: Any) -> Self:
+        """Return a copy with other values of some settings, which are checked already and do not count as given."""
+        filled = type(self).model_construct(_fields_set=set(self.model_fields_set), **{**dict(self), **values})
+        return cast(Self, filled)
 
     def replace(self, **values: Any) -> Self:
         """Return a copy with other values of some settings, which count as given."""
@@ -215,6 +221,14 @@ class AdapterSettings(Section):
     """The LoRA adapter that is trained."""
 
     use_peft: bool = Field(True, description="Train a LoRA adapter. false: fine-tune all weights.")
+    adapter_path: str | None = Field(
+        None,
+        description="Folder or Hub id of an adapter that the training goes on from. Rank, alpha and targets come from "
+        "it. Default: the folder of channel `adapter`, if there is one.",
+    )
+    adapter_revision: str | None = Field(
+        None, description="Branch, tag or commit of an adapter on the Hub. Default: its main branch."
+    )
     lora_r: int = Field(8, ge=1, description="Rank of the adapter.")
     lora_alpha: float = Field(16, gt=0, description="Scale of the adapter: its output is multiplied by alpha / rank.")
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on the adapter's input.")

@@ -21,10 +21,19 @@ from llm_trainer.training.resumable import ResumableMixin
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The weights that a run began with."""
+
+    base_digest: str | None  # of some bytes of the base's weights, where its files are in a folder
+    lineage: list[dict[str, Any]]  # the adapters that the training went on from, the newest first
+
+
+@dataclass(frozen=True)
 class TrainedRun:
     """Facts about a run for the manifest, besides those that its trainer knows."""
 
     model: str  # as the job names it
+    origin: Origin
     settings: dict[str, Any]  # without secrets
     streaming: bool
     reports: dict[str, DataReport]  # by split
@@ -41,6 +50,8 @@ def build_manifest(trainer: ResumableMixin, run: TrainedRun) -> Manifest:
         "llm_trainer": __version__,
         "training_job_name": os.environ.get("TRAINING_JOB_NAME"),
         "model": run.model,
+        "base_digest": run.origin.base_digest,
+        "lineage": run.origin.lineage,
         "settings": run.settings,
         "training_arguments": {
             name: getattr(trainer.args, name)

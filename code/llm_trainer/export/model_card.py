@@ -39,6 +39,7 @@ def build_model_card(folder: Path, manifest: Manifest, base_folder: Path, base: 
     parts = [
         f"# {quote_text(manifest['training_job_name'] or 'Fine-tuned model')}",
         describe_result(manifest, describe_base(base), is_adapter, licence),
+        *describe_lineage(manifest),
         "## Use",
         *describe_use(manifest, base, is_adapter, refusals),
         "## Data",
@@ -145,6 +146,19 @@ def describe_result(manifest: Manifest, base: str, is_adapter: bool, licence: di
         else "The base's licence was not found with its files."
     )
     return f"{kind} {base}{merged}; {trained}, by {REPOSITORY} {manifest['llm_trainer']}. {stopped}{terms}"
+
+
+def describe_lineage(manifest: Manifest) -> Iterator[str]:
+    """Yield a list of the adapters that the training went on from, the newest first."""
+    lines = []
+    for entry in manifest.get("lineage") or ():
+        told = [f"adapter {entry['adapter']}", f"sha256 {entry['sha256']}"]
+        told += [f"of job {job}"] if (job := entry.get("training_job_name")) else []
+        told += [f"{steps} steps"] if (steps := entry.get("num_steps")) else []
+        told += [f"on {base}"] if (base := entry.get("model")) else []
+        lines.append(f"- {quote_text(', '.join(told))}")
+    if lines:
+        yield "The training went on from these adapters, the newest first:\n\n" + "\n".join(lines)
 
 
 def describe_use(manifest: Manifest, base: BaseSource, is_adapter: bool, refusals: list[str]) -> Iterator[str]:

@@ -22,6 +22,7 @@ from llm_trainer.config.secret_references import is_reference
 from llm_trainer.config.sections import ADDRESS, HUB_ID, METRIC_SCHEDULES, SECRETS, ModelSettings, TrainingSettings
 from llm_trainer.config.tracker_choice import find_idle_project
 from llm_trainer.host.write_probe import find_temp_problem, find_write_problem
+from llm_trainer.job.earlier_adapter import find_adapter, find_base_warnings
 from llm_trainer.job.model_archive import find_archive
 from llm_trainer.job.model_objects import find_broken_objects
 from llm_trainer.job.model_place import locate_model
@@ -52,6 +53,7 @@ class Inputs:
     validation: list[Source]
     model_dir: Path
     checkpoint_dir: Path
+    adapter: str = ""  # the earlier one, a folder or a Hub id; "" for none
 
 
 def find_inputs(settings: Settings, environment: Environment, has_mistakes: bool = False) -> tuple[Inputs, list[str]]:
@@ -62,8 +64,10 @@ def find_inputs(settings: Settings, environment: Environment, has_mistakes: bool
     train, missing = find_train_sources(settings.data, environment)
     validation, missing_too = find_validation_sources(settings.data, environment)
     missing += missing_too
-    model, problems = find_model(settings.model, environment, unpacks=not (missing or has_mistakes))
-    problems += missing
+    unpacks = not (missing or has_mistakes)
+    model, problems = find_model(settings.model, environment, unpacks=unpacks)
+    adapter, adapter_problems = find_adapter(settings.adapter, environment, unpacks)
+    problems += adapter_problems + missing
     problems += check_evaluation(settings.training, has_validation=bool(validation))
     problems += find_objective_problems(read_objective(environment), settings.training, has_validation=bool(validation))
     inputs = Inputs(
@@ -74,6 +78,7 @@ def find_inputs(settings: Settings, environment: Environment, has_mistakes: bool
         checkpoint_dir=Path(settings.output.checkpoint_dir)
         if settings.output.checkpoint_dir
         else environment.checkpoint_dir,
+        adapter=adapter,
     )
     misplaced = list(find_place_problems(settings.output, environment))
     problems += misplaced or check_folders(inputs, environment.output_dir, settings.training.use_checkpoints)
@@ -225,12 +230,14 @@ def find_warnings(settings: Settings, environment: Environment, inputs: Inputs) 
     place = name_model(settings.model, environment)
     if inputs.model and inputs.model != place:
         yield f"the model is read from {inputs.model}, as {place} is no model's folder itself."
+    if os.path.isdir(inputs.adapter):
+        yield from find_base_warnings(Path(inputs.adapter), inputs.model, settings.model.model_revision)
     for source in (*inputs.train, *inputs.validation):
         if unread := find_unread_files(source):
             more = f" and {len(unread) - MAX_NAMED_FILES} more" if len(unread) > MAX_NAMED_FILES else ""
             yield f"{source.name} holds files that are not read: {', '.join(unread[:MAX_NAMED_FILES])}{more}"
     if unused := find_unused_channels(environment):
-        names = "train, train_..., validation or val, model and config"
+        names = "train, train_..., validation or val, model, adapter and config"
         yield f"nothing reads channel {', '.join(unused)}: a job reads {names}."
     for name in SECRETS:
         secret = settings.value(name)

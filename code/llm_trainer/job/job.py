@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checked job, read from the SageMaker tree and the command line."""
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from llm_trainer.common import log
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.checks import find_missing_hardware
 from llm_trainer.config.environment import Environment, read_environment
 from llm_trainer.config.load import read_settings
 from llm_trainer.config.schema import Settings
+from llm_trainer.job.earlier_adapter import fetch_adapter, find_base_warnings, take_over
 from llm_trainer.job.inputs import Inputs, find_inputs, find_missing_weights
 
 
@@ -33,7 +37,34 @@ def check_job(environment: Environment, arguments: Sequence[str]) -> Job:
     missing += [*find_missing_weights(inputs.model), *find_missing_hardware(settings, environment)]
     if problems or missing:
         raise UserError(*problems, *missing)
-    return Job(environment, settings, inputs)
+    return take_over_adapter(Job(environment, settings, inputs))
+
+
+def fetch_earlier_adapter(job: Job, scratch_dir: Path) -> Job:
+    """Return the job with what its earlier adapter tells, after downloading one that is on the Hub.
+
+    Raises UserError where it cannot be downloaded, or something is wrong with it.
+    """
+    if not job.inputs.adapter:
+        return job
+    folder = fetch_adapter(job.inputs.adapter, job.settings.adapter.adapter_revision, scratch_dir)
+    if folder != job.inputs.adapter:  # else the launcher has told so
+        for text in find_base_warnings(Path(folder), job.inputs.model, job.settings.model.model_revision):
+            log.warning(text)
+    return take_over_adapter(job, folder)
+
+
+def take_over_adapter(job: Job, folder: str | None = None) -> Job:
+    """Return the job with the rank, the targets and the rest that its earlier adapter tells.
+
+    `folder` is where the adapter was downloaded to. Without it, one that is on the Hub tells nothing yet.
+    Raises UserError for what is wrong with the adapter.
+    """
+    place = folder or job.inputs.adapter
+    if not place or not os.path.isdir(place):
+        return job
+    adapter = take_over(job.settings.adapter, place)
+    return replace(job, settings=job.settings.model_copy(update={"adapter": adapter}))
 
 
 def collect_settings(environment: Environment, arguments: Sequence[str]) -> tuple[Settings, list[str]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model in an archive: SageMaker packs what a job leaves into model.tar.gz, and a next job is given that.
+"""A model or an adapter in an archive: SageMaker packs what a job leaves into model.tar.gz, which a next job is given.
 
 It is unpacked once a host, below the folder for temporary files, which SageMaker puts on the job's volume. All
 processes of the host find it there.
@@ -31,9 +31,10 @@ DAMAGED = (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAEr
 
 
 def find_archive(place: Path) -> Path | None:
-    """Return the archive that a place is or holds, None where there is none. A folder with a model has none to read.
+    """Return the archive that a place is or holds, None where there is none to read.
 
-    Raises UserError for a folder with several, none of them SageMaker's.
+    That is so for a folder with a model or an adapter. Raises UserError for a folder with several archives, none of
+    them SageMaker's.
     """
     if os.path.isfile(place):
         return place if place.name.endswith(ENDINGS) else None
@@ -43,7 +44,7 @@ def find_archive(place: Path) -> Path | None:
     own = [file for file in archives if file.name == SAGEMAKER_ARCHIVE]
     if len(archives) > 1 and not own:
         names = ", ".join(file.name for file in archives[:3])
-        raise UserError(f"Model folder {place} holds {len(archives)} archives ({names}): leave one there.")
+        raise UserError(f"Folder {place} holds {len(archives)} archives ({names}): leave one there.")
     return next(iter(own or archives), None)
 
 

@@ -26,6 +26,8 @@ class Manifest(TypedDict, total=False):
     llm_trainer: str  # the version of this package
     training_job_name: str | None
     model: str
+    base_digest: str | None  # of some bytes of the base's weights
+    lineage: list[dict[str, Any]]  # the adapters that the training went on from, the newest first
     settings: dict[str, Any]  # without secrets
     training_arguments: dict[str, Any]  # those that decide the result, and are left to a default
     trainable_parameters: int

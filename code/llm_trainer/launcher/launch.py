@@ -262,6 +262,7 @@ def log_job(job: Job) -> None:
         f"Host {environment.current_host} ({environment.node_rank + 1} of {len(environment.hosts)}): "
         f"{environment.num_gpus} GPUs, {environment.num_cpus} CPU cores, {num_processes} worker processes",
         f"Model {inputs.model}",
+        *([f"Adapter to go on from: {inputs.adapter}"] if inputs.adapter else []),
         *(f"Training data: {source.describe()}" for source in inputs.train),
         *(f"Validation data: {source.describe()}" for source in inputs.validation),
         *(

@@ -7,32 +7,20 @@ DoRA (Liu et al. 2024, arXiv:2402.09353) has no such delta: PEFT's own layer mer
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
-from peft.utils import (
-    SAFETENSORS_WEIGHTS_NAME,
-    TrainableTokensWrapper,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft.utils import TrainableTokensWrapper
 from torch import nn
-from transformers import PreTrainedModel
 
-from llm_trainer.common.errors import UserError, quote_error
-from llm_trainer.common.safetensors_files import read_header
-from llm_trainer.config.sections import MOVING_STARTS
+from llm_trainer.common.errors import UserError
 from llm_trainer.merge.weight_layout import WeightLayout
 from llm_trainer.model.lora_init import ADAPTER
 
 MERGED_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant")
-BASE_CHANGING_STARTS = (*MOVING_STARTS, "corda", "lora_ga")
 
 
 class WeightDelta(Protocol):
@@ -125,81 +113,6 @@ class ConvertedDelta:
             rows = torch.zeros_like(parameters[each][first:end], dtype=torch.float32, device="cpu")
             values[each] = delta.add_to(rows, first, end) if delta else rows
         return weight.add_(self.layout.revert(values)[name])
-
-
-def attach_adapter(skeleton: PreTrainedModel, adapter: Path) -> PeftModel:
-    """Return the skeleton with the adapter of a folder, whose tensors are in float32.
-
-    Raise UserError when they do not fit each other, or the adapter holds numbers that are not finite.
-    """
-    config = read_adapter_config(adapter)
-    fill_with_placeholders(skeleton)
-    file = adapter / SAFETENSORS_WEIGHTS_NAME
-    try:
-        model = PeftModelForCausalLM(skeleton, config, ADAPTER, low_cpu_mem_usage=True)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"The adapter in {adapter} does not fit the base: {quote_error(error)}.") from error
-    shapes = {name: tuple(tensor.shape) for name, tensor in list_adapter_tensors(model).items()}
-    try:
-        weights = {name: tensor.float() for name, tensor in load_file(file).items()}
-        result = set_peft_model_state_dict(model, weights, ADAPTER, low_cpu_mem_usage=True)
-    except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
-        raise UserError(find_difference(file, shapes) or f"{file} does not fit: {quote_error(error)}.") from error
-    is_missing = any(parameter.is_meta for name, parameter in model.named_parameters())
-    if is_missing or result.unexpected_keys:
-        raise UserError(find_difference(file, shapes) or f"{file} does not fit the base: {result.unexpected_keys[:1]}.")
-    broken = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
-    if broken:
-        raise UserError(f"{file}: {broken} holds numbers that are not finite: the training diverged; train again.")
-    return model
-
-
-def fill_with_placeholders(skeleton: PreTrainedModel) -> None:
-    """Make each parameter a single number that looks like a tensor of the right shape.
-
-    On the meta device PEFT would move the adapter there, too.
-    """
-    for module in skeleton.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            placeholder = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
-            module.register_parameter(name, nn.Parameter(placeholder, requires_grad=False))
-
-
-def read_adapter_config(adapter: Path) -> LoraConfig:
-    """Return PEFT's config of the adapter in a folder. Raise UserError for one that cannot be merged."""
-    try:
-        config = PeftConfig.from_pretrained(str(adapter))
-    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        raise UserError(f"{adapter / 'adapter_config.json'} cannot be read: {quote_error(error)}.") from error
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"The adapter in {adapter} is of type {config.peft_type}: only LoRA can be merged.")
-    init = config.init_lora_weights
-    if isinstance(init, str) and init.startswith(BASE_CHANGING_STARTS):
-        raise UserError(
-            f"The adapter in {adapter} began with init_lora_weights={init} and belongs to a base that this changed: "
-            "save it with path_initial_model_for_weight_conversion, as PEFT calls it, or export it again here."
-        )
-    config.init_lora_weights, config.inference_mode = True, True  # the values come from the file
-    return config
-
-
-def list_adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Return the tensors that the adapter's file has to hold, by name."""
-    return get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-
-
-def find_difference(file: Path, expected: dict[str, tuple[int, ...]]) -> str | None:
-    """Return a sentence about the first tensor of the file that is not as this base needs it, or None."""
-    found = {name: tuple(tensor["shape"]) for name, tensor in read_header(file).items()}
-    fix = "give the base that the adapter was trained on."
-    for name, shape in found.items():
-        if name in expected and shape != expected[name]:
-            return f"{file}: {name} has shape {list(shape)}, and the base needs {list(expected[name])}: {fix}"
-    for name, shape in found.items():
-        if name not in expected and ".lora_" in name:
-            return f"{file}: {name} of shape {list(shape)} fits nothing in the base: {fix}"
-    missing = next((name for name in expected if name not in found), None)
-    return missing and f"{file} lacks {missing}, of shape {list(expected[missing])}: {fix}"
 
 
 def list_replaced(model: PeftModel) -> dict[str, torch.Tensor]:

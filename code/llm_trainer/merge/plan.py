@@ -18,6 +18,7 @@ from llm_trainer.merge.delta_mapping import map_deltas_to_tensors, split_tied_em
 from llm_trainer.merge.lora_deltas import WeightDelta
 from llm_trainer.merge.shard_writer import MergedShard, MergedTensor
 from llm_trainer.merge.weight_layout import WeightLayout
+from llm_trainer.model.adapter_file import attach_adapter
 from llm_trainer.model.loading import build_on_meta
 from llm_trainer.model.quantization import find_stored_method
 
@@ -56,7 +57,7 @@ def plan_merge(request: MergeRequest) -> MergePlan:
     check_shapes(request.base, layout)
     if request.quantization is not None:
         tensors |= {tensor.name: tensor for tensor in list_rounded(layout, tensors, request.quantization, dtype)}
-    model = lora_deltas.attach_adapter(build_skeleton(request), request.adapter)
+    model = attach_adapter(build_skeleton(request), request.adapter)
     deltas = dict(lora_deltas.list_deltas(model))
     replaced = lora_deltas.list_replaced(model)
     is_untied = split_tied_embeddings(layout, tensors, deltas, replaced)

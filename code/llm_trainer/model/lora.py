@@ -21,22 +21,27 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_trainer.common.errors import UserError, cut_quote, quote_error
 from llm_trainer.config.sections import MOVING_STARTS, AdapterSettings, ModelSettings
+from llm_trainer.model.adapter_file import build_trained_config
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output layer
 LINEAR = (nn.Linear, Conv1D)
 ADAPTABLE = (*LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # PEFT has LoRA layers for these
 DECOMPOSING = (*MOVING_STARTS, "loftq")  # these begin with a part of each matrix, or of its quantization error
 PROBED_ROWS, PROBED_TOKENS = 2, 8
+OTHER_TARGETS = "leave it out, or use target_modules=auto."  # what to do about a target that is refused
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def build_lora_config(
     model_settings: ModelSettings, settings: AdapterSettings, skeleton: PreTrainedModel
 ) -> LoraConfig:
-    """Return PEFT's config of the adapter. `skeleton` is the base model, with or without its weights.
+    """Return PEFT's config of the adapter: a new one, or the earlier one that `settings.adapter_path` names.
 
-    Raise UserError for targets that the model lacks, and for options that PEFT cannot apply to them.
+    `skeleton` is the base model, with or without its weights. Raise UserError for targets that the model lacks, and for
+    options that PEFT cannot apply to them.
     """
+    if settings.adapter_path:
+        return build_trained_config(settings)
     modules, parameters = choose_targets(model_settings, settings, skeleton)
     # PEFT's own LoftQ quantizes a whole base by itself. Ours (lora_init) begins on a quantized base.
     init = settings.init_lora_weights
@@ -288,11 +293,10 @@ def find_unsupported_options(config: LoraConfig, settings: AdapterSettings, mode
             )
 
 
-def find_refused_targets(config: LoraConfig, model: PreTrainedModel) -> Iterator[str]:
-    """Yield a sentence where a target is the output layer, or one that PEFT refuses."""
+def find_refused_targets(config: LoraConfig, model: PreTrainedModel, fix: str = OTHER_TARGETS) -> Iterator[str]:
+    """Yield a sentence, which ends in the fix, where a target is the output layer, or one that PEFT refuses."""
     targets = [(name, module) for name, module in model.named_modules() if is_target(config, name, module, model)]
     output = model.get_output_embeddings()
-    fix = "leave it out, or use target_modules=auto."
     if name := next((name for name, module in targets if module is output), None):
         yield (
             f"target_modules: {name} is the output layer, whose weights the loss reads without calling it, so that an "
@@ -306,7 +310,7 @@ def find_refused_targets(config: LoraConfig, model: PreTrainedModel) -> Iterator
     weights = {f"{name}.weight" for name, module in model.named_modules() if module is output}
     for target in config.target_parameters or ():
         if any(matches_end(name, target) for name in weights):
-            yield f"target_parameters: {target} is the output layer's weight, which takes no adapter: leave it out."
+            yield f"target_parameters: {target} is the output layer's weight, which takes no adapter: {fix}"
 
 
 def find_parameter_problems(parameters: list[str], settings: AdapterSettings) -> Iterator[str]:

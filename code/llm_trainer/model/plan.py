@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.sections import AdapterSettings, ModelSettings, OutputSettings, ParallelismSettings
+from llm_trainer.model.adapter_fit import check_earlier_adapter
 from llm_trainer.model.attention import AttentionChoice, choose_attention, find_faults, read_needs
 from llm_trainer.model.device import Device
 from llm_trainer.model.liger import LigerChoice, choose_liger, find_known_types
@@ -71,8 +72,10 @@ def plan_model(folder: str, settings: PlanSettings, device: Device, precision: P
     attention = choose_attention(read_needs(skeleton), asked, precision.compute, device, faults)
     liger = choose_liger(config, model_settings, device, find_known_types(device))
     lora = build_lora_config(model_settings, settings.adapter, skeleton) if settings.adapter.use_peft else None
+    goes_on = lora is not None and settings.adapter.adapter_path
+    start = [check_earlier_adapter(folder, config, model_settings, settings.adapter)] if goes_on else []
     plan = ModelPlan(folder, config, device, precision, quantization, attention, liger, lora)
-    reasons = [*describe_left_out(left_out), *describe_plan(plan, skeleton, settings.output.merge_weights)]
+    reasons = [*describe_left_out(left_out), *describe_plan(plan, skeleton, settings.output.merge_weights), *start]
     return replace(plan, reasons=tuple(reasons))
 
 

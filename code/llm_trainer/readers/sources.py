@@ -20,7 +20,8 @@ from llm_trainer.readers.rows import Chunk
 TRAIN_CHANNEL = re.compile(r"train(ing)?([._-].+)?")
 VALIDATION_CHANNEL = re.compile(r"val(idation)?([._-].+)?")
 HUB_DATA_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-OTHER_CHANNELS = ("model", "config", "code", "sm_drivers", "sourcecode")  # SageMaker's SDKs make the last three
+SDK_CHANNELS = ("code", "sm_drivers", "sourcecode")  # SageMaker's SDKs make them
+OTHER_CHANNELS = ("model", "adapter", "config", *SDK_CHANNELS)
 KINDS = ".json, .jsonl, .parquet, .csv or .arrow"
 
 

@@ -47,6 +47,7 @@ class RunContext:
     has_logging_interval: bool = True  # the user's own, which a short run does not change
     loraplus_lr_ratio: float | None = None  # the learning rate of the adapter's B divided by A's
     adapter_start: Path | None = None  # folder of the adapter's first values, where a checkpoint has to hold them
+    goes_on: bool = False  # whether the adapter begins with the values of an earlier one
 
 
 class ResumableMixin(Trainer):

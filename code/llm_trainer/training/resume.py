@@ -50,6 +50,7 @@ class RunParts:
     train_report: DataReport
     packing: Packing
     sharded: bool
+    earlier_adapter: str | None = None  # digest of the adapter that the training goes on from
 
     def value(self, name: str) -> Any:
         """Return the setting of that name."""
@@ -70,6 +71,7 @@ def identify_run(parts: RunParts, arguments: SFTConfig) -> dict[str, Any]:
     if parts.data.streaming:  # each rank, or process of a DataLoader, reads a stream of its own
         identity["streams"] = world_size() * max(1, arguments.dataloader_num_workers)
     identity["model"] = hashlib.sha256((Path(parts.base) / "config.json").read_bytes()).hexdigest()[:12]
+    identity["earlier adapter"] = parts.earlier_adapter and parts.earlier_adapter[:12]
     report = parts.train_report
     files = sorted(file.get("sha256") or f"{file['name']} {file['bytes']}" for file in report.files)
     digest = hashlib.sha256("".join(files).encode(errors="backslashreplace")).hexdigest()[:12]  # a name may be no UTF-8

@@ -44,7 +44,7 @@ class SampleAnswers:
     """The prompts of a job, and its model's greedy answers. Only rank 0 has any, and none if it holds a shard.
 
     The answers before the training are those of the trained model without its adapter. Where the training changes the
-    base, or an adapter begins with a part of it, the model is asked before.
+    base, or an adapter begins with a part of it or with earlier values, the model is asked before.
     """
 
     def __init__(
@@ -72,8 +72,9 @@ class SampleAnswers:
 
     def before_training(self) -> None:
         """Ask the model, unless the base's answers can be had after the training, too."""
-        changes_base = not isinstance(self.trainer.model, PeftModel) or self.trainer.run.adapter_start
-        if self.prompts and changes_base:
+        run = self.trainer.run
+        begins_elsewhere = not isinstance(self.trainer.model, PeftModel) or run.adapter_start or run.goes_on
+        if self.prompts and begins_elsewhere:
             self.before = self.ask()
             self.timeline.mark("answers_before")
 

@@ -9,7 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llm_trainer.common.safetensors_files import check_weights, find_unasked_weights, list_shapes, list_weights
+from llm_trainer.common.safetensors_files import (
+    check_weights,
+    compute_sampled_digest,
+    find_unasked_weights,
+    list_shapes,
+    list_weights,
+)
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -125,3 +131,29 @@ def test_only_headers_are_read_of_the_many_large_shards_of_a_large_model(tmp_pat
     before = psutil.Process().io_counters().read_chars
     assert not list(check_weights(tmp_path))
     assert psutil.Process().io_counters().read_chars - before < 2**20
+
+
+def test_a_models_digest_is_its_numbers_and_not_the_spread_of_its_files(folder):
+    tensors = {"a": torch.zeros(10, 20), "b": torch.zeros(10, 20)}
+    spread = compute_sampled_digest(folder)
+    for file in folder.iterdir():
+        file.unlink()
+    assert compute_sampled_digest(folder) is None
+    save_file(tensors, folder / "model.safetensors")
+    assert compute_sampled_digest(folder) == spread
+    tensors["b"][5, 5] = 1
+    save_file(tensors, folder / "model.safetensors")
+    assert compute_sampled_digest(folder) != spread
+
+
+def test_a_large_models_digest_reads_the_middle_of_some_matrices(folder):
+    tensors = {f"{number:03}": torch.zeros(40, 200) for number in range(64)}
+    save_file(tensors, folder / "model.safetensors")
+    first = compute_sampled_digest(folder)
+    tensors["001"][20] = 1  # one in two is read
+    tensors["002"][0] = 1
+    save_file(tensors, folder / "model.safetensors")
+    assert compute_sampled_digest(folder) == first
+    tensors["002"][20] = 1
+    save_file(tensors, folder / "model.safetensors")
+    assert compute_sampled_digest(folder) != first

@@ -123,8 +123,7 @@ def test_an_adapter_beside_the_base_is_refused(tree, inputs_of):
     _, (problem,) = inputs_of()
     assert problem == (
         f"Model folder {tree.base_dir / 'input/data/model'} also holds an adapter (adapter_config.json), which would "
-        "be loaded with the base unasked: to go on from it, merge it with `llm-trainer merge` and give the result; "
-        "else remove adapter_config.json."
+        "be loaded with the base unasked: remove its files there, and give them as channel 'adapter' to go on from it."
     )
 
 

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.merge.lora_deltas import BiasDelta, LowRankDelta, attach_adapter, list_deltas, list_replaced
+from llm_trainer.merge.lora_deltas import BiasDelta, LowRankDelta, list_deltas, list_replaced
+from llm_trainer.model.adapter_file import attach_adapter
 
 CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, attention_bias=True

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training that goes on from the adapter of an earlier job ends as one that never stopped in between."""
+
+import json
+import shutil
+import tarfile
+
+import pytest
+from safetensors.torch import load_file
+
+from llm_trainer.common.files import compute_digest
+from support.sagemaker_tree import ROWS, metrics_of
+
+pytestmark = pytest.mark.long
+
+# No step depends on an earlier one but by the weights: no momentum, no schedule, no dropout.
+STATELESS = {
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "learning_rate": "0.5",
+    "train_sampling_strategy": "sequential",
+    "sample_prompts": "0",
+}
+KIND = {"lora_r": "3", "lora_alpha": "5", "target_modules": '["q_proj", "down_proj"]', "use_rslora": "true"}
+
+
+def give_rows(tree, rows):
+    tree.write("input/data/train/train.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def run_job(tree):
+    """Run the job as a new one, and return its log."""
+    for folder in ("checkpoints", "model"):
+        shutil.rmtree(tree.base_dir / folder, ignore_errors=True)
+    result = tree.run()
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def pack_result(tree):
+    """Give the last job's result to the next one, as SageMaker packs it, in the channel `adapter`."""
+    channel = tree.base_dir / "input/data/adapter"
+    shutil.rmtree(channel, ignore_errors=True)
+    channel.mkdir()
+    with tarfile.open(channel / "model.tar.gz", "w:gz") as archive:
+        archive.add(tree.base_dir / "model", ".")
+    tree.write("input/config/inputdataconfig.json", {name: {} for name in ("model", "train", "adapter")})
+
+
+def test_two_jobs_end_with_the_very_adapter_of_one(tree):
+    shutil.rmtree(tree.base_dir / "input/data/validation")
+    tree.write("input/config/inputdataconfig.json", {name: {} for name in ("model", "train")})
+    tree.change(**STATELESS, **KIND)
+    weights = tree.base_dir / "model/adapter_model.safetensors"
+    run_job(tree)
+    whole, config = load_file(weights), json.loads((tree.base_dir / "model/adapter_config.json").read_text())
+
+    give_rows(tree, ROWS[:16])
+    tree.environment["TRAINING_JOB_NAME"] = "first-half"
+    run_job(tree)
+    half, digest = load_file(weights), compute_digest(weights)
+
+    give_rows(tree, ROWS[16:])
+    tree.change(**dict.fromkeys(KIND))  # they come from the adapter
+    tree.environment["TRAINING_JOB_NAME"] = "second-half"
+    pack_result(tree)
+    log = run_job(tree)
+    assert "Starting from the adapter " in log
+    assert "Adapter: rsLoRA of rank 3 and alpha 5, as in " in log
+    ended = load_file(weights)
+    assert ended.keys() == whole.keys() == half.keys()
+    assert all(ended[name].equal(whole[name]) for name in whole)
+    assert not all(half[name].equal(whole[name]) for name in whole)
+    assert json.loads((tree.base_dir / "model/adapter_config.json").read_text()) == config
+    (earlier,) = tree.manifest["lineage"]
+    assert earlier["training_job_name"] == "first-half"
+    assert earlier["num_steps"] == 2
+    assert earlier["sha256"] == digest
+    assert tree.manifest["settings"]["lora_r"] == 3
+    assert digest in (tree.base_dir / "model/README.md").read_text()
+
+
+def test_sharded_ranks_go_on_from_a_merged_result_and_resume_from_their_own_checkpoint(tree):
+    tree.change(**STATELESS, **KIND, merge_weights="true")
+    run_job(tree)
+    pack_result(tree)
+    tree.change(**dict.fromkeys(KIND), nproc_per_node="2", distribution="fsdp", per_device_train_batch_size="4")
+    tree.change(save_steps="2", num_train_epochs="1")
+    log = run_job(tree)
+    assert "FSDP" in log
+    proven, merged = tree.manifest["export"], (tree.base_dir / "model/model.safetensors").read_bytes()
+    assert proven["proven"] is True
+    losses = metrics_of(log, "train_loss")
+
+    shutil.rmtree(tree.base_dir / "checkpoints/checkpoint-4")
+    result = tree.run()
+    assert result.returncode == 0, result.stdout
+    assert "Resuming from " in result.stdout and "checkpoint-2" in result.stdout
+    assert metrics_of(result.stdout, "train_loss")[-1] == losses[-1]
+    assert (tree.base_dir / "model/model.safetensors").read_bytes() == merged
