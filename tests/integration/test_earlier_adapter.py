@@ -6,10 +6,13 @@ import shutil
 import tarfile
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from llm_trainer.common.files import compute_digest
 from support.sagemaker_tree import ROWS, metrics_of
+from support.tiny_gpt_oss import build_tiny_gpt_oss
 
 pytestmark = pytest.mark.long
 
@@ -98,3 +101,27 @@ def test_sharded_ranks_go_on_from_a_merged_result_and_resume_from_their_own_chec
     assert "Resuming from " in result.stdout and "checkpoint-2" in result.stdout
     assert metrics_of(result.stdout, "train_loss")[-1] == losses[-1]
     assert (tree.base_dir / "model/model.safetensors").read_bytes() == merged
+
+
+@pytest.mark.parametrize("kind", ["4bit", "mxfp4"])
+def test_a_quantized_base_goes_on_with_an_adapter_that_another_tool_made(tree, kind):
+    base, channel = tree.base_dir / "input/data/model", tree.base_dir / "input/data/adapter"
+    if kind == "mxfp4":
+        shutil.rmtree(base)
+        build_tiny_gpt_oss(base)
+    options = {"use_dora": True} if kind == "4bit" else {"rank_pattern": {"v_proj": 2}}
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], **options)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, weight in model.named_parameters():
+        if ".lora_B." in name:
+            weight.data.normal_(0, 0.02)
+    model.save_pretrained(channel)
+    tree.write("input/config/inputdataconfig.json", {name: {} for name in ("model", "train", "adapter")})
+    tree.change(merge_weights="true", **({"load_in_4bit": "true"} if kind == "4bit" else {}))
+    log = run_job(tree)
+    losses = metrics_of(log, "train_loss")
+    assert losses[-1] < losses[0]
+    assert tree.manifest["export"]["proven"] is True
+    ended = json.loads((tree.base_dir / "model/adapter/adapter_config.json").read_text())
+    assert ended["r"] == 4
+    assert ended.items() >= options.items()

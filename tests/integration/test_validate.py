@@ -9,6 +9,8 @@ import subprocess
 from unittest.mock import patch
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from llm_trainer.cli.plan import examine_model
 from llm_trainer.cli.validate import examine_job
@@ -271,3 +273,28 @@ def test_an_output_folder_that_cannot_be_written_is_told_beside_all_else(tree, e
     assert any("train.jsonl row 1" in problem for problem in validation.list_texts("error"))
     output = tree.base_dir / "output"
     assert f"output: {output} is a file: give a folder." in validation.list_texts("error")
+
+
+def test_an_earlier_adapter_is_judged_on_the_model_and_counted_with_its_rank(tree, examine_tree, tiny_model):
+    channel = tree.base_dir / "input/data/adapter"
+    config = LoraConfig(task_type="CAUSAL_LM", r=5, target_modules=["q_proj", "lm_head"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config).save_pretrained(channel)
+    names = ("model", "train", "validation", "adapter")
+    tree.write("input/config/inputdataconfig.json", {name: {} for name in names})
+    (problem,) = examine_tree().list_texts("error")
+    assert problem.startswith(f"The adapter in {channel} cannot be trained here: target_modules: lm_head is the output")
+    (problem,) = examine_tree("--lora_r", "8").list_texts("error")
+    assert problem.startswith(f"lora_r=8: the adapter in {channel}, which the training goes on from, has 5")
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=5, target_modules=["q_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config).save_pretrained(channel)
+    validation = examine_tree()
+    assert not validation.list_texts("error")
+    assert f"adapter to go on from: {channel}" in validation.list_texts("ok")
+    line = f"Adapter: LoRA of rank 5 and alpha 8, as in {channel}"
+    assert any(text.startswith(line) for text in validation.list_texts("ok"))
+    planned = examine_model(["--model_id", str(tiny_model), "--adapter_path", str(channel)])
+    assert not planned.list_texts("error")
+    assert any(text.startswith(line) for text in planned.list_texts("ok"))
+    weights = 2 * 5 * (32 + 32)  # layers x rank x (rows + columns)
+    assert planned.memory["training"]["parts"]["adapter"] == 4 * weights

@@ -149,16 +149,15 @@ def describe_result(manifest: Manifest, base: str, is_adapter: bool, licence: di
 
 
 def describe_lineage(manifest: Manifest) -> Iterator[str]:
-    """Yield a list of the adapters that the training went on from, the newest first."""
-    lines = []
+    """Yield a table of the adapters that the training went on from, the newest first."""
+    rows = ["| adapter | sha256 | job | steps | base |", "|---|---|---|---|---|"]
     for entry in manifest.get("lineage") or ():
-        told = [f"adapter {entry['adapter']}", f"sha256 {entry['sha256']}"]
-        told += [f"of job {job}"] if (job := entry.get("training_job_name")) else []
-        told += [f"{steps} steps"] if (steps := entry.get("num_steps")) else []
-        told += [f"on {base}"] if (base := entry.get("model")) else []
-        lines.append(f"- {quote_text(', '.join(told))}")
-    if lines:
-        yield "The training went on from these adapters, the newest first:\n\n" + "\n".join(lines)
+        places = [entry.get("adapter"), entry.get("model")]  # a folder of a container means nothing elsewhere
+        adapter, base = (place if isinstance(place, str) and HUB_ID.fullmatch(place) else "" for place in places)
+        told = (adapter, entry.get("sha256"), entry.get("training_job_name"), entry.get("num_steps"), base)
+        rows.append(f"| {' | '.join(quote_text('' if value is None else str(value)) for value in told)} |")
+    if len(rows) > 2:
+        yield "The training went on from these adapters, the newest first:\n\n" + "\n".join(rows)
 
 
 def describe_use(manifest: Manifest, base: BaseSource, is_adapter: bool, refusals: list[str]) -> Iterator[str]:

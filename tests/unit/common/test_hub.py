@@ -13,6 +13,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.common.safetensors_files import list_weights
 from llm_trainer.config.environment import read_environment
 from llm_trainer.config.schema import Settings
+from llm_trainer.job.earlier_adapter import fetch_adapter
 from llm_trainer.job.inputs import find_inputs
 from llm_trainer.launcher.worker_processes import reads_from_hub
 from llm_trainer.model import loading
@@ -200,9 +201,21 @@ def test_no_network(fake_hub, tmp_path, monkeypatch):
         ({"train_dataset_path": "org/rows"}, True),
         ({"val_dataset_path": "org/rows"}, True),
         ({"chat_template_path": "org/other"}, True),
+        ({"adapter_path": "org/adapter"}, True),
     ],
 )
 def test_the_hub_is_left_alone_only_by_a_job_that_takes_nothing_from_it(tree, monkeypatch, settings, needs):
     monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(tree.base_dir))
     inputs, _ = find_inputs(Settings(**settings), read_environment())
     assert reads_from_hub(inputs, Settings(**settings).model.chat_template_path) is needs
+
+
+def test_an_adapter_is_downloaded_by_its_own_settings(fake_hub, tmp_path):
+    fake_hub.files |= {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "adapter_model.bin": b""}
+    folder = Path(fetch_adapter(MODEL, None, tmp_path))
+    assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert fetch_adapter(str(folder), None, tmp_path) == str(folder)
+    fake_hub.refuse(404, X_Error_Code="RevisionNotFound")
+    (tmp_path / "adapter.done").unlink()
+    sentence = refuse(fetch_adapter, MODEL, "v9", tmp_path)
+    assert sentence == (f"adapter_path='{MODEL}' has no such revision on the Hugging Face Hub: check adapter_revision.")

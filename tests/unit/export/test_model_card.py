@@ -41,6 +41,10 @@ MANIFEST = {
             ],
         }
     },
+    "lineage": [
+        {"adapter": "/opt/ml/input/data/adapter", "sha256": "ab12", "training_job_name": "the_first", "num_steps": 40},
+        {"adapter": "org/older", "sha256": "cd34", "training_job_name": None, "num_steps": [], "model": "org/base"},
+    ],
     "metrics": {"eval_loss": 0.0424},
     "num_steps": 60,
     "total_steps": 60,
@@ -68,6 +72,7 @@ def test_an_adapters_card(tmp_path):
     for part in (
         "licence was not found",
         "| eval_loss | 0.0424 |",
+        "|  | ab12 | the_first | 40 |  |\n| org/older | cd34 |  | \\[\\] | org/base |",
         "a\\|b.jsonl | 45,278 | fa99 |",
         "16,746",
         "{{ 7 \\* 7 }}",
@@ -146,7 +151,7 @@ def test_names_that_others_chose_are_shown_as_they_are(tmp_path):
     assert [word.attrs["href"] for word in words if word.type == "link_open"] == ["https://huggingface.co/org/base"]
     assert not [block for block in blocks if block.type in ("html_block", "hr")]
     assert [block.tag for block in blocks if block.type == "heading_open"] == ["h1", "h2", "h2", "h2"]
-    assert len([block for block in blocks if block.type == "td_open"]) == 5 + 3 + 2
+    assert len([block for block in blocks if block.type == "td_open"]) == 5 + 3 + 2 + 2 * 5
     told = "".join(block.content for block in blocks if block.type == "inline")
     assert not re.search(r"https://evil|www\.", told)
 
