@@ -15,8 +15,7 @@ from llm_trainer.common.errors import UserError, cut_quote
 from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.chat_template import MAX_SECONDS, ChatTemplate, Span, limit_rows
 from llm_trainer.data.formats import IGNORED, Conversation, Example, RowError, Text, Tokens
-
-Ids = npt.NDArray[np.int32]
+from llm_trainer.data.labels import Ids, Labeller
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,7 @@ class EncodedRow:
 
     input_ids: Ids  # [length]
     labels: Ids  # [length], IGNORED where a token is not trained on
+    is_in_pieces: bool = False  # whether prompt and answer had to be tokenized apart
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,26 @@ class Vocabulary:
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Rendered:
+    """An example as one text."""
+
+    place: int  # of the example among those of its chunk
+    text: str
+    spans: list[Span] | None  # that are trained on; None: all of the text
+
+    @property
+    def ends_trained(self) -> bool:
+        """True where the end of the text is trained on, and with it the token that ends the row."""
+        return self.spans is None or self.spans[-1][1] >= len(self.text.rstrip())
+
+
 class Encoder:
     """Turns examples of one format into token ids and labels."""
 
     def __init__(self, vocabulary: Vocabulary, settings: DataSettings, row_format: str) -> None:
         """Check that rows of this format can be trained on as the settings ask. Raises UserError where they cannot."""
-        refuse_contradiction(row_format, settings)
+        refuse_contradiction(row_format, settings, vocabulary.tokenizer.is_fast)
         self.vocabulary = vocabulary
         self.tokenizer = vocabulary.tokenizer
         self.settings = settings
@@ -77,7 +91,9 @@ class Encoder:
         if row_format in ("text", "pretokenized"):
             return "all tokens" if row_format == "text" else "labels"
         if row_format == "prompt_completion" or not has_template:
-            return "all tokens" if self.settings.completion_only_loss is False else "completions"
+            if self.settings.completion_only_loss is False:
+                return "all tokens"
+            return "completions" if self.tokenizer.is_fast else "all tokens, since the tokenizer has no tokenizer.json"
         if self.template.tells_turns:
             return "assistant turns"
         return "all tokens" if self.finds_turns is False else "all tokens, since the chat template does not tell turns"
@@ -85,7 +101,7 @@ class Encoder:
     def encode(self, examples: list[Example]) -> list[EncodedRow | RowError]:
         """Return each example's row, which ends in a stop token, or the error that says why there is none."""
         rows: list[EncodedRow | RowError | None] = [None] * len(examples)
-        texts: dict[bool, list[tuple[int, str, list[Span] | None]]] = {True: [], False: []}
+        texts: dict[bool, list[Rendered]] = {True: [], False: []}
         with limit_rows(MAX_SECONDS) as clock:
             for place, example in enumerate(examples):
                 clock.row = place
@@ -93,19 +109,20 @@ class Encoder:
                     if isinstance(example, Tokens):
                         rows[place] = self.convert_tokens(example)
                     else:
-                        text, spans = self.render(example)
-                        wants_specials = isinstance(example, Text) and not self.starts_with_bos(text)
-                        texts[wants_specials].append((place, text, spans))
+                        rendered = Rendered(place, *self.render(example))
+                        wants_specials = isinstance(example, Text) and not self.starts_with_bos(rendered.text)
+                        texts[wants_specials].append(rendered)
                 except RowError as error:
                     rows[place] = error
-        for add_special_tokens, batch in texts.items():
+        for has_specials, batch in texts.items():
             if batch:
-                encoded = self.tokenize([text for _, text, _ in batch], add_special_tokens)
-                for (place, _, spans), (ids, encoding) in zip(batch, encoded, strict=True):
+                encoded = self.tokenize([rendered.text for rendered in batch], has_specials)
+                for rendered, (ids, encoding) in zip(batch, encoded, strict=True):
                     try:
-                        rows[place] = self.build_row(ids, encoding, spans)
+                        row = self.label(rendered, ids, encoding, has_specials)
+                        rows[rendered.place] = self.end_row(row, rendered.ends_trained)
                     except RowError as error:
-                        rows[place] = error
+                        rows[rendered.place] = error
         return rows  # type: ignore[return-value]
 
     def render(self, example: Conversation | Text) -> tuple[str, list[Span] | None]:
@@ -153,26 +170,33 @@ class Encoder:
         backend.no_padding()
         return backend
 
-    def build_row(self, ids: list[int], encoding: Encoding | None, spans: list[Span] | None) -> EncodedRow:
-        """Label the tokens of the spans, drop a doubled BOS, and end the row in a stop token. Raises RowError."""
-        input_ids = np.array(ids, dtype=np.int32)
-        if spans is None or encoding is None:  # spans are looked for only where there is an encoding
-            labels = input_ids.copy()
-        else:
-            labels = np.full_like(input_ids, IGNORED)
-            for span in spans:
-                first, last = find_tokens(encoding, span)
-                labels[first : last + 1] = input_ids[first : last + 1]
+    def label(self, rendered: Rendered, ids: list[int], encoding: Encoding | None, has_specials: bool) -> EncodedRow:
+        """Return the tokens of a text, labelled where it is trained on. Raises RowError where a span has no token."""
+        if rendered.spans is None or encoding is None:  # spans are looked for only where there is an encoding
+            input_ids = np.array(ids, dtype=np.int32)
+            return EncodedRow(input_ids, input_ids)
+        return EncodedRow(*self.labeller.label(rendered.text, encoding, rendered.spans, has_specials))
+
+    @cached_property
+    def labeller(self) -> Labeller:
+        """The labeller of texts, for a fast tokenizer."""
+        return Labeller(self.tokenizer, self.backend)
+
+    def end_row(self, row: EncodedRow, ends_trained: bool) -> EncodedRow:
+        """Drop a doubled BOS, and end the row in a stop token; `ends_trained` tells whether an added one is trained on.
+
+        Raises RowError for ids outside the vocabulary.
+        """
+        input_ids, labels = row.input_ids, row.labels
         bos_id = self.tokenizer.bos_token_id
         if bos_id is not None and len(input_ids) > 1 and input_ids[0] == input_ids[1] == bos_id:
             input_ids, labels = input_ids[1:], labels[1:]
         if not self.ends_in_stop(input_ids):
             eos_id = self.tokenizer.eos_token_id
-            label = eos_id if self.ends_trained(input_ids, labels) else IGNORED
             input_ids = np.append(input_ids, np.int32(eos_id))
-            labels = np.append(labels, np.int32(label))
+            labels = np.append(labels, np.int32(eos_id if ends_trained else IGNORED))
         self.check_ids("input_ids", input_ids)
-        return EncodedRow(input_ids, labels)
+        return EncodedRow(input_ids, labels, row.is_in_pieces)
 
     def convert_tokens(self, tokens: Tokens) -> EncodedRow:
         """Convert a pretokenized row. Raises RowError for ids outside the vocabulary, or two BOS tokens."""
@@ -203,11 +227,6 @@ class Encoder:
                 return False
         return False
 
-    def ends_trained(self, input_ids: Ids, labels: Ids) -> bool:
-        """Tell whether the last token that is not white space is trained on, and thus the token that ends the row."""
-        pairs = zip(map(int, input_ids[::-1]), labels[::-1], strict=True)
-        return next((label != IGNORED for token, label in pairs if label != IGNORED or not self.is_white(token)), False)
-
     def is_white(self, token: int) -> bool:
         """Tell whether a token's text is white space."""
         if token not in self.is_white_space:
@@ -222,24 +241,8 @@ class Encoder:
         return is_stop
 
 
-def find_tokens(encoding: Encoding, span: Span) -> tuple[int, int]:
-    """Return the first and the last token that cover a span's characters.
-
-    No token covers the white space between two. Raises RowError where no token covers any character of the span.
-    """
-    start, end = span
-    characters = range(start, end)
-    covering = (encoding.char_to_token(character) for character in characters)
-    first = next((token for token in covering if token is not None), None)
-    covering = (encoding.char_to_token(character) for character in reversed(characters))
-    last = next((token for token in covering if token is not None), None)
-    if first is None or last is None:
-        raise RowError("has a turn to train on that leaves no token: fill it, or remove the row.")
-    return first, last
-
-
-def refuse_contradiction(row_format: str, settings: DataSettings) -> None:
-    """Raise UserError where the settings ask for a loss on a part that rows of this format do not have."""
+def refuse_contradiction(row_format: str, settings: DataSettings, finds_tokens: bool) -> None:
+    """Raise UserError where the settings ask for a loss on a part that rows do not have, or that cannot be found."""
     if settings.assistant_only_loss and row_format in ("text", "pretokenized"):
         raise UserError(
             f"assistant_only_loss=true needs conversations and the data has {row_format} rows: remove the setting."
@@ -248,4 +251,9 @@ def refuse_contradiction(row_format: str, settings: DataSettings) -> None:
         raise UserError(
             f"completion_only_loss=true needs rows with prompt and completion and the data has {row_format} rows: "
             "remove the setting."
+        )
+    if settings.completion_only_loss and not finds_tokens:
+        raise UserError(
+            "completion_only_loss=true needs a tokenizer that tells which characters a token has, and the model has no "
+            "tokenizer.json: add the file, or remove the setting."
         )

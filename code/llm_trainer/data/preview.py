@@ -36,6 +36,11 @@ def find_data_warnings(name: str, report: DataReport) -> Iterator[str]:
         yield f"the {name} data has empty files: {list_names(report.empty_files)}."
     if report.num_duplicate_rows:
         yield f"{report.num_duplicate_rows} rows of the {name} data repeat an earlier one."
+    if report.num_rows_in_pieces:
+        yield (
+            f"{report.num_rows_in_pieces} rows of the {name} data have answers that begin within a token: prompt and "
+            "answer are tokenized apart, as a server does. Put white space at the answer's start, not the prompt's end."
+        )
     if report.num_truncated_rows:
         yield f"{report.num_truncated_rows} rows of the {name} data are longer than max_length and cut."
     if report.num_dropped_rows:

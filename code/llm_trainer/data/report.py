@@ -28,6 +28,7 @@ class DataReport:
     num_supervised_tokens: int = 0
     num_supervised_eos: int = 0  # rows that train a stop token
     num_missed_stops: int = 0  # rows with a turn that is trained on without the stop token after it
+    num_rows_in_pieces: int = 0  # rows in which a token would have run over the edge of prompt and answer
     num_truncated_rows: int = 0
     num_dropped_rows: int = 0  # longer than max_length, with apply_truncation=false
     num_unsupervised_rows: int = 0  # left out, because no token within max_length is trained on

@@ -20,7 +20,8 @@ from llm_trainer.common.files import append_rows
 from llm_trainer.common.ranks import world_size
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.sections import DataSettings, TrainingSettings
-from llm_trainer.data.encoding import Encoder, Ids, Vocabulary
+from llm_trainer.data.encoding import Encoder, Vocabulary
+from llm_trainer.data.labels import Ids
 from llm_trainer.data.report import REJECTED_ROWS, DataReport
 from llm_trainer.data.tokenize import PreparedChunk, Preparer
 from llm_trainer.readers.rows import Chunk, DamagedFile

@@ -39,8 +39,8 @@ ROWS, REPORT = "rows.arrow", "report.json"
 # Files of this package that decide what tokens a row becomes. A test compares them with what the cache imports.
 CODE_THAT_DECIDES_TOKENS = (
     *("readers/rows.py", "readers/json.py", "readers/tables.py", "readers/files.py", "readers/discovery.py"),
-    *("readers/sources.py", "data/formats.py", "data/chat_template.py", "data/encoding.py", "data/tokenize.py"),
-    *("data/token_cache.py", "data/report.py", "data/streaming.py"),
+    *("readers/sources.py", "data/formats.py", "data/chat_template.py", "data/encoding.py", "data/labels.py"),
+    *("data/tokenize.py", "data/token_cache.py", "data/report.py", "data/streaming.py"),
 )
 # Settings that decide how a row is read and tokenized.
 SETTINGS_THAT_DECIDE_TOKENS = (

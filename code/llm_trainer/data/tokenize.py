@@ -30,8 +30,9 @@ from llm_trainer.common.files import append_rows
 from llm_trainer.common.processes import bind_to_parent
 from llm_trainer.common.redaction import hide_known
 from llm_trainer.config.sections import DataSettings
-from llm_trainer.data.encoding import EncodedRow, Encoder, Ids
+from llm_trainer.data.encoding import EncodedRow, Encoder
 from llm_trainer.data.formats import IGNORED, Example, Fields, RowError, detect_format, parse_example
+from llm_trainer.data.labels import Ids
 from llm_trainer.data.report import DataReport
 from llm_trainer.readers.json import TooDeep, parse_json
 from llm_trainer.readers.rows import BadRow, Chunk
@@ -116,7 +117,7 @@ class Preparer:
                 return None
             report.num_truncated_rows += 1
             kept = slice(-limit, None) if self.settings.truncation_mode == "keep_end" else slice(limit)
-            row = EncodedRow(row.input_ids[kept], row.labels[kept])
+            row = EncodedRow(row.input_ids[kept], row.labels[kept], row.is_in_pieces)
         is_trained = row.labels != IGNORED
         is_trained[0] = False  # nothing predicts a row's first token
         if not is_trained.any():
@@ -135,6 +136,7 @@ class Preparer:
         report.num_supervised_tokens += int(np.count_nonzero(is_trained))
         report.num_supervised_eos += bool((is_stop & is_trained).any())
         report.num_missed_stops += bool(misses_stop.any())
+        report.num_rows_in_pieces += row.is_in_pieces
 
 
 def parse_fields(raw: Any, number: int) -> Fields:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token ids and labels of whole rows: what is trained on, where a row ends and begins."""
 
+from types import SimpleNamespace
+
 import pytest
 from tokenizers.processors import TemplateProcessing
 
@@ -171,3 +173,12 @@ def test_what_a_tokenizers_file_says_of_cutting_and_padding_is_not_followed():
     tokenizer.backend_tokenizer.enable_padding(length=20)
     _, _, [row] = encode(Text("abcdef"), tokenizer=tokenizer)
     assert len(row.input_ids) == 7
+
+
+def test_a_tokenizer_that_cannot_tell_prompt_from_completion_is_told():
+    tokenizer = SimpleNamespace(is_fast=False, chat_template=None)
+    vocabulary = Vocabulary(tokenizer, frozenset({0}), 1)
+    encoder = Encoder(vocabulary, Settings().data, "prompt_completion")
+    assert encoder.loss_on == "all tokens, since the tokenizer has no tokenizer.json"
+    with pytest.raises(UserError, match="completion_only_loss=true needs a tokenizer that tells"):
+        Encoder(vocabulary, Settings(completion_only_loss=True).data, "prompt_completion")

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labels of a text's tokens: a token is trained on where it holds any character of what is trained on.
+
+A server tokenizes a prompt by itself, and the answer follows token by token. In the whole text, a token may run over
+the edge between the two, as `" positive"` after `"Mood: "` does. No model that is served ever meets it there. Such a
+text is therefore tokenized in pieces, apart at each of these edges.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from llm_trainer.data.chat_template import Span
+from llm_trainer.data.formats import IGNORED, RowError
+
+Ids = npt.NDArray[np.int32]
+
+# A piece is tokenized behind one of these, as the middle of a text: SentencePiece puts a space before a beginning.
+GLUES = ("\n", "0", ".")
+
+
+class Labeller:
+    """Labels texts by the spans that are trained on, with one fast tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.backend = backend
+        self.num_leading_spaces: dict[int, int] = {}  # token -> characters of white space that begin it
+
+    def label(self, text: str, encoding: Encoding, spans: list[Span], has_specials: bool) -> tuple[Ids, Ids, bool]:
+        """Return the ids [length] and labels [length] of a text, and whether it had to be tokenized in pieces.
+
+        `encoding` is the whole text's, with the tokenizer's special tokens where `has_specials`. Raises RowError where
+        a span leaves no token.
+        """
+        ranges = [find_tokens(encoding, span) for span in spans]
+        edges = [
+            start
+            for (start, _), (first, _) in zip(spans, ranges, strict=True)
+            if self.begins_before(text, encoding, first, start)
+        ]
+        if edges:
+            return *self.label_in_pieces(text, spans, edges, has_specials), True
+        return *label_tokens(encoding, ranges), False
+
+    def label_in_pieces(self, text: str, spans: list[Span], edges: list[int], has_specials: bool) -> tuple[Ids, Ids]:
+        """Return the ids and labels of a text that is tokenized apart at the edges. Raises RowError as `label` does."""
+        end = edges[0]
+        encoding = self.backend.encode(text[:end], add_special_tokens=has_specials)
+        _, num_tokens = find_tokens(encoding, (0, end))  # without an EOS that the tokenizer adds to each text
+        ids, labels = label_tokens(encoding, [find_tokens(encoding, span) for span in spans if span[0] < end])
+        pieces = [(ids[:num_tokens], labels[:num_tokens])]
+        for begin, end in pairwise([*edges, len(text)]):
+            own = [(start - begin, stop - begin) for start, stop in spans if begin <= start < end]
+            pieces.append(self.label_piece(text[begin:end], own))
+        return np.concatenate([ids for ids, _ in pieces]), np.concatenate([labels for _, labels in pieces])
+
+    def label_piece(self, piece: str, spans: list[Span]) -> tuple[Ids, Ids]:
+        """Return the ids and labels of a text that follows another. Raises RowError where a span leaves no token."""
+        for glue in GLUES:
+            text, shift = glue + piece, len(glue)
+            encoding = self.backend.encode(text, add_special_tokens=False)
+            first, _ = find_tokens(encoding, (shift, len(text)))
+            if not self.begins_before(text, encoding, first, shift):
+                break
+        ranges = [find_tokens(encoding, (start + shift, stop + shift)) for start, stop in spans]
+        ids, labels = label_tokens(encoding, ranges)
+        return ids[first:], labels[first:]
+
+    def begins_before(self, text: str, encoding: Encoding, token: int, start: int) -> bool:
+        """Tell whether a token's text begins before a character of the whole text."""
+        begin, end = encoding.token_to_chars(token) or (0, 0)
+        if begin < end and text[begin].isspace():
+            return begin < start
+        # Many tokenizers do not count the white space that begins a token among its characters.
+        return begin - self.count_leading_spaces(encoding.ids[token]) < start
+
+    def count_leading_spaces(self, token: int) -> int:
+        """Return how many characters of white space begin a token's text."""
+        if token not in self.num_leading_spaces:
+            text = self.tokenizer.decode([token])
+            self.num_leading_spaces[token] = len(text) - len(text.lstrip())
+        return self.num_leading_spaces[token]
+
+
+def label_tokens(encoding: Encoding, ranges: list[tuple[int, int]]) -> tuple[Ids, Ids]:
+    """Return a text's ids and labels, each [length]: the tokens of the ranges are trained on."""
+    ids = np.array(encoding.ids, dtype=np.int32)
+    labels = np.full_like(ids, IGNORED)
+    for first, end in ranges:
+        labels[first:end] = ids[first:end]
+    return ids, labels
+
+
+def find_tokens(encoding: Encoding, span: Span) -> tuple[int, int]:
+    """Return the first token that holds any of a span's characters, and the one after the last such token.
+
+    Several tokens may hold a character together, and white space may be no token's. Raises RowError where no token
+    holds any of them.
+    """
+    start, end = span
+    held = (encoding.char_to_token(character) for character in range(start, end))
+    first = next((token for token in held if token is not None), None)
+    held = (encoding.char_to_token(character) for character in range(end - 1, start - 1, -1))
+    last = next((token for token in held if token is not None), None)
+    if first is None or last is None:
+        raise RowError("has a turn to train on that leaves no token: fill it, or remove the row.")
+
+    def holds(token: int) -> bool:
+        begin, stop = encoding.token_to_chars(token) or (0, 0)
+        # A token of white space alone may stand at the place after it, without a character.
+        return start < stop and (begin < end or begin == stop == end)
+
+    while first > 0 and holds(first - 1):
+        first -= 1
+    while last + 1 < len(encoding) and holds(last + 1):
+        last += 1
+    return first, last + 1
