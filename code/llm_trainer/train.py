@@ -19,7 +19,7 @@ from llm_trainer.common.ranks import local_rank, rank, world_size
 from llm_trainer.common.safetensors_files import compute_sampled_digest
 from llm_trainer.config.schema import Settings, describe_settings
 from llm_trainer.config.sections import AdapterSettings
-from llm_trainer.data.datasets import Data, DataPlaces, load_data
+from llm_trainer.data.datasets import Data, DataPlaces, check_full_batch, load_data
 from llm_trainer.data.fingerprints import describe_split
 from llm_trainer.data.preview import log_data
 from llm_trainer.data.streaming import AUDITED_ROWS
@@ -307,6 +307,9 @@ def pack_rows(
     log.info(f"{packing}; train_sampling_strategy={arguments.train_sampling_strategy}")
     splits = packing.pack(prepared.data.splits, settings.data, settings.training.seed, context.scratch_dir)
     log.info(*(f"Data {name}: {packed}" for name, packed in packing.splits.items()))
+    if "train" in packing.splits:
+        num_sequences = packing.splits["train"].num_sequences
+        check_full_batch(num_sequences, packing.unit, settings.training, world_size())
     return packing, splits
 
 

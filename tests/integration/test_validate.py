@@ -213,6 +213,23 @@ def test_a_template_that_leaves_the_end_of_a_turn_out_is_told(tree, examine_tree
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--per_device_train_batch_size", "20"), "32 rows fill no batch of 40 (per_device_train_batch_size=20 x 2"),
+        (
+            ("--packing", "true", "--max_length", "512"),
+            "3 sequences fill no batch of 16 (per_device_train_batch_size=8",
+        ),
+    ],
+)
+def test_rows_that_fill_no_batch_of_all_hosts_are_told(tree, examine_tree, words, told):
+    resources = json.loads((tree.base_dir / "input/config/resourceconfig.json").read_text())
+    tree.write("input/config/resourceconfig.json", resources | {"hosts": ["algo-1", "algo-2"]})
+    (problem,) = examine_tree("--dataloader_drop_last", "true", *words).list_texts("error")
+    assert told in problem
+
+
 def test_a_missing_template_is_told(tree, examine_tree):
     (tree.base_dir / "input/data/model/chat_template.jinja").unlink()
     problems = examine_tree().list_texts("error")

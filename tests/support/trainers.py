@@ -25,9 +25,19 @@ def collect_sources(settings: Settings, checkpoint_dir: Path, has_validation: bo
     return ArgumentSources(settings.given, settings.training, use_peft, quantizes, has_validation, checkpoint_dir)
 
 
-def build_full_trainer(model: Any, tokenizer: Any, rows: Any, collator: Any, checkpoint_dir: Path) -> ResumableMixin:
-    """Return a trainer of all weights on the CPU, with the default settings."""
-    sources = collect_sources(Settings(use_peft=False), checkpoint_dir)
-    arguments = build_arguments(choose_method(), sources, torch.device("cpu"), torch.float32)
-    parts = TrainerParts(model, tokenizer, arguments, {"train": rows}, collator, lora=None)
+def build_full_trainer(
+    model: Any,
+    tokenizer: Any,
+    rows: Any,
+    collator: Any,
+    checkpoint_dir: Path,
+    validation: Any = None,
+    memory_plan: Any = None,
+    **settings: Any,
+) -> ResumableMixin:
+    """Return a trainer of all weights on the CPU, with these settings besides the default ones."""
+    sources = collect_sources(Settings(use_peft=False, **settings), checkpoint_dir, validation is not None)
+    arguments = build_arguments(choose_method(), sources, torch.device("cpu"), torch.float32, memory_plan)
+    splits = {"train": rows} if validation is None else {"train": rows, "validation": validation}
+    parts = TrainerParts(model, tokenizer, arguments, splits, collator, lora=None)
     return build_trainer(choose_method(), parts, build_run_context(), patience=None)

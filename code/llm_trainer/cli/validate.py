@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from llm_trainer.cli.gpu_memory import examine_memory
 from llm_trainer.cli.validation import Validation, collect_findings, print_validation
 from llm_trainer.common.errors import UserError
-from llm_trainer.config.checks import find_missing_hardware
+from llm_trainer.config.checks import count_processes, find_missing_hardware
 from llm_trainer.config.environment import Environment, read_environment
 from llm_trainer.config.schema import Settings, describe_settings
 from llm_trainer.config.secret_references import VARIABLES, is_reference, read_secret_variables
@@ -144,6 +144,7 @@ def examine_data(job: Job, validation: Validation, in_colour: bool) -> None:
     validation.add_findings("data", "error", prepared.problems)
     add_reports(prepared.splits, not prepared.problems, validation)
     if not prepared.problems:
+        examine_epoch(job, prepared.splits["train"], validation)
         longest_row = max(report.longest_row_tokens for report in validation.reports.values())
         if not any(finding.subject == "model" and finding.verdict == "error" for finding in validation.findings):
             examine_memory(prepared.config, job.settings, job.environment, longest_row, validation)
@@ -204,6 +205,26 @@ def add_reports(splits: "Mapping[str, Split]", are_valid: bool, validation: Vali
         validation.add_findings(name, "ok", texts)
         if are_valid:
             validation.add_findings(name, "warning", find_data_warnings(name, split.report))
+
+
+def examine_epoch(job: Job, split: "Split", validation: Validation) -> None:
+    """Add what leaves an epoch without rows or batches. It is not known where this host has only a part of the rows."""
+    from llm_trainer.data.datasets import check_full_batch, open_epoch
+    from llm_trainer.training.packing import pack_split
+
+    data, training, environment = job.settings.data, job.settings.training, job.environment
+    if data.streaming or any(source.is_sharded for source in job.inputs.train):
+        return
+    num_devices = count_processes(job.settings.parallelism, environment) * len(environment.hosts)
+    try:
+        rows = open_epoch(split, data, training.seed)
+        check_full_batch(len(rows), "rows", training, num_devices)
+        if data.packing and training.dataloader_drop_last:
+            with tempfile.TemporaryDirectory(prefix="llm-trainer-") as folder:
+                num_sequences = len(pack_split(rows, data, Path(folder) / "train-packed.arrow"))
+            check_full_batch(num_sequences, "sequences", training, num_devices)
+    except UserError as error:
+        validation.add_findings("data", "error", error.problems)
 
 
 def examine_structure(folder: str, config: "PreTrainedConfig", settings: Settings, validation: Validation) -> None:

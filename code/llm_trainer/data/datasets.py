@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.files import write_verbatim
-from llm_trainer.common.ranks import local_rank, run_on_local_rank_zero
+from llm_trainer.common.ranks import local_rank, run_on_local_rank_zero, world_size
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.sections import DataSettings, TrainingSettings
 from llm_trainer.data.encoding import Vocabulary
@@ -71,8 +71,8 @@ def load_data(
         stream = open_stream(places.inputs.train, preparers, settings, training_settings, places.environment)
         return Data({**rows, "train": stream}, rows["train"], reports)
     seed = training_settings.seed
-    if settings.train_weights:
-        rows["train"] = rows["train"].select(choose_rows(splits["train"].open_datasets(), settings.train_weights, seed))
+    rows["train"] = open_epoch(splits["train"], settings, seed)
+    check_full_batch(len(rows["train"]), "rows", training_settings, world_size())
     if settings.shuffle_dataset:
         rows["train"] = rows["train"].shuffle(seed=seed, keep_in_memory=True)
     return Data(rows, rows["train"], reports)
@@ -100,6 +100,30 @@ def share_splits(places: DataPlaces, vocabulary: Vocabulary, settings: DataSetti
     run_on_local_rank_zero(done, prepare)
     values = json.loads(index.read_text(encoding="utf-8"))
     return {name: Split.from_json(split) for name, split in values.items()}
+
+
+def open_epoch(split: Split, settings: DataSettings, seed: int) -> Dataset:
+    """Return the training rows of an epoch, in the order of their sources.
+
+    Raises UserError where `train_weights` names a source without rows.
+    """
+    datasets = split.open_datasets()
+    rows = concatenate_datasets(list(datasets.values()))
+    return rows.select(choose_rows(datasets, settings.train_weights, seed)) if settings.train_weights else rows
+
+
+def check_full_batch(num_rows: int, unit: str, settings: TrainingSettings, num_devices: int) -> None:
+    """Raise UserError where `dataloader_drop_last` leaves nothing to train on: it drops what fills no batch.
+
+    `unit` is the word for the rows, which packing may have put into sequences.
+    """
+    per_device = settings.per_device_train_batch_size
+    if settings.dataloader_drop_last and num_rows < per_device * num_devices:
+        raise UserError(
+            f"dataloader_drop_last=true drops all training data: {num_rows} {unit} fill no batch of "
+            f"{per_device * num_devices} (per_device_train_batch_size={per_device} x {num_devices} devices); leave it "
+            "out, lower per_device_train_batch_size, or give more rows."
+        )
 
 
 def choose_rows(datasets: dict[str, Dataset], weights: dict[str, float], seed: int) -> npt.NDArray[np.int64]:

@@ -281,10 +281,16 @@ class ResumableMixin(Trainer):
             self._maybe_log_save_evaluate(self._tr_loss, None, model, trial, epoch, ignore_keys_for_eval, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate without moving the random numbers of training: a resumed run does not repeat the evaluation."""
+        """Evaluate without moving the random numbers of training: a resumed run does not repeat the evaluation.
+
+        The model goes back to its mode of training, by which TRL's trainers tell lines of training from others.
+        """
         devices = [self.args.device] if self.args.device.type == "cuda" else []
+        was_training = self.model.training
         with note_activity(EVALUATION), torch.random.fork_rng(devices=devices):
-            return super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
+        self.model.train(was_training)
+        return metrics
 
     # Rows and optimizer
 

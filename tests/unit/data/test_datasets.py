@@ -116,6 +116,32 @@ def test_rows_of_which_the_cut_leaves_nothing_to_train_on_are_left_out_and_count
     assert (data.reports["train"].num_rows, data.reports["train"].num_unsupervised_rows) == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("num_devices", "batch", "is_full"), [(1, 3, True), (1, 4, False), (3, 1, True), (2, 2, False)]
+)
+def test_fewer_rows_than_a_batch_of_all_devices_fail_where_such_batches_are_dropped(
+    load, monkeypatch, num_devices, batch, is_full
+):
+    monkeypatch.setenv("WORLD_SIZE", str(num_devices))
+    rows, settings = texts("a", "bb", "ccc"), {"per_device_train_batch_size": batch}
+    load({"train": rows}, **settings)
+    if is_full:
+        load({"train": rows}, **settings, dataloader_drop_last=True)
+        return
+    assert problems_of(load, {"train": rows}, **settings, dataloader_drop_last=True) == (
+        "dataloader_drop_last=true drops all training data: 3 rows fill no batch of 4 "
+        f"(per_device_train_batch_size={batch} x {num_devices} devices); leave it out, lower "
+        "per_device_train_batch_size, or give more rows.",
+    )
+
+
+def test_rows_of_an_epoch_fill_a_batch_by_their_weights(load):
+    channels = {"one": texts("a"), "other": texts("b")}
+    settings = {"train_weights": {"one": 3.0, "other": 1.0}, "dataloader_drop_last": True}
+    assert len(load(channels, **settings, per_device_train_batch_size=4).splits["train"]) == 4
+    assert "4 rows fill no batch of 5" in problems_of(load, channels, **settings, per_device_train_batch_size=5)[0]
+
+
 def test_data_that_would_teach_nothing_or_never_to_stop_fails(load):
     assert "no rows left" in problems_of(load, {"train": texts("a" * 50)}, max_length=10, apply_truncation=False)[0]
     empty = {"a.jsonl": b"", "b.json": b"[]", "c.csv": b"text\n", "d.jsonl.gz": gzip.compress(b"\n")}

@@ -33,7 +33,7 @@ def test_the_tokens_of_packed_rows_are_counted_and_not_their_slots(tiny_model, t
     trainer.compute_loss(trainer.model, collator(rows))
     assert trainer.num_tokens == 16
     trainer.model.eval()
-    trainer.compute_loss(trainer.model, collator(rows))
+    trainer.prediction_step(trainer.model, collator(rows), prediction_loss_only=True)
     assert trainer.num_tokens == 16
 
 

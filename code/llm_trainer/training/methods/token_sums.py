@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Means over supervised tokens, in whatever batches, sequences and ranks their rows came.
+
+A mean of batches' means would depend on all three: a batch of few tokens would count as much as one of many.
+"""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, concatenate_datasets
+
+from llm_trainer.data.formats import IGNORED
+
+MEANS = ("loss", "mean_token_accuracy", "aux_loss")  # as TRL's trainers name them
+
+
+def begin_sums(device: torch.device) -> torch.Tensor:
+    """Return the sums over no token, in float64: [1 + MEANS], the number of tokens first."""
+    return torch.zeros(1 + len(MEANS), dtype=torch.float64, device=device)
+
+
+@torch.no_grad()
+def sum_batch(outputs: Any, skips_nan: bool) -> torch.Tensor:
+    """Return the sums over a batch of this rank. `outputs` are a model's with TRL's output layer.
+
+    With `skips_nan` a batch whose sums are not finite does not count. No GPU is waited for.
+    """
+    num_tokens = outputs.label_mask.sum()
+    loss = -outputs.log_probs.sum(dtype=torch.float64)
+    # The experts' loss is a batch's own, which counts by its tokens.
+    aux_loss = 0 * num_tokens if outputs.aux_loss is None else outputs.aux_loss.double() * num_tokens
+    sums = torch.stack([num_tokens.double(), loss, outputs.is_top1.sum().double(), aux_loss.double()])
+    return torch.where(sums.isfinite().all(), sums, 0.0) if skips_nan else sums
+
+
+def compute_means(accelerator: Accelerator, sums: torch.Tensor) -> dict[str, float]:
+    """Return the means of MEANS over the tokens of all ranks, nan without any. Every rank must call this."""
+    num_tokens, *totals = accelerator.reduce(sums).tolist()
+    return {name: total / num_tokens if num_tokens else float("nan") for name, total in zip(MEANS, totals, strict=True)}
+
+
+def fill_batches(rows: Dataset, batch_rows: int) -> Dataset:
+    """Return the rows, and after them as many without a label as fill the last batch of `batch_rows` rows.
+
+    Accelerate would fill the ranks' last batch with the first rows, which would count twice.
+    """
+    num_missing = -len(rows) % batch_rows
+    if not num_missing:
+        return rows
+    blank = {**rows[0], "labels": [IGNORED] * len(rows[0]["labels"])}
+    return concatenate_datasets([rows, Dataset.from_list([blank] * num_missing, features=rows.features)])
