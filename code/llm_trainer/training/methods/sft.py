@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Supervised fine-tuning: TRL's SFTTrainer on rows of tokens and labels."""
 
+import math
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
         # model how its own loss divides, which is another way for GPT-2 and Gemma 4, and is not used here.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self.token_sums = begin_sums(self.args.device)  # since the last line of the training
+        self.run_sums = begin_sums(self.args.device)  # up to the last line
         self.eval_sums = begin_sums(self.args.device)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -47,12 +49,16 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log. A line of the training gets its means over all tokens since the last one."""
+        """Log. A line of the training gets its means over all tokens since the last one, and the totals the run's."""
         if "loss" in logs:
             means = compute_means(self.accelerator, self.token_sums)
-            self.token_sums = begin_sums(self.args.device)
+            self.run_sums, self.token_sums = self.run_sums + self.token_sums, begin_sums(self.args.device)
             logs["loss"] = means["loss"]
             self._metrics["train"]["mean_token_accuracy"] = [means["mean_token_accuracy"]]
+        elif "train_loss" in logs:
+            train_loss = compute_means(self.accelerator, self.run_sums + self.token_sums)["loss"]
+            if not math.isnan(train_loss):  # as it is of a run without a step
+                logs["train_loss"] = train_loss
         super().log(logs, start_time)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:

@@ -142,6 +142,8 @@ def test_a_line_of_several_steps_is_a_mean_over_the_tokens_of_all(tiny_model, tm
     """The mean of the steps' means would count the last step's only row as much as six."""
     trainer, batches = train(tiny_model, tmp_path, logging_steps=3)
     assert_lines_are_means(read_lines(trainer), batches, 9, trainer.model)
+    loss, _ = measure(trainer.model, [row for batch in batches for row in batch])
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(loss, rel=TOLERANCE)
 
 
 def build_gpt2():
