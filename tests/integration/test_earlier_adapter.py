@@ -6,6 +6,7 @@ import shutil
 import tarfile
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -83,40 +84,47 @@ def test_two_jobs_end_with_the_very_adapter_of_one(tree):
     assert digest in (tree.base_dir / "model/README.md").read_text()
 
 
-def test_sharded_ranks_go_on_from_a_merged_result_and_resume_from_their_own_checkpoint(tree):
-    tree.change(**STATELESS, **KIND, merge_weights="true")
-    run_job(tree)
-    pack_result(tree)
-    tree.change(**dict.fromkeys(KIND), nproc_per_node="2", distribution="fsdp", per_device_train_batch_size="4")
-    tree.change(save_steps="2", num_train_epochs="1")
+def make_adapter(tree, seed=0, **options):
+    """Give the job an adapter that another tool made, which adds something from the first step."""
+    torch.manual_seed(seed)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], **options)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tree.base_dir / "input/data/model"), config)
+    for name, weight in model.named_parameters():
+        if ".lora_B." in name:
+            weight.data.normal_(0, 0.02)
+    model.save_pretrained(tree.base_dir / "input/data/adapter")
+    tree.write("input/config/inputdataconfig.json", {name: {} for name in ("model", "train", "adapter")})
+
+
+def test_sharded_ranks_go_on_and_resume_from_checkpoints_of_this_adapter_alone(tree):
+    make_adapter(tree, modules_to_save=["lm_head"])
+    tree.change(nproc_per_node="2", distribution="fsdp", per_device_train_batch_size="4", save_steps="2")
+    tree.change(merge_weights="true")
     log = run_job(tree)
-    assert "FSDP" in log
-    proven, merged = tree.manifest["export"], (tree.base_dir / "model/model.safetensors").read_bytes()
-    assert proven["proven"] is True
     losses = metrics_of(log, "train_loss")
+    assert losses[-1] < losses[0]
+    assert tree.manifest["export"]["proven"] is True
+    merged = (tree.base_dir / "model/model.safetensors").read_bytes()
 
     shutil.rmtree(tree.base_dir / "checkpoints/checkpoint-4")
     result = tree.run()
     assert result.returncode == 0, result.stdout
-    assert "Resuming from " in result.stdout and "checkpoint-2" in result.stdout
-    assert metrics_of(result.stdout, "train_loss")[-1] == losses[-1]
+    assert f"Resuming from {tree.base_dir / 'checkpoints/checkpoint-2'}" in result.stdout
     assert (tree.base_dir / "model/model.safetensors").read_bytes() == merged
+
+    make_adapter(tree, seed=1, modules_to_save=["lm_head"])
+    assert tree.run().returncode == 1
+    assert "is a checkpoint of another run (earlier adapter was " in tree.failure
 
 
 @pytest.mark.parametrize("kind", ["4bit", "mxfp4"])
 def test_a_quantized_base_goes_on_with_an_adapter_that_another_tool_made(tree, kind):
-    base, channel = tree.base_dir / "input/data/model", tree.base_dir / "input/data/adapter"
+    base = tree.base_dir / "input/data/model"
     if kind == "mxfp4":
         shutil.rmtree(base)
         build_tiny_gpt_oss(base)
     options = {"use_dora": True} if kind == "4bit" else {"rank_pattern": {"v_proj": 2}}
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], **options)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    for name, weight in model.named_parameters():
-        if ".lora_B." in name:
-            weight.data.normal_(0, 0.02)
-    model.save_pretrained(channel)
-    tree.write("input/config/inputdataconfig.json", {name: {} for name in ("model", "train", "adapter")})
+    make_adapter(tree, **options)
     tree.change(merge_weights="true", **({"load_in_4bit": "true"} if kind == "4bit" else {}))
     log = run_job(tree)
     losses = metrics_of(log, "train_loss")

@@ -24,7 +24,7 @@ BASE_CHANGING_STARTS = (*MOVING_STARTS, "corda", "lora_ga")
 # Fields of an adapter's config that are trained on as they are, or mean nothing for a training.
 TAKEN_FIELDS = frozenset(
     {*SAID_FIELDS, "auto_mapping", "peft_version", "target_parameters", "exclude_modules", "layers_to_transform"}
-    | {"layers_pattern", "lora_bias", "loftq_config", "ensure_weight_tying"}
+    | {"layers_pattern", "lora_bias", "loftq_config"}
 )
 
 

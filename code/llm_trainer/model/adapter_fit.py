@@ -15,7 +15,14 @@ from llm_trainer.config.sections import AdapterSettings, ModelSettings
 from llm_trainer.journal.manifest import MANIFEST, read_leftover_manifest
 from llm_trainer.model.adapter_file import attach_adapter, list_adapter_tensors
 from llm_trainer.model.loading import build_skeleton
-from llm_trainer.model.lora import build_lora_config, choose_targets, find_refused_targets, is_target, matches_end
+from llm_trainer.model.lora import (
+    build_lora_config,
+    choose_targets,
+    find_parameter_problems,
+    find_refused_targets,
+    is_target,
+    matches_end,
+)
 
 MERGE_FIRST = "merge the adapter with `llm-trainer merge`, and give the result as the model."
 OWN_PART = re.compile(r"^base_model\.model\.|(\.base_layer)*\.(weight|bias)$")  # what is not the name of a module
@@ -36,6 +43,7 @@ def check_earlier_adapter(
     lora = build_lora_config(model_settings, settings, skeleton)
     refused = find_refused_targets(lora, skeleton, MERGE_FIRST)
     problems = [f"The adapter in {adapter} cannot be trained here: {text}" for text in refused]
+    problems += find_parameter_problems(lora.target_parameters, settings) if lora.target_parameters else []
     asked = list_asked_targets(model_settings, settings, skeleton)
     attached = attach_adapter(skeleton, adapter)  # changes the skeleton
     problems += find_other_targets(attached, settings, asked)

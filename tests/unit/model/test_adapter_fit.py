@@ -94,3 +94,10 @@ def test_a_manifest_tells_another_base_of_the_same_shape(base, adapter):
         check(adapter, base)
     manifest.unlink()
     check(adapter, base)
+
+
+def test_dropout_that_is_asked_for_on_parameters_is_refused(base, tmp_path):
+    folder = save_adapter(tmp_path / "experts", base, target_modules=[], target_parameters=["q_proj.weight"])
+    check(folder, base)
+    with pytest.raises(UserError, match="PEFT has no dropout there; set 0"):
+        check(folder, base, lora_dropout=0.1)

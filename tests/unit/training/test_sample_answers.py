@@ -2,6 +2,7 @@
 """Answers before and after the training: whose they are, that they leave no trace, and that they stop nothing."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def tokenizer(tiny_model):
 def make(tiny_model, tokenizer, tmp_path):
     """Makes a trainer of a few steps and the job's generations."""
 
-    def build(number=2, lora=True, validation=True, sharded=False, adapter_start=None, **arguments):
+    def build(number=2, lora=True, validation=True, sharded=False, run=None, **arguments):
         rows = Dataset.from_list([row_of(tokenizer, prompt, "yes") for prompt in PROMPTS])
         trainer = ResumableSFTTrainer(
             model=AutoModelForCausalLM.from_pretrained(tiny_model),
@@ -57,7 +58,7 @@ def make(tiny_model, tokenizer, tmp_path):
             train_dataset=rows,
             processing_class=tokenizer,
             peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
-            run=build_run_context(adapter_start=adapter_start),
+            run=build_run_context(**(run or {})),
         )
         trainer.is_fsdp_enabled = sharded
         splits = {"train": rows, **({"validation": rows.select([2, 3, 3])} if validation else {})}
@@ -124,8 +125,9 @@ def test_asking_changes_nothing(make, lora):
     assert same(earlier, states(trainer))
 
 
-def test_an_adapter_that_took_a_part_of_the_base_is_asked_before(make, tmp_path):
-    _, asked = make(adapter_start=tmp_path)
+@pytest.mark.parametrize("run", [{"adapter_start": Path("start")}, {"goes_on": True}], ids=str)
+def test_an_adapter_that_begins_elsewhere_than_at_the_base_is_asked_before(make, run):
+    _, asked = make(run=run)
     asked.before_training()
     assert len(asked.before) == 2
 
