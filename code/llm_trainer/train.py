@@ -22,7 +22,7 @@ from llm_trainer.data.fingerprints import describe_split
 from llm_trainer.data.preview import log_data
 from llm_trainer.data.streaming import AUDITED_ROWS
 from llm_trainer.export.export import finish_result, place_result, publish_result, warn_of_failure
-from llm_trainer.export.logits_check import choose_check_rows, compute_logits
+from llm_trainer.export.logits_check import attempt_logits, choose_check_rows, compute_logits
 from llm_trainer.export.manifest import TrainedRun, build_manifest, describe_weights
 from llm_trainer.export.result import ExportPlaces, ExportSettings, TrainingResult
 from llm_trainer.export.stop_watch import StopWatch
@@ -109,6 +109,7 @@ class Outcome:
     weights: dict[str, torch.Tensor] | None  # on rank 0, where the model holds only shards
     check_rows: list[list[int]]  # tokens of some training rows
     logits: list[torch.Tensor] | None  # of the trained model on these rows; None after a stop, and on other ranks
+    unproven: str | None  # why memory kept them from being computed
 
 
 def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
@@ -217,15 +218,12 @@ def run(context: Context, prepared: Prepared, planned: Planned, built: Built) ->
 
     memory = planned.memory.compare(built.peak.read_bytes(), prepared.model_plan.device.is_gpu)
     log.info(f"Memory: {memory['comparison']}")
-    check_rows, logits = choose_check_rows(prepared.data.sample), None
-    if trainer.stopped:
-        describe_stop(trainer)
-    elif planned.memory.sharded or rank() == 0:
-        logits = compute_logits(trainer.model, check_rows, prepared.model_plan.device.torch)
+    check_rows = choose_check_rows(prepared.data.sample)
+    logits, unproven = compute_expected(trainer, check_rows, prepared.model_plan.device.torch, planned.memory.sharded)
     weights = fsdp.gather_weights(trainer.model) if planned.memory.sharded else None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # the other ranks leave while rank 0 exports, however long it takes
-    return Outcome(totals, memory, answers, progress, weights, check_rows, logits)
+    return Outcome(totals, memory, answers, progress, weights, check_rows, logits, unproven)
 
 
 def export(context: Context, prepared: Prepared, built: Built, outcome: Outcome) -> None:
@@ -345,6 +343,22 @@ def add_callbacks(context: Context, prepared: Prepared, planned: Planned, traine
     trainer.add_callback(SaveAndStop(trainer, prepared.stop_request, has_interval))
 
 
+def compute_expected(
+    trainer: ResumableMixin, rows: list[list[int]], device: torch.device, is_sharded: bool
+) -> tuple[list[torch.Tensor] | None, str | None]:
+    """Return the trained model's logits on rows, and why memory kept them from being computed.
+
+    Both are None after a stop, which leaves no time, and on ranks that need not compute.
+    """
+    if trainer.stopped:
+        describe_stop(trainer)
+    elif is_sharded:  # a rank that went on alone after a lack of memory would leave the others waiting
+        return compute_logits(trainer.model, rows, device), None
+    elif rank() == 0:
+        return attempt_logits(trainer.model, rows, device)
+    return None, None
+
+
 def describe_trained_run(context: Context, prepared: Prepared, built: Built, outcome: Outcome) -> TrainedRun:
     """Return the run as its manifest describes it."""
     return TrainedRun(
@@ -373,6 +387,7 @@ def collect_result(
         weights=outcome.weights,
         rows=outcome.check_rows,
         logits=outcome.logits,
+        unproven=outcome.unproven,
         tokenizer=prepared.tokenizer,
         timeline=context.timeline,
         watch=watch,

@@ -56,6 +56,15 @@ def download_model(model: str, revision: str | None, with_weights: bool) -> str:
     return folder
 
 
+def find_downloaded(model: str, revision: str | None) -> Path | None:
+    """Return the folder of a model in the cache, without asking the Hub; None where the cache lacks files of it."""
+    try:
+        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if list_weights(folder) and not any(check_weights(folder)) else None
+
+
 def download_weights(model: str, folder: Path) -> None:
     """Download a model's weights beside its small files. Raises UserError where they are missing or damaged."""
     try:

@@ -129,6 +129,16 @@ def test_the_weights_are_downloaded_once(fake_hub, tmp_path, is_sharded):
     assert list_weights(folder) == [folder / name for name in names]
 
 
+def test_a_model_in_the_cache_is_found_without_the_hub(fake_hub, tmp_path):
+    assert hub.find_downloaded(MODEL, None) is None
+    folder = Path(hub.download_model(MODEL, None, with_weights=False))
+    assert hub.find_downloaded(MODEL, None) is None  # the weights are missing
+    hub.download_model(MODEL, None, with_weights=True)
+    asked = len(fake_hub.requests)
+    assert hub.find_downloaded(MODEL, None) == folder
+    assert len(fake_hub.requests) == asked
+
+
 def test_weights_that_are_not_read_are_not_downloaded(fake_hub, tmp_path):
     fake_hub.files["pytorch_model.bin"] = fake_hub.files.pop("model.safetensors")
     assert "has no model.safetensors and no index" in refuse(loading.fetch_model, MODEL, Settings().model, tmp_path)

@@ -8,9 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.export import export
@@ -137,11 +139,54 @@ def test_half_the_weights_are_no_result(trained, tmp_path, monkeypatch):
 
 
 def test_weights_that_cannot_get_their_place_stay_where_they_were_written(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export, "save_tokenizer", fail(OSError(errno.EIO, "Input/output error")))
+    monkeypatch.setattr(export.ModelFolder, "place", fail(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(OSError, match="Input/output"):
         export.place_result(trained)
     (file,) = (tmp_path / "model").glob(f"{STAGING}*/new/adapter_model.safetensors")
     assert f"Warning: What was written of the result is in {file.parent}." in capsys.readouterr().out
+
+
+def save_half_a_tokenizer(tokenizer, base, folder, trust_remote_code):
+    (folder / "vocab.json").write_text("half")
+    raise RuntimeError("Cannot send a request, as the client has been closed.")
+
+
+def test_a_tokenizer_that_cannot_follow_its_base_is_written_plainly(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "save_tokenizer", save_half_a_tokenizer)
+    export_result(trained)
+    assert set(list_files(tmp_path / "model")) >= ESSENTIALS
+    assert not (tmp_path / "model/vocab.json").exists()
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert (loaded.get_vocab(), loaded.chat_template) == (
+        trained.tokenizer.get_vocab(),
+        trained.tokenizer.chat_template,
+    )
+    assert read_manifest(tmp_path / "model")["export"]["proven"] is True
+    assert "Warning: The tokenizer could not be written by the base's files" in capsys.readouterr().out
+
+
+def test_a_base_that_is_gone_costs_a_full_fine_tune_nothing_but_its_older_words(tiny_model, tmp_path, capsys):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    trained = build_result(base, tmp_path, use_peft=False)
+    shutil.rmtree(base)
+    export.place_result(replace(trained, plan=replace(trained.plan, folder=str(tmp_path / "base"))))
+    assert set(list_files(tmp_path / "model")) >= {"config.json", "model.safetensors", "tokenizer.json"}
+    AutoTokenizer.from_pretrained(tmp_path / "model")
+    output = capsys.readouterr().out
+    for what in ("generation_config.json could not be read again", "A config.json for Transformers 4 too"):
+        assert what in output
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_without_room_for_the_trained_models_logits_the_result_is_there_unproven(tiny_model, tmp_path, merges):
+    trained = build_result(tiny_model, tmp_path, merge_weights=merges)
+    export_result(replace(trained, logits=None, unproven="there was no room for the trained model's logits (x)"))
+    model_dir = tmp_path / "model"
+    weights = {"adapter/adapter_model.safetensors", "model.safetensors"} if merges else {"adapter_model.safetensors"}
+    assert set(list_files(model_dir)) >= weights
+    outcome = read_manifest(model_dir)["export"]
+    assert (outcome["proven"], outcome["checks"]) == (False, [])
+    assert outcome["reason"] == "there was no room for the trained model's logits (x)"
 
 
 @pytest.mark.long
