@@ -26,11 +26,11 @@ from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.files import remove_leftover, remove_path, write_json, write_text
 from llm_trainer.export.model_card import CARD, build_model_card
 from llm_trainer.export.placement import ModelFolder, list_files, move_files
-from llm_trainer.export.publish import Artefacts, advise_compression, publish
+from llm_trainer.export.publish import advise_compression, collect_artefacts, publish
 from llm_trainer.export.result import TrainingResult
 from llm_trainer.export.verify import prove_merged, prove_trained
 from llm_trainer.job.failure_reasons import is_shortage
-from llm_trainer.journal.manifest import ADAPTER, MANIFEST, Manifest, read_manifest
+from llm_trainer.journal.manifest import ADAPTER, MANIFEST, Manifest, list_whole_result, read_manifest
 from llm_trainer.journal.records import SCHEMA_VERSION
 from llm_trainer.merge.merge import write_merged_model
 from llm_trainer.merge.plan import MergeRequest
@@ -89,7 +89,7 @@ def place_result(trained: TrainingResult) -> PlacedResult:
             folder.close()  # half the weights are no result, and a full disk needs the room
             raise
         try:
-            put_in_place(trained, placed, folder.list_earlier())
+            put_in_place(trained, placed, list_whole_result(folder.path))
         except Exception:
             log.warning(f"What was written of the result is in {folder.new}.")
             raise
@@ -155,7 +155,7 @@ def publish_result(trained: TrainingResult) -> None:
     if advice := advise_compression(model_dir):
         log.info(advice)
     if settings.output.push_to_hub or settings.output.mlflow_register_model:
-        artefacts = Artefacts(model_dir, trained.architecture, trained.base, list_tokenizer_files(model_dir))
+        artefacts = collect_artefacts(model_dir, trained.architecture, trained.base, list_tokenizer_files(model_dir))
         trained.watch.attempt(f"publishing {model_dir}", lambda: publish(settings.output, settings.tracking, artefacts))
         if trained.watch.left_out:
             record_left_out(model_dir, trained.watch.left_out)

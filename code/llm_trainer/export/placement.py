@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Self
 
 from llm_trainer.common.files import remove_leftover
-from llm_trainer.journal.manifest import ADAPTER, MANIFEST, list_result_files
+from llm_trainer.journal.manifest import MANIFEST
 from llm_trainer.serving.lmi_files import ENVIRONMENT, PROPERTIES
 
 STAGING = ".llm-trainer-export"
@@ -75,11 +75,6 @@ class ModelFolder:
         move_files(reversed(order_files(name for name in names if is_there(self.path / name))), self.path, removed)
         move_files(order_files(list_files(self.earlier)), self.earlier, self.path)
         return removed
-
-    def list_earlier(self) -> list[str]:
-        """List the files that an earlier job left, by the manifests of its result and of an adapter beside it."""
-        own = [] if (self.path / ADAPTER).is_symlink() else list_result_files(self.path / ADAPTER)
-        return [*(f"{ADAPTER}/{name}" for name in own), *list_result_files(self.path)]
 
     def find_obstacles(self, names: Iterable[str]) -> set[str]:
         """Return what has the name of a file that is to come, or is no folder where the file needs one."""

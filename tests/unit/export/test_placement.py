@@ -6,7 +6,7 @@ import json
 import pytest
 
 from llm_trainer.export.placement import ModelFolder, list_files, order_files
-from llm_trainer.journal.manifest import MANIFEST
+from llm_trainer.journal.manifest import MANIFEST, list_whole_result
 
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"]
 LMI_COPY = "adapters/trained/adapter_config.json"
@@ -26,7 +26,7 @@ def write_result(folder, names, text="earlier"):
 def place(model_dir, names=ADAPTER, others=()):
     folder = ModelFolder.open(model_dir)
     write(folder.new, [MANIFEST, *names], "new")
-    folder.place([MANIFEST, *names, *others], folder.list_earlier())
+    folder.place([MANIFEST, *names, *others], list_whole_result(model_dir))
     return folder
 
 
