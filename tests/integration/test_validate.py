@@ -227,7 +227,7 @@ def test_a_tokenizer_that_cannot_be_read_is_told(tree, examine_tree):
 
 def test_an_empty_tree_is_told(tree, examine_tree):
     for channel in ("model", "train", "validation"):
-        (tree.base_dir / "input/data" / channel).rename(tree.base_dir / channel)
+        (tree.base_dir / "input/data" / channel).rename(tree.base_dir / f"no-{channel}")
     tree.write("input/config/inputdataconfig.json", {})
     validation = examine_tree()
     assert [problem.split(":")[0] for problem in validation.list_texts("error")] == [

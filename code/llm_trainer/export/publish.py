@@ -126,7 +126,7 @@ def push_to_hub(settings: OutputSettings, artefacts: Artefacts) -> str:
         name = settings.hub_model_id
         repository = name if "/" in name else f"{api.whoami()['name']}/{name}"
         # Not upload_folder, which makes several commits of a large folder: a reader could find half a model.
-        additions = [CommitOperationAdd(name, model_dir / name) for name in artefacts.files]
+        additions = [CommitOperationAdd(file, model_dir / file) for file in artefacts.files]
         message = "Result of sagemaker-llm-trainer"
         try:
             return str(api.create_commit(repository, additions, commit_message=message, revision=settings.hub_revision))

@@ -26,9 +26,11 @@ from llm_trainer.job.model_archive import find_archive
 from llm_trainer.job.model_objects import find_broken_objects
 from llm_trainer.job.model_place import locate_model
 from llm_trainer.job.objective import find_objective_problems, find_objective_warnings, read_objective
-from llm_trainer.job.output_places import find_place_problems, find_place_warnings
+from llm_trainer.job.output_places import find_overlaps, find_place_problems, find_place_warnings, find_taken_names
 from llm_trainer.journal.manifest import find_unreadable_manifests
 from llm_trainer.readers.sources import (
+    TRAIN_CHANNEL,
+    VALIDATION_CHANNEL,
     Source,
     find_train_sources,
     find_unread_files,
@@ -76,8 +78,25 @@ def find_inputs(settings: Settings, environment: Environment, has_mistakes: bool
         else environment.checkpoint_dir,
     )
     misplaced = list(find_place_problems(settings.output, environment))
+    misplaced = misplaced or list(check_result_place(settings, environment, inputs))
     problems += misplaced or check_folders(inputs, environment.output_dir, settings.training.use_checkpoints)
     return inputs, problems
+
+
+def check_result_place(settings: Settings, environment: Environment, inputs: Inputs) -> Iterator[str]:
+    """Yield sentences about a folder of the result in which it would meet what the job reads, or others' files."""
+    read = {"the folder of the model": Path(inputs.model)} if os.path.isdir(inputs.model) else {}
+    if settings.training.use_checkpoints:
+        read["the folder of the checkpoints"] = inputs.checkpoint_dir
+    for name in ("train_dataset_path", "val_dataset_path"):
+        path = settings.value(name)
+        if path and os.path.exists(path):
+            read[name] = Path(path)
+    for name, folder in environment.channels.items():
+        if TRAIN_CHANNEL.fullmatch(name) or VALIDATION_CHANNEL.fullmatch(name):
+            read[f"channel {name!r}"] = folder
+    overlaps = list(find_overlaps(inputs.model_dir, read))
+    yield from overlaps or find_taken_names(inputs.model_dir, settings.adapter.use_peft, settings.output.merge_weights)
 
 
 def find_model(
