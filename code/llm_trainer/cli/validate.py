@@ -24,6 +24,7 @@ from llm_trainer.job.checkpoint_lock import find_other_job
 from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
 from llm_trainer.job.inputs import Inputs, check_model, find_inputs, find_missing_weights, find_warnings
 from llm_trainer.job.job import Job, collect_settings
+from llm_trainer.job.kept_checkpoints import find_damaged_checkpoint
 from llm_trainer.job.model_objects import find_broken_objects
 from llm_trainer.launcher.user_script import names_a_script
 from llm_trainer.launcher.worker_processes import build_library_variables
@@ -102,6 +103,10 @@ def examine_inputs(settings: Settings, environment: Environment, validation: Val
     if not problems:
         validation.add_findings("inputs", "ok", [inputs.model])
         validation.add_findings("inputs", "ok", [source.describe() for source in (*inputs.train, *inputs.validation)])
+    if not problems:
+        is_alone = len(environment.hosts) == 1
+        damaged = find_damaged_checkpoint(settings.training, inputs.checkpoint_dir, is_alone)
+        validation.add_findings("checkpoints", "error", damaged)
     in_use = find_other_job(inputs.checkpoint_dir) if settings.training.use_checkpoints else None
     validation.add_findings("checkpoints", "error", [in_use] if in_use else [])
     missing = [f"{text} Only train needs them." for text in find_missing_weights(inputs.model)]
