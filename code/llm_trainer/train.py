@@ -23,8 +23,9 @@ from llm_trainer.data.preview import log_data
 from llm_trainer.data.streaming import AUDITED_ROWS
 from llm_trainer.export.export import finish_result, place_result, publish_result, warn_of_failure
 from llm_trainer.export.logits_check import attempt_logits, choose_check_rows, compute_logits
-from llm_trainer.export.manifest import TrainedRun, build_manifest, describe_weights
+from llm_trainer.export.manifest import TrainedRun, begin_manifest, build_manifest, describe_weights
 from llm_trainer.export.result import ExportPlaces, ExportSettings, TrainingResult
+from llm_trainer.export.side_files import KnownParts, find_side_file_problems
 from llm_trainer.export.stop_watch import StopWatch
 from llm_trainer.job.job import Job
 from llm_trainer.job.start_gate import StartGate
@@ -151,6 +152,8 @@ def prepare(context: Context) -> Prepared:
     places = DataPlaces(job.inputs, job.environment, context.scratch_dir)
     data = load_data(places, vocabulary, settings.data, settings.training)
     report_data(context, data, tokenizer)
+    if rank() == 0:
+        warn_of_side_files(context, model_plan, tokenizer, data)
     timeline.mark("data")
     return Prepared(method, model_plan, tokenizer, data, stop_request, consensus)
 
@@ -275,6 +278,15 @@ def report_data(context: Context, data: Data, tokenizer: PreTrainedTokenizerBase
     sources = {"train": inputs.train, "validation": inputs.validation}
     for split, report in data.reports.items():
         context.timeline.journal.write("data", **describe_split(split, report, sources[split]))
+
+
+def warn_of_side_files(context: Context, plan: ModelPlan, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
+    """Warn of what the result would come without."""
+    settings = context.settings
+    known = begin_manifest(describe_settings(settings), data.reports)
+    parts = KnownParts(Path(plan.folder), plan.config, tokenizer, settings.model.trust_remote_code, known)
+    for problem in find_side_file_problems(parts):
+        log.warning(problem)
 
 
 def load_base(context: Context, prepared: Prepared, planned: Planned) -> PreTrainedModel:

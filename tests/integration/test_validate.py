@@ -225,6 +225,13 @@ def test_a_tokenizer_that_cannot_be_read_is_told(tree, examine_tree):
     assert not validation.reports
 
 
+def test_what_the_result_would_come_without_is_told(tree, examine_tree):
+    tree.write("input/data/model/README.md", f"---\nlicense: mit\ndeep: {'[' * 60_000}\n---\n")
+    validation = examine_tree()
+    assert not validation.list_texts("error")
+    assert any("README.md are nested deeper than 32" in text for text in validation.list_texts("warning"))
+
+
 def test_an_empty_tree_is_told(tree, examine_tree):
     for channel in ("model", "train", "validation"):
         (tree.base_dir / "input/data" / channel).rename(tree.base_dir / f"no-{channel}")

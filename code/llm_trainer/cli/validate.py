@@ -42,6 +42,7 @@ GPU_ARGUMENTS = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "dd
 class PreparedData:
     """The data of a job as they would be trained on, and the model's parts that this needed."""
 
+    folder: str  # of the model
     config: "PreTrainedConfig"
     tokenizer: "PreTrainedTokenizerBase"
     splits: "Mapping[str, Split]"
@@ -145,6 +146,7 @@ def examine_data(job: Job, validation: Validation, in_colour: bool) -> None:
     validation.add_findings("data", "error", prepared.problems)
     add_reports(prepared.splits, not prepared.problems, validation)
     if not prepared.problems:
+        examine_side_files(prepared, job.settings, validation)
         longest_row = max(report.longest_row_tokens for report in validation.reports.values())
         if not any(finding.subject == "model" and finding.verdict == "error" for finding in validation.findings):
             examine_memory(prepared.config, job.settings, job.environment, longest_row, validation)
@@ -170,7 +172,7 @@ def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: V
     vocabulary = loading.build_vocabulary(folder, config, tokenizer, settings.model.model_revision)
     examine_structure(folder, config, settings, validation)
     splits, problems = prepare_splits(inputs, vocabulary, settings.data, rejected_rows)
-    return PreparedData(config, tokenizer, splits, problems)
+    return PreparedData(folder, config, tokenizer, splits, problems)
 
 
 def examine_arguments(job: Job, validation: Validation) -> None:
@@ -205,6 +207,16 @@ def add_reports(splits: "Mapping[str, Split]", are_valid: bool, validation: Vali
         validation.add_findings(name, "ok", texts)
         if are_valid:
             validation.add_findings(name, "warning", find_data_warnings(name, split.report))
+
+
+def examine_side_files(prepared: PreparedData, settings: Settings, validation: Validation) -> None:
+    """Add what the result would come without."""
+    from llm_trainer.export.manifest import begin_manifest
+    from llm_trainer.export.side_files import KnownParts, find_side_file_problems
+
+    folder, known = Path(prepared.folder), begin_manifest(describe_settings(settings), validation.reports)
+    parts = KnownParts(folder, prepared.config, prepared.tokenizer, settings.model.trust_remote_code, known)
+    validation.add_findings("result", "warning", find_side_file_problems(parts))
 
 
 def examine_structure(folder: str, config: "PreTrainedConfig", settings: Settings, validation: Validation) -> None:

@@ -23,8 +23,8 @@ from llm_trainer import __version__
 from llm_trainer.common import log
 from llm_trainer.common.activity_notes import note_activity
 from llm_trainer.common.errors import UserError, quote_error
-from llm_trainer.common.files import remove_leftover, remove_path, write_json, write_text
-from llm_trainer.export.model_card import CARD, build_model_card
+from llm_trainer.common.files import remove_leftover, remove_path, write_json
+from llm_trainer.export.model_card import CARD, write_model_card
 from llm_trainer.export.placement import ModelFolder, list_files, move_files
 from llm_trainer.export.publish import advise_compression, collect_artefacts, publish
 from llm_trainer.export.result import TrainingResult
@@ -366,8 +366,7 @@ def write_records(trained: TrainingResult, placed: PlacedResult, manifest: Manif
     manifest["stopped"] |= bool(trained.watch.left_out)
 
     def write_card(folder: Path) -> None:
-        card = build_model_card(placed.path, manifest, trained.base_folder, trained.base, refusals)
-        write_text(folder / CARD, card, errors="backslashreplace")  # names of files may be no UTF-8
+        write_model_card(folder, placed.path, manifest, (trained.base_folder, trained.base), refusals)
 
     write_beside(placed, CARD, write_card)
     manifest["files"] = sorted(placed.files)

@@ -59,7 +59,7 @@ def test_a_result_is_proven_where_it_lies(trained, tmp_path):
 
 @pytest.mark.parametrize("error", [RecursionError(), OSError(errno.ENOSPC, "No space left on device"), KeyError("x")])
 def test_whatever_fails_beside_the_result_is_a_warning(trained, tmp_path, monkeypatch, capsys, error):
-    for writer in ("build_model_card", "write_serving_files", "write_json"):
+    for writer in ("write_model_card", "write_serving_files", "write_json"):
         monkeypatch.setattr(export, writer, fail(error))
     export_result(trained)
     assert set(list_files(tmp_path / "model")) >= ESSENTIALS

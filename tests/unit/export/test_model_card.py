@@ -102,6 +102,7 @@ def test_a_whole_models_card_of_a_base_without_a_name(tmp_path):
         ),
         ("README.md", '---\nlicense: "a\\ud800"\n---\n', {}),
         ("README.md", '---\nlicense: "\\UFFFFFFFF"\n---\n', {}),
+        ("README.md", "---\nlicense: a\nlanguage: caf\udce9\n---\n", {"license": "a"}),
         ("README.md", f"---\n%YAML 1.{'9' * 5_000}\n---\nlicense: mit\n", {}),
         ("LICENSES/Apache-2.0.txt", "Apache License", {"license": "other", "license_name": "LICENSES"}),
         ("LICENSE", "\0" * 500 + "mit license", {"license": "other", "license_name": "LICENSE"}),
@@ -111,7 +112,7 @@ def test_a_whole_models_card_of_a_base_without_a_name(tmp_path):
 )
 def test_the_licence_is_the_bases_own(tmp_path, file, content, licence):
     (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text(content)
+    (tmp_path / file).write_text(content, errors="surrogateescape")
     assert find_licence(tmp_path) == licence
 
 
