@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The story of a job, as each of its workers lives it. Read `train` first, then its five phases in their order."""
 
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from llm_trainer.export.manifest import TrainedRun, begin_manifest, build_manife
 from llm_trainer.export.result import ExportPlaces, ExportSettings, TrainingResult
 from llm_trainer.export.side_files import KnownParts, find_side_file_problems
 from llm_trainer.export.stop_watch import StopWatch
+from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
 from llm_trainer.job.job import Job
 from llm_trainer.job.start_gate import StartGate
 from llm_trainer.journal.timeline import Timeline
@@ -141,6 +143,8 @@ def prepare(context: Context) -> Prepared:
     consensus = StopConsensus()
 
     folder = loading.fetch_model(job.inputs.model, settings.model, context.scratch_dir)
+    if folder != job.inputs.model:
+        report_disk_need(context, folder)
     timeline.mark("download")
     sections = PlanSettings(settings.model, settings.adapter, settings.parallelism, settings.output)
     model_plan = plan_model(folder, sections, device, precision)
@@ -156,6 +160,14 @@ def prepare(context: Context) -> Prepared:
         warn_of_side_files(context, model_plan, tokenizer, data)
     timeline.mark("data")
     return Prepared(method, model_plan, tokenizer, data, stop_request, consensus)
+
+
+def report_disk_need(context: Context, folder: str) -> None:
+    """Log whether the disks have room for what the job writes, which is known once a Hub model's files are there."""
+    settings, inputs = context.settings, replace(context.job.inputs, model=folder)
+    sections = WriteSettings(settings.adapter, settings.training, settings.output)
+    findings = inspect_disk_need(sections, inputs, Path(os.environ["LLM_TRAINER_CACHE"]))
+    log.info(*(f"Machine: {finding.verdict}: {finding.subject}: {finding.text}" for finding in findings))
 
 
 def plan(context: Context, prepared: Prepared) -> Planned:

@@ -176,7 +176,25 @@ def test_a_hub_model_is_judged_without_its_weights(tree, tiny_model, run_validat
     assert result.returncode == 0, result.stdout + result.stderr
     assert json.loads(result.stdout)["data"]["train"]["num_rows"] == 32
     assert any(request.endswith("tokenizer.json") for request in server.requests)
-    assert not any("safetensors" in request for request in server.requests)
+    asked = [request.split()[0] for request in server.requests if "safetensors" in request]
+    assert asked == ["HEAD"]  # their size
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_hub_model_without_room_is_told(tree, tiny_model, run_validate, tmp_path, at_once):
+    server = FakeHub(tiny_model)
+    server.told_sizes = {"model.safetensors": 2**60}
+    tree.change(use_cpu=True, use_snapshot_download=at_once)  # this machine is the job's
+    try:
+        arguments = ("--json", "--model_id", MODEL)
+        result = run_validate(*arguments, HF_ENDPOINT=server.endpoint, HF_HOME=str(tmp_path / "hub"))
+    finally:
+        server.close()
+    assert result.returncode == 1
+    (problem,) = json.loads(result.stdout)["problems"]
+    assert problem.startswith(f"model_id='{MODEL}' has 1073741824 GiB of weights to download, and ")
+    assert f"free in {tmp_path}/hub/hub: raise VolumeSizeInGB" in problem
+    assert not any(request.startswith("GET") and "safetensors" in request for request in server.requests)
 
 
 def test_weights_and_gpu_are_not_needed(tree, examine_tree):

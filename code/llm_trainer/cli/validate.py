@@ -21,7 +21,7 @@ from llm_trainer.config.secret_references import VARIABLES, is_reference, read_s
 from llm_trainer.host.findings import Verdict
 from llm_trainer.host.write_probe import find_write_problem
 from llm_trainer.job.checkpoint_lock import find_other_job
-from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
+from llm_trainer.job.disk_budget import BaseWeights, WriteSettings, inspect_disk_need
 from llm_trainer.job.inputs import Inputs, check_model, find_inputs, find_missing_weights, find_warnings
 from llm_trainer.job.job import Job, collect_settings
 from llm_trainer.job.kept_checkpoints import find_damaged_checkpoint
@@ -30,7 +30,7 @@ from llm_trainer.launcher.user_script import names_a_script
 from llm_trainer.launcher.worker_processes import build_library_variables
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llm_trainer.data.splits import Split
 
@@ -81,7 +81,8 @@ def examine_tree(words: Sequence[str], in_colour: bool, validation: Validation) 
     validation.add_findings("job", "warning", find_warnings(settings, environment, inputs))
     set_variables(settings, inputs, validation)
     sections = WriteSettings(settings.adapter, settings.training, settings.output)
-    validation.findings += inspect_disk_need(sections, inputs, Path(os.environ["LLM_TRAINER_CACHE"]))
+    if not reads_base_from_hub(inputs):
+        validation.findings += inspect_disk_need(sections, inputs, Path(os.environ["LLM_TRAINER_CACHE"]))
     if inputs.model and inputs.train and not any(find_broken_objects(Path(inputs.model))):
         examine_data(Job(environment, settings, inputs), validation, in_colour)
 
@@ -170,7 +171,9 @@ def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: V
     validation.add_findings("model", "error", find_quantization_problems(folder, config, *sections))
     tokenizer = loading.load_tokenizer(folder, settings.model)
     vocabulary = loading.build_vocabulary(folder, config, tokenizer, settings.model.model_revision)
-    examine_structure(folder, config, settings, validation)
+    skeleton = examine_structure(folder, config, settings, validation)
+    if skeleton is not None and reads_base_from_hub(inputs):
+        examine_download(job, folder, skeleton, validation)
     splits, problems = prepare_splits(inputs, vocabulary, settings.data, rejected_rows)
     return PreparedData(folder, config, tokenizer, splits, problems)
 
@@ -219,8 +222,40 @@ def examine_side_files(prepared: PreparedData, settings: Settings, validation: V
     validation.add_findings("result", "warning", find_side_file_problems(parts))
 
 
-def examine_structure(folder: str, config: "PreTrainedConfig", settings: Settings, validation: Validation) -> None:
-    """Add what keeps the model from being trained, and the adapter from being put on it or from being served."""
+def reads_base_from_hub(inputs: Inputs) -> bool:
+    """Tell whether the job's model is to be downloaded from the Hub."""
+    return bool(inputs.model) and not Path(inputs.model).is_dir()
+
+
+def examine_download(job: Job, folder: str, skeleton: "PreTrainedModel", validation: Validation) -> None:
+    """Add whether the disks have room for the weights on the Hub, and for what the job writes besides."""
+    from huggingface_hub import constants
+
+    from llm_trainer.common.hub import download_model, measure_weights
+
+    settings, inputs = job.settings, job.inputs
+    if not Path(folder).is_dir():  # each rank fetches the files by itself
+        folder = download_model(inputs.model, settings.model.model_revision, with_weights=False)
+    weights = measure_weights(inputs.model, Path(folder))
+    if weights is None:
+        return
+    if problem := weights.find_lack_of_room():
+        is_here = job.environment.num_gpus or settings.parallelism.use_cpu  # else a laptop, with another disk
+        validation.add_findings("disk", "error" if is_here else "warning", [problem])
+        return
+    sections = WriteSettings(settings.adapter, settings.training, settings.output)
+    shapes = [parameter.shape for parameter in skeleton.parameters()]
+    base = BaseWeights(weights.whole_bytes, shapes, (Path(constants.HF_HUB_CACHE), weights.missing_bytes))
+    validation.findings += inspect_disk_need(sections, inputs, Path(os.environ["LLM_TRAINER_CACHE"]), base)
+
+
+def examine_structure(
+    folder: str, config: "PreTrainedConfig", settings: Settings, validation: Validation
+) -> "PreTrainedModel | None":
+    """Add what keeps the model from being trained, and the adapter from being put on it or from being served.
+
+    Returns the model without its weights, None where it cannot be trained.
+    """
     from llm_trainer.model.loading import build_skeleton, check_fit
     from llm_trainer.model.lora import build_lora_config
     from llm_trainer.serving.limits import find_placement_refusals
@@ -230,12 +265,13 @@ def examine_structure(folder: str, config: "PreTrainedConfig", settings: Setting
             check_fit(folder, config, settings.model)
         skeleton = build_skeleton(folder, config, settings.model.trust_remote_code)
         if not settings.adapter.use_peft:
-            return
+            return skeleton
         lora = build_lora_config(settings.model, settings.adapter, skeleton)
     except UserError as error:
         validation.add_findings("model", "error", error.problems)
-        return
+        return None
     if not settings.output.merge_weights:
         validation.add_findings(
             "adapter", "warning", find_placement_refusals(lora, config.get_text_config().model_type)
         )
+    return skeleton

@@ -3,14 +3,17 @@
 
 import glob
 import random
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import httpx2
 from huggingface_hub import constants, get_token, snapshot_download
 from huggingface_hub.errors import (
+    DryRunError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -31,6 +34,7 @@ from llm_trainer.common.safetensors_files import (
     list_weights,
     map_weights,
 )
+from llm_trainer.common.units import show_bytes
 
 # A causal language model needs these beside its weights.
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken"]
@@ -41,13 +45,34 @@ BUSY = (408, 429, 500, 502, 503, 504)
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True)
+class HubWeights:
+    """The weights of a model on the Hub, before they are downloaded."""
+
+    model: str
+    whole_bytes: int
+    missing_bytes: int  # those that the cache does not hold yet
+
+    def find_lack_of_room(self) -> str | None:
+        """Return the sentence for a disk that cannot hold what is to be downloaded, else None."""
+        cache_dir = constants.HF_HUB_CACHE
+        free_bytes = shutil.disk_usage(cache_dir).free
+        if self.missing_bytes <= free_bytes:
+            return None
+        return (
+            f"model_id={self.model!r} has {show_bytes(self.missing_bytes)} of weights to download, and "
+            f"{show_bytes(free_bytes)} are free in {cache_dir}: raise VolumeSizeInGB on SageMaker, mount a larger "
+            "disk there with docker, or give a smaller model."
+        )
+
+
 def download_model(model: str, revision: str | None, with_weights: bool) -> str:
     """Download a model, and return the folder of its files in the cache.
 
     The small files come first. They tell which of the repository's weights are loaded: it may hold the same weights for
     other programs besides. Raises UserError when the Hub refuses, or the repository is not a plain base model.
     """
-    with note_activity("downloading the model", Path(constants.HF_HOME)):
+    with note_activity("downloading the model", Path(constants.HF_HUB_CACHE)):
         folder = download_files(model, revision, SMALL_FILES)
         if problems := list(find_unasked_weights(Path(folder), f"model_id={model!r}")):
             raise UserError(*problems)
@@ -66,12 +91,12 @@ def find_downloaded(model: str, revision: str | None) -> Path | None:
 
 
 def download_weights(model: str, folder: Path) -> None:
-    """Download a model's weights beside its small files. Raises UserError where they are missing or damaged."""
-    try:
-        names = map_weights(folder) or {SINGLE_FILE: set()}
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    download_files(model, folder.name, [glob.escape(name) for name in names])  # by the commit of the small files
+    """Download a model's weights beside its small files.
+
+    Raises UserError where they are missing or damaged, and before the first byte where the disk cannot hold them.
+    """
+    check_room(model, folder)
+    download_files(model, folder.name, list_patterns(folder))  # by the commit of the small files
     if problems := list(check_weights(folder)):
         raise UserError(*problems)
     if not list_weights(folder):
@@ -81,14 +106,52 @@ def download_weights(model: str, folder: Path) -> None:
         )
 
 
+def check_room(model: str, folder: Path) -> None:
+    """Raise UserError where the disk cannot hold the weights that are to be downloaded beside these small files."""
+    weights = measure_weights(model, folder)
+    if weights is not None and (problem := weights.find_lack_of_room()):
+        raise UserError(problem)
+
+
+def measure_weights(model: str, folder: Path) -> HubWeights | None:
+    """Return the size of the weights that belong to a model's small files, None where the Hub cannot be asked.
+
+    The list of files that came with the small ones has the sizes. For files without xet each takes one more request.
+    """
+    try:
+        files = ask_hub(
+            model,
+            lambda: snapshot_download(model, revision=folder.name, allow_patterns=list_patterns(folder), dry_run=True),
+        )
+    except DryRunError:  # offline, and the cache is of an older huggingface_hub, which kept no list
+        return None
+    sizes = [(file.file_size or 0, file.will_download) for file in files]
+    missing_bytes = sum(size for size, is_missing in sizes if is_missing)
+    return HubWeights(model, sum(size for size, _ in sizes), missing_bytes)
+
+
+def list_patterns(folder: Path) -> list[str]:
+    """Return the patterns of the weights that belong to a model's small files. Raises UserError for a bad index."""
+    try:
+        names = map_weights(folder) or {SINGLE_FILE: set()}
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return [glob.escape(name) for name in names]
+
+
 def download_files(model: str, revision: str | None, patterns: list[str]) -> str:
     """Download the files of a model that match a pattern. Return the folder that stands for their commit in the cache.
 
     huggingface_hub repeats some requests itself, five times within half a minute. It does not repeat the first one,
     which asks for the repository, nor a request for a file after a server error.
     """
+    return ask_hub(model, lambda: str(snapshot_download(model, revision=revision, allow_patterns=patterns)))
+
+
+def ask_hub(model: str, action: Callable[[], Result]) -> Result:
+    """Return the result of an action on a model's files. Raises UserError where the Hub refuses or stays away."""
     return retry_while_busy(
-        lambda: str(snapshot_download(model, revision=revision, allow_patterns=patterns)),
+        action,
         f"Downloading {model}",
         lambda error: find_refusal(error, f"model_id={model!r}") or describe_outage(model, find_answer(error)),
     )

@@ -22,7 +22,7 @@ from transformers import (
 
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.files import write_verbatim
-from llm_trainer.common.hub import download_model, find_refusal
+from llm_trainer.common.hub import check_room, download_model, download_weights, find_refusal
 from llm_trainer.common.ranks import run_on_local_rank_zero
 from llm_trainer.common.safetensors_files import list_weights, read_header
 from llm_trainer.config.sections import ModelSettings
@@ -58,17 +58,21 @@ def fetch_model(model: str, settings: ModelSettings, scratch_dir: Path, with_wei
     """Return the folder of a model's files. Download a Hub model once a host.
 
     With `use_snapshot_download=false` the model's Hub id comes back, and each rank loads it from the Hub by itself.
-    Raise UserError when the model cannot be downloaded, or is not a plain base model.
+    Raise UserError when the model cannot be downloaded, has no room on the disk, or is not a plain base model.
     """
     if Path(model).is_dir():
         return model
     place = scratch_dir / "model_folder"
-    with_weights = with_weights and settings.use_snapshot_download
+    has_own_cache = "cache_dir" in (settings.model_init_kwargs or {})  # where the ranks alone look
 
     def download() -> None:
-        folder = download_model(model, settings.model_revision, with_weights)
+        folder = download_model(model, settings.model_revision, with_weights=False)
         if broken := list(find_broken_objects(Path(folder))):
             raise UserError(*broken)
+        if with_weights and settings.use_snapshot_download:
+            download_weights(model, Path(folder))
+        elif with_weights and not has_own_cache:
+            check_room(model, Path(folder))
         write_verbatim(place, folder)
 
     run_on_local_rank_zero(scratch_dir / "model.done", download)
