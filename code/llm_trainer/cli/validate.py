@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from llm_trainer.cli.gpu_memory import examine_memory
 from llm_trainer.cli.validation import Validation, collect_findings, print_validation
 from llm_trainer.common.errors import UserError
-from llm_trainer.config.checks import find_missing_hardware
+from llm_trainer.config.checks import find_missing_hardware, keep_valid
 from llm_trainer.config.environment import Environment, read_environment
 from llm_trainer.config.schema import Settings, describe_settings
 from llm_trainer.config.secret_references import VARIABLES, is_reference, read_secret_variables
@@ -84,7 +84,7 @@ def examine_tree(words: Sequence[str], in_colour: bool, validation: Validation) 
     if not reads_base_from_hub(inputs):
         validation.findings += inspect_disk_need(sections, inputs, Path(os.environ["LLM_TRAINER_CACHE"]))
     if inputs.model and inputs.train and not any(find_broken_objects(Path(inputs.model))):
-        examine_data(Job(environment, settings, inputs), validation, in_colour)
+        examine_data(Job(environment, keep_valid(settings), inputs), validation, in_colour)
 
 
 def examine_settings(environment: Environment, words: Sequence[str], validation: Validation) -> Settings:

@@ -100,6 +100,8 @@ def read_config(model: str, settings: ModelSettings) -> PreTrainedConfig:
         raise UserError(
             f"model_id={model!r} is of type {config.model_type}, which is no causal language model: give one that is."
         )
+    if not isinstance(config.get_text_config(), PreTrainedConfig):
+        raise UserError(f"The config of {model} has a text_config that is no JSON object: download the model again.")
     return config
 
 

@@ -69,6 +69,11 @@ def test_an_unknown_type_is_refused(change):
     )
 
 
+def test_a_text_config_that_is_no_object_is_refused(change):
+    with pytest.raises(UserError, match="has a text_config that is no JSON object: download the model again"):
+        read_config(change(text_config=5), Settings().model)
+
+
 @pytest.mark.parametrize("kind", ["vit", "clip", "t5"])
 def test_what_is_no_causal_language_model_is_refused(change, kind):
     assert refusal_of(change(model_type=kind)) == (
