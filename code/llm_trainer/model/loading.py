@@ -35,7 +35,7 @@ UNKNOWN_TYPE = re.compile(r"model type `(.+?)` but Transformers does not recogni
 # What Transformers and PEFT raise for files of a model that hold other values than they expect.
 LOADING_ERRORS = (
     *(OSError, ValueError, ImportError, SafetensorError, StrictDataclassError),
-    *(TypeError, AttributeError, LookupError, ArithmeticError, RecursionError),
+    *(TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, AssertionError),
 )
 # On the meta device, where no memory can run out, torch's own refusal of a shape is one of them.
 META_ERRORS = (*LOADING_ERRORS, RuntimeError)
@@ -226,6 +226,11 @@ def find_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, revision: str 
     except LOADING_ERRORS as error:
         raise UserError(explain_failure(error, model, "generation_config.json")) from error
     stops = stop if isinstance(stop, list) else [stop] if stop is not None else []
+    if not all(isinstance(each, int) for each in stops):
+        raise UserError(
+            f"The generation_config.json of {model} has eos_token_id={stop!r}: write a token's number, or a list of "
+            "them."
+        )
     return frozenset([*stops, tokenizer.eos_token_id])
 
 

@@ -2,6 +2,8 @@
 """Token ids and labels of whole rows: what is trained on, where a row ends and begins."""
 
 import pytest
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 
 from llm_trainer.common.errors import UserError
@@ -171,3 +173,10 @@ def test_what_a_tokenizers_file_says_of_cutting_and_padding_is_not_followed():
     tokenizer.backend_tokenizer.enable_padding(length=20)
     _, _, [row] = encode(Text("abcdef"), tokenizer=tokenizer)
     assert len(row.input_ids) == 7
+
+
+def test_a_tokenizer_that_panics_is_named():
+    tokenizer = build_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = Split(Regex("(a+)+$"), "isolated")  # more tries than the library makes
+    with pytest.raises(UserError, match=r"tokenizer breaks down over the rows .*: download the model again"):
+        encode(Text("a" * 40 + "!"), tokenizer=tokenizer)
