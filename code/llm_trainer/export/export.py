@@ -272,7 +272,7 @@ def reject_result(placed: PlacedResult, output_dir: Path) -> Path:
     rejected = output_dir / "data" / REJECTED
     try:
         remove_path(rejected)
-        shutil.move(removed, rejected)
+        move_folder(removed, rejected)
     except OSError:
         shutil.rmtree(rejected, ignore_errors=True)  # a part of a copy
         rejected = placed.folder.path / REJECTED
@@ -280,6 +280,15 @@ def reject_result(placed: PlacedResult, output_dir: Path) -> Path:
         removed.rename(rejected)
     placed.folder.close()
     return rejected
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Move a folder, also to another disk. Raises OSError where that fails, with the source whole."""
+    try:
+        source.rename(target)
+    except OSError:
+        shutil.copytree(source, target)
+        shutil.rmtree(source, ignore_errors=True)  # what is left of it is in the target too
 
 
 def add_merged(trained: TrainingResult, adapter: PlacedResult, manifest: Manifest) -> None:

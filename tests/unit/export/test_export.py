@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,6 +189,17 @@ def test_without_room_for_the_trained_models_logits_the_result_is_there_unproven
     outcome = read_manifest(model_dir)["export"]
     assert (outcome["proven"], outcome["checks"]) == (False, [])
     assert outcome["reason"] == "there was no room for the trained model's logits (x)"
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="needs a second disk")
+def test_a_folder_that_goes_to_another_disk_arrives_whole(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "file").write_text("x")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        export.move_folder(source, Path(other) / "target")
+        assert (Path(other) / "target/file").read_text() == "x"
+    assert not source.exists()
 
 
 @pytest.mark.long
