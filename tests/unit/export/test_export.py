@@ -95,7 +95,7 @@ def test_a_wrong_result_leaves_and_the_earlier_one_comes_back(trained, tmp_path,
     (tmp_path / "model/training_manifest.json").write_text('{"files": ["config.json", "training_manifest.json"]}')
     monkeypatch.setattr(export, "prove_trained", fail(WRONG))
     if not has_room:
-        monkeypatch.setattr(shutil, "move", fail(OSError(errno.ENOSPC, "No space left on device")))
+        monkeypatch.setattr(export, "move_folder", fail(OSError(errno.ENOSPC, "No space left on device")))
     rejected = tmp_path / ("output/data" if has_room else "model") / "rejected_export"
     with pytest.raises(UserError, match=f"trained. What was written is in {rejected}, and the checkpoints are kept."):
         export_result(trained)
