@@ -151,6 +151,7 @@ def test_no_secret_of_any_shape_is_in_anything_that_a_job_leaves(tree, tmp_path,
     printed = result.stdout + result.stderr
     assert result.returncode == int(fails), printed.decode()
     assert find_leaks(printed) == []
+    assert b"HOLDING prepare" in printed
     assert b"shadow" not in printed
     assert b"\x1b" not in printed
     assert not re.search(rb"(?m)(?:^|; )eval_loss=[0-9]", printed)
