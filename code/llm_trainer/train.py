@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The story of a job, as each of its workers lives it. Read `train` first, then its five phases in their order."""
 
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from llm_trainer.data.fingerprints import describe_split
 from llm_trainer.data.preview import log_data
 from llm_trainer.data.streaming import AUDITED_ROWS
 from llm_trainer.export.export import finish_result, place_result, publish_result, warn_of_failure
-from llm_trainer.export.logits_check import choose_check_rows, compute_logits
-from llm_trainer.export.manifest import Origin, TrainedRun, build_manifest, describe_weights
+from llm_trainer.export.logits_check import attempt_logits, choose_check_rows, compute_logits
+from llm_trainer.export.manifest import Origin, TrainedRun, begin_manifest, build_manifest, describe_weights
 from llm_trainer.export.result import ExportPlaces, ExportSettings, TrainingResult
+from llm_trainer.export.side_files import KnownParts, find_side_file_problems
 from llm_trainer.export.stop_watch import StopWatch
+from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
 from llm_trainer.job.earlier_adapter import describe_lineage
 from llm_trainer.job.inputs import Inputs
 from llm_trainer.job.job import Job, fetch_earlier_adapter
@@ -114,6 +117,7 @@ class Outcome:
     weights: dict[str, torch.Tensor] | None  # on rank 0, where the model holds only shards
     check_rows: list[list[int]]  # tokens of some training rows
     logits: list[torch.Tensor] | None  # of the trained model on these rows; None after a stop, and on other ranks
+    unproven: str | None  # why memory kept them from being computed
 
 
 def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
@@ -144,6 +148,8 @@ def prepare(context: Context) -> Prepared:
     consensus = StopConsensus()
 
     folder = loading.fetch_model(job.inputs.model, settings.model, context.scratch_dir)
+    if folder != job.inputs.model:
+        report_disk_need(context, folder)
     timeline.mark("download")
     sections = PlanSettings(settings.model, settings.adapter, settings.parallelism, settings.output)
     model_plan = plan_model(folder, sections, device, precision)
@@ -155,9 +161,18 @@ def prepare(context: Context) -> Prepared:
     places = DataPlaces(job.inputs, job.environment, context.scratch_dir)
     data = load_data(places, vocabulary, settings.data, settings.training)
     report_data(context, data, tokenizer)
+    warn_of_side_files(context, model_plan, tokenizer, data)
     timeline.mark("data")
     origin = describe_origin(job, folder)
     return Prepared(method, model_plan, tokenizer, data, stop_request, consensus, origin)
+
+
+def report_disk_need(context: Context, folder: str) -> None:
+    """Log whether the disks have room for what the job writes, which is known once a Hub model's files are there."""
+    settings, inputs = context.settings, replace(context.job.inputs, model=folder)
+    sections = WriteSettings(settings.adapter, settings.training, settings.output)
+    findings = inspect_disk_need(sections, inputs, Path(os.environ["LLM_TRAINER_CACHE"]))
+    log.info(*(f"Machine: {finding.verdict}: {finding.subject}: {finding.text}" for finding in findings))
 
 
 def plan(context: Context, prepared: Prepared) -> Planned:
@@ -219,15 +234,12 @@ def run(context: Context, prepared: Prepared, planned: Planned, built: Built) ->
 
     memory = planned.memory.compare(built.peak.read_bytes(), prepared.model_plan.device.is_gpu)
     log.info(f"Memory: {memory['comparison']}")
-    check_rows, logits = choose_check_rows(prepared.data.sample), None
-    if trainer.stopped:
-        describe_stop(trainer)
-    elif planned.memory.sharded or rank() == 0:
-        logits = compute_logits(trainer.model, check_rows, prepared.model_plan.device.torch)
+    check_rows = choose_check_rows(prepared.data.sample)
+    logits, unproven = compute_expected(trainer, check_rows, prepared.model_plan.device.torch, planned.memory.sharded)
     weights = fsdp.gather_weights(trainer.model) if planned.memory.sharded else None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # the other ranks leave while rank 0 exports, however long it takes
-    return Outcome(totals, memory, answers, progress, weights, check_rows, logits)
+    return Outcome(totals, memory, answers, progress, weights, check_rows, logits, unproven)
 
 
 def export(context: Context, prepared: Prepared, built: Built, outcome: Outcome) -> None:
@@ -279,6 +291,17 @@ def report_data(context: Context, data: Data, tokenizer: PreTrainedTokenizerBase
     sources = {"train": inputs.train, "validation": inputs.validation}
     for split, report in data.reports.items():
         context.timeline.journal.write("data", **describe_split(split, report, sources[split]))
+
+
+def warn_of_side_files(context: Context, plan: ModelPlan, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
+    """Warn of what the result would come without, on the rank that writes it."""
+    if rank() > 0:
+        return
+    settings = context.settings
+    known = begin_manifest(describe_settings(settings), data.reports)
+    parts = KnownParts(Path(plan.folder), plan.config, tokenizer, settings.model.trust_remote_code, known)
+    for problem in find_side_file_problems(parts):
+        log.warning(problem)
 
 
 def load_base(context: Context, prepared: Prepared, planned: Planned) -> PreTrainedModel:
@@ -375,6 +398,22 @@ def add_callbacks(context: Context, prepared: Prepared, planned: Planned, traine
     trainer.add_callback(SaveAndStop(trainer, prepared.stop_request, has_interval))
 
 
+def compute_expected(
+    trainer: ResumableMixin, rows: list[list[int]], device: torch.device, is_sharded: bool
+) -> tuple[list[torch.Tensor] | None, str | None]:
+    """Return the trained model's logits on rows, and why memory kept them from being computed.
+
+    Both are None after a stop, which leaves no time, and on ranks that need not compute.
+    """
+    if trainer.stopped:
+        describe_stop(trainer)
+    elif is_sharded:  # a rank that went on alone after a lack of memory would leave the others waiting
+        return compute_logits(trainer.model, rows, device), None
+    elif rank() == 0:
+        return attempt_logits(trainer.model, rows, device)
+    return None, None
+
+
 def describe_trained_run(context: Context, prepared: Prepared, built: Built, outcome: Outcome) -> TrainedRun:
     """Return the run as its manifest describes it."""
     return TrainedRun(
@@ -411,6 +450,7 @@ def collect_result(
         weights=outcome.weights,
         rows=outcome.check_rows,
         logits=outcome.logits,
+        unproven=outcome.unproven,
         tokenizer=prepared.tokenizer,
         timeline=context.timeline,
         watch=watch,

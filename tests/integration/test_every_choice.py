@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from llm_trainer.config.schema import SECTIONS
 from support import every_choice
 
 NO_LINES = ["logging_strategy=no"]  # a choice that asks for none
@@ -16,8 +15,7 @@ NO_LINES = ["logging_strategy=no"]  # a choice that asks for none
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("section", SECTIONS)
-def test_a_choice_is_refused_before_the_start_or_trains(tree, section):
+def test_a_choice_is_refused_before_the_start_or_trains(tree):
     tree.change(max_steps="2", sample_prompts="0", per_device_train_batch_size="4")
     variables = {
         **os.environ,
@@ -27,10 +25,10 @@ def test_a_choice_is_refused_before_the_start_or_trains(tree, section):
         "LLM_TRAINER_CACHE": str(tree.base_dir / "cache"),
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, every_choice.__file__, section]
+    command = [sys.executable, every_choice.__file__]
     result = subprocess.run(command, env=variables, capture_output=True, text=True)
     outcomes = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(outcomes) == len(list(every_choice.list_choices(section))), result.stderr
+    assert len(outcomes) == len(list(every_choice.list_choices())), result.stderr
     wrong = [
         outcome
         for outcome in outcomes

@@ -60,22 +60,22 @@ def test_a_link_to_nowhere_is_named(make_tree, path, sentence):
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("name", "change", "sentence"),
     [
-        ("config.json", {"hidden_size": "abc"}),
-        ("config.json", {"vocab_size": -1}),
-        ("config.json", {"model_type": [1]}),
-        ("tokenizer.json", {"added_tokens": None}),
-        ("tokenizer.json", {"model": 1}),
-        ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+        ("config.json", {"hidden_size": "abc"}, "could not be loaded"),
+        ("config.json", {"vocab_size": -1}, "has vocab_size=-1, and a model has at least 1"),
+        ("config.json", {"model_type": [1]}, "could not be loaded"),
+        ("tokenizer.json", {"added_tokens": None}, "could not be loaded"),
+        ("tokenizer.json", {"model": 1}, "could not be loaded"),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "could not be loaded"),
     ],
     ids=str,
 )
-def test_an_object_with_other_values_is_told_of(make_tree, name, change):
+def test_an_object_with_other_values_is_told_of(make_tree, name, change, sentence):
     tree = make_tree()
     file = tree.base_dir / "input/data/model" / name
     tree.write(f"input/data/model/{name}", json.loads(file.read_text()) | change)
     with patch.dict(os.environ, {"SAGEMAKER_BASE_DIR": str(tree.base_dir)}):
         problems = examine_job([], in_colour=False).list_texts("error")
-    assert any("could not be loaded" in problem for problem in problems), problems
+    assert any(sentence in problem for problem in problems), problems
     assert not any(problem.startswith("The check failed") for problem in problems), problems

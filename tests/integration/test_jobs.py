@@ -43,7 +43,8 @@ def logits_of(model) -> torch.Tensor:
 def lora_job(make_tree):
     """A finished job with nothing but defaults and two clients' encodings in its hyperparameters."""
     tree = make_tree()
-    tree.change(token="hf_secret", per_device_train_batch_size='"8"', use_peft="True", report_to="None")
+    tree.change(token="hf_secret", per_device_train_batch_size='"4"', use_peft="True", report_to="None")
+    tree.change(gradient_accumulation_steps="2")
     tree.write("sitecustomize.py", RECORD_IMPORTS)
     tree.environment["PYTHONPATH"] = os.pathsep.join([str(tree.base_dir), os.environ.get("PYTHONPATH", "")])
     tree.result = tree.run()
@@ -173,11 +174,44 @@ def test_trackers_that_are_not_used_are_not_imported(lora_job):
     assert not imported & {"mlflow", "wandb"}
 
 
-@pytest.mark.parametrize("quantization", [{}, {"load_in_4bit": "true"}])
-def test_merged_weights_compute_what_the_adapter_does_on_the_base(tree, quantization):
-    tree.change(merge_weights="true", **quantization)
+@pytest.fixture(scope="module")
+def merged_job(make_tree):
+    """A finished job of a YAML channel, text rows and the command line, which merges and keeps no checkpoints."""
+    tree = make_tree()
+    config = "learning_rate: 1e-2\nlora_r: 2\nmax_steps: 2\nlogging_steps: 1\nmerge_weights: true\n"
+    tree.write("input/data/config/args.yaml", f"{config}use_checkpoints: false\n")
+    tree.write("input/config/hyperparameters.json", {})
+    tree.write("input/data/train/train.jsonl", "".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(8)))
+    tree.result = tree.run("--lora_alpha=4", "--per_device_train_batch_size", "4")
+    return tree
+
+
+def test_a_yaml_channel_text_rows_and_the_command_line(merged_job):
+    assert merged_job.result.returncode == 0, merged_job.result.stdout
+    config = json.loads((merged_job.base_dir / "model/adapter/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 4)
+    assert len(metrics_of(merged_job.result.stdout, "train_loss")) == 2
+
+
+def test_without_checkpoints_none_is_written(merged_job):
+    assert merged_job.result.returncode == 0, merged_job.result.stdout
+    assert not merged_job.checkpoints
+
+
+def test_merged_weights_compute_what_the_adapter_does_on_the_base(merged_job):
+    assert merged_job.result.returncode == 0, merged_job.result.stdout
+    check_merge(merged_job)
+
+
+def test_merged_weights_of_a_quantized_job_compute_what_the_adapter_does_on_the_base(tree):
+    tree.change(merge_weights="true", load_in_4bit="true")
     result = tree.run()
     assert result.returncode == 0, result.stdout
+    check_merge(tree)
+
+
+def check_merge(tree):
+    """Compare the merged weights of a finished job with its adapter on the base."""
     assert {"config.json", "model.safetensors", "training_manifest.json"} | TOKENIZER_FILES <= tree.model_files
     assert not ADAPTER_FILES & tree.model_files
     base = AutoModelForCausalLM.from_pretrained(tree.base_dir / "input/data/model")
@@ -188,58 +222,44 @@ def test_merged_weights_compute_what_the_adapter_does_on_the_base(tree, quantiza
     assert tree.manifest["export"]["checks"][1]["relative_logit_difference"] < 1e-4
 
 
-def test_full_fine_tuning_writes_whole_weights_in_the_asked_type(tree):
+@pytest.fixture(scope="module")
+def full_job(make_tree):
+    """A finished job that trains all weights, and reports to MLflow."""
+    tree = make_tree()
+    tree.uri = f"sqlite:///{tree.base_dir}/mlflow.db"
     tree.change(use_peft="false", torch_dtype="bfloat16")
-    result = tree.run()
-    assert result.returncode == 0, result.stdout
-    model = AutoModelForCausalLM.from_pretrained(tree.base_dir / "model")
+    tree.change(mlflow_uri=tree.uri, mlflow_experiment_name="trial", hub_token="hf_secret")
+    tree.result = tree.run()
+    return tree
+
+
+def test_full_fine_tuning_writes_whole_weights_in_the_asked_type(full_job):
+    assert full_job.result.returncode == 0, full_job.result.stdout
+    model = AutoModelForCausalLM.from_pretrained(full_job.base_dir / "model")
     assert model.dtype == torch.bfloat16
-    assert not ADAPTER_FILES & tree.model_files
+    assert not ADAPTER_FILES & full_job.model_files
 
 
-def test_two_ranks_train_as_one_with_twice_the_accumulation(make_tree):
-    def losses(**hyperparameters):
-        tree = make_tree()
-        tree.change(per_device_train_batch_size="4", **hyperparameters)
-        result = tree.run()
-        assert result.returncode == 0, result.stdout
-        return metrics_of(result.stdout, "train_loss"), metrics_of(result.stdout, "eval_loss")
-
-    two_train, two_eval = losses(nproc_per_node="2")
-    one_train, one_eval = losses(gradient_accumulation_steps="2")
-    assert len(two_train) == 4
-    assert two_train == pytest.approx(one_train, rel=1e-4)
-    assert two_eval == pytest.approx(one_eval, rel=1e-4)
-
-
-def test_a_yaml_channel_text_rows_and_the_command_line(tree):
-    tree.write("input/data/config/args.yaml", "learning_rate: 1e-2\nlora_r: 2\nmax_steps: 2\nlogging_steps: 1\n")
-    tree.write("input/config/hyperparameters.json", {})
-    tree.write("input/data/train/train.jsonl", "".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(8)))
-    result = tree.run("--lora_alpha=4", "--per_device_train_batch_size", "4")
-    assert result.returncode == 0, result.stdout
-    config = json.loads((tree.base_dir / "model/adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == (2, 4)
-    assert len(metrics_of(result.stdout, "train_loss")) == 2
-
-
-def test_without_checkpoints_none_is_written(tree):
-    tree.change(use_checkpoints="false")
-    assert tree.run().returncode == 0
-    assert not tree.checkpoints
-
-
-def test_mlflow_switches_itself_on_and_learns_no_secret(tree):
+def test_mlflow_switches_itself_on_and_learns_no_secret(full_job):
     from mlflow.tracking import MlflowClient
 
-    uri = f"sqlite:///{tree.base_dir}/mlflow.db"
-    tree.change(mlflow_uri=uri, mlflow_experiment_name="trial", hub_token="hf_secret")
-    result = tree.run()
-    assert result.returncode == 0, result.stdout
-    client = MlflowClient(uri)
+    assert full_job.result.returncode == 0, full_job.result.stdout
+    client = MlflowClient(full_job.uri)
     (run,) = client.search_runs([client.get_experiment_by_name("trial").experiment_id])
     assert run.data.metrics["train_loss"] > 0
-    assert "hf_secret" not in (tree.base_dir / "mlflow.db").read_bytes().decode("latin-1")
+    assert "hf_secret" not in (full_job.base_dir / "mlflow.db").read_bytes().decode("latin-1")
+
+
+def test_two_ranks_train_as_one_with_twice_the_accumulation(lora_job, tree):
+    tree.change(per_device_train_batch_size="4", nproc_per_node="2")
+    result = tree.run()
+    assert result.returncode == 0, result.stdout
+    losses = metrics_of(result.stdout, "train_loss")
+    assert len(losses) == 4
+    assert losses == pytest.approx(metrics_of(lora_job.result.stdout, "train_loss"), rel=1e-4)
+    assert metrics_of(result.stdout, "eval_loss") == pytest.approx(
+        metrics_of(lora_job.result.stdout, "eval_loss"), rel=1e-4
+    )
 
 
 @pytest.mark.long

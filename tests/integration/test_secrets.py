@@ -13,6 +13,7 @@ import pytest
 
 from support.fake_aws import FakeAWS
 from support.fake_hub import MODEL, FakeHub
+from support.holding import hold_function
 from support.sagemaker_tree import LLM_TRAINER, ROWS
 from support.waiting import GUARD_SECONDS
 
@@ -139,6 +140,10 @@ def test_no_secret_of_any_shape_is_in_anything_that_a_job_leaves(tree, tmp_path,
     plant_canaries(tree, tmp_path)
     if fails:  # in the worker, with a library's words about what the user gave
         tree.change(model_init_kwargs=json.dumps({"token": CANARIES["model_init_kwargs"], CANARIES["YAML"]: 1}))
+    # A job that fails at once would end before the trackers' libraries have begun, on a busy machine.
+    begun = ":".join(f"{tree.base_dir}/output/data/{file}" for file in ("wandb/**/*.wandb", "mlflow.db"))
+    python_path = os.environ.get("PYTHONPATH", "")
+    tree.environment |= hold_function(tmp_path / "held", python_path, "llm_trainer.train:prepare", begun)
     variables = {**os.environ, "SAGEMAKER_BASE_DIR": str(tree.base_dir), **tree.environment}
     result = subprocess.run(
         [str(LLM_TRAINER), "train"], env=variables, cwd=tmp_path, capture_output=True, timeout=GUARD_SECONDS
@@ -146,6 +151,7 @@ def test_no_secret_of_any_shape_is_in_anything_that_a_job_leaves(tree, tmp_path,
     printed = result.stdout + result.stderr
     assert result.returncode == int(fails), printed.decode()
     assert find_leaks(printed) == []
+    assert b"HOLDING prepare" in printed
     assert b"shadow" not in printed
     assert b"\x1b" not in printed
     assert not re.search(rb"(?m)(?:^|; )eval_loss=[0-9]", printed)

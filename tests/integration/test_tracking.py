@@ -414,6 +414,8 @@ def test_the_model_is_uploaded_when_asked(server, make_reporter):
     reporter.start("--track-model")
     reporter.journal.write("job", **JOB)
     (reporter.folder / "model/adapter_model.safetensors").write_bytes(bytes(100))
+    (reporter.folder / "model/of_the_user").touch()
+    (reporter.folder / "model/training_manifest.json").write_text('{"files": ["adapter_model.safetensors"]}')
     reporter.end()
     (run,) = runs_of(server.uri, "model")
     files = {file.path for file in MlflowClient(server.uri).list_artifacts(run.info.run_id, "model")}

@@ -9,11 +9,12 @@ import subprocess
 from unittest.mock import patch
 
 import pytest
+from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from llm_trainer.cli.plan import examine_model
-from llm_trainer.cli.validate import examine_job
+from llm_trainer.cli.plan import examine_model, plan
+from llm_trainer.cli.validate import examine_job, validate
 from llm_trainer.cli.validation import format_json, format_text
 from support.fake_hub import MODEL, FakeHub
 from support.sagemaker_tree import LLM_TRAINER
@@ -50,6 +51,18 @@ def examine_tree(tree, tmp_path):
         yield lambda *arguments, in_colour=False: examine_job(arguments, in_colour)
 
 
+@pytest.fixture
+def fake_hub(tiny_model, tmp_path, monkeypatch):
+    """A Hub that huggingface_hub, which read its environment when it was imported, takes for its own."""
+    server = FakeHub(tiny_model)
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield server
+    server.close()
+
+
 def write_rows(tree, *rows):
     tree.write("input/data/train/train.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
 
@@ -84,17 +97,17 @@ def test_an_adapter_that_servers_cannot_load_is_told_before_the_training(tree, e
     assert problem.startswith("target_modules: lm_head is the output layer")
 
 
-def test_a_good_job_is_shown_to_a_person(tree, run_validate):
-    result = run_validate()
-    assert result.returncode == 0, result.stdout + result.stderr
-    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+def test_a_good_job_is_shown_to_a_person(tree, examine_tree, capsys):
+    assert validate([], as_json=False) == 0
+    shown = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
     assert "settings ok 5 given" in lines
     assert "train ok train: messages rows, trained on: assistant turns" in lines
     assert "train warning 4 rows of the train data are in the validation data too." in lines
     assert "train 32 1,249 5.2% 39 39 39 40 40 0 0 0 0 4" in lines
     assert "⟦0<|im_end|>⟧" in lines
     assert lines[-1] == "errors: 0, warnings: 1; this job would start."
-    assert "\033" not in result.stdout
+    assert "\033" not in shown
     assert not (tree.base_dir / "model").exists()
     assert not (tree.base_dir / "output").exists()
 
@@ -122,19 +135,10 @@ def test_a_plan_needs_no_more_than_config_json(tiny_model, tmp_path):
     assert any("has no tokenizer" in text for text in validation.list_texts("error"))
 
 
-def test_a_plan_of_a_hub_model_reads_no_more_than_its_config(tiny_model, tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    shutil.copyfile(tiny_model / "config.json", folder / "config.json")
-    server = FakeHub(folder)
-    places = {"SAGEMAKER_BASE_DIR": str(tmp_path), "HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "hub")}
-    command = [str(LLM_TRAINER), "plan", "--model_id", MODEL, "--json"]
-    try:
-        result = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True, check=False)
-    finally:
-        server.close()
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert json.loads(result.stdout)["memory"]["training"]["total_bytes"] > 0
+def test_a_plan_of_a_hub_model_reads_no_more_than_its_config(fake_hub, examine_tree, capsys):
+    fake_hub.files = {"config.json": fake_hub.files["config.json"]}
+    assert plan(["--model_id", MODEL], as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["training"]["total_bytes"] > 0
 
 
 def test_several_mistakes_are_told_at_once_to_a_machine_and_no_secret_is(tree, run_validate):
@@ -178,7 +182,25 @@ def test_a_hub_model_is_judged_without_its_weights(tree, tiny_model, run_validat
     assert result.returncode == 0, result.stdout + result.stderr
     assert json.loads(result.stdout)["data"]["train"]["num_rows"] == 32
     assert any(request.endswith("tokenizer.json") for request in server.requests)
-    assert not any("safetensors" in request for request in server.requests)
+    asked = [request.split()[0] for request in server.requests if "safetensors" in request]
+    assert asked == ["HEAD"]  # their size
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_hub_model_without_room_is_told(tree, tiny_model, run_validate, tmp_path, at_once):
+    server = FakeHub(tiny_model)
+    server.told_sizes = {"model.safetensors": 2**60}
+    tree.change(use_cpu=True, use_snapshot_download=at_once)  # this machine is the job's
+    try:
+        arguments = ("--json", "--model_id", MODEL)
+        result = run_validate(*arguments, HF_ENDPOINT=server.endpoint, HF_HOME=str(tmp_path / "hub"))
+    finally:
+        server.close()
+    assert result.returncode == 1
+    (problem,) = json.loads(result.stdout)["problems"]
+    assert problem.startswith(f"model_id='{MODEL}' has 1073741824 GiB of weights to download, and ")
+    assert f"free in {tmp_path}/hub/hub: raise VolumeSizeInGB" in problem
+    assert not any(request.startswith("GET") and "safetensors" in request for request in server.requests)
 
 
 def test_weights_and_gpu_are_not_needed(tree, examine_tree):
@@ -244,9 +266,16 @@ def test_a_tokenizer_that_cannot_be_read_is_told(tree, examine_tree):
     assert not validation.reports
 
 
+def test_what_the_result_would_come_without_is_told(tree, examine_tree):
+    tree.write("input/data/model/README.md", f"---\nlicense: mit\ndeep: {'[' * 60_000}\n---\n")
+    validation = examine_tree()
+    assert not validation.list_texts("error")
+    assert any("README.md are nested deeper than 32" in text for text in validation.list_texts("warning"))
+
+
 def test_an_empty_tree_is_told(tree, examine_tree):
     for channel in ("model", "train", "validation"):
-        (tree.base_dir / "input/data" / channel).rename(tree.base_dir / channel)
+        (tree.base_dir / "input/data" / channel).rename(tree.base_dir / f"no-{channel}")
     tree.write("input/config/inputdataconfig.json", {})
     validation = examine_tree()
     assert [problem.split(":")[0] for problem in validation.list_texts("error")] == [

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every choice of every enumerated setting, each in a job of its own: refused before the start, or trained.
 
-    python tests/support/every_choice.py SECTION
+    python tests/support/every_choice.py
 
 reads the job of the tree in SAGEMAKER_BASE_DIR and prints, one JSON object a line, what became of each choice. A job is
-a fork of this process, which has imported everything.
+a fork of this process, which has imported everything and validated the job once: a fork finds the libraries' caches
+filled. Choices that are defaults share one job, and have jobs of their own only where that one does not train.
 """
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -16,11 +18,11 @@ import sys
 import time
 import traceback
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from llm_trainer.config.schema import FIELDS, SECTION_OF, split_union
+from llm_trainer.config.schema import FIELDS, split_union
 
 # Settings without which a choice could not be told from its absence, or is refused.
 COMPANIONS: dict[str, dict[str, str]] = {
@@ -48,25 +50,41 @@ class Choice(typing.NamedTuple):
     name: str
     value: str
 
+    @property
+    def companions(self) -> dict[str, str]:
+        """The settings without which it could not be told from its absence, or is refused."""
+        return COMPANIONS.get(self.name, {}) | COMPANIONS.get(self.value, {})
+
     def list_words(self) -> list[str]:
         """Return the words of a command line that chooses it, with what belongs to it."""
-        companions = COMPANIONS.get(self.name, {}) | COMPANIONS.get(self.value, {})
-        return [f"--{name}={value}" for name, value in {**companions, self.name: self.value}.items()]
+        return [f"--{name}={value}" for name, value in {**self.companions, self.name: self.value}.items()]
 
 
-def list_choices(section: str) -> Iterator[Choice]:
-    """Yield the choices of a section's settings: texts of a fixed list, true and false."""
+def list_choices() -> Iterator[Choice]:
+    """Yield the choices of all settings: texts of a fixed list, true and false."""
     for name, field in FIELDS.items():
-        if SECTION_OF.get(name) != section:
-            continue
         for part in split_union(field.annotation):
             values = typing.get_args(part) if typing.get_origin(part) is Literal else ()
             for value in ("true", "false") if part is bool else values:
                 yield Choice(name, value)
 
 
-def run_choice(choice: Choice, base_dir: Path, results: Any) -> None:
-    """Put what becomes of a job with this choice: refused, trained, or what it died of."""
+def changes_nothing(choice: Choice) -> bool:
+    """Tell whether a choice is a default that the job takes: two of these cannot be at odds."""
+    from llm_trainer.common.errors import UserError
+    from llm_trainer.job.job import read_job
+
+    if str(FIELDS[choice.name].default).lower() != choice.value or choice.companions:
+        return False
+    try:
+        read_job(choice.list_words())
+    except UserError:
+        return False
+    return True
+
+
+def run_choices(choices: Sequence[Choice], base_dir: Path, results: Any) -> None:
+    """Put what becomes of a job with these choices: refused, trained, or what it died of."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     from llm_trainer.cli.validate import examine_job
     from llm_trainer.common.errors import UserError
@@ -78,7 +96,7 @@ def run_choice(choice: Choice, base_dir: Path, results: Any) -> None:
     for folder in ("model", "checkpoints", "output", "scratch"):
         shutil.rmtree(base_dir / folder, ignore_errors=True)
     (base_dir / "scratch").mkdir()
-    words = choice.list_words()
+    words = [word for choice in choices for word in choice.list_words()]
     try:
         job = read_job(words)
     except UserError as error:
@@ -96,24 +114,35 @@ def run_choice(choice: Choice, base_dir: Path, results: Any) -> None:
     return results.put(("trained" if has_loss else "trained without a line", ""))
 
 
-def main(section: str) -> None:
-    """Run a job for each choice of the section."""
-    import llm_trainer.cli.validate
+def fork_job(choices: Sequence[Choice], base_dir: Path) -> tuple[str, str]:
+    """Run a job with these choices in a fork. Return what became of it, and the words that go with that."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    process = context.Process(target=run_choices, args=(choices, base_dir, results))
+    process.start()
+    process.join()
+    return ("died", f"exit code {process.exitcode}") if results.empty() else results.get()
+
+
+def main() -> None:
+    """Run the jobs, after all that they have in common."""
     import llm_trainer.train  # noqa: F401 - once, for all forks
+    from llm_trainer.cli.validate import examine_job
     from llm_trainer.common.library_noise import silence_libraries
 
     silence_libraries()
+    examine_job([], in_colour=False)
+    gc.freeze()  # a collection in a fork would go through all of it, and copy its pages
     base_dir = Path(os.environ["SAGEMAKER_BASE_DIR"])
-    context = multiprocessing.get_context("fork")
-    for choice in list_choices(section):
-        results = context.SimpleQueue()
-        process = context.Process(target=run_choice, args=(choice, base_dir, results))
-        process.start()
-        process.join()
-        outcome, text = ("died", f"exit code {process.exitcode}") if results.empty() else results.get()
+    choices = list(list_choices())
+    defaults = list(filter(changes_nothing, choices))
+    shared = fork_job(defaults, base_dir)
+    for choice in choices:
+        is_told = choice in defaults and shared[0] == "trained"
+        outcome, text = shared if is_told else fork_job([choice], base_dir)
         print(json.dumps({"choice": "=".join(choice), "outcome": outcome, "text": text}), flush=True)
 
 
 if __name__ == "__main__":
     with contextlib.suppress(BrokenPipeError):
-        main(sys.argv[1])
+        main()

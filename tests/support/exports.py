@@ -50,6 +50,7 @@ def build_result(base: Path, tree: Path, **given: Any) -> TrainingResult:
         weights=None,
         rows=ROWS,
         logits=compute_logits(model, ROWS, device.torch),
+        unproven=None,
         tokenizer=AutoTokenizer.from_pretrained(base),
         timeline=Timeline(time.time()),
         watch=StopWatch(tree / "scratch/stop", is_stopped=False),

@@ -26,6 +26,7 @@ class FakeHub:
         self.refusals: list[tuple[int, dict[str, str]]] = []
         self.for_good = False
         self.refused = ""  # part of the paths that refusals are for
+        self.told_sizes: dict[str, int] = {}  # bytes by file, where the Hub tells others than it has
         self.role = "write"
         self.uploads: dict[str, bytes] = {}
         self.commits: list[dict[str, bytes]] = []
@@ -71,7 +72,7 @@ class FakeHub:
             return send(request, 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         self.requests.append(f"{request.command} {path}")
         self.tokens.add(request.headers.get("Authorization"))
-        if self.refusals:
+        if self.refusals and self.refused in path:
             status, headers = self.refusals[0] if self.for_good else self.refusals.pop(0)
             return send(request, status, {"error": "no"}, headers)
         if path in (f"{self.address}/revision/main", f"{self.address}/revision/{COMMIT}", self.address):
@@ -139,14 +140,18 @@ class FakeHub:
 
     def describe_file(self, name: str) -> dict[str, Any]:
         content = self.files[name]
-        return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        size = self.told_sizes.get(name, len(content))
+        return {"type": "file", "path": name, "size": size, "oid": hashlib.sha1(content).hexdigest()}
 
     def send_file(self, request: BaseHTTPRequestHandler, name: str) -> None:
         if name not in self.files:
             headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
             return send(request, 404, {"error": "Entry not found"}, headers)
-        content = self.files[name]
-        return send(request, 200, content, {"X-Repo-Commit": COMMIT, "ETag": f'"{self.describe_file(name)["oid"]}"'})
+        content, description = self.files[name], self.describe_file(name)
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{description["oid"]}"'}
+        if request.command == "HEAD":
+            headers["X-Linked-Size"] = str(description["size"])
+        return send(request, 200, content, headers)
 
 
 def send(request: BaseHTTPRequestHandler, status: int, content: Any, headers: dict[str, str] | None = None) -> None:

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A phase of a real job that is held open: a function of ours, in its process, says so and never ends."""
+"""A phase of a real job that is held open: a function of ours, in its process, says so and does not begin."""
 
 from pathlib import Path
 
 HOLDER = """
-import functools, importlib.util, operator, os, sys, time
+import glob, importlib.util, operator, os, sys, time
 
 module, _, name = os.environ["HELD_FUNCTION"].partition(":")
 owner, _, last = name.rpartition(".")
 
-def hold(*args, **kwargs):
+def hold(run, *args, **kwargs):
     print(f"HOLDING {name}", flush=True)
-    while True:
+    while not all(glob.glob(path, recursive=True) for path in os.environ["HELD_UNTIL"].split(":")):
         time.sleep(0.01)
+    return run(*args, **kwargs)
 
 class Finder:
     def find_spec(self, full_name, path=None, target=None):
@@ -24,7 +25,9 @@ class Finder:
 
         def exec_module(loaded):
             run(loaded)
-            setattr(operator.attrgetter(owner)(loaded) if owner else loaded, last, hold)
+            place = operator.attrgetter(owner)(loaded) if owner else loaded
+            whole = getattr(place, last)
+            setattr(place, last, lambda *args, **kwargs: hold(whole, *args, **kwargs))
 
         spec.loader.exec_module = exec_module
         return spec
@@ -33,8 +36,11 @@ sys.meta_path.insert(0, Finder())
 """
 
 
-def hold_function(folder: Path, python_path: str, function: str) -> dict[str, str]:
-    """Return the variables with which the processes of a job hold a function open, such as "package.module:name"."""
+def hold_function(folder: Path, python_path: str, function: str, until: str = "") -> dict[str, str]:
+    """Return the variables with which the processes of a job hold a function open, such as "package.module:name".
+
+    It begins when each pattern of paths in `until`, which colons divide, has found a file, and never by default.
+    """
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(HOLDER, encoding="utf-8")
-    return {"PYTHONPATH": f"{folder}:{python_path}", "HELD_FUNCTION": function}
+    return {"PYTHONPATH": f"{folder}:{python_path}", "HELD_FUNCTION": function, "HELD_UNTIL": until}

@@ -7,29 +7,30 @@ Writes only what `train` writes at its start too: tokenized data into the cache,
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.gpu_memory import examine_memory
 from llm_trainer.cli.validation import Validation, collect_findings, print_validation
 from llm_trainer.common.errors import UserError
-from llm_trainer.config.checks import count_processes, find_missing_hardware
+from llm_trainer.config.checks import count_processes, find_missing_hardware, keep_valid
 from llm_trainer.config.environment import Environment, read_environment
 from llm_trainer.config.schema import Settings, describe_settings
 from llm_trainer.config.secret_references import VARIABLES, is_reference, read_secret_variables
 from llm_trainer.host.findings import Verdict
 from llm_trainer.host.write_probe import find_write_problem
 from llm_trainer.job.checkpoint_lock import find_other_job
-from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
+from llm_trainer.job.disk_budget import BaseWeights, WriteSettings, inspect_disk_need
 from llm_trainer.job.inputs import Inputs, check_model, find_inputs, find_missing_weights, find_warnings
 from llm_trainer.job.job import Job, collect_settings, fetch_earlier_adapter, take_over_adapter
+from llm_trainer.job.kept_checkpoints import find_damaged_checkpoint
 from llm_trainer.job.model_objects import find_broken_objects
 from llm_trainer.launcher.user_script import names_a_script
 from llm_trainer.launcher.worker_processes import build_library_variables
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llm_trainer.data.splits import Split
 
@@ -41,6 +42,7 @@ GPU_ARGUMENTS = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "dd
 class PreparedData:
     """The data of a job as they would be trained on, and the model's parts that this needed."""
 
+    folder: str  # of the model
     config: "PreTrainedConfig"
     tokenizer: "PreTrainedTokenizerBase"
     splits: "Mapping[str, Split]"
@@ -81,9 +83,10 @@ def examine_tree(words: Sequence[str], in_colour: bool, validation: Validation) 
     validation.add_findings("job", "warning", find_warnings(settings, environment, inputs))
     set_variables(settings, inputs, validation)
     sections = WriteSettings(settings.adapter, settings.training, settings.output)
-    validation.findings += inspect_disk_need(sections, inputs, Path(os.environ["LLM_TRAINER_CACHE"]))
+    if not reads_base_from_hub(inputs):
+        validation.findings += inspect_disk_need(sections, inputs, Path(os.environ["LLM_TRAINER_CACHE"]))
     if inputs.model and inputs.train and not any(find_broken_objects(Path(inputs.model))):
-        examine_data(job, validation, in_colour)
+        examine_data(replace(job, settings=keep_valid(settings)), validation, in_colour)
 
 
 def examine_settings(environment: Environment, words: Sequence[str], validation: Validation) -> Settings:
@@ -105,6 +108,10 @@ def examine_inputs(settings: Settings, environment: Environment, validation: Val
         adapter = [f"adapter to go on from: {inputs.adapter}"] if inputs.adapter else []
         validation.add_findings("inputs", "ok", [inputs.model, *adapter])
         validation.add_findings("inputs", "ok", [source.describe() for source in (*inputs.train, *inputs.validation)])
+    if not problems:
+        is_alone = len(environment.hosts) == 1
+        damaged = find_damaged_checkpoint(settings.training, inputs.checkpoint_dir, is_alone)
+        validation.add_findings("checkpoints", "error", damaged)
     in_use = find_other_job(inputs.checkpoint_dir) if settings.training.use_checkpoints else None
     validation.add_findings("checkpoints", "error", [in_use] if in_use else [])
     missing = [f"{text} Only train needs them." for text in find_missing_weights(inputs.model)]
@@ -145,6 +152,7 @@ def examine_data(job: Job, validation: Validation, in_colour: bool) -> None:
     add_reports(prepared.splits, not prepared.problems, validation)
     if not prepared.problems:
         examine_epoch(job, prepared.splits["train"], validation)
+        examine_side_files(prepared, job.settings, validation)
         longest_row = max(report.longest_row_tokens for report in validation.reports.values())
         if not any(finding.subject == "model" and finding.verdict == "error" for finding in validation.findings):
             examine_memory(prepared.config, job.settings, job.environment, longest_row, validation)
@@ -168,9 +176,11 @@ def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: V
     validation.add_findings("model", "error", find_quantization_problems(folder, config, *sections))
     tokenizer = loading.load_tokenizer(folder, settings.model)
     vocabulary = loading.build_vocabulary(folder, config, tokenizer, settings.model.model_revision)
-    examine_structure(folder, config, settings, validation)
+    skeleton = examine_structure(folder, config, settings, validation)
+    if skeleton is not None and reads_base_from_hub(inputs):
+        examine_download(job, folder, skeleton, validation)
     splits, problems = prepare_splits(inputs, vocabulary, settings.data, rejected_rows)
-    return PreparedData(config, tokenizer, splits, problems)
+    return PreparedData(folder, config, tokenizer, splits, problems)
 
 
 def examine_arguments(job: Job, validation: Validation) -> None:
@@ -227,8 +237,50 @@ def examine_epoch(job: Job, split: "Split", validation: Validation) -> None:
         validation.add_findings("data", "error", error.problems)
 
 
-def examine_structure(folder: str, config: "PreTrainedConfig", settings: Settings, validation: Validation) -> None:
-    """Add what keeps the model from being trained, and the adapter from being put on it or from being served."""
+def examine_side_files(prepared: PreparedData, settings: Settings, validation: Validation) -> None:
+    """Add what the result would come without."""
+    from llm_trainer.export.manifest import begin_manifest
+    from llm_trainer.export.side_files import KnownParts, find_side_file_problems
+
+    folder, known = Path(prepared.folder), begin_manifest(describe_settings(settings), validation.reports)
+    parts = KnownParts(folder, prepared.config, prepared.tokenizer, settings.model.trust_remote_code, known)
+    validation.add_findings("result", "warning", find_side_file_problems(parts))
+
+
+def reads_base_from_hub(inputs: Inputs) -> bool:
+    """Tell whether the job's model is to be downloaded from the Hub."""
+    return bool(inputs.model) and not Path(inputs.model).is_dir()
+
+
+def examine_download(job: Job, folder: str, skeleton: "PreTrainedModel", validation: Validation) -> None:
+    """Add whether the disks have room for the weights on the Hub, and for what the job writes besides."""
+    from huggingface_hub import constants
+
+    from llm_trainer.common.hub import download_model, measure_weights
+
+    settings, inputs = job.settings, job.inputs
+    if not Path(folder).is_dir():  # each rank fetches the files by itself
+        folder = download_model(inputs.model, settings.model.model_revision, with_weights=False)
+    weights = measure_weights(inputs.model, Path(folder))
+    if weights is None:
+        return
+    if problem := weights.find_lack_of_room():
+        is_here = job.environment.num_gpus or settings.parallelism.use_cpu  # else a laptop, with another disk
+        validation.add_findings("disk", "error" if is_here else "warning", [problem])
+        return
+    sections = WriteSettings(settings.adapter, settings.training, settings.output)
+    shapes = [parameter.shape for parameter in skeleton.parameters()]
+    base = BaseWeights(weights.whole_bytes, shapes, (Path(constants.HF_HUB_CACHE), weights.missing_bytes))
+    validation.findings += inspect_disk_need(sections, inputs, Path(os.environ["LLM_TRAINER_CACHE"]), base)
+
+
+def examine_structure(
+    folder: str, config: "PreTrainedConfig", settings: Settings, validation: Validation
+) -> "PreTrainedModel | None":
+    """Add what keeps the model from being trained, and the adapter from being put on it or from being served.
+
+    Returns the model without its weights, None where it cannot be trained.
+    """
     from llm_trainer.model.adapter_fit import check_earlier_adapter
     from llm_trainer.model.loading import build_skeleton, check_fit
     from llm_trainer.model.lora import build_lora_config
@@ -239,15 +291,16 @@ def examine_structure(folder: str, config: "PreTrainedConfig", settings: Setting
             check_fit(folder, config, settings.model)
         skeleton = build_skeleton(folder, config, settings.model.trust_remote_code)
         if not settings.adapter.use_peft:
-            return
+            return skeleton
         lora = build_lora_config(settings.model, settings.adapter, skeleton)
         if settings.adapter.adapter_path:
             line = check_earlier_adapter(folder, config, settings.model, settings.adapter)
             validation.add_findings("adapter", "ok", [line])
     except UserError as error:
         validation.add_findings("model", "error", error.problems)
-        return
+        return None
     if not settings.output.merge_weights:
         validation.add_findings(
             "adapter", "warning", find_placement_refusals(lora, config.get_text_config().model_type)
         )
+    return skeleton

@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are written whole or not at all, their digests, their removal, and JSON files of one object."""
+"""Files that are written whole or not at all, their digests, their removal, and JSON files of one object.
+
+Whether this process's user may read a file is asked before it is opened. A container may run as any user
+(`docker run --user`), and files keep the owner and the mode of where they were made. Root without its rights, or on
+another machine's file system, is a user like any other.
+"""
 
 import hashlib
 import json
 import os
+import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -93,8 +100,64 @@ def is_inner_path(name: Any) -> bool:
     return str(path) == name != "." and not path.is_absolute() and ".." not in path.parts
 
 
+def find_barrier(path: Path) -> Path | None:
+    """Return the file or folder that keeps this user from reading a path: the path itself, or a folder on the way.
+
+    A folder is read where it can be listed and entered. Links are followed. Return None where nothing is in the way,
+    and where the path is not there: whoever opens it tells.
+    """
+    try:
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+    except PermissionError:
+        folders = reversed(Path(os.path.realpath(path)).parents)
+        return next((folder for folder in folders if not os.access(folder, os.X_OK)), path)
+    except (OSError, ValueError):  # not there, or no path at all
+        return None
+    return None if os.access(path, os.R_OK | os.X_OK if is_folder else os.R_OK) else path
+
+
+def find_denied(place: Path, depth: int = 0) -> Iterator[Path]:
+    """Yield what this user may not read at a place, and below it down to a depth. Hidden entries are left out."""
+    if find_barrier(place) is not None:
+        yield place
+    elif depth > 0 and os.path.isdir(place):
+        for entry in sorted(place.iterdir()):
+            if not entry.name.startswith("."):
+                yield from find_denied(entry, depth - 1)
+
+
+def explain_denied(denied: Sequence[Path], place: Path) -> Iterator[str]:
+    """Yield one sentence on all files and folders at or below a place that this user may not read, if there are any."""
+    if not denied:
+        return
+    first = denied[0]
+    barrier = find_barrier(first) or first
+    more = f" and {len(denied) - 1} more at {place}" if len(denied) > 1 else ""
+    way = f", who may not enter {barrier}" if barrier != first else ""
+    closed = place if more else barrier
+    yield (
+        f"{first}{more} cannot be read by user {os.getuid()}{way}: make it readable "
+        f"(`chmod -R a+rX {shlex.quote(str(closed))}`), or run as another user."
+    )
+
+
+def find_denial(place: Path, depth: int = 0) -> Iterator[str]:
+    """Yield one sentence where this user may not read a place, or something below it down to a depth."""
+    yield from explain_denied(list(find_denied(place, depth)), place)
+
+
+def check_access(place: Path) -> None:
+    """Raise UserError where this user may not read a file, or may not list or enter a folder."""
+    if problems := list(find_denial(place)):
+        raise UserError(*problems)
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, or {} where there is no file. Raises UserError on any other content."""
+    """Return the JSON object in a file, or {} where there is no file. Raises UserError on any other content.
+
+    The same for a file that this user may not read.
+    """
+    check_access(path)
     if not path.exists():
         return {}
     try:

@@ -3,6 +3,7 @@
 
 import glob
 import random
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TypeVar
 import httpx2
 from huggingface_hub import constants, get_token, snapshot_download
 from huggingface_hub.errors import (
+    DryRunError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -34,6 +36,7 @@ from llm_trainer.common.safetensors_files import (
     list_weights,
     map_weights,
 )
+from llm_trainer.common.units import show_bytes
 
 # A causal language model needs these beside its weights.
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken"]
@@ -60,6 +63,27 @@ class Repository:
         return f"{self.setting}={self.name!r}"
 
 
+@dataclass(frozen=True)
+class HubWeights:
+    """The weights of a model on the Hub, before they are downloaded."""
+
+    model: str
+    whole_bytes: int
+    missing_bytes: int  # those that the cache does not hold yet
+
+    def find_lack_of_room(self) -> str | None:
+        """Return the sentence for a disk that cannot hold what is to be downloaded, else None."""
+        cache_dir = constants.HF_HUB_CACHE
+        free_bytes = shutil.disk_usage(cache_dir).free
+        if self.missing_bytes <= free_bytes:
+            return None
+        return (
+            f"model_id={self.model!r} has {show_bytes(self.missing_bytes)} of weights to download, and "
+            f"{show_bytes(free_bytes)} are free in {cache_dir}: raise VolumeSizeInGB on SageMaker, mount a larger "
+            "disk there with docker, or give a smaller model."
+        )
+
+
 def download_model(model: str, revision: str | None, with_weights: bool) -> str:
     """Download a model, and return the folder of its files in the cache.
 
@@ -67,7 +91,7 @@ def download_model(model: str, revision: str | None, with_weights: bool) -> str:
     other programs besides. Raises UserError when the Hub refuses, or the repository is not a plain base model.
     """
     repository = Repository(model, revision)
-    with note_activity("downloading the model", Path(constants.HF_HOME)):
+    with note_activity("downloading the model", Path(constants.HF_HUB_CACHE)):
         folder = download_files(repository, SMALL_FILES)
         if problems := list(find_unasked_weights(Path(folder), repository.subject)):
             raise UserError(*problems)
@@ -82,18 +106,27 @@ def download_adapter(name: str, revision: str | None, others: list[str]) -> str:
     Raises UserError when the Hub refuses. Whether the repository holds an adapter is for the caller to judge.
     """
     repository = Repository(name, revision, "adapter_path", "adapter_revision", "adapter")
-    with note_activity("downloading the adapter", Path(constants.HF_HOME)):
+    with note_activity("downloading the adapter", Path(constants.HF_HUB_CACHE)):
         return download_files(repository, [ADAPTER_CONFIG, ADAPTER_FILE, *others])
 
 
-def download_weights(model: str, folder: Path) -> None:
-    """Download a model's weights beside its small files. Raises UserError where they are missing or damaged."""
+def find_downloaded(model: str, revision: str | None) -> Path | None:
+    """Return the folder of a model in the cache, without asking the Hub; None where the cache lacks files of it."""
     try:
-        names = map_weights(folder) or {SINGLE_FILE: set()}
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if list_weights(folder) and not any(check_weights(folder)) else None
+
+
+def download_weights(model: str, folder: Path) -> None:
+    """Download a model's weights beside its small files.
+
+    Raises UserError where they are missing or damaged, and before the first byte where the disk cannot hold them.
+    """
+    check_room(model, folder)
     by_commit = Repository(model, folder.name)  # of the small files
-    download_files(by_commit, [glob.escape(name) for name in names])
+    download_files(by_commit, list_patterns(folder))
     if problems := list(check_weights(folder)):
         raise UserError(*problems)
     if not list_weights(folder):
@@ -103,14 +136,53 @@ def download_weights(model: str, folder: Path) -> None:
         )
 
 
+def check_room(model: str, folder: Path) -> None:
+    """Raise UserError where the disk cannot hold the weights that are to be downloaded beside these small files."""
+    weights = measure_weights(model, folder)
+    if weights is not None and (problem := weights.find_lack_of_room()):
+        raise UserError(problem)
+
+
+def measure_weights(model: str, folder: Path) -> HubWeights | None:
+    """Return the size of the weights that belong to a model's small files, None where the Hub cannot be asked.
+
+    The list of files that came with the small ones has the sizes. For files without xet each takes one more request.
+    """
+    try:
+        files = ask_hub(
+            Repository(model, folder.name),
+            lambda: snapshot_download(model, revision=folder.name, allow_patterns=list_patterns(folder), dry_run=True),
+        )
+    except DryRunError:  # offline, and the cache is of an older huggingface_hub, which kept no list
+        return None
+    sizes = [(file.file_size or 0, file.will_download) for file in files]
+    missing_bytes = sum(size for size, is_missing in sizes if is_missing)
+    return HubWeights(model, sum(size for size, _ in sizes), missing_bytes)
+
+
+def list_patterns(folder: Path) -> list[str]:
+    """Return the patterns of the weights that belong to a model's small files. Raises UserError for a bad index."""
+    try:
+        names = map_weights(folder) or {SINGLE_FILE: set()}
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return [glob.escape(name) for name in names]
+
+
 def download_files(repository: Repository, patterns: list[str]) -> str:
     """Download the files that match a pattern. Return the folder that stands for their commit in the cache.
 
     huggingface_hub repeats some requests itself, five times within half a minute. It does not repeat the first one,
     which asks for the repository, nor a request for a file after a server error.
     """
+    name, revision = repository.name, repository.revision
+    return ask_hub(repository, lambda: str(snapshot_download(name, revision=revision, allow_patterns=patterns)))
+
+
+def ask_hub(repository: Repository, action: Callable[[], Result]) -> Result:
+    """Return the result of an action on a repository's files. Raises UserError where the Hub refuses or stays away."""
     return retry_while_busy(
-        lambda: str(snapshot_download(repository.name, revision=repository.revision, allow_patterns=patterns)),
+        action,
         f"Downloading {repository.name}",
         lambda error: (
             find_refusal(error, repository.subject, repository.revision_setting)

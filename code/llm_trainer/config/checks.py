@@ -16,6 +16,12 @@ def find_contradictions(settings: Settings) -> Iterator[str]:
         yield from rule.find_problems(settings)
 
 
+def keep_valid(settings: Settings) -> Settings:
+    """Return the settings without those that break a rule alone: what reads them would only tell the same once more."""
+    mistaken = {name for rule in RULES if len(rule.settings) == 1 and rule.when(settings) for name in rule.settings}
+    return Settings(**{name: value for name, value in settings.given.items() if name not in mistaken})
+
+
 def find_missing_hardware(settings: Settings, environment: Environment) -> Iterator[str]:
     """Yield a sentence for each setting that asks for what the machines, as seen from this host, do not have."""
     for rule in HARDWARE_RULES:

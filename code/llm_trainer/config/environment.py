@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_trainer.common.errors import UserError, cut_quote
-from llm_trainer.common.files import read_json_object
+from llm_trainer.common.files import check_access, find_barrier, read_json_object
 
 DEFAULT_BASE_DIR = "/opt/ml"
 # EC2 names instances with NVIDIA GPUs p... and g...; a host cannot look for the devices of another group's hosts.
@@ -158,12 +158,13 @@ def find_checkpoint_dir(base_dir: Path, checkpoint_config: dict[str, Any]) -> Pa
 def find_channels(base_dir: Path, input_data_config: dict[str, Any]) -> dict[str, Path]:
     """Return the folder of each channel, by name: of those that SageMaker lists, and of those that are there.
 
-    Raises UserError for a channel in Pipe mode.
+    Raises UserError for a channel in Pipe mode, and where this user may not list the channels.
     """
     data_dir = base_dir / "input" / "data"
     names = set(input_data_config)
+    check_access(data_dir)
     if data_dir.is_dir():
-        names |= {entry.name for entry in data_dir.iterdir() if entry.is_dir()}
+        names |= {entry.name for entry in data_dir.iterdir() if os.path.isdir(entry) or find_barrier(entry)}
     if piped := find_channels_with(input_data_config, "TrainingInputMode", "Pipe"):
         raise UserError(
             f"Channel {', '.join(piped)} uses TrainingInputMode=Pipe, which cannot be read twice: use File or FastFile "

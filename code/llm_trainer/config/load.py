@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from llm_trainer.common import bounded_parsing
 from llm_trainer.common.bounded_parsing import UnreadableTextError
 from llm_trainer.common.errors import cut_quote
+from llm_trainer.common.files import find_denial
 from llm_trainer.common.redaction import note_secrets
 from llm_trainer.config.checks import find_contradictions
 from llm_trainer.config.environment import Environment
@@ -71,6 +72,9 @@ def find_config_file(environment: Environment, given: Mapping[str, Any]) -> Path
 def read_yaml(path: Path | None, problems: list[str]) -> dict[str, Any]:
     """Return the settings in a YAML file, or in the only YAML file of a folder. Mistakes are added to `problems`."""
     if path is None:
+        return {}
+    if denied := list(find_denial(path, depth=1)):
+        problems += denied
         return {}
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in (".yaml", ".yml"))

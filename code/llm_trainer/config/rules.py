@@ -5,6 +5,7 @@ The rules are told in the order of the table. In their conditions, `s` stands fo
 """
 
 import os
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -99,6 +100,15 @@ def fill_optimizers(settings: Settings) -> Iterator[dict[str, Any]]:
     choices = read_snapshot()["optim"].choices or []
     usable = ", ".join(choice for choice in choices if not find_missing_package(choice))
     yield {"package": find_missing_package(settings.training.optim), "choices": usable}
+
+
+def find_pattern_fault(targets: str | list[str]) -> str | None:
+    """Return why a text is no regular expression; None where it is one, and for a list of names."""
+    try:
+        re.compile(targets if isinstance(targets, str) else "")
+    except (re.error, RecursionError, OverflowError) as error:
+        return str(error)
+    return None
 
 
 def refuse_without_loaders(name: str) -> Rule:
@@ -351,6 +361,12 @@ ADAPTER_RULES = (
         lambda s: bool(s.adapter.adapter_revision) and not s.adapter.adapter_path,
         "adapter_revision={adapter_revision!r} without adapter_path: it would do nothing; give the adapter's Hub id, "
         "or remove it.",
+    ),
+    Rule(
+        ("target_modules",),
+        lambda s: find_pattern_fault(s.adapter.target_modules) is not None,
+        "target_modules={target_modules!r} is no regular expression ({fault}): mend it, or give a list of names.",
+        lambda s: ({"fault": find_pattern_fault(s.adapter.target_modules)},),
     ),
     Rule(
         ("use_dora", "init_lora_weights"),

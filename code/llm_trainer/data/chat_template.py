@@ -84,7 +84,7 @@ class ChatTemplate:
             try:
                 self.source = get_training_chat_template(self.tokenizer) or self.source
                 self.is_marked = True
-            except ValueError:  # a family that TRL does not know
+            except TEMPLATE_ERRORS:  # a family that TRL does not know, or that fails with the messages it tries
                 self.probe_turns()
 
     def probe_turns(self) -> None:
@@ -118,7 +118,10 @@ class ChatTemplate:
     @cached_property
     def renders_tool_calls(self) -> bool:
         """True where the template renders tool calls and their results."""
-        return supports_tool_calling(self.tokenizer)
+        try:
+            return supports_tool_calling(self.tokenizer)
+        except TEMPLATE_ERRORS:  # TRL catches few of them
+            return False
 
     def render_conversation(self, conversation: Conversation) -> tuple[str, list[Span] | None]:
         """Return a conversation's text and the spans to train on; None where turns cannot or need not be told apart.

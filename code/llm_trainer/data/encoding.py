@@ -2,6 +2,8 @@
 """Encoding of examples: token ids and labels, by the rules of one tokenizer and one job."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +13,7 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from llm_trainer.common.errors import UserError, cut_quote
+from llm_trainer.common.errors import UserError, cut_quote, quote_error
 from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.chat_template import MAX_SECONDS, ChatTemplate, Span, limit_rows
 from llm_trainer.data.formats import IGNORED, Conversation, Example, RowError, Text, Tokens
@@ -157,7 +159,8 @@ class Encoder:
         The tokenizers library is called directly: going through Transformers takes a tenth longer.
         """
         if self.tokenizer.is_fast:
-            encodings = self.backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+            with explain_panic():
+                encodings = self.backend.encode_batch(texts, add_special_tokens=add_special_tokens)
             return [(encoding.ids, encoding) for encoding in encodings]
         encoded = self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)
         return [(input_ids, None) for input_ids in encoded["input_ids"]]
@@ -239,6 +242,20 @@ class Encoder:
         for stop in self.vocabulary.stop_ids:
             is_stop |= input_ids == stop
         return is_stop
+
+
+@contextmanager
+def explain_panic() -> Iterator[None]:
+    """Turn a panic of the tokenizers library into a UserError. Its class is no Exception, and has no name to import."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f"The model's tokenizer breaks down over the rows ({quote_error(error)}): download the model again, or "
+            "give one with another tokenizer."
+        ) from error
 
 
 def refuse_contradiction(row_format: str, settings: DataSettings, finds_tokens: bool) -> None:

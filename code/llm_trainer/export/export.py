@@ -17,20 +17,20 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from llm_trainer import __version__
 from llm_trainer.common import log
 from llm_trainer.common.activity_notes import note_activity
 from llm_trainer.common.errors import UserError, quote_error
-from llm_trainer.common.files import remove_path, write_json, write_text
-from llm_trainer.export.model_card import CARD, build_model_card
-from llm_trainer.export.placement import ModelFolder, list_files
-from llm_trainer.export.publish import Artefacts, advise_compression, publish
+from llm_trainer.common.files import remove_leftover, remove_path, write_json
+from llm_trainer.export.model_card import CARD, write_model_card
+from llm_trainer.export.placement import ModelFolder, list_files, move_files
+from llm_trainer.export.publish import advise_compression, collect_artefacts, publish
 from llm_trainer.export.result import TrainingResult
 from llm_trainer.export.verify import prove_merged, prove_trained
 from llm_trainer.job.failure_reasons import is_shortage
-from llm_trainer.journal.manifest import ADAPTER, MANIFEST, Manifest, read_manifest
+from llm_trainer.journal.manifest import ADAPTER, MANIFEST, Manifest, list_whole_result, read_manifest
 from llm_trainer.journal.records import SCHEMA_VERSION
 from llm_trainer.merge.merge import write_merged_model
 from llm_trainer.merge.plan import MergeRequest
@@ -89,7 +89,7 @@ def place_result(trained: TrainingResult) -> PlacedResult:
             folder.close()  # half the weights are no result, and a full disk needs the room
             raise
         try:
-            put_in_place(trained, placed, folder.list_earlier())
+            put_in_place(trained, placed, list_whole_result(folder.path))
         except Exception:
             log.warning(f"What was written of the result is in {folder.new}.")
             raise
@@ -100,7 +100,7 @@ def place_result(trained: TrainingResult) -> PlacedResult:
 def put_in_place(trained: TrainingResult, placed: PlacedResult, earlier: Iterable[str]) -> None:
     """Put waiting weights in place, with the tokenizer and a first manifest. `earlier` are files that they replace."""
     waiting = placed.waiting
-    save_tokenizer(trained.tokenizer, trained.base_folder, waiting, trained.settings.model.trust_remote_code)
+    write_tokenizer(trained, placed.folder.staging / "tokenizer", waiting)
     placed.files.update({MANIFEST, *list_files(waiting)})
     first = Manifest(schema_version=SCHEMA_VERSION, llm_trainer=__version__, export=describe_unproven(UNFINISHED))
     first["files"] = sorted(placed.files | {CARD, *SERVING_FILES})  # those that a kill could leave
@@ -110,12 +110,31 @@ def put_in_place(trained: TrainingResult, placed: PlacedResult, earlier: Iterabl
     log.info(f"Wrote {', '.join(sorted(placed.files))} to {placed.path}")
 
 
+def write_tokenizer(trained: TrainingResult, scratch: Path, folder: Path) -> None:
+    """Write the tokenizer to a folder: by the base's files, or where that fails as Transformers writes it.
+
+    What comes of the base's files is made in `scratch`: half of them may not mix with others.
+    """
+    try:
+        scratch.mkdir(exist_ok=True)
+        save_tokenizer(trained.tokenizer, trained.base_folder, scratch, trained.settings.model.trust_remote_code)
+        move_files(list_files(scratch), scratch, folder)
+    except Exception as error:
+        log.warning(
+            "The tokenizer could not be written by the base's files, and is written as Transformers 5 writes it, which "
+            f"Transformers 4 may not read: {type(error).__name__}: {quote_error(error)}."
+        )
+        trained.tokenizer.save_pretrained(folder)
+    finally:
+        remove_leftover(scratch)
+
+
 def finish_result(trained: TrainingResult, placed: PlacedResult, manifest: Manifest) -> None:
     """Describe a result that is in place, prove it, and merge it if that is asked for.
 
     Raises UserError when the files that were written do not compute what was trained.
     """
-    manifest["export"] = describe_unproven(UNFINISHED if trained.logits else STOPPED)
+    manifest["export"] = describe_unproven(UNFINISHED if trained.logits else trained.unproven or STOPPED)
     refusals = write_serving(trained, placed, manifest) if placed.where == "." else []
     write_records(trained, placed, manifest, refusals)
     if trained.logits is not None:
@@ -136,7 +155,7 @@ def publish_result(trained: TrainingResult) -> None:
     if advice := advise_compression(model_dir):
         log.info(advice)
     if settings.output.push_to_hub or settings.output.mlflow_register_model:
-        artefacts = Artefacts(model_dir, trained.architecture, trained.base, list_tokenizer_files(model_dir))
+        artefacts = collect_artefacts(model_dir, trained.architecture, trained.base, list_tokenizer_files(model_dir))
         trained.watch.attempt(f"publishing {model_dir}", lambda: publish(settings.output, settings.tracking, artefacts))
         if trained.watch.left_out:
             record_left_out(model_dir, trained.watch.left_out)
@@ -163,7 +182,11 @@ def save_weights(trained: TrainingResult, folder: Path) -> None:
     whole = rebuild_plain_model(model, weights) if weights else model
     whole.to(plan.precision.compute)
     whole.config.use_cache = True  # switched off for training, and a serving container reads it
-    restore_generation_config(whole, trained.base_folder)
+    try:
+        restore_generation_config(whole, trained.base_folder)
+    except Exception as error:
+        log.warning(f"The base's generation_config.json could not be read again: {quote_error(error)}.")
+        whole.generation_config = GenerationConfig.from_model_config(whole.config)  # one that can be written
     whole.save_pretrained(folder)
     with warn_of_failure("A config.json for Transformers 4 too", folder):
         write_config(folder, trained.base_folder, whole.config, trained.settings.model.trust_remote_code)
@@ -249,7 +272,7 @@ def reject_result(placed: PlacedResult, output_dir: Path) -> Path:
     rejected = output_dir / "data" / REJECTED
     try:
         remove_path(rejected)
-        shutil.move(removed, rejected)
+        move_folder(removed, rejected)
     except OSError:
         shutil.rmtree(rejected, ignore_errors=True)  # a part of a copy
         rejected = placed.folder.path / REJECTED
@@ -257,6 +280,15 @@ def reject_result(placed: PlacedResult, output_dir: Path) -> Path:
         removed.rename(rejected)
     placed.folder.close()
     return rejected
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Move a folder, also to another disk. Raises OSError where that fails, with the source whole."""
+    try:
+        source.rename(target)
+    except OSError:
+        shutil.copytree(source, target)
+        shutil.rmtree(source, ignore_errors=True)  # what is left of it is in the target too
 
 
 def add_merged(trained: TrainingResult, adapter: PlacedResult, manifest: Manifest) -> None:
@@ -275,8 +307,9 @@ def add_merged(trained: TrainingResult, adapter: PlacedResult, manifest: Manifes
             write_records(trained, adapter, manifest, [])
             return
         manifest["export"] |= {"merge": merge}
-        proof = attempt_proof(trained, lambda: prove_merged(trained, adapter.path, merged.waiting))
-        manifest["export"] |= proof | {"checks": [*checks, *proof["checks"]]}
+        if trained.logits is not None:
+            proof = attempt_proof(trained, lambda: prove_merged(trained, adapter.path, merged.waiting))
+            manifest["export"] |= proof | {"checks": [*checks, *proof["checks"]]}
         trained.timeline.mark("merge")
         put_in_place(trained, merged, ())
     except (UserError, OSError) as error:
@@ -342,8 +375,7 @@ def write_records(trained: TrainingResult, placed: PlacedResult, manifest: Manif
     manifest["stopped"] |= bool(trained.watch.left_out)
 
     def write_card(folder: Path) -> None:
-        card = build_model_card(placed.path, manifest, trained.base_folder, trained.base, refusals)
-        write_text(folder / CARD, card, errors="backslashreplace")  # names of files may be no UTF-8
+        write_model_card(folder, placed.path, manifest, (trained.base_folder, trained.base), refusals)
 
     write_beside(placed, CARD, write_card)
     manifest["files"] = sorted(placed.files)

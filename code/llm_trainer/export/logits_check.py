@@ -14,8 +14,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from llm_trainer.common import log
-from llm_trainer.common.errors import UserError
+from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.units import show_bytes
+from llm_trainer.job.failure_reasons import is_shortage
 from llm_trainer.model.device import Device, find_free_memory
 
 CHECKED_ROWS, CHECKED_TOKENS = 3, 128
@@ -50,6 +51,25 @@ def compute_logits(model: torch.nn.Module, rows: Sequence[list[int]], device: to
     model.eval()  # without dropout
     tokens = [torch.tensor([row], device=device) for row in rows]
     return [model(input_ids=row, use_cache=False).logits[0].float().cpu() for row in tokens]
+
+
+def attempt_logits(
+    model: torch.nn.Module, rows: Sequence[list[int]], device: torch.device
+) -> tuple[list[torch.Tensor] | None, str | None]:
+    """Return the logits of a trained model that one rank holds whole, and None; or None, and why there was no room.
+
+    A trained model is worth more than its proof, which takes memory beside the optimizer's.
+    """
+    try:
+        return compute_logits(model, rows, device), None
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        reason = f"there was no room for the trained model's logits ({quote_error(error)})"
+    log.warning(f"The result will be in place, and not proven: {reason}.")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None, reason
 
 
 def measure_difference(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:

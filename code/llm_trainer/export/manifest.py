@@ -43,23 +43,31 @@ class TrainedRun:
     phase_seconds: dict[str, float]  # the timeline's own, so that phases still to come are added
 
 
-def build_manifest(trainer: ResumableMixin, run: TrainedRun) -> Manifest:
-    """Return the manifest, ready for JSON and without secrets."""
+def begin_manifest(settings: dict[str, Any], reports: dict[str, DataReport]) -> Manifest:
+    """Return the manifest's fields that are known before the training. The settings are without secrets."""
     return {
         "schema_version": SCHEMA_VERSION,
         "llm_trainer": __version__,
         "training_job_name": os.environ.get("TRAINING_JOB_NAME"),
+        "settings": settings,
+        "data": {name: report.summary() for name, report in reports.items()},
+        "versions": read_versions(),
+    }
+
+
+def build_manifest(trainer: ResumableMixin, run: TrainedRun) -> Manifest:
+    """Return the manifest, ready for JSON and without secrets."""
+    return {
+        **begin_manifest(run.settings, run.reports),
         "model": run.model,
         "base_digest": run.origin.base_digest,
         "lineage": run.origin.lineage,
-        "settings": run.settings,
         "training_arguments": {
             name: getattr(trainer.args, name)
             for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed", "bf16", "fp16")
         },
         **describe_weights(trainer.model),
         "audited_rows_of_each_train_source": AUDITED_ROWS if run.streaming else "all",
-        "data": {name: report.summary() for name, report in run.reports.items()},
         "packing": run.packing.describe(),
         "memory": run.memory,
         "metrics": {**run.totals, **last_metrics(trainer.state.log_history)},
@@ -68,7 +76,6 @@ def build_manifest(trainer: ResumableMixin, run: TrainedRun) -> Manifest:
         "stopped": trainer.stopped,
         "world_size": world_size(),
         "phase_seconds": run.phase_seconds,
-        "versions": read_versions(),
     }
 
 

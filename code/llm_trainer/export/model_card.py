@@ -11,6 +11,8 @@ from urllib.parse import quote
 import yaml
 from huggingface_hub import ModelCardData
 
+from llm_trainer.common.errors import quote_error
+from llm_trainer.common.files import write_text
 from llm_trainer.common.log import show_line
 from llm_trainer.config.sections import HUB_ID
 from llm_trainer.export.base_source import BaseSource
@@ -26,6 +28,14 @@ MAX_CARD_DEPTH = 32  # of the metadata; the parser's time grows with the depth
 MARKUP = re.compile(r"[\\`*\[\]<>|~&#$@]|(?<!\w)_|_(?!\w)|(?<=:)/(?=/)|(?<=www)\.", re.IGNORECASE)
 # What the first lines of well-known licences' texts hold -> the Hub's identifier.
 LICENCE_TITLES = {"apache license": "apache-2.0", "mit license": "mit"}
+
+
+def write_model_card(
+    target: Path, folder: Path, manifest: Manifest, base: tuple[Path, BaseSource], refusals: list[str]
+) -> None:
+    """Write the card of the result in `folder` to the folder `target`. `base` are its files' folder and its place."""
+    card = build_model_card(folder, manifest, *base, refusals)
+    write_text(target / CARD, card, errors="backslashreplace")  # names of files may be no UTF-8
 
 
 def build_model_card(folder: Path, manifest: Manifest, base_folder: Path, base: BaseSource, refusals: list[str]) -> str:
@@ -85,7 +95,7 @@ def find_licence(base: Path) -> dict[str, str]:
 
     The keys are those of a model card's metadata. Raises OSError for a file that cannot be read.
     """
-    stated = read_stated_licence(base / CARD)
+    stated, _ = read_stated_licence(base / CARD)
     if stated:
         return stated
     for path in (path for pattern in LICENCE_FILES for path in sorted(base.glob(pattern))):
@@ -99,17 +109,17 @@ def find_licence(base: Path) -> dict[str, str]:
     return {}
 
 
-def read_stated_licence(card: Path) -> dict[str, str]:
-    """Return what the metadata of a card say of the licence; {} where they say nothing or are no YAML.
+def read_stated_licence(card: Path) -> tuple[dict[str, str], str | None]:
+    """Return what the metadata of a card say of the licence, and why they cannot be read: a sentence's end, or None.
 
     Values are never built, only the parser's events are read: hostile metadata can take neither time nor memory.
     """
     if not card.is_file():
-        return {}
+        return {}, None
     with card.open(encoding="utf-8", errors="replace") as file:
         start, _, text = file.read(CARD_CHARACTERS).partition("\n")
     if start.strip() != "---":
-        return {}
+        return {}, None
     nodes: list[str | None] = []  # of the topmost mapping: key, value, key, value; None for what is no text
     depth = 0
     try:
@@ -118,10 +128,11 @@ def read_stated_licence(card: Path) -> dict[str, str]:
                 nodes.append(getattr(event, "value", None))
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_CARD_DEPTH:
-                return {}
-    except yaml.YAMLError:
-        return {}
-    return {key: value for key, value in zip(nodes[::2], nodes[1::2], strict=False) if key in LICENCE_KEYS and value}
+                return {}, f"are nested deeper than {MAX_CARD_DEPTH}"
+    except yaml.YAMLError as error:
+        return {}, f"are no YAML ({quote_error(error)})"
+    stated = zip(nodes[::2], nodes[1::2], strict=False)
+    return {key: value for key, value in stated if key in LICENCE_KEYS and value}, None
 
 
 def list_hub_data(manifest: Manifest) -> list[str]:

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Self
 
+from llm_trainer.common import log
 from llm_trainer.common.files import remove_leftover
-from llm_trainer.journal.manifest import ADAPTER, MANIFEST, list_result_files
+from llm_trainer.journal.manifest import MANIFEST
 from llm_trainer.serving.lmi_files import ENVIRONMENT, PROPERTIES
 
 STAGING = ".llm-trainer-export"
+KEPT = "not-of-the-result-"  # a folder for files of others
 CONFIGS = ("config.json", "adapter_config.json")
 
 
@@ -57,9 +59,18 @@ class ModelFolder:
         remove_leftover(self.staging)
 
     def place(self, names: Iterable[str], earlier: Iterable[str]) -> None:
-        """Put the waiting files in place, once the earlier ones and what is in the way of `names` have left theirs."""
-        replaced = {*earlier, *self.find_obstacles(names)}
-        move_files(reversed(order_files(replaced)), self.path, self.earlier)
+        """Put the waiting files in place, once the earlier ones and what is in the way of `names` have left theirs.
+
+        A file or folder that came into the way during the training, and is no earlier job's, is kept beside the result.
+        """
+        earlier = set(earlier)
+        obstacles = self.find_obstacles(names) - earlier
+        foreign = {name for name in obstacles if name != MANIFEST and not (self.path / name).is_symlink()}
+        move_files(reversed(order_files({*earlier, *obstacles} - foreign)), self.path, self.earlier)
+        if foreign:
+            kept = Path(tempfile.mkdtemp(prefix=KEPT, dir=self.path))
+            move_files(order_files(foreign), self.path, kept)
+            log.warning(f"{', '.join(sorted(foreign))} would be in the way of the result: moved to {kept}.")
         self.add_files()
 
     def add_files(self) -> None:
@@ -75,11 +86,6 @@ class ModelFolder:
         move_files(reversed(order_files(name for name in names if is_there(self.path / name))), self.path, removed)
         move_files(order_files(list_files(self.earlier)), self.earlier, self.path)
         return removed
-
-    def list_earlier(self) -> list[str]:
-        """List the files that an earlier job left, by the manifests of its result and of an adapter beside it."""
-        own = [] if (self.path / ADAPTER).is_symlink() else list_result_files(self.path / ADAPTER)
-        return [*(f"{ADAPTER}/{name}" for name in own), *list_result_files(self.path)]
 
     def find_obstacles(self, names: Iterable[str]) -> set[str]:
         """Return what has the name of a file that is to come, or is no folder where the file needs one."""

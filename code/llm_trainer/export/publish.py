@@ -9,8 +9,8 @@ import json
 import os
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -21,7 +21,11 @@ from llm_trainer.config.secret_references import HUB_TOKEN
 from llm_trainer.config.sections import OutputSettings, TrackingSettings
 from llm_trainer.config.tracker_choice import choose_trackers
 from llm_trainer.export.base_source import BaseSource
+from llm_trainer.journal.manifest import MANIFEST, list_whole_result
 from llm_trainer.trackers.run_identity import MODEL_PATH, find_left_run
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 LARGE_BYTES = 10**9
 # `gzip` at its default level took 20.7 s of a core for 200 MB of normally distributed bfloat16 weights, and made them a
@@ -38,7 +42,25 @@ class Artefacts:
     model_dir: Path
     architecture: str  # the model's class in Transformers
     base: BaseSource
-    tokenizer: list[Path]  # its files and folders in the model folder
+    files: list[str]  # by their paths in the model folder
+    tokenizer: list[str]  # those of the tokenizer
+
+    def send_to_mlflow(self, client: "MlflowClient", run_id: str) -> None:
+        """Log the files to a run of MLflow, and the tokenizer's to its place as a component too."""
+        for names, place in ((self.files, MODEL_PATH), (self.tokenizer, f"{MODEL_PATH}/components/tokenizer")):
+            for name in names:
+                client.log_artifact(run_id, str(self.model_dir / name), str(PurePosixPath(place, name).parent))
+
+
+def collect_artefacts(model_dir: Path, architecture: str, base: BaseSource, tokenizer: list[Path]) -> Artefacts:
+    """Return a finished result: what its manifests list, and nothing that others put in the folder.
+
+    `tokenizer` are the files and folders there that a tokenizer may consist of.
+    """
+    files = sorted(name for name in list_whole_result(model_dir) if not (model_dir / name).is_symlink())
+    parts = {path.name for path in tokenizer}
+    of_tokenizer = [name for name in files if PurePosixPath(name).parts[0] in parts]
+    return Artefacts(model_dir, architecture, base, files, of_tokenizer)
 
 
 def publish(settings: OutputSettings, tracking: TrackingSettings, artefacts: Artefacts) -> None:
@@ -47,9 +69,12 @@ def publish(settings: OutputSettings, tracking: TrackingSettings, artefacts: Art
     Raises UserError with everything that failed; the artefacts are left alone.
     """
     problems: list[str] = []
+    if not artefacts.files:
+        model_dir = artefacts.model_dir
+        raise UserError(f"{model_dir} has no {MANIFEST} that lists the result: push or register its files by hand.")
     if settings.push_to_hub:
         try:
-            log.info(f"Pushed to {push_to_hub(settings, artefacts.model_dir)}")
+            log.info(f"Pushed to {push_to_hub(settings, artefacts)}")
         except UserError as error:
             problems += error.problems
     if settings.mlflow_register_model:
@@ -93,16 +118,15 @@ def prepare_push(settings: OutputSettings) -> None:
     hub.retry_while_busy(prepare, f"Preparing {name}", lambda error: f"{refuse_push(settings, error)}.")
 
 
-def push_to_hub(settings: OutputSettings, model_dir: Path) -> str:
+def push_to_hub(settings: OutputSettings, artefacts: Artefacts) -> str:
     """Upload the artefacts in one commit. Return its address. Raises UserError where the Hub refuses or stays away."""
-    api = connect_to_hub()
+    api, model_dir = connect_to_hub(), artefacts.model_dir
 
     def upload() -> str:
         name = settings.hub_model_id
         repository = name if "/" in name else f"{api.whoami()['name']}/{name}"
-        files = list_artefacts(model_dir)
         # Not upload_folder, which makes several commits of a large folder: a reader could find half a model.
-        additions = [CommitOperationAdd(file.relative_to(model_dir).as_posix(), file) for file in files]
+        additions = [CommitOperationAdd(file, model_dir / file) for file in artefacts.files]
         message = "Result of sagemaker-llm-trainer"
         try:
             return str(api.create_commit(repository, additions, commit_message=message, revision=settings.hub_revision))
@@ -113,12 +137,6 @@ def push_to_hub(settings: OutputSettings, model_dir: Path) -> str:
         return f"{refuse_push(settings, error)}; the artefacts are in {model_dir}: push them by hand."
 
     return hub.retry_while_busy(upload, f"Pushing to {settings.hub_model_id}", refuse)
-
-
-def list_artefacts(model_dir: Path) -> list[Path]:
-    """List the files of a result. Hidden ones, and what a link names, are none of it."""
-    visible = (file for file in model_dir.rglob("*") if not str(file.relative_to(model_dir)).startswith("."))
-    return sorted(file for file in visible if file.is_file() and not file.is_symlink())
 
 
 def connect_to_hub() -> HfApi:
@@ -160,9 +178,7 @@ def register_in_mlflow(name: str, tracking: TrackingSettings, artefacts: Artefac
         with tempfile.TemporaryDirectory() as folder:
             model.save(f"{folder}/MLmodel")
             client.log_artifact(run_id, f"{folder}/MLmodel", MODEL_PATH)
-        client.log_artifacts(run_id, str(model_dir), MODEL_PATH)
-        for path in artefacts.tokenizer:
-            client.log_artifact(run_id, str(path), f"{MODEL_PATH}/components/tokenizer")
+        artefacts.send_to_mlflow(client, run_id)
         version = mlflow.register_model(f"runs:/{run_id}/{MODEL_PATH}", name).version
         if mlflow.active_run():
             mlflow.end_run()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llm_trainer.common.hub import download_model
+from llm_trainer.common.hub import download_model, find_downloaded
 from llm_trainer.config.sections import (
     AdapterSettings,
     DataSettings,
@@ -54,7 +54,8 @@ class TrainingResult:
     trainer: ResumableMixin
     weights: dict[str, torch.Tensor] | None  # those that were trained, where the model holds only shards of them
     rows: list[list[int]]  # tokens of training rows
-    logits: list[torch.Tensor] | None  # the trained model's on the rows; None after a stop, as there is no time for it
+    logits: list[torch.Tensor] | None  # the trained model's on the rows; None after a stop, or for a lack of memory
+    unproven: str | None  # what kept the logits from being computed; None after a stop too
     tokenizer: PreTrainedTokenizerBase
     timeline: Timeline
     watch: StopWatch
@@ -80,4 +81,5 @@ class TrainingResult:
         folder = Path(self.plan.folder)
         if folder.is_dir():
             return folder
-        return Path(download_model(self.plan.folder, self.settings.model.model_revision, with_weights=True))
+        revision = self.settings.model.model_revision
+        return find_downloaded(self.plan.folder, revision) or Path(download_model(self.plan.folder, revision, True))

@@ -14,8 +14,8 @@ FIX = "raise VolumeSizeInGB on SageMaker, mount a larger disk there with docker.
 
 
 def find_nearest_folder(folder: Path) -> Path:
-    """Return the folder, or where it is not made yet, the nearest one above it that is there."""
-    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    """Return the folder, or the nearest one above it that this user can see, where it is not made yet."""
+    return next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
 
 
 def inspect_disk(subject: str, folder: Path) -> Finding:

@@ -20,18 +20,28 @@ import xxhash
 
 from llm_trainer.common import log
 from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
+from llm_trainer.common.errors import UserError
 from llm_trainer.common.files import remove_path, write_verbatim
+from llm_trainer.host.free_space import find_nearest_folder
+from llm_trainer.host.write_probe import explain_refusal
 
 SEAL = "seal.json"  # the folder's label, and the checksum of each of its files
 
 
 def make_private_folder(folder: Path) -> Path:
-    """Return the folder, made if it is missing; where others could write to it, warn and return a new one beside it."""
-    with suppress(FileExistsError):
-        folder.mkdir(mode=0o700, parents=True)
-    if is_private(folder):
-        return folder
-    substitute = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+    """Return the folder, made if it is missing; where others could write to it, warn and return a new one beside it.
+
+    Raises UserError where the folder above it takes none.
+    """
+    try:
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700, parents=True)
+        if is_private(folder):
+            return folder
+        substitute = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        place = find_nearest_folder(folder.parent)
+        raise UserError(f"Caches cannot be kept: {explain_refusal(error, place)}") from error
     log.warning(f"{folder} could be written by others, so its caches are not used. This job's go to {substitute}.")
     return substitute
 

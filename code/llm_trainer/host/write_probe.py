@@ -10,6 +10,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from llm_trainer.common.files import find_barrier
 from llm_trainer.host.free_space import describe_lack, find_nearest_folder
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -20,6 +21,8 @@ def find_write_problem(folder: Path) -> str | None:
 
     A folder that is not made yet is tried by the nearest one above it. The file is flushed to the disk and removed.
     """
+    if barrier := find_barrier(folder):
+        return explain_refusal(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), barrier)
     if problem := find_obstacle(folder):
         return problem
     nearest = find_nearest_folder(folder)

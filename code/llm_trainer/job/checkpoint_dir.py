@@ -169,12 +169,17 @@ def find_file_faults(checkpoint: Path, marker: Marker) -> dict[str, str | None]:
 
 def find_file_fault(checkpoint: Path, name: str, size: int, digest: str) -> str | None:
     """Return how a file differs from what its checkpoint's marker says of it; None where it agrees."""
+    if fault := find_size_fault(checkpoint, name, size):
+        return fault
+    return None if describe_file(checkpoint / name) == (size, digest) else f"{name} is damaged"
+
+
+def find_size_fault(checkpoint: Path, name: str, size: int) -> str | None:
+    """Return whether a file is missing or of another size than its checkpoint's marker says; None where it agrees."""
     file = checkpoint / name
     if not file.is_file():
         return f"{name} is missing"
-    if file.stat().st_size != size:
-        return f"{name} has {file.stat().st_size} of {size} bytes"
-    return None if describe_file(file) == (size, digest) else f"{name} is damaged"
+    return None if file.stat().st_size == size else f"{name} has {file.stat().st_size} of {size} bytes"
 
 
 def find_fault(checkpoint: Path, gather: Gather = gather_alone) -> str | None:

@@ -3,7 +3,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,24 @@ class WriteSettings:
     output: OutputSettings
 
 
-def inspect_disk_need(settings: WriteSettings, inputs: Inputs, cache_dir: Path) -> Iterator[Finding]:
-    """Yield one finding for each disk that the job writes to: whether it has room. Less than a MiB always has."""
+@dataclass(frozen=True)
+class BaseWeights:
+    """The base's weights: the bytes of their files, and the shape of each tensor."""
+
+    num_bytes: int
+    shapes: Sequence[Sequence[int]]
+    download: tuple[Path, int] | None = None  # the cache of the Hub's files, and the bytes that it still lacks
+
+
+def inspect_disk_need(
+    settings: WriteSettings, inputs: Inputs, cache_dir: Path, base: BaseWeights | None = None
+) -> Iterator[Finding]:
+    """Yield one finding for each disk that the job writes to: whether it has room. Less than a MiB always has.
+
+    `base` is for a model on the Hub. Without it the weights are those in the job's folder, if it has one.
+    """
     disks: dict[int, list[tuple[str, Path, float]]] = defaultdict(list)
-    for what, folder, need_bytes in estimate_writes(settings, inputs, cache_dir):
+    for what, folder, need_bytes in estimate_writes(settings, inputs, cache_dir, base or read_base(inputs.model)):
         if need_bytes >= MIB:
             disks[find_nearest_folder(folder).stat().st_dev].append((what, folder, need_bytes))
     for writes in disks.values():
@@ -42,24 +56,33 @@ def inspect_disk_need(settings: WriteSettings, inputs: Inputs, cache_dir: Path) 
             yield Finding("disk need", "warning", f"{text}: {FIX}")
 
 
-def estimate_writes(settings: WriteSettings, inputs: Inputs, cache_dir: Path) -> Iterator[tuple[str, Path, float]]:
+def read_base(model: str) -> BaseWeights:
+    """Return what a folder holds of weights; none where the model is on the Hub, whose files come later."""
+    folder = Path(model)
+    if not model or not folder.is_dir():
+        return BaseWeights(0, [])
+    return BaseWeights(sum(map(measure_file, list_weights(folder))), list_shapes(folder))
+
+
+def estimate_writes(
+    settings: WriteSettings, inputs: Inputs, cache_dir: Path, base: BaseWeights
+) -> Iterator[tuple[str, Path, float]]:
     """Yield what is written, the folder, and about how many bytes, as far as sizes are known before the job begins.
 
     An adapter has rank x (rows + columns) float32 numbers for a matrix. A checkpoint holds the trained weights in
     float32 and AdamW's two moments of each; while one is written, the older ones are still there. A token and its
     label take 8 bytes, and stand for about four bytes of the data.
     """
-    folder = Path(inputs.model)
-    is_known = bool(inputs.model) and folder.is_dir()  # the files of a Hub model come later
-    shapes = list_shapes(folder) if is_known else []
-    weights_bytes = sum(map(measure_file, list_weights(folder))) if is_known else 0
-    adapter_bytes = 4 * settings.adapter.lora_r * sum(sum(shape) for shape in shapes if len(shape) == 2)
-    trained_bytes = adapter_bytes if settings.adapter.use_peft else 4 * sum(math.prod(shape) for shape in shapes)
+    num_weights = sum(map(math.prod, base.shapes))
+    adapter_bytes = 4 * settings.adapter.lora_r * sum(sum(shape) for shape in base.shapes if len(shape) == 2)
+    trained_bytes = adapter_bytes if settings.adapter.use_peft else 4 * num_weights
     num_checkpoints = max(2, settings.training.save_total_limit or 2) + 1 if settings.training.use_checkpoints else 0
     writes_model = settings.output.merge_weights or not settings.adapter.use_peft
     sources = [source for source in (*inputs.train, *inputs.validation) if isinstance(source, FileSource)]
     data_bytes = sum(measure_file(file) for source in sources for file in source.files)
-    whole_bytes = max(weights_bytes, 2 * sum(map(math.prod, shapes)))  # written in 16 bits, where it was in 4
+    whole_bytes = max(base.num_bytes, 2 * num_weights)  # written in 16 bits, where it was in 4
+    if base.download is not None:
+        yield "download", *base.download
     yield "result", inputs.model_dir, whole_bytes if writes_model else adapter_bytes
     yield "checkpoints", inputs.checkpoint_dir, num_checkpoints * 3 * trained_bytes
     yield "tokenized data", cache_dir, 2 * data_bytes

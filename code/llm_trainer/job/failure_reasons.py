@@ -162,12 +162,29 @@ def diagnose_surroundings(error: BaseException, text: str, facts: JobFacts | Non
             return kind, sentence
     if limit := find_process_limit(text):
         return "mistake", limit
+    if refusal := describe_refusal(error):
+        return "mistake", refusal
     refusal = find_refusal(error, "a file that it asked for")
     if refusal:
         return "mistake", f"got no answer of use from the network: {refusal}"
     if is_peer_lost(error, text):
         return "peer", describe_lost_peer(error, facts)
     return None
+
+
+def describe_refusal(error: BaseException) -> str | None:
+    """Return the end of a sentence on a file or folder that is closed to this user; None for any other error."""
+    if not isinstance(error, OSError) or not error.filename:
+        return None
+    place = os.fsdecode(error.filename)
+    if error.errno == errno.EROFS:
+        return f"may not write {place}, which is on a read-only file system: mount it writable."
+    if not isinstance(error, PermissionError):
+        return None
+    return (
+        f"may not open {place} as user {os.getuid()} ({error.strerror}): give that user the right to read and write "
+        "it, or run as another user."
+    )
 
 
 def find_process_limit(text: str) -> str | None:

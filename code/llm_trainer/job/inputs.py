@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
 from llm_trainer.common.errors import UserError
+from llm_trainer.common.files import explain_denied, find_barrier, find_denial
 from llm_trainer.common.safetensors_files import (
     SINGLE_FILE,
     WEIGHTS_INDEX,
@@ -23,13 +24,16 @@ from llm_trainer.config.sections import ADDRESS, HUB_ID, METRIC_SCHEDULES, SECRE
 from llm_trainer.config.tracker_choice import find_idle_project
 from llm_trainer.host.write_probe import find_temp_problem, find_write_problem
 from llm_trainer.job.earlier_adapter import find_adapter, find_base_warnings
+from llm_trainer.job.kept_checkpoints import find_checkpoint_problems
 from llm_trainer.job.model_archive import find_archive
 from llm_trainer.job.model_objects import find_broken_objects
-from llm_trainer.job.model_place import locate_model
+from llm_trainer.job.model_place import MAX_DEPTH, locate_model
 from llm_trainer.job.objective import find_objective_problems, find_objective_warnings, read_objective
-from llm_trainer.job.output_places import find_place_problems, find_place_warnings
+from llm_trainer.job.output_places import find_overlaps, find_place_problems, find_place_warnings, find_taken_names
 from llm_trainer.journal.manifest import find_unreadable_manifests
 from llm_trainer.readers.sources import (
+    TRAIN_CHANNEL,
+    VALIDATION_CHANNEL,
     Source,
     find_train_sources,
     find_unread_files,
@@ -80,9 +84,35 @@ def find_inputs(settings: Settings, environment: Environment, has_mistakes: bool
         else environment.checkpoint_dir,
         adapter=adapter,
     )
-    misplaced = list(find_place_problems(settings.output, environment))
-    problems += misplaced or check_folders(inputs, environment.output_dir, settings.training.use_checkpoints)
+    problems += find_folder_problems(settings, environment, inputs)
     return inputs, problems
+
+
+def check_result_place(settings: Settings, environment: Environment, inputs: Inputs) -> Iterator[str]:
+    """Yield sentences about a folder of the result in which it would meet what the job reads, or others' files."""
+    read = {"the folder of the model": Path(inputs.model)} if os.path.isdir(inputs.model) else {}
+    if settings.training.use_checkpoints:
+        read["the folder of the checkpoints"] = inputs.checkpoint_dir
+    for name in ("train_dataset_path", "val_dataset_path"):
+        path = settings.value(name)
+        if path and os.path.exists(path):
+            read[name] = Path(path)
+    for name, folder in environment.channels.items():
+        if TRAIN_CHANNEL.fullmatch(name) or VALIDATION_CHANNEL.fullmatch(name):
+            read[f"channel {name!r}"] = folder
+    overlaps = list(find_overlaps(inputs.model_dir, read))
+    yield from overlaps or find_taken_names(inputs.model_dir, settings.adapter.use_peft, settings.output.merge_weights)
+
+
+def find_folder_problems(settings: Settings, environment: Environment, inputs: Inputs) -> Iterator[str]:
+    """Yield sentences on the folders that a job writes to, and on the checkpoints that it goes on from."""
+    problems = list(find_place_problems(settings.output, environment))
+    problems = problems or list(check_folders(inputs, environment.output_dir, settings.training.use_checkpoints))
+    problems = problems or list(check_result_place(settings, environment, inputs))  # which looks into the folders
+    yield from problems
+    if not problems:
+        is_alone = len(environment.hosts) == 1
+        yield from find_checkpoint_problems(settings.training, inputs.checkpoint_dir, is_alone)
 
 
 def find_model(
@@ -95,6 +125,8 @@ def find_model(
     """
     place = name_model(settings, environment)
     if place:
+        if denied := list(find_denied_parts(place, settings.chat_template_path)):
+            return "", denied
         try:
             if not unpacks and find_archive(Path(place)):
                 return "", []
@@ -103,6 +135,18 @@ def find_model(
             return "", list(error.problems)
         return model, list(check_model(model, needs_tokenizer))
     return "", ["model_id is missing: give a Hugging Face model id, or the model's files as channel 'model'."]
+
+
+def find_denied_parts(place: str, template: str | None) -> Iterator[str]:
+    """Yield a sentence on what this user may not read of a model or an archive of one; the same for its template.
+
+    Weights beside a template are not read.
+    """
+    yield from find_denial(Path(place), MAX_DEPTH)
+    if template:
+        given = Path(template)
+        files = given.glob("*.j*") if os.path.isdir(given) else ()  # tokenizer_config.json, chat_template.jinja
+        yield from explain_denied([file for file in (given, *files) if find_barrier(file)], given)
 
 
 def name_model(settings: ModelSettings, environment: Environment) -> str:
@@ -129,26 +173,24 @@ def check_model(model: str, needs_tokenizer: bool = True) -> Iterator[str]:
     if unasked := list(find_unasked_weights(folder, f"Model folder {folder}")):
         yield from unasked
         return
-    unreadable = [file for file in folder.glob("*.*") if not os.access(file, os.R_OK)]
-    for file in unreadable:
-        yield describe_unreadable(file)
+    broken = [file for file in folder.glob("*.*") if file.is_symlink() and not os.path.exists(file)]
+    for file in broken:
+        yield describe_broken_link(file)
     if needs_tokenizer and not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         yield f"Model folder {folder} has no tokenizer ({TOKENIZER_FILES[0]}): put the tokenizer beside the weights."
-    if not unreadable:
+    if not broken:
         yield from find_broken_objects(folder)
         yield from check_config(folder / "config.json")
         yield from check_tokenizer(folder / TOKENIZER_FILES[0])
         yield from check_weights(folder)
 
 
-def describe_unreadable(file: Path) -> str:
-    """Return the sentence on a model's file that cannot be opened: a link to nowhere, or one of another user."""
-    if file.is_symlink() and not os.path.exists(file):
-        return (
-            f"Model file {file} is a link to {os.readlink(file)}, which is not there: copy the files themselves "
-            "(`cp -rL`, `aws s3 sync --follow-symlinks`)."
-        )
-    return f"Model file {file} cannot be read by user {os.getuid()}: make it readable, or run as another user."
+def describe_broken_link(file: Path) -> str:
+    """Return the sentence on a model's file that is a link to nowhere."""
+    return (
+        f"Model file {file} is a link to {os.readlink(file)}, which is not there: copy the files themselves "
+        "(`cp -rL`, `aws s3 sync --follow-symlinks`)."
+    )
 
 
 def check_config(file: Path) -> Iterator[str]:

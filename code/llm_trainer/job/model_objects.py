@@ -19,6 +19,7 @@ OBJECTS = (
 )
 TEMPLATE = "chat_template.jinja"
 LAYER_NAMES = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+SIZE_NAMES = ("hidden_size", "n_embd", "d_model", "vocab_size", "num_attention_heads", "n_head")
 MAX_LAYERS = 10_000  # the deepest models have some hundreds
 MAX_OBJECT_BYTES = 4 * MAX_JSON_BYTES  # the tokenizer.json of 262,000 tokens has 33 MB
 
@@ -47,13 +48,22 @@ def check_object(file: Path) -> None:
     if not isinstance(value, dict):
         raise UnreadableTextError(str(file), "holds no JSON object")
     if file.name == CONFIG:
-        check_layers(file, value)
+        check_sizes(file, value)
 
 
-def check_layers(file: Path, config: dict[str, Any]) -> None:
-    """Raise UnreadableTextError for a config of more layers than can be built: they are made one by one."""
+def check_sizes(file: Path, config: dict[str, Any]) -> None:
+    """Raise UnreadableTextError for a config of no model: without layers, width or vocabulary, or with endless layers.
+
+    Layers are made one by one. A part for images may stand there unused, and have none.
+    """
     for part in (config, *(part for part in config.values() if isinstance(part, dict))):
         for name in LAYER_NAMES:
             number = part.get(name)
             if isinstance(number, int | float) and number > MAX_LAYERS:
                 raise UnreadableTextError(str(file), f"has a {name} of more than {MAX_LAYERS:,}")
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for name in (*LAYER_NAMES, *SIZE_NAMES):
+            number = part.get(name)
+            if isinstance(number, int | float) and number < 1:
+                raise UnreadableTextError(str(file), f"has {name}={number!r}, and a model has at least 1")

@@ -14,6 +14,11 @@ ADAPTER = "adapter"  # the folder beside merged weights
 # The folders that hold files of a result: the model folder itself, the one in which LMI looks for adapters, and the one
 # in which Transformers keeps a tokenizer's further chat templates.
 RESULT_FOLDERS = (".", "adapters/trained", "additional_chat_templates")
+# Version 0.1.0 listed folders. A listed folder stands for the files that such a job wrote in it, by their patterns.
+LISTED_FOLDERS = {
+    "adapters": ("adapters/trained/adapter_config.json", "adapters/trained/adapter_model.safetensors"),
+    "additional_chat_templates": ("additional_chat_templates/*.jinja",),
+}
 
 
 class Manifest(TypedDict, total=False):
@@ -74,7 +79,19 @@ def list_result_files(folder: Path) -> list[str]:
     link, or belongs to a folder.
     """
     files = read_leftover_manifest(folder)[0].get("files")
-    return [name for name in files if is_result_file(folder, name)] if isinstance(files, list) else []
+    names = [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
+    patterns = [pattern for name in names for pattern in LISTED_FOLDERS.get(name, ())]
+    names += [path.relative_to(folder).as_posix() for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return [name for name in dict.fromkeys(names) if is_result_file(folder, name)]
+
+
+def list_whole_result(model_dir: Path) -> list[str]:
+    """List the files of a result, and of an adapter beside it, by their manifests and their paths in the model folder.
+
+    All else in that folder is nobody's result, and neither replaced nor sent anywhere.
+    """
+    own = [] if (model_dir / ADAPTER).is_symlink() else list_result_files(model_dir / ADAPTER)
+    return [*(f"{ADAPTER}/{name}" for name in own), *list_result_files(model_dir)]
 
 
 def is_result_file(folder: Path, name: Any) -> bool:

@@ -42,12 +42,16 @@ def run_to_an_answer(run: Callable[[], int]) -> int:
 def explain_crash(error: BaseException, program: str) -> "Failure":
     """Return the failure that an unforeseen exception means, after leaving its traceback in the log and in a file.
 
-    `program` is the part of this package that it ended, such as "launcher".
+    A mistake of the user, and a file that is closed to the user, need none. `program` is the part of this package that
+    ended, such as "launcher".
     """
     who = f"The {program}"
     try:
-        from llm_trainer.job.failure_reasons import explain, write_traceback
+        from llm_trainer.common.errors import UserError
+        from llm_trainer.job.failure_reasons import describe_refusal, explain, write_traceback
 
+        if isinstance(error, UserError) or describe_refusal(error):
+            return explain(error, who, None)
         name = f"{os.uname().nodename}-{program}.txt"
         log.error(write_traceback(error, find_base_dir() / "output" / "data" / "failures" / name))
         return explain(error, who, None)

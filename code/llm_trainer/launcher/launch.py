@@ -73,9 +73,6 @@ def launch(arguments: Sequence[str]) -> int:
         failure = run_host(read_environment(), arguments, Timeline(started))
     except UserError as error:
         failure = Failure(str(error), "mistake", started)
-    except PermissionError as error:
-        fix = f"mount {output_dir.parent} so that user {os.getuid()} may read and write it."
-        failure = Failure(f"{error}: {fix}", "mistake", started)
     if failure is None:
         return 0
     log.error(failure.reason)

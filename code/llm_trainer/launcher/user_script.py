@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 
 from llm_trainer.common import log
-from llm_trainer.common.errors import write_failure
-from llm_trainer.common.files import read_json_object, write_text
+from llm_trainer.common.errors import UserError, write_failure
+from llm_trainer.common.files import find_denial, read_json_object, write_text
 from llm_trainer.common.processes import PYTHON
 from llm_trainer.common.redaction import note_secrets
 from llm_trainer.config.hyperparameter_decoding import decode_value
@@ -34,6 +34,7 @@ from llm_trainer.launcher.stop_signal import find_early_stop
 TOOLKIT = [*PYTHON, "-m", "sagemaker_training.cli.train"]
 SHELLS = ("bash", "dash", "sh", "busybox")
 MAX_LATE_OUTPUT_SECONDS = 5
+CODE_DEPTH = 16  # folders in each other that a script's code may have
 # How Python ends, also with torchrun's rank before it and without its script: "ValueError: no rows".
 PYTHON_ERROR = re.compile(
     r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception): .*\S|.*: can't open file .*\S)", re.MULTILINE
@@ -56,7 +57,7 @@ def run_script(base_dir: Path, hyperparameters: Mapping[str, Any], variables: Ma
     """Run the script that the job names. Return the container's exit code: 0 if it ended with 0, else 1.
 
     `variables` are the environment of toolkit and script. After a stop the script is not begun.
-    Raises PermissionError where the tree cannot be written.
+    Raises PermissionError where the tree cannot be written, and UserError where its code cannot be read.
     """
     note_secrets(hyperparameters)
     output_dir = base_dir / "output"
@@ -75,9 +76,14 @@ def run_script(base_dir: Path, hyperparameters: Mapping[str, Any], variables: Ma
 
 
 def provide_code(base_dir: Path, hyperparameters: Mapping[str, Any]) -> None:
-    """Copy the channel `code` to the toolkit's folder of scripts, for a job that names no folder to fetch them from."""
+    """Copy the channel `code` to the toolkit's folder of scripts, for a job that names no folder to fetch them from.
+
+    Raises UserError where this user may not read it.
+    """
     channel, code_dir = base_dir / "input" / "data" / "code", base_dir / "code"
     is_provided = "sagemaker_submit_directory" in hyperparameters or (code_dir.is_dir() and any(code_dir.iterdir()))
+    if denied := list(find_denial(channel, CODE_DEPTH)):
+        raise UserError(*denied)
     if channel.is_dir() and not is_provided:
         shutil.copytree(channel, code_dir, dirs_exist_ok=True)
 

@@ -99,7 +99,7 @@ def reads_from_hub(inputs: Inputs, chat_template_path: str | None) -> bool:
     """Tell whether the model, its chat template, an earlier adapter or data come from the Hugging Face Hub."""
     has_hub_data = any(isinstance(source, HubSource) for source in (*inputs.train, *inputs.validation))
     places = (inputs.model, inputs.adapter, chat_template_path)
-    return has_hub_data or any(place and not Path(place).exists() for place in places)
+    return has_hub_data or any(place and not os.path.exists(place) for place in places)
 
 
 def build_cache_variables(variables: Mapping[str, str]) -> dict[str, str]:

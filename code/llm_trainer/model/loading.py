@@ -22,7 +22,7 @@ from transformers import (
 
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.files import write_verbatim
-from llm_trainer.common.hub import download_model, find_refusal
+from llm_trainer.common.hub import check_room, download_model, download_weights, find_refusal
 from llm_trainer.common.ranks import run_on_local_rank_zero
 from llm_trainer.common.safetensors_files import list_weights, read_header
 from llm_trainer.config.sections import ModelSettings
@@ -35,7 +35,7 @@ UNKNOWN_TYPE = re.compile(r"model type `(.+?)` but Transformers does not recogni
 # What Transformers and PEFT raise for files of a model that hold other values than they expect.
 LOADING_ERRORS = (
     *(OSError, ValueError, ImportError, SafetensorError, StrictDataclassError),
-    *(TypeError, AttributeError, LookupError, ArithmeticError, RecursionError),
+    *(TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, AssertionError),
 )
 # On the meta device, where no memory can run out, torch's own refusal of a shape is one of them.
 META_ERRORS = (*LOADING_ERRORS, RuntimeError)
@@ -58,17 +58,21 @@ def fetch_model(model: str, settings: ModelSettings, scratch_dir: Path, with_wei
     """Return the folder of a model's files. Download a Hub model once a host.
 
     With `use_snapshot_download=false` the model's Hub id comes back, and each rank loads it from the Hub by itself.
-    Raise UserError when the model cannot be downloaded, or is not a plain base model.
+    Raise UserError when the model cannot be downloaded, has no room on the disk, or is not a plain base model.
     """
     if Path(model).is_dir():
         return model
     place = scratch_dir / "model_folder"
-    with_weights = with_weights and settings.use_snapshot_download
+    has_own_cache = "cache_dir" in (settings.model_init_kwargs or {})  # where the ranks alone look
 
     def download() -> None:
-        folder = download_model(model, settings.model_revision, with_weights)
+        folder = download_model(model, settings.model_revision, with_weights=False)
         if broken := list(find_broken_objects(Path(folder))):
             raise UserError(*broken)
+        if with_weights and settings.use_snapshot_download:
+            download_weights(model, Path(folder))
+        elif with_weights and not has_own_cache:
+            check_room(model, Path(folder))
         write_verbatim(place, folder)
 
     run_on_local_rank_zero(scratch_dir / "model.done", download)
@@ -96,6 +100,8 @@ def read_config(model: str, settings: ModelSettings) -> PreTrainedConfig:
         raise UserError(
             f"model_id={model!r} is of type {config.model_type}, which is no causal language model: give one that is."
         )
+    if not isinstance(config.get_text_config(), PreTrainedConfig):
+        raise UserError(f"The config of {model} has a text_config that is no JSON object: download the model again.")
     return config
 
 
@@ -220,6 +226,11 @@ def find_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, revision: str 
     except LOADING_ERRORS as error:
         raise UserError(explain_failure(error, model, "generation_config.json")) from error
     stops = stop if isinstance(stop, list) else [stop] if stop is not None else []
+    if not all(isinstance(each, int) for each in stops):
+        raise UserError(
+            f"The generation_config.json of {model} has eos_token_id={stop!r}: write a token's number, or a list of "
+            "them."
+        )
     return frozenset([*stops, tokenizer.eos_token_id])
 
 

@@ -92,6 +92,8 @@ def choose_targets(
         modules, weights = find_linear_layers(skeleton)
         # A quantized matrix has no shape that an adapter of the bare parameter could follow.
         experts = (find_expert_parameters(skeleton) if parameters is None else parameters) + ([] if packed else weights)
+        if not (modules or experts):
+            raise UserError("target_modules=auto: the model has no linear layer in its decoder; give another model.")
         return modules, experts or None
     if isinstance(targets, str) and targets != ALL_LINEAR and re.fullmatch(r"[\w.]+", targets):
         return [targets], parameters

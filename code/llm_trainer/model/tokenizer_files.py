@@ -84,9 +84,13 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def list_tokenizer_files(folder: Path) -> list[Path]:
-    """List the files and folders that a tokenizer may consist of, and its code where it has some, by name."""
+    """List the files that a tokenizer may consist of, and the folder of its templates, by name.
+
+    Its code is among them where it has some. Other folders, such as a diffusion model's `tokenizer`, are not read.
+    """
     patterns = (*PATTERNS, "*.py") if "auto_map" in read_object(folder / CONFIG) else PATTERNS
-    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.is_file() or path.name == OTHER_TEMPLATES[0])
 
 
 def make_readable(folder: Path, class_name: str | None = None) -> None:

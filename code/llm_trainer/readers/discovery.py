@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
 from llm_trainer.common.errors import UserError
+from llm_trainer.common.files import check_access, explain_denied, find_barrier
 
 TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv")
 SUFFIXES = (".parquet", ".arrow", *(suffix + codec for suffix in TEXT_SUFFIXES for codec in ("", ".gz", ".zst")))
@@ -63,6 +64,7 @@ def find_files(path: Path, splits: tuple[str, ...] = ()) -> tuple[list[Path], Pa
     where a DatasetDict has none of them, or a saved Dataset lacks one of its files. The same for each data file that
     is no regular file, or a link that leads out of the folder or nowhere.
     """
+    check_access(path)
     if not path.is_dir():  # a file that is named itself may be a link to anywhere
         refuse_odd_files([path] if path.exists() else [], Path("/"))
         return [path] if path.exists() else [], {}
@@ -103,6 +105,7 @@ def list_files(folder: Path) -> list[Path]:
     root = folder.resolve()
     seen = {root}
     for parent, names, files in os.walk(folder, onerror=refuse_folder, followlinks=True):
+        check_access(Path(parent))  # one that cannot be entered is listed, and its files are not there
         found += [Path(parent, name) for name in files]
         names[:] = [name for name in names if is_followed(Path(parent, name), folder, root, seen)]
     return sorted(found)
@@ -123,12 +126,16 @@ def is_followed(path: Path, folder: Path, root: Path, seen: set[Path]) -> bool:
 
 def refuse_folder(error: OSError) -> None:
     """Raise UserError for a folder that cannot be read, whose rows would be missing."""
+    check_access(Path(error.filename))
     raise UserError(f"{error.filename} cannot be read ({error.strerror}): make it readable, or remove it.") from error
 
 
 def refuse_odd_files(files: list[Path], folder: Path) -> None:
     """Raise UserError with a sentence for each file that may not be read, or could keep a reader waiting."""
     root = folder.resolve()
+    denied = [file for file in files if find_barrier(file)]
+    if denied:
+        raise UserError(*explain_denied(denied, folder))
     problems = [problem for file in files for problem in find_oddities(file, root)]
     if problems:
         raise UserError(*problems)
@@ -237,6 +244,7 @@ def find_shards(state: Path) -> list[Path]:
 
 def read_index(index: Path) -> list[str]:
     """Return the names of the splits or .arrow files that save_to_disk wrote. Raises UserError for other content."""
+    check_access(index)
     try:
         saved = read_json(index)
         names = saved["splits"] if "splits" in saved else [entry["filename"] for entry in saved["_data_files"]]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sources of a job's rows: the files of channels or of a path, or a data set of the Hugging Face Hub."""
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_trainer.common.errors import UserError, quote_error
-from llm_trainer.common.files import compute_digest
+from llm_trainer.common.files import compute_digest, find_barrier, find_denial
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.schema import show_value
 from llm_trainer.config.sections import ADDRESS, DataSettings
@@ -166,7 +167,7 @@ def find_at_path(
     """Return the source at a path, or on the Hub where no such path exists, and a sentence for each problem."""
     if ADDRESS.match(path):
         return [], [f"{label} is an address, and data are read from files: give its S3 prefix as a channel."]
-    if not Path(path).exists() and HUB_DATA_ID.fullmatch(path):
+    if HUB_DATA_ID.fullmatch(path) and not os.path.exists(path) and find_barrier(Path(path)) is None:
         return [HubSource(path, settings.dataset_config, split)], []
     return find_files_at(Place(Path(path), path, label), (split,), environment)
 
@@ -193,6 +194,8 @@ def find_files_at(place: Place, splits: tuple[str, ...], environment: Environmen
     """
     path = place.path
     is_sharded = any(path.is_relative_to(environment.channels[shard]) for shard in environment.sharded_channels)
+    if denied := list(find_denial(path)):
+        return [], denied
     if not path.exists() and not is_sharded:
         fix = "check the path and the channel's S3 prefix."
         return [], [f"{place.label} does not exist in the container ({path}): {fix}"]

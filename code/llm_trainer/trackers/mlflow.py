@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from mlflow import MlflowClient
@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 
 from llm_trainer.common.log import show_line
 from llm_trainer.config.tracker_choice import SQLITE
+from llm_trainer.journal.manifest import list_whole_result
 from llm_trainer.journal.records import EndStatus, JobRecord, Record
 from llm_trainer.trackers.events import (
     DataSet,
@@ -166,11 +167,12 @@ class MlflowTracker:
             self.client.log_artifact(self.run_id, str(file))
 
     def upload_model(self, folder: Path) -> None:
-        """Log the model's folder, unless the worker that registers the model has logged it."""
+        """Log the result in the model's folder, unless the worker that registers the model has logged it."""
         if not any(
             file.path == f"{MODEL_PATH}/MLmodel" for file in self.client.list_artifacts(self.run_id, MODEL_PATH)
         ):
-            self.client.log_artifacts(self.run_id, str(folder), MODEL_PATH)  # it is not registered from there
+            for name in list_whole_result(folder):  # it is not registered from there
+                self.client.log_artifact(self.run_id, str(folder / name), str(PurePosixPath(MODEL_PATH, name).parent))
 
     def end(self, status: EndStatus, reason: str | None) -> None:
         """End the run with the job's status, and with the reason as a tag."""

@@ -18,6 +18,7 @@ from wandb.errors import AuthenticationError, UsageError
 
 from llm_trainer.common.errors import quote_error
 from llm_trainer.common.log import show_line
+from llm_trainer.journal.manifest import list_whole_result
 from llm_trainer.journal.records import EndStatus, JobRecord, Record
 from llm_trainer.trackers.events import choose_run_name, find_data_sets, find_parameters, find_surroundings, read_rows
 from llm_trainer.trackers.feed import TrackerUsageError
@@ -94,9 +95,10 @@ class WandbTracker:
             self.run.save(copy, base_path=self.run.dir, policy="now")
 
     def upload_model(self, folder: Path) -> None:
-        """Log the model's folder as an artifact."""
+        """Log the result in the model's folder as an artifact."""
         artifact = wandb.Artifact(f"model-{self.run.id}", type="model")
-        artifact.add_dir(str(folder), policy="immutable")
+        for name in list_whole_result(folder):
+            artifact.add_file(str(folder / name), name, policy="immutable")
         self.run.log_artifact(artifact)
 
     def end(self, status: EndStatus, reason: str | None) -> None:

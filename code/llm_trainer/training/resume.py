@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig
 
 from llm_trainer.common import log
-from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.ranks import local_rank, local_world_size, rank, world_size
 from llm_trainer.config.sections import AdapterSettings, DataSettings, ModelSettings, TrainingSettings
@@ -20,6 +18,7 @@ from llm_trainer.data.report import DataReport
 from llm_trainer.data.shard_exchange import send_file
 from llm_trainer.job import checkpoint_dir
 from llm_trainer.job.checkpoint_dir import Gather, Marker
+from llm_trainer.job.kept_checkpoints import explain_fault, find_state_fault, goes_on
 from llm_trainer.training.packing import Packing
 
 # Settings and arguments that a checkpoint restores whatever the user says, or that give its step a meaning.
@@ -128,11 +127,11 @@ def choose_checkpoint(
 
     Raises UserError for one that is broken and asked for by name, or belongs to another run.
     """
-    wish = settings.resume_from_checkpoint
-    if (not settings.use_checkpoints and wish is None) or (wish or "").lower() == "false":
+    if not goes_on(settings):
         return None
     newest, warnings = checkpoint_dir.find_newest(folder, gather)
     log.info(*warnings)
+    wish = settings.resume_from_checkpoint
     if wish and wish.lower() != "true" and (newest is None or Path(wish).parent == folder):
         newest = check_named(Path(wish), gather)
     if newest is not None:
@@ -149,23 +148,8 @@ def check_named(checkpoint: Path, gather: Gather) -> Path:
     fault = checkpoint_dir.find_fault(checkpoint, gather) if has_marker else None
     state_faults = gather(find_state_fault(checkpoint))
     if fault or None not in state_faults:
-        raise UserError(
-            f"resume_from_checkpoint={str(checkpoint)!r} is not a complete checkpoint "
-            f"({fault or state_faults[0]}): name another one, or leave it out to take the newest."
-        )
+        raise UserError(explain_fault(checkpoint, fault or state_faults[0]))
     return checkpoint
-
-
-def find_state_fault(checkpoint: Path) -> str | None:
-    """Return why the Trainer could not go on from its own record in a checkpoint; None where it can."""
-    file = checkpoint / TRAINER_STATE_NAME
-    if not file.is_file():
-        return f"it has no {TRAINER_STATE_NAME}"
-    try:
-        is_object = isinstance(read_json(file, is_plain=False), dict)
-    except UnreadableTextError as error:
-        return f"its {TRAINER_STATE_NAME} {error.reason}"
-    return None if is_object else f"its {TRAINER_STATE_NAME} holds no JSON object"
 
 
 def check_run(checkpoint: Path, marker: Marker | None, identity: dict[str, Any]) -> None:

@@ -2,12 +2,16 @@
 """Files appear whole or not at all, and what is removed is gone without harm to what a link names."""
 
 import hashlib
+import os
 
 import pytest
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.files import (
+    check_access,
     compute_digest,
+    find_barrier,
+    find_denial,
     is_inner_path,
     read_json_object,
     remove_leftover,
@@ -16,6 +20,9 @@ from llm_trainer.common.files import (
     replace_file,
     write_text,
 )
+from support.ordinary_user import call_as_user
+
+USER = f"user {os.getuid()}"
 
 
 def test_a_file_is_replaced_at_once(tmp_path):
@@ -105,3 +112,56 @@ def test_anything_but_a_json_object_is_a_mistake_of_the_user(tmp_path, content, 
         read_json_object(tmp_path / "file")
     assert sentence in str(mistake.value)
     assert str(mistake.value).endswith("write it as one JSON object.")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A folder that is closed, with a file in it, and one that is open, with a link to that file."""
+    for name in ("closed", "open"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "closed/file").touch()
+    (tmp_path / "open/link").symlink_to(tmp_path / "closed/file")
+    (tmp_path / "closed").chmod(0)
+    yield tmp_path
+    (tmp_path / "closed").chmod(0o700)
+
+
+@pytest.mark.parametrize("mode", [0, 0o100, 0o400], ids=["closed", "cannot be listed", "cannot be entered"])
+def test_a_folder_is_read_where_it_can_be_listed_and_entered(tree, mode):
+    (tree / "closed").chmod(mode)
+    assert call_as_user(lambda: find_barrier(tree / "closed")) == tree / "closed"
+
+
+def test_what_keeps_from_a_file_is_the_folder_on_its_way(tree):
+    for file in ("closed/file", "open/link", "closed/not/there"):
+        assert call_as_user(lambda file=file: find_barrier(tree / file)) == tree / "closed"
+
+
+def test_what_is_not_there_is_not_denied(tree):
+    (tree / "open/file").touch()
+    (tree / "open/to-nowhere").symlink_to("/nowhere")
+    for path in ("open/other", "open/other/below", "open/to-nowhere", "open/file/below", "open/" + "x" * 300, "\0"):
+        assert call_as_user(lambda path=path: find_barrier(tree / path)) is None
+
+
+def test_everything_below_is_told_in_one_sentence(tree):
+    def ask(depth):
+        return call_as_user(lambda: list(find_denial(tree, depth)))
+
+    (tree / "open/hidden").touch(mode=0)
+    (tree / "open/hidden").rename(tree / "open/.hidden")
+    assert ask(0) == []
+    assert ask(1) == [
+        f"{tree}/closed cannot be read by {USER}: make it readable (`chmod -R a+rX {tree}/closed`), or run as "
+        "another user."
+    ]
+    assert ask(2) == [
+        f"{tree}/closed and 1 more at {tree} cannot be read by {USER}: make it readable "
+        f"(`chmod -R a+rX {tree}`), or run as another user."
+    ]
+
+
+def test_a_mistake_names_what_is_in_the_way(tree):
+    with pytest.raises(UserError, match=rf"link cannot be read by {USER}, who may not enter {tree}/closed: make it"):
+        call_as_user(lambda: check_access(tree / "open/link"))
+    call_as_user(lambda: check_access(tree / "open"))

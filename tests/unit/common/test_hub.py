@@ -2,6 +2,7 @@
 """What becomes of the Hub's answers, given by a real server: a model, a clear refusal, or patience."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,16 @@ def test_the_weights_are_downloaded_once(fake_hub, tmp_path, is_sharded):
     assert list_weights(folder) == [folder / name for name in names]
 
 
+def test_a_model_in_the_cache_is_found_without_the_hub(fake_hub, tmp_path):
+    assert hub.find_downloaded(MODEL, None) is None
+    folder = Path(hub.download_model(MODEL, None, with_weights=False))
+    assert hub.find_downloaded(MODEL, None) is None  # the weights are missing
+    hub.download_model(MODEL, None, with_weights=True)
+    asked = len(fake_hub.requests)
+    assert hub.find_downloaded(MODEL, None) == folder
+    assert len(fake_hub.requests) == asked
+
+
 def test_weights_that_are_not_read_are_not_downloaded(fake_hub, tmp_path):
     fake_hub.files["pytorch_model.bin"] = fake_hub.files.pop("model.safetensors")
     assert "has no model.safetensors and no index" in refuse(loading.fetch_model, MODEL, Settings().model, tmp_path)
@@ -219,3 +230,48 @@ def test_an_adapter_is_downloaded_by_its_own_settings(fake_hub, tmp_path):
     (tmp_path / "adapter.done").unlink()
     sentence = refuse(fetch_adapter, MODEL, "v9", tmp_path)
     assert sentence == (f"adapter_path='{MODEL}' has no such revision on the Hugging Face Hub: check adapter_revision.")
+
+
+def test_weights_without_room_are_refused_before_their_first_byte(fake_hub, tmp_path):
+    fake_hub.files |= dict.fromkeys(OTHER_FORMATS, b"the same weights once more")
+    fake_hub.told_sizes = dict.fromkeys(OTHER_FORMATS, 10**18)
+    folder = Path(loading.fetch_model(MODEL, Settings().model, tmp_path))  # the others are not downloaded
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    (tmp_path / "model.done").unlink()
+    fake_hub.told_sizes = {"model.safetensors": 2**60}
+    fake_hub.requests.clear()
+    for at_once in (True, False):
+        sentence = refuse(loading.fetch_model, MODEL, Settings(use_snapshot_download=at_once).model, tmp_path)
+        told = f"model_id='{MODEL}' has 1073741824 GiB of weights to download, and "
+        assert sentence.startswith(told)
+        assert f" GiB are free in {constants.HF_HUB_CACHE}: raise VolumeSizeInGB on SageMaker" in sentence
+    assert "model.safetensors" not in list_downloads(fake_hub)
+    asked = [request for request in fake_hub.requests if request.endswith("model.safetensors")]
+    assert [request.split()[0] for request in asked] == ["HEAD", "HEAD"]  # one for each try
+    assert not (folder / "model.safetensors").exists()
+
+
+def test_a_cache_of_the_ranks_own_is_not_judged(fake_hub, tmp_path):
+    fake_hub.told_sizes = {"model.safetensors": 2**60}
+    settings = Settings(use_snapshot_download=False, model_init_kwargs={"cache_dir": "/elsewhere"})
+    assert loading.fetch_model(MODEL, settings.model, tmp_path) == MODEL
+
+
+def test_a_hub_out_of_reach_says_nothing_of_sizes(fake_hub, tmp_path, monkeypatch):
+    """As with a cache that an older huggingface_hub filled, which kept no list of the repository's files."""
+    folder = Path(loading.fetch_model(MODEL, Settings().model, tmp_path))
+    weights = hub.measure_weights(MODEL, folder)
+    assert (weights.whole_bytes, weights.missing_bytes) == ((folder / "model.safetensors").stat().st_size, 0)
+    older = tmp_path / "older"
+    shutil.copytree(constants.HF_HUB_CACHE, older, symlinks=True, ignore=shutil.ignore_patterns("trees"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(older))
+    fake_hub.refuse(503)
+    assert hub.measure_weights(MODEL, folder) is None
+    hub.check_room(MODEL, folder)
+
+
+@pytest.mark.parametrize(("status", "headers", "sentence"), REFUSALS[:2])
+def test_weights_that_alone_are_gated(fake_hub, tmp_path, status, headers, sentence):
+    fake_hub.refused = "model.safetensors"
+    fake_hub.refuse(status, **headers)
+    assert refuse(loading.fetch_model, MODEL, Settings().model, tmp_path) == f"model_id='{MODEL}' {sentence}"

@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 
-from llm_trainer.config.checks import HARDWARE_RULES, count_processes, find_contradictions, find_missing_hardware
+from llm_trainer.config.checks import (
+    HARDWARE_RULES,
+    count_processes,
+    find_contradictions,
+    find_missing_hardware,
+    keep_valid,
+)
 from llm_trainer.config.schema import FIELDS, Settings
 from support.environments import build_environment
 
@@ -73,3 +79,8 @@ def test_one_process_a_gpu_unless_the_user_says_otherwise(values, num_gpus, num_
 def test_contradictions_are_told_in_the_order_of_the_table():
     problems = list(find_contradictions(Settings(bf16=True, fp16=True, load_in_4bit=True, use_peft=False)))
     assert [problem.split("=")[0] for problem in problems] == ["load_in_4bit", "bf16"]
+
+
+def test_what_breaks_a_rule_alone_is_left_out_of_what_is_examined_next():
+    settings = Settings(optim="lomo", model_init_kwargs="dtype", target_modules="(q", bf16=True, fp16=True, seed=7)
+    assert keep_valid(settings).given == {"bf16": True, "fp16": True, "seed": 7}

@@ -39,7 +39,7 @@ def test_rules_name_settings_that_exist():
 def test_messages_name_only_settings_and_what_the_rule_fills_in():
     for rule in RULES:
         places = {name for _, name, _, _ in string.Formatter().parse(rule.message) if name}
-        filled = {"uri", "key", "value", "tracker", "fix", "option", "package", "choices"}
+        filled = {"uri", "key", "value", "tracker", "fix", "option", "package", "choices", "fault"}
         assert places <= set(FIELDS) | filled, rule
 
 
@@ -75,6 +75,7 @@ def test_messages_name_only_settings_and_what_the_rule_fills_in():
         {"use_dora": True, "use_peft": False},
         {"target_modules": "q_proj", "use_peft": False},
         {"loraplus_lr_ratio": 16, "use_peft": False},
+        {"target_modules": "(q|v"},
         {"use_dora": True, "init_lora_weights": "olora"},
         {"load_in_4bit": True, "init_lora_weights": "pissa"},
         {"load_in_8bit": True, "init_lora_weights": "olora"},

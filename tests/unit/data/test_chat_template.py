@@ -204,6 +204,21 @@ def test_a_template_that_fails_is_named_with_its_row(expression, error):
     assert turns_of(template, [{**ASK, "content": "other"}, ANSWER]) == ["first answer<|im_end|>"]
 
 
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "{{ 1 // (messages|length - messages|length) }}",
+        "{{ range(messages|length * 10 ** 9) }}",
+        "{% include 'x' %}",
+        "{{ [1][9].x }}",
+    ],
+)
+def test_a_template_that_fails_with_whatever_it_is_tried_with_is_named_with_its_row(expression):
+    template = build(expression + "{{ messages }}")
+    assert not template.renders_tool_calls
+    assert problem_of(template, CHAT).startswith("is refused by the model's chat template: ")
+
+
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 

@@ -4,6 +4,8 @@
 from types import SimpleNamespace
 
 import pytest
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 
 from llm_trainer.common.errors import UserError
@@ -182,3 +184,10 @@ def test_a_tokenizer_that_cannot_tell_prompt_from_completion_is_told():
     assert encoder.loss_on == "all tokens, since the tokenizer has no tokenizer.json"
     with pytest.raises(UserError, match="completion_only_loss=true needs a tokenizer that tells"):
         Encoder(vocabulary, Settings(completion_only_loss=True).data, "prompt_completion")
+
+
+def test_a_tokenizer_that_panics_is_named():
+    tokenizer = build_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = Split(Regex("(a+)+$"), "isolated")  # more tries than the library makes
+    with pytest.raises(UserError, match=r"tokenizer breaks down over the rows .*: download the model again"):
+        encode(Text("a" * 40 + "!"), tokenizer=tokenizer)

@@ -27,7 +27,8 @@ def on_each_host(tmp_path, monkeypatch):
             port = server.getsockname()[1]
         for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": len(HOSTS)}.items():
             monkeypatch.setenv(name, str(value))
-        torch.multiprocessing.spawn(begin, (function, tmp_path), nprocs=len(HOSTS))
+        # Forked, since a fresh process would import torch for seconds.
+        torch.multiprocessing.start_processes(begin, (function, tmp_path), nprocs=len(HOSTS), start_method="fork")
         return [json.loads((tmp_path / f"{host}.json").read_text()) for host in HOSTS]
 
     return run

@@ -50,8 +50,9 @@ def prepare_at_once(rank, folder, barrier: Barrier):
 def test_two_processes_prepare_the_same_data_at_once_and_one_folder_is_left(tmp_path):
     rows = [{"text": "x" * (number % 50 + 1)} for number in range(NUM_ROWS)]
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    barrier = torch.multiprocessing.get_context("spawn").Barrier(2, timeout=GUARD_SECONDS)
-    torch.multiprocessing.spawn(prepare_at_once, (tmp_path, barrier), nprocs=2)
+    barrier = torch.multiprocessing.get_context("fork").Barrier(2, timeout=GUARD_SECONDS)
+    # Forked, since a fresh process would import torch and Transformers for seconds.
+    torch.multiprocessing.start_processes(prepare_at_once, (tmp_path, barrier), nprocs=2, start_method="fork")
     assert len(list((tmp_path / "cache/data").iterdir())) == 1
 
 

@@ -8,9 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.export import export
@@ -57,7 +61,7 @@ def test_a_result_is_proven_where_it_lies(trained, tmp_path):
 
 @pytest.mark.parametrize("error", [RecursionError(), OSError(errno.ENOSPC, "No space left on device"), KeyError("x")])
 def test_whatever_fails_beside_the_result_is_a_warning(trained, tmp_path, monkeypatch, capsys, error):
-    for writer in ("build_model_card", "write_serving_files", "write_json"):
+    for writer in ("write_model_card", "write_serving_files", "write_json"):
         monkeypatch.setattr(export, writer, fail(error))
     export_result(trained)
     assert set(list_files(tmp_path / "model")) >= ESSENTIALS
@@ -91,7 +95,7 @@ def test_a_wrong_result_leaves_and_the_earlier_one_comes_back(trained, tmp_path,
     (tmp_path / "model/training_manifest.json").write_text('{"files": ["config.json", "training_manifest.json"]}')
     monkeypatch.setattr(export, "prove_trained", fail(WRONG))
     if not has_room:
-        monkeypatch.setattr(shutil, "move", fail(OSError(errno.ENOSPC, "No space left on device")))
+        monkeypatch.setattr(export, "move_folder", fail(OSError(errno.ENOSPC, "No space left on device")))
     rejected = tmp_path / ("output/data" if has_room else "model") / "rejected_export"
     with pytest.raises(UserError, match=f"trained. What was written is in {rejected}, and the checkpoints are kept."):
         export_result(trained)
@@ -137,11 +141,65 @@ def test_half_the_weights_are_no_result(trained, tmp_path, monkeypatch):
 
 
 def test_weights_that_cannot_get_their_place_stay_where_they_were_written(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export, "save_tokenizer", fail(OSError(errno.EIO, "Input/output error")))
+    monkeypatch.setattr(export.ModelFolder, "place", fail(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(OSError, match="Input/output"):
         export.place_result(trained)
     (file,) = (tmp_path / "model").glob(f"{STAGING}*/new/adapter_model.safetensors")
     assert f"Warning: What was written of the result is in {file.parent}." in capsys.readouterr().out
+
+
+def save_half_a_tokenizer(tokenizer, base, folder, trust_remote_code):
+    (folder / "vocab.json").write_text("half")
+    raise RuntimeError("Cannot send a request, as the client has been closed.")
+
+
+def test_a_tokenizer_that_cannot_follow_its_base_is_written_plainly(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "save_tokenizer", save_half_a_tokenizer)
+    export_result(trained)
+    assert set(list_files(tmp_path / "model")) >= ESSENTIALS
+    assert not (tmp_path / "model/vocab.json").exists()
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert (loaded.get_vocab(), loaded.chat_template) == (
+        trained.tokenizer.get_vocab(),
+        trained.tokenizer.chat_template,
+    )
+    assert read_manifest(tmp_path / "model")["export"]["proven"] is True
+    assert "Warning: The tokenizer could not be written by the base's files" in capsys.readouterr().out
+
+
+def test_a_base_that_is_gone_costs_a_full_fine_tune_nothing_but_its_older_words(tiny_model, tmp_path, capsys):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    trained = build_result(base, tmp_path, use_peft=False)
+    shutil.rmtree(base)
+    export.place_result(replace(trained, plan=replace(trained.plan, folder=str(tmp_path / "base"))))
+    assert set(list_files(tmp_path / "model")) >= {"config.json", "model.safetensors", "tokenizer.json"}
+    AutoTokenizer.from_pretrained(tmp_path / "model")
+    output = capsys.readouterr().out
+    for what in ("generation_config.json could not be read again", "A config.json for Transformers 4 too"):
+        assert what in output
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_without_room_for_the_trained_models_logits_the_result_is_there_unproven(tiny_model, tmp_path, merges):
+    trained = build_result(tiny_model, tmp_path, merge_weights=merges)
+    export_result(replace(trained, logits=None, unproven="there was no room for the trained model's logits (x)"))
+    model_dir = tmp_path / "model"
+    weights = {"adapter/adapter_model.safetensors", "model.safetensors"} if merges else {"adapter_model.safetensors"}
+    assert set(list_files(model_dir)) >= weights
+    outcome = read_manifest(model_dir)["export"]
+    assert (outcome["proven"], outcome["checks"]) == (False, [])
+    assert outcome["reason"] == "there was no room for the trained model's logits (x)"
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="needs a second disk")
+def test_a_folder_that_goes_to_another_disk_arrives_whole(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "file").write_text("x")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        export.move_folder(source, Path(other) / "target")
+        assert (Path(other) / "target/file").read_text() == "x"
+    assert not source.exists()
 
 
 @pytest.mark.long

@@ -11,6 +11,7 @@ from llm_trainer.export import logits_check
 from llm_trainer.export.logits_check import (
     CheckPlace,
     Expectation,
+    attempt_logits,
     choose_check_rows,
     choose_place,
     compare_logits,
@@ -55,6 +56,32 @@ def test_what_was_lost_of_an_adapter_is_noticed(tiny_model, tmp_path):
         ]
         > 1e-4
     )
+
+
+def raise_error(error):
+    def forward(**_):
+        raise error
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_lack_of_memory_leaves_the_trained_model_without_logits(tiny_model, monkeypatch, capsys, error):
+    model = load(tiny_model)
+    monkeypatch.setattr(model, "forward", raise_error(error))
+    logits, reason = attempt_logits(model, ROWS, torch.device("cpu"))
+    assert logits is None
+    assert reason.startswith("there was no room for the trained model's logits (")
+    assert f"Warning: The result will be in place, and not proven: {reason}." in capsys.readouterr().out
+
+
+def test_another_error_of_the_trained_model_is_told(tiny_model, monkeypatch):
+    model = load(tiny_model)
+    monkeypatch.setattr(model, "forward", raise_error(KeyError("x")))
+    with pytest.raises(KeyError):
+        attempt_logits(model, ROWS, torch.device("cpu"))
 
 
 def test_not_a_number_is_nobodys_rounding(tiny_model):

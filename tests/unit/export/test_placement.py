@@ -6,7 +6,7 @@ import json
 import pytest
 
 from llm_trainer.export.placement import ModelFolder, list_files, order_files
-from llm_trainer.journal.manifest import MANIFEST
+from llm_trainer.journal.manifest import MANIFEST, list_whole_result
 
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"]
 LMI_COPY = "adapters/trained/adapter_config.json"
@@ -26,7 +26,7 @@ def write_result(folder, names, text="earlier"):
 def place(model_dir, names=ADAPTER, others=()):
     folder = ModelFolder.open(model_dir)
     write(folder.new, [MANIFEST, *names], "new")
-    folder.place([MANIFEST, *names, *others], folder.list_earlier())
+    folder.place([MANIFEST, *names, *others], list_whole_result(model_dir))
     return folder
 
 
@@ -114,3 +114,14 @@ def test_a_link_to_the_model_folder_itself_is_followed(tmp_path):
     (tmp_path / "model").symlink_to(tmp_path / "disk")
     place(tmp_path / "model").close()
     assert sorted(list_files(tmp_path / "disk")) == sorted([MANIFEST, *ADAPTER])
+
+
+def test_what_came_into_the_way_during_the_training_is_kept(tmp_path, capsys):
+    write(tmp_path, ["tokenizer.json/mine", "adapter_config.json"], "of the user")
+    place(tmp_path).close()
+    (kept,) = tmp_path.glob("not-of-the-result-*")
+    assert sorted(list_files(kept)) == ["adapter_config.json", "tokenizer.json/mine"]
+    assert {(kept / name).read_text() for name in list_files(kept)} == {"of the user"}
+    assert f"adapter_config.json, tokenizer.json would be in the way of the result: moved to {kept}." in (
+        capsys.readouterr().out
+    )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pushing to a Hub and registering in MLflow, each a real server on this machine."""
 
+import json
 import shutil
 
 import pytest
@@ -39,9 +40,16 @@ def artefacts(tmp_path):
     folder = tmp_path / "model"
     (folder / "adapters/trained").mkdir(parents=True)
     (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n")
-    (folder / "training_manifest.json").write_text("{}")
     (folder / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 100)
     (folder / "adapters/trained/adapter_model.safetensors").write_bytes(bytes(range(256)) * 100)
+    list_all(folder)
+    return folder
+
+
+def list_all(folder):
+    """Have a manifest list all files of a folder."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    (folder / "training_manifest.json").write_text(json.dumps({"files": ["training_manifest.json", *names]}))
     return folder
 
 
@@ -53,14 +61,16 @@ def refuse(action, *arguments) -> str:
 
 
 def describe(model_dir):
-    return publish.Artefacts(model_dir, "LlamaForCausalLM", BaseSource(None, None), list_tokenizer_files(model_dir))
+    tokenizer = list_tokenizer_files(model_dir)
+    return publish.collect_artefacts(model_dir, "LlamaForCausalLM", BaseSource(None, None), tokenizer)
 
 
-def test_a_push_is_one_commit_of_the_whole_folder(fake_hub, artefacts, capsys, tmp_path):
+def test_a_push_is_one_commit_of_the_whole_result_and_of_nothing_else(fake_hub, artefacts, capsys, tmp_path):
     (tmp_path / "secret").write_text("secret")
     (artefacts / "link").symlink_to(tmp_path / "secret")
     (artefacts / ".llm-trainer-export1").mkdir()
     (artefacts / ".llm-trainer-export1/left").touch()
+    (artefacts / "notes.txt").write_text("of the user")
     settings = Settings(**PUSH, hub_private_repo=True)
     publish.prepare_push(settings.output)
     assert fake_hub.created == [{"name": "model", "organization": "tiny", "visibility": "private"}]
@@ -83,9 +93,17 @@ def test_the_pushs_own_token_and_branch(fake_hub, artefacts, monkeypatch):
         monkeypatch.setenv(name, value)
     publish.prepare_push(settings.output)
     assert fake_hub.created[-1] == {"branch": "trial"}
-    publish.push_to_hub(settings.output, artefacts)
+    publish.push_to_hub(settings.output, describe(artefacts))
     assert f"POST /api/models/{MODEL}/commit/trial" in fake_hub.requests
     assert fake_hub.tokens <= {"Bearer hf_other", None}
+
+
+def test_a_folder_whose_manifest_lists_nothing_is_not_pushed(fake_hub, artefacts):
+    (artefacts / "training_manifest.json").unlink()
+    settings = Settings(**PUSH)
+    sentence = refuse(publish.publish, settings.output, settings.tracking, describe(artefacts))
+    assert sentence.endswith("has no training_manifest.json that lists the result: push or register its files by hand.")
+    assert fake_hub.commits == []
 
 
 def test_without_being_asked_nothing_is_pushed(fake_hub, artefacts):
@@ -117,7 +135,7 @@ def test_what_forbids_a_push_is_told_before_training(fake_hub, monkeypatch, stat
 def test_a_busy_hub_is_pushed_to_again(fake_hub, artefacts, capsys):
     fake_hub.refused = "/commit/"
     fake_hub.refuse(429, times=1)
-    publish.push_to_hub(Settings(**PUSH).output, artefacts)
+    publish.push_to_hub(Settings(**PUSH).output, describe(artefacts))
     assert len(fake_hub.commits) == 1
     assert f"Pushing to {MODEL}: 429" in capsys.readouterr().out
 
@@ -166,6 +184,11 @@ def test_large_artefacts_are_better_left_unpacked(tmp_path):
     assert "CompressionType NONE" in advice
 
 
+@pytest.fixture
+def result(tiny_model, tmp_path):
+    return list_all(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
 @pytest.fixture(scope="module")
 def mlflow_server(tmp_path_factory):
     server = MlflowServer(tmp_path_factory.mktemp("mlflow")).start()
@@ -187,6 +210,8 @@ def test_the_artefacts_become_a_version_of_a_registered_model(mlflow_server, tin
     (model_dir / "additional_chat_templates/tool_use.jinja").write_text("tools")
     for name in ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"):  # a copied base's may have more
         (model_dir / name).write_text("{}")
+    list_all(model_dir)
+    (model_dir / "tokenizer_of_the_user.json").write_text("{}")
     settings = Settings(mlflow_uri=mlflow_server, mlflow_register_model="sums")
     versions = [
         publish.register_in_mlflow(settings.output.mlflow_register_model, settings.tracking, describe(model_dir))
@@ -201,33 +226,31 @@ def test_the_artefacts_become_a_version_of_a_registered_model(mlflow_server, tin
     loaded = mlflow.transformers.load_model("models:/sums/1", return_type="components", dst_path=str(place))
     assert type(loaded["model"]).__name__ == "LlamaForCausalLM"
     assert loaded["tokenizer"].chat_template["tool_use"] == "tools"
-    of_the_model = {"config.json", "generation_config.json", "model.safetensors"}
+    of_the_model = {"config.json", "generation_config.json", "model.safetensors", "training_manifest.json"}
+    assert not list(place.rglob("tokenizer_of_the_user.json"))
     sent = {path.name for path in (place / "components/tokenizer").iterdir()}
-    assert sent == {path.name for path in model_dir.iterdir()} - of_the_model
+    assert sent == {path.name for path in model_dir.iterdir()} - of_the_model - {"tokenizer_of_the_user.json"}
 
 
-def test_without_a_run_of_the_job_the_model_gets_its_own(mlflow_server, tiny_model, monkeypatch, tmp_path):
+def test_without_a_run_of_the_job_the_model_gets_its_own(mlflow_server, result, monkeypatch, tmp_path):
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     monkeypatch.setenv("LLM_TRAINER_SCRATCH", str(tmp_path))
     monkeypatch.setattr(publish, "RUN_PATIENCE_SECONDS", 0)
     settings = Settings(mlflow_uri=mlflow_server, mlflow_register_model="own", run_name="its own")
-    assert (
-        publish.register_in_mlflow(settings.output.mlflow_register_model, settings.tracking, describe(tiny_model))
-        == "1"
-    )
+    assert publish.register_in_mlflow(settings.output.mlflow_register_model, settings.tracking, describe(result)) == "1"
     run = mlflow.get_run(mlflow.MlflowClient().get_model_version("own", "1").run_id)
     assert (run.info.run_name, run.info.status) == ("its own", "FINISHED")
 
 
-def test_a_server_that_is_gone_is_told(tiny_model, monkeypatch, tmp_path):
+def test_a_server_that_is_gone_is_told(result, monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("LLM_TRAINER_SCRATCH", str(tmp_path))
     monkeypatch.setattr(publish, "RUN_PATIENCE_SECONDS", 0)
     settings = Settings(mlflow_uri="http://127.0.0.1:9", mlflow_register_model="sums")
     sentence = refuse(
-        publish.register_in_mlflow, settings.output.mlflow_register_model, settings.tracking, describe(tiny_model)
+        publish.register_in_mlflow, settings.output.mlflow_register_model, settings.tracking, describe(result)
     )
-    assert f"the artefacts are in {tiny_model}" in sentence
+    assert f"the artefacts are in {result}" in sentence

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a job will write is estimated, and told where the disk has no room for it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from llm_trainer.config.environment import read_environment
 from llm_trainer.config.schema import Settings
 from llm_trainer.host.free_space import inspect_disk
-from llm_trainer.job.disk_budget import WriteSettings, estimate_writes, inspect_disk_need
+from llm_trainer.job.disk_budget import BaseWeights, WriteSettings, estimate_writes, inspect_disk_need, read_base
 from llm_trainer.job.inputs import find_inputs
 
 
@@ -30,7 +31,7 @@ def tensors(tree):
 
 
 def sizes(inputs, **settings):
-    return [size for _, _, size in estimate_writes(sections(**settings), inputs, Path("/tmp"))]
+    return [size for _, _, size in estimate_writes(sections(**settings), inputs, Path("/tmp"), read_base(inputs.model))]
 
 
 def test_an_adapter_and_its_checkpoints_are_small(inputs, tensors):
@@ -80,6 +81,16 @@ def test_each_disk_is_judged_by_itself(inputs, tree):
 
 def test_nothing_is_told_where_next_to_nothing_is_written(inputs, tmp_path):
     assert not list(inspect_disk_need(sections(use_checkpoints=False), inputs, tmp_path))
+
+
+def test_what_the_hub_still_has_counts_with_the_rest(inputs, tmp_path):
+    base = BaseWeights(2 * 2**30, [[2**15, 2**15]], (tmp_path, 2**30))
+    hub_inputs = replace(inputs, model="tiny/model")
+    given = sections(use_peft=False, use_checkpoints=False)
+    (finding,) = inspect_disk_need(given, hub_inputs, tmp_path, base)
+    assert "the job writes about 3 GiB, and " in finding.text
+    assert f"(download 1 GiB in {tmp_path}, result 2 GiB in " in finding.text
+    assert not list(inspect_disk_need(given, hub_inputs, tmp_path))
 
 
 def test_a_full_disk_is_told():

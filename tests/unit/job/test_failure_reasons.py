@@ -5,12 +5,15 @@ Those of a GPU cannot be had here: they are real exceptions with the texts of th
 """
 
 import errno
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import httpx2
@@ -18,6 +21,7 @@ import numpy
 import pyarrow
 import pytest
 import torch
+import torch.distributed as dist
 from datasets import Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from safetensors.torch import save_file
@@ -305,33 +309,35 @@ def test_a_failure_without_a_reserve_on_a_full_disk_is_printed(tmp_path, capsys)
 
 # Other ranks
 
-RANK = """
-import os, sys, time
-from datetime import timedelta
-import torch, torch.distributed as dist
-from llm_trainer.job.failure_reasons import explain
-rank, what = int(os.environ["RANK"]), sys.argv[1]
-try:
+SECOND = timedelta(seconds=1)
+
+
+def lose_the_other_ranks(what: str, rank: int) -> None:
+    """Run as one of two ranks, where rank 1 behaves so."""
     # Both start however busy the machine is; what is tested comes after, and has a second.
-    dist.init_process_group("gloo", timeout=timedelta(seconds=1 if what == "is alone" else 500))
+    dist.init_process_group("gloo", timeout=SECOND if what == "is alone" else timedelta(seconds=500))
     hasty = dist.new_group()
     dist.all_reduce(torch.ones(1), group=hasty)
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), hasty)
+    dist.distributed_c10d._set_pg_timeout(SECOND, hasty)
+    if rank == 1 and what == "hangs":
+        time.sleep(600)
     if rank == 1 and what != "store":
-        if what == "hangs":
-            time.sleep(600)
         os._exit(1)
     if what == "store":
         store = dist.distributed_c10d._get_default_store()
-        store.set_timeout(timedelta(seconds=1))
+        store.set_timeout(SECOND)
         store.get("nothing")
-    else:
-        dist.all_reduce(torch.ones(1), group=hasty)
-except Exception as error:
-    failure = explain(error, f"Rank {rank}", None)
-    print(failure.kind, failure.reason, flush=True)
+    dist.all_reduce(torch.ones(1), group=hasty)
+
+
+def run_rank(what: str, rank: int, file: Path) -> None:
+    """Leave what the rank tells in the file, and end as a worker that failed does."""
+    try:
+        lose_the_other_ranks(what, rank)
+    except Exception as error:
+        failure = explain(error, f"Rank {rank}", None)
+        file.write_text(f"{failure.kind} {failure.reason}")
     os._exit(1)
-"""
 
 
 def free_port() -> int:
@@ -340,36 +346,38 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run_ranks(what: str, ranks: tuple[int, ...] = (0, 1)) -> str:
-    """What rank 0 tells when rank 1 behaves so."""
-    port = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, what],
-            env={**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in ranks
-    ]
-    told_by_rank_0, _ = processes[0].communicate(timeout=GUARD_SECONDS)
-    for process in processes[1:]:
-        process.kill()
-        process.communicate()
-    return told_by_rank_0
+@pytest.fixture
+def run_ranks(tmp_path, monkeypatch):
+    """Runs ranks, and returns what rank 0 tells when rank 1 behaves so."""
+
+    def run(what: str, ranks: tuple[int, ...] = (0, 1)) -> str:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(free_port()))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        context, processes = multiprocessing.get_context("fork"), []
+        for rank in ranks:  # forked, since a fresh process would import torch for seconds
+            monkeypatch.setenv("RANK", str(rank))
+            processes.append(context.Process(target=run_rank, args=(what, rank, tmp_path / str(rank))))
+            processes[-1].start()
+        processes[0].join(GUARD_SECONDS)
+        for process in processes[1:]:
+            process.kill()
+            process.join()
+        return (tmp_path / "0").read_text()
+
+    return run
 
 
 @pytest.mark.parametrize(
     ("what", "text"), [("dies", "by peer"), ("hangs", "Timed out waiting"), ("store", "wait timeout after")]
 )
-def test_a_rank_that(what, text):
+def test_a_rank_that(run_ranks, what, text):
     told_by_rank_0 = run_ranks(what)
     assert told_by_rank_0.startswith("peer Rank 0 lost the other ranks (")
     assert text in told_by_rank_0
 
 
-def test_a_rank_that_never_comes():
+def test_a_rank_that_never_comes(run_ranks):
     assert run_ranks("is alone", ranks=(0,)).startswith("peer Rank 0 lost the other ranks (")
 
 

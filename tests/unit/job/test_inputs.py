@@ -55,6 +55,38 @@ def test_settings_come_before_channels(tree, inputs_of):
     assert inputs.model == "org/name"
 
 
+@pytest.mark.parametrize(
+    ("source", "place", "setting", "words"),
+    [
+        ("input/data/model", "model", "model_id", "model' is the folder of the model"),
+        ("input/data/model", "model/base", "model_id", "model' holds the folder of the model"),
+        ("input/data/train/train.jsonl", "model/rows.jsonl", "train_dataset_path", "model' holds train_dataset_path"),
+        (None, "checkpoints/out", "output_dir", "out' lies in the folder of the checkpoints"),
+    ],
+)
+def test_a_result_in_a_folder_that_the_job_reads_is_refused(tree, inputs_of, source, place, setting, words):
+    if source:
+        shutil.rmtree(tree.base_dir / "model", ignore_errors=True)
+        (tree.base_dir / place).parent.mkdir(parents=True, exist_ok=True)
+        (tree.base_dir / source).rename(tree.base_dir / place)
+    tree.change(**{setting: str(tree.base_dir / place)})
+    _, (problem,) = inputs_of()
+    assert f"{words} (" in problem
+    assert problem.endswith("give the result a folder of its own.")
+
+
+def test_files_of_others_in_the_way_of_the_result_are_refused_and_those_of_a_job_are_not(tree, inputs_of):
+    tree.write("model/adapter_config.json/mine", "")
+    tree.write("model/notes.txt", "")
+    _, (problem,) = inputs_of()
+    assert "model' holds adapter_config.json, which the result would replace" in problem
+    (tree.base_dir / "model/adapter_config.json/mine").unlink()
+    (tree.base_dir / "model/adapter_config.json").rmdir()
+    tree.write("model/adapter_config.json", "{}")
+    tree.write("model/training_manifest.json", {"files": ["adapter_config.json", "training_manifest.json"]})
+    assert inputs_of()[1] == []
+
+
 @pytest.mark.parametrize("name", ["model_id", "train_dataset_path", "val_dataset_path", "output_dir", "checkpoint_dir"])
 def test_an_address_in_the_place_of_a_path_is_refused_once(tree, inputs_of, name):
     tree.change(**{name: "s3://bucket/prefix"})
@@ -71,7 +103,7 @@ def test_the_validation_channel_has_two_names(tree, inputs_of, channel):
 
 def test_everything_missing_is_told_at_once(tree, inputs_of):
     for folder in ("model", "train", "validation"):
-        (tree.base_dir / "input/data" / folder).rename(tree.base_dir / folder)
+        (tree.base_dir / "input/data" / folder).rename(tree.base_dir / f"no-{folder}")
     tree.write("input/config/inputdataconfig.json", {})
     tree.change(early_stopping="true")
     _, problems = inputs_of()

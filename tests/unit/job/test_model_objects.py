@@ -51,3 +51,12 @@ def test_layers_without_end_are_refused(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (problem,) = find_broken_objects(tmp_path)
     assert "of more than 10,000: download the model again." in problem
+
+
+@pytest.mark.parametrize(
+    "config", [{"num_hidden_layers": 0}, {"n_layer": -1}, {"hidden_size": 0}, {"text_config": {"vocab_size": 0}}]
+)
+def test_a_model_of_nothing_is_refused(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (problem,) = find_broken_objects(tmp_path)
+    assert problem.endswith(", and a model has at least 1: download the model again.")

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.config.schema import Settings
-from llm_trainer.job.output_places import find_place_problems, find_place_warnings, outlives_container
+from llm_trainer.job.output_places import (
+    find_foreign_paths,
+    find_overlaps,
+    find_place_problems,
+    find_place_warnings,
+    find_taken_names,
+    outlives_container,
+)
 from support.environments import build_environment
 
 SAGEMAKER = {"instance_type": "ml.g6.xlarge"}
@@ -92,3 +99,45 @@ def test_what_is_lost_beside_the_result_is_told(values, start):
 def test_what_stays_is_no_news(values):
     settings = Settings(**values)
     assert not list(find_place_warnings(settings.output, settings.tracking, build_environment(**SAGEMAKER)))
+
+
+def test_a_folder_that_leads_to_another_by_a_link_overlaps_with_it(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    (problem,) = find_overlaps(tmp_path / "link/out", {"the base": tmp_path / "base"})
+    assert f"lies in the base ({tmp_path}/base)" in problem
+    assert list(find_overlaps(tmp_path / "base2", {"the base": tmp_path / "base"})) == []
+
+
+@pytest.mark.parametrize(
+    ("is_adapter", "merges", "taken"),
+    [
+        (True, False, "README.md, adapter_config.json, adapters, tokenizer.json"),
+        (False, False, "README.md, adapters, config.json, tokenizer.json"),
+        (True, True, "README.md, adapter/adapter_config.json, adapters, config.json, tokenizer.json"),
+    ],
+)
+def test_names_of_the_result_that_are_taken_are_told_at_once(tmp_path, is_adapter, merges, taken):
+    for folder in ("tokenizer.json", "adapter/adapter_config.json", "adapter_config.json"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "adapters").symlink_to(tmp_path / "adapter")
+    for name in ("config.json", "README.md", "notes.txt"):
+        (tmp_path / name).touch()
+    (problem,) = find_taken_names(tmp_path, is_adapter, merges)
+    assert problem == (
+        f"output_dir='{tmp_path}' holds {taken}, which the result would replace and no job's training_manifest.json "
+        "lists as its own: move or remove it, or give another output_dir."
+    )
+
+
+def test_a_broken_manifest_is_a_jobs_leftover_and_a_folder_of_its_name_is_not(tmp_path):
+    (tmp_path / "training_manifest.json").write_text("")
+    assert find_foreign_paths(tmp_path, ["training_manifest.json"]) == set()
+    (tmp_path / "training_manifest.json").unlink()
+    (tmp_path / "training_manifest.json").mkdir()
+    assert find_foreign_paths(tmp_path, ["training_manifest.json"]) == {"training_manifest.json"}
+
+
+def test_other_adapters_are_in_nobodys_way(tmp_path):
+    (tmp_path / "adapters/other").mkdir(parents=True)
+    assert list(find_taken_names(tmp_path, True, True)) == []

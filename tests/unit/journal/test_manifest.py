@@ -4,7 +4,13 @@ import json
 import pytest
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.journal.manifest import MANIFEST, find_unreadable_manifests, list_result_files, read_manifest
+from llm_trainer.journal.manifest import (
+    MANIFEST,
+    find_unreadable_manifests,
+    list_result_files,
+    list_whole_result,
+    read_manifest,
+)
 
 
 @pytest.mark.parametrize("manifest", [{"schema_version": 2, "of_a_newer_version": [1]}, {"files": ["a"]}])
@@ -40,3 +46,33 @@ def test_a_manifest_that_is_a_link_or_a_folder_lists_nothing(tmp_path):
     assert [sentence.split(": ")[0].split(" ", 1)[1] for sentence in find_unreadable_manifests(tmp_path)] == [
         "is no file"
     ] * 2
+
+
+def write(folder, names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_folders_that_the_first_version_listed_stand_for_the_files_that_it_wrote(tmp_path):
+    own = ["adapters/trained/adapter_config.json", "adapters/trained/adapter_model.safetensors"]
+    own += ["additional_chat_templates/tool_use.jinja"]
+    others = ["adapters/other/adapter_config.json", "adapters/trained/notes", "additional_chat_templates/notes"]
+    write(tmp_path, [*own, *others, "config.json"])
+    listed = ["adapters", "additional_chat_templates", "config.json", 7, own[0]]
+    (tmp_path / MANIFEST).write_text(json.dumps({"files": listed}))
+    assert sorted(list_result_files(tmp_path)) == [*own, "config.json"]
+
+
+def test_a_listed_folder_that_is_a_link_is_not_followed(tmp_path):
+    write(tmp_path, ["outside/trained/adapter_config.json", "model/config.json"])
+    (tmp_path / "model/adapters").symlink_to(tmp_path / "outside")
+    (tmp_path / "model" / MANIFEST).write_text(json.dumps({"files": ["adapters"]}))
+    assert "adapters/trained/adapter_config.json" not in list_result_files(tmp_path / "model")
+
+
+def test_a_whole_result_is_what_both_manifests_list(tmp_path):
+    write(tmp_path, ["config.json", "notes", "adapter/adapter_config.json", "adapter/notes"])
+    (tmp_path / MANIFEST).write_text(json.dumps({"files": ["config.json", MANIFEST]}))
+    (tmp_path / "adapter" / MANIFEST).write_text(json.dumps({"files": ["adapter_config.json"]}))
+    assert list_whole_result(tmp_path) == ["adapter/adapter_config.json", "config.json", MANIFEST]

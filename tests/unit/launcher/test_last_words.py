@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whatever ends the launcher, output/failure says so in a sentence."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -95,3 +96,13 @@ def test_a_name_that_the_logs_encoding_lacks_ends_nothing(base_dir, command):
     assert b"Traceback" not in result.stdout + result.stderr
     if command == "train":
         assert "lora_rnaké" in (base_dir / "output/failure").read_text(encoding="utf-8")
+
+
+def test_a_folder_on_a_read_only_file_system_is_no_crash(base_dir, capsys):
+    def refuse():
+        raise OSError(errno.EROFS, "Read-only file system", "/opt/ml/output/failure")
+
+    assert run_to_an_answer(refuse) == 1
+    reason = "may not write /opt/ml/output/failure, which is on a read-only file system: mount it writable."
+    assert reason in (base_dir / "output/failure").read_text()
+    assert "Traceback" not in capsys.readouterr().out

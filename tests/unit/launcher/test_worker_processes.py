@@ -70,7 +70,7 @@ def test_memory_is_given_back_on_gpus_and_one_host_has_no_name(make_workers, tmp
 
 def make_inputs(model: str) -> Inputs:
     names = {field.name for field in dataclasses.fields(Inputs)}
-    values = {"model": model, "train": (), "validation": ()}
+    values = {"model": model, "train": (), "validation": (), "adapter": None}
     return Inputs(**values, **dict.fromkeys(names - values.keys(), Path("/nowhere")))
 
 

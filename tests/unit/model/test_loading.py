@@ -19,6 +19,7 @@ from llm_trainer.model.loading import (
     build_skeleton,
     check_fit,
     choose_pad_token,
+    find_stop_ids,
     load_model,
     load_tokenizer,
     read_config,
@@ -67,6 +68,25 @@ def test_an_unknown_type_is_refused(change):
         f"is of type llama9, which Transformers {transformers.__version__} does not know: "
         "give a model of a type that it knows."
     )
+
+
+def test_a_pad_token_beyond_the_vocabulary_is_refused(change):
+    model = change(pad_token_id=10**6)
+    with pytest.raises(UserError, match=r"could not be loaded .Padding_idx must be within num_embeddings"):
+        build_skeleton(model, read_config(model, Settings().model), trust_remote_code=False)
+
+
+@pytest.mark.parametrize("stop", ["x", [1, None], 2.5])
+def test_a_stop_token_that_is_no_number_is_refused(tiny_model, tmp_path, stop):
+    folder = shutil.copytree(tiny_model, tmp_path / "base")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
+    with pytest.raises(UserError, match=r"has eos_token_id=.*: write a token's number"):
+        find_stop_ids(str(folder), build_tokenizer(), None)
+
+
+def test_a_text_config_that_is_no_object_is_refused(change):
+    with pytest.raises(UserError, match="has a text_config that is no JSON object: download the model again"):
+        read_config(change(text_config=5), Settings().model)
 
 
 @pytest.mark.parametrize("kind", ["vit", "clip", "t5"])
@@ -175,6 +195,7 @@ def test_a_generation_config_is_written_back_as_it_was(tiny_model, tmp_path, has
         file.unlink()
     model = load_model(str(folder), Settings().model, LoadOptions(torch.float32, "eager"), torch.device("cpu"))
     share_pad_token(model, load_tokenizer(str(folder), Settings().model))
+    model.save_pretrained(tmp_path / "checkpoint")  # of a full fine-tune, which Transformers refused
     restore_generation_config(model, folder)
     model.save_pretrained(tmp_path / "export")
     written = json.loads((tmp_path / "export/generation_config.json").read_text())

@@ -9,6 +9,7 @@ from transformers import (
     DeepseekV3Config,
     GptOssConfig,
     Llama4TextConfig,
+    LlamaConfig,
     MambaConfig,
     MixtralConfig,
     Qwen2MoeConfig,
@@ -265,3 +266,9 @@ def test_loraplus_gives_b_the_higher_rate_and_keeps_the_optimizer_that_was_asked
     assert {(group["weight_decay"], group["betas"]) for group in optimizer.param_groups if group["params"]} == {
         (0.1, (0.8, 0.999))
     }
+
+
+def test_a_model_without_layers_is_refused():
+    settings, model = Settings(), build_skeleton("", LlamaConfig(**{**SIZES, "num_hidden_layers": 0}), False)
+    with pytest.raises(UserError, match="target_modules=auto: the model has no linear layer"):
+        lora.build_lora_config(settings.model, settings.adapter, model)

@@ -55,6 +55,7 @@ def output(tmp_path: Path) -> Path:
 def test_each_file_of_a_tokenizer_is_listed_once_and_its_code_where_it_has_some(base):
     for name in ("tokenizer.model", "spiece.model", "vocab.json", "tokenization_own.py", "model.safetensors"):
         (base / name).touch()
+    (base / "tokenizer").mkdir()
     listed = [path.name for path in list_tokenizer_files(base)]
     named = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "chat_template.jinja"}
     assert set(listed) == {*named, CONFIG, "special_tokens_map.json", "additional_chat_templates"}

@@ -2,6 +2,7 @@
 """What MLflow is sent fits its limits; tests/integration/test_tracking.py sends it to a server."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
@@ -64,6 +65,22 @@ def test_names_fit_the_columns_of_mlflows_database():
     widths = {limit.variable: limit.max_characters for limit in LIMITS}
     assert widths["MLFLOW_EXPERIMENT_NAME"] == SqlExperiment.name.type.length
     assert widths["MLFLOW_RUN_NAME"] == SqlRun.name.type.length
+
+
+def test_only_the_result_is_uploaded(tmp_path):
+    tracker, sent = MlflowTracker(None, tmp_path), {}
+    tracker.run_id = "1"
+    tracker.client = SimpleNamespace(
+        list_artifacts=lambda *_: [], log_artifact=lambda _, file, place: sent.setdefault(file, place)
+    )
+    (tmp_path / "adapters/trained").mkdir(parents=True)
+    listed = ["adapters/trained/adapter_config.json", "config.json", "training_manifest.json"]
+    for name in [*listed, "notes.txt"]:
+        (tmp_path / name).touch()
+    (tmp_path / "training_manifest.json").write_text(json.dumps({"files": listed}))
+    tracker.upload_model(tmp_path)
+    places = ["model/adapters/trained", "model", "model"]
+    assert sent == {str(tmp_path / name): place for name, place in zip(listed, places, strict=True)}
 
 
 @pytest.fixture(scope="module")

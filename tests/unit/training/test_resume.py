@@ -167,7 +167,7 @@ def test_all_hosts_come_to_have_the_newest_checkpoint_that_they_have_together(tm
         port = server.getsockname()[1]
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
-    torch.multiprocessing.spawn(find_as_host, (tmp_path,), nprocs=2)
+    torch.multiprocessing.start_processes(find_as_host, (tmp_path,), nprocs=2, start_method="fork")
     for number in range(2):
         results = json.loads((tmp_path / f"{number}.json").read_text())
         assert results == {case.__name__: [STEP, None] for case in CASES}
