@@ -36,8 +36,9 @@ WARM_UP = 3  # steps that are not counted: memory and connections are made
 HOOKS = """
 import atexit, collections, json, os, sys, time
 
-# One worker alone has no rank; torchrun has none either, and says --module where a worker has -m.
-if "-m llm_trainer.worker" in " ".join(sys.orig_argv) and os.environ.get("RANK", "0") == "0":
+# One worker alone has no rank. The launchers of workers have none either; one of them names the worker, too.
+named = [word for word in sys.orig_argv if word.startswith("llm_trainer.")]
+if named == ["llm_trainer.worker"] and os.environ.get("RANK", "0") == "0":
     steps, seconds, calls = [], {"poll": [], "_save_checkpoint": [], "train_from": []}, collections.Counter()
 
     def read_loopback():

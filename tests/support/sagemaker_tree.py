@@ -87,7 +87,7 @@ class SageMakerTree:
 
     def wait_for_tokens(self) -> None:
         """Return when rows are being tokenized, in the cache of `give_many_rows`."""
-        wait_until(lambda: any(file.stat().st_size for file in self.base_dir.glob("cache/*/data/.*/rows.arrow")))
+        wait_until(lambda: any(file.stat().st_size for file in self.base_dir.glob("cache/*/*/data/.*/rows.arrow")))
 
     def change(self, **hyperparameters: str | None) -> None:
         """Set hyperparameters, or remove those that are None."""

@@ -22,6 +22,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     if words is None:
         note_early_stops()
+        leave_working_folder()
         log.guard_output()
         words = sys.argv[1:]
         if words[:1] != ["train"]:
@@ -36,6 +37,13 @@ def main(words: Sequence[str] | None = None) -> int:
         # The reader, such as `head`, has left. Python's last flush must not meet the closed pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED_PIPE
+
+
+def leave_working_folder() -> None:
+    """Import nothing more from the working folder, which an empty part of PYTHONPATH means, nor from relative parts."""
+    for part in os.environ.get("PYTHONPATH", "/").split(os.pathsep):
+        if not os.path.isabs(part):
+            sys.path[:] = [place for place in sys.path if place != os.path.abspath(part)]
 
 
 def run_command(words: Sequence[str]) -> int:

@@ -55,6 +55,19 @@ def write_verbatim(file: Path, text: str, errors: str = "strict") -> None:
         unfinished.write_text(text, encoding="utf-8", errors=errors)
 
 
+def hide_in_file(file: Path) -> None:
+    """Rewrite a text file without the secrets that this process knows, and that its writer may not have known."""
+    with file.open(encoding="utf-8", errors="surrogateescape") as lines:
+        if all(hide_known(line) == line for line in lines):
+            return
+    with (
+        file.open(encoding="utf-8", errors="surrogateescape") as lines,
+        replace_file(file) as unfinished,
+        unfinished.open("w", encoding="utf-8", errors="surrogateescape") as clean,
+    ):
+        clean.writelines(map(hide_known, lines))
+
+
 def append_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append rows as JSON lines, without the secrets that this process knows: rows may hold whatever else they like."""
     file.parent.mkdir(parents=True, exist_ok=True)

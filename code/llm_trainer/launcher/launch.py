@@ -16,7 +16,7 @@ from pathlib import Path
 
 from llm_trainer.common import log
 from llm_trainer.common.errors import Failure, UserError, write_failure
-from llm_trainer.common.files import read_json_object
+from llm_trainer.common.files import hide_in_file, read_json_object
 from llm_trainer.common.processes import bind_command
 from llm_trainer.config.checks import count_processes
 from llm_trainer.config.environment import Environment, find_base_dir, read_environment
@@ -225,6 +225,7 @@ class HostJob:
                 max_restarts = self.job.settings.parallelism.max_restarts
                 verdict = Supervisor(self.link, environment.hosts, workers, signals, max_restarts).run()
             events.write_end(verdict, inputs.model_dir)
+        hide_in_records(environment.output_dir / "data")
         return verdict
 
     def start_workers(self, command: Sequence[str], variables: Mapping[str, str]) -> "subprocess.Popen[bytes]":
@@ -249,6 +250,15 @@ class HostJob:
         )
         own = withhold_secrets(variables, [use for use in USED_FOR if use in trackers])
         return ReporterProcess(options, own | build_tracker_variables(settings.tracking, variables), self.stop_file)
+
+
+def hide_in_records(folder: Path) -> None:
+    """Hide secrets in what the workers wrote of other people's words: they do not know those that they do not need."""
+    for file in (*folder.glob("failures/*.txt"), *folder.glob("rejected_rows.jsonl")):
+        try:
+            hide_in_file(file)
+        except OSError as error:
+            log.warning(f"{file} may hold secrets, and could not be written again ({error}): look before you share it.")
 
 
 def log_job(job: Job) -> None:

@@ -101,18 +101,20 @@ def choose_targets(
 
 
 def find_linear_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """Return the linear layers that a row of text passes through, as names of modules and of weights.
+    """Return the linear layers that a text trains, as names of modules and of weights.
 
-    Left out are the output layer, the routers, and what PEFT refuses: kernels of Mamba read those weights directly.
+    Left out are the output layer, the routers, and layers that share their weight or are no plain linear layers. So is
+    what PEFT refuses: kernels of Mamba read those weights directly.
 
     A layer goes by its weight where PEFT would take the layer's name for one that experts bore in Transformers 4.
     """
-    routers, called = set(find_routers(model)), find_called_layers(model)
+    left_out, trained = {*find_routers(model), *find_shared_layers(model)}, find_trained_layers(model)
     names = [
         name
-        for name, module in list_decoder_layers(model)
-        if name not in routers and (called is None or name in called) and not is_refused_by_peft(name, model)
+        for name, layer in list_decoder_layers(model)
+        if name not in left_out and is_plain(layer) and not is_refused_by_peft(name, model)
     ]
+    names = [name for name in names if trained is None or name in trained]
     leaves = {name.rpartition(".")[2] for name in names}
     taken = {leaf for leaf in leaves if is_taken_for_experts(leaf, model)}
     modules = [name for name in names if name.rpartition(".")[2] not in taken]
@@ -135,26 +137,57 @@ def list_decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     return [(name, layer) for name, layer in layers if layer in decoder] or layers
 
 
-def find_called_layers(model: PreTrainedModel) -> set[str] | None:
-    """Return the names of the linear layers that a row of text passes through, or None where this cannot be found.
+def find_trained_layers(model: PreTrainedModel) -> set[str] | None:
+    """Return the names of the linear layers that a text trains, or None where this cannot be found.
 
-    Others get no gradients, and ranks would wait in vain for those of their adapters. They are towers for images,
-    attention to an encoder that is not there, and layers whose weight is read without a call, as Mamba's `dt_proj`.
+    Adapters of others get no gradient, and ranks would wait in vain for it. They are towers for images, and attention
+    to an encoder that is not there. The weight of others is read without a call, as Mamba's `dt_proj`, or only chooses
+    tokens, as DeepSeek V3.2's indexer. Each layer's output gets a zero added, as a new adapter adds it.
     """
     probe = copy.deepcopy(model)
-    called: set[str] = set()
+    zeros: dict[str, torch.Tensor] = {}
     for name, module in probe.named_modules():
-        if isinstance(module, LINEAR):
-            module.register_forward_pre_hook(lambda _, inputs, name=name: called.add(name))
+        if isinstance(module, LINEAR) and is_plain(module):
+            module.register_forward_hook(
+                lambda _, inputs, output, name=name: (
+                    output + zeros.setdefault(name, torch.zeros((), requires_grad=True))
+                )
+            )
     try:
         if probe._can_set_experts_implementation():
             probe.set_experts_implementation("batched_mm")  # the plain loop asks for numbers
-        with FakeTensorMode(), torch.no_grad():
+        with FakeTensorMode(), torch.enable_grad():
             probe._apply(lambda tensor: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype))
-            probe(input_ids=torch.zeros(PROBED_ROWS, PROBED_TOKENS, dtype=torch.long), use_cache=False)
+            rows = torch.zeros(PROBED_ROWS, PROBED_TOKENS, dtype=torch.long)
+            probe(input_ids=rows, use_cache=False).logits.sum().backward()
     except Exception:  # the code of any model runs here, which may ask for numbers
         return None
-    return called
+    return {name for name, zero in zeros.items() if zero.grad is not None}
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Tell whether a module computes what PEFT's adapter for its kind adds to. `module` is of a kind in ADAPTABLE.
+
+    A class with a forward of its own may not, as the grouped layer of DeepSeek V4 or a router that returns choices.
+    """
+    kind = next(kind for kind in ADAPTABLE if isinstance(module, kind))
+    if type(module).forward is kind.forward:
+        return True
+    if isinstance(module, nn.Embedding):
+        return hasattr(module, "embed_scale")  # PEFT applies it to the adapter, too
+    return isinstance(module, nn.Linear) and keeps_rows(module)
+
+
+def keeps_rows(layer: nn.Linear) -> bool:
+    """Tell whether a linear layer turns each row of `in_features` numbers into one of `out_features`."""
+    weight = layer.weight
+    rows = torch.empty(PROBED_ROWS, PROBED_TOKENS, layer.in_features, dtype=weight.dtype, device=weight.device)
+    try:
+        with torch.no_grad():
+            output = layer(rows)
+    except Exception:  # the code of any model runs here, which may need other inputs
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (*rows.shape[:-1], layer.out_features)
 
 
 def is_refused_by_peft(name: str, model: PreTrainedModel) -> bool:
@@ -204,6 +237,16 @@ def find_routers(model: PreTrainedModel) -> Iterator[str]:
             is_expert = other == "experts" or other.startswith("experts.")
             if isinstance(linear, nn.Linear) and not is_expert and linear.out_features <= num_experts:
                 yield f"{block}.{other}"
+
+
+def find_shared_layers(model: PreTrainedModel) -> Iterator[str]:
+    """Yield the names of linear layers whose weight others have, too, as in the blocks that Zamba repeats.
+
+    Each place would get an adapter of its own, and the one weight could not take all of them when they are merged.
+    """
+    layers = [item for item in model.named_modules(remove_duplicate=False) if isinstance(item[1], LINEAR)]
+    uses = Counter(layer.weight for _, layer in layers)
+    yield from (name for name, layer in layers if uses[layer.weight] > 1)
 
 
 def is_taken_for_experts(name: str, model: PreTrainedModel) -> bool:
@@ -308,6 +351,12 @@ def find_refused_targets(config: LoraConfig, model: PreTrainedModel, fix: str = 
         yield (
             f"target_modules: {name}: PEFT puts no adapter there in a model of type {model.config.model_type}, whose "
             f"kernels read its weight without calling it: {fix}"
+        )
+    adaptable = [(name, module) for name, module in targets if isinstance(module, ADAPTABLE)]
+    if odd := next(((name, type(module)) for name, module in adaptable if not is_plain(module)), None):
+        yield (
+            f"target_modules: {odd[0]} is a {odd[1].__name__}, which computes something else than the layer that PEFT "
+            f"has an adapter for: {fix}"
         )
     weights = {f"{name}.weight" for name, module in model.named_modules() if module is output}
     for target in config.target_parameters or ():

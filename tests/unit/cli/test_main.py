@@ -132,3 +132,13 @@ def test_the_first_line_can_be_cut_off_in_a_shell():
 
 def test_python_m_is_the_same_command():
     assert run("--version").stdout == f"{__version__}\n"
+
+
+@pytest.mark.parametrize("part", ["", ".", "lib"])
+def test_nothing_is_imported_from_the_working_folder_by_a_part_of_pythonpath(tmp_path, part):
+    (tmp_path / part).mkdir(exist_ok=True)
+    (tmp_path / part / "psutil.py").write_text("raise SystemExit('taken from the working folder')")
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([part, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    command = [sys.executable, "-P", "-c", "import sys; from llm_trainer.cli.main import main; main(); import psutil"]
+    result = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=GUARD_SECONDS)
+    assert result.returncode == 0, result.stderr

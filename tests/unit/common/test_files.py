@@ -12,6 +12,7 @@ from llm_trainer.common.files import (
     compute_digest,
     find_barrier,
     find_denial,
+    hide_in_file,
     is_inner_path,
     read_json_object,
     remove_leftover,
@@ -56,6 +57,18 @@ def test_characters_that_utf_8_cannot_hold_are_replaced_where_that_is_asked_for(
     assert not list(tmp_path.iterdir())
     write_text(tmp_path / "file", "half a pair: \ud83d", errors="replace")
     assert (tmp_path / "file").read_text() == "half a pair: ?"
+
+
+def test_secrets_that_the_writer_did_not_know_are_hidden_afterwards(tmp_path, monkeypatch):
+    file, other = tmp_path / "rank-0.txt", tmp_path / "rank-1.txt"
+    file.write_bytes(b"first\n\xffsays hf_secretOfTheTest\n")
+    other.write_text("nothing\n")
+    before = other.stat().st_ino
+    monkeypatch.setenv("HF_TOKEN", "hf_secretOfTheTest")
+    hide_in_file(file)
+    hide_in_file(other)
+    assert file.read_bytes() == b"first\n\xffsays ***\n"
+    assert other.stat().st_ino == before
 
 
 def test_a_written_file_gets_its_name(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     BartConfig,
     DeepseekV3Config,
     GptOssConfig,
@@ -34,6 +35,7 @@ from support.adapted_models import (
     plan_adapter,
     train_adapter,
 )
+from support.tiny_architectures import build_tiny_config
 from support.trainers import build_run_context
 
 BASE = lora_init.BaseReference("base", None)
@@ -157,6 +159,27 @@ def test_auto_takes_only_layers_that_a_text_passes_through():
     assert not any("encoder_attn" in target for target in targets)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "taken", "left_out"),
+    [
+        ("deepseek_v32", ("q_a_proj", "kv_b_proj", "o_proj"), ("wq_b", "weights_proj")),  # the indexer only chooses
+        ("deepseek_v4", ("o_b_proj",), ("o_a_proj", "scorer")),  # o_a_proj is many matrices in one
+        ("falcon", ("dense", "query_key_value"), ()),  # its class of linear layers computes what others do
+        ("zamba", ("in_proj",), ("shared_transf",)),  # one weight in several layers
+    ],
+)
+def test_auto_takes_only_layers_whose_adapters_are_trained_and_can_be_merged(model_type, taken, left_out):
+    targets = plan_adapter(build_tiny_config(model_type)).target_modules
+    assert not [name for name in taken if not any(target.endswith(name) for target in targets)]
+    assert not [target for target in targets if any(name in target for name in left_out)]
+
+
+def test_a_layer_whose_output_is_changed_in_place_is_trained():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(build_tiny_config("roc_bert"))
+    assert "roc_bert.embeddings.map_inputs_layer" in lora.find_trained_layers(model)
+
+
 def test_an_adapter_on_mamba_learns_everywhere(make_base):
     model = adapt_base(make_base(MAMBA), MAMBA)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
@@ -185,6 +208,21 @@ def test_an_adapter_on_mamba_learns_everywhere(make_base):
         ),
         (MAMBA, {"target_modules": "all-linear"}, ["target_modules: backbone.layers.0.mixer.out_proj: PEFT puts no"]),
         (MAMBA, {"target_modules": ["conv1d"]}, ["target_modules: backbone.layers.0.mixer.conv1d: PEFT puts no"]),
+        (
+            build_tiny_config("deepseek_v4"),
+            {"target_modules": ["o_a_proj", "o_b_proj"]},
+            ["target_modules: model.layers.0.self_attn.o_a_proj is a DeepseekV4GroupedLinear, which computes"],
+        ),
+        (
+            build_tiny_config("inkling_text"),
+            {"target_modules": ["embed_tokens"]},
+            ["target_modules: model.embed_tokens is a InklingNormedEmbedding, which computes something else than the"],
+        ),
+        (
+            MODELS["llama4"],
+            {"target_modules": ["router"]},
+            ["target_modules: model.layers.0.feed_forward.router is a Llama4Router, which computes something else"],
+        ),
         (LLAMA, {"target_modules": r".*\.nothing"}, [r"target_modules='.*\\.nothing' matches no module's path: there"]),
         (
             LLAMA,

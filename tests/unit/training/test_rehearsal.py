@@ -72,7 +72,7 @@ def test_what_the_first_step_takes_is_taken(tmp_path, values):
     rehearse(tmp_path, **values)
 
 
-@pytest.mark.parametrize("choice", list_choices(), ids="=".join)
+@pytest.mark.parametrize("choice", list(list_choices()), ids="=".join)
 def test_a_choice_is_refused_by_a_rule_or_takes_a_step(tmp_path, choice):
     environment = build_environment(hyperparameters={choice.name: choice.value})
     settings, problems = read_settings(environment, {})
