@@ -282,6 +282,24 @@ def limit_rows(seconds: float) -> Iterator[RowClock]:
         signal.signal(signal.SIGVTALRM, handler)
 
 
+def find_turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token with which the chat template ends an assistant's turn.
+
+    None where there is no template, or it writes no such token.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    answered = [ASKED, {"role": "assistant", "content": PROBE}]
+    try:
+        with limit_rows(MAX_SECONDS):
+            text = ChatTemplate(tokenizer, finds_turns=False).try_rendering(answered)
+    except TimeUp:
+        return None
+    _, found, end = text.rpartition(PROBE)
+    ids = tokenizer.encode(end.rstrip(), add_special_tokens=False) if found else []
+    return ids[-1] if ids and ids[-1] in tokenizer.added_tokens_decoder else None
+
+
 def join_spans(spans: list[Span]) -> list[Span]:
     """Join spans that touch, since some templates mark a turn and its end apart."""
     joined: list[Span] = []

@@ -192,11 +192,23 @@ class Encoder:
         if bos_id is not None and len(input_ids) > 1 and input_ids[0] == input_ids[1] == bos_id:
             input_ids, labels = input_ids[1:], labels[1:]
         if not self.ends_in_stop(input_ids):
+            if ends_trained:
+                input_ids, labels = self.drop_untrained_end(input_ids, labels)
             eos_id = self.tokenizer.eos_token_id
             input_ids = np.append(input_ids, np.int32(eos_id))
             labels = np.append(labels, np.int32(eos_id if ends_trained else IGNORED))
         self.check_ids("input_ids", input_ids)
         return EncodedRow(input_ids, labels, row.is_in_pieces)
+
+    def drop_untrained_end(self, input_ids: Ids, labels: Ids) -> tuple[Ids, Ids]:
+        """Return a row without the white space that its template writes after the last turn.
+
+        The model would learn to stop after white space that it has not learned to write.
+        """
+        end = len(labels)
+        while labels[end - 1] == IGNORED and self.is_white(int(input_ids[end - 1])):
+            end -= 1
+        return input_ids[:end], labels[:end]
 
     def convert_tokens(self, tokens: Tokens) -> EncodedRow:
         """Convert a pretokenized row. Raises RowError for ids outside the vocabulary, or two BOS tokens."""

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llm_trainer.common.errors import UserError, quote_error
+from llm_trainer.common.errors import UserError, cut_quote, quote_error
 from llm_trainer.common.files import write_verbatim
 from llm_trainer.common.hub import download_model, find_refusal
 from llm_trainer.common.ranks import run_on_local_rank_zero
@@ -220,6 +220,11 @@ def find_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, revision: str 
     except LOADING_ERRORS as error:
         raise UserError(explain_failure(error, model, "generation_config.json")) from error
     stops = stop if isinstance(stop, list) else [stop] if stop is not None else []
+    if unusable := [stop for stop in stops if not isinstance(stop, int)]:
+        raise UserError(
+            f"generation_config.json of {model} has the eos_token_id {cut_quote(repr(unusable[0]))}, which is no "
+            "token's number: give the number."
+        )
     return frozenset([*stops, tokenizer.eos_token_id])
 
 

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from llm_trainer.common import log
 from llm_trainer.common.errors import quote_error
 from llm_trainer.common.ranks import rank
+from llm_trainer.data.chat_template import find_turn_end
 from llm_trainer.data.datasets import Data
 from llm_trainer.data.formats import IGNORED
 from llm_trainer.journal.timeline import Timeline
@@ -148,7 +149,7 @@ class SampleAnswers:
         """Return the tokens that end an answer: the tokenizer's, the model's, and special ones that end a reference."""
         own = self.trainer.model.generation_config.eos_token_id
         ends = {prompt.reference_ids[-1] for prompt in self.prompts}
-        stops = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+        stops = {self.tokenizer.eos_token_id, find_turn_end(self.tokenizer), *(own if isinstance(own, list) else [own])}
         return stops - {None} | ends & set(self.tokenizer.all_special_ids)
 
     def decode(self, ids: list[int]) -> str:

@@ -182,3 +182,15 @@ def test_a_tokenizer_that_cannot_tell_prompt_from_completion_is_told():
     assert encoder.loss_on == "all tokens, since the tokenizer has no tokenizer.json"
     with pytest.raises(UserError, match="completion_only_loss=true needs a tokenizer that tells"):
         Encoder(vocabulary, Settings(completion_only_loss=True).data, "prompt_completion")
+
+
+def test_nothing_untrained_stands_between_the_turns_end_and_an_eos_that_is_another_token():
+    tokenizer = build_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"  # as a base has it, whose template's turns end in <|im_end|>
+    _, _, [row, open_end] = encode(Conversation(CHAT * 2), Conversation([*CHAT, CHAT[0]]), tokenizer=tokenizer)
+    assert tokenizer.decode(row.input_ids) == f"{RENDERED}{RENDERED.rstrip()}<|endoftext|>"
+    assert trained(tokenizer, row) == "yo<|im_end|>yo<|im_end|><|endoftext|>"
+    assert tokenizer.decode(open_end.input_ids).endswith("hi<|im_end|>\n<|endoftext|>")
+    _, _, [whole] = encode(Conversation(CHAT), tokenizer=tokenizer, assistant_only_loss=False)
+    assert tokenizer.decode(whole.input_ids) == f"{RENDERED}<|endoftext|>"
+    assert (whole.labels == whole.input_ids).all()
