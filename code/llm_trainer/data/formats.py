@@ -21,6 +21,8 @@ from llm_trainer.readers.json import parse_json
 
 IGNORED = -100  # the label of a token that is not trained on, PyTorch's cross_entropy default
 
+LARGEST_EXACT = 2**53  # beyond it a float is no longer one whole number
+
 # Names for roles in ShareGPT's export and in data that follow it -> the names that chat templates know.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 SHAREGPT_ROLES |= {"function_call": "assistant", "observation": "tool", "function_response": "tool"}
@@ -170,9 +172,23 @@ def parse_json_text(value: Any) -> Any:
     return value
 
 
+def unify_value(value: Any) -> Any:
+    """Return a value as each kind of file can hold it, without null fields and with whole numbers as integers.
+
+    Parquet, Arrow and data sets of the Hub give each object of a column all fields, and each number of it one type.
+    """
+    if isinstance(value, dict):
+        return {key: unify_value(field) for key, field in value.items() if field is not None}
+    if isinstance(value, list):
+        return [unify_value(element) for element in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST_EXACT:
+        return int(value)
+    return value
+
+
 def parse_prompt_completion(fields: Fields) -> Conversation | Text:
     """Parse a prompt and its completion: two texts, or two lists of messages. Raises RowError."""
-    prompt, completion = fields["prompt"], fields["completion"]
+    prompt, completion = read_message_lists(fields["prompt"], fields["completion"])
     if isinstance(prompt, list) or isinstance(completion, list):
         before = parse_messages(prompt, "prompt")
         after = parse_messages(completion, "completion")
@@ -184,6 +200,19 @@ def parse_prompt_completion(fields: Fields) -> Conversation | Text:
             f"field 'prompt' is {describe_value(prompt)} and not a text: write a text, or a list of messages."
         )
     return Text(prompt + parse_text(fields, "completion"), len(prompt))
+
+
+def read_message_lists(prompt: Any, completion: Any) -> tuple[Any, Any]:
+    """Return prompt and completion parsed where both are JSON texts of messages, as in CSV; else as they are."""
+    try:
+        parsed = (parse_json_text(prompt), parse_json_text(completion))
+    except RowError:  # one of them is a text that only begins like JSON
+        return prompt, completion
+    are_messages = all(
+        isinstance(value, list) and value and all(isinstance(one, dict) and "role" in one for one in value)
+        for value in parsed
+    )
+    return parsed if are_messages else (prompt, completion)
 
 
 def parse_alpaca(fields: Fields, has_chat_template: bool) -> Conversation | Text:
@@ -230,12 +259,12 @@ def parse_messages(value: Any, name: str) -> list[Fields]:
 
 
 def parse_message(message: Any) -> Fields:
-    """Parse one message, without its null fields. Raises RowError."""
+    """Parse one message, as an object or as JSON text. Raises RowError."""
+    message = unify_value(parse_json_text(message))
     if isinstance(message, dict) and "from" in message and "value" in message:
         message = convert_sharegpt_message(message)
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
         raise RowError("without a 'role': write it as {'role': ..., 'content': ...}.")
-    message = {key: value for key, value in message.items() if value is not None}
     if "tool_calls" in message:
         message["tool_calls"] = parse_tool_calls(message["tool_calls"])
     message["content"] = parse_content(message)
@@ -312,7 +341,7 @@ def parse_tools(value: Any) -> list[Fields] | None:
     if not tools:
         return None
     if isinstance(tools, list):
-        tools = [parse_json_text(tool) for tool in tools]
+        tools = [unify_value(parse_json_text(tool)) for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError(f"field 'tools' is {cut_quote(repr(tools))} and not a list of JSON schemas: write a list.")
     return tools
