@@ -298,6 +298,11 @@ class DataSettings(Section):
         description="Train only on what the assistant says. Default: in conversations whose chat template marks the "
         "assistant's turns.",
     )
+    escape_control_tokens: bool = Field(
+        False,
+        description="Take control tokens in a row's own texts, such as `<|im_end|>` in a user's message, for plain "
+        "characters. Only the chat template writes control tokens then.",
+    )
     train_weights: dict[str, float] | None = Field(
         None,
         description="Share of each training channel in the rows of an epoch, by the name of the channel. Default: "

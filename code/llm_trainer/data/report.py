@@ -29,6 +29,7 @@ class DataReport:
     num_supervised_eos: int = 0  # rows that train a stop token
     num_missed_stops: int = 0  # rows with a turn that is trained on without the stop token after it
     num_rows_in_pieces: int = 0  # rows in which a token would have run over the edge of prompt and answer
+    control_tokens: Counter[str] = field(default_factory=Counter)  # in messages -> rows
     num_truncated_rows: int = 0
     num_dropped_rows: int = 0  # longer than max_length, with apply_truncation=false
     num_unsupervised_rows: int = 0  # left out, because no token within max_length is trained on
@@ -61,7 +62,7 @@ class DataReport:
     def from_json(cls, values: dict[str, Any]) -> "DataReport":
         """Build a report from the parsed JSON of its fields, in which lengths are texts."""
         lengths = Counter({int(length): rows for length, rows in values["lengths"].items()})
-        return cls(**{**values, "lengths": lengths})
+        return cls(**{**values, "lengths": lengths, "control_tokens": Counter(values["control_tokens"])})
 
     @property
     def supervised_share(self) -> float:

@@ -40,12 +40,13 @@ ROWS, REPORT = "rows.arrow", "report.json"
 CODE_THAT_DECIDES_TOKENS = (
     *("readers/rows.py", "readers/json.py", "readers/tables.py", "readers/files.py", "readers/discovery.py"),
     *("readers/sources.py", "data/formats.py", "data/chat_template.py", "data/encoding.py", "data/labels.py"),
+    "data/control_tokens.py",
     *("data/tokenize.py", "data/token_cache.py", "data/report.py", "data/streaming.py"),
 )
 # Settings that decide how a row is read and tokenized.
 SETTINGS_THAT_DECIDE_TOKENS = (
     *("dataset_format", "text_field", "messages_field", "max_length", "apply_truncation", "truncation_mode"),
-    *("assistant_only_loss", "completion_only_loss"),
+    *("assistant_only_loss", "completion_only_loss", "escape_control_tokens"),
 )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ class Preparer:
                 return None
             report.num_truncated_rows += 1
             kept = slice(-limit, None) if self.settings.truncation_mode == "keep_end" else slice(limit)
-            row = EncodedRow(row.input_ids[kept], row.labels[kept], row.is_in_pieces)
+            row = replace(row, input_ids=row.input_ids[kept], labels=row.labels[kept])
         is_trained = row.labels != IGNORED
         is_trained[0] = False  # nothing predicts a row's first token
         if not is_trained.any():
@@ -137,6 +137,7 @@ class Preparer:
         report.num_supervised_eos += bool((is_stop & is_trained).any())
         report.num_missed_stops += bool(misses_stop.any())
         report.num_rows_in_pieces += row.is_in_pieces
+        report.control_tokens.update(row.control_tokens)
 
 
 def parse_fields(raw: Any, number: int) -> Fields:
