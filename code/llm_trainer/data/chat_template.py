@@ -205,13 +205,13 @@ class ChatTemplate:
         )
 
     def pick_turns(self, conversation: Conversation, spans: list[Span]) -> list[Span]:
-        """Return the spans to train on, without those of the prompt and of messages with OpenAI's `weight` 0.
+        """Return the spans to train on, without those of the prompt and of turns that are not to be trained on.
 
         Raises RowError where no span is left, or the template joins turns that must be told apart.
         """
         turns = conversation.assistant_turns
         first = conversation.num_prompt_messages or 0
-        trained = [number >= first and conversation.messages[number].get("weight") != 0 for number in turns]
+        trained = [number >= first and is_trained_on(conversation.messages[number]) for number in turns]
         if all(trained):
             if spans:
                 return spans
@@ -335,3 +335,8 @@ def fold_reasoning(conversation: Conversation) -> Conversation:
             message = {**rest, "content": f"<think>\n{reasoning}\n</think>\n\n{message['content']}"}
         messages.append(message)
     return Conversation(messages, conversation.tools, conversation.num_prompt_messages)
+
+
+def is_trained_on(message: Fields) -> bool:
+    """Tell whether a message may be trained on, by OpenAI's `weight` and Axolotl's `train`."""
+    return message.get("weight") != 0 and message.get("train", True) is not False

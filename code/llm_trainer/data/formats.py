@@ -6,7 +6,7 @@ A row's fields tell its format (sources: TRL's "Dataset formats", ShareGPT's exp
     messages            [{"role": ..., "content": ...}, ...], tools
     sharegpt            conversations: [{"from": "human", "value": ...}, ...], system, tools
     prompt_completion   prompt, completion: two texts, or two lists of messages
-    alpaca              instruction, input, output, system
+    alpaca              instruction, input, output, system, history
     text                text
 """
 
@@ -19,6 +19,7 @@ from llm_trainer.common.errors import cut_quote
 from llm_trainer.config.sections import DataSettings
 from llm_trainer.readers.json import parse_json
 
+TURN_ROLES = ("user", "assistant")
 IGNORED = -100  # the label of a token that is not trained on, PyTorch's cross_entropy default
 
 LARGEST_EXACT = 2**53  # beyond it a float is no longer one whole number
@@ -223,8 +224,39 @@ def parse_alpaca(fields: Fields, has_chat_template: bool) -> Conversation | Text
         prompt = (ALPACA_WITH_INPUT if extra else ALPACA_PLAIN).format(instruction=instruction, input=extra)
         return Text(prompt + output, len(prompt))
     question = f"{instruction}\n\n{extra}" if extra else instruction
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
+    turns = [*parse_history(fields.get("history")), (question, output)]
+    messages = [{"role": role, "content": text} for turn in turns for role, text in zip(TURN_ROLES, turn, strict=True)]
     return Conversation(prepend_system_prompt(messages, fields))
+
+
+def parse_history(value: Any) -> list[list[str]]:
+    """Return the pairs of question and answer that come before an instruction, as LLaMA-Factory has them.
+
+    Raises RowError where it is anything else.
+    """
+    pairs = parse_json_text(value) or []
+    if not isinstance(pairs, list) or not all(is_pair(pair) for pair in pairs):
+        raise RowError("field 'history' is not a list of [question, answer], both texts with something in them.")
+    return pairs
+
+
+def is_pair(value: Any) -> bool:
+    """Tell whether a value is a list of two texts with something in them."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(one, str) and one.strip() for one in value)
+
+
+def list_read_fields(row_format: str, settings: DataSettings, has_chat_template: bool) -> frozenset[str]:
+    """Return the names of the fields that are read in rows of a format."""
+    alpaca = ("instruction", "input", "output")
+    read = {
+        "pretokenized": ("input_ids", "labels", "attention_mask"),
+        "messages": (settings.messages_field, "tools", "system"),
+        "sharegpt": ("conversations", "tools", "system"),
+        "prompt_completion": ("prompt", "completion", "tools"),
+        "alpaca": (*alpaca, "system", "history") if has_chat_template else alpaca,
+        "text": (settings.text_field,),
+    }
+    return frozenset(read[row_format])
 
 
 def parse_conversation(fields: Fields, name: str) -> Conversation:

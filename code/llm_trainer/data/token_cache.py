@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def prepare_source(
         folder = write_folder(source, vocabulary, settings, folder)
     report = DataReport.from_json(json.loads((folder / REPORT).read_text(encoding="utf-8")))
     report.files = files
+    report.unread_fields = Counter({f"{name} of {source.name}": rows for name, rows in report.unread_fields.items()})
     if report.formats:  # an empty shard has none
         report.formats = {source.name: report.formats["rows"]}
         report.loss_on = {source.name: report.loss_on["rows"]}

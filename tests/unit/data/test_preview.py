@@ -69,9 +69,11 @@ def test_every_kind_of_row_that_is_missing_or_doubtful_is_told():
         num_dropped_rows=4,
         num_unsupervised_rows=5,
         num_bad_rows=6,
+        unread_fields=Counter({"images of train_a": 7}),
     )
     warnings = list(find_data_warnings("train", report))
-    assert [text.split()[0] for text in warnings] == ["1", "2", "3", "4", "5", "6", "no"]
+    assert [text.split()[0] for text in warnings] == ["1", "2", "the", "3", "4", "5", "6", "no"]
+    assert "has fields that nothing reads: images of train_a (7 rows). Rename" in warnings[2]
     assert list(find_data_warnings("train", DataReport(num_supervised_eos=1))) == []
 
 

@@ -262,3 +262,41 @@ def test_the_same_rows_give_the_same_tokens_in_every_kind_of_file_and_on_the_hub
     if name in ("messages", "mixed"):
         calls = [f'{{"name": "f", "arguments": {shown}}}' for _, shown in (MIXED if name == "mixed" else ARGUMENTS)]
         assert [trained for _, trained in wanted] == [f"{each}<|im_end|>yes<|im_end|>" for each in calls]
+
+
+def test_fields_that_nothing_reads_are_counted(monkeypatch):
+    rows = [{"text": "a", "images": ["b"], "id": 1, "empty": "", "none": None}, {"text": "b", "id": 2}]
+    report = build_preparer().prepare_chunk(Chunk("a.jsonl", [1, 2], rows)).report
+    assert report.unread_fields == {"images": 1, "id": 2}
+    rows = [{"instruction": "a", "output": "b", "history": [["c", "d"]], "system": "e"}]
+    assert build_preparer("alpaca").prepare_chunk(Chunk("a.jsonl", [1], rows)).report.unread_fields == {}
+    monkeypatch.setattr(TOKENIZER, "chat_template", None)  # the text of Alpaca has no place for them
+    report = build_preparer("alpaca").prepare_chunk(Chunk("a.jsonl", [1], rows)).report
+    assert report.unread_fields == {"history": 1, "system": 1}
+    many = [{"text": "a", **{f"k{number}": 1 for number in range(1000)}}]
+    assert len(build_preparer().prepare_chunk(Chunk("a.jsonl", [1], many)).report.unread_fields) == 100
+
+
+def test_history_is_trained_on_before_the_instruction_and_turns_with_train_false_are_not(monkeypatch):
+    monkeypatch.setattr(TOKENIZER, "chat_template", EVERYTHING)
+    for history in ([["q", "a"], ["r", "b"]], '[["q", "a"], ["r", "b"]]'):
+        row = {"instruction": "s", "input": "", "output": "c", "history": history, "system": "be"}
+        prepared = build_preparer("alpaca").prepare_chunk(Chunk("a.csv", [1], [row]))
+        text = TOKENIZER.decode(prepared.table.column("input_ids")[0].as_py())
+        turns = zip(["system"] + ["user", "assistant"] * 3, ["be", *"qarbsc"], strict=True)
+        assert text.replace("\n", "") == "".join(f"<|im_start|>{role}{content}<|im_end|>" for role, content in turns)
+        assert decode_trained(prepared) == "a<|im_end|>b<|im_end|>c<|im_end|>"
+    (reason,) = (
+        build_preparer("alpaca").prepare_chunk(Chunk("a.csv", [1], [{**row, "history": [["q"]]}])).report.bad_rows
+    )
+    assert reason.startswith("a.csv row 1 field 'history' is not a list of [question, answer]")
+    for mark in ({"train": False}, {"weight": 0}):
+        turns = [("user", "q", {}), ("assistant", "a", mark), ("user", "r", {}), ("assistant", "b", {"train": True})]
+        messages = [{"role": role, "content": content, **marks} for role, content, marks in turns]
+        prepared = build_preparer("messages").prepare_chunk(Chunk("a.jsonl", [1], [{"messages": messages}]))
+        assert decode_trained(prepared) == "b<|im_end|>"
+
+
+def decode_trained(prepared):
+    (labels,) = prepared.table.column("labels").to_pylist()
+    return TOKENIZER.decode([one for one in labels if one != IGNORED])
