@@ -44,6 +44,7 @@ from llm_trainer.model.memory.flops import find_peak_tokens_per_second, measure_
 from llm_trainer.model.memory.peak import Peak
 from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings
 from llm_trainer.model.plan import ModelPlan, PlanSettings, plan_model
+from llm_trainer.model.positions import bound_length, find_length_warnings
 from llm_trainer.model.precision import choose_precision
 from llm_trainer.training import fsdp
 from llm_trainer.training.loss_check import check_loss
@@ -79,6 +80,7 @@ class Context:
 class Prepared:
     """The result of the first phase: everything but the model's weights is read."""
 
+    job: Job  # with a max_length that the model can take
     method: TrainingMethod
     model_plan: ModelPlan
     tokenizer: PreTrainedTokenizerBase
@@ -128,6 +130,7 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     disable_progress_bars()
     context = Context(fetch_earlier_adapter(job, scratch_dir), scratch_dir, timeline)
     prepared = prepare(context)
+    context = replace(context, job=prepared.job)
     planned = plan(context, prepared)
     built = build(context, prepared, planned)
     outcome = run(context, prepared, planned, built)
@@ -154,17 +157,16 @@ def prepare(context: Context) -> Prepared:
     sections = PlanSettings(settings.model, settings.adapter, settings.parallelism, settings.output)
     model_plan = plan_model(folder, sections, device, precision)
     log.info(*model_plan.reasons)
-    tokenizer = loading.load_tokenizer(folder, settings.model)
+    bounded = settings.model_copy(update={"data": bound_length(settings.data, model_plan.num_positions)})
+    job = replace(job, settings=bounded)
+    tokenizer = loading.load_tokenizer(folder, settings.model, model_plan.config.get_text_config().vocab_size)
     timeline.mark("tokenizer")
 
-    vocabulary = loading.build_vocabulary(folder, model_plan.config, tokenizer, settings.model.model_revision)
-    places = DataPlaces(job.inputs, job.environment, context.scratch_dir)
-    data = load_data(places, vocabulary, settings.data, settings.training)
-    report_data(context, data, tokenizer)
+    data = read_data(replace(context, job=job), model_plan, tokenizer)
     warn_of_side_files(context, model_plan, tokenizer, data)
     timeline.mark("data")
     origin = describe_origin(job, folder)
-    return Prepared(method, model_plan, tokenizer, data, stop_request, consensus, origin)
+    return Prepared(job, method, model_plan, tokenizer, data, stop_request, consensus, origin)
 
 
 def report_disk_need(context: Context, folder: str) -> None:
@@ -280,6 +282,20 @@ def collect_argument_sources(job: Job) -> ArgumentSources:
         has_validation=bool(job.inputs.validation),
         checkpoint_dir=job.inputs.checkpoint_dir,
     )
+
+
+def read_data(context: Context, model_plan: ModelPlan, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Return the rows as tokens, after telling what they are. Raises UserError with everything that is wrong."""
+    settings, job = context.settings, context.job
+    revision = settings.model.model_revision
+    vocabulary = loading.build_vocabulary(model_plan.folder, model_plan.config, tokenizer, revision)
+    places = DataPlaces(job.inputs, job.environment, context.scratch_dir)
+    data = load_data(places, vocabulary, settings.data, settings.training)
+    report_data(context, data, tokenizer)
+    longest_row = data.find_longest_row_tokens(settings.data)
+    for text in find_length_warnings(model_plan.config, longest_row, settings.data.max_length):
+        log.warning(text)
+    return data
 
 
 def report_data(context: Context, data: Data, tokenizer: PreTrainedTokenizerBase) -> None:

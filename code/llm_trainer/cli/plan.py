@@ -71,6 +71,7 @@ def plan_loading(job: Job) -> "tuple[ModelPlan, Settings]":
     from llm_trainer.model import loading  # Transformers has to find the variables set
     from llm_trainer.model.device import find_device
     from llm_trainer.model.plan import PlanSettings, plan_model
+    from llm_trainer.model.positions import bound_length
     from llm_trainer.model.precision import choose_precision
 
     with tempfile.TemporaryDirectory(prefix="llm-trainer-") as scratch_dir:
@@ -79,4 +80,6 @@ def plan_loading(job: Job) -> "tuple[ModelPlan, Settings]":
         device = find_device(settings.parallelism.use_cpu)
         precision = choose_precision(settings.model, settings.adapter, device)
         sections = PlanSettings(settings.model, settings.adapter, settings.parallelism, settings.output)
-        return plan_model(folder, sections, device, precision), settings
+        planned = plan_model(folder, sections, device, precision)
+        data = bound_length(settings.data, planned.num_positions)
+        return planned, settings.model_copy(update={"data": data})

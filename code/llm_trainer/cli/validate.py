@@ -32,6 +32,7 @@ from llm_trainer.launcher.worker_processes import build_library_variables
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from llm_trainer.config.sections import DataSettings
     from llm_trainer.data.splits import Split
 
 # Arguments that depend on the GPUs of the job: rules of the hardware judge them.
@@ -43,6 +44,7 @@ class PreparedData:
     """The data of a job as they would be trained on, and the model's parts that this needed."""
 
     folder: str  # of the model
+    settings: Settings  # with a max_length that the model can take
     config: "PreTrainedConfig"
     tokenizer: "PreTrainedTokenizerBase"
     splits: "Mapping[str, Split]"
@@ -151,13 +153,22 @@ def examine_data(job: Job, validation: Validation, in_colour: bool) -> None:
     validation.add_findings("data", "error", prepared.problems)
     add_reports(prepared.splits, not prepared.problems, validation)
     if not prepared.problems:
-        examine_epoch(job, prepared.splits["train"], validation)
+        examine_rows(replace(job, settings=prepared.settings), prepared, validation)
         examine_side_files(prepared, job.settings, validation)
-        longest_row = max(report.longest_row_tokens for report in validation.reports.values())
-        if not any(finding.subject == "model" and finding.verdict == "error" for finding in validation.findings):
-            examine_memory(prepared.config, job.settings, job.environment, longest_row, validation)
     row = prepared.splits["train"].find_first_row()
     validation.sample = mark_sample(row, prepared.tokenizer, in_colour) if row else ""
+
+
+def examine_rows(job: Job, prepared: PreparedData, validation: Validation) -> None:
+    """Add what the lengths and the number of the rows mean for the model, for an epoch and for the memory of a GPU."""
+    from llm_trainer.model.positions import find_length_warnings
+
+    examine_epoch(job, prepared.splits["train"], validation)
+    longest_row = max(report.longest_row_tokens for report in validation.reports.values())
+    warnings = find_length_warnings(prepared.config, longest_row, job.settings.data.max_length)
+    validation.add_findings("data", "warning", warnings)
+    if not any(finding.subject == "model" and finding.verdict == "error" for finding in validation.findings):
+        examine_memory(prepared.config, job.settings, job.environment, longest_row, validation)
 
 
 def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: Validation) -> PreparedData:
@@ -174,13 +185,25 @@ def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: V
     config = loading.read_config(folder, settings.model)
     sections = (settings.model, settings.adapter, settings.parallelism)
     validation.add_findings("model", "error", find_quantization_problems(folder, config, *sections))
-    tokenizer = loading.load_tokenizer(folder, settings.model)
-    vocabulary = loading.build_vocabulary(folder, config, tokenizer, settings.model.model_revision)
     skeleton = examine_structure(folder, config, settings, validation)
+    data = bound_rows(skeleton, settings, validation)
+    tokenizer = loading.load_tokenizer(folder, settings.model, config.get_text_config().vocab_size)
+    vocabulary = loading.build_vocabulary(folder, config, tokenizer, settings.model.model_revision)
     if skeleton is not None and reads_base_from_hub(inputs):
         examine_download(job, folder, skeleton, validation)
-    splits, problems = prepare_splits(inputs, vocabulary, settings.data, rejected_rows)
-    return PreparedData(folder, config, tokenizer, splits, problems)
+    splits, problems = prepare_splits(inputs, vocabulary, data, rejected_rows)
+    return PreparedData(folder, settings.model_copy(update={"data": data}), config, tokenizer, splits, problems)
+
+
+def bound_rows(skeleton: "PreTrainedModel | None", settings: Settings, validation: Validation) -> "DataSettings":
+    """Return the settings of the data as the model's positions bound them, after adding what exceeds them."""
+    from llm_trainer.model.positions import bound_length, count_positions
+
+    try:
+        return bound_length(settings.data, count_positions(skeleton) if skeleton else None)
+    except UserError as error:
+        validation.add_findings("settings", "error", error.problems)
+        return settings.data
 
 
 def examine_arguments(job: Job, validation: Validation) -> None:
@@ -279,28 +302,33 @@ def examine_structure(
 ) -> "PreTrainedModel | None":
     """Add what keeps the model from being trained, and the adapter from being put on it or from being served.
 
-    Returns the model without its weights, None where it cannot be trained.
+    Returns the model without its weights, None where it cannot be built.
     """
-    from llm_trainer.model.adapter_fit import check_earlier_adapter
     from llm_trainer.model.loading import build_skeleton, check_fit
-    from llm_trainer.model.lora import build_lora_config
-    from llm_trainer.serving.limits import find_placement_refusals
 
+    skeleton = None
     try:
         if not any(check_model(folder)):  # else they are damaged, and told so among the inputs
             check_fit(folder, config, settings.model)
         skeleton = build_skeleton(folder, config, settings.model.trust_remote_code)
-        if not settings.adapter.use_peft:
-            return skeleton
-        lora = build_lora_config(settings.model, settings.adapter, skeleton)
-        if settings.adapter.adapter_path:
-            line = check_earlier_adapter(folder, config, settings.model, settings.adapter)
-            validation.add_findings("adapter", "ok", [line])
+        if settings.adapter.use_peft:
+            examine_adapter(folder, skeleton, settings, validation)
     except UserError as error:
         validation.add_findings("model", "error", error.problems)
-        return None
-    if not settings.output.merge_weights:
-        validation.add_findings(
-            "adapter", "warning", find_placement_refusals(lora, config.get_text_config().model_type)
-        )
     return skeleton
+
+
+def examine_adapter(folder: str, skeleton: "PreTrainedModel", settings: Settings, validation: Validation) -> None:
+    """Add what an adapter on this model comes to. Raises UserError where it cannot be put on it."""
+    from llm_trainer.model.adapter_fit import check_earlier_adapter
+    from llm_trainer.model.lora import build_lora_config
+    from llm_trainer.serving.limits import find_placement_refusals
+
+    config = skeleton.config
+    lora = build_lora_config(settings.model, settings.adapter, skeleton)
+    if settings.adapter.adapter_path:
+        line = check_earlier_adapter(folder, config, settings.model, settings.adapter)
+        validation.add_findings("adapter", "ok", [line])
+    if not settings.output.merge_weights:
+        refusals = find_placement_refusals(lora, config.get_text_config().model_type)
+        validation.add_findings("adapter", "warning", refusals)

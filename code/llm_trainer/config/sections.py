@@ -284,7 +284,12 @@ class DataSettings(Section):
     dataset_format: DatasetFormat = Field("auto", description="Format of the rows. auto: told by their fields.")
     text_field: str = Field("text", min_length=1, description="Field that holds a row's text.")
     messages_field: str = Field("messages", min_length=1, description="Field that holds a row's conversation.")
-    max_length: int | None = Field(2048, ge=2, description="Length of the longest row, in tokens. null: no limit.")
+    max_length: int | None = Field(
+        2048,
+        ge=2,
+        description="Length of the longest row, in tokens. null: no limit. Default: less where the model has a table "
+        "of positions with fewer, as GPT-2 has.",
+    )
     apply_truncation: bool = Field(
         True, description="Cut rows that are longer than `max_length`. false: leave them out."
     )
@@ -292,6 +297,11 @@ class DataSettings(Section):
         None,
         description="Train only on what the assistant says. Default: in conversations whose chat template marks the "
         "assistant's turns.",
+    )
+    escape_control_tokens: bool = Field(
+        False,
+        description="Take control tokens in a row's own texts, such as `<|im_end|>` in a user's message, for plain "
+        "characters. Only the chat template writes control tokens then.",
     )
     train_weights: dict[str, float] | None = Field(
         None,

@@ -208,13 +208,13 @@ class ChatTemplate:
         )
 
     def pick_turns(self, conversation: Conversation, spans: list[Span]) -> list[Span]:
-        """Return the spans to train on, without those of the prompt and of messages with OpenAI's `weight` 0.
+        """Return the spans to train on, without those of the prompt and of turns that are not to be trained on.
 
         Raises RowError where no span is left, or the template joins turns that must be told apart.
         """
         turns = conversation.assistant_turns
         first = conversation.num_prompt_messages or 0
-        trained = [number >= first and conversation.messages[number].get("weight") != 0 for number in turns]
+        trained = [number >= first and is_trained_on(conversation.messages[number]) for number in turns]
         if all(trained):
             if spans:
                 return spans
@@ -285,6 +285,24 @@ def limit_rows(seconds: float) -> Iterator[RowClock]:
         signal.signal(signal.SIGVTALRM, handler)
 
 
+def find_turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token with which the chat template ends an assistant's turn.
+
+    None where there is no template, or it writes no such token.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    answered = [ASKED, {"role": "assistant", "content": PROBE}]
+    try:
+        with limit_rows(MAX_SECONDS):
+            text = ChatTemplate(tokenizer, finds_turns=False).try_rendering(answered)
+    except TimeUp:
+        return None
+    _, found, end = text.rpartition(PROBE)
+    ids = tokenizer.encode(end.rstrip(), add_special_tokens=False) if found else []
+    return ids[-1] if ids and ids[-1] in tokenizer.added_tokens_decoder else None
+
+
 def join_spans(spans: list[Span]) -> list[Span]:
     """Join spans that touch, since some templates mark a turn and its end apart."""
     joined: list[Span] = []
@@ -320,3 +338,8 @@ def fold_reasoning(conversation: Conversation) -> Conversation:
             message = {**rest, "content": f"<think>\n{reasoning}\n</think>\n\n{message['content']}"}
         messages.append(message)
     return Conversation(messages, conversation.tools, conversation.num_prompt_messages)
+
+
+def is_trained_on(message: Fields) -> bool:
+    """Tell whether a message may be trained on, by OpenAI's `weight` and Axolotl's `train`."""
+    return message.get("weight") != 0 and message.get("train", True) is not False

@@ -4,7 +4,7 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from llm_trainer.common.errors import UserError, cut_quote, quote_error
 from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.chat_template import MAX_SECONDS, ChatTemplate, Span, limit_rows
+from llm_trainer.data.control_tokens import ControlTokens, EscapingTokenizer
 from llm_trainer.data.formats import IGNORED, Conversation, Example, RowError, Text, Tokens
 from llm_trainer.data.labels import Ids, Labeller
 
@@ -27,6 +28,7 @@ class EncodedRow:
     input_ids: Ids  # [length]
     labels: Ids  # [length], IGNORED where a token is not trained on
     is_in_pieces: bool = False  # whether prompt and answer had to be tokenized apart
+    control_tokens: frozenset[str] = frozenset()  # texts in its messages that became control tokens
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ class Rendered:
     place: int  # of the example among those of its chunk
     text: str
     spans: list[Span] | None  # that are trained on; None: all of the text
+    has_specials: bool = False  # whether the tokenizer adds its own special tokens
+    escaping: EscapingTokenizer | None = None  # the one that tokenizes it; None: the model's
+    control_tokens: frozenset[str] = frozenset()  # in its messages, to be told
 
     @property
     def ends_trained(self) -> bool:
@@ -103,7 +108,7 @@ class Encoder:
     def encode(self, examples: list[Example]) -> list[EncodedRow | RowError]:
         """Return each example's row, which ends in a stop token, or the error that says why there is none."""
         rows: list[EncodedRow | RowError | None] = [None] * len(examples)
-        texts: dict[bool, list[Rendered]] = {True: [], False: []}
+        batches: dict[tuple[bool, EscapingTokenizer | None], list[Rendered]] = {}
         with limit_rows(MAX_SECONDS) as clock:
             for place, example in enumerate(examples):
                 clock.row = place
@@ -111,21 +116,38 @@ class Encoder:
                     if isinstance(example, Tokens):
                         rows[place] = self.convert_tokens(example)
                     else:
-                        rendered = Rendered(place, *self.render(example))
-                        wants_specials = isinstance(example, Text) and not self.starts_with_bos(rendered.text)
-                        texts[wants_specials].append(rendered)
+                        rendered = self.render_example(place, example)
+                        batches.setdefault((rendered.has_specials, rendered.escaping), []).append(rendered)
                 except RowError as error:
                     rows[place] = error
-        for has_specials, batch in texts.items():
-            if batch:
-                encoded = self.tokenize([rendered.text for rendered in batch], has_specials)
-                for rendered, (ids, encoding) in zip(batch, encoded, strict=True):
-                    try:
-                        row = self.label(rendered, ids, encoding, has_specials)
-                        rows[rendered.place] = self.end_row(row, rendered.ends_trained)
-                    except RowError as error:
-                        rows[rendered.place] = error
+        for (has_specials, escaping), batch in batches.items():
+            encoded = self.tokenize([rendered.text for rendered in batch], has_specials, escaping)
+            for rendered, (ids, encoding) in zip(batch, encoded, strict=True):
+                try:
+                    row = self.label(rendered, ids, encoding)
+                    rows[rendered.place] = self.end_row(row, rendered.ends_trained)
+                except RowError as error:
+                    rows[rendered.place] = error
         return rows  # type: ignore[return-value]
+
+    def render_example(self, place: int, example: Conversation | Text) -> Rendered:
+        """Return an example as one text, with the way to tokenize it. Raises RowError as `render` does."""
+        if isinstance(example, Text):
+            text, spans = self.render(example)
+            if self.settings.escape_control_tokens:
+                return Rendered(place, text, spans, True, self.control_tokens.for_texts)
+            return Rendered(place, text, spans, not self.starts_with_bos(text))
+        found = frozenset(self.control_tokens.find_in_conversation(example))
+        if not found or not self.settings.escape_control_tokens:
+            return Rendered(place, *self.render(example), control_tokens=found)
+        text, spans = self.render(self.control_tokens.mark_conversation(example))
+        text = self.control_tokens.swap_marks(text)  # each has as many characters as before
+        return Rendered(place, text, spans, escaping=self.control_tokens.for_templates)
+
+    @cached_property
+    def control_tokens(self) -> ControlTokens:
+        """The tokenizer's control tokens."""
+        return ControlTokens(self.tokenizer)
 
     def render(self, example: Conversation | Text) -> tuple[str, list[Span] | None]:
         """Return an example's text and the spans in it that are trained on; None means all of it.
@@ -153,14 +175,17 @@ class Encoder:
         """Tell whether a text begins with the BOS token, so that no special tokens may be added."""
         return bool(self.tokenizer.bos_token) and text.lstrip().startswith(self.tokenizer.bos_token)
 
-    def tokenize(self, texts: list[str], add_special_tokens: bool) -> list[tuple[list[int], Encoding | None]]:
+    def tokenize(
+        self, texts: list[str], add_special_tokens: bool, escaping: EscapingTokenizer | None = None
+    ) -> list[tuple[list[int], Encoding | None]]:
         """Return the ids of each text and, from a fast tokenizer, its encoding, which maps characters to tokens.
 
         The tokenizers library is called directly: going through Transformers takes a tenth longer.
         """
         if self.tokenizer.is_fast:
+            backend = escaping.backend if escaping else self.backend
             with explain_panic():
-                encodings = self.backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+                encodings = backend.encode_batch(texts, add_special_tokens=add_special_tokens)
             return [(encoding.ids, encoding) for encoding in encodings]
         encoded = self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)
         return [(input_ids, None) for input_ids in encoded["input_ids"]]
@@ -173,12 +198,18 @@ class Encoder:
         backend.no_padding()
         return backend
 
-    def label(self, rendered: Rendered, ids: list[int], encoding: Encoding | None, has_specials: bool) -> EncodedRow:
+    def label(self, rendered: Rendered, ids: list[int], encoding: Encoding | None) -> EncodedRow:
         """Return the tokens of a text, labelled where it is trained on. Raises RowError where a span has no token."""
+        escaping, is_in_pieces = rendered.escaping, False
         if rendered.spans is None or encoding is None:  # spans are looked for only where there is an encoding
-            input_ids = np.array(ids, dtype=np.int32)
-            return EncodedRow(input_ids, input_ids)
-        return EncodedRow(*self.labeller.label(rendered.text, encoding, rendered.spans, has_specials))
+            input_ids = labels = np.array(ids, dtype=np.int32)
+        else:
+            labeller = escaping.labeller if escaping else self.labeller
+            found = labeller.label(rendered.text, encoding, rendered.spans, rendered.has_specials)
+            input_ids, labels, is_in_pieces = found
+        if escaping:
+            input_ids, labels = escaping.restore(input_ids, labels)
+        return EncodedRow(input_ids, labels, is_in_pieces, rendered.control_tokens)
 
     @cached_property
     def labeller(self) -> Labeller:
@@ -195,11 +226,23 @@ class Encoder:
         if bos_id is not None and len(input_ids) > 1 and input_ids[0] == input_ids[1] == bos_id:
             input_ids, labels = input_ids[1:], labels[1:]
         if not self.ends_in_stop(input_ids):
+            if ends_trained:
+                input_ids, labels = self.drop_untrained_end(input_ids, labels)
             eos_id = self.tokenizer.eos_token_id
             input_ids = np.append(input_ids, np.int32(eos_id))
             labels = np.append(labels, np.int32(eos_id if ends_trained else IGNORED))
         self.check_ids("input_ids", input_ids)
-        return EncodedRow(input_ids, labels, row.is_in_pieces)
+        return replace(row, input_ids=input_ids, labels=labels)
+
+    def drop_untrained_end(self, input_ids: Ids, labels: Ids) -> tuple[Ids, Ids]:
+        """Return a row without the white space that its template writes after the last turn.
+
+        The model would learn to stop after white space that it has not learned to write.
+        """
+        end = len(labels)
+        while labels[end - 1] == IGNORED and self.is_white(int(input_ids[end - 1])):
+            end -= 1
+        return input_ids[:end], labels[:end]
 
     def convert_tokens(self, tokens: Tokens) -> EncodedRow:
         """Convert a pretokenized row. Raises RowError for ids outside the vocabulary, or two BOS tokens."""
@@ -268,6 +311,15 @@ def refuse_contradiction(row_format: str, settings: DataSettings, finds_tokens: 
         raise UserError(
             f"completion_only_loss=true needs rows with prompt and completion and the data has {row_format} rows: "
             "remove the setting."
+        )
+    if settings.escape_control_tokens and row_format == "pretokenized":
+        raise UserError(
+            "escape_control_tokens=true needs rows with texts and the data has pretokenized rows: remove the setting."
+        )
+    if settings.escape_control_tokens and not finds_tokens:
+        raise UserError(
+            "escape_control_tokens=true needs a tokenizer that can leave control tokens alone, and the model has no "
+            "tokenizer.json: add the file, or remove the setting."
         )
     if settings.completion_only_loss and not finds_tokens:
         raise UserError(

@@ -6,7 +6,7 @@ A row's fields tell its format (sources: TRL's "Dataset formats", ShareGPT's exp
     messages            [{"role": ..., "content": ...}, ...], tools
     sharegpt            conversations: [{"from": "human", "value": ...}, ...], system, tools
     prompt_completion   prompt, completion: two texts, or two lists of messages
-    alpaca              instruction, input, output, system
+    alpaca              instruction, input, output, system, history
     text                text
 """
 
@@ -19,7 +19,10 @@ from llm_trainer.common.errors import cut_quote
 from llm_trainer.config.sections import DataSettings
 from llm_trainer.readers.json import parse_json
 
+TURN_ROLES = ("user", "assistant")
 IGNORED = -100  # the label of a token that is not trained on, PyTorch's cross_entropy default
+
+LARGEST_EXACT = 2**53  # beyond it a float is no longer one whole number
 
 # Names for roles in ShareGPT's export and in data that follow it -> the names that chat templates know.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
@@ -170,9 +173,23 @@ def parse_json_text(value: Any) -> Any:
     return value
 
 
+def unify_value(value: Any) -> Any:
+    """Return a value as each kind of file can hold it, without null fields and with whole numbers as integers.
+
+    Parquet, Arrow and data sets of the Hub give each object of a column all fields, and each number of it one type.
+    """
+    if isinstance(value, dict):
+        return {key: unify_value(field) for key, field in value.items() if field is not None}
+    if isinstance(value, list):
+        return [unify_value(element) for element in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST_EXACT:
+        return int(value)
+    return value
+
+
 def parse_prompt_completion(fields: Fields) -> Conversation | Text:
     """Parse a prompt and its completion: two texts, or two lists of messages. Raises RowError."""
-    prompt, completion = fields["prompt"], fields["completion"]
+    prompt, completion = read_message_lists(fields["prompt"], fields["completion"])
     if isinstance(prompt, list) or isinstance(completion, list):
         before = parse_messages(prompt, "prompt")
         after = parse_messages(completion, "completion")
@@ -186,6 +203,19 @@ def parse_prompt_completion(fields: Fields) -> Conversation | Text:
     return Text(prompt + parse_text(fields, "completion"), len(prompt))
 
 
+def read_message_lists(prompt: Any, completion: Any) -> tuple[Any, Any]:
+    """Return prompt and completion parsed where both are JSON texts of messages, as in CSV; else as they are."""
+    try:
+        parsed = (parse_json_text(prompt), parse_json_text(completion))
+    except RowError:  # one of them is a text that only begins like JSON
+        return prompt, completion
+    are_messages = all(
+        isinstance(value, list) and value and all(isinstance(one, dict) and "role" in one for one in value)
+        for value in parsed
+    )
+    return parsed if are_messages else (prompt, completion)
+
+
 def parse_alpaca(fields: Fields, has_chat_template: bool) -> Conversation | Text:
     """Parse a row of Alpaca's format: into Alpaca's own prompt where the model has no chat template."""
     instruction, output = parse_text(fields, "instruction"), parse_text(fields, "output")
@@ -194,8 +224,39 @@ def parse_alpaca(fields: Fields, has_chat_template: bool) -> Conversation | Text
         prompt = (ALPACA_WITH_INPUT if extra else ALPACA_PLAIN).format(instruction=instruction, input=extra)
         return Text(prompt + output, len(prompt))
     question = f"{instruction}\n\n{extra}" if extra else instruction
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
+    turns = [*parse_history(fields.get("history")), (question, output)]
+    messages = [{"role": role, "content": text} for turn in turns for role, text in zip(TURN_ROLES, turn, strict=True)]
     return Conversation(prepend_system_prompt(messages, fields))
+
+
+def parse_history(value: Any) -> list[list[str]]:
+    """Return the pairs of question and answer that come before an instruction, as LLaMA-Factory has them.
+
+    Raises RowError where it is anything else.
+    """
+    pairs = parse_json_text(value) or []
+    if not isinstance(pairs, list) or not all(is_pair(pair) for pair in pairs):
+        raise RowError("field 'history' is not a list of [question, answer], both texts with something in them.")
+    return pairs
+
+
+def is_pair(value: Any) -> bool:
+    """Tell whether a value is a list of two texts with something in them."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(one, str) and one.strip() for one in value)
+
+
+def list_read_fields(row_format: str, settings: DataSettings, has_chat_template: bool) -> frozenset[str]:
+    """Return the names of the fields that are read in rows of a format."""
+    alpaca = ("instruction", "input", "output")
+    read = {
+        "pretokenized": ("input_ids", "labels", "attention_mask"),
+        "messages": (settings.messages_field, "tools", "system"),
+        "sharegpt": ("conversations", "tools", "system"),
+        "prompt_completion": ("prompt", "completion", "tools"),
+        "alpaca": (*alpaca, "system", "history") if has_chat_template else alpaca,
+        "text": (settings.text_field,),
+    }
+    return frozenset(read[row_format])
 
 
 def parse_conversation(fields: Fields, name: str) -> Conversation:
@@ -230,12 +291,12 @@ def parse_messages(value: Any, name: str) -> list[Fields]:
 
 
 def parse_message(message: Any) -> Fields:
-    """Parse one message, without its null fields. Raises RowError."""
+    """Parse one message, as an object or as JSON text. Raises RowError."""
+    message = unify_value(parse_json_text(message))
     if isinstance(message, dict) and "from" in message and "value" in message:
         message = convert_sharegpt_message(message)
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
         raise RowError("without a 'role': write it as {'role': ..., 'content': ...}.")
-    message = {key: value for key, value in message.items() if value is not None}
     if "tool_calls" in message:
         message["tool_calls"] = parse_tool_calls(message["tool_calls"])
     message["content"] = parse_content(message)
@@ -312,7 +373,7 @@ def parse_tools(value: Any) -> list[Fields] | None:
     if not tools:
         return None
     if isinstance(tools, list):
-        tools = [parse_json_text(tool) for tool in tools]
+        tools = [unify_value(parse_json_text(tool)) for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError(f"field 'tools' is {cut_quote(repr(tools))} and not a list of JSON schemas: write a list.")
     return tools

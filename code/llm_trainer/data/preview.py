@@ -41,6 +41,7 @@ def find_data_warnings(name: str, report: DataReport) -> Iterator[str]:
             f"{report.num_rows_in_pieces} rows of the {name} data have answers that begin within a token: prompt and "
             "answer are tokenized apart, as a server does. Put white space at the answer's start, not the prompt's end."
         )
+    yield from find_content_warnings(name, report)
     if report.num_truncated_rows:
         yield f"{report.num_truncated_rows} rows of the {name} data are longer than max_length and cut."
     if report.num_dropped_rows:
@@ -54,6 +55,32 @@ def find_data_warnings(name: str, report: DataReport) -> Iterator[str]:
         yield f"{report.num_bad_rows} bad rows of the {name} data are left out, see output/data/rejected_rows.jsonl."
     if not report.num_supervised_eos:
         yield f"no row of the {name} data trains the end-of-sequence token: all are cut before it."
+
+
+def find_content_warnings(name: str, report: DataReport) -> Iterator[str]:
+    """Yield sentences about control tokens in messages, and about fields that nothing reads."""
+    if report.control_tokens:
+        yield describe_control_tokens(name, report)
+    if report.unread_fields:
+        yield explain_unread_fields(name, report)
+
+
+def describe_control_tokens(name: str, report: DataReport) -> str:
+    """Return a sentence on the control tokens in the messages of a split."""
+    found = list_names([f"{token} in {rows}" for token, rows in report.control_tokens.most_common()])
+    return (
+        f"rows of the {name} data have control tokens of the tokenizer in their messages ({found}), which the model "
+        "reads as such. escape_control_tokens=true makes them plain text."
+    )
+
+
+def explain_unread_fields(name: str, report: DataReport) -> str:
+    """Return the sentence for the user about the fields of a split's rows that nothing reads."""
+    counts = [f"{field} ({rows} rows)" for field, rows in sorted(report.unread_fields.items())]
+    return (
+        f"the {name} data has fields that nothing reads: {list_names(counts)}. Rename what shall be trained on to a "
+        "field that is read, such as functions to tools; only texts are trained on, and no images."
+    )
 
 
 def describe_marks(in_colour: bool) -> str:

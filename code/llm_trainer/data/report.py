@@ -2,13 +2,14 @@
 """Report on the rows of a data set: counted while they are prepared, judged before the first step."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from llm_trainer.common.errors import MAX_LISTED_PROBLEMS
 
 MAX_NAMED_FILES = 10
+MAX_COUNTED_FIELDS = 100
 PERCENTILES = (50, 90, 95, 99)
 REJECTED_ROWS = "rejected_rows.jsonl"  # the file that lists bad rows
 
@@ -29,6 +30,7 @@ class DataReport:
     num_supervised_eos: int = 0  # rows that train a stop token
     num_missed_stops: int = 0  # rows with a turn that is trained on without the stop token after it
     num_rows_in_pieces: int = 0  # rows in which a token would have run over the edge of prompt and answer
+    control_tokens: Counter[str] = field(default_factory=Counter)  # in messages -> rows
     num_truncated_rows: int = 0
     num_dropped_rows: int = 0  # longer than max_length, with apply_truncation=false
     num_unsupervised_rows: int = 0  # left out, because no token within max_length is trained on
@@ -39,12 +41,19 @@ class DataReport:
     damage: list[str] = field(default_factory=list)  # a sentence for each file that could not be read to its end
     empty_files: list[str] = field(default_factory=list)  # files without a row
     lengths: Counter[int] = field(default_factory=Counter)  # length -> rows
+    unread_fields: Counter[str] = field(default_factory=Counter)  # field of a row that nothing reads -> rows with it
 
     def note_bad_row(self, problem: str) -> None:
         """Count a bad row, and keep its sentence unless there are many."""
         self.num_bad_rows += 1
         if len(self.bad_rows) < MAX_LISTED_PROBLEMS:
             self.bad_rows.append(problem)
+
+    def note_unread_fields(self, names: Iterable[str]) -> None:
+        """Count the fields of a row that nothing reads, as far as they are not very many."""
+        for name in names:
+            if name in self.unread_fields or len(self.unread_fields) < MAX_COUNTED_FIELDS:
+                self.unread_fields[name] += 1
 
     def add_report(self, other: "DataReport") -> None:
         """Add the counts of another report, such as a chunk's or another source's."""
@@ -61,7 +70,8 @@ class DataReport:
     def from_json(cls, values: dict[str, Any]) -> "DataReport":
         """Build a report from the parsed JSON of its fields, in which lengths are texts."""
         lengths = Counter({int(length): rows for length, rows in values["lengths"].items()})
-        return cls(**{**values, "lengths": lengths})
+        counts = {name: Counter(values[name]) for name in ("control_tokens", "unread_fields")}
+        return cls(**{**values, "lengths": lengths, **counts})
 
     @property
     def supervised_share(self) -> float:

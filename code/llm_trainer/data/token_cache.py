@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,13 @@ ROWS, REPORT = "rows.arrow", "report.json"
 CODE_THAT_DECIDES_TOKENS = (
     *("readers/rows.py", "readers/json.py", "readers/tables.py", "readers/files.py", "readers/discovery.py"),
     *("readers/sources.py", "data/formats.py", "data/chat_template.py", "data/encoding.py", "data/labels.py"),
+    "data/control_tokens.py",
     *("data/tokenize.py", "data/token_cache.py", "data/report.py", "data/streaming.py"),
 )
 # Settings that decide how a row is read and tokenized.
 SETTINGS_THAT_DECIDE_TOKENS = (
     *("dataset_format", "text_field", "messages_field", "max_length", "apply_truncation", "truncation_mode"),
-    *("assistant_only_loss", "completion_only_loss"),
+    *("assistant_only_loss", "completion_only_loss", "escape_control_tokens"),
 )
 
 
@@ -62,6 +64,7 @@ def prepare_source(
         folder = write_folder(source, vocabulary, settings, folder)
     report = DataReport.from_json(json.loads((folder / REPORT).read_text(encoding="utf-8")))
     report.files = files
+    report.unread_fields = Counter({f"{name} of {source.name}": rows for name, rows in report.unread_fields.items()})
     if report.formats:  # an empty shard has none
         report.formats = {source.name: report.formats["rows"]}
         report.loss_on = {source.name: report.loss_on["rows"]}

@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from llm_trainer.common.processes import bind_to_parent
 from llm_trainer.common.redaction import hide_known
 from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.encoding import EncodedRow, Encoder
-from llm_trainer.data.formats import IGNORED, Example, Fields, RowError, detect_format, parse_example
+from llm_trainer.data.formats import IGNORED, Example, Fields, RowError, detect_format, list_read_fields, parse_example
 from llm_trainer.data.labels import Ids
 from llm_trainer.data.report import DataReport
 from llm_trainer.readers.json import TooDeep, parse_json
@@ -67,6 +67,8 @@ class Preparer:
         self.settings = settings
         self.row_format = row_format
         self.first_place = first_place  # the row that told the format, for messages
+        self.has_chat_template = encoder.tokenizer.chat_template is not None
+        self.read_fields = list_read_fields(row_format, settings, self.has_chat_template)
 
     def prepare_chunk(self, chunk: Chunk) -> PreparedChunk:
         """Return the tokens and labels of a chunk's rows, the counts, and the rows that are bad."""
@@ -86,6 +88,7 @@ class Preparer:
             try:
                 fields = parse_fields(raw, chunk.numbers[index])
                 examples.append((index, self.parse_fields_as_example(fields)))
+                report.note_unread_fields(name for name in fields.keys() - self.read_fields if fields[name])
             except RowError as error:
                 reject(index, str(error))
         kept = []
@@ -104,8 +107,7 @@ class Preparer:
                 f"is a {found} row and {self.first_place} is a {self.row_format} row: put each format into a channel "
                 "of its own, such as train_a and train_b."
             )
-        has_chat_template = self.encoder.tokenizer.chat_template is not None
-        return parse_example(fields, found, self.settings, has_chat_template)
+        return parse_example(fields, found, self.settings, self.has_chat_template)
 
     def fit_row(self, row: EncodedRow, report: DataReport) -> EncodedRow | None:
         """Return the row, cut to `max_length`, and count it; None where it is left out."""
@@ -117,7 +119,7 @@ class Preparer:
                 return None
             report.num_truncated_rows += 1
             kept = slice(-limit, None) if self.settings.truncation_mode == "keep_end" else slice(limit)
-            row = EncodedRow(row.input_ids[kept], row.labels[kept], row.is_in_pieces)
+            row = replace(row, input_ids=row.input_ids[kept], labels=row.labels[kept])
         is_trained = row.labels != IGNORED
         is_trained[0] = False  # nothing predicts a row's first token
         if not is_trained.any():
@@ -137,6 +139,7 @@ class Preparer:
         report.num_supervised_eos += bool((is_stop & is_trained).any())
         report.num_missed_stops += bool(misses_stop.any())
         report.num_rows_in_pieces += row.is_in_pieces
+        report.control_tokens.update(row.control_tokens)
 
 
 def parse_fields(raw: Any, number: int) -> Fields:

@@ -18,12 +18,14 @@ from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from llm_trainer import __version__
 from llm_trainer.common import log
 from llm_trainer.common.activity_notes import note_activity
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.files import remove_leftover, remove_path, write_json
+from llm_trainer.data.chat_template import find_turn_end
 from llm_trainer.export.model_card import CARD, write_model_card
 from llm_trainer.export.placement import ModelFolder, list_files, move_files
 from llm_trainer.export.publish import advise_compression, collect_artefacts, publish
@@ -34,7 +36,7 @@ from llm_trainer.journal.manifest import ADAPTER, MANIFEST, Manifest, list_whole
 from llm_trainer.journal.records import SCHEMA_VERSION
 from llm_trainer.merge.merge import write_merged_model
 from llm_trainer.merge.plan import MergeRequest
-from llm_trainer.model.config_file import write_config, write_generation_config
+from llm_trainer.model.config_file import add_stop_tokens, write_config, write_generation_config
 from llm_trainer.model.loading import restore_generation_config
 from llm_trainer.model.lora_init import BaseReference, save_adapter
 from llm_trainer.model.tokenizer_files import list_tokenizer_files, save_tokenizer
@@ -178,6 +180,7 @@ def save_weights(trained: TrainingResult, folder: Path) -> None:
     if isinstance(model, PeftModel):
         base = BaseReference(trained.base_name, trained.base.revision)
         save_adapter(model, folder, base, trained.trainer.run.adapter_start, weights)
+        add_turn_end(trained, folder)
         return
     whole = rebuild_plain_model(model, weights) if weights else model
     whole.to(plan.precision.compute)
@@ -191,6 +194,20 @@ def save_weights(trained: TrainingResult, folder: Path) -> None:
     with warn_of_failure("A config.json for Transformers 4 too", folder):
         write_config(folder, trained.base_folder, whole.config, trained.settings.model.trust_remote_code)
         write_generation_config(folder, trained.base_folder, whole.generation_config)
+    add_turn_end(trained, folder)
+
+
+def add_turn_end(trained: TrainingResult, folder: Path) -> None:
+    """Have servers end an answer where the training did: at the tokenizer's EOS, and where the template ends a turn.
+
+    The EOS of many bases, such as <|endoftext|>, is not the token that ends a turn.
+    """
+    tokenizer = trained.tokenizer
+    ends = [token for token in (tokenizer.eos_token_id, find_turn_end(tokenizer)) if token is not None]
+    with warn_of_failure("The tokens that end an answer", folder):
+        if added := add_stop_tokens(folder, trained.base_folder, ends):
+            names = ", ".join(tokenizer.convert_ids_to_tokens(added))
+            log.info(f"generation_config.json: an answer ends at {names} too, which the base's does not name")
 
 
 def rebuild_plain_model(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
@@ -395,4 +412,5 @@ def describe_served(folder: Path, trained: TrainingResult, manifest: Manifest) -
         base_revision=trained.base.revision,
         max_length=trained.settings.data.max_length,
         trust_remote_code=trained.settings.model.trust_remote_code,
+        has_stop_tokens=(folder / GENERATION_CONFIG_NAME).is_file(),
     )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.files import compute_digest
@@ -30,7 +31,7 @@ from llm_trainer.model.precision import show_dtype
 
 # A server reads these of a model's folder beside config.json. The tokenizer comes with the adapter.
 SERVED_FILES = (
-    "generation_config.json",
+    GENERATION_CONFIG_NAME,
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
@@ -128,6 +129,8 @@ def copy_small_files(request: MergeRequest, output: Path) -> None:
     for name in (*SERVED_FILES, *code):
         if (request.base / name).is_file():
             shutil.copyfile(request.base / name, output / name)
+    if (request.adapter / GENERATION_CONFIG_NAME).is_file():  # the base's, with the tokens that end a trained answer
+        shutil.copyfile(request.adapter / GENERATION_CONFIG_NAME, output / GENERATION_CONFIG_NAME)
 
 
 def write_index(output: Path, shards: list[MergedShard]) -> None:

@@ -6,13 +6,14 @@ name that it does not find, without a word. It would serve a model trained with 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from llm_trainer.common.bounded_parsing import read_json
 from llm_trainer.common.files import write_text
 
 # A change of one of them is a change of all: the base's older words may not stay beside new ones.
@@ -49,6 +50,47 @@ def write_generation_config(folder: Path, base: Path, result: GenerationConfig |
     stored = json.loads((base / GENERATION_CONFIG_NAME).read_text(encoding="utf-8"))
     config = apply_changes(stored, before, result.to_diff_dict())
     write_text(folder / GENERATION_CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+
+
+def add_stop_tokens(folder: Path, base: Path, tokens: Iterable[int]) -> list[int]:
+    """Add tokens that end an answer to a result's generation_config.json, and return those that it lacked.
+
+    An adapter's folder gets the base's file only where there is one to add. Fields that contradict each other stay.
+    """
+    places = [place / GENERATION_CONFIG_NAME for place in (folder, base)]
+    stored = next((read_json(file, is_plain=False) for file in places if file.is_file()), None)
+    if stored is None:  # Transformers and vLLM read the model's config then
+        config = read_json(base / CONFIG_NAME, is_plain=False)
+        stored = {"eos_token_id": config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))}
+    stops = stored.get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    added = [token for token in dict.fromkeys(tokens) if token not in stops]
+    if added:
+        write_text(
+            folder / GENERATION_CONFIG_NAME, json.dumps({**stored, "eos_token_id": [*stops, *added]}, indent=2) + "\n"
+        )
+    return added
+
+
+def drop_contradictions(config: GenerationConfig) -> list[str]:
+    """Remove the fields with which Transformers refuses to write a generation config, and return their names.
+
+    It is built up field by field, and those that never fit the others are left.
+    """
+    sound, waiting, num_tried = GenerationConfig(), dict(vars(config)), 0
+    while waiting and len(waiting) != num_tried:
+        num_tried = len(waiting)
+        for name, value in list(waiting.items()):
+            before = getattr(sound, name, None)
+            setattr(sound, name, value)
+            try:
+                sound.validate(strict=True)
+                del waiting[name]  # it may be what another one needs, as do_sample is for temperature
+            except ValueError:
+                setattr(sound, name, before)
+    for name in waiting:
+        setattr(config, name, getattr(sound, name))
+    return sorted(waiting)
 
 
 def build_config(stored: dict[str, Any], loaded: PreTrainedConfig, result: PreTrainedConfig) -> dict[str, Any]:

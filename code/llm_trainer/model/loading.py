@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llm_trainer.common.errors import UserError, quote_error
+from llm_trainer.common.errors import UserError, cut_quote, quote_error
 from llm_trainer.common.files import write_verbatim
 from llm_trainer.common.hub import check_room, download_model, download_weights, find_refusal
 from llm_trainer.common.ranks import run_on_local_rank_zero
@@ -37,8 +37,8 @@ LOADING_ERRORS = (
     *(OSError, ValueError, ImportError, SafetensorError, StrictDataclassError),
     *(TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, AssertionError),
 )
-# On the meta device, where no memory can run out, torch's own refusal of a shape is one of them.
-META_ERRORS = (*LOADING_ERRORS, RuntimeError)
+# On the meta device, where no memory can run out, torch's own refusals of shapes and sizes are among them.
+META_ERRORS = (*LOADING_ERRORS, RuntimeError, AssertionError)
 # Options of from_pretrained that a user may give, beside values of the model's config. Rules name the unsafe ones.
 LOADING_OPTIONS = frozenset(
     {"cache_dir", "disable_mmap", "experts_implementation", "force_download", "local_files_only", "proxies", "token"}
@@ -110,6 +110,11 @@ def explain_failure(error: Exception, model: str, part: str) -> str:
     subject = f"model_id={model!r}"
     if "trust_remote_code=True" in str(error):
         return f"{subject} needs code of its own and trust_remote_code is false: set it to true if you trust that code."
+    if "Padding_idx must be within num_embeddings" in str(error):
+        return (
+            f"{subject} has a pad_token_id in its config.json that its embedding has no row for, so that nothing can "
+            "load the model: write null there."
+        )
     if unknown := UNKNOWN_TYPE.search(str(error)):
         return (
             f"{subject} is of type {unknown[1]}, which Transformers {transformers.__version__} does not know: "
@@ -153,11 +158,12 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype | None, trust_rem
         )
 
 
-def load_tokenizer(model: str, settings: ModelSettings) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, settings: ModelSettings, num_embeddings: int) -> PreTrainedTokenizerBase:
     """Return the tokenizer with the chat template and the special tokens that the settings name.
 
     Its pad token is not the end-of-sequence token where there is another. Collators that mask by pad id would
-    otherwise mask that too, and the model would never learn to stop. Raise UserError for a token that is not there.
+    otherwise mask that too, and the model would never learn to stop. It is none that the model's embedding has no row
+    for: tokenizers are often given a `[PAD]` without the model. Raise UserError for a token that is not there.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, **build_source_options(settings))
@@ -166,15 +172,20 @@ def load_tokenizer(model: str, settings: ModelSettings) -> PreTrainedTokenizerBa
     if settings.chat_template_path:
         tokenizer.chat_template = read_chat_template(settings.chat_template_path)
     if settings.eos_token:
-        tokenizer.eos_token = check_token(tokenizer, "eos_token", settings.eos_token)
+        tokenizer.eos_token = check_token(tokenizer, "eos_token", settings.eos_token, num_embeddings)
     if tokenizer.eos_token is None:
         raise UserError(f"The tokenizer of {model} has no end-of-sequence token: name one with eos_token.")
+    if tokenizer.eos_token_id >= num_embeddings:
+        raise UserError(
+            f"The tokenizer of {model} ends sequences in {tokenizer.eos_token!r}, the token {tokenizer.eos_token_id}, "
+            f"and the model's embedding has {num_embeddings} rows: name another one with eos_token."
+        )
     if settings.pad_token:
-        tokenizer.pad_token = check_token(tokenizer, "pad_token", settings.pad_token)
+        tokenizer.pad_token = check_token(tokenizer, "pad_token", settings.pad_token, num_embeddings)
         if tokenizer.pad_token == tokenizer.eos_token:
             raise UserError(f"pad_token={settings.pad_token!r} is the end-of-sequence token: name another one.")
-    elif tokenizer.pad_token in (None, tokenizer.eos_token):
-        tokenizer.pad_token = choose_pad_token(tokenizer)
+    elif tokenizer.pad_token in (None, tokenizer.eos_token) or tokenizer.pad_token_id >= num_embeddings:
+        tokenizer.pad_token = choose_pad_token(tokenizer, num_embeddings)
     return tokenizer
 
 
@@ -200,21 +211,33 @@ def read_chat_template(path: str) -> str:
     return template
 
 
-def check_token(tokenizer: PreTrainedTokenizerBase, setting: str, token: str) -> str:
-    """Return the token that a setting names. Raise UserError where the vocabulary lacks it."""
-    if token not in tokenizer.get_vocab():
+def check_token(tokenizer: PreTrainedTokenizerBase, setting: str, token: str, num_embeddings: int) -> str:
+    """Return the token that a setting names. Raise UserError where tokenizer or model lack it."""
+    vocabulary = tokenizer.get_vocab()
+    if token not in vocabulary:
         raise UserError(f"{setting}={token!r} is not in the model's vocabulary: name a token that is.")
+    if vocabulary[token] >= num_embeddings:
+        raise UserError(
+            f"{setting}={token!r} is the token {vocabulary[token]} and the model's embedding has {num_embeddings} "
+            "rows: name a token below that."
+        )
     return token
 
 
-def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
+def choose_pad_token(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> str:
     """Return a special token that ends nothing, or the end-of-sequence token where there is no other.
 
     Its meaning does not matter: TRL's collator masks padding by length, and never trains on it.
     """
-    special = tokenizer.all_special_tokens
-    candidates = [*(token for token in special if "pad" in token.lower()), tokenizer.unk_token, *special]
-    return next((token for token in candidates if token and token != tokenizer.eos_token), tokenizer.eos_token)
+    special = [
+        token for token in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(token) < num_embeddings
+    ]
+    candidates = [
+        *(token for token in special if "pad" in token.lower()),
+        *(token for token in special if token == tokenizer.unk_token),
+        *special,
+    ]
+    return next((token for token in candidates if token != tokenizer.eos_token), tokenizer.eos_token)
 
 
 def find_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, revision: str | None) -> frozenset[int]:
@@ -226,10 +249,10 @@ def find_stop_ids(model: str, tokenizer: PreTrainedTokenizerBase, revision: str 
     except LOADING_ERRORS as error:
         raise UserError(explain_failure(error, model, "generation_config.json")) from error
     stops = stop if isinstance(stop, list) else [stop] if stop is not None else []
-    if not all(isinstance(each, int) for each in stops):
+    if unusable := [stop for stop in stops if not isinstance(stop, int)]:
         raise UserError(
-            f"The generation_config.json of {model} has eos_token_id={stop!r}: write a token's number, or a list of "
-            "them."
+            f"generation_config.json of {model} has the eos_token_id {cut_quote(repr(unusable[0]))}, which is no "
+            "token's number: give the number."
         )
     return frozenset([*stops, tokenizer.eos_token_id])
 

@@ -15,6 +15,7 @@ from llm_trainer.model.device import Device
 from llm_trainer.model.liger import LigerChoice, choose_liger, find_known_types
 from llm_trainer.model.loading import LoadOptions, build_skeleton, check_fit, read_config
 from llm_trainer.model.lora import build_lora_config
+from llm_trainer.model.positions import count_positions
 from llm_trainer.model.precision import Precision, find_stored_dtype
 from llm_trainer.model.quantization import (
     Quantization,
@@ -47,6 +48,7 @@ class ModelPlan:
     attention: AttentionChoice
     liger: LigerChoice
     lora: LoraConfig | None  # None for full fine-tuning
+    num_positions: int | None = None  # of its table, which no row may exceed; None where positions are computed
     reasons: tuple[str, ...] = ()  # lines for the log
 
     @property
@@ -74,7 +76,8 @@ def plan_model(folder: str, settings: PlanSettings, device: Device, precision: P
     lora = build_lora_config(model_settings, settings.adapter, skeleton) if settings.adapter.use_peft else None
     goes_on = lora is not None and settings.adapter.adapter_path
     start = [check_earlier_adapter(folder, config, model_settings, settings.adapter)] if goes_on else []
-    plan = ModelPlan(folder, config, device, precision, quantization, attention, liger, lora)
+    num_positions = count_positions(skeleton)
+    plan = ModelPlan(folder, config, device, precision, quantization, attention, liger, lora, num_positions)
     reasons = [*describe_left_out(left_out), *describe_plan(plan, skeleton, settings.output.merge_weights), *start]
     return replace(plan, reasons=tuple(reasons))
 
@@ -95,6 +98,8 @@ def describe_plan(plan: ModelPlan, skeleton: PreTrainedModel, merges: bool) -> I
         yield describe_quantization(plan.folder, skeleton, plan.quantization, plan.precision.weights)
     yield str(plan.attention)
     yield str(plan.liger)
+    if plan.num_positions is not None:
+        yield f"Positions: a table of {plan.num_positions}, so that no row may be longer"
     if plan.lora is not None and not merges:
         refusals = find_placement_refusals(plan.lora, plan.config.get_text_config().model_type)
         yield from (f"Warning: {text}" for text in refusals)

@@ -15,8 +15,9 @@ from llm_trainer.config.environment import Environment
 from llm_trainer.config.schema import show_value
 from llm_trainer.config.sections import ADDRESS, DataSettings
 from llm_trainer.readers.discovery import PassedOver, describe_passed_over, find_files, list_unexpected
-from llm_trainer.readers.files import read_chunks
+from llm_trainer.readers.files import MAX_BYTES, read_chunks
 from llm_trainer.readers.rows import Chunk
+from llm_trainer.readers.tables import read_table
 
 TRAIN_CHANNEL = re.compile(r"train(ing)?([._-].+)?")
 VALIDATION_CHANNEL = re.compile(r"val(idation)?([._-].+)?")
@@ -93,13 +94,12 @@ class HubSource:
         yield self.read_chunks(max_rows)
 
     def read_chunks(self, max_rows: int) -> Iterator[Chunk]:
-        """Yield the split's rows in order, at most `max_rows` at a time."""
-        first = 1
-        for rows in load_hub_data(self.name, self.config, self.split).iter(max_rows):
-            columns = list(rows.values())
-            own = [dict(zip(rows, values, strict=True)) for values in zip(*columns, strict=True)]
-            yield Chunk(f"{self.name} {self.split}", list(range(first, first + len(own))), own)
-            first += len(own)
+        """Yield the split's rows in order, at most `max_rows` at a time, read as those of an Arrow file are."""
+        first, name = 1, f"{self.name} {self.split}"
+        for table in load_hub_data(self.name, self.config, self.split).with_format("arrow").iter(max_rows):
+            rows = [row for _, row, _ in read_table(iter(table.to_batches()), name, max_rows, MAX_BYTES)]
+            yield Chunk(name, list(range(first, first + len(rows))), rows)
+            first += len(rows)
 
 
 @cache

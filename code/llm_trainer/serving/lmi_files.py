@@ -83,6 +83,7 @@ class ServedModel:
     base_revision: str | None
     max_length: int | None  # tokens of the longest row that was trained on
     trust_remote_code: bool
+    has_stop_tokens: bool = False  # whether generation_config.json beside an adapter names other ones than the base's
 
     @property
     def text_config(self) -> "PreTrainedConfig":
@@ -158,6 +159,8 @@ def choose_adapter_options(model: ServedModel) -> dict[str, str]:
         "enable_lora": "true",
         "max_loras": "1",
         "max_lora_rank": str(find_served_rank(find_largest_rank(model.lora))),
+        # vLLM reads the tokens that end an answer from the base's folder, unless it is told another one.
+        **({"generation_config": MODEL_DIR} if model.has_stop_tokens else {}),
     }
 
 

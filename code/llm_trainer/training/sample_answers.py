@@ -11,14 +11,16 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_trainer.common import log
 from llm_trainer.common.errors import quote_error
 from llm_trainer.common.ranks import rank
+from llm_trainer.data.chat_template import find_turn_end
 from llm_trainer.data.datasets import Data
 from llm_trainer.data.formats import IGNORED
 from llm_trainer.journal.timeline import Timeline
+from llm_trainer.model.positions import count_positions
 from llm_trainer.training.resumable import ResumableMixin
 
 MAX_NEW_TOKENS = 64
@@ -67,7 +69,7 @@ class SampleAnswers:
             self.journal.write("event", level="info", text=text, host=timeline.host)
         elif num_prompts and rank() == 0:
             rows = data.splits["validation"] if self.split == "validation" else data.sample
-            self.prompts = choose_prompts(rows, num_prompts)
+            self.prompts = choose_prompts(rows, num_prompts, find_longest_prompt(trainer.model))
         self.stops = self.find_stops()
 
     def before_training(self) -> None:
@@ -148,7 +150,7 @@ class SampleAnswers:
         """Return the tokens that end an answer: the tokenizer's, the model's, and special ones that end a reference."""
         own = self.trainer.model.generation_config.eos_token_id
         ends = {prompt.reference_ids[-1] for prompt in self.prompts}
-        stops = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+        stops = {self.tokenizer.eos_token_id, find_turn_end(self.tokenizer), *(own if isinstance(own, list) else [own])}
         return stops - {None} | ends & set(self.tokenizer.all_special_ids)
 
     def decode(self, ids: list[int]) -> str:
@@ -158,18 +160,24 @@ class SampleAnswers:
         return f"{text}…" if end is None else text
 
 
-def choose_prompts(rows: Dataset, num_prompts: int) -> list[Prompt]:
-    """Return the first `num_prompts` different prompts that are not too long."""
+def find_longest_prompt(model: PreTrainedModel) -> int:
+    """Return the tokens of the longest prompt whose answer stays within the positions that the model has."""
+    num_positions = count_positions(model)
+    return MAX_PROMPT_TOKENS if num_positions is None else min(MAX_PROMPT_TOKENS, num_positions - MAX_NEW_TOKENS)
+
+
+def choose_prompts(rows: Dataset, num_prompts: int, max_tokens: int) -> list[Prompt]:
+    """Return the first `num_prompts` different prompts that have at most `max_tokens`."""
     prompts: dict[tuple[int, ...], Prompt] = {}
-    for prompt in find_prompts(rows):
+    for prompt in find_prompts(rows, max_tokens):
         if len(prompts) == num_prompts:
             break
         prompts.setdefault(tuple(prompt.input_ids), prompt)
     return list(prompts.values())
 
 
-def find_prompts(rows: Dataset) -> Iterator[Prompt]:
-    """Yield the prompts of the first rows, as far as they are not too long."""
+def find_prompts(rows: Dataset, max_tokens: int) -> Iterator[Prompt]:
+    """Yield the prompts of the first rows, as far as they have at most `max_tokens`."""
     for row in rows.select(range(min(MAX_ROWS, len(rows)))):
         ids, labels = row["input_ids"], row["labels"]
         trained = [place for place, label in enumerate(labels) if label != IGNORED]
@@ -177,5 +185,5 @@ def find_prompts(rows: Dataset) -> Iterator[Prompt]:
         if start <= 1:  # a text that is trained on from its first token, or from the one after BOS
             start = min(len(ids) // 2, MAX_TEXT_PROMPT_TOKENS)
         end = next((place for place in range(start, len(ids)) if labels[place] == IGNORED), len(ids))
-        if 0 < start <= MAX_PROMPT_TOKENS and start < end:
+        if 0 < start <= max_tokens and start < end:
             yield Prompt(ids[:start], ids[start:end])

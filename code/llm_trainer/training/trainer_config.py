@@ -20,10 +20,12 @@ from transformers import (
 )
 from trl import SFTConfig
 
+from llm_trainer.common import log
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.ranks import world_size
 from llm_trainer.config.sections import TrainingSettings
 from llm_trainer.config.sft_config_fields import read_snapshot
+from llm_trainer.model.config_file import drop_contradictions
 from llm_trainer.model.memory.fit import MemoryPlan
 from llm_trainer.model.quantization import keep_adapter_in_float32
 from llm_trainer.training import fsdp
@@ -131,6 +133,11 @@ def prepare_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     """Change what the model's config says to what its training needs."""
     share_pad_token(model, tokenizer)
     name_experts(model)
+    if dropped := drop_contradictions(model.generation_config):
+        log.info(
+            f"The base's generation config contradicts itself in {', '.join(dropped)}: the training goes without, "
+            "since Transformers would refuse to write checkpoints; a result of all weights has what the base has"
+        )
 
 
 def name_experts(model: PreTrainedModel) -> None:

@@ -79,7 +79,7 @@ def test_a_refusal_is_final_and_has_a_fix(fake_hub, tmp_path, capsys, status, he
 def test_a_refusal_without_snapshot_download(fake_hub, status, headers, sentence):
     fake_hub.refuse(status, **headers)
     settings = Settings(use_snapshot_download=False).model
-    assert refuse(loading.load_tokenizer, MODEL, settings) == f"model_id='{MODEL}' {sentence}"
+    assert refuse(loading.load_tokenizer, MODEL, settings, 259) == f"model_id='{MODEL}' {sentence}"
 
 
 def test_a_refusal_without_a_token(fake_hub, tmp_path, monkeypatch):
@@ -163,7 +163,7 @@ def test_an_adapter_in_the_repository_is_refused_before_the_weights(fake_hub, tm
 def test_a_busy_hub_is_asked_again_until_it_delivers(fake_hub, tmp_path, capsys):
     fake_hub.refuse(429, times=2)
     folder = loading.fetch_model(MODEL, Settings().model, tmp_path)
-    assert loading.load_tokenizer(folder, Settings().model).eos_token == "<|im_end|>"
+    assert loading.load_tokenizer(folder, Settings().model, 259).eos_token == "<|im_end|>"
     lines = [line for line in capsys.readouterr().out.splitlines() if "next try in" in line]
     assert len(lines) == 2
     assert lines[0].startswith(f"Downloading {MODEL}: 429 Too Many Requests for url: ")

@@ -8,9 +8,9 @@ import pytest
 import trl
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.data.chat_template import ChatTemplate, limit_rows
+from llm_trainer.data.chat_template import ChatTemplate, find_turn_end, limit_rows
 from llm_trainer.data.formats import Conversation, RowError
-from support.tiny_model import build_tokenizer
+from support.tiny_model import CHAT_TEMPLATE, build_tokenizer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 FAMILIES = sorted(file.stem for file in TEMPLATES.glob("*.jinja") if not file.stem.endswith("_training"))
@@ -234,3 +234,20 @@ def test_a_template_that_does_not_end_is_told_soon(monkeypatch):
     with pytest.raises(UserError, match="with two short messages: give another one"):
         build(LOOP)
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (CHAT_TEMPLATE, "<|im_end|>"),
+        (CHAT_TEMPLATE.replace("<|im_end|>", "{% generation %}<|im_end|>{% endgeneration %}"), "<|im_end|>"),
+        (CHAT_TEMPLATE.replace("<|im_end|>", "###"), None),
+        ("{% for message in messages %}{{ message['content'] }}{% endfor %}", None),
+        ("{{ raise_exception('no') }}", None),
+        (None, None),
+    ],
+)
+def test_the_token_that_ends_a_turn_is_found(template, end):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    assert find_turn_end(tokenizer) == (tokenizer.convert_tokens_to_ids(end) if end else None)

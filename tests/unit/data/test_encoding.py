@@ -191,3 +191,15 @@ def test_a_tokenizer_that_panics_is_named():
     tokenizer.backend_tokenizer.pre_tokenizer = Split(Regex("(a+)+$"), "isolated")  # more tries than the library makes
     with pytest.raises(UserError, match=r"tokenizer breaks down over the rows .*: download the model again"):
         encode(Text("a" * 40 + "!"), tokenizer=tokenizer)
+
+
+def test_nothing_untrained_stands_between_the_turns_end_and_an_eos_that_is_another_token():
+    tokenizer = build_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"  # as a base has it, whose template's turns end in <|im_end|>
+    _, _, [row, open_end] = encode(Conversation(CHAT * 2), Conversation([*CHAT, CHAT[0]]), tokenizer=tokenizer)
+    assert tokenizer.decode(row.input_ids) == f"{RENDERED}{RENDERED.rstrip()}<|endoftext|>"
+    assert trained(tokenizer, row) == "yo<|im_end|>yo<|im_end|><|endoftext|>"
+    assert tokenizer.decode(open_end.input_ids).endswith("hi<|im_end|>\n<|endoftext|>")
+    _, _, [whole] = encode(Conversation(CHAT), tokenizer=tokenizer, assistant_only_loss=False)
+    assert tokenizer.decode(whole.input_ids) == f"{RENDERED}<|endoftext|>"
+    assert (whole.labels == whole.input_ids).all()

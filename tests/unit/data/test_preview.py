@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lines of the log about the data, and the sample with what is trained on marked."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -68,7 +69,20 @@ def test_every_kind_of_row_that_is_missing_or_doubtful_is_told():
         num_dropped_rows=4,
         num_unsupervised_rows=5,
         num_bad_rows=6,
+        unread_fields=Counter({"images of train_a": 7}),
     )
     warnings = list(find_data_warnings("train", report))
-    assert [text.split()[0] for text in warnings] == ["1", "2", "3", "4", "5", "6", "no"]
+    assert [text.split()[0] for text in warnings] == ["1", "2", "the", "3", "4", "5", "6", "no"]
+    assert "has fields that nothing reads: images of train_a (7 rows). Rename" in warnings[2]
     assert list(find_data_warnings("train", DataReport(num_supervised_eos=1))) == []
+
+
+def test_control_tokens_in_messages_are_told_with_their_rows():
+    chunk = DataReport(num_rows=3, num_supervised_eos=3)
+    chunk.control_tokens.update({"<|im_end|>": 2, "</s>": 1})
+    report = DataReport()
+    for part in (chunk, chunk):
+        report.add_report(part)
+    read = DataReport.from_json(json.loads(json.dumps(vars(report))))
+    (warning,) = find_data_warnings("train", read)
+    assert "(<|im_end|> in 4, </s> in 2), which the model reads as such. escape_control_tokens=true" in warning

@@ -87,6 +87,7 @@ OTHER_VALUES = {
     "truncation_mode": "keep_end",
     "assistant_only_loss": True,
     "completion_only_loss": True,
+    "escape_control_tokens": True,
 }
 
 

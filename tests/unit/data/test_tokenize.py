@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chunks of raw rows become tokens and labels, on one process or several, and bad rows are told."""
 
+import itertools
 import json
 import os
 import signal
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 
@@ -14,6 +16,7 @@ from llm_trainer.config.schema import Settings
 from llm_trainer.data.encoding import EncodedRow, Encoder, Vocabulary
 from llm_trainer.data.formats import IGNORED, RowError
 from llm_trainer.data.report import DataReport
+from llm_trainer.data.streaming import SourceHead
 from llm_trainer.data.tokenize import (
     MAX_QUOTED_ROW_CHARACTERS,
     Preparer,
@@ -24,6 +27,7 @@ from llm_trainer.data.tokenize import (
     write_chunks,
 )
 from llm_trainer.readers.rows import BadRow, Chunk
+from support.file_kinds import load_as_hub, write_kinds
 from support.tiny_model import build_tokenizer
 
 TOKENIZER = build_tokenizer()
@@ -147,3 +151,152 @@ def test_half_a_character_in_a_name_spoils_only_its_row(tmp_path):
     assert all(r"(found: \ud800)" in problem for problem in report.bad_rows)
     rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["row"], row["file"]) for row in rejected] == [(2, r"caf\udce9.jsonl"), (3, r"caf\udce9.jsonl")]
+
+
+# A template that shows everything that a row may hold, as JSON.
+EVERYTHING = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}{% for message in messages %}<|im_start|>"
+    "{{ message['role'] }}\n{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}{{ call['function'] | tojson }}{% endfor %}<|im_end|>"
+    "{% endgeneration %}{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+)
+
+
+def call(name, arguments):
+    return {
+        "messages": [
+            {"role": "user", "content": "Zürich 東京 \U0001f600?"},
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]},
+            {"role": "tool", "content": '{"ok": null}'},
+            {"role": "assistant", "content": "yes"},
+        ],
+        "tools": [
+            {"type": "function", "function": {"name": name, "parameters": {key: {"type": "any"} for key in arguments}}}
+        ],
+    }
+
+
+TURNS = call("f", {"day": "2024-05-01T10:30:00", "number": None})["messages"]
+ARGUMENTS = [
+    ({"city": "東京", "days": 3, "number": None}, '{"city": "東京", "days": 3}'),
+    ({"days": 2.5, "big": 2**53 + 1}, '{"days": 2.5, "big": 9007199254740993}'),
+    ({}, "{}"),
+    (
+        {"any": [{"a": 1}, {"b": "x", "c": None}, {"b": "y", "d": {"e": [1, None]}}]},
+        '{"any": [{"a": 1}, {"b": "x"}, {"b": "y", "d": {"e": [1, null]}}]}',
+    ),
+    ({"text": '{"kept": null, "as": 1.0}'}, '{"text": "{\\"kept\\": null, \\"as\\": 1.0}"}'),
+]
+MIXED = [
+    ({"n": 1, "when": "2024-05-01"}, '{"n": 1, "when": "2024-05-01"}'),
+    ({"n": "two", "m": {"k": None}}, '{"n": "two", "m": {}}'),
+    ({"n": [3, {"x": True}]}, '{"n": [3, {"x": true}]}'),
+]
+TEXT_ARGUMENTS = ['{"n": null, "x": 1.0}', '{"y": "東京"}']
+FORMATS = {
+    "messages": [call("f", given) for given, _ in ARGUMENTS],
+    "mixed": [call("f", given) for given, _ in MIXED],
+    "arguments as text": [
+        {**call("f", {"n": 1}), "messages": call("f", given)["messages"]} for given in TEXT_ARGUMENTS
+    ],
+    "sharegpt": [
+        {
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+                {"from": "observation", "value": "1"},
+                {"from": "gpt", "value": "ü"},
+            ],
+            "system": system,
+        }
+        for system in ("be", None)
+    ],
+    "prompt_completion": [{"prompt": "a ü", "completion": " 5"}, {"prompt": "[1", "completion": '{"a": null}'}],
+    "prompt_completion of messages": [{"prompt": TURNS[:1], "completion": TURNS[1:]}],
+    "alpaca": [
+        {"instruction": "a", "input": "b", "output": "2024-05-02"},
+        {"instruction": "007", "input": None, "output": "2024-05-01"},
+    ],
+    "text": [{"text": "a\n東京", "unused": None}, {"text": "5", "unused": {"a": 1}}],
+    "pretokenized": [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+        {"input_ids": [8, 9], "labels": [8, 9]},
+    ],
+}
+
+
+@pytest.fixture
+def tokenize(monkeypatch):
+    """Texts that a source's rows become, and those that are trained on."""
+    monkeypatch.setattr(TOKENIZER, "chat_template", EVERYTHING)
+
+    def tokenize(source, row_format):
+        _, found, _ = find_format(itertools.chain.from_iterable(source.read_parts(2)), Settings().data)
+        assert found == row_format
+        chunks = itertools.chain.from_iterable(source.read_parts(2))
+        prepared = [build_preparer(row_format).prepare_chunk(chunk) for chunk in chunks]
+        assert [chunk.report.bad_rows for chunk in prepared] == [[]] * len(prepared)
+        rows = pa.concat_tables([chunk.table for chunk in prepared]).to_pylist()
+        return [
+            (TOKENIZER.decode(row["input_ids"]), TOKENIZER.decode([one for one in row["labels"] if one != IGNORED]))
+            for row in rows
+        ]
+
+    return tokenize
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_same_rows_give_the_same_tokens_in_every_kind_of_file_and_on_the_hub(tmp_path, name, tokenize, monkeypatch):
+    rows, row_format = FORMATS[name], {"mixed": "messages", "arguments as text": "messages"}.get(name, name.split()[0])
+    sources = write_kinds(tmp_path, rows, are_mixed=name == "mixed")
+    hub = {}
+    for file in ("array.json", "lines.jsonl", "saved.parquet"):
+        sources[f"Hub {file}"], hub[f"tiny/{file}"] = load_as_hub(tmp_path / file, tmp_path / "cache")
+    monkeypatch.setattr("llm_trainer.readers.sources.load_hub_data", lambda name, *_: hub[name])
+    for kind in ("lines.jsonl", "saved.parquet", "Hub lines.jsonl"):
+        sources[f"{kind} in a stream"] = SourceHead(sources[kind])
+    wanted = tokenize(sources["lines.jsonl"], row_format)
+    assert len(wanted) == len(rows)
+    texts = {kind: tokenize(source, row_format) for kind, source in sources.items()}
+    assert {kind: text for kind, text in texts.items() if text != wanted} == {}
+    if name in ("messages", "mixed"):
+        calls = [f'{{"name": "f", "arguments": {shown}}}' for _, shown in (MIXED if name == "mixed" else ARGUMENTS)]
+        assert [trained for _, trained in wanted] == [f"{each}<|im_end|>yes<|im_end|>" for each in calls]
+
+
+def test_fields_that_nothing_reads_are_counted(monkeypatch):
+    rows = [{"text": "a", "images": ["b"], "id": 1, "empty": "", "none": None}, {"text": "b", "id": 2}]
+    report = build_preparer().prepare_chunk(Chunk("a.jsonl", [1, 2], rows)).report
+    assert report.unread_fields == {"images": 1, "id": 2}
+    rows = [{"instruction": "a", "output": "b", "history": [["c", "d"]], "system": "e"}]
+    assert build_preparer("alpaca").prepare_chunk(Chunk("a.jsonl", [1], rows)).report.unread_fields == {}
+    monkeypatch.setattr(TOKENIZER, "chat_template", None)  # the text of Alpaca has no place for them
+    report = build_preparer("alpaca").prepare_chunk(Chunk("a.jsonl", [1], rows)).report
+    assert report.unread_fields == {"history": 1, "system": 1}
+    many = [{"text": "a", **{f"k{number}": 1 for number in range(1000)}}]
+    assert len(build_preparer().prepare_chunk(Chunk("a.jsonl", [1], many)).report.unread_fields) == 100
+
+
+def test_history_is_trained_on_before_the_instruction_and_turns_with_train_false_are_not(monkeypatch):
+    monkeypatch.setattr(TOKENIZER, "chat_template", EVERYTHING)
+    for history in ([["q", "a"], ["r", "b"]], '[["q", "a"], ["r", "b"]]'):
+        row = {"instruction": "s", "input": "", "output": "c", "history": history, "system": "be"}
+        prepared = build_preparer("alpaca").prepare_chunk(Chunk("a.csv", [1], [row]))
+        text = TOKENIZER.decode(prepared.table.column("input_ids")[0].as_py())
+        turns = zip(["system"] + ["user", "assistant"] * 3, ["be", *"qarbsc"], strict=True)
+        assert text.replace("\n", "") == "".join(f"<|im_start|>{role}{content}<|im_end|>" for role, content in turns)
+        assert decode_trained(prepared) == "a<|im_end|>b<|im_end|>c<|im_end|>"
+    (reason,) = (
+        build_preparer("alpaca").prepare_chunk(Chunk("a.csv", [1], [{**row, "history": [["q"]]}])).report.bad_rows
+    )
+    assert reason.startswith("a.csv row 1 field 'history' is not a list of [question, answer]")
+    for mark in ({"train": False}, {"weight": 0}):
+        turns = [("user", "q", {}), ("assistant", "a", mark), ("user", "r", {}), ("assistant", "b", {"train": True})]
+        messages = [{"role": role, "content": content, **marks} for role, content, marks in turns]
+        prepared = build_preparer("messages").prepare_chunk(Chunk("a.jsonl", [1], [{"messages": messages}]))
+        assert decode_trained(prepared) == "b<|im_end|>"
+
+
+def decode_trained(prepared):
+    (labels,) = prepared.table.column("labels").to_pylist()
+    return TOKENIZER.decode([one for one in labels if one != IGNORED])

@@ -20,6 +20,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.export import export
 from llm_trainer.export.placement import STAGING, list_files
 from llm_trainer.serving import lmi_files
+from llm_trainer.training.trainer_config import prepare_config
 from support.exports import build_manifest, build_result
 from support.measures import ROOT
 
@@ -215,3 +216,22 @@ def test_killed_at_any_moment_it_leaves_no_half_that_looks_whole(tiny_model, tmp
     assert all(kinds), ran.stdout
     assert [kind[1] for kind in kinds] == ["adapter", "merged", "weights"], ran.stderr
     assert all(int(kind[2]) > 30 for kind in kinds)
+
+
+@pytest.mark.parametrize("given", [{}, {"use_peft": False}, {"merge_weights": True}])
+def test_a_server_ends_an_answer_where_the_template_ends_a_turn(tiny_model, tmp_path, given):
+    """The tiny model's template ends turns in <|im_end|> (2), and as a base its EOS is <|endoftext|> (0)."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    generation = {"eos_token_id": 0, "temperature": 0.6, "do_sample": False}
+    (base / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(base)
+    result = build_result(base, tmp_path, **given)
+    prepare_config(result.trainer.model, result.tokenizer)
+    export_result(result)
+    written = json.loads((tmp_path / "model/generation_config.json").read_text())
+    assert {name: written[name] for name in generation} == {**generation, "eos_token_id": [0, 2]}
+    served = (tmp_path / "model/serving.env").read_text().splitlines()
+    assert ("OPTION_GENERATION_CONFIG=/opt/ml/model" in served) == (not given)
+    assert "generation_config.json" in read_manifest(tmp_path / "model")["files"]

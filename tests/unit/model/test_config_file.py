@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from llm_trainer.model.config_file import write_config, write_generation_config
+from llm_trainer.model.config_file import add_stop_tokens, drop_contradictions, write_config, write_generation_config
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 96}
 LLAMA3 = {
@@ -130,3 +130,55 @@ def test_the_generation_config_is_the_bases_with_what_changed(tmp_path):
     folder.mkdir()
     write_generation_config(folder, tmp_path, result)
     assert json.loads((folder / "generation_config.json").read_text(encoding="utf-8")) == {**stored, "pad_token_id": 5}
+
+
+@pytest.mark.parametrize("eos", [0, [0], [0, 7], None])
+def test_stop_tokens_are_added_to_what_the_base_names(tmp_path, eos):
+    base, folder = tmp_path, tmp_path / "result"
+    folder.mkdir()
+    values = {"eos_token_id": eos, "temperature": 0.6, "do_sample": False}  # Transformers would not write it
+    (base / "generation_config.json").write_text(json.dumps(values), encoding="utf-8")
+    known = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    missing = [token for token in (0, 2) if token not in known]
+    assert add_stop_tokens(folder, base, [0, 2, 2]) == missing
+    written = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    assert written == {**values, "eos_token_id": [*known, *missing]}
+    assert add_stop_tokens(folder, base, [2, 0]) == []
+
+
+def test_a_base_without_a_generation_config_stops_at_its_configs_token_too(tmp_path):
+    folder = tmp_path / "result"
+    folder.mkdir()
+    for config in ({"eos_token_id": 1}, {"text_config": {"eos_token_id": 1}}):
+        (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        assert add_stop_tokens(folder, tmp_path, [1]) == []
+        assert not (folder / "generation_config.json").exists()
+    assert add_stop_tokens(folder, tmp_path, [2]) == [2]
+    assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("values", "dropped"),
+    [
+        ({"temperature": 0.7, "top_p": 0.9, "top_k": 20, "do_sample": False}, ["temperature", "top_k", "top_p"]),
+        ({"temperature": 0.7, "top_p": 0.9, "do_sample": True}, []),
+        *(({name: 0.1}, [name]) for name in ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")),
+        ({"early_stopping": True, "length_penalty": 2.0}, ["early_stopping", "length_penalty"]),
+        ({"early_stopping": True, "length_penalty": 2.0, "num_beams": 4, "num_return_sequences": 4}, []),
+        ({"use_cache": False, "cache_implementation": "static"}, ["cache_implementation"]),
+        ({"output_scores": True, "output_logits": True}, ["output_logits", "output_scores"]),
+        ({"pad_token_id": -1}, ["pad_token_id"]),
+        ({}, []),
+    ],
+)
+def test_a_generation_config_that_contradicts_itself_can_be_written_again(tmp_path, values, dropped):
+    stored = {"eos_token_id": [0, 2], "repetition_penalty": 1.1, **values}
+    (tmp_path / "generation_config.json").write_text(json.dumps(stored), encoding="utf-8")
+    config = GenerationConfig.from_pretrained(tmp_path)
+    assert drop_contradictions(config) == dropped
+    config.bos_token_id = 5  # a change, such as a training's: Transformers writes only what it calls valid now
+    config.save_pretrained(tmp_path / "checkpoint")
+    written = json.loads((tmp_path / "checkpoint/generation_config.json").read_text(encoding="utf-8"))
+    kept = {name: value for name, value in stored.items() if name not in dropped and value is not False}
+    assert {name: written.get(name) for name in kept} == kept
+    assert not {*dropped} & {*written}

@@ -76,14 +76,6 @@ def test_a_pad_token_beyond_the_vocabulary_is_refused(change):
         build_skeleton(model, read_config(model, Settings().model), trust_remote_code=False)
 
 
-@pytest.mark.parametrize("stop", ["x", [1, None], 2.5])
-def test_a_stop_token_that_is_no_number_is_refused(tiny_model, tmp_path, stop):
-    folder = shutil.copytree(tiny_model, tmp_path / "base")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
-    with pytest.raises(UserError, match=r"has eos_token_id=.*: write a token's number"):
-        find_stop_ids(str(folder), build_tokenizer(), None)
-
-
 def test_a_text_config_that_is_no_object_is_refused(change):
     with pytest.raises(UserError, match="has a text_config that is no JSON object: download the model again"):
         read_config(change(text_config=5), Settings().model)
@@ -120,7 +112,7 @@ def test_a_tokenizer_with_code_of_its_own_is_refused(change):
     with open(f"{model}/tokenizer_config.json", "w", encoding="utf-8") as file:
         json.dump({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}, file)
     with pytest.raises(UserError, match="needs code of its own and trust_remote_code is false"):
-        load_tokenizer(model, Settings().model)
+        load_tokenizer(model, Settings().model, 259)
 
 
 def test_a_model_that_is_not_there_is_refused_offline():
@@ -194,7 +186,7 @@ def test_a_generation_config_is_written_back_as_it_was(tiny_model, tmp_path, has
     if not has_file:
         file.unlink()
     model = load_model(str(folder), Settings().model, LoadOptions(torch.float32, "eager"), torch.device("cpu"))
-    share_pad_token(model, load_tokenizer(str(folder), Settings().model))
+    share_pad_token(model, load_tokenizer(str(folder), Settings().model, 259))
     model.save_pretrained(tmp_path / "checkpoint")  # of a full fine-tune, which Transformers refused
     restore_generation_config(model, folder)
     model.save_pretrained(tmp_path / "export")
@@ -205,12 +197,62 @@ def test_a_generation_config_is_written_back_as_it_was(tiny_model, tmp_path, has
 def test_the_pad_token_is_not_the_eos():
     tokenizer = build_tokenizer()
     assert tokenizer.pad_token == tokenizer.eos_token
-    assert choose_pad_token(tokenizer) == "<|endoftext|>"
+    assert choose_pad_token(tokenizer, len(tokenizer)) == "<|endoftext|>"
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|finetune_right_pad_id|>"]})
-    assert choose_pad_token(tokenizer) == "<|finetune_right_pad_id|>"
+    assert choose_pad_token(tokenizer, len(tokenizer)) == "<|finetune_right_pad_id|>"
 
 
 def test_a_tokenizer_with_nothing_but_eos_pads_with_it():
     tokenizer = build_tokenizer()
     tokenizer.bos_token = tokenizer.unk_token = tokenizer.pad_token = tokenizer.eos_token
-    assert choose_pad_token(tokenizer) == tokenizer.eos_token
+    assert choose_pad_token(tokenizer, len(tokenizer)) == tokenizer.eos_token
+
+
+def save_with_pad(tiny_model, folder, token):
+    """A copy of the tiny model whose tokenizer pads with this token, which its 259 embeddings may have no row for."""
+    shutil.copytree(tiny_model, folder)
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": token})
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_pad_token_beyond_the_embedding_gives_way_to_another_one(tiny_model, tmp_path):
+    folder = save_with_pad(tiny_model, tmp_path / "model", "[PAD]")
+    tokenizer = load_tokenizer(folder, Settings().model, 259)
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|endoftext|>", 0)
+    assert load_tokenizer(folder, Settings().model, 260).pad_token == "[PAD]"
+    for setting in ("pad_token", "eos_token"):
+        with pytest.raises(UserError, match=rf"{setting}='\[PAD\]' is the token 259 and .* has 259 rows: name a token"):
+            load_tokenizer(folder, Settings(**{setting: "[PAD]"}).model, 259)
+    with pytest.raises(
+        UserError, match=r"ends sequences in '<\|im_end\|>', the token 2, and .* has 2 rows: name another"
+    ):
+        load_tokenizer(folder, Settings().model, 2)
+
+
+@pytest.mark.parametrize("pad", [None, "<|endoftext|>", "<|im_end|>"])
+def test_any_pad_will_do_where_it_is_no_eos(tiny_model, tmp_path, pad):
+    folder = str(shutil.copytree(tiny_model, tmp_path / "model"))
+    tokenizer = build_tokenizer()
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(folder)
+    assert load_tokenizer(folder, Settings().model, 259).pad_token == "<|endoftext|>"
+
+
+def test_a_config_whose_pad_token_keeps_the_model_from_being_built_is_refused(change):
+    model = change(pad_token_id=259)
+    config = read_config(model, Settings().model)
+    for refused in (lambda: check_fit(model, config, Settings().model), lambda: build_skeleton(model, config, False)):
+        with pytest.raises(
+            UserError, match=r"has a pad_token_id in its config\.json that its embedding has no row for"
+        ):
+            refused()
+
+
+@pytest.mark.parametrize("stop", ["</s>", [2, None], 2.5])
+def test_a_stop_token_that_is_no_number_is_refused(tiny_model, tmp_path, stop):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
+    with pytest.raises(UserError, match="which is no token's number: give the number"):
+        find_stop_ids(str(folder), build_tokenizer(), None)

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """CSV, Parquet and Arrow become rows whole and in order, and damage is told."""
 
+from datetime import datetime
+from decimal import Decimal
+from uuid import UUID
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -51,14 +55,15 @@ def test_damaged_csv_is_told(tmp_path, content, num_rows, sentence):
 
 
 CALLS = [{"type": "function", "function": {"name": "f"}}]
+ASKED = {"role": "user", "content": "a", "tool_calls": None}
 TABLE = [
-    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": CALLS}], "text": None},
+    {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": CALLS}], "text": None},
     {"messages": None, "text": "b"},
     {"messages": [], "text": "c"},
 ]
 
 
-def test_tables_give_rows_without_the_nested_fields_that_arrow_adds(tmp_path):
+def test_tables_give_their_rows_whole_and_in_order(tmp_path):
     pq.write_table(pa.Table.from_pylist(TABLE), tmp_path / "a.parquet", row_group_size=2)
     for file in (
         tmp_path / "a.parquet",
@@ -67,6 +72,62 @@ def test_tables_give_rows_without_the_nested_fields_that_arrow_adds(tmp_path):
     ):
         for max_rows in (1, 2, 9):
             assert read_rows(file, max_rows) == ([1, 2, 3], TABLE)
+
+
+JSON_TEXTS = ['{"n": 12345678901234567890, "s": "\u6771\\u4eac", "l": [1, {"k": null}]}', '"2024-05-01"', None]
+MOMENT = datetime(2024, 5, 1, 10, 30)
+MAPS_IN_A_LIST = pa.list_view(pa.struct([("a", pa.map_(pa.string(), pa.string()))]))
+VALUES = [
+    (
+        pa.json_(),
+        JSON_TEXTS,
+        [{"n": 12345678901234567890, "s": "\u6771\u4eac", "l": [1, {"k": None}]}, "2024-05-01", None],
+    ),
+    (pa.json_(pa.large_string()), ['{"a": 1}'], [{"a": 1}]),
+    (pa.map_(pa.string(), pa.int64()), [[("a", 1), ("b", None)], [], None], [{"a": 1, "b": None}, {}, None]),
+    (pa.map_(pa.int32(), pa.list_(pa.date32())), [[(7, [MOMENT.date(), None])]], [{"7": ["2024-05-01", None]}]),
+    (MAPS_IN_A_LIST, [[{"a": [("k", "v")]}, None]], [[{"a": {"k": "v"}}, None]]),
+    (pa.struct([("at", pa.timestamp("us"))]), [{"at": MOMENT}], [{"at": "2024-05-01T10:30:00"}]),
+    (pa.timestamp("s"), [MOMENT, datetime(2024, 5, 1)], ["2024-05-01T10:30:00", "2024-05-01"]),
+    (pa.timestamp("ns", "UTC"), [MOMENT], ["2024-05-01T10:30:00+00:00"]),
+    (pa.time64("us"), [MOMENT.time()], ["10:30:00"]),
+    (pa.decimal128(38, 2), [Decimal("1.50"), Decimal("123456789012345678901.00")], [1.5, 123456789012345678901]),
+    (pa.binary(), ["\u00e9".encode(), b"\xff"], ["\u00e9", b"\xff"]),
+    (pa.large_binary(), [b"a"], ["a"]),
+    (pa.binary_view(), [b"a", None], ["a", None]),
+    (pa.uuid(), [UUID(int=1).bytes], ["00000000-0000-0000-0000-000000000001"]),
+    (pa.dictionary(pa.int32(), pa.string()), ["a", None, "a"], ["a", None, "a"]),
+    (pa.large_string(), ["\U0001f600"], ["\U0001f600"]),
+    (pa.string_view(), ["a" * 20, None], ["a" * 20, None]),
+    (pa.large_list_view(pa.int64()), [[1, 2], None, []], [[1, 2], None, []]),
+    (pa.struct([]), [{}, None], [{}, None]),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "wanted"), VALUES, ids=lambda value: str(value)[:30])
+def test_cells_are_what_json_has_in_their_place(tmp_path, kind, values, wanted):
+    table = pa.table({"cell": pa.array(values, kind)})
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    if kind != pa.struct([]):  # which Parquet cannot hold
+        pq.write_table(table, tmp_path / "a.parquet")
+    for file in tmp_path.iterdir():
+        cells = [row["cell"] for row in read_rows(file)[1]]
+        assert cells == wanted
+        assert list(map(type, cells)) == list(map(type, wanted))
+
+
+def test_cells_that_are_not_the_json_they_say_or_have_a_key_twice_make_bad_rows(tmp_path):
+    cells = pa.array(['{"a": ', '{"a": 1, "a": 2}', "1"], pa.json_())
+    pairs = pa.array([[("k", 1), ("k", 2)], [], []], pa.map_(pa.string(), pa.int64()))
+    pq.write_table(pa.table({"cell": cells}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"pairs": pairs}), tmp_path / "b.parquet")
+    broken, double, sound = read_rows(tmp_path / "a.parquet")[1]
+    assert broken.reason.startswith("has a column 'cell' that cannot be read (Expecting value")
+    assert double == BadRow("has a column 'cell' that cannot be read (has the key 'a' twice)")
+    assert sound == {"cell": 1}
+    twice = BadRow("has a column 'pairs' that cannot be read (has the key 'k' twice)")
+    assert read_rows(tmp_path / "b.parquet")[1] == [twice, {"pairs": {}}, {"pairs": {}}]
 
 
 def test_tables_without_rows_have_none(tmp_path):

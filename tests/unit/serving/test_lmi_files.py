@@ -84,6 +84,12 @@ def test_an_adapter_lies_where_lmi_looks_for_it(tmp_path):
         assert (tmp_path / "adapters/trained" / name).read_text() == name
 
 
+@pytest.mark.parametrize("has_stop_tokens", [True, False])
+def test_vllm_reads_the_tokens_that_end_an_answer_beside_the_adapter(tmp_path, has_stop_tokens):
+    options, _ = serve(tmp_path, lora=LoraConfig(target_modules=["q_proj"]), has_stop_tokens=has_stop_tokens)
+    assert options.get("generation_config") == ("/opt/ml/model" if has_stop_tokens else None)
+
+
 def test_a_base_without_a_name_is_left_to_the_user(tmp_path):
     options, _ = serve(tmp_path, lora=LoraConfig(target_modules=["q_proj"]), base_id=None)
     assert "model_id" not in options

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from trl import SFTConfig
 
 from llm_trainer.data.datasets import Data
@@ -17,7 +17,7 @@ from llm_trainer.journal.journal import Journal
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.training import sample_answers
 from llm_trainer.training.methods.sft import ResumableSFTTrainer
-from llm_trainer.training.sample_answers import SampleAnswers, choose_prompts
+from llm_trainer.training.sample_answers import SampleAnswers, choose_prompts, find_longest_prompt
 from support.trainers import build_run_context
 
 PROMPTS = ["one", "two", "three", "four"]
@@ -173,9 +173,22 @@ def test_when_the_time_is_up_the_rest_is_left_out(make, tmp_path, monkeypatch):
     assert read(tmp_path, "generation") == []
 
 
+def test_no_answer_goes_beyond_the_positions_of_the_model():
+    """On a GPU, an index beyond a table ends the process."""
+    config = {"vocab_size": 300, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    with torch.device("meta"):
+        models = [GPT2LMHeadModel(GPT2Config(n_positions=length, **config)) for length in (128, 2048)]
+    assert [find_longest_prompt(model) for model in models] == [64, 1024]
+    row = {"input_ids": [7] * 100, "labels": [IGNORED] * 70 + [7] * 30}
+    assert choose_prompts(Dataset.from_list([row]), 1, 64) == []
+    assert len(choose_prompts(Dataset.from_list([row]), 1, 1024)) == 1
+
+
 def test_prompts_end_where_the_loss_begins(tokenizer):
     def prompts(*rows, number=9):
-        return [(prompt.input_ids, prompt.reference_ids) for prompt in choose_prompts(Dataset.from_list(rows), number)]
+        return [
+            (prompt.input_ids, prompt.reference_ids) for prompt in choose_prompts(Dataset.from_list(rows), number, 1024)
+        ]
 
     two_turns = {"input_ids": [1, 2, 3, 4, 5, 6], "labels": [IGNORED, IGNORED, 3, 4, IGNORED, 6]}
     assert prompts(two_turns) == [([1, 2], [3, 4])]

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training arguments: our defaults, and the user's settings, which win."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import OWN_NAMES, Settings
@@ -14,6 +18,7 @@ from llm_trainer.training.trainer_config import (
     LORA_LEARNING_RATE,
     build_arguments,
     choose_defaults,
+    prepare_config,
 )
 from support.trainers import collect_sources
 
@@ -64,3 +69,15 @@ def test_others_act_on_rows_checkpoints_and_trackers(tmp_path):
 def test_a_value_that_transformers_refuses_is_a_mistake_of_the_users(tmp_path):
     with pytest.raises(UserError, match=r"^Transformers refuses these settings: .*\.$"):
         build(tmp_path, load_best_model_at_end=True, eval_strategy="no", save_strategy="steps")
+
+
+def test_a_checkpoint_is_written_where_the_bases_generation_config_contradicts_itself(tiny_model, tmp_path, capsys):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "do_sample": False}))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    prepare_config(model, tokenizer)
+    assert "contradicts itself in temperature" in capsys.readouterr().out
+    model.save_pretrained(tmp_path / "checkpoint")
+    assert "temperature" not in (tmp_path / "checkpoint/generation_config.json").read_text()
+    prepare_config(model, tokenizer)
+    assert "contradicts" not in capsys.readouterr().out
