@@ -177,6 +177,7 @@ def unify_value(value: Any) -> Any:
     """Return a value as each kind of file can hold it, without null fields and with whole numbers as integers.
 
     Parquet, Arrow and data sets of the Hub give each object of a column all fields, and each number of it one type.
+    Raises RowError for a value that JSON does not have.
     """
     if isinstance(value, dict):
         return {key: unify_value(field) for key, field in value.items() if field is not None}
@@ -184,6 +185,8 @@ def unify_value(value: Any) -> Any:
         return [unify_value(element) for element in value]
     if isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST_EXACT:
         return int(value)
+    if not isinstance(value, str | int | float | None):  # bytes or a duration, which a template would write as <bytes>
+        raise RowError(f"with a value that is {describe_value(value)}, which JSON does not have: write it as text.")
     return value
 
 
