@@ -178,6 +178,7 @@ def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: V
     """
     from llm_trainer.data.splits import prepare_splits
     from llm_trainer.model import loading  # Transformers takes seconds to import, and has to find the variables set
+    from llm_trainer.model.positions import count_positions
     from llm_trainer.model.quantization import find_quantization_problems
 
     settings, inputs = job.settings, job.inputs
@@ -186,7 +187,7 @@ def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: V
     sections = (settings.model, settings.adapter, settings.parallelism)
     validation.add_findings("model", "error", find_quantization_problems(folder, config, *sections))
     skeleton = examine_structure(folder, config, settings, validation)
-    data = bound_rows(skeleton, settings, validation)
+    data = bound_rows(count_positions(skeleton) if skeleton else None, settings, validation)
     tokenizer = loading.load_tokenizer(folder, settings.model, config.get_text_config().vocab_size)
     vocabulary = loading.build_vocabulary(folder, config, tokenizer, settings.model.model_revision)
     if skeleton is not None and reads_base_from_hub(inputs):
@@ -195,12 +196,12 @@ def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: V
     return PreparedData(folder, settings.model_copy(update={"data": data}), config, tokenizer, splits, problems)
 
 
-def bound_rows(skeleton: "PreTrainedModel | None", settings: Settings, validation: Validation) -> "DataSettings":
+def bound_rows(num_positions: int | None, settings: Settings, validation: Validation) -> "DataSettings":
     """Return the settings of the data as the model's positions bound them, after adding what exceeds them."""
-    from llm_trainer.model.positions import bound_length, count_positions
+    from llm_trainer.model.positions import bound_length
 
     try:
-        return bound_length(settings.data, count_positions(skeleton) if skeleton else None)
+        return bound_length(settings.data, num_positions)
     except UserError as error:
         validation.add_findings("settings", "error", error.problems)
         return settings.data

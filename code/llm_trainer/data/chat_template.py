@@ -1,22 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chat template of the model: render a conversation, and find the assistant's turns in its text."""
 
+import copy
+import os.path
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, partial
 from types import FrameType
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers, supports_tool_calling
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from llm_trainer.common.errors import UserError, cut_quote, quote_error
 from llm_trainer.data.formats import SHAREGPT_ROLES, Conversation, Fields, RowError
+from llm_trainer.data.messages import (
+    HIDDEN_END,
+    THOUGHTS_END,
+    check_parts,
+    complete_ids,
+    find_last_question,
+    fold_thoughts,
+    has_thoughts,
+    hide_thoughts_end,
+    unfold_thoughts,
+    write_arguments,
+)
 
 Span = tuple[int, int]  # from the first character to the one after the last
 
@@ -31,10 +45,14 @@ TEMPLATE_ERRORS = (
 )
 ROLES = ("system", "user", "assistant", "tool")
 
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 PROBE = "probe-7c3a9e"  # no template writes this text by itself
 ASKED = {"role": "user", "content": "ping"}
 PROBE_TOOL = {"type": "function", "function": {"name": PROBE, "description": "", "parameters": {"type": "object"}}}
+PROBE_CALL = {"id": "probe7c3a", "type": "function", "function": {"name": "ping", "arguments": {"key": PROBE}}}
+PING = {"name": "ping", "arguments": {}}
+PROBE_RESULT = {"role": "tool", "name": "ping", "tool_call_id": "probe7c3a", "content": "pong-7c3a9e"}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]}
+THINKING = {"role": "assistant", "content": "pong", "reasoning_content": PROBE}
 
 
 class ChatTemplate:
@@ -45,13 +63,12 @@ class ChatTemplate:
 
         Raises UserError where there is no template, or turns have to be found and cannot be.
         """
-        if tokenizer.chat_template is None:
-            raise UserError(
-                "The data has messages but the model's tokenizer has no chat template: use an instruct model, "
-                "give a template with chat_template_path, or give rows with a text field."
-            )
-        self.tokenizer = tokenizer
-        self.source: str = tokenizer.get_chat_template()
+        named = list_templates(tokenizer)
+        self.tokenizer = with_template(tokenizer, named["default"])
+        self.for_tools: ChatTemplate | None = None  # the template for rows with tools, where it is another
+        if "tool_use" in named:
+            self.for_tools = ChatTemplate(with_template(tokenizer, named["tool_use"]), finds_turns)
+        self.source: str = self.tokenizer.chat_template
         self.named_source = self.source  # the model's own, which may name roles that TRL's version of it does not
         self.is_marked = False  # whether {% generation %} marks the turns
         # The texts that a template without marks writes before and after an assistant's text.
@@ -71,8 +88,13 @@ class ChatTemplate:
             )
 
     @property
+    def tells_every_turn(self) -> bool:
+        """True where the assistant's turns can be found in rows with tools, too."""
+        return self.tells_turns and (self.for_tools is None or self.for_tools.tells_turns)
+
+    @property
     def tells_turns(self) -> bool:
-        """True where the assistant's turns can be found."""
+        """True where the assistant's turns can be found in what this template renders."""
         return self.is_marked or bool(self.turn_end)
 
     def find_turn_marks(self) -> None:
@@ -106,9 +128,29 @@ class ChatTemplate:
 
     @cached_property
     def renders_reasoning(self) -> bool:
-        """True where the template renders a message's `reasoning_content`."""
-        answer = {"role": "assistant", "content": "pong", "reasoning_content": PROBE}
-        return PROBE in self.try_rendering([ASKED, answer])
+        """True where the template renders the `reasoning_content` of an answer."""
+        return PROBE in self.try_rendering([ASKED, THINKING])
+
+    @cached_property
+    def renders_call_reasoning(self) -> bool:
+        """True where the template renders the `reasoning_content` of a message with calls."""
+        calling = self.shape_arguments({**CALLING, "tool_calls": [{**PROBE_CALL, "function": PING}]})
+        return PROBE in self.try_rendering([ASKED, {**calling, "reasoning_content": PROBE}])
+
+    @cached_property
+    def inline_thoughts(self) -> str:
+        """The text of an answer that begins with thoughts in <think> marks."""
+        return self.try_rendering([ASKED, fold_thoughts(THINKING)])
+
+    @cached_property
+    def cuts_thoughts(self) -> bool:
+        """True where the template cuts off the thoughts with which even a last answer begins."""
+        return "pong" in self.inline_thoughts and PROBE not in self.inline_thoughts
+
+    @cached_property
+    def unfolds_thoughts(self) -> bool:
+        """True where the template has another place for thoughts than the beginning of the answer."""
+        return self.renders_reasoning and self.inline_thoughts.split() != self.try_rendering([ASKED, THINKING]).split()
 
     @cached_property
     def renders_tools(self) -> bool:
@@ -116,12 +158,19 @@ class ChatTemplate:
         return PROBE in self.try_rendering([ASKED], [PROBE_TOOL])
 
     @cached_property
+    def takes_objects(self) -> bool:
+        """True where the template takes a call's arguments as an object, and not only as JSON text."""
+        return PROBE in self.try_rendering([ASKED, CALLING])
+
+    @cached_property
     def renders_tool_calls(self) -> bool:
         """True where the template renders tool calls and their results."""
-        try:
-            return supports_tool_calling(self.tokenizer)
-        except TEMPLATE_ERRORS:  # TRL catches few of them
-            return False
+        text = self.try_rendering([ASKED, self.shape_arguments(CALLING), PROBE_RESULT])
+        return PROBE in text and PROBE_RESULT["content"] in text
+
+    def shape_arguments(self, message: Fields) -> Fields:
+        """Return a message with the arguments of its calls in the form that the template takes."""
+        return message if self.takes_objects else write_arguments(message)
 
     def render_conversation(self, conversation: Conversation) -> tuple[str, list[Span] | None]:
         """Return a conversation's text and the spans to train on; None where turns cannot or need not be told apart.
@@ -130,7 +179,8 @@ class ChatTemplate:
         is raised for a row that takes too long, too, and UserError after several of them.
         """
         try:
-            return self.render_whole(conversation)
+            template = self.for_tools if self.for_tools and conversation.tools else self
+            return template.render_whole(conversation)
         except TimeUp as error:
             self.num_late_rows += 1
             if self.num_late_rows == MAX_LATE_ROWS:
@@ -143,13 +193,48 @@ class ChatTemplate:
         """Return the text and spans of `render_conversation`, however long it takes. Raises RowError."""
         self.check_roles(conversation)
         self.check_tools(conversation)
-        if has_reasoning(conversation) and not self.renders_reasoning:
-            conversation = fold_reasoning(conversation)
+        messages = self.shape_messages(conversation.messages)
+        if messages is not conversation.messages:
+            conversation = replace(conversation, messages=messages)
+        text, spans = self.render_turns(conversation)
+        check_parts(conversation, text, join_texts(text, spans), partial(self.render_changed, conversation))
+        return text, None if spans is None else self.pick_turns(conversation, spans)
+
+    def render_turns(self, conversation: Conversation) -> tuple[str, list[Span] | None]:
+        """Return the text and the spans of all the assistant's turns; None where they are not told. Raises RowError."""
         text, marked = self.render(conversation.messages, conversation.tools)
-        check_messages(conversation.messages, text)
         if not self.tells_turns:
             return text, None
-        return text, self.pick_turns(conversation, marked if self.is_marked else self.find_turns(conversation, text))
+        return text, marked if self.is_marked else self.find_turns(conversation, text)
+
+    def render_changed(self, conversation: Conversation, messages: list[Fields]) -> tuple[str, str]:
+        """Return the text of a conversation with other messages, and what the assistant says in it. Raises RowError."""
+        text, spans = self.render_turns(replace(conversation, messages=messages))
+        return text, join_texts(text, spans)
+
+    def shape_messages(self, messages: list[Fields]) -> list[Fields]:
+        """Return messages in the forms that the template takes, which say the same."""
+        if any(message.get("tool_calls") for message in messages):
+            if "tool_call_id" in self.source:
+                messages = complete_ids(messages)
+            messages = [self.shape_arguments(message) if message.get("tool_calls") else message for message in messages]
+        if any(has_thoughts(message) for message in messages):
+            last = find_last_question(messages)
+            messages = [
+                self.shape_thoughts(message, number > last) if message["role"] == "assistant" else message
+                for number, message in enumerate(messages)
+            ]
+        return messages
+
+    def shape_thoughts(self, message: Fields, is_last: bool) -> Fields:
+        """Return an assistant's message with its thoughts where the template writes them, if it can.
+
+        A template may cut thoughts off the history, as a server would. In the last turn they have to stay.
+        """
+        if not (self.renders_call_reasoning if message.get("tool_calls") else self.renders_reasoning):
+            message = fold_thoughts(message)
+            return hide_thoughts_end(message) if is_last and self.cuts_thoughts else message
+        return unfold_thoughts(message) if self.unfolds_thoughts else message
 
     def render(
         self, messages: list[Fields], tools: list[Fields] | None, add_generation_prompt: bool = False
@@ -169,7 +254,7 @@ class ChatTemplate:
             )
         except TEMPLATE_ERRORS as error:
             raise RowError(f"is refused by the model's chat template: {quote_error(error)}.") from error
-        return text, join_spans(spans[0]) if spans else []
+        return text.replace(HIDDEN_END, THOUGHTS_END), join_spans(spans[0]) if spans else []
 
     def find_turns(self, conversation: Conversation, text: str) -> list[Span]:
         """Return the span of each assistant turn, with the text that ends it. Raises RowError where none ends it."""
@@ -178,17 +263,36 @@ class ChatTemplate:
         is_plain = bool(self.turn_start) and text.count(self.turn_start) == len(turns)
         spans: list[Span] = []
         for number in turns:
+            before = spans[-1][1] if spans else 0
             if is_plain:
-                start = text.index(self.turn_start, spans[-1][1] if spans else 0) + len(self.turn_start)
+                start = text.index(self.turn_start, before) + len(self.turn_start)
             else:
                 start = self.find_start(conversation, number, text)
-            content = conversation.messages[number]["content"].strip()
-            place = text.find(content, start)
-            end = text.find(self.turn_end, place + len(content) if place >= 0 else start)
-            if end < 0:
-                raise RowError(f"has a message {number + 1} whose end the model's chat template hides.")
-            spans.append((start, end + len(self.turn_end)))
+            end = self.find_call_end(conversation, number, text) or self.find_end(conversation, number, text, start)
+            if not before <= start < end:
+                raise RowError(f"has a message {number + 1} that the model's chat template joins with another: {FIX}")
+            spans.append((start, end))
         return spans
+
+    def find_end(self, conversation: Conversation, number: int, text: str, start: int) -> int:
+        """Return where the text that ends a message's turn ends. Raises RowError where there is none."""
+        content = conversation.messages[number]["content"].strip()
+        place = text.find(content, start)
+        end = text.find(self.turn_end, place + len(content) if place >= 0 else start)
+        if end < 0:
+            raise RowError(f"has a message {number + 1} whose end the model's chat template hides.")
+        return end + len(self.turn_end)
+
+    def find_call_end(self, conversation: Conversation, number: int, text: str) -> int:
+        """Return where a message with calls ends; 0 for one without, or where it ends as an answer does.
+
+        Some templates write the results into the same turn: what the model says ends where they begin.
+        """
+        if not conversation.messages[number].get("tool_calls"):
+            return 0
+        alone, _ = self.render(conversation.messages[: number + 1], conversation.tools)
+        shared = len(os.path.commonprefix([alone, text]))  # noqa: RUF071 - characters are meant
+        return 0 if self.turn_end in alone[shared:] or alone[:shared].rstrip().endswith(self.turn_end) else shared
 
     def find_start(self, conversation: Conversation, number: int, text: str) -> int:
         """Return where the turn of a message begins: after the rendered prompt that asks the model for it.
@@ -247,6 +351,30 @@ class ChatTemplate:
             raise RowError(f"has tool calls or results, and the model's chat template does not render them: {fix}")
 
 
+def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
+    """Return the same tokenizer with another chat template."""
+    other = copy.copy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+def list_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return a tokenizer's chat templates by name; the only one is the default. Raises UserError without a default."""
+    template = tokenizer.chat_template
+    if template is None:
+        raise UserError(
+            "The data has messages but the model's tokenizer has no chat template: use an instruct model, "
+            "give a template with chat_template_path, or give rows with a text field."
+        )
+    named = template if isinstance(template, dict) else {"default": template}
+    if "default" not in named:
+        raise UserError(
+            f"The model's tokenizer has chat templates named {', '.join(sorted(named))} and none named default: "
+            "give one with chat_template_path."
+        )
+    return named
+
+
 class TimeUp(BaseException):
     """The end of the time that a row may compute. No `except Exception` of a library catches it."""
 
@@ -296,7 +424,7 @@ def find_turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     try:
         with limit_rows(MAX_SECONDS):
             text = ChatTemplate(tokenizer, finds_turns=False).try_rendering(answered)
-    except TimeUp:
+    except (TimeUp, UserError):  # the second where templates have names, and none is the default
         return None
     _, found, end = text.rpartition(PROBE)
     ids = tokenizer.encode(end.rstrip(), add_special_tokens=False) if found else []
@@ -313,33 +441,11 @@ def join_spans(spans: list[Span]) -> list[Span]:
     return joined
 
 
-def check_messages(messages: list[Fields], text: str) -> None:
-    """Raise RowError where a message is missing in the text: templates skip unknown roles silently."""
-    for number, message in enumerate(messages, start=1):
-        if message["role"] not in ("assistant", "tool") and message["content"].strip() not in text:
-            raise RowError(
-                f"has a message {number} with the role {message['role']!r}, which the model's chat template leaves "
-                "out: use a role that it knows, or another template with chat_template_path."
-            )
-
-
-def has_reasoning(conversation: Conversation) -> bool:
-    """Tell whether a message has a field with reasoning."""
-    return any(key in message for message in conversation.messages for key in REASONING_FIELDS)
-
-
-def fold_reasoning(conversation: Conversation) -> Conversation:
-    """Move reasoning into the content, for a template that has no place of its own for it."""
-    messages = []
-    for message in conversation.messages:
-        reasoning = next((message[key] for key in REASONING_FIELDS if message.get(key)), None)
-        if reasoning is not None and message["role"] == "assistant":
-            rest = {key: value for key, value in message.items() if key not in REASONING_FIELDS}
-            message = {**rest, "content": f"<think>\n{reasoning}\n</think>\n\n{message['content']}"}
-        messages.append(message)
-    return Conversation(messages, conversation.tools, conversation.num_prompt_messages)
-
-
 def is_trained_on(message: Fields) -> bool:
     """Tell whether a message may be trained on, by OpenAI's `weight` and Axolotl's `train`."""
     return message.get("weight") != 0 and message.get("train", True) is not False
+
+
+def join_texts(text: str, spans: list[Span] | None) -> str:
+    """Return the texts of spans, one behind the other; the whole text without any."""
+    return text if spans is None else "\0".join(text[start:end] for start, end in spans)

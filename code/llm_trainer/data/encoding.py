@@ -101,7 +101,7 @@ class Encoder:
             if self.settings.completion_only_loss is False:
                 return "all tokens"
             return "completions" if self.tokenizer.is_fast else "all tokens, since the tokenizer has no tokenizer.json"
-        if self.template.tells_turns:
+        if self.template.tells_every_turn:
             return "assistant turns"
         return "all tokens" if self.finds_turns is False else "all tokens, since the chat template does not tell turns"
 

@@ -28,6 +28,9 @@ LARGEST_EXACT = 2**53  # beyond it a float is no longer one whole number
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 SHAREGPT_ROLES |= {"function_call": "assistant", "observation": "tool", "function_response": "tool"}
 
+ARGUMENTS = ("arguments", "parameters")  # of a call, the second in Llama's form
+CALL_FIELDS = ("name", "id", "type", "index", "function")  # other fields of a call, which say nothing that is trained
+
 # Prompts with which Alpaca's authors trained, for a model that has no chat template.
 ALPACA_TASK = "Below is an instruction that describes a task"
 ALPACA_REQUEST = "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
@@ -177,6 +180,7 @@ def unify_value(value: Any) -> Any:
     """Return a value as each kind of file can hold it, without null fields and with whole numbers as integers.
 
     Parquet, Arrow and data sets of the Hub give each object of a column all fields, and each number of it one type.
+    Raises RowError for a value that JSON does not have.
     """
     if isinstance(value, dict):
         return {key: unify_value(field) for key, field in value.items() if field is not None}
@@ -184,6 +188,8 @@ def unify_value(value: Any) -> Any:
         return [unify_value(element) for element in value]
     if isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST_EXACT:
         return int(value)
+    if not isinstance(value, str | int | float | None):  # bytes or a duration, which a template would write as <bytes>
+        raise RowError(f"with a value that is {describe_value(value)}, which JSON does not have: write it as text.")
     return value
 
 
@@ -297,8 +303,10 @@ def parse_message(message: Any) -> Fields:
         message = convert_sharegpt_message(message)
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
         raise RowError("without a 'role': write it as {'role': ..., 'content': ...}.")
+    message = modernize_message(message)
     if "tool_calls" in message:
-        message["tool_calls"] = parse_tool_calls(message["tool_calls"])
+        calls = parse_tool_calls(message.pop("tool_calls"))
+        message |= {"tool_calls": calls} if calls else {}  # a server drops an empty list, which some templates misread
     message["content"] = parse_content(message)
     return message
 
@@ -314,6 +322,17 @@ def convert_sharegpt_message(message: Fields) -> Fields:
         "role": role,
         "content": message["value"],
     }
+
+
+def modernize_message(message: Fields) -> Fields:
+    """Convert a message of OpenAI's older form: `function_call` becomes a tool call, the role `function` a tool's."""
+    if message["role"] == "function":
+        message = {**message, "role": "tool"}
+    if "function_call" not in message:
+        return message
+    call = message["function_call"]
+    rest = {key: value for key, value in message.items() if key != "function_call"}
+    return {"tool_calls": [call], **rest} if call else rest
 
 
 def parse_content(message: Fields) -> str:
@@ -353,18 +372,48 @@ def parse_tool_calls(value: Any) -> list[Fields]:
     """
     calls = parse_json_text(value)
     calls = [calls] if isinstance(calls, dict) else calls
+    if calls is None or (isinstance(calls, str) and not calls.strip()):
+        return []
     if not isinstance(calls, list):
         raise RowError(f"whose 'tool_calls' is {describe_value(calls)} and not a list of calls: write a list.")
-    parsed = []
-    for call in calls:
-        call = parse_json_text(call)
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RowError("with a tool call that has no function name: write {'function': {'name': ..., ...}}.")
-        arguments = parse_json_text(function.get("arguments", {}))
-        rest = {key: value for key, value in call.items() if key in ("id",)}
-        parsed.append({**rest, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
-    return parsed
+    return [parse_tool_call(parse_json_text(call)) for call in calls]
+
+
+def parse_tool_call(call: Any) -> Fields:
+    """Parse one call, whose function may stand in an object of its own. Raises RowError."""
+    function = parse_json_text(call.get("function", call)) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise RowError("with a tool call that has no function name: write {'function': {'name': ..., ...}}.")
+    given = [key for key in ARGUMENTS if key in function]
+    unknown = [key for key in function if key not in (*ARGUMENTS, *CALL_FIELDS)]
+    if not given and unknown:
+        raise RowError(
+            f"with a call of {cut_quote(function['name'])!r} that has {cut_quote(unknown[0])!r} and no 'arguments': "
+            "name them 'arguments'."
+        )
+    arguments = parse_arguments(function[given[0]] if given else None, function["name"])
+    rest = {"id": call["id"]} if call.get("id") else {}
+    return {**rest, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def parse_arguments(value: Any, name: str) -> Fields:
+    """Return a call's arguments, an object or its JSON text; {} for null and an empty text. Raises RowError."""
+    arguments = value
+    if isinstance(value, str):
+        try:
+            arguments = parse_json(value) if value.strip() else None
+        except ValueError as error:
+            raise RowError(
+                f"with a call of {cut_quote(name)!r} whose 'arguments' are not valid JSON ({error}): mend the text."
+            ) from error
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, dict):
+        raise RowError(
+            f"with a call of {cut_quote(name)!r} whose 'arguments' are {describe_value(arguments)} and not an object: "
+            "write {'name': value, ...}."
+        )
+    return arguments
 
 
 def parse_tools(value: Any) -> list[Fields] | None:
@@ -376,4 +425,22 @@ def parse_tools(value: Any) -> list[Fields] | None:
         tools = [unify_value(parse_json_text(tool)) for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError(f"field 'tools' is {cut_quote(repr(tools))} and not a list of JSON schemas: write a list.")
-    return tools
+    return [parse_tool(tool) for tool in tools]
+
+
+def parse_tool(tool: Fields) -> Fields:
+    """Return a tool in the form that a server sends to the template, where it may be a bare function. Raises RowError.
+
+    Parameters may be JSON text.
+    """
+    if not isinstance(tool.get("name"), str) and "function" not in tool:
+        return tool  # of a kind that is no function, for templates that know it
+    function = parse_json_text(tool.get("function", {key: value for key, value in tool.items() if key != "type"}))
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowError(
+            "field 'tools' has a function without a name: write {'type': 'function', 'function': {'name': ..., ...}}."
+        )
+    if isinstance(function.get("parameters"), str):
+        function = {**function, "parameters": parse_json_text(function["parameters"])}
+    rest = {key: value for key, value in tool.items() if key not in ("type", "function")} if "function" in tool else {}
+    return {"type": "function", **rest, "function": function}

@@ -41,7 +41,7 @@ ROWS, REPORT = "rows.arrow", "report.json"
 CODE_THAT_DECIDES_TOKENS = (
     *("readers/rows.py", "readers/json.py", "readers/tables.py", "readers/files.py", "readers/discovery.py"),
     *("readers/sources.py", "data/formats.py", "data/chat_template.py", "data/encoding.py", "data/labels.py"),
-    "data/control_tokens.py",
+    *("data/messages.py", "data/control_tokens.py"),
     *("data/tokenize.py", "data/token_cache.py", "data/report.py", "data/streaming.py"),
 )
 # Settings that decide how a row is read and tokenized.

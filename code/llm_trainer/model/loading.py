@@ -194,19 +194,19 @@ def build_source_options(settings: ModelSettings) -> dict[str, Any]:
     return {"revision": settings.model_revision or "main", "trust_remote_code": settings.trust_remote_code}
 
 
-def read_chat_template(path: str) -> str:
-    """Return a Jinja file's text, or the chat template of another tokenizer's folder or Hub id.
+def read_chat_template(path: str) -> str | dict[str, str]:
+    """Return a Jinja file's text, or the chat template of another tokenizer's folder or Hub id, or all with names.
 
     Raise UserError when it cannot be read, or the tokenizer has none.
     """
     try:
         if Path(path).is_file():
             return Path(path).read_text(encoding="utf-8")
-        template = AutoTokenizer.from_pretrained(path).chat_template
+        template: str | dict[str, str] | None = AutoTokenizer.from_pretrained(path).chat_template
     except LOADING_ERRORS as error:
         refusal = find_refusal(error, f"chat_template_path={path!r}")
         raise UserError(refusal or f"chat_template_path={path!r} could not be read ({quote_error(error)}).") from error
-    if not isinstance(template, str):
+    if template is None:
         raise UserError(f"chat_template_path={path!r} has no chat template: give a .jinja file.")
     return template
 

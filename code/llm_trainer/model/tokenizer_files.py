@@ -17,11 +17,12 @@ from llm_trainer.common.errors import quote_error
 from llm_trainer.common.files import remove_path, write_text
 
 CONFIG, NAMED_TOKENS, TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
+NAMED_TEMPLATES = "additional_chat_templates"
 PATTERNS = (
-    *("tokenizer*", "chat_template*", "additional_chat_templates", NAMED_TOKENS, "added_tokens.json"),
+    *("tokenizer*", "chat_template*", NAMED_TEMPLATES, NAMED_TOKENS, "added_tokens.json"),
     *("vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json"),
 )
-OTHER_TEMPLATES = ("additional_chat_templates", "chat_template.json")  # a processor's, and those with names
+OTHER_TEMPLATES = (NAMED_TEMPLATES, "chat_template.json")  # a processor's, and those with names
 # Classes of Transformers 5 alone -> the class that stands for them in both.
 CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast", "PythonBackend": "PreTrainedTokenizer"}
 NEW_FIELDS = ("backend", "is_local", "local_files_only")  # of the loading, which Transformers 5 writes down
@@ -62,16 +63,18 @@ def change_tokens(folder: Path, tokens: dict[str, str | None]) -> None:
 
 
 def change_template(folder: Path, template: str | dict[str, str] | None) -> None:
-    """Give a tokenizer's files another chat template, in both places where servers look for one.
-
-    Templates with names stay as the base has them.
-    """
-    if not isinstance(template, str):
+    """Give a tokenizer's files another chat template, or others with names, in both places where servers look."""
+    if template is None:
         return
-    for name in OTHER_TEMPLATES:
+    for name in (*OTHER_TEMPLATES, TEMPLATE):
         remove_path(folder / name)
-    write_text(folder / TEMPLATE, template)
-    change_object(folder / CONFIG, {"chat_template": template})
+    named = template if isinstance(template, dict) else {"default": template}
+    for name, source in named.items():
+        file = folder / TEMPLATE if name == "default" else folder / NAMED_TEMPLATES / f"{name}.jinja"
+        file.parent.mkdir(exist_ok=True)
+        write_text(file, source)
+    listed = [{"name": name, "template": source} for name, source in named.items()]
+    change_object(folder / CONFIG, {"chat_template": template if isinstance(template, str) else listed})
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -77,7 +77,7 @@ class ServedModel:
     config: "PreTrainedConfig"
     num_weights: int
     dtype: "torch.dtype"
-    chat_template: str | None
+    chat_template: str | dict[str, str] | None  # templates with names, or the only one
     lora: "LoraConfig | None"  # None for whole or merged weights
     base_id: str | None  # None for a base that came as a channel, which no Hub knows
     base_revision: str | None
@@ -89,6 +89,12 @@ class ServedModel:
     def text_config(self) -> "PreTrainedConfig":
         """The configuration of the language model, which a multimodal model nests."""
         return self.config.get_text_config()
+
+    def find_template(self, name: str) -> str:
+        """Return the chat template of a name, as Transformers and vLLM choose it; empty without one."""
+        if isinstance(self.chat_template, dict):
+            return self.chat_template.get(name) or self.chat_template.get("default", "")
+        return self.chat_template or ""
 
 
 def write_serving_files(folder: Path, model: ServedModel, artefacts: Path) -> list[str]:
@@ -288,7 +294,7 @@ def choose_length(model: ServedModel) -> int | None:
 
 def find_tool_parser(model: ServedModel) -> str | None:
     """Return vLLM's parser of the tool calls that the chat template writes; None where it writes none."""
-    template = model.chat_template or ""
+    template = model.find_template("tool_use")
     if "tools" not in template:
         return None
     if "```json" in template and DEEPSEEK_CALLS in template:
@@ -304,10 +310,10 @@ def find_reasoning_parser(model: ServedModel) -> str | None:
 
     Most of vLLM's parsers take an answer without such an end for reasoning alone: its content would be empty.
     """
-    family = model.text_config.model_type
-    if model.chat_template is None or not any(end in render_answer(model.chat_template) for end in REASONING_ENDS):
+    family, template = model.text_config.model_type, model.find_template("default")
+    if not template or not any(end in render_answer(template) for end in REASONING_ENDS):
         return None
-    return "mistral" if "[THINK]" in model.chat_template else REASONING_OF_FAMILY.get(family)
+    return "mistral" if "[THINK]" in template else REASONING_OF_FAMILY.get(family)
 
 
 def render_answer(template: str) -> str:

@@ -251,3 +251,51 @@ def test_the_token_that_ends_a_turn_is_found(template, end):
     tokenizer = build_tokenizer()
     tokenizer.chat_template = template
     assert find_turn_end(tokenizer) == (tokenizer.convert_tokens_to_ids(end) if end else None)
+
+
+NAMED = {"default": build_tokenizer().chat_template, "tool_use": (TEMPLATES / "qwen3.jinja").read_text(), "rag": "no"}
+
+
+def build_named(templates, finds_turns=None):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = templates
+    return ChatTemplate(tokenizer, finds_turns), tokenizer
+
+
+def test_rows_with_tools_take_the_template_named_for_them_as_transformers_does():
+    template, tokenizer = build_named(NAMED)
+    assert template.tells_every_turn
+    for tools in (None, TOOLS):
+        text, _ = template.render_conversation(Conversation([ASK, ANSWER], tools))
+        assert text == tokenizer.apply_chat_template([ASK, ANSWER], tools=tools, tokenize=False)
+    assert turns_of(template, CHAT, tools=TOOLS)[1] == "<think>\n\n</think>\n\nsecond answer<|im_end|>\n"
+    assert turns_of(template, CHAT)[1] == "second answer<|im_end|>"
+    assert tokenizer.chat_template == NAMED, "the tokenizer stays as it is"
+
+
+def test_each_template_with_a_name_has_to_tell_turns_where_they_are_wanted():
+    endless = "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ tools or '' }}\n{% endfor %}"
+    assert not build_named({**NAMED, "tool_use": endless})[0].tells_every_turn
+    with pytest.raises(UserError, match="does not tell where the assistant's turns end"):
+        build_named({**NAMED, "tool_use": endless}, finds_turns=True)
+    with pytest.raises(UserError, match=r"named rag, tool_use and none named default: give one with"):
+        build_named({"rag": "no", "tool_use": NAMED["tool_use"]})
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gemma4_v3", "gemma4_v4", "gemma4_v5"])
+def test_a_call_ends_where_its_result_begins_in_the_same_turn(family):
+    template = build((TEMPLATES / f"{family}.jinja").read_text())
+    assert not template.is_marked
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    result = {"role": "tool", "content": "42", "name": "add"}
+    first, second = turns_of(template, [ASK, call, result, LAST], tools=TOOLS)
+    assert first == "<|tool_call>call:add{x:41}<tool_call|><|tool_response>"
+    assert second.strip() == "second answer<turn|>"
+    assert turns_of(template, [ASK, call], tools=TOOLS) == [first]
+
+
+def test_a_template_that_takes_arguments_as_text_gets_text():
+    template = build((TEMPLATES / "deepseekv3.jinja").read_text(), finds_turns=False)
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    text, _ = template.render_conversation(Conversation([ASK, call, {"role": "tool", "content": "42"}, LAST]))
+    assert 'add\n```json\n{"x": 41}\n```' in text

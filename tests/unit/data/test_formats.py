@@ -92,6 +92,80 @@ def test_openai_tool_calls_get_arguments_that_templates_can_render():
     assert message["tool_calls"][0]["id"] == "1"
 
 
+def parse_call(function):
+    (message,) = parse({"messages": [{"role": "assistant", "content": "", "tool_calls": [function]}]}).messages
+    return message["tool_calls"][0]["function"]
+
+
+@pytest.mark.parametrize("given", [{"arguments": none} for none in ("", " ", None, "null", {}, "{}")] + [{}])
+def test_a_call_without_arguments_has_an_empty_object(given):
+    assert parse_call({"function": {"name": "f", **given}}) == {"name": "f", "arguments": {}}
+    assert parse_call({"name": "f", **given}) == {"name": "f", "arguments": {}}
+
+
+def test_arguments_of_llamas_form_are_read():
+    assert parse_call({"name": "f", "parameters": {"x": 1}}) == {"name": "f", "arguments": {"x": 1}}
+
+
+@pytest.mark.parametrize(
+    ("function", "problem"),
+    [
+        (
+            {"name": "f", "arguments": "[1]"},
+            "with a call of 'f' whose 'arguments' are a list and not an object: write {",
+        ),
+        ({"name": "f", "arguments": "5"}, "whose 'arguments' are a number and not an object"),
+        ({"name": "f", "arguments": '"x"'}, "whose 'arguments' are a text and not an object"),
+        ({"name": "f", "arguments": ["x"]}, "whose 'arguments' are a list and not an object"),
+        ({"name": "f", "arguments": "x=1"}, "with a call of 'f' whose 'arguments' are not valid JSON ("),
+        (
+            {"name": "f", "args": {"x": 1}},
+            "with a call of 'f' that has 'args' and no 'arguments': name them 'arguments'.",
+        ),
+        ({"arguments": {}}, "with a tool call that has no function name"),
+        ({"name": "", "arguments": {}}, "with a tool call that has no function name"),
+    ],
+)
+def test_arguments_that_are_no_object_are_refused(function, problem):
+    for call in (function, {"type": "function", "function": function}):
+        message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        assert problem in problem_of({"messages": [message]})
+
+
+@pytest.mark.parametrize("none", [[], None, "", "[]"])
+def test_no_tool_calls_are_no_tool_calls(none):
+    answer = {**ANSWER, "tool_calls": none}
+    assert parse({"messages": [ASK, answer]}) == Conversation(CHAT)
+    empty = {"role": "assistant", "content": "", "tool_calls": none}
+    assert "whose 'content' is an empty text" in problem_of({"messages": [ASK, empty]})
+
+
+def test_calls_and_results_of_the_older_form_become_those_of_the_new():
+    old = [
+        ASK,
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+        {"role": "function", "name": "f", "content": "2"},
+        {**ANSWER, "function_call": None},
+    ]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    assert parse({"messages": old}).messages == [
+        ASK,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "f", "content": "2"},
+        ANSWER,
+    ]
+
+
+def test_tools_may_be_bare_functions():
+    function = {"name": "f", "description": "d", "parameters": {"type": "object"}}
+    whole = {"type": "function", "function": function}
+    bare = (function, {"type": "function", **function}, json.dumps(function), {"function": function})
+    for tool in (whole, *bare, {"function": json.dumps(function)}, {**function, "parameters": '{"type": "object"}'}):
+        assert parse({"messages": CHAT, "tools": [tool]}).tools == [whole]
+    assert parse({"messages": CHAT, "tools": [{"type": "web_search"}]}).tools == [{"type": "web_search"}]
+    assert "field 'tools' has a function without a name" in problem_of({"messages": CHAT, "tools": [{"function": {}}]})
+
+
 def test_reasoning_needs_no_content():
     (message,) = parse({"messages": [{"role": "assistant", "content": None, "reasoning_content": "hm"}]}).messages
     assert message == {"role": "assistant", "content": "", "reasoning_content": "hm"}

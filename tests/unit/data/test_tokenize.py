@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+from datetime import timedelta
 
 import numpy as np
 import pyarrow as pa
@@ -295,6 +296,12 @@ def test_history_is_trained_on_before_the_instruction_and_turns_with_train_false
         messages = [{"role": role, "content": content, **marks} for role, content, marks in turns]
         prepared = build_preparer("messages").prepare_chunk(Chunk("a.jsonl", [1], [{"messages": messages}]))
         assert decode_trained(prepared) == "b<|im_end|>"
+
+
+@pytest.mark.parametrize("value", [b"\xff", timedelta(5)])
+def test_values_that_json_does_not_have_make_bad_rows(value):
+    (reason,) = build_preparer("messages").prepare_chunk(Chunk("a", [1], [call("f", {"x": value})])).report.bad_rows
+    assert f"has a message 2 with a value that is a {type(value).__name__}, which JSON does not have" in reason
 
 
 def decode_trained(prepared):

@@ -97,6 +97,19 @@ def test_a_template_of_the_job_leaves_no_other_one(base, output):
     assert AutoTokenizer.from_pretrained(output).chat_template == NEW_TEMPLATE
 
 
+def test_templates_with_names_are_all_written(base, output):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    named = {"default": NEW_TEMPLATE, "tool_use": "new tools", "rag": "found"}
+    tokenizer.chat_template = named
+    save_tokenizer(tokenizer, base, output, trust_remote_code=False)
+    assert AutoTokenizer.from_pretrained(output).chat_template == named
+    config = json.loads((output / CONFIG).read_text(encoding="utf-8"))  # where Transformers 4 once looked
+    assert {each["name"]: each["template"] for each in config["chat_template"]} == named
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|new|>"]})
+    save_tokenizer(tokenizer, base, output, trust_remote_code=False)
+    assert AutoTokenizer.from_pretrained(output).chat_template == named
+
+
 def test_new_words_in_the_vocabulary_are_written_for_both_versions(base, output):
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|new|>"]})

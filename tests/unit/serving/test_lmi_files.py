@@ -96,6 +96,13 @@ def test_a_base_without_a_name_is_left_to_the_user(tmp_path):
     assert "set model_id to the S3 prefix" in (tmp_path / "serving.properties").read_text()
 
 
+def test_calls_are_parsed_as_the_template_named_for_tools_writes_them(tmp_path):
+    named, _ = serve(tmp_path, chat_template={"default": TURNS, "tool_use": HERMES})
+    single, _ = serve(tmp_path, chat_template=HERMES)
+    assert named == single
+    assert serve(tmp_path, chat_template={"default": TURNS})[0] == serve(tmp_path, chat_template=TURNS)[0]
+
+
 def test_the_environment_says_the_same(tmp_path):
     options, _ = serve(tmp_path, chat_template=HERMES)
     lines = [line for line in (tmp_path / "serving.env").read_text().splitlines() if not line.startswith("#")]
