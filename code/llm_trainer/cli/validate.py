@@ -105,7 +105,6 @@ def examine_inputs(settings: Settings, environment: Environment, validation: Val
     if not problems:
         validation.add_findings("inputs", "ok", [inputs.model])
         validation.add_findings("inputs", "ok", [source.describe() for source in (*inputs.train, *inputs.validation)])
-    if not problems:
         is_alone = len(environment.hosts) == 1
         damaged = find_damaged_checkpoint(settings.training, inputs.checkpoint_dir, is_alone)
         validation.add_findings("checkpoints", "error", damaged)
@@ -213,7 +212,7 @@ def add_reports(splits: "Mapping[str, Split]", are_valid: bool, validation: Vali
 
 
 def examine_side_files(prepared: PreparedData, settings: Settings, validation: Validation) -> None:
-    """Add what the result would come without."""
+    """Add the files beside the weights that the result would lack, or that would be incomplete."""
     from llm_trainer.export.manifest import begin_manifest
     from llm_trainer.export.side_files import KnownParts, find_side_file_problems
 
