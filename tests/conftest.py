@@ -13,6 +13,7 @@ import pytest
 from filelock import FileLock
 
 from llm_trainer.common.redaction import noted
+from support.fake_hub import FakeHub
 from support.sagemaker_tree import HOSTS, HYPERPARAMETERS, ROWS, RunningJob, SageMakerTree
 from support.schedule import (  # noqa: F401  # hooks, which pytest finds here
     pytest_addoption,
@@ -50,6 +51,20 @@ def make_tree(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path):
         return tree
 
     return make
+
+
+@pytest.fixture
+def fake_hub(tiny_model, tmp_path, monkeypatch):
+    """A Hub that huggingface_hub, which read its environment when it was imported, takes for its own."""
+    from huggingface_hub import constants  # few tests need it, and it takes half a second to import
+
+    server = FakeHub(tiny_model)
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield server
+    server.close()
 
 
 @pytest.fixture

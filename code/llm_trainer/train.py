@@ -30,6 +30,7 @@ from llm_trainer.export.manifest import Origin, TrainedRun, begin_manifest, buil
 from llm_trainer.export.result import ExportPlaces, ExportSettings, TrainingResult
 from llm_trainer.export.side_files import KnownParts, find_side_file_problems
 from llm_trainer.export.stop_watch import StopWatch
+from llm_trainer.host.findings import log_findings
 from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
 from llm_trainer.job.earlier_adapter import describe_lineage
 from llm_trainer.job.inputs import Inputs
@@ -173,8 +174,7 @@ def report_disk_need(context: Context, folder: str) -> None:
     """Log whether the disks have room for what the job writes, which is known once a Hub model's files are there."""
     settings, inputs = context.settings, replace(context.job.inputs, model=folder)
     sections = WriteSettings(settings.adapter, settings.training, settings.output)
-    findings = inspect_disk_need(sections, inputs, Path(os.environ["LLM_TRAINER_CACHE"]))
-    log.info(*(f"Machine: {finding.verdict}: {finding.subject}: {finding.text}" for finding in findings))
+    log_findings(inspect_disk_need(sections, inputs, Path(os.environ["LLM_TRAINER_CACHE"])))
 
 
 def plan(context: Context, prepared: Prepared) -> Planned:
@@ -310,7 +310,7 @@ def report_data(context: Context, data: Data, tokenizer: PreTrainedTokenizerBase
 
 
 def warn_of_side_files(context: Context, plan: ModelPlan, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
-    """Warn of what the result would come without, on the rank that writes it."""
+    """Warn of the files beside the weights that the result would lack, or that would be incomplete."""
     if rank() > 0:
         return
     settings = context.settings

@@ -39,7 +39,10 @@ def test_an_empty_channel(tree):
 
 def test_a_model_folder_without_weights(tree):
     (tree.base_dir / "input/data/model/model.safetensors").unlink()
-    assert "has no weights: put the model's .safetensors files there." in fail(tree)
+    assert (
+        "has no weights: put model.safetensors there, or the files of a model.safetensors.index.json with it."
+        in fail(tree)
+    )
 
 
 def test_an_unknown_setting(tree):

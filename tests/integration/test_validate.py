@@ -9,7 +9,6 @@ import subprocess
 from unittest.mock import patch
 
 import pytest
-from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -49,18 +48,6 @@ def examine_tree(tree, tmp_path):
     places = {"SAGEMAKER_BASE_DIR": str(tree.base_dir), "LLM_TRAINER_CACHE": str(tmp_path / "cache")}
     with patch.dict(os.environ, places):
         yield lambda *arguments, in_colour=False: examine_job(arguments, in_colour)
-
-
-@pytest.fixture
-def fake_hub(tiny_model, tmp_path, monkeypatch):
-    """A Hub that huggingface_hub, which read its environment when it was imported, takes for its own."""
-    server = FakeHub(tiny_model)
-    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    yield server
-    server.close()
 
 
 def write_rows(tree, *rows):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Journals of jobs as the contract of journal.py has them, for the report and its advice."""
+"""Journals of jobs as the contract of journal.py has them, for the report and its advice, and results for trackers."""
 
 import json
 import math
@@ -17,6 +17,16 @@ def list_fields(kind: str) -> set[str]:
     """The fields that the type of this kind of records names."""
     hints = (get_type_hints(record_type) for record_type in get_args(Record))
     return next(set(fields) for fields in hints if get_args(fields["kind"]) == (kind,))
+
+
+def write_listed_result(folder: Path) -> list[str]:
+    """Write a result with a file of the user's beside it. Return the files that its manifest lists."""
+    (folder / "adapters/trained").mkdir(parents=True)
+    listed = ["adapters/trained/adapter_config.json", "config.json", "training_manifest.json"]
+    for name in [*listed, "notes.txt"]:
+        (folder / name).touch()
+    (folder / "training_manifest.json").write_text(json.dumps({"files": listed}))
+    return listed
 
 
 class FakeJournal:

@@ -110,7 +110,6 @@ def examine_inputs(settings: Settings, environment: Environment, validation: Val
         adapter = [f"adapter to go on from: {inputs.adapter}"] if inputs.adapter else []
         validation.add_findings("inputs", "ok", [inputs.model, *adapter])
         validation.add_findings("inputs", "ok", [source.describe() for source in (*inputs.train, *inputs.validation)])
-    if not problems:
         is_alone = len(environment.hosts) == 1
         damaged = find_damaged_checkpoint(settings.training, inputs.checkpoint_dir, is_alone)
         validation.add_findings("checkpoints", "error", damaged)
@@ -262,7 +261,7 @@ def examine_epoch(job: Job, split: "Split", validation: Validation) -> None:
 
 
 def examine_side_files(prepared: PreparedData, settings: Settings, validation: Validation) -> None:
-    """Add what the result would come without."""
+    """Add the files beside the weights that the result would lack, or that would be incomplete."""
     from llm_trainer.export.manifest import begin_manifest
     from llm_trainer.export.side_files import KnownParts, find_side_file_problems
 

@@ -10,7 +10,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -22,10 +22,7 @@ from llm_trainer.config.sections import OutputSettings, TrackingSettings
 from llm_trainer.config.tracker_choice import choose_trackers
 from llm_trainer.export.base_source import BaseSource
 from llm_trainer.journal.manifest import MANIFEST, list_whole_result
-from llm_trainer.trackers.run_identity import MODEL_PATH, find_left_run
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
+from llm_trainer.trackers.run_identity import MODEL_PATH, find_left_run, log_files
 
 LARGE_BYTES = 10**9
 # `gzip` at its default level took 20.7 s of a core for 200 MB of normally distributed bfloat16 weights, and made them a
@@ -44,12 +41,6 @@ class Artefacts:
     base: BaseSource
     files: list[str]  # by their paths in the model folder
     tokenizer: list[str]  # those of the tokenizer
-
-    def send_to_mlflow(self, client: "MlflowClient", run_id: str) -> None:
-        """Log the files to a run of MLflow, and the tokenizer's to its place as a component too."""
-        for names, place in ((self.files, MODEL_PATH), (self.tokenizer, f"{MODEL_PATH}/components/tokenizer")):
-            for name in names:
-                client.log_artifact(run_id, str(self.model_dir / name), str(PurePosixPath(place, name).parent))
 
 
 def collect_artefacts(model_dir: Path, architecture: str, base: BaseSource, tokenizer: list[Path]) -> Artefacts:
@@ -178,7 +169,8 @@ def register_in_mlflow(name: str, tracking: TrackingSettings, artefacts: Artefac
         with tempfile.TemporaryDirectory() as folder:
             model.save(f"{folder}/MLmodel")
             client.log_artifact(run_id, f"{folder}/MLmodel", MODEL_PATH)
-        artefacts.send_to_mlflow(client, run_id)
+        log_files(client, run_id, model_dir, artefacts.files, MODEL_PATH)
+        log_files(client, run_id, model_dir, artefacts.tokenizer, f"{MODEL_PATH}/components/tokenizer")
         version = mlflow.register_model(f"runs:/{run_id}/{MODEL_PATH}", name).version
         if mlflow.active_run():
             mlflow.end_run()

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Facts that `doctor`, `validate` or the launcher tells, each with its verdict and its form on a line."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+from llm_trainer.common import log
 
 Verdict = Literal["ok", "warning", "error"]
 
@@ -27,3 +30,8 @@ def format_finding(finding: Finding, in_colour: bool) -> str:
     if in_colour:
         verdict = f"{COLOURS[finding.verdict]}{verdict}\033[0m"
     return f"{finding.subject:14} {verdict} {finding.text}"
+
+
+def log_findings(findings: Iterable[Finding]) -> None:
+    """Log what is found of this machine, a line each."""
+    log.info(*(f"Machine: {finding.verdict}: {finding.subject}: {finding.text}" for finding in findings))

@@ -23,6 +23,7 @@ from llm_trainer.config.environment import Environment, find_base_dir, read_envi
 from llm_trainer.config.schema import describe_settings, show_value
 from llm_trainer.config.secret_references import USED_FOR, Use, read_secret_variables, withhold_secrets
 from llm_trainer.config.tracker_choice import build_tracker_variables, choose_trackers
+from llm_trainer.host.findings import log_findings
 from llm_trainer.host.machine import inspect_machine
 from llm_trainer.host.system_metrics import SystemMetrics
 from llm_trainer.host.write_probe import find_temp_problem
@@ -158,7 +159,7 @@ def check_machine(job: Job) -> None:
     cache_dir = Path(find_library_variables(job)["LLM_TRAINER_CACHE"])
     sections = WriteSettings(job.settings.adapter, job.settings.training, job.settings.output)
     findings = [*inspect_machine(job.environment), *inspect_disk_need(sections, job.inputs, cache_dir)]
-    log.info(*(f"Machine: {finding.verdict}: {finding.subject}: {finding.text}" for finding in findings))
+    log_findings(findings)
     errors = [f"{finding.subject}: {finding.text}" for finding in findings if finding.verdict == "error"]
     if errors and not job.settings.parallelism.use_cpu:
         raise UserError(*errors)

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeVar
 
 from mlflow import MlflowClient
@@ -27,7 +27,7 @@ from llm_trainer.trackers.events import (
     read_rows,
 )
 from llm_trainer.trackers.feed import TrackerUsageError
-from llm_trainer.trackers.run_identity import MODEL_PATH, RunIdentity, leave_run, recall_run, remember_run
+from llm_trainer.trackers.run_identity import MODEL_PATH, RunIdentity, leave_run, log_files, recall_run, remember_run
 
 Item = TypeVar("Item")
 
@@ -171,8 +171,8 @@ class MlflowTracker:
         if not any(
             file.path == f"{MODEL_PATH}/MLmodel" for file in self.client.list_artifacts(self.run_id, MODEL_PATH)
         ):
-            for name in list_whole_result(folder):  # it is not registered from there
-                self.client.log_artifact(self.run_id, str(folder / name), str(PurePosixPath(MODEL_PATH, name).parent))
+            # It is not registered from there.
+            log_files(self.client, self.run_id, folder, list_whole_result(folder), MODEL_PATH)
 
     def end(self, status: EndStatus, reason: str | None) -> None:
         """End the run with the job's status, and with the reason as a tag."""

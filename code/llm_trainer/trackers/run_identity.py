@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The run of each tracker that a job writes to, kept beside its checkpoints, so that a resumed job continues it.
 
-The scratch folder holds MLflow's run, too, for the worker that registers the model.
+The scratch folder holds MLflow's run, too, for the worker that registers the model. Reporter and worker log its files.
 """
 
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from llm_trainer.common import log
 from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
 from llm_trainer.common.files import write_verbatim
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 RUN_FILE = "mlflow-run"  # in the scratch folder
 MODEL_PATH = "model"  # of the exported model in MLflow's run
@@ -67,3 +72,9 @@ def find_left_run(scratch_dir: Path, patience: float) -> str | None:
             return None
         time.sleep(0.1)
     return (scratch_dir / RUN_FILE).read_text(encoding="utf-8")
+
+
+def log_files(client: "MlflowClient", run_id: str, folder: Path, names: Iterable[str], place: str) -> None:
+    """Log files of a folder to a place in MLflow's run. `names` are their paths in the folder, which they keep."""
+    for name in names:
+        client.log_artifact(run_id, str(folder / name), str(PurePosixPath(place, name).parent))

@@ -18,7 +18,7 @@ from llm_trainer.job.earlier_adapter import fetch_adapter
 from llm_trainer.job.inputs import find_inputs
 from llm_trainer.launcher.worker_processes import reads_from_hub
 from llm_trainer.model import loading
-from support.fake_hub import MODEL, FakeHub
+from support.fake_hub import MODEL
 
 TOKEN = "hf_secretOfTheTest"
 PERMIT = "give a token that may read it as HF_TOKEN in the job's Environment."
@@ -46,17 +46,11 @@ REFUSALS = [
 
 
 @pytest.fixture
-def fake_hub(tiny_model, tmp_path, monkeypatch):
-    """A Hub that huggingface_hub, which read its environment when it was imported, takes for its own."""
-    server = FakeHub(tiny_model)
-    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+def fake_hub(fake_hub, monkeypatch):
+    """The Hub, asked with a token, and soon again."""
     monkeypatch.setattr(hub, "FIRST_WAIT_SECONDS", 0.05)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    yield server
-    server.close()
+    return fake_hub
 
 
 def refuse(action, *arguments) -> str:

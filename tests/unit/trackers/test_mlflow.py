@@ -15,6 +15,7 @@ from llm_trainer.config.tracker_names import LIMITS, takes_name
 from llm_trainer.trackers.events import DataSet
 from llm_trainer.trackers.feed import TrackerUsageError
 from llm_trainer.trackers.mlflow import DIGEST_CHARACTERS, FORBIDDEN, MlflowTracker, describe_data_set, split_batches
+from support.journals import write_listed_result
 
 
 @pytest.mark.parametrize(
@@ -73,11 +74,7 @@ def test_only_the_result_is_uploaded(tmp_path):
     tracker.client = SimpleNamespace(
         list_artifacts=lambda *_: [], log_artifact=lambda _, file, place: sent.setdefault(file, place)
     )
-    (tmp_path / "adapters/trained").mkdir(parents=True)
-    listed = ["adapters/trained/adapter_config.json", "config.json", "training_manifest.json"]
-    for name in [*listed, "notes.txt"]:
-        (tmp_path / name).touch()
-    (tmp_path / "training_manifest.json").write_text(json.dumps({"files": listed}))
+    listed = write_listed_result(tmp_path)
     tracker.upload_model(tmp_path)
     places = ["model/adapters/trained", "model", "model"]
     assert sent == {str(tmp_path / name): place for name, place in zip(listed, places, strict=True)}

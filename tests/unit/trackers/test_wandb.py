@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A restarted job goes on with its run; tests/integration/test_tracking.py writes runs."""
 
-import json
 import os
 from types import SimpleNamespace
 
@@ -9,6 +8,7 @@ import pytest
 
 from llm_trainer.trackers.feed import TrackerUsageError
 from llm_trainer.trackers.wandb import WandbTracker, choose_run_id
+from support.journals import write_listed_result
 
 ARN = "arn:aws:sagemaker:eu-west-1:123456789012:training-job/trial"
 
@@ -44,10 +44,6 @@ def test_a_variable_that_wandb_refuses_is_refused_at_each_attempt(tmp_path, monk
 def test_only_the_result_becomes_an_artifact(tmp_path):
     tracker, sent = WandbTracker(None, tmp_path / "data"), []
     tracker.run = SimpleNamespace(id="1", log_artifact=sent.append)
-    (tmp_path / "adapters/trained").mkdir(parents=True)
-    listed = ["adapters/trained/adapter_config.json", "config.json", "training_manifest.json"]
-    for name in [*listed, "notes.txt"]:
-        (tmp_path / name).touch()
-    (tmp_path / "training_manifest.json").write_text(json.dumps({"files": listed}))
+    listed = write_listed_result(tmp_path)
     tracker.upload_model(tmp_path)
     assert sorted(sent[0].manifest.entries) == listed
