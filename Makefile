@@ -39,7 +39,7 @@ BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --build-arg V
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-long test-unit test-gpu test-notebook lint image flash-attn flash-attn-cached test-image smoke \
+.PHONY: help venv demo test test-long test-unit test-gpu gpu-kit test-notebook lint image flash-attn flash-attn-cached test-image smoke \
 	test-local-mode test-codebuild image-here engine sbom gates image-report reproducible login push-cache push lock \
 	lock-check outdated bench docs report-picture
 
@@ -80,6 +80,9 @@ test-unit: venv ## The unit tests alone
 
 test-gpu: venv ## Checks that need an NVIDIA GPU; without one they say so and skip
 	.venv/bin/pytest -s tests/gpu
+
+gpu-kit: venv ## Gather in build/gpu-kit what one NVIDIA GPU machine without network needs to try and time this repository
+	tests/gpu/kit.sh
 
 test-notebook: venv .venv-sdk3/.made ## Run the notebook of examples/ against a stand-in for AWS; needs no account
 	.venv-sdk3/bin/pytest --confcutdir tests/notebook tests/notebook
