@@ -120,7 +120,7 @@ class Outcome:
     weights: dict[str, torch.Tensor] | None  # on rank 0, where the model holds only shards
     check_rows: list[list[int]]  # tokens of some training rows
     logits: list[torch.Tensor] | None  # of the trained model on these rows; None after a stop, and on other ranks
-    unproven: str | None  # why memory kept them from being computed
+    unproven: str | None  # why they could not be computed
 
 
 def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
@@ -259,11 +259,20 @@ def export(context: Context, prepared: Prepared, built: Built, outcome: Outcome)
         if context.settings.training.use_checkpoints and not trainer.stopped:
             trainer.rotate_checkpoints()
         publish_result(result)
-    for text in watch.left_out:
-        journal.write("event", level="warning", text=text, host=context.timeline.host)
     if watch.is_stopped:
         log.info(f"Exported {prepared.stop_request.age_seconds():.1f} s after the signal")
     log.info(f"The job took {outcome.progress.count_instance_hours():.2f} instance-hours")
+    warn_of_gaps(context, placed.path, manifest["export"], watch)
+
+
+def warn_of_gaps(context: Context, folder: Path, export: dict[str, Any], watch: StopWatch) -> None:
+    """Write to the journal what a stop has left out, and tell last of all that a result is not proven."""
+    texts = list(watch.left_out)  # logged already
+    if not (export["proven"] or watch.is_stopped):
+        texts.append(f"The result in {folder} is whole, and not proven: {export['reason']}.")
+        log.warning(texts[-1])
+    for text in texts:
+        context.timeline.journal.write("event", level="warning", text=text, host=context.timeline.host)
 
 
 def disable_progress_bars() -> None:
@@ -417,13 +426,13 @@ def add_callbacks(context: Context, prepared: Prepared, planned: Planned, traine
 def compute_expected(
     trainer: ResumableMixin, rows: list[list[int]], device: torch.device, is_sharded: bool
 ) -> tuple[list[torch.Tensor] | None, str | None]:
-    """Return the trained model's logits on rows, and why memory kept them from being computed.
+    """Return the trained model's logits on rows, and why they could not be computed.
 
     Both are None after a stop, which leaves no time, and on ranks that need not compute.
     """
     if trainer.stopped:
         describe_stop(trainer)
-    elif is_sharded:  # a rank that went on alone after a lack of memory would leave the others waiting
+    elif is_sharded:  # a rank that went on alone after a failure would leave the others waiting
         return compute_logits(trainer.model, rows, device), None
     elif rank() == 0:
         return attempt_logits(trainer.model, rows, device)

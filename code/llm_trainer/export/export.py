@@ -26,12 +26,12 @@ from llm_trainer.common.activity_notes import note_activity
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.files import remove_leftover, remove_path, write_json
 from llm_trainer.data.chat_template import find_turn_end
+from llm_trainer.export.logits_check import ResultDiffersError, explain_failed_check
 from llm_trainer.export.model_card import CARD, write_model_card
 from llm_trainer.export.placement import ModelFolder, list_files, move_files
 from llm_trainer.export.publish import advise_compression, collect_artefacts, publish
 from llm_trainer.export.result import TrainingResult
 from llm_trainer.export.verify import prove_merged, prove_trained
-from llm_trainer.job.failure_reasons import is_shortage
 from llm_trainer.journal.manifest import ADAPTER, MANIFEST, Manifest, list_whole_result, read_manifest
 from llm_trainer.journal.records import SCHEMA_VERSION
 from llm_trainer.merge.merge import write_merged_model
@@ -239,34 +239,34 @@ def release_memory(trained: TrainingResult) -> None:
 def prove_or_reject(trained: TrainingResult, placed: PlacedResult, expected: list[torch.Tensor]) -> dict[str, Any]:
     """Free the trained model, and compare what was written with its logits. Return the outcome for the manifest.
 
-    A result that differs, or cannot be loaded, goes out of the model folder: it is not lost, and nobody takes it for
-    the model. Raises UserError that names its place.
+    A result that differs goes out of the model folder: it is not lost, and nobody takes it for the model. Raises
+    UserError that names its place.
     """
-    trained_bytes = trained.trainer.model.get_memory_footprint()
-    release_memory(trained)
+
+    def prove() -> Iterator[dict[str, Any]]:
+        trained_bytes = trained.trainer.model.get_memory_footprint()
+        release_memory(trained)
+        yield prove_trained(trained, placed.path, expected, trained_bytes)
+
     try:
-        return attempt_proof(trained, lambda: [prove_trained(trained, placed.path, expected, trained_bytes)])
-    except Exception as error:
+        return attempt_proof(trained, prove)
+    except ResultDiffersError as error:
         rejected = reject_result(placed, trained.places.output_dir)
-        where = f"What was written is in {rejected}, and the checkpoints are kept."
-        if isinstance(error, UserError):
-            raise UserError(f"{error} {where}") from error
-        log.warning(f"The result could not be loaded again. {where}")
-        raise
+        raise UserError(f"{error} What was written is in {rejected}, and the checkpoints are kept.") from error
 
 
 def attempt_proof(trained: TrainingResult, prove: Callable[[], Iterable[dict[str, Any]]]) -> dict[str, Any]:
     """Return the checks of a proof, and whether all of them ran.
 
-    A stop and a lack of memory or disk say nothing against the result, which is unproven then. Raises UserError where
-    it differs.
+    A stop, and whatever else ends a check, says nothing against the result, which is unproven then. Raises
+    ResultDiffersError where it differs.
     """
     try:
         checks = trained.watch.attempt("the comparison with the trained model", lambda: list(prove()))
-    except Exception as error:
-        if not is_shortage(error):
-            raise
-        reason = f"there was no room for the comparison ({quote_error(error)})"
+    except ResultDiffersError:
+        raise
+    except Exception as error:  # a kernel that has no CPU code, a base that is gone: any library's
+        reason = explain_failed_check("the comparison", error)
         log.warning(f"The result is in place, and not proven: {reason}.")
         return describe_unproven(reason)
     if checks is None:

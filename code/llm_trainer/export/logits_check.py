@@ -25,6 +25,10 @@ ROUNDING = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 ROOM = 1.2  # memory that loading and the logits take, as a multiple of the weights' size
 
 
+class ResultDiffersError(UserError):
+    """Written files that are not what was trained. Whatever else ends a check says nothing against the result."""
+
+
 @dataclass(frozen=True)
 class CheckPlace:
     """The place where a model is loaded for the check."""
@@ -56,20 +60,25 @@ def compute_logits(model: torch.nn.Module, rows: Sequence[list[int]], device: to
 def attempt_logits(
     model: torch.nn.Module, rows: Sequence[list[int]], device: torch.device
 ) -> tuple[list[torch.Tensor] | None, str | None]:
-    """Return the logits of a trained model that one rank holds whole, and None; or None, and why there was no room.
+    """Return the logits of a trained model that one rank holds whole, and None; or None, and why there are none.
 
     A trained model is worth more than its proof, which takes memory beside the optimizer's.
     """
     try:
         return compute_logits(model, rows, device), None
     except Exception as error:
-        if not is_shortage(error):
-            raise
-        reason = f"there was no room for the trained model's logits ({quote_error(error)})"
+        reason = explain_failed_check("the trained model's logits", error)
     log.warning(f"The result will be in place, and not proven: {reason}.")
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return None, reason
+
+
+def explain_failed_check(what: str, error: Exception) -> str:
+    """Return why a part of the check came to no end, as a reason for the manifest."""
+    if is_shortage(error):
+        return f"there was no room for {what} ({quote_error(error)})"
+    return f"{what} could not be computed ({type(error).__name__}: {quote_error(error)})"
 
 
 def measure_difference(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
@@ -103,16 +112,16 @@ def compare_logits(
 ) -> dict[str, Any]:
     """Compare a model that was written and loaded again with the expected logits. Return the record for the manifest.
 
-    Raises UserError where the difference exceeds the tolerance, or is not-a-number. Without a tolerance only
+    Raises ResultDiffersError where the difference exceeds the tolerance, or is not-a-number. Without a tolerance only
     not-a-number is refused.
     """
     if not all(logits.isfinite().all() for logits in expected.logits):
-        raise UserError("The trained model computes not-a-number: the training diverged; lower learning_rate.")
+        raise ResultDiffersError("The trained model computes not-a-number: the training diverged; lower learning_rate.")
     difference = measure_difference(expected.logits, compute_logits(model, expected.rows, place.device))
     tolerance, rows = expected.tolerance, expected.rows
     if not difference <= (math.inf if tolerance is None else tolerance):  # not-a-number fails too
         limit = "" if tolerance is None else f", and rounding explains {tolerance:.0e}"
-        raise UserError(
+        raise ResultDiffersError(
             f"{what} does not compute what was trained: logits differ by {difference:.2e} of the largest{limit}."
         )
     return {

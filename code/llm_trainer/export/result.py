@@ -54,7 +54,7 @@ class TrainingResult:
     trainer: ResumableMixin
     weights: dict[str, torch.Tensor] | None  # those that were trained, where the model holds only shards of them
     rows: list[list[int]]  # tokens of training rows
-    logits: list[torch.Tensor] | None  # the trained model's on the rows; None after a stop, or for a lack of memory
+    logits: list[torch.Tensor] | None  # the trained model's on the rows; None after a stop, or a failure
     unproven: str | None  # what kept the logits from being computed; None after a stop too
     tokenizer: PreTrainedTokenizerBase
     timeline: Timeline

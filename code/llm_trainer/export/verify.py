@@ -10,18 +10,22 @@ import torch
 from peft import PeftModel
 from transformers import Mxfp4Config, PreTrainedModel
 
-from llm_trainer.common.safetensors_files import count_weights
+from llm_trainer.common.errors import quote_error
+from llm_trainer.common.safetensors_files import count_weights, read_header
 from llm_trainer.export.logits_check import (
     ROUNDING,
     CheckPlace,
     Expectation,
+    ResultDiffersError,
     choose_place,
     compare_logits,
     compute_logits,
     describe_unproven,
 )
 from llm_trainer.export.result import TrainingResult
-from llm_trainer.model.loading import LoadOptions, load_model
+from llm_trainer.model.attention import choose_attention, find_faults, read_needs
+from llm_trainer.model.device import Device
+from llm_trainer.model.loading import LoadOptions, WrongWeightsError, build_skeleton, load_model
 from llm_trainer.model.plan import ModelPlan
 
 
@@ -39,8 +43,10 @@ def prove_trained(
 ) -> dict[str, Any]:
     """Load the written adapter on its base, or the whole weights, and compare with the expected logits.
 
-    `trained_bytes` is the size of the trained model. Raises UserError where the logits differ.
+    `trained_bytes` is the size of the trained model. Raises ResultDiffersError where the files are not whole, or the
+    logits differ.
     """
+    check_files(folder)
     adapter_settings, tolerance = trained.settings.adapter, find_rounding(trained)
     if adapter_settings.init_lora_weights == "loftq":
         # It made up for quantization, and is exported for the base without quantization: the logits may differ.
@@ -63,8 +69,9 @@ def prove_merged(trained: TrainingResult, adapter: Path, folder: Path) -> Iterat
     """Load the merged weights, and compare them with the adapter on the base that it was merged into.
 
     A merge into the original of a quantized base also records the difference from the quantized one. That difference is
-    no mistake.
+    no mistake. Raises ResultDiffersError where the files are not whole, or the logits differ.
     """
+    check_files(folder)
     plan, rows = trained.plan, trained.rows
     assert trained.logits is not None
     rounding = find_rounding(trained)
@@ -125,17 +132,44 @@ def measure_base(trained: TrainingResult) -> int:
     return measure_weights(trained.base_folder, trained.plan)
 
 
+def check_files(folder: Path) -> None:
+    """Raise ResultDiffersError for weights in a folder that cannot be read: no library could load them."""
+    for file in folder.glob("*.safetensors"):
+        try:
+            read_header(file)
+        except ValueError as error:
+            raise ResultDiffersError(f"{file.name} was not written whole ({quote_error(error)}).") from error
+
+
 def load_adapted_model(trained: TrainingResult, adapter: Path, place: CheckPlace, quantized: bool) -> PeftModel:
     """Return the base with the adapter of a folder: quantized as it was trained on, or as it is stored."""
     plan, settings = trained.plan, trained.settings
     quantization = plan.quantization if quantized or isinstance(plan.quantization, Mxfp4Config) else None
-    options = replace(plan.load_options, quantization=quantization)
+    options = replace(plan.load_options, attention=choose_kernel(trained, place), quantization=quantization)
     base = load_model(plan.folder, settings.model, options, place.device)
     return PeftModel.from_pretrained(base, str(adapter))
 
 
 def load_whole_model(trained: TrainingResult, folder: Path, place: CheckPlace) -> PreTrainedModel:
-    """Return the model of a folder of weights, as a consumer loads it."""
-    plan, settings = trained.plan, trained.settings
-    options = LoadOptions(plan.precision.compute, plan.attention.name)
-    return load_model(str(folder), settings.model, options, place.device, **place.placement)
+    """Return the model of a folder of weights, as a consumer loads it.
+
+    Raises ResultDiffersError where the files lack a part of it.
+    """
+    options = LoadOptions(trained.plan.precision.compute, choose_kernel(trained, place))
+    try:
+        return load_model(str(folder), trained.settings.model, options, place.device, **place.placement)
+    except WrongWeightsError as error:
+        raise ResultDiffersError(*error.problems) from error
+
+
+def choose_kernel(trained: TrainingResult, place: CheckPlace) -> str:
+    """Return the attention kernel of the training, or on another device the fastest one there.
+
+    A model that fits no GPU beside others is checked on the CPU, for which flash attention has no code.
+    """
+    plan = trained.plan
+    if place.device == plan.device.torch:
+        return plan.attention.name
+    skeleton = build_skeleton(plan.folder, plan.config, trained.settings.model.trust_remote_code)
+    device = Device(place.device)
+    return choose_attention(read_needs(skeleton), "auto", plan.precision.compute, device, find_faults(device)).name

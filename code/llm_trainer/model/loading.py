@@ -45,6 +45,10 @@ LOADING_OPTIONS = frozenset(
 )
 
 
+class WrongWeightsError(UserError):
+    """Weights that are missing in a model's files, or have other shapes than its config says."""
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """Options of loading the base: its number type, its quantization, and the attention kernel."""
@@ -306,7 +310,8 @@ def load_model(
 def load_whole(model: str, arguments: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
     """Return the model, and the names of the files' tensors that are no part of it.
 
-    Raise UserError where weights are missing or of other shapes: Transformers would begin with random numbers there.
+    Raise WrongWeightsError where some are missing or of other shapes: Transformers would begin with random numbers
+    there.
     """
     loaded, found = AutoModelForCausalLM.from_pretrained(
         model, **arguments, output_loading_info=True, ignore_mismatched_sizes=True
@@ -319,7 +324,7 @@ def load_whole(model: str, arguments: dict[str, Any]) -> tuple[PreTrainedModel, 
         shapes = f"{name} has shape {list(stored)} and the model needs {list(needed)}"
         problems.append(f"{len(mismatched)} tensors of {model} do not fit its config, first {shapes}: {fix}")
     if problems:
-        raise UserError(*problems)
+        raise WrongWeightsError(*problems)
     return loaded, sorted(found["unexpected_keys"])
 
 

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.export import export
+from llm_trainer.export.logits_check import ResultDiffersError
 from llm_trainer.export.placement import STAGING, list_files
 from llm_trainer.serving import lmi_files
 from llm_trainer.training.trainer_config import prepare_config
@@ -25,7 +26,7 @@ from support.exports import build_manifest, build_result
 from support.measures import ROOT
 
 ESSENTIALS = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-WRONG = UserError("The adapter does not compute what was trained.")
+WRONG = ResultDiffersError("The adapter does not compute what was trained.")
 
 
 @pytest.fixture
@@ -107,26 +108,42 @@ def test_a_wrong_result_leaves_and_the_earlier_one_comes_back(trained, tmp_path,
     assert (tmp_path / "model/config.json").read_text() == "earlier"
 
 
-def test_a_result_that_cannot_be_loaded_again_is_not_lost(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export, "prove_trained", fail(KeyError("weight")))
-    with pytest.raises(KeyError):
-        export_result(trained)
-    rejected = tmp_path / "output/data/rejected_export"
-    assert set(list_files(rejected)) >= ESSENTIALS
-    assert f"could not be loaded again. What was written is in {rejected}, and" in capsys.readouterr().out
+FAILURES = {
+    "there was no room for the comparison (": [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        OSError(errno.ENOSPC, "No space left"),
+    ],
+    "the comparison could not be computed (": [
+        NotImplementedError("Could not run 'flash_attn::_flash_attn_varlen_forward' with the 'CPU' backend."),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        ImportError("the package flash_attn seems to be not installed"),
+        KeyError("weight"),
+        UserError("The weights of acme/base could not be loaded (LocalEntryNotFoundError)."),
+    ],
+}
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory."), OSError(errno.ENOSPC, "No space left")]
-)
-def test_without_room_for_the_proof_the_result_stays_and_says_so(trained, tmp_path, monkeypatch, capsys, error):
+@pytest.mark.parametrize(("reason", "error"), [(reason, error) for reason in FAILURES for error in FAILURES[reason]])
+def test_whatever_ends_a_proof_the_result_stays_and_says_so(trained, tmp_path, monkeypatch, capsys, reason, error):
     monkeypatch.setattr(export, "prove_trained", fail(error))
     export_result(trained)
     assert set(list_files(tmp_path / "model")) >= ESSENTIALS
     outcome = read_manifest(tmp_path / "model")["export"]
     assert (outcome["proven"], outcome["checks"]) == (False, [])
-    assert outcome["reason"].startswith("there was no room for the comparison (")
-    assert "Warning: The result is in place, and not proven: " in capsys.readouterr().out
+    assert outcome["reason"].startswith(reason)
+    assert "Not proven" in (tmp_path / "model/README.md").read_text()
+    assert f"Warning: The result is in place, and not proven: {reason}" in capsys.readouterr().out
+
+
+def test_a_merge_whose_proof_fails_is_there_unproven(tiny_model, tmp_path, monkeypatch):
+    trained = build_result(tiny_model, tmp_path, merge_weights=True)
+    monkeypatch.setattr(export, "prove_merged", fail(NotImplementedError("no kernel")))
+    export_result(trained)
+    outcome = read_manifest(tmp_path / "model")["export"]
+    assert (tmp_path / "model/model.safetensors").is_file()
+    assert outcome["proven"] is False
+    assert outcome["reason"] == "the comparison could not be computed (NotImplementedError: no kernel)"
+    assert [check["what"] for check in outcome["checks"]] == ["The adapter on its base"]
 
 
 def test_half_the_weights_are_no_result(trained, tmp_path, monkeypatch):

@@ -17,7 +17,6 @@ TESTED_ELSEWHERE = {
     "export/base_source.py": "tests/unit/export/test_model_card.py",  # two fields, which the card tells
     "export/manifest.py": "tests/integration/test_jobs.py",  # tells what a whole job has made
     "export/result.py": "tests/integration/test_export.py",  # a record of what a whole job has trained
-    "export/verify.py": "tests/integration/test_export.py",  # loads what a whole job has exported
     "launcher/launch.py": "tests/integration/test_jobs.py",  # PID 1 of a job
     "launcher/reporter_process.py": "tests/integration/test_tracking.py",  # a process beside a job's
     "launcher/single_worker.py": "tests/integration/test_survival.py",  # a process that outlives no launcher
