@@ -7,6 +7,9 @@ from math import prod
 from pathlib import Path
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear
+from torch import nn
 from transformers import PreTrainedConfig
 
 from llm_trainer.common.errors import UserError
@@ -89,3 +92,47 @@ def find_stored_dtype(folder: str, config: PreTrainedConfig) -> torch.dtype | No
 def show_dtype(dtype: torch.dtype) -> str:
     """Return a type's name as a user writes it, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
+
+
+def set_adapter_types(model: PeftModel) -> None:
+    """Have an adapter keep its weights in float32, and compute in the type of autocast."""
+    keep_adapter_in_float32(model)
+    leave_casts_to_autocast(model)
+
+
+def keep_adapter_in_float32(model: PeftModel) -> None:
+    """Undo TRL's rounding of a quantized model's adapter to bfloat16.
+
+    An adapter takes a few MB, small updates are lost in bfloat16, and loss scaling (float16) refuses its gradients.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def leave_casts_to_autocast(model: PeftModel) -> None:
+    """Have the adapter's linear layers cast their input only where autocast does not.
+
+    PEFT casts it to float32, the type of the adapter's weights, and autocast rounds it back for the product. Both
+    copies would wait beside the input for the backward pass.
+
+    The cast stays where results depend on it. Dropout draws and scales other numbers in 16 bit. DoRA takes the base's
+    weights in the type of the input. The layers of bitsandbytes have no cast under a GPU's autocast.
+    """
+    for layer in model.modules():
+        if isinstance(layer, Linear) and not layer.lora_variant and has_no_dropout(layer):
+            layer._cast_input_dtype = cast_without_autocast
+
+
+def has_no_dropout(layer: Linear) -> bool:
+    """Tell whether the layer's adapters take their input as it is."""
+    return all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
+
+
+def cast_without_autocast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the input of a layer for weights of `dtype`.
+
+    Autocast is asked at each call. A layer that is computed again in the backward pass has it as before, and the proof
+    of an export runs without it.
+    """
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from peft import PeftModel
 from transformers import BitsAndBytesConfig, Mxfp4Config, PreTrainedConfig, PreTrainedModel
 
 from llm_trainer.common.errors import UserError, quote_error
@@ -135,13 +134,3 @@ def keep_trainable(model: PreTrainedModel) -> PreTrainedModel:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
-
-
-def keep_adapter_in_float32(model: PeftModel) -> None:
-    """Undo TRL's rounding of a quantized model's adapter to bfloat16.
-
-    An adapter takes a few MB, small updates are lost in bfloat16, and loss scaling (float16) refuses its gradients.
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()

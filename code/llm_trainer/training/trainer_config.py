@@ -27,7 +27,7 @@ from llm_trainer.config.sections import TrainingSettings
 from llm_trainer.config.sft_config_fields import read_snapshot
 from llm_trainer.model.config_file import drop_contradictions
 from llm_trainer.model.memory.fit import MemoryPlan
-from llm_trainer.model.quantization import keep_adapter_in_float32
+from llm_trainer.model.precision import set_adapter_types
 from llm_trainer.training import fsdp
 from llm_trainer.training.methods import TrainingMethod
 from llm_trainer.training.packing import PackingCollator
@@ -104,7 +104,7 @@ def build_trainer(method: TrainingMethod, parts: TrainerParts, run: RunContext, 
     except (ValueError, ImportError) as error:
         raise UserError(f"TRL refuses these settings: {quote_error(error)}.") from error
     if parts.lora is not None:
-        keep_adapter_in_float32(trainer.model)
+        set_adapter_types(trainer.model)
     trainer.remove_callback(PrinterCallback)
     if patience is not None:
         trainer.add_callback(EarlyStoppingCallback(patience))

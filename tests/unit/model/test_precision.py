@@ -3,12 +3,22 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+)
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device, find_device
-from llm_trainer.model.precision import choose_precision, find_stored_dtype
+from llm_trainer.model.precision import choose_precision, find_stored_dtype, set_adapter_types
+from support.adapted_models import GPT2, LLAMA, SIZES, TOKENS
 
 GPU = torch.device("cuda", 0)
 T4, V100 = Device(GPU, "Tesla T4", (7, 5)), Device(GPU, "Tesla V100", (7, 0))
@@ -94,3 +104,83 @@ def test_the_real_device_is_found():
     assert str(device) == "the CPU"
     assert not device.is_gpu
     assert find_device(use_cpu=False).is_gpu == torch.cuda.is_available()
+
+
+MIXTRAL = MixtralConfig(**SIZES, num_local_experts=4)
+CASES = {
+    "llama": (LLAMA, {"target_modules": "all-linear"}),
+    "gpt2": (GPT2, {"target_modules": "all-linear"}),
+    "modules": (LLAMA, {"target_modules": ["embed_tokens", "q_proj", "v_proj"], "modules_to_save": ["lm_head"]}),
+    "experts": (MIXTRAL, {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}),
+    "4 bit": (LLAMA, {"target_modules": "all-linear"}),
+    "dropout": (LLAMA, {"target_modules": "all-linear", "lora_dropout": 0.3}),
+    "dora": (LLAMA, {"target_modules": "all-linear", "use_dora": True}),
+}
+
+
+def adapt(folder, leaves, in_4bit=False, **options):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16) if in_4bit else None
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=quantization)
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **options)).train()
+    if leaves:
+        set_adapter_types(model)
+    return model
+
+
+def compute_gradients(model, dtype=torch.bfloat16):
+    """Return the loss, the gradients, and the bytes that wait for the backward pass."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.nbytes
+        return tensor
+
+    torch.manual_seed(1)
+    with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", dtype):
+        loss = model(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss
+    loss.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return loss, gradients, sum(kept.values())
+
+
+def assert_same_bits(found, expected):
+    assert torch.equal(found[0], expected[0])
+    assert found[1].keys() == expected[1].keys() != set()
+    assert [name for name, gradient in expected[1].items() if not torch.equal(found[1][name], gradient)] == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_gradient_is_the_same_to_the_last_bit(make_base, case):
+    config, options = CASES[case]
+    folder = make_base(config)
+    expected, found = (compute_gradients(adapt(folder, leaves, case == "4 bit", **options)) for leaves in (False, True))
+    assert_same_bits(found, expected)
+
+
+def test_the_same_with_layers_computed_again_and_in_float16(make_base):
+    folder = make_base(LLAMA)
+    for dtype in (torch.bfloat16, torch.float16):
+        results = []
+        for leaves in (False, True):
+            model = adapt(folder, leaves, target_modules="all-linear")
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+            results.append(compute_gradients(model, dtype))
+        assert_same_bits(results[1], results[0])
+
+
+def test_no_copy_of_the_inputs_waits_for_the_backward_pass(make_base):
+    folder = make_base(LLAMA)
+    with_cast, without = (
+        compute_gradients(adapt(folder, leaves, target_modules="all-linear"))[2] for leaves in (False, True)
+    )
+    spared = 3 * LLAMA.num_hidden_layers  # of q, k and v one is left, and of gate and up
+    assert with_cast - without >= spared * 2 * TOKENS.numel() * LLAMA.hidden_size
+
+
+def test_the_cast_stays_without_autocast(make_base):
+    folder = make_base(LLAMA)
+    expected, found = (adapt(folder, leaves, target_modules="all-linear").eval() for leaves in (False, True))
+    with torch.no_grad():
+        assert torch.equal(found(input_ids=TOKENS).logits, expected(input_ids=TOKENS).logits)

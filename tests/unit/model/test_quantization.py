@@ -16,12 +16,12 @@ from llm_trainer.config.sections import ModelSettings
 from llm_trainer.model.device import Device
 from llm_trainer.model.loading import LoadOptions, build_skeleton, load_model, read_config
 from llm_trainer.model.parameter_roles import measure_linear_share
+from llm_trainer.model.precision import set_adapter_types
 from llm_trainer.model.quantization import (
     build_quantization,
     describe_quantization,
     find_quantization_problems,
     find_stored_method,
-    keep_adapter_in_float32,
 )
 from support.tiny_gpt_oss import EXPERTS, build_tiny_gpt_oss, dequantize, quantize
 
@@ -140,7 +140,7 @@ def test_an_adapter_that_trl_has_rounded_is_put_back_to_float32(tiny_model):
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
     frozen = {name: p.dtype for name, p in model.named_parameters() if not p.requires_grad}
-    keep_adapter_in_float32(model)
+    set_adapter_types(model)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {name: p.dtype for name, p in model.named_parameters() if not p.requires_grad} == frozen
 

@@ -21,6 +21,7 @@ from llm_trainer.config.sections import AdapterSettings, ModelSettings
 from llm_trainer.model import lora
 from llm_trainer.model.loading import build_on_meta
 from llm_trainer.model.parameter_roles import Role, assign_roles
+from llm_trainer.model.precision import set_adapter_types
 from llm_trainer.model.quantization import find_stored_method
 
 Quantization = Literal["nf4", "fp4", "int8"]
@@ -138,9 +139,7 @@ def add_adapter(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
     config.init_lora_weights = True  # other ways to begin read the weights, and give as many numbers
     with torch.device("meta"):
         model = get_peft_model(base, config)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    set_adapter_types(model)
     return model
 
 
