@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast one GPU fine-tunes a Llama-shaped model of random weights, as a share of what its matrix products allow.
 
-    python3 bench/gpu.py            1B and 8B, bf16 LoRA and nf4 QLoRA: a row of a table each
-    python3 bench/gpu.py 8B lora    one of them
-    python3 bench/gpu.py --tiny     seconds on a CPU, to try the program itself
+    python3 bench/gpu.py                  8B: each variant below, a row of a table each
+    python3 bench/gpu.py "nf4" "fp8"      some of them
+    python3 bench/gpu.py --size tiny      seconds on a CPU, to try the program itself
 
-Needs torch, transformers and peft; bitsandbytes for nf4. No files, no network, none of this project's modules.
+Needs torch, transformers, trl and peft, and this project's code on PYTHONPATH for Liger; bitsandbytes for nf4,
+flash_attn for FA2. No files and no network. Each variant is a process of its own; --out keeps all figures as JSON,
+and with --profile which kernels take a step's time.
 
 Floating-point operations of the model, not of the machine: what gradient checkpointing computes again does not count.
 A token costs 2 a weight of the matrices in the forward pass, 2 for the gradients of activations and 2 for those of
@@ -15,21 +17,26 @@ arXiv:2204.02311, appendix B), halved, as half of what is causal is masked, and 
 """
 
 import argparse
-import importlib.util
 import json
 import statistics
+import subprocess
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from gpu_layers import Float8Linear, fuse_adapter_layers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from trl.trainer.utils import add_fused_lm_head
 
 VOCABULARY = 128_256
 SIZES = {
@@ -49,11 +56,12 @@ SIZES = {
 }  # fmt: skip
 METHODS = ("lora", "qlora")
 MATRIX = 8192  # rows and columns of the product that sets the ceiling
-WARM_UP_STEPS, STEPS = 3, 8
+WARM_UP_STEPS, STEPS = 3, 6
 PHASES = ("forward", "backward", "optimizer")
 LORA_RANK = 16
+CHILD_SECONDS = 150  # a variant's limit
 COLUMNS = (
-    *("model", "step", "attention", "tokens/s", "model TFLOP/s", "of the ceiling", "peak GiB"),
+    *("variant", "tokens/s", "model TFLOP/s", "of the ceiling", "peak GiB", "retries"),
     "ms: " + " + ".join(PHASES),
 )
 Loss = Callable[[PeftModel, dict[str, torch.Tensor]], torch.Tensor]
@@ -64,12 +72,36 @@ class Plan:
     """One measurement."""
 
     size: str
-    method: str  # lora: bf16; qlora: the base in nf4
+    method: str  # lora: bf16; qlora: the base in nf4; fp8: its products in float8
     sequences: int = 1  # a step
     tokens: int = 4096  # a sequence; those of all rows together
     rows: int = 4  # that share a sequence, of the same length
     checkpointing: bool = True
     attention: str = "sdpa"
+    liger: bool = False
+    dropout: float = 0.0
+    casts_inputs: bool = False  # of adapters to float32, as PEFT does if it is left to itself
+    fused: bool = False  # adapters add to their base's product, in one autograd function
+    compiled: bool = False  # each decoder layer by torch.compile
+
+
+# What one variant changes of the one that all are measured against, the last of the first four.
+FAST = {"sequences": 2, "attention": "flash_attention_2", "liger": True, "checkpointing": False}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "first release": {"checkpointing": True, "dropout": 0.1, "casts_inputs": True},
+    "dropout 0": {"checkpointing": True, "casts_inputs": True},
+    "dropout 0, no cast": {"checkpointing": True},
+    "no recomputation": {},
+    "fused adapters": {"fused": True},
+    "compiled layers": {"compiled": True, "liger": False},
+    "compiled, fused": {"compiled": True, "liger": False, "fused": True},
+    "no Liger": {"liger": False},
+    "sdpa": {"attention": "sdpa"},
+    "nf4": {"method": "qlora"},
+    "nf4, fused": {"method": "qlora", "fused": True},
+    "fp8": {"method": "fp8"},
+    "fp8, compiled": {"method": "fp8", "compiled": True, "liger": False},
+}
 
 
 @dataclass
@@ -81,6 +113,7 @@ class Measurement:
     step_seconds: float = 0.0
     phase_seconds: dict[str, float] = field(default_factory=dict)  # forward, backward, optimizer
     peak_bytes: int = 0
+    allocator_retries: int = 0
     tokens_per_second: float = 0.0
     flops_per_second: float = 0.0  # of the model
 
@@ -90,74 +123,95 @@ def choose_device() -> torch.device:
 
 
 def build_model(plan: Plan, device: torch.device) -> PreTrainedModel:
-    """A base of random weights: bf16 on a GPU and float32 on a CPU, the linear layers in nf4 for qlora."""
+    """A base of random weights: bf16 on a GPU and float32 on a CPU, the linear layers quantized for qlora and fp8."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(SIZES[plan.size], dtype=dtype, attn_implementation=plan.attention)
-    return quantize(model, dtype) if plan.method == "qlora" else model
+    if plan.liger:
+        from llm_trainer.model.liger import apply_liger
 
-
-def quantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its linear layers but the output layer in nf4, double quantization, as load_in_4bit makes it."""
-    import bitsandbytes as bnb
-
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and layer is not model.get_output_embeddings():
-            packed = bnb.nn.Linear4bit(
-                layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
-            )
-            weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
-            packed.weight = weight.to(layer.weight.device)  # which quantizes
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, packed)
-            layer.weight = None
-    model.is_loaded_in_4bit = True
+        apply_liger(model, {})
+    if plan.method != "lora":
+        quantize(model, quantize_to_nf4 if plan.method == "qlora" else Float8Linear.from_linear)
+    model.is_loaded_in_4bit = plan.method == "qlora"
     return model
 
 
-def adapt(model: PreTrainedModel, checkpointing: bool) -> PeftModel:
+def quantize(model: PreTrainedModel, convert: Callable[[nn.Linear], nn.Linear]) -> None:
+    """Put the converted linear layers in the place of all but the output layer."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and layer is not model.get_output_embeddings():
+            converted = convert(layer)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, converted)
+            layer.weight = None
+
+
+def quantize_to_nf4(layer: nn.Linear) -> nn.Linear:
+    """The layer in nf4, double quantization, as load_in_4bit makes it."""
+    import bitsandbytes as bnb
+
+    kind = {"compute_dtype": layer.weight.dtype, "quant_type": "nf4"}
+    packed = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, device="meta", **kind)
+    weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+    packed.weight = weight.to(layer.weight.device)  # which quantizes
+    return packed
+
+
+def adapt(model: PreTrainedModel, plan: Plan) -> PeftModel:
     """A LoRA on all linear layers, ready to be trained."""
-    if checkpointing:
+    if plan.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     model.config.use_cache = False
-    lora = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, lora).train()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    lora = LoraConfig(
+        r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=plan.dropout, target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    adapted = get_peft_model(model, lora).train()
+    for layer in adapted.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.cast_input_dtype_enabled = plan.casts_inputs
+    if plan.fused:
+        fuse_adapter_layers(adapted)
+    if plan.compiled:
+        for layer in model.get_decoder().layers:
+            layer.compile(dynamic=False)
+    return adapted
 
 
-def make_batch(plan: Plan, vocabulary: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Sequences that several rows share, their position ids beginning anew with each: [sequences, tokens]."""
+def make_batch(plan: Plan, vocabulary: int, device: torch.device) -> dict[str, Any]:
+    """Sequences that several rows share, their position ids beginning anew with each: [sequences, tokens].
+
+    For flash attention all rows lie in one sequence, and it is told where each begins, as TRL's collator does.
+    """
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(vocabulary, (plan.sequences, plan.tokens), generator=generator)
-    row = torch.arange(plan.tokens // plan.rows).repeat(plan.rows)
+    length = plan.tokens // plan.rows
+    row = torch.arange(length).repeat(plan.rows).expand_as(tokens)
     labels = tokens.masked_fill(row == 0, -100)  # the first of a row would be predicted from another row
-    batch = {"input_ids": tokens, "position_ids": row.expand_as(tokens).contiguous(), "labels": labels}
-    return {name: value.to(device) for name, value in batch.items()}
+    batch = {"input_ids": tokens, "position_ids": row.contiguous(), "labels": labels}
+    bounds: dict[str, Any] = {}
+    if plan.attention.startswith("flash"):
+        batch = {name: value.reshape(1, -1) for name, value in batch.items()}
+        starts = torch.arange(0, tokens.numel() + 1, length, dtype=torch.int32, device=device)
+        bounds = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": length, "max_length_k": length}
+    return {**{name: value.to(device) for name, value in batch.items()}, **bounds}
 
 
-def find_loss(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross-entropy of the next token, in chunks whose logits are computed again in the backward pass."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    base = model.get_base_model()
-    hidden = base.model(**inputs).last_hidden_state[:, :-1].flatten(0, 1)  # [tokens, width]
-    labels = batch["labels"][:, 1:].flatten()
-
-    def sum_losses(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(base.lm_head(hidden).float(), labels, reduction="sum")
-
-    sums = [
-        torch.utils.checkpoint.checkpoint(sum_losses, part, own, use_reentrant=False)
-        for part, own in zip(hidden.split(1024), labels.split(1024), strict=True)
-    ]
-    return torch.stack(sums).sum() / (labels != -100).sum()
+def find_loss(model: PeftModel, batch: dict[str, Any]) -> torch.Tensor:
+    """TRL's mean of the labelled tokens' losses, whose head never holds all logits."""
+    labels = batch["labels"]
+    return -model(**batch, fused_lm_head=True).log_probs.sum() / (labels[:, 1:] != -100).sum()
 
 
 def train(
     plan: Plan, device: torch.device, num_steps: int = STEPS, warm_up: int = WARM_UP_STEPS, find_loss: Loss = find_loss
 ) -> Measurement:
     """Steps on one batch, which a model has to learn, timed; in autocast, as Transformers' trainer computes."""
-    model = adapt(build_model(plan, device), plan.checkpointing)
+    model = adapt(build_model(plan, device), plan)
     optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], 1e-3, fused=device.type == "cuda")
     batch = make_batch(plan, SIZES[plan.size].vocab_size, device)
     reset_peak(device)  # what building took is not what training takes
@@ -174,14 +228,21 @@ def train(
         times.append(now(device))
         steps.append([after - before for before, after in pairwise(times)])
         measurement.losses.append(loss.item())
-    timed = steps[warm_up:]
-    measurement.step_seconds = statistics.median(map(sum, timed))
-    phases = zip(PHASES, zip(*timed, strict=True), strict=True)
+    fill_medians(measurement, steps[warm_up:], model)
+    return measurement
+
+
+def fill_medians(measurement: Measurement, steps: list[list[float]], model: PeftModel) -> None:
+    """Put the medians of the steps' phases, in seconds, and what follows from them into the measurement."""
+    plan = measurement.plan
+    phases = zip(PHASES, zip(*steps, strict=True), strict=True)
+    measurement.step_seconds = statistics.median(map(sum, steps))
     measurement.phase_seconds = {name: statistics.median(times) for name, times in phases}
-    measurement.peak_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    if torch.cuda.is_available():
+        measurement.peak_bytes = torch.cuda.max_memory_allocated()
+        measurement.allocator_retries = torch.cuda.memory_stats()["num_alloc_retries"]
     measurement.tokens_per_second = plan.sequences * plan.tokens / measurement.step_seconds
     measurement.flops_per_second = measurement.tokens_per_second * count_flops(model, plan.tokens // plan.rows)
-    return measurement
 
 
 def count_flops(model: PeftModel, row_tokens: int) -> float:
@@ -228,7 +289,7 @@ def reset_peak(device: torch.device) -> None:
 
 def profile(plan: Plan, device: torch.device) -> str:
     """The operations that take the device's time in one step."""
-    model = adapt(build_model(plan, device), plan.checkpointing)
+    model = adapt(build_model(plan, device), plan)
     batch = make_batch(plan, SIZES[plan.size].vocab_size, device)
 
     def step() -> None:
@@ -244,19 +305,18 @@ def profile(plan: Plan, device: torch.device) -> str:
         step()
         now(device)
     order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    return recorded.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)
+    return recorded.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=70)
 
 
-def describe_row(measurement: Measurement, ceiling: float) -> str:
-    plan, phases = measurement.plan, measurement.phase_seconds
+def describe_row(name: str, measurement: Measurement, ceiling: float) -> str:
+    phases = measurement.phase_seconds
     cells = [
-        f"{plan.size} {plan.method}",
-        f"{plan.sequences} x {plan.tokens} of {plan.rows} rows",
-        f"{plan.attention}{', checkpointing' * plan.checkpointing}",
+        name,
         f"{measurement.tokens_per_second:,.0f}",
         f"{measurement.flops_per_second / 1e12:.1f}",
         f"{measurement.flops_per_second / ceiling:.1%}",
         f"{measurement.peak_bytes / 2**30:.1f}",
+        f"{measurement.allocator_retries}",
         f"{1000 * measurement.step_seconds:.0f} = " + " + ".join(f"{1000 * phases[name]:.0f}" for name in PHASES),
     ]
     return f"| {' | '.join(cells)} |"
@@ -267,49 +327,83 @@ def describe_device(device: torch.device) -> str:
     return f"{name}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
-def choose_plans(words: list[str], options: dict[str, Any]) -> Iterator[Plan]:
-    for size in [word for word in words if word in SIZES] or ["1B", "8B"]:
-        for method in [word for word in words if word in METHODS] or METHODS:
-            if method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
-                print(f"{size} {method} left out: bitsandbytes is not installed here")
-            else:
-                yield Plan(size, method, **options)
+def make_plan(size: str, variant: str) -> Plan:
+    """The plan of a variant. A CPU has neither flash attention nor Liger, and the tiny model short sequences."""
+    plan = Plan(size, **{"method": "lora", **FAST, **VARIANTS[variant]})
+    if not torch.cuda.is_available():
+        plan = replace(plan, attention="sdpa", liger=False)
+    return replace(plan, tokens=64) if size == "tiny" else plan
+
+
+def measure_variant(plan: Plan, profiles: bool) -> dict[str, Any]:
+    """The figures of a variant, and the table of its kernels."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    device = choose_device()
+    measurement = train(plan, device)
+    if not measurement.losses[-1] < measurement.losses[0]:
+        raise AssertionError(f"it does not learn: {measurement.losses}")
+    return {"measurement": asdict(measurement), "profile": profile(plan, device) if profiles else ""}
+
+
+def start_variant(size: str, variant: str, profiles: bool) -> subprocess.Popen[str]:
+    """A process that measures a variant once it is told to, and imports what it needs meanwhile."""
+    command = [sys.executable, __file__, "--size", size, "--child", variant, *["--profile"] * profiles]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish_variant(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Have the process measure, and return its figures, or `error`."""
+    try:
+        printed, errors = process.communicate("go\n", timeout=CHILD_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return {"error": f"took more than {CHILD_SECONDS} s"}
+    return {"error": errors[-3000:]} if process.returncode else json.loads(printed.splitlines()[-1])
+
+
+def measure_all(size: str, variants: list[str], profiled: list[str], out: Path | None) -> None:
+    """Print a row for each variant as it comes. `out` then holds what was measured so far."""
+    device = choose_device()
+    ceiling = find_ceiling(device, 256 if size == "tiny" else MATRIX)
+    reset_peak(device)
+    print(f"{size}, {describe_device(device)}; ceiling {ceiling / 1e12:.3g} TFLOP/s\n")
+    print(f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS), sep="\n", flush=True)
+    figures: dict[str, Any] = {"size": size, "device": describe_device(device), "ceiling": ceiling, "variants": {}}
+    processes = (start_variant(size, variant, variant in profiled) for variant in variants)
+    following = next(processes)
+    for variant in variants:
+        process, following = following, next(processes, None)  # which imports while this one measures
+        found = figures["variants"][variant] = finish_variant(process)
+        print(describe_result(variant, found, ceiling), flush=True)
+        if out:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "fast.json").write_text(json.dumps(figures, indent=1))
+
+
+def describe_result(variant: str, found: dict[str, Any], ceiling: float) -> str:
+    """A row of the table, or why there is none."""
+    if "error" in found:
+        return f"{variant} failed: {found['error'][-600:]}"
+    measured = found["measurement"]
+    return describe_row(variant, Measurement(**{**measured, "plan": Plan(**measured["plan"])}), ceiling)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", choices=[*SIZES, *METHODS, []], help="sizes and methods; all by default")
-    parser.add_argument("--tiny", action="store_true", help="the tiny model, short sequences, a small ceiling")
-    parser.add_argument("--profile", action="store_true", help="what takes the time of a step, instead of a row")
-    parser.add_argument("--no-checkpointing", action="store_true", help="keep activations: faster where they fit")
-    parser.add_argument("--rows", type=int, default=4, help="that share a sequence")
-    parser.add_argument("--sequences", type=int, default=1, help="a step")
-    parser.add_argument("--attention", default="sdpa", help="Transformers' name of the kernel")
-    given = parser.parse_args()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    device = choose_device()
-    options = {
-        "sequences": given.sequences,
-        "rows": given.rows,
-        "attention": given.attention,
-        "checkpointing": not given.no_checkpointing,
-        **({"tokens": 64} if given.tiny else {}),
-    }
-    plans = list(choose_plans([*given.words, *["tiny"] * given.tiny], options))
-    if given.profile:
-        for plan in plans:
-            print(profile(plan, device))
-        return
-    ceiling = find_ceiling(device, 256 if given.tiny else MATRIX)
-    print(f"{describe_device(device)}; ceiling {ceiling / 1e12:.3g} TFLOP/s\n")
-    print(
-        "| model | step | tokens/s | model TFLOP/s | of the ceiling | peak GiB | ms: forward + backward + optimizer |"
+    parser.add_argument("variants", nargs="*", help=f"all by default: {', '.join(VARIANTS)}")
+    parser.add_argument("--size", choices=SIZES, default="8B")
+    parser.add_argument(
+        "--profile", action="append", default=[], nargs="?", const="*", help="variants whose kernels to list"
     )
-    print("|---|---|---|---|---|---|---|")
-    for plan in plans:
-        measurement = train(plan, device)
-        print(describe_row(measurement, ceiling), flush=True)
-        assert measurement.losses[-1] < measurement.losses[0], json.dumps(measurement.losses)
+    parser.add_argument("--out", type=Path, help="a folder for the figures as JSON")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        sys.stdin.readline()
+        print(json.dumps(measure_variant(make_plan(given.size, given.child), bool(given.profile))))
+    else:
+        measure_all(given.size, given.variants or list(VARIANTS), given.profile, given.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is made for a GPU runs here too: on the CPU with tiny models, and not at all, with the reason, without them."""
 
+import json
 import os
 import re
 import subprocess
@@ -46,8 +47,14 @@ def test_the_gpu_tests_skip_with_the_reason_where_there_is_no_gpu():
     assert "passed" not in printed
 
 
-def test_the_benchmark_prints_a_row_for_each_method():
-    printed = run("bench/gpu.py", "--tiny")
-    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| tiny ")]
-    assert [row[0] for row in rows] == ["| tiny lora", "| tiny qlora"]
-    assert all(float(row[3].replace(",", "")) > 0 and row[5].endswith("%") for row in rows)
+def test_the_benchmark_prints_a_row_for_each_variant_and_keeps_the_figures(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    variants = ["no recomputation", "fused adapters", "nf4", "fp8"]
+    printed = run("bench/gpu.py", "--size", "tiny", "--out", str(tmp_path), *variants)
+    rows = [line.split(" | ") for line in printed.splitlines()]
+    rows = [row for row in rows if row[0].removeprefix("| ") in variants]
+    assert [row[0].removeprefix("| ") for row in rows] == variants
+    assert all(float(row[1].replace(",", "")) > 0 and row[3].endswith("%") for row in rows)
+    figures = json.loads((tmp_path / "fast.json").read_text())["variants"]
+    plain, fused = (figures[name]["measurement"]["losses"] for name in variants[:2])
+    assert fused == pytest.approx(plain, rel=1e-4)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers whose worth bench/gpu.py measures before the product gets them: products in float8, and fused adapters."""
+
+import functools
+from types import MethodType
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FLOAT8).max
+
+
+@functools.cache
+def compile_scaling() -> Any:
+    """Compiled, as the passes over a tensor would otherwise cost more than the product saves."""
+    return torch.compile(scale_rows, dynamic=False) if torch.cuda.is_available() else scale_rows
+
+
+def scale_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix [rows, columns] in float8, and a scale [rows, 1] that gives each row back."""
+    scale = matrix.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / LARGEST
+    return (matrix.float() / scale).to(FLOAT8), scale
+
+
+def multiply(left: torch.Tensor, right: torch.Tensor, right_scale: torch.Tensor) -> torch.Tensor:
+    """left [m, k] in bf16 times right [n, k] transposed, in float8: [m, n] in bf16."""
+    small, scale = compile_scaling()(left)
+    if not left.is_cuda:
+        return ((small.float() * scale) @ (right.float() * right_scale).t()).to(left.dtype)
+    return torch._scaled_mm(
+        small, right.t(), scale_a=scale, scale_b=right_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+class Float8Product(torch.autograd.Function):
+    """x [..., in] times a frozen weight [out, in]; its gradient with a copy that is scaled along the other side."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight, scale, turned, turned_scale) -> torch.Tensor:
+        ctx.save_for_backward(turned, turned_scale)
+        return multiply(x.flatten(0, -2), weight, scale).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        turned, turned_scale = ctx.saved_tensors
+        found = multiply(gradient.flatten(0, -2), turned, turned_scale).unflatten(0, gradient.shape[:-1])
+        return found, None, None, None, None
+
+
+class Float8Linear(nn.Linear):
+    """A frozen layer of bf16 that multiplies in float8."""
+
+    @classmethod
+    def from_linear(cls, layer: nn.Linear) -> "Float8Linear":
+        made = cls(layer.in_features, layer.out_features, bias=False, device="meta")
+        weight, scale = scale_rows(layer.weight.data)
+        turned, turned_scale = scale_rows(layer.weight.data.t().contiguous())
+        made.parts = (weight, scale, turned, turned_scale)
+        made.weight = nn.Parameter(layer.weight.data[:1], requires_grad=False)  # PEFT asks for its type and place
+        return made
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Float8Product.apply(x.to(torch.bfloat16) if x.is_cuda else x, *self.parts)
+
+
+class AdaptedProduct(torch.autograd.Function):
+    """x A^T B^T s added to the base's product in the product's own kernel, forward and backward.
+
+    PEFT scales and adds in passes of their own, over tensors as large as the layer's output.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, base: torch.Tensor, first, second, scaling: float) -> torch.Tensor:
+        inner = x.flatten(0, -2) @ first.t()
+        ctx.save_for_backward(x, inner, first, second)
+        ctx.scaling = scaling
+        ctx.mark_dirty(base)
+        base.flatten(0, -2).addmm_(inner, second.t(), alpha=scaling)
+        return base
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        x, inner, first, second = ctx.saved_tensors
+        flat = gradient.flatten(0, -2)
+        through = (flat @ second).mul_(ctx.scaling)  # [tokens, rank]
+        of_x = (through @ first).unflatten(0, x.shape[:-1])
+        return of_x, gradient, through.t() @ x.flatten(0, -2), (flat.t() @ inner).mul_(ctx.scaling), None
+
+
+class AdaptedMatrix(torch.autograd.Function):
+    """x W^T + s x A^T B^T with W in bf16: the gradient of x is one product with another added to it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight, first, second, scaling: float) -> torch.Tensor:
+        flat = x.flatten(0, -2)
+        inner = flat @ first.t()
+        ctx.save_for_backward(x, inner, weight, first, second)
+        ctx.scaling = scaling
+        product = flat @ weight.t()
+        return product.addmm_(inner, second.t(), alpha=scaling).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        x, inner, weight, first, second = ctx.saved_tensors
+        flat = gradient.flatten(0, -2)
+        through = (flat @ second).mul_(ctx.scaling)
+        of_x = (flat @ weight).addmm_(through, first).unflatten(0, x.shape[:-1])
+        return of_x, None, through.t() @ x.flatten(0, -2), (flat.t() @ inner).mul_(ctx.scaling), None
+
+
+def forward_fused(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """The layer with its one adapter; the adapter's weights in the base's type, as autocast has them."""
+    name = layer.active_adapters[0]
+    dtype = x.dtype
+    first, second = layer.lora_A[name].weight.to(dtype), layer.lora_B[name].weight.to(dtype)
+    if type(layer.base_layer) is nn.Linear:
+        with torch.autocast(x.device.type, enabled=False):
+            return AdaptedMatrix.apply(x, layer.base_layer.weight, first, second, layer.scaling[name])
+    base = layer.base_layer(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return AdaptedProduct.apply(x, base, first, second, layer.scaling[name])
+
+
+def fuse_adapter_layers(model: PeftModel) -> None:
+    """Have each LoRA layer without dropout compute with its base in one function."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.forward = MethodType(forward_fused, layer)
