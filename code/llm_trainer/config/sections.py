@@ -231,7 +231,9 @@ class AdapterSettings(Section):
     )
     lora_r: int = Field(8, ge=1, description="Rank of the adapter.")
     lora_alpha: float = Field(16, gt=0, description="Scale of the adapter: its output is multiplied by alpha / rank.")
-    lora_dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on the adapter's input.")
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout on the adapter's input. It costs time and memory, for its masks."
+    )
     target_modules: str | list[str] = Field(
         "auto",
         description="Modules that get an adapter: their names, or one regular expression. auto: all linear layers "

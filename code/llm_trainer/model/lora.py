@@ -58,8 +58,6 @@ def build_lora_config(
         task_type=TaskType.CAUSAL_LM,
     )
     check_targets(config, settings, skeleton)
-    if config.target_parameters:
-        config.lora_dropout = 0.0  # PEFT has none there
     return config
 
 
@@ -369,7 +367,7 @@ def find_parameter_problems(parameters: list[str], settings: AdapterSettings) ->
     subject = f"adapters on parameters ({cut_quote(', '.join(sorted(parameters)))})"
     fix = "or name linear layers alone with target_modules"
     init = settings.init_lora_weights
-    if settings.lora_dropout and settings.is_given("lora_dropout"):
+    if settings.lora_dropout:
         yield f"lora_dropout={settings.lora_dropout:g} with {subject}: PEFT has no dropout there; set 0, {fix}."
     if settings.use_dora:
         yield f"use_dora=true with {subject}: PEFT has DoRA for modules only; set it to false, {fix}."
@@ -403,8 +401,7 @@ def describe_adapter(model: PeftModel) -> str:
     """Return a line for the log about the layers that got an adapter."""
     config = model.active_peft_config
     targets = ", ".join(f"{count} x {name}" for name, count in count_targets(model).items())
-    reason = "; PEFT has no dropout for adapters on parameters" if config.target_parameters else ""
-    return f"Adapter on {targets}; lora_dropout={config.lora_dropout:g}{reason}"
+    return f"Adapter on {targets}; lora_dropout={config.lora_dropout:g}"
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

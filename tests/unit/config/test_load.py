@@ -87,7 +87,7 @@ def test_the_command_line_wins_over_hyperparameters_and_those_over_the_file(tmp_
         settings.adapter.lora_alpha,
         settings.training.seed,
         settings.adapter.lora_dropout,
-    ) == (3, 2, 1, 0.1)
+    ) == (3, 2, 1, 0.0)
 
 
 def test_every_mistake_is_told_in_one_go():
@@ -113,7 +113,7 @@ def test_every_mistake_is_told_in_one_go():
         "for all weights.",
         "packing='maybe' is not valid: it must be true or false or null; leave it out for none.",
         problems[6],
-        "lora_dropout='1.5' is not valid: it must be a number, at least 0 and below 1; its default is 0.1.",
+        "lora_dropout='1.5' is not valid: it must be a number, at least 0 and below 1; its default is 0.0.",
     ]
     assert problems[6].startswith("optim='adamw' is not valid: it must be one of adamw_torch,")
     assert problems[6].endswith("the nearest is 'adamw_torch'.")

@@ -109,9 +109,13 @@ def test_auto_hits_all_linear_layers_and_all_experts_and_plain_peft_loads_the_re
 
 
 def test_dropout_is_left_out_where_peft_has_none():
-    assert plan_adapter(LLAMA).lora_dropout == Settings().adapter.lora_dropout > 0
+    assert plan_adapter(LLAMA, lora_dropout=0.1).lora_dropout == 0.1
+    assert plan_adapter(MIXTRAL, target_modules=["q_proj"], lora_dropout=0.1).lora_dropout == 0.1
     assert plan_adapter(MIXTRAL).lora_dropout == 0
-    assert plan_adapter(MIXTRAL, target_modules=["q_proj"]).lora_dropout > 0
+
+
+def test_there_is_no_dropout_unless_it_is_asked_for():
+    assert plan_adapter(LLAMA).lora_dropout == Settings().adapter.lora_dropout == 0
 
 
 def test_experts_adapters_are_trained_alike_when_activations_are_recomputed(make_base):
