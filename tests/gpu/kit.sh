@@ -23,7 +23,7 @@ fetch_wheels() { # fetch_wheels FOLDER
   local glibc platforms=()
   for glibc in 5 12 17 24 27 28 31 34 35; do platforms+=(--platform "manylinux_2_${glibc}_x86_64"); done
   pick_pins >"$1/pins.txt"
-  .venv/bin/pip download --quiet --no-deps --require-hashes --only-binary :all: --python-version 3.12 \
+  .venv/bin/pip download --quiet --quiet --no-deps --require-hashes --only-binary :all: --python-version 3.12 \
     --implementation cp "${platforms[@]}" --platform manylinux2014_x86_64 --platform manylinux1_x86_64 \
     --dest "$1/wheels" --requirement "$1/pins.txt"
 }
@@ -50,7 +50,7 @@ trap 'rm -rf "$next"' EXIT
 mkdir "$next/wheels"
 fetch_wheels "$next"
 strip_bitsandbytes "$next"
-git ls-files -z code bench/gpu.py tests/gpu tests/support | xargs -0 cp --parents -t "$next"
+git ls-files -z code bench/gpu.py bench/gpu_layers.py tests/gpu tests/support | xargs -0 cp --parents -t "$next"
 cp tests/gpu/run.sh "$next/run"
 rm -rf "$kit"
 chmod 755 "$next"
