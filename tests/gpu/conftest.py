@@ -13,7 +13,7 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).parents[2]
-sys.path[:0] = [str(REPOSITORY / "code"), str(REPOSITORY / "bench")]
+sys.path[:0] = [str(REPOSITORY / name) for name in ("code", "tests", "bench")]
 SIZE = os.environ.get("LLM_TRAINER_GPU_TEST_SIZE", "1B")
 
 

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole jobs of `llm-trainer train` on a Llama of random weights, each in a tree as SageMaker lays it out."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import gpu
+from support.sagemaker_tree import SageMakerTree
+from support.tiny_model import build_tokenizer
+
+STEERED = Path(__file__).with_name("steered.py")
+NUM_ROWS, NUM_VALIDATION_ROWS, NUM_STEPS = 600, 16, 24
+COMMON = {
+    "lora_r": "16",
+    "lora_dropout": "0",  # jobs are compared with each other
+    "learning_rate": "1e-3",
+    "max_length": "512",
+    "max_steps": str(NUM_STEPS),
+    "per_device_train_batch_size": "8",
+    "logging_steps": "1",
+    "sample_prompts": "0",
+    "use_checkpoints": "false",
+}
+SAVES = {"use_checkpoints": "true", "save_steps": "10"}
+
+
+@dataclass(frozen=True)
+class WholeJob:
+    """A job, and how it differs from a LoRA job of defaults."""
+
+    name: str
+    settings: dict[str, str] = field(default_factory=dict)
+    ways: str = ""  # of steered.py
+    stop_at: int = 0  # the step at which SIGTERM comes; another start then goes on
+    like: str = ""  # the job whose losses it has to have
+
+
+JOBS = (
+    WholeJob("lora"),
+    WholeJob("lora-sdpa", {"attn_implementation": "sdpa", "use_liger_kernel": "false"}, like="lora"),
+    WholeJob("qlora-merge", {"load_in_4bit": "true", "merge_weights": "true"}),
+    WholeJob("full", {"use_peft": "false", "lora_r": "", "lora_dropout": "", "learning_rate": "1e-4"}),
+    WholeJob("resumed", SAVES, stop_at=8, like="lora"),
+    WholeJob("torchrun", SAVES, ways="torchrun", like="lora"),
+    WholeJob("fsdp", {**SAVES, "distribution": "fsdp"}, ways="fsdp", like="lora"),
+    WholeJob("answers", {"sample_prompts": "2"}, ways="cpu-proof", like="lora"),
+    WholeJob("packed", {"packing": "true"}),
+    WholeJob("packed-sdpa", {"packing": "true", "attn_implementation": "sdpa"}, like="packed"),
+    WholeJob("kept", {"gradient_checkpointing": "false"}, like="lora"),
+    WholeJob("recomputed", {"gradient_checkpointing": "true"}, like="lora"),
+    WholeJob("exact", {"full_determinism": "true"}, like="lora"),
+    WholeJob("exact-resumed", {**SAVES, "full_determinism": "true"}, stop_at=8, like="exact"),
+    WholeJob("padded", {"packing": "false"}),
+)
+
+
+def build_base(folder: Path, size: str) -> None:
+    """Write bench/gpu.py's model of this size, in bfloat16, with a tokenizer of bytes."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(gpu.SIZES[size], dtype=torch.bfloat16)
+    tokenizer = build_tokenizer()
+    for config in (model.config, model.generation_config):
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    del model
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def write_rows(folder: Path) -> None:
+    """Write chats of unlike lengths that a model can learn, up to some 400 tokens: the files of two channels."""
+    generator = random.Random(0)
+    for name, number in (("train", NUM_ROWS), ("validation", NUM_VALIDATION_ROWS)):
+        lines = []
+        for first in range(number):
+            length = generator.randrange(10, 90)
+            question = f"Count from {first}, {length} numbers{' please' * generator.randrange(10)}."
+            answer = " ".join(str(first + place) for place in range(length))
+            turns = {"user": question, "assistant": answer}
+            lines.append(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns.items()]}))
+        (folder / name).mkdir(parents=True)
+        (folder / name / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def lay_tree(job: WholeJob, work: Path) -> SageMakerTree:
+    """Return the job's tree, with links to the base and the rows below `work`."""
+    tree = SageMakerTree(work / job.name)
+    channels = ("model", "train", *(["validation"] if job.settings.get("sample_prompts") else []))
+    values = {**COMMON, **job.settings}
+    tree.write_job({name: value for name, value in values.items() if value}, channels)
+    data = tree.base_dir / "input/data"
+    data.mkdir(parents=True)
+    for channel in channels:
+        (data / channel).symlink_to(work / "base" if channel == "model" else work / "rows" / channel)
+    return tree
+
+
+def start(job: WholeJob, tree: SageMakerTree, log: Path) -> "subprocess.Popen[bytes]":
+    """Start the job as the container would, its log appended to a file."""
+    program = [str(STEERED), job.ways] if job.ways else ["-m", "llm_trainer"]
+    with log.open("ab") as stream:
+        return subprocess.Popen(
+            [sys.executable, *program, "train"],
+            env={**os.environ, "SAGEMAKER_BASE_DIR": str(tree.base_dir)},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def end(process: "subprocess.Popen[bytes]", deadline: float) -> int | str:
+    """Return the exit code, or the words that the process had to be killed at the deadline, by time.monotonic()."""
+    try:
+        return process.wait(max(1.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()  # its workers die with it
+        process.wait()
+        return "killed: its time was up"
+
+
+def run_job(job: WholeJob, work: Path, limit: float) -> dict[str, Any]:
+    """Run the job to its end, for `limit` seconds at most. Return what there is to judge."""
+    tree, log, started = lay_tree(job, work), work / f"{job.name}.log", time.monotonic()
+    deadline = started + limit
+    process, earlier = start(job, tree, log), {}
+    if job.stop_at:
+        wait_for_step(job.stop_at, process, log, deadline)
+        process.send_signal(signal.SIGTERM)
+        earlier = {"stop": end(process, deadline)} | read_journal(tree)
+        process = start(job, tree, log)
+    exit_code = end(process, deadline)
+    result = {"exit": exit_code, "seconds": round(time.monotonic() - started, 1), **read_journal(tree)}
+    if job.stop_at:
+        result["stop"] = {"exit": earlier["stop"], "losses": earlier["losses"]}
+        result["losses"] = {**earlier["losses"], **result["losses"]}
+    return result | read_log(log) | {"folder": str(tree.base_dir)}
+
+
+def wait_for_step(step: int, process: "subprocess.Popen[bytes]", log: Path, deadline: float) -> None:
+    """Return when the log shows the step, or the process has ended, or the time is up."""
+    while process.poll() is None and time.monotonic() < deadline:
+        if f"; step={step};" in log.read_text(encoding="utf-8", errors="replace"):
+            return
+        time.sleep(0.02)
+
+
+def read_journal(tree: SageMakerTree) -> dict[str, Any]:
+    """Return losses by step, speed, memory, proof, and the GPU's series out of the job's journal."""
+    file = tree.base_dir / "output/data/metrics.jsonl"
+    records = tree.read_journal() if file.exists() else []
+    steps = [record for record in records if record["kind"] == "metrics" and "train_loss" in record["values"]]
+    manifest: dict[str, Any] = next((record for record in reversed(records) if record["kind"] == "manifest"), {})
+    late = [record["values"] for record in steps[len(steps) // 2 :]]
+    return {
+        "losses": {str(record["step"]): record["values"]["train_loss"] for record in steps},
+        **{name: middle(values.get(name) for values in late) for name in ("tokens_per_second", "mfu")},
+        "memory": manifest.get("memory"),
+        "export": manifest.get("export"),
+        "phases": manifest.get("phase_seconds"),
+        "gpu_series": collect_series(records),
+        "answers": sum(record["kind"] == "generation" for record in records),
+    }
+
+
+def middle(values: Any) -> float | None:
+    """Return the median of the values that are there."""
+    there = sorted(value for value in values if value is not None)
+    return there[len(there) // 2] if there else None
+
+
+def collect_series(records: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Return the values of each metric of the first GPU, in their order."""
+    series: dict[str, list[float]] = {}
+    for record in records:
+        for name, column in (record.get("gpus") or {}).items():
+            series.setdefault(name, []).append(column[0])
+    return series
+
+
+def read_log(log: Path) -> dict[str, Any]:
+    """Return the lines that tell what was chosen, and those that warn or tell of an error."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    chosen = ("Precision:", "Attention:", "Liger", "Memory:", "Packing:", "Resuming", "Stopped")
+    return {
+        "chosen": [line for line in lines if line.startswith(chosen)],
+        "warnings": [line for line in lines if re.search(r"warn|error|traceback", line, re.IGNORECASE)],
+        "tail": lines[-5:],
+    }
