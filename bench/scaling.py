@@ -239,7 +239,7 @@ def count_traffic(shape: ModelShape, compute_dtype: torch.dtype, sharded: bool) 
 
     DDP averages the gradients of what is trained, in their own type, in buckets (Li et al. 2020, arXiv:2006.15704).
     FSDP2 gathers the embeddings and each layer in both passes and the output layer once, and reduces the gradients in
-    the type of the computation (Zhao et al. 2023, arXiv:2304.11277).
+    float32 (Zhao et al. 2023, arXiv:2304.11277; `fsdp.reduce_in_float32`).
     """
     if not sharded:
         return Traffic(0, 0, 2 * shape.trained_bytes, 0, -(-shape.trained_bytes // BUCKET_BYTES))
@@ -248,7 +248,7 @@ def count_traffic(shape: ModelShape, compute_dtype: torch.dtype, sharded: bool) 
     return Traffic(
         gathered=sum(sizes),
         gathered_again=sum(sizes[:-1]),
-        reduced=compute_dtype.itemsize * shape.num_trained,
+        reduced=torch.float32.itemsize * shape.num_trained,
         units=len(units),
         buckets=sum(any(part.trained_bytes for part in unit) for unit in units),
     )

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_trainer.config.rules import find_missing_package, updates_shards
 from llm_trainer.config.sft_config_fields import read_snapshot
-from support import sharded_optimizers
+from support import reduced_gradients, sharded_optimizers
 from support.sagemaker_tree import ROWS, metrics_of
 
 # Eight rows a step on any number of ranks. Float32, and sums in another order: 1e-6 was seen of losses around 5.
@@ -158,6 +158,14 @@ def test_hosts_have_their_own_shards_and_go_on_together_after_a_worker_was_kille
     alone = make_job(1, **options, use_checkpoints="false")
     run(alone)
     assert_same_weights(trees[0], alone, tolerance=1e-3)
+
+
+def test_gradients_of_ranks_are_summed_in_float32(tmp_path):
+    command = [sys.executable, reduced_gradients.__file__, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    mean = sum(reduced_gradients.ADDENDS) / len(reduced_gradients.ADDENDS)
+    assert result.stdout == f"torch.float32 [{reduced_gradients.BATCHES * mean}]\n"
 
 
 def test_the_optimizers_that_update_shards_are_those_that_the_rules_let_through(tmp_path):

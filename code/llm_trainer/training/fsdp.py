@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.modeling import get_non_persistent_buffers
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from trl import SFTConfig
 
@@ -42,6 +43,23 @@ def choose_arguments(fsdp_config: dict[str, Any] | None, load_in_4bit: bool) -> 
     }
 
 
+def reduce_in_float32(arguments: SFTConfig) -> None:
+    """Have FSDP2 sum the ranks' gradients in float32, as DDP does. Arguments of a run without FSDP stay as they are.
+
+    Accelerate would sum them in the type of the computation. The sum of many ranks' gradients loses small ones there.
+    """
+    if arguments.fsdp_plugin_args is None:
+        return
+    mixed = find_mixed_dtype(arguments)
+    policy = MixedPrecisionPolicy(param_dtype=mixed, reduce_dtype=torch.float32, output_dtype=mixed)
+    arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
+
+
+def find_mixed_dtype(arguments: SFTConfig) -> torch.dtype | None:
+    """Return the type of the computation where it differs from the weights' by the arguments bf16 and fp16."""
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+
+
 def allow_cpu_ranks() -> None:
     """Have Accelerate shard over CPU ranks too. Its state takes the FSDP plugin only where it finds accelerators.
 
@@ -55,8 +73,7 @@ def allow_cpu_ranks() -> None:
 def set_quantized_storage_dtype(quantization: object, arguments: SFTConfig, dtype: torch.dtype) -> None:
     """Store 4-bit weights in tensors of the type that FSDP computes in: it shards floats, and casts other types."""
     if isinstance(quantization, BitsAndBytesConfig):
-        mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else dtype
-        quantization.bnb_4bit_quant_storage = mixed
+        quantization.bnb_4bit_quant_storage = find_mixed_dtype(arguments) or dtype
 
 
 def load_base_for_sharding(

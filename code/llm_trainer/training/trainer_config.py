@@ -162,9 +162,8 @@ def build_arguments(
     The computation runs in `dtype`. The memory plan is known once the data are. Without it the arguments serve to find
     mistakes early. Raises UserError for values that Transformers refuses.
     """
-    given = select_given(sources.given)
     sharded = memory_plan is not None and memory_plan.sharded
-    values = {**choose_defaults(sources, device, dtype, memory_plan), **given}
+    values = {**choose_defaults(sources, device, dtype, memory_plan), **select_given(sources.given)}
     recomputes = values.pop("activation_checkpointing")
     try:
         arguments = method.config_class(
@@ -179,6 +178,7 @@ def build_arguments(
         raise UserError(f"Transformers refuses these settings: {quote_error(error)}.") from error
     # Only now, as Transformers warns that layers are gathered once more in the backward pass: not those of FSDP2.
     arguments.activation_checkpointing = arguments.gradient_checkpointing = recomputes
+    fsdp.reduce_in_float32(arguments)
     return arguments
 
 

@@ -6,12 +6,15 @@ import shutil
 
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import OWN_NAMES, Settings
 from llm_trainer.config.sections import ALIASES, OWN_DEFAULTS
 from llm_trainer.config.sft_config_fields import read_snapshot
+from llm_trainer.model.memory.fit import MemoryPlan
+from llm_trainer.model.memory.scenario import ParallelismPlan
 from llm_trainer.training.methods import choose_method
 from llm_trainer.training.trainer_config import (
     FULL_LEARNING_RATE,
@@ -32,6 +35,17 @@ def test_the_learning_rate_depends_on_what_is_trained_unless_it_is_given(tmp_pat
     assert build(tmp_path).learning_rate == LORA_LEARNING_RATE
     assert build(tmp_path, use_peft=False).learning_rate == FULL_LEARNING_RATE
     assert build(tmp_path, learning_rate=0.5).learning_rate == 0.5
+
+
+@pytest.mark.parametrize("given", [{}, {"bf16": True}, {"fp16": True}])
+def test_shards_of_gradients_are_summed_in_float32(tmp_path, monkeypatch, given):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # which the libraries change
+    sources = collect_sources(Settings(distribution="fsdp", **given), tmp_path)
+    plan = MemoryPlan(ParallelismPlan(True, False, False), None, "asked for")
+    arguments = build_arguments(choose_method(), sources, torch.device("cpu"), torch.float32, plan)
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(next(iter(given), None))
+    policy = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args).mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (mixed, torch.float32, mixed)
 
 
 def test_evaluations_and_saves_follow_the_data_and_the_settings(tmp_path):
