@@ -37,7 +37,7 @@ from whole_jobs import JOBS, build_base, run_job, write_rows  # noqa: E402
 LIMITS = {"doctor": 90.0, "tests": 230.0, "job": 100.0, "job with a stop": 150.0}  # seconds, on a GPU
 INTERRUPTED_SECONDS = 8.0
 TIMES_ON_A_CPU = 10
-AT_A_TIME = 4
+AT_A_TIME = 5
 COLUMNS = "{:14} {:>5} {:>6} {:>8} {:>8} {:>7} {:>7} {:>6} {:>9} {:>5}  {}"
 
 
@@ -153,8 +153,9 @@ class Kit:
             for name, work in first.items():
                 if self.wants(name):
                     pool.submit(self.attempt, "checks", name, work)
-            for job in filter(lambda job: self.wants(job.name), JOBS):
-                pool.submit(self.train, job)
+            for job in JOBS:
+                if self.wants(job.name) and (self.on_gpu or not job.needs_gpu):
+                    pool.submit(self.train, job)
         return self.judge()
 
     def wants(self, name: str) -> bool:

@@ -43,10 +43,7 @@ def hide_gpu_memory_from_checks() -> None:
     find = device.find_free_memory
 
     def find_less(place: device.Device) -> int:
-        caller = sys._getframe(1)
-        while caller.f_globals.get("__name__") == __name__ or caller.f_code.co_name.startswith("<"):
-            caller = caller.f_back
-        is_check = caller.f_globals["__name__"].startswith("llm_trainer.export")
+        is_check = sys._getframe(1).f_globals["__name__"].startswith("llm_trainer.export")
         return 0 if is_check and place.is_gpu else find(place)
 
     device.find_free_memory = find_less  # before others import it by name

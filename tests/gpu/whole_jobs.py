@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole jobs of `llm-trainer train` on a Llama of random weights, each in a tree as SageMaker lays it out."""
 
+import copy
 import json
 import os
 import random
@@ -34,6 +35,8 @@ COMMON = {
     "use_checkpoints": "false",
 }
 SAVES = {"use_checkpoints": "true", "save_steps": "10"}
+FULL = {"use_peft": "false", "lora_r": "", "lora_dropout": "", "learning_rate": "1e-4"}  # "" leaves a setting out
+FSDP = {"distribution": "fsdp"}
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,17 @@ class WholeJob:
     ways: str = ""  # of steered.py
     stop_at: int = 0  # the step at which SIGTERM comes; another start then goes on
     like: str = ""  # the job whose losses it has to have
+    needs_gpu: bool = False
 
 
 JOBS = (
     WholeJob("lora"),
     WholeJob("lora-sdpa", {"attn_implementation": "sdpa", "use_liger_kernel": "false"}, like="lora"),
     WholeJob("qlora-merge", {"load_in_4bit": "true", "merge_weights": "true"}),
-    WholeJob("full", {"use_peft": "false", "lora_r": "", "lora_dropout": "", "learning_rate": "1e-4"}),
+    WholeJob("full", FULL),
     WholeJob("resumed", SAVES, stop_at=8, like="lora"),
     WholeJob("torchrun", SAVES, ways="torchrun", like="lora"),
-    WholeJob("fsdp", {**SAVES, "distribution": "fsdp"}, ways="fsdp", like="lora"),
+    WholeJob("fsdp", {**SAVES, **FSDP}, ways="fsdp", like="lora"),
     WholeJob("answers", {"sample_prompts": "2"}, ways="cpu-proof", like="lora"),
     WholeJob("packed", {"packing": "true"}),
     WholeJob("packed-sdpa", {"packing": "true", "attn_implementation": "sdpa"}, like="packed"),
@@ -62,7 +66,13 @@ JOBS = (
     WholeJob("recomputed", {"gradient_checkpointing": "true"}, like="lora"),
     WholeJob("exact", {"full_determinism": "true"}, like="lora"),
     WholeJob("exact-resumed", {**SAVES, "full_determinism": "true"}, stop_at=8, like="exact"),
+    WholeJob("fsdp-qlora", {**FSDP, "load_in_4bit": "true"}, ways="fsdp", like="qlora-merge"),
+    WholeJob("offloaded", {"activation_offloading": "true"}, like="lora", needs_gpu=True),
     WholeJob("padded", {"packing": "false"}),
+    WholeJob("float16", {"torch_dtype": "float16"}, like="lora", needs_gpu=True),
+    WholeJob("fsdp-full", {**FULL, **FSDP}, ways="fsdp", like="full"),
+    WholeJob("8-bit", {"load_in_8bit": "true"}),
+    WholeJob("flex", {"attn_implementation": "flex_attention"}, like="lora", needs_gpu=True),
 )
 
 
@@ -70,8 +80,10 @@ def build_base(folder: Path, size: str) -> None:
     """Write bench/gpu.py's model of this size, in bfloat16, with a tokenizer of bytes."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
+    config = copy.deepcopy(gpu.SIZES[size])
+    config.tie_word_embeddings = True  # as 1B has it
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(gpu.SIZES[size], dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     tokenizer = build_tokenizer()
     for config in (model.config, model.generation_config):
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id

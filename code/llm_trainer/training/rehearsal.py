@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, get_scheduler
+from transformers import Trainer, enable_full_determinism, get_scheduler
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 from trl import SFTConfig
 
@@ -27,6 +27,8 @@ STEPS_OF_UNKNOWN_RUN = 1000
 
 def rehearse_step(arguments: SFTConfig, device: torch.device) -> None:
     """Take a step on the device. Raises UserError for values that an optimizer, a schedule or PyTorch refuses."""
+    if arguments.full_determinism:  # torch reads cuBLAS's variable at the process's first product, and never again
+        enable_full_determinism(arguments.seed)
     layer = torch.nn.Linear(WIDTH, WIDTH, device=device)
     if arguments.torch_compile:
         backend, mode = arguments.torch_compile_backend, arguments.torch_compile_mode

@@ -4,6 +4,8 @@
 tests/integration/test_every_choice.py runs a whole job with each choice of each setting.
 """
 
+import os
+
 import pytest
 import torch
 
@@ -21,6 +23,15 @@ from support.trainers import collect_sources
 CPU = torch.device("cpu")
 # Of these the rules say nothing, since only Transformers knows what they need.
 REFUSED_BY_THE_REHEARSAL = {"cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"}
+
+
+@pytest.fixture(autouse=True)
+def own_determinism(monkeypatch):
+    """Leave the process as it was: full_determinism changes it for good."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
 
 
 def rehearse(folder, **values):
@@ -84,3 +95,17 @@ def test_a_choice_is_refused_by_a_rule_or_takes_a_step(tmp_path, choice):
             rehearse_step(arguments, CPU)
     else:
         rehearse_step(arguments, CPU)
+
+
+def test_full_determinism_begins_before_the_first_product(tmp_path, monkeypatch):
+    """Torch reads cuBLAS's variable once in a process: later, a job on a GPU would end at its first step."""
+    seen, forward = [], torch.nn.Linear.forward
+
+    def note(layer, numbers):
+        seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        return forward(layer, numbers)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", note)
+    rehearse(tmp_path, full_determinism=True)
+    assert set(seen) == {":16:8"}
+    assert torch.are_deterministic_algorithms_enabled()
