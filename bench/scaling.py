@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 from llm_trainer.common.units import GIB
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device
+from llm_trainer.model.liger import KERNELS
 from llm_trainer.model.memory.estimate import count_gathered_bytes, count_optimizer_states
 from llm_trainer.model.memory.flops import count_attention, count_flops, find_peak_flops
 from llm_trainer.model.memory.remedies import count_usable_bytes
@@ -202,7 +203,7 @@ def build_case(model: str, method: str) -> MemoryScenario:
     settings = Settings(packing=True, max_length=ROW_TOKENS, per_device_train_batch_size=1, **METHODS[method])
     sections = MemorySettings(settings.model, settings.adapter, settings.data, settings.training, settings.parallelism)
     target = Target(Device(torch.device("cuda"), P5.gpu, (8, 0)), world_size=1, free_bytes=0)
-    return MemoryScenario(MODELS[model], sections, ROW_TOKENS, target, "flash_attention_2")
+    return MemoryScenario(MODELS[model], sections, ROW_TOKENS, target, "flash_attention_2", frozenset(KERNELS))
 
 
 def compute_row(scenario: Scenario, case: MemoryScenario, gpus: int) -> Row:

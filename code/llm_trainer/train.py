@@ -184,7 +184,8 @@ def plan(context: Context, prepared: Prepared) -> Planned:
     longest_row = prepared.data.find_longest_row_tokens(settings.data)
     earlier = find_distribution(settings.training, context.job.inputs.checkpoint_dir, group)
     sections = MemorySettings(settings.model, settings.adapter, settings.data, settings.training, settings.parallelism)
-    scenario = MemoryScenario(model_plan.config, sections, longest_row, target, model_plan.attention.name)
+    kernels = model_plan.attention.name, model_plan.liger.kernels
+    scenario = MemoryScenario(model_plan.config, sections, longest_row, target, *kernels)
     memory = choose_memory_plan(scenario, earlier)
     log.info(*describe_memory_plan(memory))
     device, dtype = model_plan.device.torch, model_plan.precision.compute

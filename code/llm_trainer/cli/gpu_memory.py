@@ -58,11 +58,13 @@ def fit_here(
     config: "PreTrainedConfig", settings: Settings, longest_row: int, target: "Target", validation: Validation
 ) -> None:
     """Add how the job would fit on these GPUs."""
+    from llm_trainer.model.liger import KNOWN_TYPES, choose_liger
     from llm_trainer.model.memory.fit import choose_memory_plan
     from llm_trainer.model.memory.scenario import MemoryScenario
 
     sections, attention = collect_sections(settings), choose_attention(settings)
-    plan = choose_memory_plan(MemoryScenario(config, sections, longest_row, target, attention))
+    kernels = choose_liger(config, settings.model, target.device, KNOWN_TYPES).kernels
+    plan = choose_memory_plan(MemoryScenario(config, sections, longest_row, target, attention, kernels))
     validation.memory = plan.describe()
     validation.add_findings("memory", "warning" if plan.warning else "ok", [plan.warning or plan.reason])
 

@@ -21,6 +21,19 @@ from llm_trainer.model.device import Device
 
 # The loss is TRL's, and Liger's layer norm would take the place of PyTorch's own class in the whole process.
 LEFT_OUT = {"cross_entropy": False, "fused_linear_cross_entropy": False, "layer_norm": False}
+KERNELS = ("rope", "rms_norm", "swiglu", "geglu")  # by the names of Liger's options, which are on by default
+# The model types that the pinned Liger has kernels for, where an estimate is made without it.
+KNOWN_TYPES = frozenset(
+    {
+        "deepseek_v2", "deepseek_v3", "deepseek_v4", "exaone4", "falcon_h1", "gemma", "gemma2", "gemma3",
+        "gemma3_text", "gemma4", "gemma4_text", "glm4", "glm4v", "glm4v_moe", "gpt_oss", "granite",
+        "hunyuan_v1_dense", "hunyuan_v1_moe", "internvl", "llama", "llama4", "llama4_text", "llava", "ministral",
+        "mistral", "mixtral", "mllama", "mllama_text_model", "muse_glimmer", "nemotron", "olmo2", "olmo3",
+        "paligemma", "phi3", "pixtral", "qwen2", "qwen2_5_vl", "qwen2_5_vl_text", "qwen2_vl", "qwen2_vl_text",
+        "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "qwen3_vl",
+        "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_vl_text", "smollm3", "smolvlm"
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,7 @@ class LigerChoice:
 
     is_on: bool
     reason: str
+    kernels: frozenset[str] = frozenset()  # those of KERNELS that it gets
 
     def __str__(self) -> str:
         return f"Liger kernels: {'on' if self.is_on else 'off'} ({self.reason})"
@@ -53,7 +67,8 @@ def choose_liger(
         raise UserError(f"{asked}: {obstacle}: leave it out.")
     if obstacle:
         return LigerChoice(False, obstacle)
-    return LigerChoice(True, "RMSNorm, rotary embeddings and SwiGLU; the loss is TRL's")
+    kernels = frozenset(name for name in KERNELS if options.get(name, True))
+    return LigerChoice(True, "RMSNorm, rotary embeddings and SwiGLU; the loss is TRL's", kernels)
 
 
 def find_obstacle(model_type: str, device: Device, known: frozenset[str] | None) -> str | None:

@@ -17,7 +17,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.formats import IGNORED
 from llm_trainer.model.device import Device
-from llm_trainer.model.liger import apply_liger, choose_liger, find_known_types
+from llm_trainer.model.liger import KNOWN_TYPES, apply_liger, choose_liger, find_known_types
 from llm_trainer.training.packing import PackingCollator
 from support.tiny_model import build_tokenizer
 from support.trainers import build_full_trainer
@@ -42,6 +42,17 @@ CONFIGS = {
 
 def choose(config=CONFIGS["llama"], device=H100, known=KNOWN, **settings):
     return choose_liger(config, Settings(**settings).model, device, known)
+
+
+def test_types_that_liger_knows_are_known_without_it():
+    patches = pytest.importorskip("liger_kernel.transformers.monkey_patch", reason="liger-kernel is not installed here")
+    assert frozenset(patches.MODEL_TYPE_TO_APPLY_LIGER_FN) == KNOWN_TYPES
+
+
+def test_kernels_are_those_that_no_option_switches_off():
+    assert choose().kernels == {"rope", "rms_norm", "swiglu", "geglu"}
+    assert choose(liger_kernel_config={"rope": False}).kernels == {"rms_norm", "swiglu", "geglu"}
+    assert not choose(use_liger_kernel=False).kernels
 
 
 def test_liger_is_on_where_it_can_be():

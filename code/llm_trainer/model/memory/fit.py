@@ -14,6 +14,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.common.ranks import local_world_size, world_size
 from llm_trainer.common.units import show_bytes
 from llm_trainer.model.device import Device, find_free_memory
+from llm_trainer.model.liger import KNOWN_TYPES, choose_liger
 from llm_trainer.model.memory.estimate import Estimate
 from llm_trainer.model.memory.remedies import list_remedies
 from llm_trainer.model.memory.scenario import (
@@ -134,10 +135,12 @@ def estimate_on_one_gpu(
 ) -> dict[str, Estimate]:
     """Return what each way that the settings leave open needs on one current GPU, which need not be here.
 
-    The longest row is in tokens. Offloading is left out unless it is asked for. Raise UnknownShapeError.
+    The longest row is in tokens. Offloading is left out unless it is asked for. Raise UnknownShapeError,
+    and UserError where the settings ask for kernels that the model cannot get.
     """
     target = Target(ELSEWHERE, world_size=1, free_bytes=0)
-    scenario = MemoryScenario(config, settings, longest_row, target, attention)
+    kernels = choose_liger(config, settings.model, ELSEWHERE, KNOWN_TYPES).kernels
+    scenario = MemoryScenario(config, settings, longest_row, target, attention, kernels)
     plans = list_parallelism_plans(settings, target)
     return {
         plan.describe(1): scenario.estimate(plan)

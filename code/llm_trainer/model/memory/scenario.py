@@ -123,6 +123,7 @@ class MemoryScenario:
     longest_row: int  # in tokens, before rows are cut to `max_length`
     target: Target
     attention: str  # the kernel, by Transformers' name
+    fused_kernels: frozenset[str] = frozenset()  # Liger's, by the names of its options
     known_shape: ModelShape | None = None  # handed on to copies of the same model, as it takes long to read
 
     @functools.cached_property
@@ -173,6 +174,7 @@ class MemoryScenario:
             offload_activations=plan.offload_activations,
             sharded=plan.sharded,
             on_gpu=self.target.on_gpu,
+            fused_kernels=self.fused_kernels,
         )
         accumulates = training.gradient_accumulation_steps > 1
         return estimate_memory(self.shape, Setup(step, self.target.world_size, training.optim, accumulates))

@@ -16,22 +16,26 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+from transformers.integrations import moe
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
 from llm_trainer.common.errors import quote_error
+from llm_trainer.model.memory import fused_kernels
 from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError
 
 FUSED = "fused"  # our attention kernel, for models that have no SDPA
 MAX_OPERATIONS = 20_000  # a few seconds; a layer of attention takes about a hundred, forward and backward
+LARGE_HEAD = 128  # in numbers; flash attention rounds the sizes of larger heads further
 OFFLOADED_BYTES = 1024  # TRL leaves smaller activations on the device
 
 
@@ -136,6 +140,7 @@ class Step:
     offload_activations: bool  # to the host's memory until the backward pass
     sharded: bool  # whether weights come gathered in the type of the computation
     on_gpu: bool
+    fused_kernels: frozenset[str] = frozenset()  # of Liger's, by the names of its options
 
 
 @functools.lru_cache(maxsize=32)
@@ -158,8 +163,9 @@ def run_fake_step(shape: ModelShape, step: Step) -> StepTrace:
     """Run the step on a copy of the skeleton whose tensors have no numbers, and return what was counted."""
     mode = FakeTensorMode()
     model = copy.deepcopy(shape.skeleton)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     with mode:
-        make_computable(model, step)
+        make_computable(model, base, step)
         batch = build_batch(step)
     layers = model.get_submodule(shape.layers_name)
     parameters = list(model.parameters())
@@ -171,6 +177,7 @@ def run_fake_step(shape: ModelShape, step: Step) -> StepTrace:
             tracer.trace_layer(layer, index, hooks)
         hooks.enter_context(offload or nullcontext())
         hooks.enter_context(replace_kernels(step.on_gpu))
+        hooks.enter_context(fused_kernels.replace_rope(base, step.fused_kernels))
         with torch.autocast("cpu", step.compute_dtype, enabled=step.compute_dtype != torch.float32):
             output = model(**batch, fused_lm_head=True)
         tracer.note_moved()
@@ -195,7 +202,7 @@ def collect_trace(spans: dict[Hashable, Span], num_layers: int, moved_bytes: lis
     )
 
 
-def make_computable(model: nn.Module, step: Step) -> None:
+def make_computable(model: nn.Module, base: PreTrainedModel, step: Step) -> None:
     """Make a skeleton a model that can compute, prepared as TRL's trainer prepares it."""
 
     def fill(tensor: torch.Tensor) -> torch.Tensor:
@@ -209,8 +216,10 @@ def make_computable(model: nn.Module, step: Step) -> None:
             module.rope_type = dict.fromkeys(by_layer, "default") if by_layer else "default"
         if hasattr(module, "quantization"):
             module.forward = functools.partial(apply_quantized, module)
+        if isinstance(module, BaseTunerLayer) and hasattr(module.get_base_layer(), "quantization"):
+            module.cast_input_dtype_enabled = not step.on_gpu  # bitsandbytes' layers ask for a GPU's autocast alone
+    fused_kernels.replace_modules(base, step.fused_kernels)
     model._apply(fill)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
     base.tie_weights()
     if not step.stores_scores:
         base.set_attn_implementation("sdpa" if base._supports_sdpa else FUSED)
@@ -218,9 +227,7 @@ def make_computable(model: nn.Module, step: Step) -> None:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
     if base._can_set_experts_implementation():
-        # The plain loop asks for numbers, and torch's grouped product takes no float32.
-        is_16_bit = step.compute_dtype != torch.float32
-        base.set_experts_implementation("grouped_mm" if is_16_bit else "batched_mm")
+        base.set_experts_implementation("grouped_mm")  # the plain loop asks for numbers
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     model.train()
 
@@ -268,20 +275,50 @@ class FusedAttention(torch.autograd.Function):
         return *(torch.empty_like(each) for each in ctx.saved_tensors[:3]), None
 
 
+class FlashAttention(FusedAttention):
+    """Fused attention on a GPU."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        """Return the gradients of queries, keys and values, which are there while the buffers are."""
+        gradients = FusedAttention.backward(ctx, gradient)
+        make_flash_buffers(*ctx.saved_tensors[:3])
+        return gradients
+
+
+def make_flash_buffers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return what flash attention's backward pass has beside gradients (csrc/flash_attn/flash_api.cpp, `mha_bwd`).
+
+    It adds up the queries' gradient in float32, for heads of a rounded size, and has a number for each row of scores.
+    Keys and values that several heads share first get a gradient for each head.
+    """
+    batch, heads, length, size = q.shape
+    rounded = size + -size % (32 if size <= LARGE_HEAD else 64)
+    sums = (torch.empty(batch, heads, length, rounded), torch.empty(batch, heads, length))
+    shared = (torch.empty(batch, heads, *x.shape[2:], dtype=x.dtype) for x in (k, v) if x.shape[1] != heads)
+    return *sums, *shared
+
+
 def apply_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, *_: Any, **__: Any
+    kernel: type[FusedAttention],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *_: Any,
+    **__: Any,
 ) -> torch.Tensor:
     """Compute attention in the type of autocast, in the place of torch's scaled_dot_product_attention."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
     mask = attn_mask if attn_mask is None or attn_mask.requires_grad else attn_mask.to(dtype)  # masks begin as bools
-    return FusedAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype), mask)
+    return kernel.apply(q.to(dtype), k.to(dtype), v.to(dtype), mask)
 
 
 def call_attention(
     module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, **_: Any
 ) -> tuple[torch.Tensor, None]:
     """Compute attention through Transformers' interface to a kernel; there are no weights of it to return."""
-    return apply_attention(q, k, v, mask).transpose(1, 2), None
+    return nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2), None
 
 
 AttentionInterface.register(FUSED, call_attention)
@@ -333,6 +370,20 @@ class LayerTracer:
         hooks.callback(layer.register_forward_hook(end_forward).remove)
 
 
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """Take the place of a function that asks for numbers, or whose result takes no memory."""
+
+
+def can_group(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> bool:
+    """Tell whether torch's grouped product takes the type on tensors without numbers; Transformers has another one."""
+    return weight.dtype == torch.bfloat16
+
+
+def drop_numbers(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """Compute dropout as a GPU does."""
+    return torch.native_dropout(x, p, training)[0] if training and p else x
+
+
 @contextmanager
 def replace_kernels(on_gpu: bool) -> Iterator[None]:
     """Replace, within the block, functions that a device computes otherwise than tensors without numbers do.
@@ -341,24 +392,19 @@ def replace_kernels(on_gpu: bool) -> Iterator[None]:
     - On a GPU, TRL's loss: a kernel works on the logits in place, and products add up in float32.
     - On a GPU, dropout: its mask takes a byte for each number.
     """
-
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        pass
-
-    def dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-        return torch.native_dropout(x, p, training)[0] if training and p else x
-
+    attention = functools.partial(apply_attention, FlashAttention if on_gpu else FusedAttention)
     with ExitStack() as originals:
         on_both = (
-            (nn.functional, "scaled_dot_product_attention", apply_attention),
+            (nn.functional, "scaled_dot_product_attention", attention),
             (masking_utils, "find_packed_sequence_indices", nothing),  # it asks for the positions' numbers
+            (moe, "_can_use_grouped_mm", can_group),
             (trl_utils, "_use_triton", nothing),  # the LM head scores all positions, as each may have a label
         )
         only_on_gpu = (
             (chunked_logprob, "_forward_tile", nothing),
             (chunked_logprob, "_backward_tile", nothing),
             (chunked_logprob, "_addmm_fp32", nothing),
-            (nn.functional, "dropout", dropout),
+            (nn.functional, "dropout", drop_numbers),
         )
         for owner, name, stand_in in (*on_both, *(only_on_gpu if on_gpu else ())):
             originals.callback(setattr, owner, name, getattr(owner, name))
