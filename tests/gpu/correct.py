@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -32,7 +33,7 @@ sys.path[1:1] = PLACES
 os.environ["PYTHONPATH"] = os.pathsep.join([*PLACES, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 from judge import describe_device, find_deviation, judge_job, judge_likeness  # noqa: E402
-from whole_jobs import JOBS, build_base, run_job, write_rows  # noqa: E402
+from whole_jobs import JOBS, WholeJob, build_base, run_job, write_rows  # noqa: E402
 
 LIMITS = {"doctor": 90.0, "tests": 230.0, "job": 100.0, "job with a stop": 150.0}  # seconds, on a GPU
 INTERRUPTED_SECONDS = 8.0
@@ -129,7 +130,7 @@ class Kit:
             self.is_ready.set()  # else all jobs would wait
         return {"exit": 0, "seconds": round(time.monotonic() - started, 1)}
 
-    def train(self, job: Any) -> None:
+    def train(self, job: WholeJob) -> None:
         """Run a job once its files are there, and enter what came of it."""
         self.is_ready.wait(self.bound("job"))
         left = self.bound("job with a stop" if job.stop_at else "job")
@@ -169,16 +170,24 @@ class Kit:
             result["verdicts"] = [["exit", result["exit"] == 0, str(result["exit"])]]
         for job in filter(lambda job: job.name in jobs, JOBS):
             result = jobs[job.name]
-            result["verdicts"] = verdicts = [["exit", False, str(result["exit"])]]
-            if "losses" in result:
-                verdicts[:] = judge_job(job, result, self.on_gpu)
-                other = jobs.get(job.like, {})
-                if "losses" in other:
-                    verdicts += judge_likeness(result, other, exactly=job.like == "exact")
+            try:
+                result["verdicts"] = list(self.judge_one(job, jobs))
+            except Exception:  # a result of a kind that nobody thought of
+                result["verdicts"] = [["judgement", False, traceback.format_exc()[-300:]]]
         self.report.write()
         rows = {**checks, **jobs}
         print_table(rows)
         return all(met for result in rows.values() for _, met, _ in result["verdicts"])
+
+    def judge_one(self, job: WholeJob, jobs: dict[str, Any]) -> Iterator[tuple[str, bool, str]]:
+        """Yield the verdicts on a job, and on its likeness to another one."""
+        result, other = jobs[job.name], jobs.get(job.like, {})
+        if "losses" not in result:
+            yield "exit", False, str(result["exit"])
+            return
+        yield from judge_job(job, result, self.on_gpu)
+        if "losses" in other:
+            yield from judge_likeness(result, other, exactly=job.like == "exact")
 
 
 def print_table(rows: dict[str, dict[str, Any]]) -> None:

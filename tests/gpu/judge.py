@@ -31,7 +31,11 @@ def judge_job(job: WholeJob, result: dict[str, Any], on_gpu: bool) -> Verdicts:
     learned = bool(losses) and all(map(math.isfinite, losses)) and losses[-1] < losses[0]
     yield "learns", learned and len(losses) == NUM_STEPS, f"{len(losses)} steps"
     export = result["export"] or {}
-    yield "proof", bool(export.get("proven")), str(export.get("reason") or [c["loaded"] for c in export["checks"]])
+    yield (
+        "proof",
+        bool(export.get("proven")),
+        str(export.get("reason") or [c["loaded"] for c in export.get("checks", ())]),
+    )
     if job.ways == "cpu-proof":
         places = [check["loaded"] for check in export.get("checks", ())]
         yield "proof on the CPU", places == ["whole on the CPU"], str(places)

@@ -9,6 +9,7 @@ WAYS are names, separated by commas:
 The launcher is run with small changes, and so are its workers, which it starts by this file.
 """
 
+import socket
 import sys
 from pathlib import Path
 
@@ -22,9 +23,16 @@ def steer_launcher(ways: list[str]) -> None:
 
     worker = [sys.executable, "-P", str(Path(__file__).resolve()), ",".join(ways), "worker"]
     torchrun = [sys.executable, "-P", "-m", "llm_trainer.launcher.torchrun", "--nproc-per-node=1"]
-    uses_torchrun = {"torchrun", "fsdp"} & {*ways}
-    command = [*torchrun, "--local-addr=127.0.0.1", "--", *worker] if uses_torchrun else worker
+    torchrun += [f"--master-port={find_free_port()}", "--local-addr=127.0.0.1"]
+    command = [*torchrun, "--", *worker] if {"torchrun", "fsdp"} & {*ways} else worker
     WorkerProcesses.build_command = lambda processes: command
+
+
+def find_free_port() -> int:
+    """Return a port that nobody listens at: torchrun's own is taken where two jobs run at once."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def allow_fsdp_of_one() -> None:

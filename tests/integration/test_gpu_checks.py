@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is made for a GPU runs here too: on the CPU with tiny models, and not at all, with the reason, without them."""
 
+import importlib
 import json
 import os
 import re
@@ -58,3 +59,34 @@ def test_the_benchmark_prints_a_row_for_each_variant_and_keeps_the_figures(tmp_p
     figures = json.loads((tmp_path / "fast.json").read_text())["variants"]
     plain, fused = (figures[name]["measurement"]["losses"] for name in variants[:2])
     assert fused == pytest.approx(plain, rel=1e-4)
+
+
+def test_whole_jobs_of_the_kit_are_run_and_judged(tmp_path, monkeypatch):
+    names = ("lora", "fsdp", "answers")
+    printed = run(
+        "tests/gpu/correct.py", "--size", "tiny", "--out", str(tmp_path), "--seconds", "450", "--only", *names
+    )
+    found = json.loads((tmp_path / "correct.json").read_text())
+    jobs = found["jobs"]
+    assert set(jobs) == set(names)
+    assert all(met for job in jobs.values() for _, met, _ in job["verdicts"]), printed
+    assert "losses alike" in [demand for demand, _, _ in jobs["fsdp"]["verdicts"]]
+    assert (tmp_path / "logs.tar.gz").stat().st_size > 0
+
+    for folder in ("tests/gpu", "bench"):
+        monkeypatch.syspath_prepend(str(REPOSITORY / folder))
+    judge, job = importlib.import_module("judge"), importlib.import_module("whole_jobs").JOBS[0]
+    assert list_unmet(judge.judge_job(job, jobs["lora"], on_gpu=False)) == []
+    worse = {
+        **jobs["lora"],
+        "exit": 1,
+        "losses": dict.fromkeys(jobs["lora"]["losses"], 7.0),
+        "warnings": ["Warning: x"],
+    }
+    assert list_unmet(judge.judge_job(job, worse, on_gpu=False)) == ["exit", "learns", "no warnings"]
+    assert list_unmet(judge.judge_likeness(worse, jobs["lora"], exactly=False)) == ["losses alike"]
+    assert "estimate" in list_unmet(judge.judge_job(job, jobs["lora"], on_gpu=True))
+
+
+def list_unmet(verdicts):
+    return [demand for demand, met, _ in verdicts if not met]
