@@ -281,9 +281,10 @@ class FlashAttention(FusedAttention):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         """Return the gradients of queries, keys and values, which are there while the buffers are."""
-        gradients = FusedAttention.backward(ctx, gradient)
-        make_flash_buffers(*ctx.saved_tensors[:3])
-        return gradients
+        q, k, v = ctx.saved_tensors[:3]  # read once, as a layer that is recomputed demands
+        gradients = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+        make_flash_buffers(q, k, v)
+        return *gradients, None
 
 
 def make_flash_buffers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:

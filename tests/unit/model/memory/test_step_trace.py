@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.memory import step_trace
 from llm_trainer.model.memory.shape import UnknownShapeError, read_shape
-from llm_trainer.model.memory.step_trace import HeldBytes, Span, Step, trace_step
+from llm_trainer.model.memory.step_trace import HeldBytes, Span, Step, make_flash_buffers, trace_step
 from support.packed_models import KEEP_APART, LEAK
 
 WIDTH, LENGTH = 128, 256
@@ -68,9 +68,11 @@ def test_a_layer_leaves_activations_and_its_backward_pass_takes_them_away(shape)
     assert not any(trace.offloaded)
 
 
-def test_recomputed_layers_leave_nothing_but_what_they_begin_with(shape):
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_recomputed_layers_leave_nothing_but_what_they_begin_with(shape, on_gpu):
     kept, recomputed = (
-        trace_step(shape, replace(STEP, recompute_activations=recomputes)) for recomputes in (False, True)
+        trace_step(shape, replace(STEP, recompute_activations=recomputes, on_gpu=on_gpu))
+        for recomputes in (False, True)
     )
     assert recomputed.forward[1].net == HIDDEN_BYTES < kept.forward[1].net
     assert recomputed.backward[1].peak > kept.backward[1].peak
@@ -86,6 +88,15 @@ def test_scores_of_attention_are_four_heads_of_length_by_length(shape):
     fused, eager = (trace_step(shape, replace(STEP, stores_scores=stores)) for stores in (False, True))
     scores_bytes, sums_bytes = 2 * 4 * LENGTH * LENGTH * 4, 2 * 4 * LENGTH * 4  # a fused kernel keeps a sum a row
     assert eager.forward[1].net - fused.forward[1].net == scores_bytes - sums_bytes
+
+
+def test_flash_attentions_backward_pass_has_buffers_on_a_gpu():
+    """Queries' gradient in float32, a number for each row of scores, and each head's share of keys' and values'."""
+    q, shared = torch.empty(2, 8, LENGTH, 80), torch.empty(2, 2, LENGTH, 80, dtype=torch.bfloat16)
+    made = make_flash_buffers(q.bfloat16(), shared, shared)
+    rows = 2 * 8 * LENGTH
+    assert [buffer.nbytes for buffer in made] == [4 * rows * 96, 4 * rows, 2 * rows * 80, 2 * rows * 80]
+    assert len(make_flash_buffers(q, q, q)) == 2
 
 
 def test_a_model_whose_code_asks_for_numbers_is_unknown(shape, monkeypatch):
