@@ -8,8 +8,9 @@ import sys
 
 import psutil
 import pytest
+import torch
 
-from llm_trainer.cli import doctor
+from llm_trainer.cli import all_reduce, doctor
 from llm_trainer.config.environment import read_environment
 from support.waiting import GUARD_SECONDS, wait_until
 
@@ -109,6 +110,16 @@ def test_this_machine_is_well_trackers_and_wrong_settings_only_warn_and_no_secre
     assert row(result, "W&B").startswith("W&B warning 127.0.0.1:9 cannot be reached")
     assert row(result, "settings").startswith("settings warning 1 of 2 problems: ")
     assert "hunter2" not in result.stdout
+
+
+def test_the_self_test_names_a_gpu_that_torch_has_no_kernels_for(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100-SXM2-16GB")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90"])
+    assert all_reduce.main("nccl") == 1
+    told = doctor.find_last_useful_line(capsys.readouterr().err)
+    assert told.startswith("Error: Tesla V100-SXM2-16GB (7.0) is a GPU that this image's torch has no kernels for (")
 
 
 def test_an_address_that_never_answers_is_given_up(monkeypatch):

@@ -10,7 +10,8 @@ import time
 import torch
 from torch import distributed
 
-from llm_trainer.common.ranks import local_rank
+from llm_trainer.common.errors import UserError
+from llm_trainer.model.device import find_device
 
 TENSOR_BYTES = 64 * 2**20
 REPEATS = 10
@@ -20,7 +21,11 @@ def main(backend: str) -> int:
     """Check the sum, and print the bus bandwidth in GB/s. Return the exit code: 1 where the sum is wrong."""
     device = torch.device("cpu")
     if backend == "nccl":
-        device = torch.device("cuda", local_rank())
+        try:
+            device = find_device(use_cpu=False).torch
+        except UserError as problem:
+            print(f"Error: {problem}", file=sys.stderr)
+            return 1
         torch.cuda.set_device(device)
     distributed.init_process_group(backend)
     rank, world_size = distributed.get_rank(), distributed.get_world_size()

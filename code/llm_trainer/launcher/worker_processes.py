@@ -20,6 +20,10 @@ MASTER_PORT = 7777  # what SageMaker's own toolkit uses between hosts
 # On a CPU the tensors of every step come from malloc. By default it takes large ones from the kernel, page by page
 # filled with zeros, and gives them back after use: a fifth of a step's time (malloc(3), glibc's tunables).
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+# On a GPU, rows of different lengths would leave the memory in pieces that are too small. Torch 2.11 to 2.13 read
+# both names, and mix what they say (c10/cuda/CUDAAllocatorConfig.h, c10/core/AllocatorConfig.h).
+ALLOCATOR, OLDER_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+GROWING_SEGMENTS = "expandable_segments:True"
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class WorkerProcesses:
         }
         if not self.on_gpu:
             variables |= KEPT_MEMORY
+        elif OLDER_ALLOCATOR not in libraries:  # the user's own, which ours would add to
+            variables[ALLOCATOR] = GROWING_SEGMENTS
         if len(environment.hosts) > 1:
             variables["LLM_TRAINER_HOST"] = environment.current_host
         variables |= {**libraries, **SAFE_PATH}

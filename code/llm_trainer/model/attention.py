@@ -17,8 +17,7 @@ from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.model.device import Device
 from llm_trainer.model.precision import show_dtype
 
-# Fastest first. flash-attention 3 and 4 are written for Hopper and Blackwell. Flex attention skips the blocks that
-# packing masks, but compiles its kernels at the start and anew for other shapes: it is for what SDPA cannot compute.
+# Fastest first. flash-attention 3 and 4 are written for Hopper and Blackwell.
 KERNELS = ("flash_attention_3", "flash_attention_4", "flash_attention_2", "sdpa", "flex_attention", "eager")
 # The module of each kernel, and its distribution from the version on that has soft-capping, or the backward pass of
 # attention sinks.
@@ -37,6 +36,9 @@ CAPABILITIES: dict[str, Callable[[tuple[int, int]], bool]] = {
     "flex_attention": lambda capability: capability >= (8, 0),
 }
 SINKS = ("flash_attention_4", "flex_attention", "eager")  # only these take sinks (`s_aux`) in both passes
+# Flex attention skips the blocks that packing masks, but each length of a row may take a minute's compilation. After
+# eight of them torch computes it uncompiled (torch._dynamo.config.recompile_limit).
+COMPILES = "compiles anew for rows of other lengths, and is taken only where it is asked for"
 LARGEST_HEAD = 256
 SMALLEST_FLEX_HEAD = 16
 
@@ -80,11 +82,13 @@ def choose_attention(
     obstacles = {kernel: find_obstacle(kernel, needs, dtype, device) or faults.get(kernel) for kernel in KERNELS}
     usable = [kernel for kernel, obstacle in obstacles.items() if obstacle is None]
     if asked == "auto":
+        obstacles["flex_attention"] = obstacles["flex_attention"] or COMPILES
+        chosen = next(kernel for kernel in KERNELS if obstacles[kernel] is None)
         reasons: dict[str, list[str]] = {}
-        for kernel in KERNELS[: KERNELS.index(usable[0])]:
+        for kernel in KERNELS[: KERNELS.index(chosen)]:
             reasons.setdefault(str(obstacles[kernel]), []).append(kernel)
         passed_over = "".join(f"; {', '.join(kernels)}: {reason}" for reason, kernels in reasons.items())
-        return AttentionChoice(usable[0], f"auto: the fastest that can run here{passed_over}")
+        return AttentionChoice(chosen, f"auto: the fastest that can run here{passed_over}")
     if obstacles[asked]:
         raise UserError(
             f"attn_implementation={asked}: {asked} {obstacles[asked]}: leave it out, or give one that can run here "

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device of a process, as far as the choice of number types and kernels depends on it."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from llm_trainer.common.errors import UserError
 from llm_trainer.common.ranks import local_rank
 from llm_trainer.host.machine import find_available_memory
 
@@ -27,11 +30,37 @@ class Device:
 
 
 def find_device(use_cpu: bool) -> Device:
-    """Return this process's own GPU, or the CPU where there is no GPU or `use_cpu` is set."""
+    """Return this process's own GPU, or the CPU where there is no GPU or `use_cpu` is set.
+
+    Raises UserError for a GPU that torch has no kernels for.
+    """
     if use_cpu or not torch.cuda.is_available():
         return Device(torch.device("cpu"))
-    device = torch.device("cuda", local_rank())
-    return Device(device, torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    place = torch.device("cuda", local_rank())
+    device = Device(place, torch.cuda.get_device_name(place), torch.cuda.get_device_capability(place))
+    if problem := find_missing_kernels(device, torch.cuda.get_arch_list()):
+        raise UserError(problem)
+    return device
+
+
+def find_missing_kernels(device: Device, architectures: Iterable[str]) -> str | None:
+    """Return a sentence where none of torch's architectures, such as sm_90, runs on a GPU, else None.
+
+    Machine code (sm) runs on later GPUs of its generation, and PTX (compute) is compiled for all later ones. Code that
+    is specific to an architecture (sm_90a) runs on no other.
+    """
+    made_for = list(architectures)
+    if device.capability is None or not made_for:
+        return None
+    for kind, major, minor, suffix in re.findall(r"\b(sm|compute)_(\d+)(\d)([a-z]?)\b", " ".join(made_for)):
+        version, is_portable = (int(major), int(minor)), kind == "compute" and not suffix
+        is_near = version[0] == device.capability[0] and suffix != "a"
+        if version == device.capability or (version < device.capability and (is_portable or is_near)):
+            return None
+    return (
+        f"{device} is a GPU that this image's torch has no kernels for (it has {', '.join(made_for)}): use another "
+        "instance type, or an image for this GPU."
+    )
 
 
 def find_free_memory(device: Device) -> int:

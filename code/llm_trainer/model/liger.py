@@ -6,8 +6,8 @@ The loss is TRL's: its chunked LM head never holds the logits of a whole batch e
 
 import functools
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import FunctionType
 from typing import Any
@@ -18,6 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.sections import ModelSettings
 from llm_trainer.model.device import Device
+from llm_trainer.model.parameter_roles import assign_roles
+from llm_trainer.model.precision import Precision, show_dtype
 
 # The loss is TRL's, and Liger's layer norm would take the place of PyTorch's own class in the whole process.
 LEFT_OUT = {"cross_entropy": False, "fused_linear_cross_entropy": False, "layer_norm": False}
@@ -43,6 +45,11 @@ class LigerChoice:
     is_on: bool
     reason: str
     kernels: frozenset[str] = frozenset()  # those of KERNELS that it gets
+
+    @property
+    def switched_off(self) -> dict[str, bool]:
+        """Liger's options for the kernels that the model does not get."""
+        return dict.fromkeys(set(KERNELS) - self.kernels, False)
 
     def __str__(self) -> str:
         return f"Liger kernels: {'on' if self.is_on else 'off'} ({self.reason})"
@@ -71,6 +78,24 @@ def choose_liger(
     return LigerChoice(True, "RMSNorm, rotary embeddings and SwiGLU; the loss is TRL's", kernels)
 
 
+def leave_out_experts(
+    choice: LigerChoice, settings: ModelSettings, skeleton: PreTrainedModel, precision: Precision
+) -> LigerChoice:
+    """Return a choice without Liger's experts where these would compute in another type than the job.
+
+    Autocast does not reach them. They compute in the type of the weights, which full fine-tuning keeps in float32.
+    """
+    has_experts = any(role == "experts" for _, role in assign_roles(skeleton))
+    is_asked_for = "swiglu" in (settings.liger_kernel_config or {})
+    if not (choice.is_on and has_experts) or precision.weights == precision.compute or is_asked_for:
+        return choice
+    reason = (
+        "RMSNorm and rotary embeddings; not the experts, which Liger would compute in the weights' "
+        f"{show_dtype(precision.weights)}; the loss is TRL's"
+    )
+    return replace(choice, reason=reason, kernels=choice.kernels - {"swiglu"})
+
+
 def find_obstacle(model_type: str, device: Device, known: frozenset[str] | None) -> str | None:
     """Return why a model of this type cannot get Liger's kernels here, as the end of a sentence, or None."""
     if not device.is_gpu:
@@ -94,7 +119,7 @@ def find_known_types(device: Device) -> frozenset[str] | None:
     return frozenset(MODEL_TYPE_TO_APPLY_LIGER_FN)
 
 
-def apply_liger(model: PreTrainedModel, options: dict[str, Any]) -> None:
+def apply_liger(model: PreTrainedModel, options: Mapping[str, Any]) -> None:
     """Give this model Liger's kernels, and no other model. `options` are keywords of Liger's function for its type.
 
     Liger also replaces names in the model's module. Classes there serve models that are built later, such as the

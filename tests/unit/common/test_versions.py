@@ -2,11 +2,17 @@
 import platform
 from importlib.metadata import version
 
+from llm_trainer.common import versions
 from llm_trainer.common.versions import PACKAGES, read_versions
 
 
 def test_the_versions_are_those_installed():
-    versions = read_versions()
-    assert versions["python"] == platform.python_version()
-    assert versions["torch"] == version("torch")
-    assert versions.keys() == {"python", *PACKAGES}
+    found = read_versions()
+    assert found["python"] == platform.python_version()
+    assert found["torch"] == version("torch")
+    assert found.keys() == {"python", *PACKAGES}
+
+
+def test_a_package_without_metadata_fails_nothing(monkeypatch):
+    monkeypatch.setattr(versions, "PACKAGES", ("torch", "no-such-package"))
+    assert read_versions() | {"python": ""} == {"python": "", "torch": version("torch"), "no-such-package": "unknown"}

@@ -68,6 +68,21 @@ def test_memory_is_given_back_on_gpus_and_one_host_has_no_name(make_workers, tmp
     assert not {"LLM_TRAINER_HOST", *worker_processes.KEPT_MEMORY} & variables.keys()
 
 
+@pytest.mark.parametrize(
+    ("given", "setting"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}, "backend:cudaMallocAsync"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}, None),  # torch reads both
+    ],
+)
+def test_segments_of_gpu_memory_grow_unless_the_user_sets_the_allocator(make_workers, tmp_path, given, setting):
+    variables = make_workers(8, on_gpu=True).build_variables(tmp_path, 0.0, given)
+    assert variables.get("PYTORCH_ALLOC_CONF") == setting
+    assert given.items() <= variables.items()
+    assert "PYTORCH_ALLOC_CONF" not in make_workers(2).build_variables(tmp_path, 0.0, {})
+
+
 def make_inputs(model: str) -> Inputs:
     names = {field.name for field in dataclasses.fields(Inputs)}
     values = {"model": model, "train": (), "validation": (), "adapter": None}

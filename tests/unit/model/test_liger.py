@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, MixtralConfig, PreTrainedConfig
 from transformers.models.llama import modeling_llama
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -17,7 +17,9 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.formats import IGNORED
 from llm_trainer.model.device import Device
-from llm_trainer.model.liger import KNOWN_TYPES, apply_liger, choose_liger, find_known_types
+from llm_trainer.model.liger import KNOWN_TYPES, apply_liger, choose_liger, find_known_types, leave_out_experts
+from llm_trainer.model.loading import build_skeleton
+from llm_trainer.model.precision import Precision
 from llm_trainer.training.packing import PackingCollator
 from support.tiny_model import build_tokenizer
 from support.trainers import build_full_trainer
@@ -59,6 +61,36 @@ def test_liger_is_on_where_it_can_be():
     assert str(choose()) == "Liger kernels: on (RMSNorm, rotary embeddings and SwiGLU; the loss is TRL's)"
     assert choose(use_liger_kernel=True).is_on
     assert str(choose(use_liger_kernel=False)) == "Liger kernels: off (use_liger_kernel=false)"
+
+
+MIXTURE = MixtralConfig(**BASE, num_local_experts=4)
+MIXED = Precision(torch.bfloat16, torch.float32, "full fine-tuning")
+PLAIN = Precision(torch.bfloat16, torch.bfloat16, "LoRA")
+
+
+@pytest.mark.parametrize(
+    ("config", "precision", "given", "off"),
+    [
+        (MIXTURE, MIXED, {}, {"swiglu"}),
+        (MIXTURE, MIXED, {"liger_kernel_config": {"rope": False}}, {"rope", "swiglu"}),
+        (MIXTURE, MIXED, {"liger_kernel_config": {"swiglu": True}}, set()),
+        (MIXTURE, PLAIN, {}, set()),
+        (CONFIGS["llama"], MIXED, {}, set()),
+    ],
+)
+def test_experts_with_float32_weights_are_left_out(config, precision, given, off):
+    choice = choose(config, known=frozenset({"llama", "mixtral"}), **given)
+    skeleton = build_skeleton(config.model_type, config, trust_remote_code=False)
+    left = leave_out_experts(choice, Settings(**given).model, skeleton, precision)
+    assert left.is_on
+    assert left.switched_off == dict.fromkeys(off, False)
+    if "swiglu" in off:
+        assert str(left) == (
+            "Liger kernels: on (RMSNorm and rotary embeddings; not the experts, which Liger would compute in the "
+            "weights' float32; the loss is TRL's)"
+        )
+    else:
+        assert left == choice
 
 
 CANNOT = [

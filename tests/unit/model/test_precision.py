@@ -21,7 +21,7 @@ from llm_trainer.model.precision import choose_precision, find_stored_dtype, set
 from support.adapted_models import GPT2, LLAMA, SIZES, TOKENS
 
 GPU = torch.device("cuda", 0)
-T4, V100 = Device(GPU, "Tesla T4", (7, 5)), Device(GPU, "Tesla V100", (7, 0))
+T4 = Device(GPU, "Tesla T4", (7, 5))
 A100, B200 = Device(GPU, "NVIDIA A100", (8, 0)), Device(GPU, "NVIDIA B200", (10, 0))
 CPU = Device(torch.device("cpu"))
 B16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -38,7 +38,6 @@ def choose(device, **options):
         (A100, {}, B16, B16),
         (B200, {}, B16, B16),
         (T4, {}, F16, F16),
-        (V100, {}, F16, F16),
         (CPU, {}, F32, F32),
         (A100, {"use_peft": False}, B16, F32),
         (T4, {"use_peft": False}, F16, F32),

@@ -16,7 +16,6 @@ from llm_trainer.model.memory.shape import ModelShape
 # Dense 16-bit tensor operations a second with float32 sums, by NVIDIA's data sheets, for the names that CUDA reports.
 PEAK_FLOPS = {
     r"Tesla T4": 65e12,
-    r"Tesla V100-SXM2-\d+GB": 125e12,
     r"NVIDIA A10G": 70e12,
     r"NVIDIA L4": 121e12,
     r"NVIDIA L40S": 362e12,

@@ -10,7 +10,7 @@ from llm_trainer.model.memory.estimate import Estimate
 from llm_trainer.model.memory.scenario import MemoryScenario, list_parallelism_plans
 from llm_trainer.model.memory.shape import UnknownShapeError
 
-GPU_SIZES_GIB = (16, 24, 32, 48, 80, 96, 141, 180)  # T4, L4/A10G, V100/5090, L40S, A100/H100, H20, H200, B200
+GPU_SIZES_GIB = (16, 24, 32, 48, 80, 96, 141, 180)  # T4, L4/A10G, 5090, L40S, A100/H100, H20, H200, B200
 USABLE_SHARE = 0.97  # the rest of a GPU's nominal memory is the driver's
 MAX_WORLD_SIZE = 64
 SHORTEST_ROW = 256  # in tokens; rows are not proposed to be shorter than half of this

@@ -81,7 +81,6 @@ def test_the_row_of_a_token_weighs_long_rows_by_their_tokens():
     ("name", "teraflops"),
     [
         ("Tesla T4", 65),
-        ("Tesla V100-SXM2-16GB", 125),
         ("NVIDIA A10G", 70),
         ("NVIDIA L4", 121),
         ("NVIDIA L40S", 362),
