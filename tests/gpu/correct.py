@@ -26,13 +26,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+STARTED = time.monotonic()  # the imports below take a while where no file was read before
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 PLACES = [str(REPOSITORY / name) for name in ("code", "tests", "bench")]
 sys.path[1:1] = PLACES
 os.environ["PYTHONPATH"] = os.pathsep.join([*PLACES, *filter(None, [os.environ.get("PYTHONPATH")])])
 
-from judge import describe_device, find_deviation, judge_job, judge_likeness  # noqa: E402
+from judge import describe_machine, find_deviation, judge_job, judge_likeness  # noqa: E402
 from whole_jobs import JOBS, WholeJob, build_base, run_job, write_rows  # noqa: E402
 
 LIMITS = {"doctor": 90.0, "tests": 230.0, "job": 100.0, "job with a stop": 150.0}  # seconds, on a GPU
@@ -48,7 +49,7 @@ class Report:
     def __init__(self, file: Path, size: str) -> None:
         """Begin with the machine."""
         self.file, self.lock = file, threading.Lock()
-        self.found: dict[str, Any] = {"device": describe_device(), "size": size, "checks": {}, "jobs": {}}
+        self.found: dict[str, Any] = {**describe_machine(), "size": size, "checks": {}, "jobs": {}}
 
     def add(self, part: str, name: str, result: dict[str, Any]) -> None:
         """Enter a result, and write the file."""
@@ -70,7 +71,7 @@ class Kit:
     def __init__(self, options: argparse.Namespace, work: Path) -> None:
         """Take the command's options and a folder for what need not be kept."""
         self.size, self.only, self.work = options.size, options.only, work
-        self.deadline = time.monotonic() + options.seconds
+        self.deadline = STARTED + options.seconds
         self.report = Report(options.out / "correct.json", options.size)
         self.on_gpu = self.report.found["device"] != "CPU"
         self.is_ready = threading.Event()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from whole_jobs import NUM_STEPS, WholeJob
 
@@ -17,6 +18,7 @@ FIRST_STEP, LATER_STEPS = 2**-9, 2**-6
 # Lines with these words warn of nothing that a job on the kit's machine could mend.
 EXPECTED = (
     "Failed to load CPU gemm_4bit_forward",  # bitsandbytes looks for a kernel that is not needed
+    "did not run forward before backward",  # TRL's loss multiplies by the head itself; torch 2.13 says nothing of it
 )
 GPU_SERIES = ("utilization_percent", "memory_used_bytes", "power_watts", "sm_clock_mhz", "tensor_activity_percent")
 Verdicts = Iterator[tuple[str, bool, str]]
@@ -64,7 +66,7 @@ def judge_on_gpu(job: WholeJob, result: dict[str, Any]) -> Verdicts:
     yield "Liger", ("Liger kernels: on" in chosen) == with_liger, str(with_liger)
     deviation = find_deviation(result)
     yield "estimate", deviation is not None and abs(deviation) <= MAX_DEVIATION, f"{deviation or math.nan:+.1%}"
-    missing = [name for name in GPU_SERIES if not any(result["gpu_series"].get(name, ()))]
+    missing = [name for name in GPU_SERIES if not result["gpu_series"].get(name)]
     yield "GPU series", not missing, f"missing: {missing}"
     yield "MFU", bool(result["mfu"]), str(result["mfu"])
 
@@ -99,6 +101,13 @@ def measure_weights(folder: Path, other: Path) -> float:
     return max((tensor.float() - theirs[name].float()).abs().max().item() for name, tensor in ours.items())
 
 
-def describe_device() -> str:
-    """Return the GPU's name, or that there is none."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+def describe_machine() -> dict[str, Any]:
+    """Return the GPU's name, or that there is none, and the versions that count."""
+    has_gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if has_gpu else "CPU",
+        "memory_bytes": torch.cuda.mem_get_info()[1] if has_gpu else 0,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "transformers": transformers.__version__,
+    }
