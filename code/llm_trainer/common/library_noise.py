@@ -14,6 +14,10 @@ LOG_MESSAGES = (
     ("bitsandbytes.backends.cpu.ops", r"Failed to load CPU gemm_4bit_forward from kernels-community"),
     # LLM.int8() computes so by design, and the message comes with every product of matrices.
     ("bitsandbytes.autograd._functions", r"MatMul8bitLt: inputs will be cast from"),
+    # Liger tries kernels of packages for other chips, which the image leaves out, before those that it takes.
+    ("liger_kernel.backends.registry", r"Backend impl"),
+    # Full fine-tuning keeps its weights in float32 and computes under autocast, as the message advises.
+    ("transformers.modeling_utils", r"Flash Attention"),
 )
 # Each is a module, and the beginning of a UserWarning, as regular expressions.
 USER_WARNINGS = (
