@@ -75,8 +75,12 @@ class ResumableMixin(Trainer):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens trained on so far, on all devices and in all runs, as TRL's trainers count them."""
+        """Tokens trained on up to the last line, on all devices and in all runs, as TRL's trainers count them."""
         return int(self._total_train_tokens)
+
+    def count_tokens(self) -> int:
+        """Return the tokens trained on so far. Every rank must call this."""
+        return self.num_tokens
 
     # Stops
 
@@ -160,9 +164,9 @@ class ResumableMixin(Trainer):
 
     def complete_checkpoint(self, partial: Path, files: checkpoint_dir.Files) -> None:
         """Mark and rename a written checkpoint, then delete those that are too many."""
-        manages = self.manages_checkpoint_dir(partial)  # before the rename
+        manages, num_tokens = self.manages_checkpoint_dir(partial), self.count_tokens()  # before the rename
         if manages:
-            checkpoint_dir.complete_checkpoint(partial, self.run.identity, self.num_tokens, self.evaluation_due, files)
+            checkpoint_dir.complete_checkpoint(partial, self.run.identity, num_tokens, self.evaluation_due, files)
         self.barrier_if_sharded()  # no host may delete an old one before all have the new one
         if manages:
             # One more than the only one: S3 may not have the new one yet, and mirrors the deletion of the old at once.

@@ -209,12 +209,16 @@ def choose_defaults(
         "activation_checkpointing": memory_plan is not None and memory_plan.gradient_checkpointing,
         "activation_checkpointing_kwargs": RECOMPUTATION,
         "activation_offloading": memory_plan is not None and memory_plan.activation_offloading,
+        "ddp_broadcast_buffers": False,  # they are the checkpoint's on every rank, and no training moves them
         "ddp_find_unused_parameters": False,  # the search costs a pass over the graph a step and finds nothing
         "disable_tqdm": True,  # its carriage returns spoil a log; metric lines show the progress
         "prediction_loss_only": True,
     }
     if memory_plan is not None and memory_plan.sharded:
         defaults |= fsdp.choose_arguments(sources.given.get("fsdp_config"), sources.load_in_4bit)
+    # From pinned memory batches are copied while the GPU computes, and nobody waits.
+    copies_ahead = not on_cpu and sources.given.get("dataloader_pin_memory", True)
+    defaults["accelerator_config"] = {"non_blocking": copies_ahead, **defaults.get("accelerator_config", {})}
     return defaults | choose_intervals(sources)
 
 

@@ -2,29 +2,43 @@
 """Supervised fine-tuning: TRL's SFTTrainer on rows of tokens and labels."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
+from peft import PeftModel
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
-from trl.trainer import utils as trl_utils
 
+from llm_trainer.common import log
 from llm_trainer.common.metric_definitions import RENAMED
+from llm_trainer.training.methods.batch_facts import BatchFacts, FindFacts, known, shift_labels, use_facts
 from llm_trainer.training.methods.token_sums import begin_sums, compute_means, fill_batches, sum_batch
 from llm_trainer.training.methods.training_method import TrainingMethod
 from llm_trainer.training.resumable import ResumableMixin, RunContext
 
 
 class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
-    """TRL's SFTTrainer that survives stops and kills, and whose metrics are means over supervised tokens."""
+    """TRL's SFTTrainer that survives stops and kills, and whose metrics are means over supervised tokens.
+
+    Between two lines it waits for no GPU, and ranks talk for gradients and once a step for the number of its tokens.
+    """
+
+    data_collator: Any
 
     def __init__(self, *args: Any, run: RunContext, **kwargs: Any) -> None:
         """Take SFTTrainer's arguments, and what a resumable trainer needs to know of its job."""
-        score_labelled_positions_only()
         super().__init__(*args, run=run, **kwargs)
+        self.use_batch_facts()
         # TRL's loss is the sum over shifted labels, divided by the tokens of a step. Transformers asks the class of the
         # model how its own loss divides, which is another way for GPT-2 and Gemma 4, and is not used here.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+        # TRL gathers its metrics of each batch from all ranks and waits for them, and Transformers for each loss. Both
+        # would keep the GPU waiting. The sums below are read once a line.
+        self.accelerator.gather_for_metrics = gather_nothing
+        self.skips_nan, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
         self.token_sums = begin_sums(self.args.device)  # since the last line of the training
         self.run_sums = begin_sums(self.args.device)  # up to the last line
         self.eval_sums = begin_sums(self.args.device)
@@ -34,32 +48,61 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
 
         Count all tokens. TRL would count the slots of a sequence, and leave out ranks at the end of an epoch.
         """
+        facts, packed = BatchFacts.take(inputs), "num_tokens" in inputs
+        if packed:  # there is no mask; without one TRL would put a number on the device, and wait for that
+            inputs["attention_mask"] = inputs.pop("num_tokens")
+        all_tokens = inputs["attention_mask"].sum()
 
         def compute_outputs(**inputs: Any) -> Any:
-            outputs = model(**inputs)
+            if packed:
+                del inputs["attention_mask"]
+            outputs = compute_with_facts(model, inputs, facts)
             if "fused_lm_head" in inputs:
-                self.token_sums = self.token_sums + sum_batch(outputs, self.args.logging_nan_inf_filter)
+                self.token_sums = self.token_sums + sum_batch(outputs, all_tokens, self.skips_nan)
             return outputs
 
-        num_tokens, before = inputs.pop("num_tokens", None), self._total_train_tokens
-        loss = super().compute_loss(compute_outputs, inputs, *args, **kwargs)
-        num_tokens = inputs["attention_mask"] if num_tokens is None else num_tokens  # there is no mask of packed rows
-        self._total_train_tokens = before + int(self.accelerator.reduce(num_tokens.sum()))
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        return loss
+        return super().compute_loss(compute_outputs, inputs, *args, **kwargs)
+
+    def use_batch_facts(self) -> None:
+        """Have batches bring facts that their own rank finds. Batches that one rank makes for all cannot."""
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        use_facts(base.base_model)
+        is_own = isinstance(self.train_dataset, Dataset) and not self.accelerator.dispatch_batches
+        if is_own and not self.args.torch_compile:  # which would compile anew for each number of labels
+            self.data_collator = FindFacts(self.data_collator)
+
+    def count_tokens(self) -> int:
+        """Return the tokens trained on so far, also since the last line. Every rank must call this."""
+        return self.num_tokens + compute_means(self.accelerator, self.token_sums).all_tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log. A line of the training gets its means over all tokens since the last one, and the totals the run's."""
+        metrics = self._metrics["train"]
         if "loss" in logs:
-            means = compute_means(self.accelerator, self.token_sums)
+            since = compute_means(self.accelerator, self.token_sums)
             self.run_sums, self.token_sums = self.run_sums + self.token_sums, begin_sums(self.args.device)
-            logs["loss"] = means["loss"]
-            self._metrics["train"]["mean_token_accuracy"] = [means["mean_token_accuracy"]]
+            self._total_train_tokens += since.all_tokens
+            logs["loss"] = since.means["loss"]
+            metrics["mean_token_accuracy"] = [since.means["mean_token_accuracy"]]
+            metrics["num_tokens"] = [self._total_train_tokens]
+            if self.aux_loss_enabled:
+                metrics["aux_loss"] = [since.means["aux_loss"]]
+            self.warn_of_lost_batches(since.lost_batches)
         elif "train_loss" in logs:
-            train_loss = compute_means(self.accelerator, self.run_sums + self.token_sums)["loss"]
+            metrics.clear()
+            train_loss = compute_means(self.accelerator, self.run_sums + self.token_sums).means["loss"]
             if not math.isnan(train_loss):  # as it is of a run without a step
                 logs["train_loss"] = train_loss
         super().log(logs, start_time)
+
+    def warn_of_lost_batches(self, num_batches: int) -> None:
+        """Warn where losses since the last line are not-a-number or infinite."""
+        if num_batches and self.state.is_world_process_zero:
+            counted = "; the means leave them out" if self.skips_nan else ""
+            log.warning(
+                f"The loss of {num_batches} batches up to step {self.state.global_step} is no finite number{counted}: "
+                "where this goes on, the training has diverged; lower learning_rate."
+            )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return the batches of an evaluation: all rows, each of them once, on any number of ranks."""
@@ -71,30 +114,39 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[None, None, None]:
         """Sum up over the tokens of a batch. Return no loss, which Transformers would gather from all ranks."""
         inputs = self._prepare_inputs({name: value for name, value in inputs.items() if name != "num_tokens"})
+        facts = BatchFacts.take(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs, fused_lm_head=True)
-        self.eval_sums = self.eval_sums + sum_batch(outputs, self.args.logging_nan_inf_filter)
+            outputs = compute_with_facts(model, {**inputs, "fused_lm_head": True}, facts)
+        self.eval_sums = self.eval_sums + sum_batch(outputs, outputs.label_mask.sum(), self.skips_nan)
         return None, None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate. The metrics are means over all tokens, and the ranks add up their sums once."""
         self.eval_sums = begin_sums(self.args.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = compute_means(self.accelerator, self.eval_sums)
+        means = compute_means(self.accelerator, self.eval_sums).means
         if not self.aux_loss_enabled:
             del means["aux_loss"]
         metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
         return output._replace(metrics={**metrics, **output.metrics}, num_samples=len(self.eval_dataset))
 
 
-def score_labelled_positions_only() -> None:
-    """Have TRL's LM head score only positions with a label on a CPU too, as it does on a GPU.
+def gather_nothing(tensor: torch.Tensor) -> np.ndarray:
+    """Return a zero for the numbers of a batch, in the place of Accelerate's `gather_for_metrics`."""
+    return np.zeros(1, dtype=np.int64)
 
-    Where Triton does not run, TRL scores all positions, for devices that compile for fixed shapes. A CPU does not, and
-    the head of a small model is a third of its step. TRL has no option for it: the function that it asks is replaced in
-    this process.
+
+def compute_with_facts(model: Any, inputs: dict[str, Any], facts: BatchFacts) -> Any:
+    """Return the model's outputs, with TRL's output layer those of the tokens at `facts.places` where they are known.
+
+    The logits of a loss that needs them are those of all tokens.
     """
-    trl_utils._use_triton = lambda device: True
+    if "fused_lm_head" not in inputs:
+        facts = replace(facts, places=None)
+    if facts.places is not None:
+        inputs = {**inputs, "labels": None, "shift_labels": shift_labels(inputs["labels"], facts.places)}
+    with known(facts):
+        return model(**inputs)
 
 
 SFT = TrainingMethod(

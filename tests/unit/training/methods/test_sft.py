@@ -31,10 +31,10 @@ def test_the_tokens_of_packed_rows_are_counted_and_not_their_slots(tiny_model, t
     trainer = build_full_trainer(model, tokenizer, Dataset.from_list(rows[:1]), collator, tmp_path)
     trainer.model.train()
     trainer.compute_loss(trainer.model, collator(rows))
-    assert trainer.num_tokens == 16
+    assert trainer.count_tokens() == 16
     trainer.model.eval()
     trainer.prediction_step(trainer.model, collator(rows), prediction_loss_only=True)
-    assert trainer.num_tokens == 16
+    assert trainer.count_tokens() == 16
 
 
 def test_rows_of_another_method_are_refused(tiny_model, tmp_path):

@@ -16,6 +16,7 @@ from llm_trainer.data.formats import IGNORED
 from llm_trainer.training.methods.token_sums import begin_sums, fill_batches, sum_batch
 from llm_trainer.training.packing import PackingCollator
 from support.trainers import build_full_trainer
+from support.waits import count_waits
 
 NUM_RANKS = 2
 VOCABULARY, TOKENS = 200, (3, 8)
@@ -213,9 +214,11 @@ def make_outputs(log_probs):
 
 def test_a_batch_that_is_no_number_counts_unless_the_filter_is_on():
     good, bad = make_outputs([-1.0, -2.0]), make_outputs([float("nan"), -2.0])
-    assert sum_batch(good, skips_nan=True).tolist() == [2, 3, 2, 0]
-    assert sum_batch(bad, skips_nan=True).tolist() == begin_sums(torch.device("cpu")).tolist() == [0, 0, 0, 0]
-    assert sum_batch(bad, skips_nan=False).isnan().any()
+    tokens = torch.tensor(5)
+    assert begin_sums(torch.device("cpu")).tolist() == [0, 0, 0, 0, 0, 0]
+    assert sum_batch(good, tokens, skips_nan=True).tolist() == [2, 3, 2, 0, 5, 0]
+    assert sum_batch(bad, tokens, skips_nan=True).tolist() == [0, 0, 0, 0, 5, 1]
+    assert sum_batch(bad, tokens, skips_nan=False)[:4].isnan().any()
 
 
 def test_rows_that_fill_a_batch_have_no_label():
@@ -264,8 +267,17 @@ def work_as_rank(number, tiny_model, folder, memory_plan):
         ]
         trainer, batches = train(tiny_model, folder, memory_plan=memory_plan)
         results = {"evaluations": evaluations, "batches": batches, "lines": read_lines(trainer)}
+        if memory_plan is None:
+            results["waits"] = {name: count_steps_waits(tiny_model, folder, COLLATORS[name]) for name in COLLATORS}
         (folder / f"{number}.json").write_text(json.dumps(results))
         dist.destroy_process_group()
+
+
+def count_steps_waits(tiny_model, folder, collator):
+    """What a rank waits for within two steps of four batches in all."""
+    with count_waits() as waits:
+        train(tiny_model, folder, collator)
+    return waits.found
 
 
 def list_evaluations(memory_plan):
@@ -295,3 +307,6 @@ def test_ranks_measure_what_one_process_would(tiny_model, tmp_path, monkeypatch,
     batches = [batch for step in (slice(0, 3), slice(3, 4)) for rank in ranks for batch in rank["batches"][step]]
     assert len(batches) == 8
     assert_lines_are_means(ranks[0]["lines"], batches, 6, model)
+    if memory_plan is None:  # no number is read, and a step asks all ranks for its tokens and for its gradients
+        own = {"all_gather": 2, "all_reduce": 2}
+        assert [rank["waits"] for rank in ranks] == [{"padded": own, "packed": own}] * NUM_RANKS
