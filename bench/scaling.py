@@ -62,6 +62,10 @@ HEADER = (
     "| GPUs | memory, GiB | recomputes | accumulates | step, s | tokens/s | efficiency (no overlap) | network, GB "
     "| checkpoint, GB, s |"
 )
+LLAMA_3B = LlamaConfig(
+    vocab_size=128_256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+    num_key_value_heads=8, tie_word_embeddings=True,
+)  # fmt: skip
 LLAMA_8B = LlamaConfig(
     vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=8,
@@ -70,7 +74,7 @@ LLAMA_70B = LlamaConfig(
     vocab_size=128_256, hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80, num_attention_heads=64,
     num_key_value_heads=8,
 )  # fmt: skip
-MODELS = {"8B": LLAMA_8B, "70B": LLAMA_70B}
+MODELS = {"3B": LLAMA_3B, "8B": LLAMA_8B, "70B": LLAMA_70B}
 METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"lora_r": 16, "lora_dropout": 0.0},
     "QLoRA": {"lora_r": 16, "lora_dropout": 0.0, "load_in_4bit": True},
@@ -104,6 +108,8 @@ SCENARIOS = (
     Scenario("70B", "QLoRA", "ddp", P5),
     Scenario("70B", "QLoRA", "fsdp", P4D),
     Scenario("70B", "all weights", "fsdp", P5),
+    Scenario("3B", "all weights", "ddp", P5),
+    Scenario("3B", "all weights", "fsdp", P5),
 )
 
 
