@@ -206,7 +206,8 @@ def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
     checkpoint = find_checkpoint(settings.training, checkpoint_dir, identity, consensus.group)
     context.timeline.mark("packing")
 
-    parts = TrainerParts(base, prepared.tokenizer, planned.arguments, splits, packing.collator, model_plan.lora)
+    model, kept_layers = (base, prepared.tokenizer, planned.arguments), planned.memory.kept_layers
+    parts = TrainerParts(*model, splits, packing.collator, model_plan.lora, kept_layers)
     run_context = build_run_context(context, consensus, identity)
     patience = settings.training.early_stopping_patience if settings.training.early_stopping else None
     trainer = build_trainer(prepared.method, parts, run_context, patience)

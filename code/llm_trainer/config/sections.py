@@ -357,7 +357,8 @@ class ParallelismSettings(Section):
     )
     gradient_checkpointing: bool | None = Field(
         None,
-        description="Compute activations again in the backward pass, to save memory. Default: where it is needed.",
+        description="Compute activations again in the backward pass, to save memory. Default: in as many layers as "
+        "must be. true and false: in all, in none.",
     )
     activation_offloading: bool | None = Field(
         None,

@@ -149,7 +149,8 @@ def find_free_memory(history: History) -> Iterator[Advice]:
             f"The fullest GPU, {fullest}, never used more than {gpus[fullest].high:.0f}% of its memory"
             + (f", at per_device_train_batch_size={batch}." if batch else "."),
             "Raise per_device_train_batch_size (and lower gradient_accumulation_steps as much), or switch "
-            "gradient_checkpointing off, which costs a third of the time; or take smaller GPUs.",
+            "gradient_checkpointing off, which takes a third more time, or half more with an adapter; or take smaller "
+            "GPUs.",
         )
 
 

@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer of a job, and its arguments. No other module names TRL's and Transformers' training arguments."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from pydantic import SecretStr
+from torch import nn
 from transformers import (
     EarlyStoppingCallback,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    TrainerCallback,
     set_seed,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig
 
 from llm_trainer.common import log
@@ -27,6 +30,7 @@ from llm_trainer.config.sections import TrainingSettings
 from llm_trainer.config.sft_config_fields import read_snapshot
 from llm_trainer.model.config_file import drop_contradictions
 from llm_trainer.model.memory.fit import MemoryPlan
+from llm_trainer.model.memory.shape import find_layer_list
 from llm_trainer.model.precision import set_adapter_types
 from llm_trainer.training import fsdp
 from llm_trainer.training.methods import TrainingMethod
@@ -77,6 +81,23 @@ class TrainerParts:
     splits: dict[str, Dataset | IterableDataset]  # train, and validation if there is one
     collator: PackingCollator | None  # None: TRL's, which pads
     lora: PeftConfig | None  # None for full fine-tuning
+    kept_layers: int = 0  # the last so many keep their activations where others are recomputed
+
+
+class KeepActivations(TrainerCallback):
+    """A word to a model's last layers to keep their activations, after Transformers told all to recompute them."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        """Tell the last layers, and what is in them."""
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        total = base.config.get_text_config().num_hidden_layers
+        layers = model.get_submodule(find_layer_list(model, total))
+        for module in (module for layer in layers[total - self.num_layers :] for module in layer.modules()):
+            if isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = False
 
 
 def build_trainer(method: TrainingMethod, parts: TrainerParts, run: RunContext, patience: int | None) -> ResumableMixin:
@@ -106,9 +127,17 @@ def build_trainer(method: TrainingMethod, parts: TrainerParts, run: RunContext, 
     if parts.lora is not None:
         set_adapter_types(trainer.model)
     trainer.remove_callback(PrinterCallback)
-    if patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(patience))
+    for callback in list_callbacks(parts.kept_layers, patience):
+        trainer.add_callback(callback)
     return trainer
+
+
+def list_callbacks(kept_layers: int, patience: int | None) -> Iterator[TrainerCallback]:
+    """Yield the callbacks of a trainer that the settings ask for."""
+    if kept_layers:
+        yield KeepActivations(kept_layers)
+    if patience is not None:
+        yield EarlyStoppingCallback(patience)
 
 
 def check_columns(method: TrainingMethod, rows: Dataset | IterableDataset) -> None:

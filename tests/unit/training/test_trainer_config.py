@@ -3,10 +3,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_trainer.common.errors import UserError
@@ -19,11 +21,13 @@ from llm_trainer.training.methods import choose_method
 from llm_trainer.training.trainer_config import (
     FULL_LEARNING_RATE,
     LORA_LEARNING_RATE,
+    TrainerParts,
     build_arguments,
+    build_trainer,
     choose_defaults,
     prepare_config,
 )
-from support.trainers import collect_sources
+from support.trainers import build_run_context, collect_sources
 
 
 def build(tmp_path, has_validation=False, **settings):
@@ -95,3 +99,31 @@ def test_a_checkpoint_is_written_where_the_bases_generation_config_contradicts_i
     assert "temperature" not in (tmp_path / "checkpoint/generation_config.json").read_text()
     prepare_config(model, tokenizer)
     assert "contradicts" not in capsys.readouterr().out
+
+
+def train_recomputing(tiny_model, folder, memory_plan):
+    """The trained weights, and how often each layer's MLP was computed, forward and again."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, attention_dropout=0.2, attn_implementation="eager")
+    calls = [0 for _ in model.model.layers]
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
+    sources = collect_sources(Settings(use_peft=False, max_steps=2, per_device_train_batch_size=2), folder)
+    arguments = build_arguments(choose_method(), sources, torch.device("cpu"), torch.float32, memory_plan)
+    rows = Dataset.from_list([{"input_ids": [5 + n] * 8, "labels": [5 + n] * 8} for n in range(4)])
+    parts = TrainerParts(model, tokenizer, arguments, {"train": rows}, None, None, memory_plan.kept_layers)
+    trainer = build_trainer(choose_method(), parts, build_run_context(), patience=None)
+    trainer.train()
+    return calls, {name: weight.detach() for name, weight in trainer.model.named_parameters()}
+
+
+def test_the_last_layers_keep_their_activations_and_the_result_is_the_same(tiny_model, tmp_path):
+    ways = ParallelismPlan(False, False, False), ParallelismPlan(False, True, False)
+    ways = *ways, replace(ways[1], kept_layers=1, num_layers=2)
+    (none, plain), (every, all_again), (first, some) = (
+        train_recomputing(tiny_model, tmp_path / str(number), MemoryPlan(way, None, "asked for"))
+        for number, way in enumerate(ways)
+    )
+    assert (none, every, first) == ([2, 2], [4, 4], [4, 2])
+    for name, weight in plain.items():
+        assert torch.equal(weight, all_again[name]) and torch.equal(weight, some[name])

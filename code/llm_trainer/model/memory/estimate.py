@@ -2,7 +2,7 @@
 """The memory that training takes on each device, in named parts, from the model's shape and a traced step."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ import torch
 from llm_trainer.common.units import GIB, MIB
 from llm_trainer.model.memory.shape import ModelShape, Part
 from llm_trainer.model.memory.step_trace import Span, Step, StepTrace, trace_step
+
+Passes = list[tuple[Span, int]]  # the spans of a step in their order, each with the bytes of gradients that it leaves
 
 # The workspace that torch gives cuBLAS on Hopper, the largest of all GPUs (aten/src/ATen/cuda/CUDABlas.cpp).
 CUBLAS_WORKSPACE_BYTES = 32 * MIB
@@ -34,6 +36,7 @@ class Setup:
     world_size: int
     optimizer: str  # one of transformers' OptimizerNames
     accumulates: bool  # whether gradients of earlier batches are there when a step begins
+    kept_layers: int = 0  # the last so many layers keep their activations where others are recomputed
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,10 @@ def estimate_memory(shape: ModelShape, setup: Setup) -> Estimate:
     """Return what a device needs for a step and the update after it. Raise UnknownShapeError."""
     step = setup.step
     trace = trace_step(shape, step)
+    kept = trace_step(shape, replace(step, recompute_activations=False)) if setup.kept_layers else trace
     shards = setup.world_size if step.sharded else 1
-    gradients, activations, working = find_step_or_update_peak(shape, trace, setup)
+    passes = list_passes(shape, trace, kept, setup.kept_layers)
+    gradients, activations, working = find_step_or_update_peak(shape, passes, setup)
     is_replicated = setup.world_size > 1 and not step.sharded
     parts = {
         "base weights": sum(count_stored_bytes(part, shards) for part in shape.parts if part.role != "adapter"),
@@ -99,13 +104,13 @@ def count_process_bytes(setup: Setup, peak_bytes: int) -> dict[str, int]:
     }
 
 
-def find_step_or_update_peak(shape: ModelShape, trace: StepTrace, setup: Setup) -> tuple[int, int, int]:
+def find_step_or_update_peak(shape: ModelShape, passes: Passes, setup: Setup) -> tuple[int, int, int]:
     """Return the bytes of gradients, activations and working memory at the peak of the step or of the update after it.
 
     At the update all gradients are there, and nothing else of the step.
     """
     shards = setup.world_size if setup.step.sharded else 1
-    peak = find_peak(shape, trace, shards, setup.accumulates)
+    peak = find_peak(shape, passes, shards, setup.accumulates)
     gradients = shape.trained_bytes // shards
     # The plain AdamW computes all updates before it makes any.
     updates = gradients if setup.optimizer == "adamw_torch" else 0
@@ -148,18 +153,28 @@ def count_optimizer_states(shape: ModelShape, optimizer: str) -> int:
     return copies * shape.trained_bytes
 
 
-def find_peak(shape: ModelShape, trace: StepTrace, shards: int, accumulates: bool) -> tuple[int, int, int]:
-    """Return the bytes of gradients, activations and working memory at the moment of a step when their sum is largest.
+def list_passes(shape: ModelShape, trace: StepTrace, kept: StepTrace, num_kept: int) -> Passes:
+    """Return the spans of a step of all layers. A trace's layers stand for all layers of their kind.
 
-    The trace's layers stand for all layers of their kind. A backward span leaves its gradients behind, and a device
-    keeps one shard of them. Where gradients accumulate, all of them are there from the beginning.
+    The last layers are as in the trace `kept`. Their activations are gone when the first layers are computed again.
     """
     layer_gradients = [sum(part.trained_bytes for part in layer) for layer in shape.list_layers()]
-    passes: list[tuple[Span, int]] = [(trace.embedding, 0)]
-    passes += [(trace.forward[kind], 0) for kind in shape.kinds]
+    first_kept = shape.num_layers - num_kept
+    layers = [(trace if index < first_kept else kept, kind) for index, kind in enumerate(shape.kinds)]
+    passes: Passes = [(trace.embedding, 0)]
+    passes += [(source.forward[kind], 0) for source, kind in layers]
     passes += [(trace.head, max(0, trace.head.net))]
-    passes += [(trace.backward[kind], layer_gradients[index]) for index, kind in enumerate(shape.kinds)][::-1]
-    passes += [(trace.end, max(0, trace.end.net))]
+    backward = zip(layers, layer_gradients, strict=True)
+    passes += [(source.backward[kind], gradients) for (source, kind), gradients in backward][::-1]
+    return [*passes, (trace.end, max(0, trace.end.net))]
+
+
+def find_peak(shape: ModelShape, passes: Passes, shards: int, accumulates: bool) -> tuple[int, int, int]:
+    """Return the bytes of gradients, activations and working memory at the moment of a step when their sum is largest.
+
+    A backward span leaves its gradients behind, and a device keeps one shard of them. Where gradients accumulate, all
+    of them are there from the beginning.
+    """
     gradients = shape.trained_bytes // shards if accumulates else 0
     held = 0
     peak = (gradients, 0, 0)

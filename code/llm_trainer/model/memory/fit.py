@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The choice of how a job fits its devices: the cheapest way whose estimate is below what is free."""
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -29,6 +30,8 @@ from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError
 ELSEWHERE = Device(torch.device("cuda"), "a GPU elsewhere", (9, 0))
 ATTENTION_ELSEWHERE = "flash_attention_2"  # the image has it
 NUM_REMEDIES = 3
+# Layers that could be recomputed keep their activations up to this share of what is free: the estimate may be too low.
+KEPT_SHARE = 0.97
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ class MemoryPlan:
         return self.parallelism.recompute_activations
 
     @property
+    def kept_layers(self) -> int:
+        """The number of layers, the last ones, that keep their activations where others are recomputed."""
+        return self.parallelism.kept_layers
+
+    @property
     def activation_offloading(self) -> bool:
         """True where activations wait in the host's memory."""
         return self.parallelism.offload_activations
@@ -66,6 +74,7 @@ class MemoryPlan:
         return {
             "distribution": self.distribution,
             "gradient_checkpointing": self.gradient_checkpointing,
+            "kept_layers": self.kept_layers,
             "activation_offloading": self.activation_offloading,
             "reason": self.reason,
             "estimate": self.estimate.describe() if self.estimate else None,
@@ -94,11 +103,11 @@ def choose_memory_plan(scenario: MemoryScenario, earlier: str | None = None) -> 
     refused: list[str] = []
     for plan in plans:
         try:
-            need = scenario.estimate(plan)
+            plan, need = keep_layers(scenario, plan)
         except UnknownShapeError as error:
             return choose_without_estimate(plans, target, f"the model's memory is not known, since {error}")
         name, size = plan.describe(target.world_size), f"{show_bytes(need.total_bytes)} a {target.unit}"
-        if scenario.can_hold(need):
+        if scenario.can_hold(need, find_share(scenario, plan)):
             needs = f"{', '.join(refused) or f'{name} needs {size}'} and {free} are free"
             reason = f"{needs}: {name}, {size}" if refused else needs
             return MemoryPlan(plan, need, reason, shape=scenario.shape)
@@ -108,6 +117,33 @@ def choose_memory_plan(scenario: MemoryScenario, earlier: str | None = None) -> 
         warning = f"{problem}: it may run out of memory."
         return MemoryPlan(plan, need, f"{problem}, and check_memory=false", warning, scenario.shape)
     raise UserError(f"{problem}; {describe_remedies(scenario)}.")
+
+
+def keep_layers(scenario: MemoryScenario, plan: ParallelismPlan) -> tuple[ParallelismPlan, Estimate]:
+    """Return a way in which only as many layers are recomputed as must be, and what it needs. Raise UnknownShapeError.
+
+    The first layers are recomputed. When their turn comes, the activations of the others are gone. A way that the
+    settings ask for comes back as it is, and so does one that does not fit. Offloading moves what layers would keep.
+    """
+    need, shape = scenario.estimate(plan), scenario.shape
+    is_open = scenario.settings.parallelism.gradient_checkpointing is None
+    if not (is_open and plan.recompute_activations and shape.can_recompute_some) or plan.offload_activations:
+        return plan, need
+
+    def keep(number: int) -> ParallelismPlan:
+        return replace(plan, kept_layers=number, num_layers=shape.num_layers)
+
+    def is_too_much(number: int) -> bool:
+        return not scenario.can_hold(scenario.estimate(keep(number)), KEPT_SHARE)
+
+    number = bisect_left(range(1, shape.num_layers), True, key=is_too_much)
+    return (keep(number), scenario.estimate(keep(number))) if number else (plan, need)
+
+
+def find_share(scenario: MemoryScenario, plan: ParallelismPlan) -> float:
+    """Return the share of what is free that a way may need. More layers could be recomputed where that is left open."""
+    is_open = scenario.settings.parallelism.gradient_checkpointing is None
+    return KEPT_SHARE if is_open and not plan.recompute_activations else 1.0
 
 
 def describe_remedies(scenario: MemoryScenario) -> str:

@@ -79,11 +79,14 @@ class ParallelismPlan:
     sharded: bool
     recompute_activations: bool
     offload_activations: bool
+    kept_layers: int = 0  # the last so many layers keep their activations where others are recomputed
+    num_layers: int = 0  # in all, where some are kept
 
     def describe(self, world_size: int) -> str:
         """Return words for a message, such as `FSDP with gradient checkpointing`."""
         spread = "FSDP" if self.sharded else "DDP" if world_size > 1 else "training"
-        savings = ["gradient checkpointing"] * self.recompute_activations
+        share = f" of {self.num_layers - self.kept_layers} of {self.num_layers} layers" if self.kept_layers else ""
+        savings = [f"gradient checkpointing{share}"] * self.recompute_activations
         savings += ["activation offloading"] * self.offload_activations
         return f"{spread} with {' and '.join(savings)}" if savings else spread
 
@@ -91,7 +94,8 @@ class ParallelismPlan:
 def list_parallelism_plans(settings: MemorySettings, target: Target) -> list[ParallelismPlan]:
     """Return the ways that the settings leave open, the cheapest first.
 
-    - Checkpointing computes each layer's forward pass twice, a third more work, and sends nothing.
+    - Checkpointing computes a layer's forward pass twice and sends nothing. That is a third more work where all weights
+      are trained, and half more with adapters, as frozen weights get no gradients.
     - FSDP gathers all weights twice a step. With adapters, for which DDP sends next to nothing, it costs more, and much
       more between hosts. It therefore comes second.
     - Offloading sends activations over PCIe and back. It comes last, on top of checkpointing, which leaves little to
@@ -177,11 +181,12 @@ class MemoryScenario:
             fused_kernels=self.fused_kernels,
         )
         accumulates = training.gradient_accumulation_steps > 1
-        return estimate_memory(self.shape, Setup(step, self.target.world_size, training.optim, accumulates))
+        setup = Setup(step, self.target.world_size, training.optim, accumulates, plan.kept_layers)
+        return estimate_memory(self.shape, setup)
 
-    def can_hold(self, need: Estimate) -> bool:
-        """Tell whether what is needed is free on each device."""
-        return need.total_bytes <= self.target.free_bytes
+    def can_hold(self, need: Estimate, share: float = 1.0) -> bool:
+        """Tell whether what is needed is at most this share of what is free on each device."""
+        return need.total_bytes <= share * self.target.free_bytes
 
     def replace_settings(self, **values: Any) -> "MemoryScenario":
         """Return the same job with other values of some settings, by their flat names."""

@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llm_trainer.common.errors import quote_error
 from llm_trainer.config.sections import AdapterSettings, ModelSettings
@@ -62,6 +63,12 @@ class ModelShape:
     def num_layers(self) -> int:
         """The number of the model's decoder layers."""
         return len(self.kinds)
+
+    @property
+    def can_recompute_some(self) -> bool:
+        """True where each layer can be told by itself to recompute its activations."""
+        layers = self.skeleton.get_submodule(self.layers_name)
+        return all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
 
     def count_weights(self, *roles: Role) -> int:
         """Return the number of weights in parts of these roles, or in all parts."""

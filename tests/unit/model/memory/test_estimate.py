@@ -36,23 +36,26 @@ STEP = Step(
 )
 
 
-def expect(settings=None, config=CONFIG, dtype=torch.float32, world_size=1, optim="adamw_torch", **step):
+def expect(settings=None, config=CONFIG, dtype=torch.float32, world_size=1, optim="adamw_torch", kept=0, **step):
     settings = settings or Settings(use_peft=False)
     shape = read_shape(config, settings.model, settings.adapter, dtype)
-    return estimate_memory(shape, Setup(replace(STEP, **step), world_size, f"{optim}", accumulates=False))
+    setup = Setup(replace(STEP, **step), world_size, f"{optim}", accumulates=False, kept_layers=kept)
+    return estimate_memory(shape, setup)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("kept", [7, 0, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_real_step_holds_what_was_estimated(attention, checkpoints, dtype):
-    settings = Settings(use_peft=False)
-    step = {"recompute_activations": checkpoints, "compute_dtype": dtype, "stores_scores": attention == "eager"}
-    expected = expect(settings, optim="adamw_torch_fused", **step)
+def test_a_real_step_holds_what_was_estimated(attention, kept, dtype):
+    settings, recomputes = Settings(use_peft=False), kept < 7
+    step = {"recompute_activations": recomputes, "compute_dtype": dtype, "stores_scores": attention == "eager"}
+    expected = expect(settings, optim="adamw_torch_fused", kept=kept if recomputes else 0, **step)
     model = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32, attn_implementation=attention).train()
-    if checkpoints:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if recomputes:
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
+        for layer in model.model.layers[7 - kept :]:
+            layer.gradient_checkpointing = False
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     ids = torch.randint(0, 1000, (2, 128))
     with HeldBytes([*model.parameters(), *model.buffers(), ids], "step") as held:

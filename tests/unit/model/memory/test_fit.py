@@ -13,7 +13,7 @@ from llm_trainer.common.units import GIB
 from llm_trainer.config.schema import Settings
 from llm_trainer.config.sections import ALIASES
 from llm_trainer.model.device import Device
-from llm_trainer.model.memory.fit import ELSEWHERE, choose_memory_plan, estimate_on_one_gpu, find_target
+from llm_trainer.model.memory.fit import ELSEWHERE, KEPT_SHARE, choose_memory_plan, estimate_on_one_gpu, find_target
 from llm_trainer.model.memory.remedies import enlarge_devices, fits_at_best
 from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, Target
 
@@ -66,6 +66,37 @@ def test_the_cheapest_way_that_fits(number, gib, options, chosen):
     assert (fit.distribution, fit.gradient_checkpointing, fit.activation_offloading) == chosen
     assert fit.estimate.total_bytes <= gib * GIB
     assert not fit.warning
+
+
+def test_only_as_many_layers_are_recomputed_as_must_be():
+    target = gpus(1, 79)
+    fit = choose(target, per_device_train_batch_size=8)
+    number = 32 - fit.kept_layers
+    assert 0 < number < 32
+    assert f": training with gradient checkpointing of {number} of 32 layers, " in fit.reason
+    assert fit.describe()["kept_layers"] == fit.kept_layers
+    scenario = MemoryScenario(LLAMA_8B, sections(per_device_train_batch_size=8), 2048, target, "flash_attention_2")
+    more = replace(fit.parallelism, kept_layers=fit.kept_layers + 1)
+    assert fit.estimate.total_bytes <= KEPT_SHARE * target.free_bytes < scenario.estimate(more).total_bytes
+
+
+@pytest.mark.parametrize("recomputes", [True, False])
+def test_a_user_who_says_so_recomputes_all_layers_or_none(recomputes):
+    fit = choose(gpus(1, 100), SMALL, gradient_checkpointing=recomputes)
+    assert (fit.gradient_checkpointing, fit.kept_layers) == (recomputes, 0)
+
+
+def test_layers_keep_nothing_where_activations_go_to_the_host():
+    fit = choose(gpus(1, 79), per_device_train_batch_size=8, activation_offloading=True, gradient_checkpointing=None)
+    assert fit.kept_layers == 0
+
+
+def test_what_a_gpu_elsewhere_needs_counts_ligers_kernels():
+    fused, plain = (
+        estimate_on_one_gpu(SMALL, sections(use_liger_kernel=uses), 2048, "flash_attention_2")["training"]
+        for uses in (None, False)
+    )
+    assert fused.parts["activations"] < 0.9 * plain.parts["activations"]
 
 
 def test_the_reason_has_the_numbers():

@@ -56,6 +56,8 @@ def test_one_device_has_nothing_to_shard():
 def test_ways_have_names_for_messages():
     plan = ParallelismPlan(sharded=True, recompute_activations=True, offload_activations=True)
     assert plan.describe(8) == "FSDP with gradient checkpointing and activation offloading"
+    plan = ParallelismPlan(False, True, False, kept_layers=20, num_layers=32)
+    assert plan.describe(8) == "DDP with gradient checkpointing of 12 of 32 layers"
     assert ParallelismPlan(False, False, False).describe(1) == "training"
     assert ParallelismPlan(False, False, False).describe(2) == "DDP"
 
