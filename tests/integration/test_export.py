@@ -3,6 +3,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -80,6 +81,19 @@ def test_a_quantized_jobs_merge_goes_into_the_base_that_was_asked_for(tree, meth
     if base == "bf16":  # another base, and no mistake
         assert checks[beside]["relative_logit_difference"] > 1e-3
         assert checks[beside]["tolerance"] is None
+
+
+def test_a_base_that_is_gone_by_the_end_leaves_a_result_without_proof(tree, start):
+    tree.change(max_steps="40", use_checkpoints="false")
+    job = start(tree)
+    job.wait_for("step=1;")
+    shutil.rmtree(tree.base_dir / "input/data/model")
+    assert job.end() == 0, job.log
+    assert "adapter_model.safetensors" in tree.model_files
+    outcome = tree.manifest["export"]
+    assert (outcome["proven"], outcome["checks"]) == (False, [])
+    told = f"Warning: The result in {tree.base_dir / 'model'} is whole, and not proven: {outcome['reason']}."
+    assert [line for line in job.log.splitlines() if line.strip()][-1] == told
 
 
 def test_a_training_that_diverged_is_no_success(tree):
