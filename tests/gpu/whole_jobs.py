@@ -4,7 +4,6 @@
 import copy
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -23,13 +22,14 @@ from support.tiny_model import build_tokenizer
 
 STEERED = Path(__file__).with_name("steered.py")
 NUM_ROWS, NUM_VALIDATION_ROWS, NUM_STEPS = 600, 16, 24
+NUM_CHARACTERS = 134  # of the longest answer: three rows fill a packed sequence
 COMMON = {
     "lora_r": "16",
     "lora_dropout": "0",  # jobs are compared with each other
     "learning_rate": "1e-3",
     "max_length": "512",
     "max_steps": str(NUM_STEPS),
-    "per_device_train_batch_size": "8",
+    "per_device_train_batch_size": "24",
     "logging_steps": "1",
     "sample_prompts": "0",
     "use_checkpoints": "false",
@@ -51,28 +51,31 @@ class WholeJob:
     needs_gpu: bool = False
 
 
+PACKED = {"packing": "true", "per_device_train_batch_size": "8"}
+SDPA = {"attn_implementation": "sdpa"}
+# Those that tell most first: the time may not be enough for all.
 JOBS = (
     WholeJob("lora"),
-    WholeJob("lora-sdpa", {"attn_implementation": "sdpa", "use_liger_kernel": "false"}, like="lora"),
-    WholeJob("qlora-merge", {"load_in_4bit": "true", "merge_weights": "true"}),
-    WholeJob("full", FULL),
-    WholeJob("resumed", SAVES, stop_at=8, like="lora"),
-    WholeJob("torchrun", SAVES, ways="torchrun", like="lora"),
     WholeJob("fsdp", {**SAVES, **FSDP}, ways="fsdp", like="lora"),
-    WholeJob("answers", {"sample_prompts": "2"}, ways="cpu-proof", like="lora"),
-    WholeJob("packed", {"packing": "true"}),
-    WholeJob("packed-sdpa", {"packing": "true", "attn_implementation": "sdpa"}, like="packed"),
-    WholeJob("kept", {"gradient_checkpointing": "false"}, like="lora"),
-    WholeJob("recomputed", {"gradient_checkpointing": "true"}, like="lora"),
-    WholeJob("exact", {"full_determinism": "true"}, like="lora"),
-    WholeJob("exact-resumed", {**SAVES, "full_determinism": "true"}, stop_at=8, like="exact"),
+    WholeJob("qlora-merge", {"load_in_4bit": "true", "merge_weights": "true"}),
     WholeJob("fsdp-qlora", {**FSDP, "load_in_4bit": "true"}, ways="fsdp", like="qlora-merge"),
-    WholeJob("offloaded", {"activation_offloading": "true"}, like="lora", needs_gpu=True),
-    WholeJob("padded", {"packing": "false"}),
-    WholeJob("float16", {"torch_dtype": "float16"}, like="lora", needs_gpu=True),
+    WholeJob("full", FULL),
+    WholeJob("packed", PACKED),
+    WholeJob("packed-sdpa", {**PACKED, **SDPA}, like="packed"),
+    WholeJob("lora-sdpa", {**SDPA, "use_liger_kernel": "false"}, like="lora"),
     WholeJob("fsdp-full", {**FULL, **FSDP}, ways="fsdp", like="full"),
+    WholeJob("offloaded", {"activation_offloading": "true"}, like="lora", needs_gpu=True),
+    WholeJob("recomputed", {"gradient_checkpointing": "true"}, like="lora"),
+    WholeJob("float16", {"torch_dtype": "float16"}, like="lora", needs_gpu=True),
     WholeJob("8-bit", {"load_in_8bit": "true"}),
     WholeJob("flex", {"attn_implementation": "flex_attention"}, like="lora", needs_gpu=True),
+    WholeJob("resumed", SAVES, stop_at=8, like="lora"),
+    WholeJob("torchrun", SAVES, ways="torchrun", like="lora"),
+    WholeJob("padded", {"packing": "false"}),
+    WholeJob("answers", {"sample_prompts": "2"}, ways="cpu-proof", like="lora"),
+    WholeJob("exact", {"full_determinism": "true"}, like="lora"),
+    WholeJob("exact-resumed", {**SAVES, "full_determinism": "true"}, stop_at=8, like="exact"),
+    WholeJob("kept", {"gradient_checkpointing": "false"}, like="lora"),
 )
 
 
@@ -95,15 +98,12 @@ def build_base(folder: Path, size: str) -> None:
 
 
 def write_rows(folder: Path) -> None:
-    """Write chats of unlike lengths that a model can learn, up to some 400 tokens: the files of two channels."""
-    generator = random.Random(0)
+    """Write chats that a model can learn, of nearly the same length, as the estimate counts on the longest row."""
     for name, number in (("train", NUM_ROWS), ("validation", NUM_VALIDATION_ROWS)):
         lines = []
         for first in range(number):
-            length = generator.randrange(10, 90)
-            question = f"Count from {first}, {length} numbers{' please' * generator.randrange(10)}."
-            answer = " ".join(str(first + place) for place in range(length))
-            turns = {"user": question, "assistant": answer}
+            answer = " ".join(map(str, range(first, first + 60)))[: NUM_CHARACTERS - first % 7]
+            turns = {"user": f"Count from {first:03}.", "assistant": answer}
             lines.append(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns.items()]}))
         (folder / name).mkdir(parents=True)
         (folder / name / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
