@@ -185,7 +185,8 @@ def plan(context: Context, prepared: Prepared) -> Planned:
     earlier = find_distribution(settings.training, context.job.inputs.checkpoint_dir, group)
     sections = MemorySettings(settings.model, settings.adapter, settings.data, settings.training, settings.parallelism)
     kernels = model_plan.attention.name, model_plan.liger.kernels
-    scenario = MemoryScenario(model_plan.config, sections, longest_row, target, *kernels)
+    evaluates = bool(context.job.inputs.validation)
+    scenario = MemoryScenario(model_plan.config, sections, longest_row, target, *kernels, evaluates)
     memory = choose_memory_plan(scenario, earlier)
     log.info(*describe_memory_plan(memory))
     device, dtype = model_plan.device.torch, model_plan.precision.compute

@@ -10,11 +10,12 @@ from llm_trainer.config.checks import count_processes
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.schema import Settings
 from llm_trainer.host.nvidia_driver import read_driver
+from llm_trainer.readers.sources import find_validation_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from llm_trainer.model.memory.scenario import MemorySettings, Target
+    from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, Target
 
 
 def examine_memory(
@@ -28,10 +29,11 @@ def examine_memory(
 
     try:
         target = find_gpus(settings, environment)
+        evaluates = bool(find_validation_sources(settings.data, environment)[0])
         if target:
-            fit_here(config, settings, longest_row, target, validation)
+            fit_here(build_scenario(config, settings, longest_row, target, evaluates), validation)
         else:
-            fit_elsewhere(config, settings, longest_row, validation)
+            fit_elsewhere(config, settings, longest_row, evaluates, validation)
     except UserError as error:
         validation.add_findings("memory", "error", error.problems)
     except UnknownShapeError as error:
@@ -54,27 +56,36 @@ def find_gpus(settings: Settings, environment: Environment) -> "Target | None":
     )
 
 
-def fit_here(
-    config: "PreTrainedConfig", settings: Settings, longest_row: int, target: "Target", validation: Validation
-) -> None:
-    """Add how the job would fit on these GPUs."""
+def build_scenario(
+    config: "PreTrainedConfig", settings: Settings, longest_row: int, target: "Target", evaluates: bool
+) -> "MemoryScenario":
+    """Return the job on these GPUs, with the kernels that the image has for them."""
     from llm_trainer.model.liger import KNOWN_TYPES, choose_liger
-    from llm_trainer.model.memory.fit import choose_memory_plan
     from llm_trainer.model.memory.scenario import MemoryScenario
 
-    sections, attention = collect_sections(settings), choose_attention(settings)
     kernels = choose_liger(config, settings.model, target.device, KNOWN_TYPES).kernels
-    plan = choose_memory_plan(MemoryScenario(config, sections, longest_row, target, attention, kernels))
+    sections, attention = collect_sections(settings), choose_attention(settings)
+    return MemoryScenario(config, sections, longest_row, target, attention, kernels, evaluates)
+
+
+def fit_here(scenario: "MemoryScenario", validation: Validation) -> None:
+    """Add how the job would fit on these GPUs."""
+    from llm_trainer.model.memory.fit import choose_memory_plan
+
+    plan = choose_memory_plan(scenario)
     validation.memory = plan.describe()
     validation.add_findings("memory", "warning" if plan.warning else "ok", [plan.warning or plan.reason])
 
 
-def fit_elsewhere(config: "PreTrainedConfig", settings: Settings, longest_row: int, validation: Validation) -> None:
+def fit_elsewhere(
+    config: "PreTrainedConfig", settings: Settings, longest_row: int, evaluates: bool, validation: Validation
+) -> None:
     """Add what each way of training needs, and the smallest GPU that holds it."""
     from llm_trainer.model.memory.fit import estimate_on_one_gpu
     from llm_trainer.model.memory.remedies import find_smallest_gpu
 
-    needs = estimate_on_one_gpu(config, collect_sections(settings), longest_row, choose_attention(settings))
+    sections, attention = collect_sections(settings), choose_attention(settings)
+    needs = estimate_on_one_gpu(config, sections, longest_row, attention, evaluates)
     for way, need in needs.items():
         size = find_smallest_gpu(need)
         fitting = f"one GPU of {size} GiB holds that" if size else "no single GPU holds that"

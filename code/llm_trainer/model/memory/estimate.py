@@ -37,6 +37,7 @@ class Setup:
     optimizer: str  # one of transformers' OptimizerNames
     accumulates: bool  # whether gradients of earlier batches are there when a step begins
     kept_layers: int = 0  # the last so many layers keep their activations where others are recomputed
+    eval_sequences: int = 0  # of a batch of the evaluations between steps; 0 where there are none
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def estimate_memory(shape: ModelShape, setup: Setup) -> Estimate:
     kept = trace_step(shape, replace(step, recompute_activations=False)) if setup.kept_layers else trace
     shards = setup.world_size if step.sharded else 1
     passes = list_passes(shape, trace, kept, setup.kept_layers)
-    gradients, activations, working = find_step_or_update_peak(shape, passes, setup)
+    peaks = find_step_or_update_peak(shape, passes, setup), find_evaluation_peak(shape, setup)
+    gradients, activations, working = max(peaks, key=sum)
     is_replicated = setup.world_size > 1 and not step.sharded
     parts = {
         "base weights": sum(count_stored_bytes(part, shards) for part in shape.parts if part.role != "adapter"),
@@ -115,6 +117,19 @@ def find_step_or_update_peak(shape: ModelShape, passes: Passes, setup: Setup) ->
     # The plain AdamW computes all updates before it makes any.
     updates = gradients if setup.optimizer == "adamw_torch" else 0
     return (gradients, 0, updates) if sum(peak) < gradients + updates else peak
+
+
+def find_evaluation_peak(shape: ModelShape, setup: Setup) -> tuple[int, int, int]:
+    """Return the bytes of gradients, activations and working memory at the peak of an evaluation.
+
+    It comes between two steps, when there are no gradients. A layer leaves nothing but weights that autocast has cast.
+    """
+    if not setup.eval_sequences:
+        return 0, 0, 0
+    step = replace(setup.step, num_sequences=setup.eval_sequences, trains=False, recompute_activations=False)
+    trace = trace_step(shape, replace(step, offload_activations=False))
+    passes = [(trace.embedding, 0), *((trace.forward[kind], 0) for kind in shape.kinds), (trace.head, 0)]
+    return find_peak(shape, passes, shards=1, accumulates=False)
 
 
 def count_stored_bytes(part: Part, shards: int) -> int:

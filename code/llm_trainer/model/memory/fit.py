@@ -167,7 +167,7 @@ def choose_without_estimate(plans: list[ParallelismPlan], target: Target, reason
 
 
 def estimate_on_one_gpu(
-    config: PreTrainedConfig, settings: MemorySettings, longest_row: int, attention: str
+    config: PreTrainedConfig, settings: MemorySettings, longest_row: int, attention: str, evaluates: bool = False
 ) -> dict[str, Estimate]:
     """Return what each way that the settings leave open needs on one current GPU, which need not be here.
 
@@ -176,7 +176,7 @@ def estimate_on_one_gpu(
     """
     target = Target(ELSEWHERE, world_size=1, free_bytes=0)
     kernels = choose_liger(config, settings.model, ELSEWHERE, KNOWN_TYPES).kernels
-    scenario = MemoryScenario(config, settings, longest_row, target, attention, kernels)
+    scenario = MemoryScenario(config, settings, longest_row, target, attention, kernels, evaluates)
     plans = list_parallelism_plans(settings, target)
     return {
         plan.describe(1): scenario.estimate(plan)

@@ -128,6 +128,7 @@ class MemoryScenario:
     target: Target
     attention: str  # the kernel, by Transformers' name
     fused_kernels: frozenset[str] = frozenset()  # Liger's, by the names of its options
+    evaluates: bool = False  # whether there are rows to evaluate between steps
     known_shape: ModelShape | None = None  # handed on to copies of the same model, as it takes long to read
 
     @functools.cached_property
@@ -181,7 +182,8 @@ class MemoryScenario:
             fused_kernels=self.fused_kernels,
         )
         accumulates = training.gradient_accumulation_steps > 1
-        setup = Setup(step, self.target.world_size, training.optim, accumulates, plan.kept_layers)
+        evaluated = training.per_device_eval_batch_size if self.evaluates else 0
+        setup = Setup(step, self.target.world_size, training.optim, accumulates, plan.kept_layers, evaluated)
         return estimate_memory(self.shape, setup)
 
     def can_hold(self, need: Estimate, share: float = 1.0) -> bool:

@@ -141,6 +141,7 @@ class Step:
     sharded: bool  # whether weights come gathered in the type of the computation
     on_gpu: bool
     fused_kernels: frozenset[str] = frozenset()  # of Liger's, by the names of its options
+    trains: bool = True  # an evaluation has a forward pass alone, and keeps nothing for another
 
 
 @functools.lru_cache(maxsize=32)
@@ -178,12 +179,14 @@ def run_fake_step(shape: ModelShape, step: Step) -> StepTrace:
         hooks.enter_context(offload or nullcontext())
         hooks.enter_context(replace_kernels(step.on_gpu))
         hooks.enter_context(fused_kernels.replace_rope(base, step.fused_kernels))
+        hooks.enter_context(torch.set_grad_enabled(step.trains))
         with torch.autocast("cpu", step.compute_dtype, enabled=step.compute_dtype != torch.float32):
             output = model(**batch, fused_lm_head=True)
         tracer.note_moved()
         loss = -output.log_probs.sum()
         del output
-        loss.backward()
+        if step.trains:
+            loss.backward()
         held.begin("over")
         del loss
     return collect_trace(held.spans, len(layers), tracer.moved_bytes)
@@ -229,7 +232,7 @@ def make_computable(model: nn.Module, base: PreTrainedModel, step: Step) -> None
     if base._can_set_experts_implementation():
         base.set_experts_implementation("grouped_mm")  # the plain loop asks for numbers
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
-    model.train()
+    model.train(step.trains)
 
 
 def build_batch(step: Step) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from llm_trainer.config.schema import Settings
-from llm_trainer.model.memory.estimate import Setup, estimate_memory
+from llm_trainer.model.memory.estimate import Setup, estimate_memory, find_evaluation_peak
 from llm_trainer.model.memory.shape import read_shape
 from llm_trainer.model.memory.step_trace import HeldBytes, Step, trace_step
 
@@ -36,10 +36,10 @@ STEP = Step(
 )
 
 
-def expect(settings=None, config=CONFIG, dtype=torch.float32, world_size=1, optim="adamw_torch", kept=0, **step):
+def expect(settings=None, config=CONFIG, dtype=torch.float32, world_size=1, optim="adamw_torch", more=(), **step):
     settings = settings or Settings(use_peft=False)
     shape = read_shape(config, settings.model, settings.adapter, dtype)
-    setup = Setup(replace(STEP, **step), world_size, f"{optim}", accumulates=False, kept_layers=kept)
+    setup = Setup(replace(STEP, **step), world_size, f"{optim}", False, *more)
     return estimate_memory(shape, setup)
 
 
@@ -49,7 +49,7 @@ def expect(settings=None, config=CONFIG, dtype=torch.float32, world_size=1, opti
 def test_a_real_step_holds_what_was_estimated(attention, kept, dtype):
     settings, recomputes = Settings(use_peft=False), kept < 7
     step = {"recompute_activations": recomputes, "compute_dtype": dtype, "stores_scores": attention == "eager"}
-    expected = expect(settings, optim="adamw_torch_fused", kept=kept if recomputes else 0, **step)
+    expected = expect(settings, optim="adamw_torch_fused", more=(kept if recomputes else 0,), **step)
     model = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32, attn_implementation=attention).train()
     if recomputes:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -66,6 +66,28 @@ def test_a_real_step_holds_what_was_estimated(attention, kept, dtype):
     assert not _get_current_dispatch_mode_stack()
     step_bytes = sum(expected.parts[name] for name in ("gradients", "activations", "working memory"))
     assert step_bytes == pytest.approx(held.spans["step"].peak, rel=0.05)
+
+
+@pytest.mark.parametrize("sequences", [1, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_real_evaluation_holds_what_was_estimated(sequences, dtype):
+    settings = Settings(use_peft=False)
+    shape = read_shape(CONFIG, settings.model, settings.adapter, torch.float32)
+    setup = Setup(replace(STEP, compute_dtype=dtype), 1, "sgd", accumulates=False, eval_sequences=sequences)
+    model = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32, attn_implementation="sdpa").eval()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    ids = torch.randint(0, 1000, (sequences, 128))
+    with HeldBytes([*model.parameters(), *model.buffers(), ids], "evaluation") as held, torch.no_grad():
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            model(input_ids=ids, labels=ids, position_ids=torch.arange(128)[None], fused_lm_head=True)
+        held.begin("over")
+    assert sum(find_evaluation_peak(shape, setup)) == pytest.approx(held.spans["evaluation"].peak, rel=0.05)
+
+
+def test_evaluations_of_large_batches_need_more_than_a_step():
+    step = {"num_sequences": 1, "recompute_activations": True}
+    without, small, large = (expect(more=(0, number), **step).peak_bytes for number in (0, 1, 256))
+    assert without == small < large
 
 
 def test_parts_of_full_fine_tuning():
