@@ -61,6 +61,7 @@ JOBS = (
     WholeJob("fsdp-qlora", {**FSDP, "load_in_4bit": "true"}, ways="fsdp", like="qlora-merge"),
     WholeJob("full", FULL),
     WholeJob("packed", PACKED),
+    WholeJob("packed-4k", {**PACKED, "max_length": "4096", "per_device_train_batch_size": "2"}),
     WholeJob("packed-sdpa", {**PACKED, **SDPA}, like="packed"),
     WholeJob("lora-sdpa", {**SDPA, "use_liger_kernel": "false"}, like="lora"),
     WholeJob("fsdp-full", {**FULL, **FSDP}, ways="fsdp", like="full"),
