@@ -38,6 +38,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
+from llm_trainer.model.layers import torch_flash
+
 VOCABULARY = 128_256
 SIZES = {
     "tiny": LlamaConfig(
@@ -97,6 +99,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compiled, fused": {"compiled": True, "liger": False, "fused": True},
     "no Liger": {"liger": False},
     "sdpa": {"attention": "sdpa"},
+    "torch's flash": {"attention": torch_flash.NAME},
     "nf4": {"method": "qlora"},
     "nf4, fused": {"method": "qlora", "fused": True},
     "fp8": {"method": "fp8"},

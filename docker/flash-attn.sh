@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Leaves flash-attn's wheel for the active venv's torch in a folder: the one in wheels/ whose tags match, or one compiled
-# here (FLASH_ATTN_CUDA_ARCHS, MAX_JOBS, NVCC_THREADS). The Dockerfile runs it.
+# here (FLASH_ATTN_CUDA_ARCHS, MAX_JOBS, NVCC_THREADS). Without architectures it compiles none. The Dockerfile runs it.
 #   flash-attn.sh OUTPUT_FOLDER
 set -euo pipefail
 docker=$(dirname "$0") output=$1
@@ -28,6 +28,10 @@ for found in "$docker"/wheels/flash_attn-*.whl; do
   echo "flash-attn: $(basename "$found") is left aside, as this image needs $wheel"
 done
 
+if [ -z "$FLASH_ATTN_CUDA_ARCHS" ]; then
+  echo "flash-attn: left out, as there is no architecture to compile it for"
+  exit
+fi
 echo "flash-attn: compiling $wheel for ${FLASH_ATTN_CUDA_ARCHS}, with ${MAX_JOBS} jobs of ${NVCC_THREADS} threads"
 # A folder that is the same every time, as the compiler cache's keys depend on it.
 sources=/tmp/flash-attn

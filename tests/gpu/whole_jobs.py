@@ -69,6 +69,7 @@ JOBS = (
     WholeJob("recomputed", {"gradient_checkpointing": "true"}, like="lora"),
     WholeJob("float16", {"torch_dtype": "float16"}, like="lora", needs_gpu=True),
     WholeJob("8-bit", {"load_in_8bit": "true"}),
+    WholeJob("torch-flash", {"attn_implementation": "flash_attention_torch"}, like="lora", needs_gpu=True),
     WholeJob("flex", {"attn_implementation": "flex_attention"}, like="lora", needs_gpu=True),
     WholeJob("resumed", SAVES, stop_at=8, like="lora"),
     WholeJob("torchrun", SAVES, ways="torchrun", like="lora"),

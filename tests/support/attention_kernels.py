@@ -5,8 +5,10 @@ import importlib.util
 
 import torch
 
+from llm_trainer.model.layers import torch_flash
+
 PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-KERNELS = ("eager", "sdpa", "flex_attention", *PACKAGES)
+KERNELS = ("eager", "sdpa", "flex_attention", torch_flash.NAME, *PACKAGES)
 
 
 def find_lack(kernel: str, device: torch.device) -> str | None:

@@ -16,7 +16,14 @@ from llm_trainer.config.sft_config_fields import Argument, read_snapshot
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 DatasetFormat = Literal["auto", "pretokenized", "messages", "sharegpt", "prompt_completion", "alpaca", "text"]
 Attention = Literal[
-    "auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention", "sdpa", "eager"
+    "auto",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flash_attention_torch",
+    "flex_attention",
+    "sdpa",
+    "eager",
 ]
 AdapterInit = Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "loftq"]
 
@@ -201,7 +208,8 @@ class ModelSettings(Section):
     )
     attn_implementation: Attention = Field(
         "auto",
-        description="Attention kernel. auto: the fastest one that is right for the model, the type and the device.",
+        description="Attention kernel. auto: the fastest one that is right for the model, the type and the device. "
+        "flash_attention_torch: PyTorch's own copy of flash attention 2.",
     )
     use_liger_kernel: bool | None = Field(
         None, description="Use Liger's fused kernels. Default: on a GPU, where Liger knows the model."

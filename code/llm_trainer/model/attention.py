@@ -15,10 +15,15 @@ from transformers.utils.versions import require_version
 
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.model.device import Device
+from llm_trainer.model.layers import torch_flash
 from llm_trainer.model.precision import show_dtype
 
-# Fastest first. flash-attention 3 and 4 are written for Hopper and Blackwell.
-KERNELS = ("flash_attention_3", "flash_attention_4", "flash_attention_2", "sdpa", "flex_attention", "eager")
+# Fastest first. flash-attention 3 and 4 are written for Hopper and Blackwell. PyTorch's own copy of 2 comes after the
+# package, which has more: soft-capping, dropout and heads of any size.
+KERNELS = (
+    *("flash_attention_3", "flash_attention_4", "flash_attention_2", torch_flash.NAME),
+    *("sdpa", "flex_attention", "eager"),
+)
 # The module of each kernel, and its distribution from the version on that has soft-capping, or the backward pass of
 # attention sinks.
 PACKAGES = {
@@ -28,13 +33,17 @@ PACKAGES = {
     "flex_attention": ("triton", "triton"),
 }
 # What the kernels' own sources demand. For flash_attention_4 that is flash_attn/cute/interface.py of 4.0.0b36, where
-# both passes count.
+# both passes count. For PyTorch's it is aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
 CAPABILITIES: dict[str, Callable[[tuple[int, int]], bool]] = {
     "flash_attention_2": lambda capability: capability >= (8, 0),
     "flash_attention_3": lambda capability: capability == (9, 0),
     "flash_attention_4": lambda capability: (9, 0) <= capability < (12, 0),
+    torch_flash.NAME: lambda capability: (8, 0) <= capability <= (12, 1),
     "flex_attention": lambda capability: capability >= (8, 0),
 }
+WITHOUT_SOFT_CAP = ("sdpa", torch_flash.NAME)
+WITHOUT_DROPOUT = ("flex_attention", torch_flash.NAME)
+HEADS_OF_EIGHTS = ("flash_attention_4", torch_flash.NAME)  # flash-attn pads others
 SINKS = ("flash_attention_4", "flex_attention", "eager")  # only these take sinks (`s_aux`) in both passes
 # Flex attention skips the blocks that packing masks, but each length of a row may take a minute's compilation. After
 # eight of them torch computes it uncompiled (torch._dynamo.config.recompile_limit).
@@ -109,7 +118,7 @@ def find_obstacle(kernel: str, needs: AttentionNeeds, dtype: torch.dtype, device
         return f"computes in bfloat16 or float16, not in {show_dtype(dtype)}"
     if needs.has_sinks and kernel not in SINKS:
         return f"does not know the attention sinks of {needs.model}"
-    if needs.has_soft_cap and kernel == "sdpa":
+    if needs.has_soft_cap and kernel in WITHOUT_SOFT_CAP:
         return f"does not know the soft-capping of {needs.model}"
     if kernel not in needs.supported:
         return f"is not among those of {needs.model}"
@@ -122,31 +131,33 @@ def find_size_obstacle(kernel: str, needs: AttentionNeeds, device: Device) -> st
         return None
     if needs.largest_head > LARGEST_HEAD:
         return f"takes heads of at most {LARGEST_HEAD} and {needs.model} has {needs.largest_head}"
-    if kernel == "flex_attention":
-        return find_flex_obstacle(needs)
-    if kernel == "flash_attention_4":
-        return find_flash_4_obstacle(needs, device)
-    return None
-
-
-def find_flex_obstacle(needs: AttentionNeeds) -> str | None:
-    """Return why flex attention does not compute what the model needs, as the end of a sentence, or None."""
-    if needs.dropout:
+    if kernel in WITHOUT_DROPOUT and needs.dropout:
         return f"has no dropout and {needs.model} has attention_dropout={needs.dropout:g}"
-    if min(needs.head_sizes, default=SMALLEST_FLEX_HEAD) < SMALLEST_FLEX_HEAD:
+    odd_sizes = [size for size in needs.head_sizes if size % 8]
+    if kernel in HEADS_OF_EIGHTS and odd_sizes:
+        return f"takes heads of a multiple of 8 and {needs.model} has {max(odd_sizes)}"
+    if kernel == "flex_attention" and min(needs.head_sizes, default=SMALLEST_FLEX_HEAD) < SMALLEST_FLEX_HEAD:
         return f"takes heads of at least {SMALLEST_FLEX_HEAD} and {needs.model} has {min(needs.head_sizes)}"
-    return None
+    find_more = {"flash_attention_4": find_flash_4_obstacle, torch_flash.NAME: find_torch_flash_obstacle}
+    return find_more[kernel](needs, device) if kernel in find_more else None
 
 
 def find_flash_4_obstacle(needs: AttentionNeeds, device: Device) -> str | None:
     """Return why flash attention 4 does not take the model's heads on the device, as the end of a sentence, or None."""
-    if any(size % 8 for size in needs.head_sizes):
-        return f"takes heads of a multiple of 8 and {needs.model} has {needs.largest_head}"
     if device.capability is not None and device.capability[0] > 9:
         if not all(size <= 128 or size == LARGEST_HEAD for size in needs.head_sizes):
             return f"takes heads of up to 128 or of 256 on {device} and {needs.model} has {needs.largest_head}"
         if needs.largest_head == LARGEST_HEAD and (needs.has_sinks or needs.has_soft_cap):
             return f"has neither sinks nor soft-capping for heads of 256 on {device}"
+    return None
+
+
+def find_torch_flash_obstacle(needs: AttentionNeeds, device: Device) -> str | None:
+    """Return why PyTorch's flash attention has no backward pass on the device, as the end of a sentence, or None."""
+    capability = device.capability or (0, 0)
+    has_small_blocks = (8, 6) <= capability <= (8, 9) or capability[0] == 12  # less shared memory than an A100
+    if has_small_blocks and any(192 < size <= 224 for size in needs.head_sizes):
+        return f"takes no heads of 193 to 224 on {device} and {needs.model} has {needs.largest_head}"
     return None
 
 
@@ -177,6 +188,8 @@ def find_faults(device: Device) -> dict[str, str]:
     For a CPU no package is imported.
     """
     faults = {}
+    if device.is_gpu and not torch.backends.cuda.is_flash_attention_available():
+        faults[torch_flash.NAME] = "is not in this build of PyTorch"
     for kernel, (module, requirement) in PACKAGES.items():
         try:
             require_version(requirement)

@@ -47,6 +47,8 @@ CONFIGS = {  # with the heads of the real models
     ),
     "gpt2": GPT2Config(vocab_size=300, n_layer=2),
     "short heads": LlamaConfig(**SMALL, hidden_size=32, num_attention_heads=4),
+    "odd heads": LlamaConfig(**SMALL, hidden_size=400, num_attention_heads=4),
+    "large heads": LlamaConfig(**SMALL, hidden_size=416, num_attention_heads=2),
     "mamba": MambaConfig(**SMALL, hidden_size=64),
 }
 ALL = frozenset(PACKAGES)
@@ -73,7 +75,20 @@ def choose(model, device, installed, dtype=torch.bfloat16, attn_implementation="
         ("llama", "RTX 5090", ALL, "flash_attention_2"),
         ("llama", "H100", IMAGE, "flash_attention_2"),
         ("llama", "B200", IMAGE, "flash_attention_2"),
-        ("llama", "H100", frozenset(), "sdpa"),
+        *[("llama", device, frozenset(), "flash_attention_torch") for device in ("A100", "H100", "B200", "RTX 5090")],
+        ("llama", "T4", frozenset(), "sdpa"),
+        ("llama", "CPU", frozenset(), "sdpa"),
+        ("qwen3-moe", "H100", frozenset(), "flash_attention_torch"),
+        ("gemma3", "L40S", frozenset(), "flash_attention_torch"),
+        ("deepseek-v3", "H100", frozenset(), "flash_attention_torch"),
+        ("gemma2 9B", "H100", frozenset(), "eager"),
+        ("gemma4", "H100", frozenset(), "sdpa"),
+        ("gpt2", "H100", frozenset(), "sdpa"),
+        ("odd heads", "H100", frozenset(), "sdpa"),
+        ("odd heads", "H100", IMAGE, "flash_attention_2"),
+        ("large heads", "H100", frozenset(), "flash_attention_torch"),
+        ("large heads", "L40S", frozenset(), "sdpa"),
+        ("large heads", "RTX 5090", frozenset(), "sdpa"),
         ("llama", "T4", ALL, "sdpa"),
         ("llama", "CPU", ALL, "sdpa"),
         ("qwen3-moe", "H100", IMAGE, "flash_attention_2"),
@@ -106,9 +121,10 @@ def test_auto_takes_the_fastest_kernel_that_is_right(model, device, installed, k
 
 def test_the_log_tells_why_faster_kernels_were_passed_over():
     assert str(choose("gpt-oss", "H100", IMAGE)) == (
-        "Attention: eager (auto: the fastest that can run here; flash_attention_3, flash_attention_2, sdpa: "
-        "does not know the attention sinks of GptOssForCausalLM; flash_attention_4: is not installed; flex_attention: "
-        "compiles anew for rows of other lengths, and is taken only where it is asked for)"
+        "Attention: eager (auto: the fastest that can run here; flash_attention_3, flash_attention_2, "
+        "flash_attention_torch, sdpa: does not know the attention sinks of GptOssForCausalLM; flash_attention_4: is "
+        "not installed; flex_attention: compiles anew for rows of other lengths, and is taken only where it is asked "
+        "for)"
     )
     assert choose("gpt-oss", "H100", IMAGE, attn_implementation="flex_attention").name == "flex_attention"
     assert str(choose("llama", "H100", ALL)) == "Attention: flash_attention_3 (auto: the fastest that can run here)"
@@ -148,6 +164,21 @@ def test_flash_attention_is_not_given_float32(model, device):
         ),
         ("gpt2", "A100", "flex_attention", torch.bfloat16, "is not among those of GPT2LMHeadModel"),
         ("mamba", "A100", "sdpa", torch.bfloat16, "is not among those of MambaForCausalLM"),
+        ("llama", "CPU", "flash_attention_torch", torch.bfloat16, "needs an NVIDIA GPU"),
+        ("llama", "T4", "flash_attention_torch", torch.float16, "is not made for Tesla T4 (7.5)"),
+        ("llama", "H100", "flash_attention_torch", torch.float32, "computes in bfloat16 or float16, not in float32"),
+        ("gemma2 9B", "H100", "flash_attention_torch", torch.bfloat16, "does not know the soft-capping of Gemma2For"),
+        ("gpt-oss", "H100", "flash_attention_torch", torch.bfloat16, "does not know the attention sinks of GptOss"),
+        ("mamba", "H100", "flash_attention_torch", torch.bfloat16, "is not among those of MambaForCausalLM"),
+        ("gpt2", "H100", "flash_attention_torch", torch.bfloat16, "has no dropout and GPT2LMHeadModel has attention_"),
+        ("odd heads", "H100", "flash_attention_torch", torch.bfloat16, "takes heads of a multiple of 8 and LlamaFor"),
+        (
+            "large heads",
+            "L40S",
+            "flash_attention_torch",
+            torch.bfloat16,
+            "takes no heads of 193 to 224 on NVIDIA L40S (8.9) and LlamaForCausalLM has 208",
+        ),
     ],
 )
 def test_a_kernel_that_cannot_run_is_refused_with_those_that_can(model, device, kernel, dtype, reason):
@@ -161,7 +192,9 @@ def test_a_kernel_that_cannot_run_is_refused_with_those_that_can(model, device, 
 
 
 def test_a_kernel_that_is_not_installed_is_refused():
-    with pytest.raises(UserError, match=r"flash_attention_2 is not installed: .* run here \(sdpa, eager\)\.$"):
+    with pytest.raises(
+        UserError, match=r"flash_attention_2 is not installed: .* run here \(flash_attention_torch, sdpa, eager\)\.$"
+    ):
         choose("llama", "A100", frozenset(), attn_implementation="flash_attention_2")
     assert find_faults(DEVICES["CPU"])["flash_attention_3"] == "is not installed"
 
@@ -178,6 +211,16 @@ def test_a_package_that_does_not_import_is_told(tmp_path, monkeypatch):
     assert faults["flash_attention_2"] == "cannot be used (undefined symbol: _ZN3c10)"
     assert "flash-attn-4>=4.0.0b36 is required" in faults["flash_attention_4"]
     assert "flash_attention_2" not in find_faults(DEVICES["CPU"])
+
+
+def test_a_pytorch_without_flash_attention_is_told(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    faults = find_faults(DEVICES["H100"])
+    assert faults["flash_attention_torch"] == "is not in this build of PyTorch"
+    needs = needs_of("llama")
+    assert choose_attention(needs, "auto", torch.bfloat16, DEVICES["H100"], faults).name == "sdpa"
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    assert "flash_attention_torch" not in find_faults(DEVICES["H100"])
 
 
 @pytest.mark.parametrize("model", ["llama", "gemma2 9B", "gemma3", "gpt-oss", "qwen3-moe", "deepseek-v3", "gpt2"])
