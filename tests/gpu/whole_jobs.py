@@ -101,9 +101,10 @@ def build_base(folder: Path, size: str) -> None:
 
 def write_rows(folder: Path) -> None:
     """Write chats that a model can learn, of nearly the same length, as the estimate counts on the longest row."""
-    for name, number in (("train", NUM_ROWS), ("validation", NUM_VALIDATION_ROWS)):
+    numbers = {"train": range(NUM_ROWS), "validation": range(NUM_ROWS, NUM_ROWS + NUM_VALIDATION_ROWS)}
+    for name, firsts in numbers.items():
         lines = []
-        for first in range(number):
+        for first in firsts:
             answer = " ".join(map(str, range(first, first + 60)))[: NUM_CHARACTERS - first % 7]
             turns = {"user": f"Count from {first:03}.", "assistant": answer}
             lines.append(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns.items()]}))
