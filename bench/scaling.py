@@ -20,9 +20,15 @@ from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device
 from llm_trainer.model.liger import KERNELS
 from llm_trainer.model.memory.estimate import count_gathered_bytes, count_optimizer_states
+from llm_trainer.model.memory.fit import keep_layers
 from llm_trainer.model.memory.flops import count_attention, count_flops, find_peak_flops
 from llm_trainer.model.memory.remedies import count_usable_bytes
-from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, Target, list_parallelism_plans
+from llm_trainer.model.memory.scenario import (
+    MemoryScenario,
+    MemorySettings,
+    Target,
+    list_parallelism_plans,
+)
 from llm_trainer.model.memory.shape import ModelShape, Part
 
 ROW_TOKENS = 4096  # packed, one row a GPU at a time
@@ -130,7 +136,8 @@ class Row:
 
     gpus: int
     pieces: int  # gradient_accumulation_steps
-    recomputes: bool
+    recomputed_layers: int
+    num_layers: int
     memory_bytes: int  # of a GPU
     fits: bool
     compute_seconds: float
@@ -139,6 +146,12 @@ class Row:
     network_bytes: float  # sent by a host in a step
     checkpoint_bytes: int  # of all hosts
     writing_hosts: int
+
+    @property
+    def recomputed(self) -> str:
+        """The layers that are recomputed, in words."""
+        some = f"{self.recomputed_layers} of {self.num_layers} layers"
+        return {0: "no", self.num_layers: "all"}.get(self.recomputed_layers, some)
 
     @property
     def step_seconds(self) -> float:
@@ -179,7 +192,7 @@ def render_table(scenario: Scenario) -> Iterator[str]:
             continue
         overlapped, serial = row.efficiencies
         yield (
-            f"{memory} | {'yes' if row.recomputes else 'no'} | {row.pieces} | {row.step_seconds:.2f} "
+            f"{memory} | {row.recomputed} | {row.pieces} | {row.step_seconds:.2f} "
             f"| {row.tokens_per_second:,.0f} | {overlapped:.1%} ({serial:.1%}) | {row.network_bytes / 1e9:.3g} "
             f"| {row.checkpoint_bytes / 1e9:.3g}, {row.checkpoint_seconds:.1f} |"
         )
@@ -216,20 +229,22 @@ def compute_row(scenario: Scenario, case: MemoryScenario, gpus: int) -> Row:
     """A job whose model, if it is sharded, is so over the case's GPUs, and replicated over the others."""
     machine, shape, pieces = scenario.machine, case.shape, case.settings.training.gradient_accumulation_steps
     needs = [
-        (way, case.estimate(way))
+        keep_layers(case, way)
         for way in list_parallelism_plans(case.settings, case.target)
         if not way.offload_activations
     ]
     way, need = next(((way, need) for way, need in needs if case.can_hold(need)), needs[-1])
     traffic = count_traffic(shape, case.dtypes[1], way.sharded)
-    forward, backward = time_batch(machine, case, way.recompute_activations)
+    recomputed = shape.num_layers - way.kept_layers if way.recompute_activations else 0
+    forward, backward = time_batch(machine, case, recomputed / shape.num_layers)
     shards = case.target.world_size if way.sharded else 1
     waiting, everything = time_waits(machine, traffic, (gpus, shards, pieces), forward, backward)
     update = UPDATE_BYTES * shape.num_trained / shards / machine.memory_bandwidth
     return Row(
         gpus=gpus,
         pieces=pieces,
-        recomputes=way.recompute_activations,
+        recomputed_layers=recomputed,
+        num_layers=shape.num_layers,
         memory_bytes=need.total_bytes,
         fits=case.can_hold(need),
         compute_seconds=pieces * (forward + backward) + update,
@@ -268,17 +283,20 @@ def list_units(shape: ModelShape) -> list[list[Part]]:
     return [first, *shape.list_layers(), [part for part in others if part not in first]]
 
 
-def time_batch(machine: Machine, case: MemoryScenario, recomputes: bool) -> tuple[float, float]:
-    """Seconds that a GPU computes for a row: forward and backward pass."""
+def time_batch(machine: Machine, case: MemoryScenario, share: float) -> tuple[float, float]:
+    """Seconds that a GPU computes for a row, forward and backward pass, where this share of layers is recomputed.
+
+    That adds a forward pass: to three where all weights are trained, and to two where the base is frozen.
+    """
     shape, config = case.shape, case.config
     peak = find_peak_flops(case.target.device)
     total = count_flops(shape, config, ROW_TOKENS)
     assert peak and total
     forward = 2 * (shape.count_weights() - shape.count_weights("embeddings")) + count_attention(config, ROW_TOKENS) / 3
-    backward = total - forward + (forward if recomputes else 0)
+    backward = total - forward + share * forward
     unpacking = UNPACKED_BYTES * shape.count_weights("linear") / machine.memory_bandwidth if shape.quantization else 0.0
     seconds = ROW_TOKENS / (EFFICIENCY * peak)
-    return forward * seconds + unpacking, backward * seconds + (2 if recomputes else 1) * unpacking
+    return forward * seconds + unpacking, backward * seconds + (1 + share) * unpacking
 
 
 def time_waits(

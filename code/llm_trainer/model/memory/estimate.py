@@ -84,6 +84,7 @@ def estimate_memory(shape: ModelShape, setup: Setup) -> Estimate:
         "base weights": sum(count_stored_bytes(part, shards) for part in shape.parts if part.role != "adapter"),
         "adapter": sum(count_stored_bytes(part, shards) for part in shape.parts if part.role == "adapter"),
         "gathered weights": count_gathered_weights(shape, step) if step.sharded else 0,
+        "reduced gradients": count_reduced_bytes(shape) if step.sharded else 0,
         "gradients": gradients,
         "optimizer": count_optimizer_states(shape, setup.optimizer) // shards,
         "DDP's buckets": shape.trained_bytes if is_replicated else 0,
@@ -152,6 +153,13 @@ def count_gathered_weights(shape: ModelShape, step: Step) -> int:
 def count_gathered_bytes(parts: list[Part], compute_dtype: torch.dtype) -> int:
     """Return the bytes of parts that FSDP2 gathers: in the type of the computation, unless they are quantized."""
     return sum(part.data_bytes if part.scales_bytes else part.num_weights * compute_dtype.itemsize for part in parts)
+
+
+def count_reduced_bytes(shape: ModelShape) -> int:
+    """Return the bytes of gradients that FSDP2 has copied to float32 at once, to sum them over devices: a module's."""
+    units = [*shape.list_layers(), [part for part in shape.parts if part.layer is None]]
+    trained = (sum(part.num_weights for part in unit if part.trained_bytes) for unit in units)
+    return torch.float32.itemsize * max(trained)
 
 
 def count_optimizer_states(shape: ModelShape, optimizer: str) -> int:

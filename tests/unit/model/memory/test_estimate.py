@@ -103,6 +103,8 @@ def test_what_shards_and_what_does_not():
     assert sharded.parts["base weights"] == pytest.approx(alone.parts["base weights"] / 4, rel=0.01)
     assert sharded.parts["optimizer"] == alone.parts["optimizer"] // 4
     assert sharded.parts["gathered weights"] > 0
+    layer = 4 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256 + 2 * 128)
+    assert (alone.parts["reduced gradients"], sharded.parts["reduced gradients"]) == (0, max(layer, 4 * 1001 * 128))
     assert expect(world_size=4).parts["DDP's buckets"] == alone.parts["base weights"]
 
 
