@@ -25,16 +25,44 @@ SHAPE = (2, 300)  # no multiple of a kernel's block
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
 
 
-def run(config, kernel: str, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits, and the gradient of the embeddings, in float32."""
+def build_model(config, kernel: str, dtype: torch.dtype, device: torch.device):
     torch.manual_seed(0)
     config = type(config)(**config.to_dict())  # a model writes its kernel into its config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kernel)
-    model = model.to(device=device, dtype=dtype)
-    tokens = torch.randint(config.vocab_size, SHAPE, generator=torch.Generator().manual_seed(1)).to(device)
+    return model.to(device=device, dtype=dtype)
+
+
+def draw_tokens(device: torch.device) -> torch.Tensor:
+    return torch.randint(BASE["vocab_size"], SHAPE, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def run(config, kernel: str, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, and the gradient of the embeddings, in float32."""
+    model, tokens = build_model(config, kernel, dtype, device), draw_tokens(device)
     output = model(input_ids=tokens, labels=tokens, use_cache=False)
     output.loss.backward()
     return output.logits.detach().float(), model.get_input_embeddings().weight.grad.float()
+
+
+@torch.no_grad()
+def run_padded(config, kernel: str, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of rows that are padded at the left, and of one more token each, whose keys are in a cache, in float32."""
+    model, tokens = build_model(config, kernel, dtype, device), draw_tokens(device)
+    mask = torch.ones_like(tokens)
+    mask[1, : SHAPE[1] // 3] = 0
+    positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+    first = {name: value[:, :-1] for name, value in (("attention_mask", mask), ("position_ids", positions))}
+    output = model(input_ids=tokens[:, :-1], **first, use_cache=True)
+    more = {"attention_mask": mask, "position_ids": positions[:, -1:], "past_key_values": output.past_key_values}
+    following = model(input_ids=tokens[:, -1:], **more, use_cache=True).logits
+    return output.logits[first["attention_mask"].bool()].float(), following.float()
+
+
+def check_distances(name: str, kernel: str, dtype: torch.dtype, found, expected, subjects: tuple[str, str]) -> None:
+    for subject, ours, reference in zip(subjects, found, expected, strict=True):
+        distance = ((ours - reference).norm() / reference.norm()).item()
+        print(f"{name} {kernel} {dtype}: {subject} off by {distance:.2g}")
+        assert distance <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -44,10 +72,18 @@ def test_logits_and_gradients_are_those_of_eager_attention_in_float32(name, kern
         pytest.skip(lack)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     found, expected = run(CONFIGS[name], kernel, dtype, device), run(CONFIGS[name], "eager", torch.float32, device)
-    for subject, ours, reference in zip(("logits", "gradient"), found, expected, strict=True):
-        distance = ((ours - reference).norm() / reference.norm()).item()
-        print(f"{name} {kernel} {dtype}: {subject} off by {distance:.2g}")
-        assert distance <= TOLERANCE[dtype]
+    check_distances(name, kernel, dtype, found, expected, ("logits", "gradient"))
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel != "flex_attention"])  # it compiles anew
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padding_and_a_cache_change_nothing(name, kernel, device):
+    if lack := find_lack(kernel, device):
+        pytest.skip(lack)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    config = CONFIGS[name]
+    found, expected = run_padded(config, kernel, dtype, device), run_padded(config, "eager", torch.float32, device)
+    check_distances(name, kernel, dtype, found, expected, ("logits", "next logits"))
 
 
 def test_a_sliding_window_is_told_from_none(device):
