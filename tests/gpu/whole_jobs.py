@@ -56,6 +56,7 @@ SDPA = {"attn_implementation": "sdpa"}
 # Those that tell most first: the time may not be enough for all.
 JOBS = (
     WholeJob("lora"),
+    WholeJob("torch-flash", {"attn_implementation": "flash_attention_torch"}, like="lora", needs_gpu=True),
     WholeJob("fsdp", {**SAVES, **FSDP}, ways="fsdp", like="lora"),
     WholeJob("qlora-merge", {"load_in_4bit": "true", "merge_weights": "true"}),
     WholeJob("fsdp-qlora", {**FSDP, "load_in_4bit": "true"}, ways="fsdp", like="qlora-merge"),
@@ -69,7 +70,6 @@ JOBS = (
     WholeJob("recomputed", {"gradient_checkpointing": "true"}, like="lora"),
     WholeJob("float16", {"torch_dtype": "float16"}, like="lora", needs_gpu=True),
     WholeJob("8-bit", {"load_in_8bit": "true"}),
-    WholeJob("torch-flash", {"attn_implementation": "flash_attention_torch"}, like="lora", needs_gpu=True),
     WholeJob("flex", {"attn_implementation": "flex_attention"}, like="lora", needs_gpu=True),
     WholeJob("resumed", SAVES, stop_at=8, like="lora"),
     WholeJob("torchrun", SAVES, ways="torchrun", like="lora"),
