@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import transformers
-from gpu_layers import Float8Linear, fuse_adapter_layers
+from gpu_layers import Float8Linear
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -178,7 +178,9 @@ def adapt(model: PreTrainedModel, plan: Plan) -> PeftModel:
         if isinstance(layer, BaseTunerLayer):
             layer.cast_input_dtype_enabled = plan.casts_inputs
     if plan.fused:
-        fuse_adapter_layers(adapted)
+        from llm_trainer.model.layers.fused_adapters import fuse_adapters
+
+        fuse_adapters(adapted)
     if plan.compiled:
         for layer in model.get_decoder().layers:
             layer.compile(dynamic=False)

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers whose worth bench/gpu.py measures before the product gets them: products in float8, and fused adapters."""
+"""Layers whose worth bench/gpu.py measures before the product gets them: products in float8."""
 
 import functools
-from types import MethodType
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 FLOAT8 = torch.float8_e4m3fn
@@ -65,68 +62,3 @@ class Float8Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return Float8Product.apply(x.to(torch.bfloat16) if x.is_cuda else x, *self.parts)
-
-
-class AdaptedProduct(torch.autograd.Function):
-    """x A^T B^T s added to the base's product in the product's own kernel, forward and backward.
-
-    PEFT scales and adds in passes of their own, over tensors as large as the layer's output.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, base: torch.Tensor, first, second, scaling: float) -> torch.Tensor:
-        inner = x.flatten(0, -2) @ first.t()
-        ctx.save_for_backward(x, inner, first, second)
-        ctx.scaling = scaling
-        ctx.mark_dirty(base)
-        base.flatten(0, -2).addmm_(inner, second.t(), alpha=scaling)
-        return base
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        x, inner, first, second = ctx.saved_tensors
-        flat = gradient.flatten(0, -2)
-        through = (flat @ second).mul_(ctx.scaling)  # [tokens, rank]
-        of_x = (through @ first).unflatten(0, x.shape[:-1])
-        return of_x, gradient, through.t() @ x.flatten(0, -2), (flat.t() @ inner).mul_(ctx.scaling), None
-
-
-class AdaptedMatrix(torch.autograd.Function):
-    """x W^T + s x A^T B^T with W in bf16: the gradient of x is one product with another added to it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight, first, second, scaling: float) -> torch.Tensor:
-        flat = x.flatten(0, -2)
-        inner = flat @ first.t()
-        ctx.save_for_backward(x, inner, weight, first, second)
-        ctx.scaling = scaling
-        product = flat @ weight.t()
-        return product.addmm_(inner, second.t(), alpha=scaling).unflatten(0, x.shape[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        x, inner, weight, first, second = ctx.saved_tensors
-        flat = gradient.flatten(0, -2)
-        through = (flat @ second).mul_(ctx.scaling)
-        of_x = (flat @ weight).addmm_(through, first).unflatten(0, x.shape[:-1])
-        return of_x, None, through.t() @ x.flatten(0, -2), (flat.t() @ inner).mul_(ctx.scaling), None
-
-
-def forward_fused(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """The layer with its one adapter; the adapter's weights in the base's type, as autocast has them."""
-    name = layer.active_adapters[0]
-    dtype = x.dtype
-    first, second = layer.lora_A[name].weight.to(dtype), layer.lora_B[name].weight.to(dtype)
-    if type(layer.base_layer) is nn.Linear:
-        with torch.autocast(x.device.type, enabled=False):
-            return AdaptedMatrix.apply(x, layer.base_layer.weight, first, second, layer.scaling[name])
-    base = layer.base_layer(x)
-    with torch.autocast(x.device.type, enabled=False):
-        return AdaptedProduct.apply(x, base, first, second, layer.scaling[name])
-
-
-def fuse_adapter_layers(model: PeftModel) -> None:
-    """Have each LoRA layer without dropout compute with its base in one function."""
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            layer.forward = MethodType(forward_fused, layer)

@@ -94,10 +94,11 @@ def show_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def set_adapter_types(model: PeftModel) -> None:
-    """Have an adapter keep its weights in float32, and compute in the type of autocast."""
+def set_adapter_types(model: PeftModel) -> PeftModel:
+    """Have an adapter keep its weights in float32, and compute in the type of autocast. Return the model."""
     keep_adapter_in_float32(model)
     leave_casts_to_autocast(model)
+    return model
 
 
 def keep_adapter_in_float32(model: PeftModel) -> None:

@@ -29,6 +29,7 @@ from llm_trainer.common.ranks import world_size
 from llm_trainer.config.sections import TrainingSettings
 from llm_trainer.config.sft_config_fields import read_snapshot
 from llm_trainer.model.config_file import drop_contradictions
+from llm_trainer.model.layers.fused_adapters import fuse_adapters
 from llm_trainer.model.memory.fit import MemoryPlan
 from llm_trainer.model.memory.shape import find_layer_list
 from llm_trainer.model.precision import set_adapter_types
@@ -125,7 +126,7 @@ def build_trainer(method: TrainingMethod, parts: TrainerParts, run: RunContext, 
     except (ValueError, ImportError) as error:
         raise UserError(f"TRL refuses these settings: {quote_error(error)}.") from error
     if parts.lora is not None:
-        set_adapter_types(trainer.model)
+        fuse_adapters(set_adapter_types(trainer.model))
     trainer.remove_callback(PrinterCallback)
     for callback in list_callbacks(parts.kept_layers, patience):
         trainer.add_callback(callback)

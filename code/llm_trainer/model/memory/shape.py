@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from llm_trainer.common.errors import quote_error
 from llm_trainer.config.sections import AdapterSettings, ModelSettings
 from llm_trainer.model import lora
+from llm_trainer.model.layers.fused_adapters import fuse_adapters
 from llm_trainer.model.loading import build_on_meta
 from llm_trainer.model.parameter_roles import Role, assign_roles
 from llm_trainer.model.precision import set_adapter_types
@@ -112,6 +113,8 @@ def read_shape(
         model: PreTrainedModel | PeftModel = base
         if adapter_settings.use_peft:
             model = add_adapter(base, lora.build_lora_config(model_settings, adapter_settings, base))
+            if quantization != "int8":  # whose layers PEFT computes
+                fuse_adapters(model)
     except (ValueError, ImportError, AttributeError, NotImplementedError) as error:
         raise UnknownShapeError(f"it cannot be built from its config: {quote_error(error)}") from error
     text_config = base.config.get_text_config()

@@ -219,6 +219,7 @@ def make_computable(model: nn.Module, base: PreTrainedModel, step: Step) -> None
             module.rope_type = dict.fromkeys(by_layer, "default") if by_layer else "default"
         if hasattr(module, "quantization"):
             module.forward = functools.partial(apply_quantized, module)
+            module.multiply_back = functools.partial(multiply_by_quantized, module)
         if isinstance(module, BaseTunerLayer) and hasattr(module.get_base_layer(), "quantization"):
             module.cast_input_dtype_enabled = not step.on_gpu  # bitsandbytes' layers ask for a GPU's autocast alone
     fused_kernels.replace_modules(base, step.fused_kernels)
@@ -334,6 +335,11 @@ def apply_quantized(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     compute_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     out = QuantizedProduct.apply(x.to(compute_dtype), module.weight, module.quantization == "int8")
     return out if module.bias is None else out + module.bias
+
+
+def multiply_by_quantized(module: nn.Linear, gradient: torch.Tensor) -> torch.Tensor:
+    """Return gradients (tokens, in) for (tokens, out) of a layer whose matrix is unpacked for the product."""
+    return gradient @ torch.empty(module.weight.shape, dtype=gradient.dtype)
 
 
 class LayerTracer:
