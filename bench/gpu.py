@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import transformers
-from gpu_layers import Float8Linear
+from gpu_layers import Float8Linear, SmallFloat8Linear
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -74,7 +74,7 @@ class Plan:
     """One measurement."""
 
     size: str
-    method: str  # lora: bf16; qlora: the base in nf4; fp8: its products in float8
+    method: str  # lora: bf16; qlora: the base in nf4; fp8: its products in float8, fp8 once: with one copy of it
     sequences: int = 1  # a step
     tokens: int = 4096  # a sequence; those of all rows together
     rows: int = 4  # that share a sequence, of the same length
@@ -103,6 +103,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nf4": {"method": "qlora"},
     "nf4, fused": {"method": "qlora", "fused": True},
     "fp8": {"method": "fp8"},
+    "fp8, fused": {"method": "fp8", "fused": True},
+    "fp8 kept once, fused": {"method": "fp8 once", "fused": True},
     "fp8, compiled": {"method": "fp8", "compiled": True, "liger": False},
 }
 
@@ -136,7 +138,7 @@ def build_model(plan: Plan, device: torch.device) -> PreTrainedModel:
 
         apply_liger(model, {})
     if plan.method != "lora":
-        quantize(model, quantize_to_nf4 if plan.method == "qlora" else Float8Linear.from_linear)
+        quantize(model, CONVERSIONS[plan.method])
     model.is_loaded_in_4bit = plan.method == "qlora"
     return model
 
@@ -160,6 +162,13 @@ def quantize_to_nf4(layer: nn.Linear) -> nn.Linear:
     weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
     packed.weight = weight.to(layer.weight.device)  # which quantizes
     return packed
+
+
+CONVERSIONS: dict[str, Callable[[nn.Linear], nn.Linear]] = {
+    "qlora": quantize_to_nf4,
+    "fp8": Float8Linear.from_linear,
+    "fp8 once": SmallFloat8Linear.from_linear,
+}
 
 
 def adapt(model: PreTrainedModel, plan: Plan) -> PeftModel:

@@ -49,7 +49,7 @@ class Float8Product(torch.autograd.Function):
 
 
 class Float8Linear(nn.Linear):
-    """A frozen layer of bf16 that multiplies in float8."""
+    """A frozen layer of bf16 that multiplies in float8, its weight kept twice: a scale for each row of either side."""
 
     @classmethod
     def from_linear(cls, layer: nn.Linear) -> "Float8Linear":
@@ -62,3 +62,32 @@ class Float8Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return Float8Product.apply(x.to(torch.bfloat16) if x.is_cuda else x, *self.parts)
+
+    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
+        """For fused adapters: gradients [tokens, in] for [tokens, out]."""
+        return multiply(gradient, *self.parts[2:])
+
+
+class SmallFloat8Linear(nn.Linear):
+    """The same with one scale for the whole weight, kept once: the backward pass turns it around.
+
+    A GPU of Hopper multiplies float8 only where the right side lies by columns, so the turned weight has to be made.
+    For fused adapters alone, whose function does not follow what happens in here.
+    """
+
+    @classmethod
+    def from_linear(cls, layer: nn.Linear) -> "SmallFloat8Linear":
+        made = cls(layer.in_features, layer.out_features, bias=False, device="meta")
+        weight = layer.weight.data
+        scale = weight.abs().max().float() / LARGEST
+        made.small, made.scale = (weight.float() / scale).to(FLOAT8), scale
+        made.weight = nn.Parameter(weight[:1], requires_grad=False)  # PEFT asks for its type and place
+        return made
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return multiply(x, self.small, self.scale.expand(self.out_features, 1).contiguous())
+
+    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
+        """For fused adapters: gradients [tokens, in] for [tokens, out]."""
+        scale = self.scale.expand(self.in_features, 1).contiguous()
+        return multiply(gradient, self.small.t().contiguous(), scale)
