@@ -47,3 +47,19 @@ def test_packing_the_data_set_takes_fewer_steps(make_job):
     assert f"Data train: packed 29 rows into {report['num_sequences']} sequences" in tree.result.stdout
     assert "Data validation: packed" not in tree.result.stdout
     assert metrics_of(tree.result.stdout, "tokens")[-1] == tree.manifest["data"]["train"]["num_tokens"]
+
+
+def test_a_compiled_model_trains_on_shapes_that_change(make_job):
+    """Backend aot_eager takes the same way through Dynamo and autograd as inductor, without a compiler of C++."""
+    shared = {"max_steps": "6", "eval_strategy": "steps", "eval_steps": "3", "logging_steps": "1"}
+    plain = make_job(**shared)
+    compiled = make_job(**shared, torch_compile="true", torch_compile_backend="aot_eager")
+    assert "recompile_limit" not in compiled.result.stdout
+    for key in ("train_loss", "grad_norm", "eval_loss", "tokens"):
+        values = metrics_of(compiled.result.stdout, key)
+        assert values == pytest.approx(metrics_of(plain.result.stdout, key), rel=1e-4)
+    compiled.change(max_steps="8")
+    resumed = compiled.run()
+    assert resumed.returncode == 0, resumed.stdout
+    assert "Resuming from" in resumed.stdout
+    assert compiled.manifest["num_steps"] == 8
