@@ -26,7 +26,8 @@ LARGEST_EXACT = 2**53  # beyond it a float is no longer one whole number
 
 # Names for roles in ShareGPT's export and in data that follow it -> the names that chat templates know.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
-SHAREGPT_ROLES |= {"function_call": "assistant", "observation": "tool", "function_response": "tool"}
+SHAREGPT_ROLES |= {"observation": "tool", "function_response": "tool", "tool_response": "tool"}
+SHAREGPT_CALL = "function_call"  # the name for an assistant that calls a tool
 
 ARGUMENTS = ("arguments", "parameters")  # of a call, the second in Llama's form
 CALL_FIELDS = ("name", "id", "type", "index", "function")  # other fields of a call, which say nothing that is trained
@@ -272,9 +273,15 @@ def parse_conversation(fields: Fields, name: str) -> Conversation:
 
 
 def prepend_system_prompt(messages: list[Fields], fields: Fields) -> list[Fields]:
-    """Put the system prompt that stands in a field of its own, if there is one, before the messages."""
-    if not fields.get("system"):
+    """Put the system prompt that stands in a field of its own, if there is one, before the messages.
+
+    It is a text, or a list of text parts as Amazon Bedrock has it. Raises RowError.
+    """
+    system = fields.get("system")
+    if not system:
         return messages
+    if isinstance(system, list) and all(map(is_text_part, system)):
+        fields = {"system": join_parts(system)}
     return [{"role": "system", "content": parse_text(fields, "system")}, *messages]
 
 
@@ -314,14 +321,12 @@ def parse_message(message: Any) -> Fields:
 def convert_sharegpt_message(message: Fields) -> Fields:
     """Convert a message in ShareGPT's form; a function call becomes an assistant's message with tool calls."""
     role = message["from"]
-    if role == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": message["value"]}
+    rest = {key: message[key] for key in message if key not in ("from", "value")}
+    if role == SHAREGPT_CALL:
+        return {**rest, "role": "assistant", "content": "", "tool_calls": message["value"]}
     if isinstance(role, str):
         role = SHAREGPT_ROLES.get(role, role)
-    return {**{key: message[key] for key in message if key not in ("from", "value")}} | {
-        "role": role,
-        "content": message["value"],
-    }
+    return {**rest, "role": role, "content": message["value"]}
 
 
 def modernize_message(message: Fields) -> Fields:
@@ -357,12 +362,17 @@ def join_parts(parts: list[Any]) -> str:
     """Join the texts of content that is a list of parts, the form of OpenAI's API. Raises RowError for other parts."""
     texts = []
     for part in parts:
-        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        if not is_text_part(part):
             kind = part.get("type") if isinstance(part, dict) else None
             name = f"of type {kind!r}" if kind else f"that is {describe_value(part)}"
             raise RowError(f"whose 'content' has a part {name}: only texts are trained on.")
         texts.append(part["text"])
     return "".join(texts)
+
+
+def is_text_part(part: Any) -> bool:
+    """Tell whether a part of a content is a text."""
+    return isinstance(part, dict) and isinstance(part.get("text"), str)
 
 
 def parse_tool_calls(value: Any) -> list[Fields]:

@@ -84,6 +84,17 @@ def test_sharegpt_roles_are_those_of_chat_templates():
     ]
 
 
+def test_a_call_in_sharegpts_form_keeps_its_marks():
+    call = {"from": "function_call", "value": '{"name": "f"}', "train": False}
+    assert parse({"conversations": [call]}).messages[0]["train"] is False
+
+
+def test_a_system_prompt_may_be_parts_of_text():
+    row = {"messages": [{**ASK, "content": [{"text": "a"}]}, ANSWER], "system": [{"text": "be "}, {"text": "kind"}]}
+    assert parse(row).messages == [{"role": "system", "content": "be kind"}, *CHAT]
+    assert "field 'system' is a list" in problem_of({**row, "system": [{"image": "b"}]})
+
+
 def test_openai_tool_calls_get_arguments_that_templates_can_render():
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     (message,) = parse({"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]}).messages
