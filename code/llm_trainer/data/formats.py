@@ -2,7 +2,7 @@
 """Formats of rows: parse a row's fields into an example, which says what is trained on.
 
 A row's fields tell its format (sources: TRL's "Dataset formats", ShareGPT's export, Stanford Alpaca's data release):
-    pretokenized        input_ids, labels if the loss is not on all of them
+    pretokenized        input_ids, labels or TRL's masks if the loss is not on all of them
     messages            [{"role": ..., "content": ...}, ...], tools
     sharegpt            conversations: [{"from": "human", "value": ...}, ...], system, tools
     prompt_completion   prompt, completion: two texts, or two lists of messages
@@ -79,6 +79,8 @@ class Tokens:
     labels: list[int]  # IGNORED where a token is not trained on
 
 
+TRAINED_MASKS = ("completion_mask", "assistant_masks")  # as TRL writes them
+TOKEN_FIELDS = ("input_ids", "labels", "attention_mask", *TRAINED_MASKS)
 Example = Conversation | Text | Tokens
 Fields = dict[str, Any]
 
@@ -124,15 +126,20 @@ def parse_example(fields: Fields, row_format: str, settings: DataSettings, has_c
 
 
 def parse_tokens(fields: Fields) -> Tokens:
-    """Parse a pretokenized row, without its padding. Raises RowError where lengths differ or no token is left."""
-    input_ids = parse_ids(fields, "input_ids")
-    labels = parse_ids(fields, "labels") if fields.get("labels") is not None else input_ids
-    mask = parse_ids(fields, "attention_mask") if fields.get("attention_mask") is not None else [1] * len(input_ids)
-    if not len(input_ids) == len(labels) == len(mask):
-        raise RowError(
-            f"has {len(input_ids)} input_ids, {len(labels)} labels and an attention_mask of {len(mask)}: "
-            "they must be of one length."
-        )
+    """Parse a pretokenized row, without its padding. Raises RowError where lengths differ or no token is left.
+
+    Without labels, TRL's masks tell what is trained on, and without these all is.
+    """
+    columns = {name: parse_ids(fields, name) for name in TOKEN_FIELDS if fields.get(name) is not None}
+    input_ids = columns["input_ids"]
+    if any(len(values) != len(input_ids) for values in columns.values()):
+        lengths = ", ".join(f"{name} of {len(values)}" for name, values in columns.items())
+        raise RowError(f"has {lengths}: they must be of one length.")
+    masks = [columns[name] for name in TRAINED_MASKS if name in columns]
+    labels = columns.get("labels") or [
+        token if all(trained) else IGNORED for token, *trained in zip(input_ids, *masks, strict=True)
+    ]
+    mask = columns.get("attention_mask") or [1] * len(input_ids)
     kept = [place for place, is_token in enumerate(mask) if is_token]  # the others are padding
     if not kept:
         raise RowError("has no input_ids: fill or remove the row.")
@@ -256,7 +263,7 @@ def list_read_fields(row_format: str, settings: DataSettings, has_chat_template:
     """Return the names of the fields that are read in rows of a format."""
     alpaca = ("instruction", "input", "output")
     read = {
-        "pretokenized": ("input_ids", "labels", "attention_mask"),
+        "pretokenized": TOKEN_FIELDS,
         "messages": (settings.messages_field, "tools", "system"),
         "sharegpt": ("conversations", "tools", "system"),
         "prompt_completion": ("prompt", "completion", "tools"),
