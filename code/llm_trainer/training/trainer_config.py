@@ -10,7 +10,14 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from pydantic import SecretStr
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    set_seed,
+)
 from trl import SFTConfig
 
 from llm_trainer.common import log
@@ -111,16 +118,23 @@ def check_columns(method: TrainingMethod, rows: Dataset | IterableDataset) -> No
 
 
 def share_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the model's configs the tokenizer's pad token. Transformers would warn at every start that they differ."""
-    for config in (model.config.get_text_config(), model.generation_config):
-        config.pad_token_id = tokenizer.pad_token_id
+    """Give the model's configs the tokenizer's pad token. Transformers would warn at every start that they differ.
+
+    The generation config keeps its tokens alone. Many published ones contradict themselves, and Transformers refuses to
+    write a changed one of them into a checkpoint.
+    """
+    pad, own = tokenizer.pad_token_id, model.generation_config
+    model.config.get_text_config().pad_token_id = pad
+    tokens = {"bos_token_id": own.bos_token_id, "eos_token_id": own.eos_token_id, "pad_token_id": pad}
+    model.generation_config = GenerationConfig(**tokens)
 
 
 def prepare_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Change what the model's config says to what its training needs."""
+    dropped = drop_contradictions(model.generation_config)
     share_pad_token(model, tokenizer)
     name_experts(model)
-    if dropped := drop_contradictions(model.generation_config):
+    if dropped:
         log.info(
             f"The base's generation config contradicts itself in {', '.join(dropped)}: the training goes without, "
             "since Transformers would refuse to write checkpoints; a result of all weights has what the base has"
