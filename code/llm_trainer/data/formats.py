@@ -190,13 +190,15 @@ def unify_value(value: Any) -> Any:
     Parquet, Arrow and data sets of the Hub give each object of a column all fields, and each number of it one type.
     Raises RowError for a value that JSON does not have.
     """
+    if isinstance(value, str):
+        return value
     if isinstance(value, dict):
         return {key: unify_value(field) for key, field in value.items() if field is not None}
     if isinstance(value, list):
         return [unify_value(element) for element in value]
     if isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST_EXACT:
         return int(value)
-    if not isinstance(value, str | int | float | None):  # bytes or a duration, which a template would write as <bytes>
+    if not isinstance(value, int | float | None):  # bytes or a duration, which a template would write as <bytes>
         raise RowError(f"with a value that is {describe_value(value)}, which JSON does not have: write it as text.")
     return value
 
