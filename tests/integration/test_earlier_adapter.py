@@ -25,6 +25,7 @@ STATELESS = {
     "train_sampling_strategy": "sequential",
     "sample_prompts": "0",
 }
+WEIGHT_TOLERANCE = 1e-5  # of ranks, which add gradients up in another order
 KIND = {"lora_r": "3", "lora_alpha": "5", "target_modules": '["q_proj", "down_proj"]', "use_rslora": "true"}
 
 
@@ -88,6 +89,14 @@ def test_two_jobs_end_with_the_very_adapter_of_one(tree):
     assert earlier["sha256"] == digest
     assert tree.manifest["settings"]["lora_r"] == 3
     assert digest in (tree.base_dir / "model/README.md").read_text()
+
+    tree.change(nproc_per_node="2", distribution="ddp", per_device_train_batch_size="4")  # the same rows a step
+    run_job(tree)
+    assert tree.manifest["world_size"] == 2
+    by_two = load_file(weights)
+    assert by_two.keys() == ended.keys()
+    for name, tensor in by_two.items():
+        torch.testing.assert_close(tensor, ended[name], rtol=0, atol=WEIGHT_TOLERANCE, msg=name)
 
 
 def make_adapter(tree, seed=0, **options):

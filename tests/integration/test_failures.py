@@ -34,7 +34,7 @@ def test_a_missing_channel(tree):
 
 def test_an_empty_channel(tree):
     (tree.base_dir / "input/data/train/train.jsonl").unlink()
-    assert fail(tree).startswith("Channel 'train' has no .json, .jsonl, .parquet, .csv or .arrow file")
+    assert fail(tree).startswith("Channel 'train' has no .json, .jsonl, .csv, .tsv, .parquet, .arrow or .feather file")
 
 
 def test_a_model_folder_without_weights(tree):

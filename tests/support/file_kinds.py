@@ -24,17 +24,15 @@ def write_kinds(folder: Path, rows: Rows, are_mixed: bool = False) -> dict[str, 
     """Write the rows in every kind of file; mixed rows have fields of several types, which only JSON's type holds."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    cells = io.StringIO()
-    writer = csv.DictWriter(cells, columns)
-    writer.writeheader()
-    writer.writerows({name: show_cell(row.get(name)) for name in columns} for row in rows)
+    cells = write_cells(rows, columns, ",")
     contents = {
         "array.json": json.dumps(rows, indent=1).encode(),
         "lines.jsonl": lines,
         "lines.jsonl.gz": gzip.compress(lines),
         "lines.jsonl.zst": compress_zstd(lines),
-        "cells.csv": cells.getvalue().encode(),
-        "cells.csv.gz": gzip.compress(cells.getvalue().encode()),
+        "cells.csv": cells,
+        "cells.csv.gz": gzip.compress(cells),
+        "cells.tsv": write_cells(rows, columns, "\t"),
     }
     for name, content in contents.items():
         (folder / name).write_bytes(content)
@@ -47,10 +45,20 @@ def write_kinds(folder: Path, rows: Rows, are_mixed: bool = False) -> dict[str, 
         views = pa.Table.from_pylist(rows, view_schema(table.schema))  # Parquet takes none within lists
         with pa.ipc.new_stream(str(folder / "views.arrow"), views.schema) as stream:
             stream.write_table(views, max_chunksize=2)
-        pa.feather.write_feather(table, folder / "feather.arrow", compression="lz4")
-    places = [*(folder / name for name in contents), *folder.glob("*.parquet"), *folder.glob("*.arrow")]
+        pa.feather.write_feather(table, folder / "table.feather", compression="lz4")
+    tables = [file for kind in ("parquet", "arrow", "feather") for file in folder.glob(f"*.{kind}")]
+    places = [*(folder / name for name in contents), *tables]
     sources = {place.name: FileSource("train", folder, (place,)) for place in places}
     return sources | {"saved": FileSource("train", folder, tuple(find_files(folder / "saved")[0]))}
+
+
+def write_cells(rows: Rows, columns: list[str], separator: str) -> bytes:
+    """The rows as lines of cells, below a header."""
+    cells = io.StringIO()
+    writer = csv.DictWriter(cells, columns, delimiter=separator)
+    writer.writeheader()
+    writer.writerows({name: show_cell(row.get(name)) for name in columns} for row in rows)
+    return cells.getvalue().encode()
 
 
 def show_cell(value: Any) -> Any:

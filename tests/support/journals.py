@@ -192,6 +192,10 @@ def write_long_job(
     manifest = {
         "packing": {"mode": "off", "reason": "sdpa attention lets rows see one another"},
         "versions": {"python": "3.11.9"},
+        "lineage": [
+            {"adapter": "/opt/ml/input/data/adapter", "training_job_name": f"second {HOSTILE}", "num_steps": 40},
+            {"adapter": "team/first", "training_job_name": None, "num_steps": None},
+        ],
     }
     journal.add(hours * 3600 - 60, "manifest", **manifest)
     journal.add(hours * 3600 - 30, "phase", name="merge", seconds=300, host="algo-1")

@@ -3,6 +3,7 @@
 
 import copy
 import os.path
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from llm_trainer.common.errors import UserError, cut_quote, quote_error
-from llm_trainer.data.formats import SHAREGPT_ROLES, Conversation, Fields, RowError
+from llm_trainer.data.formats import SHAREGPT_CALL, SHAREGPT_ROLES, Conversation, Fields, RowError
 from llm_trainer.data.messages import (
     HIDDEN_END,
     THOUGHTS_END,
@@ -28,6 +29,8 @@ from llm_trainer.data.messages import (
     fold_thoughts,
     has_thoughts,
     hide_thoughts_end,
+    is_trained_on,
+    list_unread_fields,
     unfold_thoughts,
     write_arguments,
 )
@@ -44,6 +47,7 @@ TEMPLATE_ERRORS = (
     *(MemoryError, RecursionError, TypeError, ValueError),
 )
 ROLES = ("system", "user", "assistant", "tool")
+CALL_ROLES = (SHAREGPT_CALL, "tool_call")  # the second is ms-swift's
 
 PROBE = "probe-7c3a9e"  # no template writes this text by itself
 ASKED = {"role": "user", "content": "ping"}
@@ -330,12 +334,21 @@ class ChatTemplate:
             raise RowError("has turns that are not to be trained on, and the model's chat template joins them.")
         raise RowError("has no assistant message to train on: add one, or set assistant_only_loss=false.")
 
+    def list_unread_fields(self, conversation: Conversation) -> set[str]:
+        """Name the fields of messages that nothing reads, and the marks of turns that nothing obeys."""
+        template = self.for_tools if self.for_tools and conversation.tools else self
+        return list_unread_fields(conversation.messages, template.words, template.tells_turns)
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """The words of the template's source, the names of fields that it reads among them."""
+        return frozenset(re.findall(r"\w+", self.source))
+
     def check_roles(self, conversation: Conversation) -> None:
         """Raise RowError for a role that neither data usually have nor the template names, such as `usr`."""
         for number, role in enumerate((message["role"] for message in conversation.messages), start=1):
             if role not in ROLES and not any(f"{quote}{role}{quote}" in self.named_source for quote in "'\""):
-                known = SHAREGPT_ROLES.get(role) or next(iter(get_close_matches(role.lower(), ROLES, 1)), None)
-                meant = f"{known!r}" if known else f"one of {', '.join(ROLES)}"
+                meant = suggest_role(role)
                 raise RowError(
                     f"has a message {number} with the role {cut_quote(role)!r}, which the model's chat template does "
                     f"not name: write {meant}, or give a template that names it with chat_template_path."
@@ -349,6 +362,14 @@ class ChatTemplate:
         calls = any(message.get("tool_calls") or message["role"] == "tool" for message in conversation.messages)
         if calls and not self.renders_tool_calls:
             raise RowError(f"has tool calls or results, and the model's chat template does not render them: {fix}")
+
+
+def suggest_role(role: str) -> str:
+    """Return the words for the role that is meant by one that nothing knows."""
+    if role in CALL_ROLES:
+        return "'assistant', with the call in 'tool_calls'"
+    known = SHAREGPT_ROLES.get(role) or next(iter(get_close_matches(role.lower(), ROLES, 1)), None)
+    return f"{known!r}" if known else f"one of {', '.join(ROLES)}"
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
@@ -439,11 +460,6 @@ def join_spans(spans: list[Span]) -> list[Span]:
             start = joined.pop()[0]
         joined.append((start, end))
     return joined
-
-
-def is_trained_on(message: Fields) -> bool:
-    """Tell whether a message may be trained on, by OpenAI's `weight` and Axolotl's `train`."""
-    return message.get("weight") != 0 and message.get("train", True) is not False
 
 
 def join_texts(text: str, spans: list[Span] | None) -> str:

@@ -69,9 +69,14 @@ class ControlTokens:
     def find(self, value: Any) -> set[str]:
         """Return the control tokens in the texts of a value: a text, a list or an object."""
         if isinstance(value, str):
-            return set(self.pattern.findall(value)) if any(start in value for start in self.starts) else set()
-        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        return {token for part in parts for token in self.find(part)}
+            for start in self.starts:
+                if start in value:
+                    return set(self.pattern.findall(value))
+            return set()
+        found: set[str] = set()
+        for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            found |= self.find(part)
+        return found
 
     def find_in_conversation(self, conversation: Conversation) -> set[str]:
         """Return the control tokens in a conversation's messages and tools."""

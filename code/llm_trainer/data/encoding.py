@@ -2,7 +2,7 @@
 """Encoding of examples: token ids and labels, by the rules of one tokenizer and one job."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +18,7 @@ from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.chat_template import MAX_SECONDS, ChatTemplate, Span, limit_rows
 from llm_trainer.data.control_tokens import ControlTokens, EscapingTokenizer
 from llm_trainer.data.formats import IGNORED, Conversation, Example, RowError, Text, Tokens
-from llm_trainer.data.labels import Ids, Labeller
+from llm_trainer.data.labels import Ids, Labeller, read_ids
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,9 @@ class Encoder:
                     rows[place] = error
         for (has_specials, escaping), batch in batches.items():
             encoded = self.tokenize([rendered.text for rendered in batch], has_specials, escaping)
-            for rendered, (ids, encoding) in zip(batch, encoded, strict=True):
+            for rendered, tokens in zip(batch, encoded, strict=True):
                 try:
-                    row = self.label(rendered, ids, encoding)
+                    row = self.label(rendered, tokens)
                     rows[rendered.place] = self.end_row(row, rendered.ends_trained)
                 except RowError as error:
                     rows[rendered.place] = error
@@ -177,18 +177,16 @@ class Encoder:
 
     def tokenize(
         self, texts: list[str], add_special_tokens: bool, escaping: EscapingTokenizer | None = None
-    ) -> list[tuple[list[int], Encoding | None]]:
-        """Return the ids of each text and, from a fast tokenizer, its encoding, which maps characters to tokens.
+    ) -> Sequence[Encoding | list[int]]:
+        """Return each text's encoding, which maps characters to tokens, or from a slow tokenizer its ids alone.
 
         The tokenizers library is called directly: going through Transformers takes a tenth longer.
         """
         if self.tokenizer.is_fast:
             backend = escaping.backend if escaping else self.backend
             with explain_panic():
-                encodings = backend.encode_batch(texts, add_special_tokens=add_special_tokens)
-            return [(encoding.ids, encoding) for encoding in encodings]
-        encoded = self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)
-        return [(input_ids, None) for input_ids in encoded["input_ids"]]
+                return backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+        return self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
 
     @cached_property
     def backend(self) -> Tokenizer:
@@ -198,14 +196,16 @@ class Encoder:
         backend.no_padding()
         return backend
 
-    def label(self, rendered: Rendered, ids: list[int], encoding: Encoding | None) -> EncodedRow:
+    def label(self, rendered: Rendered, tokens: Encoding | list[int]) -> EncodedRow:
         """Return the tokens of a text, labelled where it is trained on. Raises RowError where a span has no token."""
         escaping, is_in_pieces = rendered.escaping, False
-        if rendered.spans is None or encoding is None:  # spans are looked for only where there is an encoding
-            input_ids = labels = np.array(ids, dtype=np.int32)
+        if isinstance(tokens, list):  # spans are looked for only where there is an encoding
+            input_ids = labels = np.array(tokens, dtype=np.int32)
+        elif rendered.spans is None:
+            input_ids = labels = read_ids(tokens)
         else:
             labeller = escaping.labeller if escaping else self.labeller
-            found = labeller.label(rendered.text, encoding, rendered.spans, rendered.has_specials)
+            found = labeller.label(rendered.text, tokens, rendered.spans, rendered.has_specials)
             input_ids, labels, is_in_pieces = found
         if escaping:
             input_ids, labels = escaping.restore(input_ids, labels)

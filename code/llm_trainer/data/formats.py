@@ -2,7 +2,7 @@
 """Formats of rows: parse a row's fields into an example, which says what is trained on.
 
 A row's fields tell its format (sources: TRL's "Dataset formats", ShareGPT's export, Stanford Alpaca's data release):
-    pretokenized        input_ids, labels if the loss is not on all of them
+    pretokenized        input_ids, labels or TRL's masks if the loss is not on all of them
     messages            [{"role": ..., "content": ...}, ...], tools
     sharegpt            conversations: [{"from": "human", "value": ...}, ...], system, tools
     prompt_completion   prompt, completion: two texts, or two lists of messages
@@ -26,7 +26,8 @@ LARGEST_EXACT = 2**53  # beyond it a float is no longer one whole number
 
 # Names for roles in ShareGPT's export and in data that follow it -> the names that chat templates know.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
-SHAREGPT_ROLES |= {"function_call": "assistant", "observation": "tool", "function_response": "tool"}
+SHAREGPT_ROLES |= {"observation": "tool", "function_response": "tool", "tool_response": "tool"}
+SHAREGPT_CALL = "function_call"  # the name for an assistant that calls a tool
 
 ARGUMENTS = ("arguments", "parameters")  # of a call, the second in Llama's form
 CALL_FIELDS = ("name", "id", "type", "index", "function")  # other fields of a call, which say nothing that is trained
@@ -78,6 +79,8 @@ class Tokens:
     labels: list[int]  # IGNORED where a token is not trained on
 
 
+TRAINED_MASKS = ("completion_mask", "assistant_masks")  # as TRL writes them
+TOKEN_FIELDS = ("input_ids", "labels", "attention_mask", *TRAINED_MASKS)
 Example = Conversation | Text | Tokens
 Fields = dict[str, Any]
 
@@ -123,15 +126,20 @@ def parse_example(fields: Fields, row_format: str, settings: DataSettings, has_c
 
 
 def parse_tokens(fields: Fields) -> Tokens:
-    """Parse a pretokenized row, without its padding. Raises RowError where lengths differ or no token is left."""
-    input_ids = parse_ids(fields, "input_ids")
-    labels = parse_ids(fields, "labels") if fields.get("labels") is not None else input_ids
-    mask = parse_ids(fields, "attention_mask") if fields.get("attention_mask") is not None else [1] * len(input_ids)
-    if not len(input_ids) == len(labels) == len(mask):
-        raise RowError(
-            f"has {len(input_ids)} input_ids, {len(labels)} labels and an attention_mask of {len(mask)}: "
-            "they must be of one length."
-        )
+    """Parse a pretokenized row, without its padding. Raises RowError where lengths differ or no token is left.
+
+    Without labels, TRL's masks tell what is trained on, and without these all is.
+    """
+    columns = {name: parse_ids(fields, name) for name in TOKEN_FIELDS if fields.get(name) is not None}
+    input_ids = columns["input_ids"]
+    if any(len(values) != len(input_ids) for values in columns.values()):
+        lengths = ", ".join(f"{name} of {len(values)}" for name, values in columns.items())
+        raise RowError(f"has {lengths}: they must be of one length.")
+    masks = [columns[name] for name in TRAINED_MASKS if name in columns]
+    labels = columns.get("labels") or [
+        token if all(trained) else IGNORED for token, *trained in zip(input_ids, *masks, strict=True)
+    ]
+    mask = columns.get("attention_mask") or [1] * len(input_ids)
     kept = [place for place, is_token in enumerate(mask) if is_token]  # the others are padding
     if not kept:
         raise RowError("has no input_ids: fill or remove the row.")
@@ -182,13 +190,15 @@ def unify_value(value: Any) -> Any:
     Parquet, Arrow and data sets of the Hub give each object of a column all fields, and each number of it one type.
     Raises RowError for a value that JSON does not have.
     """
+    if isinstance(value, str):
+        return value
     if isinstance(value, dict):
         return {key: unify_value(field) for key, field in value.items() if field is not None}
     if isinstance(value, list):
         return [unify_value(element) for element in value]
     if isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST_EXACT:
         return int(value)
-    if not isinstance(value, str | int | float | None):  # bytes or a duration, which a template would write as <bytes>
+    if not isinstance(value, int | float | None):  # bytes or a duration, which a template would write as <bytes>
         raise RowError(f"with a value that is {describe_value(value)}, which JSON does not have: write it as text.")
     return value
 
@@ -255,7 +265,7 @@ def list_read_fields(row_format: str, settings: DataSettings, has_chat_template:
     """Return the names of the fields that are read in rows of a format."""
     alpaca = ("instruction", "input", "output")
     read = {
-        "pretokenized": ("input_ids", "labels", "attention_mask"),
+        "pretokenized": TOKEN_FIELDS,
         "messages": (settings.messages_field, "tools", "system"),
         "sharegpt": ("conversations", "tools", "system"),
         "prompt_completion": ("prompt", "completion", "tools"),
@@ -272,9 +282,15 @@ def parse_conversation(fields: Fields, name: str) -> Conversation:
 
 
 def prepend_system_prompt(messages: list[Fields], fields: Fields) -> list[Fields]:
-    """Put the system prompt that stands in a field of its own, if there is one, before the messages."""
-    if not fields.get("system"):
+    """Put the system prompt that stands in a field of its own, if there is one, before the messages.
+
+    It is a text, or a list of text parts as Amazon Bedrock has it. Raises RowError.
+    """
+    system = fields.get("system")
+    if not system:
         return messages
+    if isinstance(system, list) and all(map(is_text_part, system)):
+        fields = {"system": join_parts(system)}
     return [{"role": "system", "content": parse_text(fields, "system")}, *messages]
 
 
@@ -314,14 +330,12 @@ def parse_message(message: Any) -> Fields:
 def convert_sharegpt_message(message: Fields) -> Fields:
     """Convert a message in ShareGPT's form; a function call becomes an assistant's message with tool calls."""
     role = message["from"]
-    if role == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": message["value"]}
+    rest = {key: message[key] for key in message if key not in ("from", "value")}
+    if role == SHAREGPT_CALL:
+        return {**rest, "role": "assistant", "content": "", "tool_calls": message["value"]}
     if isinstance(role, str):
         role = SHAREGPT_ROLES.get(role, role)
-    return {**{key: message[key] for key in message if key not in ("from", "value")}} | {
-        "role": role,
-        "content": message["value"],
-    }
+    return {**rest, "role": role, "content": message["value"]}
 
 
 def modernize_message(message: Fields) -> Fields:
@@ -357,12 +371,17 @@ def join_parts(parts: list[Any]) -> str:
     """Join the texts of content that is a list of parts, the form of OpenAI's API. Raises RowError for other parts."""
     texts = []
     for part in parts:
-        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        if not is_text_part(part):
             kind = part.get("type") if isinstance(part, dict) else None
             name = f"of type {kind!r}" if kind else f"that is {describe_value(part)}"
             raise RowError(f"whose 'content' has a part {name}: only texts are trained on.")
         texts.append(part["text"])
     return "".join(texts)
+
+
+def is_text_part(part: Any) -> bool:
+    """Tell whether a part of a content is a text."""
+    return isinstance(part, dict) and isinstance(part.get("text"), str)
 
 
 def parse_tool_calls(value: Any) -> list[Fields]:

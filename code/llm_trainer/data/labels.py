@@ -36,22 +36,24 @@ class Labeller:
         `encoding` is the whole text's, with the tokenizer's special tokens where `has_specials`. Raises RowError where
         a span leaves no token.
         """
+        ids = read_ids(encoding)
         ranges = [find_tokens(encoding, span) for span in spans]
         edges = [
             start
             for (start, _), (first, _) in zip(spans, ranges, strict=True)
-            if self.begins_before(text, encoding, first, start)
+            if self.begins_before(text, encoding.token_to_chars(first), ids[first], start)
         ]
         if edges:
             return *self.label_in_pieces(text, spans, edges, has_specials), True
-        return *label_tokens(encoding, ranges), False
+        return ids, label_tokens(ids, ranges), False
 
     def label_in_pieces(self, text: str, spans: list[Span], edges: list[int], has_specials: bool) -> tuple[Ids, Ids]:
         """Return the ids and labels of a text that is tokenized apart at the edges. Raises RowError as `label` does."""
         end = edges[0]
         encoding = self.backend.encode(text[:end], add_special_tokens=has_specials)
         _, num_tokens = find_tokens(encoding, (0, end))  # without an EOS that the tokenizer adds to each text
-        ids, labels = label_tokens(encoding, [find_tokens(encoding, span) for span in spans if span[0] < end])
+        ids = read_ids(encoding)
+        labels = label_tokens(ids, [find_tokens(encoding, span) for span in spans if span[0] < end])
         pieces = [(ids[:num_tokens], labels[:num_tokens])]
         for begin, end in pairwise([*edges, len(text)]):
             own = [(start - begin, stop - begin) for start, stop in spans if begin <= start < end]
@@ -63,20 +65,20 @@ class Labeller:
         for glue in GLUES:
             text, shift = glue + piece, len(glue)
             encoding = self.backend.encode(text, add_special_tokens=False)
+            ids = read_ids(encoding)
             first, _ = find_tokens(encoding, (shift, len(text)))
-            if not self.begins_before(text, encoding, first, shift):
+            if not self.begins_before(text, encoding.token_to_chars(first), ids[first], shift):
                 break
-        ranges = [find_tokens(encoding, (start + shift, stop + shift)) for start, stop in spans]
-        ids, labels = label_tokens(encoding, ranges)
+        labels = label_tokens(ids, [find_tokens(encoding, (start + shift, stop + shift)) for start, stop in spans])
         return ids[first:], labels[first:]
 
-    def begins_before(self, text: str, encoding: Encoding, token: int, start: int) -> bool:
-        """Tell whether a token's text begins before a character of the whole text."""
-        begin, end = encoding.token_to_chars(token) or (0, 0)
+    def begins_before(self, text: str, characters: Span | None, token: np.int32, start: int) -> bool:
+        """Tell whether the text of a token, which has these characters, begins before a character of the whole text."""
+        begin, end = characters or (0, 0)
         if begin < end and text[begin].isspace():
             return begin < start
         # Many tokenizers do not count the white space that begins a token among its characters.
-        return begin - self.count_leading_spaces(encoding.ids[token]) < start
+        return begin - self.count_leading_spaces(int(token)) < start
 
     def count_leading_spaces(self, token: int) -> int:
         """Return how many characters of white space begin a token's text."""
@@ -86,13 +88,17 @@ class Labeller:
         return self.num_leading_spaces[token]
 
 
-def label_tokens(encoding: Encoding, ranges: list[tuple[int, int]]) -> tuple[Ids, Ids]:
-    """Return a text's ids and labels, each [length]: the tokens of the ranges are trained on."""
-    ids = np.array(encoding.ids, dtype=np.int32)
+def read_ids(encoding: Encoding) -> Ids:
+    """Return a text's ids [length]. The library makes a list of them at each question."""
+    return np.array(encoding.ids, dtype=np.int32)
+
+
+def label_tokens(ids: Ids, ranges: list[tuple[int, int]]) -> Ids:
+    """Return a text's labels [length]: the tokens of the ranges are trained on."""
     labels = np.full_like(ids, IGNORED)
     for first, end in ranges:
         labels[first:end] = ids[first:end]
-    return ids, labels
+    return labels
 
 
 def find_tokens(encoding: Encoding, span: Span) -> tuple[int, int]:

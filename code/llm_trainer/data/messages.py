@@ -18,6 +18,9 @@ from llm_trainer.common.errors import cut_quote
 from llm_trainer.data.formats import Conversation, Fields, RowError
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+# Marks of turns that are trained on or not: Axolotl's, ms-swift's and OpenAI's.
+TRAINING_MARKS = ("train", "loss", "weight")
+READ_FIELDS = frozenset(("role", "content", "tool_calls", "tool_call_id", "name", *REASONING_FIELDS, *TRAINING_MARKS))
 # Thoughts that begin an answer, in the markup of DeepSeek, Qwen and others.
 INLINE_THOUGHTS = re.compile(r"\s*<think>\s*(?P<thoughts>.*?)\s*</think>\s*(?P<answer>.*)", re.DOTALL)
 THOUGHTS_END = "</think>"
@@ -109,6 +112,29 @@ def find_call(result: Fields, calls: list[Fields]) -> Fields | None:
         return next((call for call in calls if call["id"] == result["tool_call_id"]), None)
     named = (call for call in calls if call["function"]["name"] == result.get("name"))
     return next(named, calls[0] if calls else None)
+
+
+def is_trained_on(message: Fields) -> bool:
+    """Tell whether a message may be trained on, by the marks that it has: false or 0 say no."""
+    return not any(message.get(name, True) == 0 for name in TRAINING_MARKS)
+
+
+def list_unread_fields(messages: list[Fields], words: frozenset[str], tells_turns: bool) -> set[str]:
+    """Name the fields of messages that nothing reads, and the marks of turns that nothing obeys.
+
+    `words` are those of the chat template, which may read any field. Without `tells_turns` all messages are trained on.
+    """
+    unread = set()
+    for message in messages:
+        if len(message) == 2:  # role and content
+            continue
+        role = message["role"]
+        unread |= {f"{name} of {role} messages" for name in message.keys() - READ_FIELDS - words if message[name]}
+        is_trained = not tells_turns or (role == "assistant" and is_trained_on(message))
+        for name in TRAINING_MARKS:
+            if message.get(name, is_trained) != is_trained:
+                unread.add(f"{name}={cut_quote(json.dumps(message[name]))} of {role} messages")
+    return unread
 
 
 def check_parts(conversation: Conversation, text: str, spoken: str, render: Render) -> None:

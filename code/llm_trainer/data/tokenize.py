@@ -31,7 +31,16 @@ from llm_trainer.common.processes import bind_to_parent
 from llm_trainer.common.redaction import hide_known
 from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.encoding import EncodedRow, Encoder
-from llm_trainer.data.formats import IGNORED, Example, Fields, RowError, detect_format, list_read_fields, parse_example
+from llm_trainer.data.formats import (
+    IGNORED,
+    Conversation,
+    Example,
+    Fields,
+    RowError,
+    detect_format,
+    list_read_fields,
+    parse_example,
+)
 from llm_trainer.data.labels import Ids
 from llm_trainer.data.report import DataReport
 from llm_trainer.readers.json import TooDeep, parse_json
@@ -87,8 +96,8 @@ class Preparer:
         for index, raw in enumerate(chunk.rows):
             try:
                 fields = parse_fields(raw, chunk.numbers[index])
-                examples.append((index, self.parse_fields_as_example(fields)))
-                report.note_unread_fields(name for name in fields.keys() - self.read_fields if fields[name])
+                examples.append((index, example := self.parse_fields_as_example(fields)))
+                report.note_unread_fields(self.list_unread_fields(fields, example))
             except RowError as error:
                 reject(index, str(error))
         kept = []
@@ -108,6 +117,13 @@ class Preparer:
                 "of its own, such as train_a and train_b."
             )
         return parse_example(fields, found, self.settings, self.has_chat_template)
+
+    def list_unread_fields(self, fields: Fields, example: Example) -> set[str]:
+        """Name the fields of a row and of its messages that nothing reads."""
+        unread = {name for name in fields.keys() - self.read_fields if fields[name]}
+        if isinstance(example, Conversation):
+            unread |= self.encoder.template.list_unread_fields(example)
+        return unread
 
     def fit_row(self, row: EncodedRow, report: DataReport) -> EncodedRow | None:
         """Return the row, cut to `max_length`, and count it; None where it is left out."""

@@ -18,6 +18,7 @@ OBJECTS = (
     *("special_tokens_map.json", "added_tokens.json", "tokenizer.json"),
 )
 TEMPLATE = "chat_template.jinja"
+NAMED_TEMPLATES = "additional_chat_templates/*.jinja"  # Transformers reads them all
 LAYER_NAMES = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 SIZE_NAMES = ("hidden_size", "n_embd", "d_model", "vocab_size", "num_attention_heads", "n_head")
 MAX_LAYERS = 10_000  # the deepest models have some hundreds
@@ -29,9 +30,8 @@ def find_broken_objects(folder: Path) -> Iterator[str]:
 
     The pointer that Git LFS leaves in a file's place is for the caller to tell of.
     """
-    for file in (folder / name for name in (*OBJECTS, TEMPLATE)):
-        if not file.exists():
-            continue
+    files = [file for name in (*OBJECTS, TEMPLATE) if (file := folder / name).exists()]
+    for file in [*files, *sorted(folder.glob(NAMED_TEMPLATES))]:
         try:
             check_object(file)
         except UnreadableTextError as error:
@@ -41,7 +41,7 @@ def find_broken_objects(folder: Path) -> Iterator[str]:
 
 def check_object(file: Path) -> None:
     """Raise UnreadableTextError where a file holds no JSON object; no text, where it is a template."""
-    if file.name == TEMPLATE:
+    if file.suffix == ".jinja":
         read_text(file, str(file), MAX_JSON_BYTES)
         return
     value = read_json(file, max_bytes=MAX_OBJECT_BYTES, is_plain=False)

@@ -20,6 +20,7 @@ from llm_trainer.readers.rows import MAX_ROW_BYTES, TOO_LONG, BadRow, Chunk, Dam
 from llm_trainer.readers.tables import read_arrow, read_csv, read_parquet, read_table
 
 MAX_BYTES = 4 * 2**20  # raw rows in a chunk
+SEPARATORS = {".csv": ",", ".tsv": "\t"}  # of the cells in a line
 BUFFER_BYTES = 2**16  # buffer of an open file
 PIECE_BYTES = 2**14  # uncompressed content that is asked for at a time
 
@@ -80,14 +81,16 @@ def read_rows(file: Path, name: str, max_rows: int, max_bytes: int) -> Iterator[
     container = Path(file.name.removesuffix(".gz").removesuffix(".zst")).suffix
     if container == ".parquet":
         yield from read_table(read_parquet(file, max_rows, max_bytes), name, max_rows, max_bytes)
-    elif container == ".arrow":
+    elif container in (".arrow", ".feather"):
         yield from read_table(read_arrow(file, name), name, max_rows, max_bytes)
     else:
         with open_stream(file, name) as stream:
             if stream.peek(len(BOM)).startswith(BOM):
                 stream.read(len(BOM))
-            is_json_lines = container in (".jsonl", ".ndjson")
-            yield from read_csv(stream, name) if container == ".csv" else read_json(stream, name, is_json_lines)
+            if container in SEPARATORS:
+                yield from read_csv(stream, name, SEPARATORS[container])
+            else:
+                yield from read_json(stream, name, container in (".jsonl", ".ndjson"))
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading of CSV, Parquet and Arrow files as rows, a bounded number of bytes at a time."""
+"""Reading of CSV, TSV, Parquet and Arrow files as rows, a bounded number of bytes at a time."""
 
 import csv
 import io
@@ -23,10 +23,10 @@ ARROW_STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 Convert = Callable[[Any], Any]  # from the value that pyarrow makes of a cell to the value that JSON has in its place
 
 
-def read_csv(stream: io.BufferedReader, name: str) -> Iterator[Numbered]:
+def read_csv(stream: io.BufferedReader, name: str, separator: str = ",") -> Iterator[Numbered]:
     """Yield the rows below the header as objects of texts. Raises DamagedFile where the file is not valid CSV."""
     csv.field_size_limit(MAX_CELL)
-    table = csv.reader(decode_lines(stream, name), strict=True)
+    table = csv.reader(decode_lines(stream, name), strict=True, delimiter=separator)
     number = 0
     try:
         header = next((cells for cells in table if ",".join(cells).strip()), [])

@@ -7,6 +7,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llm_trainer.common.errors import cut_quote
 from llm_trainer.common.units import count_instance_hours
 from llm_trainer.journal.journal import read_records
 from llm_trainer.journal.records import (
@@ -85,6 +86,15 @@ class History:
     def find_setting(self, name: str) -> Any:
         """Return a setting of the job, or an argument of the training that was left to its default."""
         return self.settings.get(name, self.manifest.get("training_arguments", {}).get(name))
+
+    @property
+    def earlier_adapters(self) -> list[str]:
+        """The jobs of the adapters that the training went on from, the newest first, with their steps."""
+        named = []
+        for entry in self.manifest.get("lineage") or ():
+            job, steps = entry.get("training_job_name") or entry.get("adapter"), entry.get("num_steps")
+            named.append(f"{cut_quote(str(job))} ({steps} steps)" if isinstance(steps, int) else cut_quote(str(job)))
+        return named
 
     @property
     def hosts(self) -> list[str]:

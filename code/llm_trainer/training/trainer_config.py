@@ -161,9 +161,10 @@ def share_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 def prepare_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Change what the model's config says to what its training needs."""
+    dropped = drop_contradictions(model.generation_config)
     share_pad_token(model, tokenizer)
     name_experts(model)
-    if dropped := drop_contradictions(model.generation_config):
+    if dropped:
         log.info(
             f"The base's generation config contradicts itself in {', '.join(dropped)}: the training goes without, "
             "since Transformers would refuse to write checkpoints; a result of all weights has what the base has"

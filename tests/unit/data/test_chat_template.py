@@ -180,6 +180,8 @@ def test_a_role_that_the_template_does_not_name_is_refused_with_the_nearest():
         ("Assistant", "'assistant'"),
         ("gpt", "'assistant'"),
         ("human", "'user'"),
+        ("tool_response", "'tool'"),
+        ("tool_call", "'assistant', with the call in 'tool_calls', or give"),
         ("x", "one of system"),
     ):
         assert f": write {known}" in problem_of(template, [ASK, ANSWER, {"role": role, "content": "two?"}])

@@ -84,6 +84,17 @@ def test_sharegpt_roles_are_those_of_chat_templates():
     ]
 
 
+def test_a_call_in_sharegpts_form_keeps_its_marks():
+    call = {"from": "function_call", "value": '{"name": "f"}', "train": False}
+    assert parse({"conversations": [call]}).messages[0]["train"] is False
+
+
+def test_a_system_prompt_may_be_parts_of_text():
+    row = {"messages": [{**ASK, "content": [{"text": "a"}]}, ANSWER], "system": [{"text": "be "}, {"text": "kind"}]}
+    assert parse(row).messages == [{"role": "system", "content": "be kind"}, *CHAT]
+    assert "field 'system' is a list" in problem_of({**row, "system": [{"image": "b"}]})
+
+
 def test_openai_tool_calls_get_arguments_that_templates_can_render():
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     (message,) = parse({"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]}).messages
@@ -199,11 +210,18 @@ def test_alpaca_is_a_conversation_where_there_is_a_template_and_its_authors_text
     assert "### Input" not in short.text
 
 
+def test_masks_of_trl_tell_what_is_trained_on_where_there_are_no_labels():
+    masks = {"completion_mask": [0, 1, 1], "assistant_masks": [1, 1, 0]}
+    assert parse({"input_ids": [1, 2, 3], **masks}) == Tokens([1, 2, 3], [-100, 2, -100])
+    assert parse({"input_ids": [1, 2, 3], **masks, "labels": [1, 2, -100]}) == Tokens([1, 2, 3], [1, 2, -100])
+    assert "has input_ids of 3, completion_mask of 1" in problem_of({"input_ids": [1, 2, 3], "completion_mask": [1]})
+
+
 def test_tokenized_rows_lose_their_padding_and_keep_their_labels():
     assert parse({"input_ids": [1, 2]}) == Tokens([1, 2], [1, 2])
     row = {"input_ids": [1, 2, 0], "labels": [-100, 2, -100], "attention_mask": [1, 1, 0]}
     assert parse(row) == Tokens([1, 2], [-100, 2])
-    assert "has 2 input_ids, 1 labels" in problem_of({"input_ids": [1, 2], "labels": [1]})
+    assert "has input_ids of 2, labels of 1: they" in problem_of({"input_ids": [1, 2], "labels": [1]})
     assert "has no input_ids" in problem_of({"input_ids": []})
     for wrong in (["1"], "1", [[1]], [1.5], [True], 7):
         assert "field 'input_ids' is not a list of whole numbers" in problem_of({"input_ids": wrong})

@@ -278,6 +278,47 @@ def test_fields_that_nothing_reads_are_counted(monkeypatch):
     assert len(build_preparer().prepare_chunk(Chunk("a.jsonl", [1], many)).report.unread_fields) == 100
 
 
+def prepare_messages(messages, **fields):
+    return build_preparer("messages").prepare_chunk(Chunk("a.jsonl", [1], [{"messages": messages, **fields}]))
+
+
+ASK = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered", "unread"),
+    [
+        ({"train": False, "name": "n"}, {"train": True, "weight": 1, "loss": True, "thinking": "t"}, {}),
+        ({"train": True}, {}, {"train=true of user messages": 1}),
+        ({"loss": True}, {"weight": 0.5}, {"loss=true of user messages": 1, "weight=0.5 of assistant messages": 1}),
+        ({}, {"train": True, "weight": 0}, {"train=true of assistant messages": 1}),
+        ({"files": ["b"], "none": None}, {}, {"files of user messages": 1}),
+        ({}, {"train_detail": [{"end_offset": 1}]}, {"train_detail of assistant messages": 1}),
+    ],
+)
+def test_fields_of_messages_that_nothing_reads_are_counted(monkeypatch, asked, answered, unread):
+    monkeypatch.setattr(TOKENIZER, "chat_template", EVERYTHING)
+    last = [ASK, {"role": "assistant", "content": "c"}]
+    messages = [{**ASK, **asked}, {"role": "assistant", "content": "b", **answered}, *last]
+    assert prepare_messages(messages).report.unread_fields == unread
+
+
+def test_a_field_that_the_template_reads_is_no_unread_one(monkeypatch):
+    monkeypatch.setattr(TOKENIZER, "chat_template", EVERYTHING)
+    messages = [{**ASK, "mood": "m"}, {"role": "assistant", "content": "b"}]
+    assert prepare_messages(messages).report.unread_fields == {"mood of user messages": 1}
+    monkeypatch.setattr(TOKENIZER, "chat_template", EVERYTHING + "{# mood #}")
+    assert prepare_messages(messages).report.unread_fields == {}
+
+
+def test_marks_are_told_where_all_messages_are_trained_on(monkeypatch):
+    monkeypatch.setattr(TOKENIZER, "chat_template", EVERYTHING)
+    rows = [{"messages": [{**ASK, "train": True}, {"role": "assistant", "content": "b", "weight": 0}]}]
+    preparer = build_preparer("messages", assistant_only_loss=False)
+    report = preparer.prepare_chunk(Chunk("a.jsonl", [1], rows)).report
+    assert report.unread_fields == {"weight=0 of assistant messages": 1}
+
+
 def test_history_is_trained_on_before_the_instruction_and_turns_with_train_false_are_not(monkeypatch):
     monkeypatch.setattr(TOKENIZER, "chat_template", EVERYTHING)
     for history in ([["q", "a"], ["r", "b"]], '[["q", "a"], ["r", "b"]]'):
@@ -291,7 +332,7 @@ def test_history_is_trained_on_before_the_instruction_and_turns_with_train_false
         build_preparer("alpaca").prepare_chunk(Chunk("a.csv", [1], [{**row, "history": [["q"]]}])).report.bad_rows
     )
     assert reason.startswith("a.csv row 1 field 'history' is not a list of [question, answer]")
-    for mark in ({"train": False}, {"weight": 0}):
+    for mark in ({"train": False}, {"weight": 0}, {"loss": False}):
         turns = [("user", "q", {}), ("assistant", "a", mark), ("user", "r", {}), ("assistant", "b", {"train": True})]
         messages = [{"role": role, "content": content, **marks} for role, content, marks in turns]
         prepared = build_preparer("messages").prepare_chunk(Chunk("a.jsonl", [1], [{"messages": messages}]))

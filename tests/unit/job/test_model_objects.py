@@ -9,6 +9,8 @@ import pytest
 from llm_trainer.job.model_objects import OBJECTS, TEMPLATE, find_broken_objects
 from support.hostile_files import HOSTILE, is_object
 
+NAMED = "additional_chat_templates/tool_use.jinja"
+
 
 @pytest.mark.parametrize("name", OBJECTS)
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE.keys())
@@ -27,10 +29,26 @@ def test_a_template_is_text(tmp_path):
     assert problem.startswith(f"{tmp_path / TEMPLATE} is not UTF-8 text")
 
 
-def test_a_pipe_keeps_nobody_waiting(tmp_path):
-    os.mkfifo(tmp_path / "tokenizer_config.json")
+@pytest.mark.parametrize("name", ["tokenizer_config.json", NAMED])
+def test_a_pipe_keeps_nobody_waiting(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / name)
     (problem,) = find_broken_objects(tmp_path)
-    assert "tokenizer_config.json is no regular file" in problem
+    assert f"{name} is no regular file" in problem
+
+
+def test_templates_with_names_are_read_as_transformers_does(tmp_path):
+    folder = (tmp_path / NAMED).parent
+    folder.mkdir()
+    (folder / "notes.txt").write_bytes(b"\xff")  # which nothing reads
+    (tmp_path / NAMED).write_text("{{ tools }}ü", encoding="utf-8")
+    assert list(find_broken_objects(tmp_path)) == []
+    (tmp_path / NAMED).write_text("{{ tools }}ü", encoding="utf-16")
+    (folder / "folder.jinja").mkdir()
+    (folder / "link.jinja").symlink_to("nowhere")
+    beginnings = ("folder.jinja cannot be read", "link.jinja cannot be read", "tool_use.jinja is not UTF-8")
+    for problem, beginning in zip(find_broken_objects(tmp_path), beginnings, strict=True):
+        assert problem.startswith(f"{folder}/{beginning}")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An adapter goes on as it was saved, of whatever kind it is, and one that cannot be trained is refused."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,7 +20,7 @@ TARGETS = ["q_proj", "v_proj"]
 
 def build_base():
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(LLAMA).eval()
+    return AutoModelForCausalLM.from_config(copy.deepcopy(LLAMA)).eval()  # PEFT changes a config
 
 
 def save_adapter(folder, **options):

@@ -29,6 +29,14 @@ def test_csv_cells_are_text_under_the_names_of_the_header(tmp_path):
     assert read_rows(write_file(tmp_path, "b.csv.gz", compress_gzip(b"a\rb\rc")))[1] == [{"a": "b"}, {"a": "c"}]
 
 
+def test_cells_of_tsv_are_apart_by_tabs(tmp_path):
+    content = b'text\ttools\na, "b"\t[1, 2]\n"c\td"\t"[""e""]"\none\n'
+    rows = [{"text": 'a, "b"', "tools": "[1, 2]"}, {"text": "c\td", "tools": '["e"]'}]
+    bad = BadRow("has 1 cell and the header has 2")
+    assert read_rows(write_file(tmp_path, "a.tsv", content))[1] == [*rows, bad]
+    assert read_rows(write_file(tmp_path, "b.tsv.gz", compress_gzip(content)))[1] == [*rows, bad]
+
+
 def test_csv_cells_may_be_very_long(tmp_path):
     cell = "x" * 10_000_000
     assert read_rows(write_file(tmp_path, "a.csv", f"text\n{cell}\n".encode()))[1] == [{"text": cell}]

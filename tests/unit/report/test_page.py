@@ -55,6 +55,7 @@ def test_the_report_tells_the_outcome_and_the_figures(long_job):
     assert "Instance hours 12.00" in text
     assert "Not set: mlflow_uri, packing." in text
     assert "Attempts 2" in text
+    assert f"from the adapter of second {HOSTILE} (40 steps) after team/first" in text
 
 
 def test_a_day_of_samples_and_ten_thousand_steps_stay_small(long_job):
