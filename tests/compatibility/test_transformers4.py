@@ -79,6 +79,7 @@ def write_whole(base: Path, folder: Path) -> str:
         weights=None,
         base_folder=base,
         settings=Settings(),
+        tokenizer=AutoTokenizer.from_pretrained(base),
     )
     save_weights(trained, folder)  # type: ignore[arg-type]
     save_tokenizer(AutoTokenizer.from_pretrained(base), base, folder, trust_remote_code=False)

@@ -183,8 +183,7 @@ class ChatTemplate:
         is raised for a row that takes too long, too, and UserError after several of them.
         """
         try:
-            template = self.for_tools if self.for_tools and conversation.tools else self
-            return template.render_whole(conversation)
+            return self.choose_template(conversation).render_whole(conversation)
         except TimeUp as error:
             self.num_late_rows += 1
             if self.num_late_rows == MAX_LATE_ROWS:
@@ -192,6 +191,10 @@ class ChatTemplate:
                     f"The model's chat template {TOO_SLOW} with each of {MAX_LATE_ROWS} rows: {FIX}"
                 ) from error
             raise RowError(f"is one with which the model's chat template {TOO_SLOW}: shorten or remove it.") from error
+
+    def choose_template(self, conversation: Conversation) -> "ChatTemplate":
+        """Return the template that renders a conversation: with tools, the one that is named for them."""
+        return self.for_tools if self.for_tools and conversation.tools else self
 
     def render_whole(self, conversation: Conversation) -> tuple[str, list[Span] | None]:
         """Return the text and spans of `render_conversation`, however long it takes. Raises RowError."""
@@ -336,7 +339,7 @@ class ChatTemplate:
 
     def list_unread_fields(self, conversation: Conversation) -> set[str]:
         """Name the fields of messages that nothing reads, and the marks of turns that nothing obeys."""
-        template = self.for_tools if self.for_tools and conversation.tools else self
+        template = self.choose_template(conversation)
         return list_unread_fields(conversation.messages, template.words, template.tells_turns)
 
     @cached_property

@@ -50,10 +50,15 @@ def has_thoughts(message: Fields) -> bool:
     return any(key in message for key in REASONING_FIELDS) or THOUGHTS_END in message["content"]
 
 
+def read_reasoning(message: Fields) -> str:
+    """Return the reasoning that stands in a field of its own; empty without one."""
+    return next((message[key] for key in REASONING_FIELDS if message.get(key)), "")
+
+
 def fold_thoughts(message: Fields) -> Fields:
     """Move reasoning into the content of a message, for a template that has no place of its own for it."""
-    reasoning = next((message[key] for key in REASONING_FIELDS if message.get(key)), None)
-    if reasoning is None:
+    reasoning = read_reasoning(message)
+    if not reasoning:
         return message
     rest = {key: value for key, value in message.items() if key not in REASONING_FIELDS}
     return {**rest, "content": f"<think>\n{reasoning}\n</think>\n\n{message['content']}"}
@@ -62,7 +67,7 @@ def fold_thoughts(message: Fields) -> Fields:
 def unfold_thoughts(message: Fields) -> Fields:
     """Move thoughts that begin a message's content into a field of their own."""
     thoughts, answer = split_thoughts(message["content"])
-    if not thoughts or any(message.get(key) for key in REASONING_FIELDS):
+    if not thoughts or read_reasoning(message):
         return message
     return {**message, "content": answer, "reasoning_content": thoughts}
 
@@ -186,8 +191,10 @@ def follow_turn(message: Fields, is_last: bool, spoken: str, start: int) -> int:
     thoughts, content = split_message(message)
     if thoughts and is_last:
         start = find_end(spoken, thoughts, start)
-    if not calls or start < 0:
-        return find_end(spoken, content, start) if start >= 0 else start
+    if start < 0:
+        return start
+    if not calls:
+        return find_end(spoken, content, start)
     end = find_end(spoken, content, start)
     end = follow_calls(calls, spoken, end) if end >= 0 else end
     if end >= 0:
@@ -242,8 +249,8 @@ def list_escapes(text: str) -> set[str]:
 
 def split_message(message: Fields) -> tuple[str, str]:
     """Return the thoughts and the content of an assistant's message, wherever the thoughts stand."""
-    reasoning = next((message[key] for key in REASONING_FIELDS if message.get(key)), "")
-    if "</think>" not in message["content"]:
+    reasoning = read_reasoning(message)
+    if THOUGHTS_END not in message["content"]:
         return reasoning, message["content"]
     thoughts, content = split_thoughts(message["content"])
     return reasoning or thoughts, content
@@ -310,7 +317,7 @@ def mark_turn(message: Fields, marker: Marker, is_last: bool) -> Fields:
     calls = message.get("tool_calls") or []
     marked = dict(message)
     if is_last:
-        for key in {key for key in REASONING_FIELDS if message.get(key)}:
+        for key in filter(message.get, REASONING_FIELDS):
             marked[key] = marker.mark(message[key], "thoughts")
     content, kind = message["content"], "words beside its call" if calls else "answer"
     thoughts, answer = split_message({"content": content})

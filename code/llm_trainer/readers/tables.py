@@ -23,7 +23,7 @@ ARROW_STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 Convert = Callable[[Any], Any]  # from the value that pyarrow makes of a cell to the value that JSON has in its place
 
 
-def read_csv(stream: io.BufferedReader, name: str, separator: str = ",") -> Iterator[Numbered]:
+def read_csv(stream: io.BufferedReader, name: str, separator: str) -> Iterator[Numbered]:
     """Yield the rows below the header as objects of texts. Raises DamagedFile where the file is not valid CSV."""
     csv.field_size_limit(MAX_CELL)
     table = csv.reader(decode_lines(stream, name), strict=True, delimiter=separator)
