@@ -3,6 +3,8 @@
 
 VARIANT ?= cuda
 IMAGE ?= sagemaker-llm-trainer
+# EFA=1 has the libraries for EFA in the image, from AWS's installer. A tarball of it in docker/efa/ does so by itself; EFA=0 does not.
+EFA ?=
 # Names a Python for all that is made here; without it docker/venv.sh takes the first of 3.11, 3.12 and 3.13 that runs.
 PYTHON ?=
 ANY_PYTHON = $(or $(PYTHON),$(shell docker/venv.sh python))
@@ -26,11 +28,14 @@ MACHINE = $(subst arm64,aarch64,$(shell uname -m))
 NO_CPU_TORCH := "Set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index, or PIP_FIND_LINKS to a folder that holds the wheel \
 named in $(REQUIREMENTS)/torch-cpu.txt."
 
+EFA_SOURCE = $(if $(filter 0,$(EFA)),none,$(if $(wildcard docker/efa/*.tar.gz),folder,$(if $(EFA),download,none)))
+
 # The base with its digest: a tag alone may be another image tomorrow.
 BASE = $(or $(BASE_IMAGE),$(shell sed -n 's/^FROM \(.*\) AS base-$(VARIANT)$$/\1/p' docker/Dockerfile))
 NO_BASE_DIGEST := "BASE_IMAGE has to be of the form NAME@sha256:DIGEST, or an image that was built or loaded here."
 
 BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --build-arg VARIANT=$(VARIANT) \
+	--build-arg EFA=$(EFA_SOURCE) \
 	$(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
 	$(if $(BUILDER_IMAGE),--build-arg BUILDER_IMAGE=$(BUILDER_IMAGE)) \
 	$(if $(CACHE),--cache-from $(CACHE)-builder --cache-from $(CACHE) --build-arg BUILDKIT_INLINE_CACHE=1) $(BUILD_OPTIONS)

@@ -28,7 +28,8 @@ from packageurl import PackageURL
 VENV = "opt/llm-trainer/venv"
 LICENSES = LicenseFactory()
 CLASSIFIER = "License :: OSI Approved :: "
-HEADINGS = re.compile(r"^License: *(\S+)", re.MULTILINE)  # of a copyright file that machines can read (DEP-5)
+HEADINGS = re.compile(r"^License: *(\S.*?) *$", re.MULTILINE)  # of a copyright file that machines can read (DEP-5)
+EFA_INSTALLER = "https://efa-installer.amazonaws.com/aws-efa-installer-{version}.tar.gz"
 
 
 def main() -> None:
@@ -126,9 +127,28 @@ def find_source(fields: dict[str, str]) -> str:
     return f"{name}@{version.strip('()') or fields['Version']}"
 
 
+def read_efa_installer(root: Path) -> tuple[list[str], ExternalReference | None]:
+    """The names of the packages that came from AWS's EFA installer, and the installer, by what docker/efa.sh left."""
+    file = root / "opt/amazon/efa_installed_packages"
+    if not file.is_file():
+        return [], None
+    text = file.read_text(encoding="utf-8")
+    version, digest = (
+        re.findall(rf"^# EFA installer {word}: (\S+)$", text, re.MULTILINE)[0] for word in ("version", "SHA-256")
+    )
+    names = [line.partition("_")[0] for line in text.splitlines() if not line.startswith("#")]
+    reference = ExternalReference(
+        type=ExternalReferenceType.DISTRIBUTION,
+        url=XsUri(EFA_INSTALLER.format(version=version)),
+        hashes=[HashType.from_composite_str(f"sha256:{digest}")],
+    )
+    return names, reference
+
+
 def list_debian(root: Path) -> Iterator[Component]:
     os_release = (root / "etc/os-release").read_text(encoding="utf-8")
     release = dict(re.findall(r'^(\w+)="?([^"\n]*)', os_release, re.MULTILINE))
+    of_efa, efa_installer = read_efa_installer(root)
     for entry in (root / "var/lib/dpkg/status").read_text(encoding="utf-8").strip().split("\n\n"):
         fields = dict(re.findall(r"^([\w-]+): (.*)", entry, re.MULTILINE))
         if fields["Status"] != "install ok installed":
@@ -145,9 +165,10 @@ def list_debian(root: Path) -> Iterator[Component]:
             type=ComponentType.LIBRARY,
             name=name,
             version=version,
-            purl=PackageURL("deb", release["ID"], name, version, qualifiers),
+            purl=PackageURL("deb", "amazon" if name in of_efa else release["ID"], name, version, qualifiers),
             bom_ref=f"deb/{name}:{architecture}",
             licenses=[LICENSES.make_with_name(text) for text in sorted(set(HEADINGS.findall(terms)))],
+            external_references=[efa_installer] if efa_installer and name in of_efa else None,
         )
 
 

@@ -22,10 +22,21 @@ Status: install ok installed
 Architecture: amd64
 Version: 5.2-1
 
+Package: libnccl-ofi
+Status: install ok installed
+Architecture: amd64
+Source: aws-ofi-nccl
+Version: 1.20.0-1
+
 Package: gone
 Status: deinstall ok config-files
 Architecture: amd64
 Version: 1
+"""
+EFA_PACKAGES = f"""# EFA installer version: 1.49.0
+# EFA installer SHA-256: {DIGEST}
+# Packages installed:
+libnccl-ofi_1.20.0-1_amd64
 """
 
 
@@ -34,6 +45,8 @@ def components(tmp_path):
     site = tmp_path / "opt/llm-trainer/venv/lib/python3.11/site-packages"
     for path, text in {
         "var/lib/dpkg/status": STATUS,
+        "opt/amazon/efa_installed_packages": EFA_PACKAGES,
+        "usr/share/doc/libnccl-ofi/copyright": "License: Apache-2.0 or GPL-2 \n",
         "etc/os-release": 'ID=debian\nVERSION_ID="12"\n',
         f"{site}/flash_attn-2.8.3.dist-info/METADATA": "Name: flash-attn\nVersion: 2.8.3\n",
         f"{site}/flash_attn-2.8.3.dist-info/direct_url.json": json.dumps(
@@ -54,13 +67,27 @@ def components(tmp_path):
 
 
 def test_every_package_is_there(components):
-    assert components.keys() == {"libc6", "bash", "flash-attn", "plain", "echarts"}
+    assert components.keys() == {"libc6", "bash", "libnccl-ofi", "flash-attn", "plain", "echarts"}
 
 
 def test_a_package_of_the_distribution_tells_its_source(components):
     distro = "arch=amd64&distro=debian-12"
     assert components["libc6"]["purl"] == f"pkg:deb/debian/libc6@2.36-9%2Bb1?{distro}&upstream=glibc%402.36-9"
     assert components["bash"]["purl"].endswith("&upstream=bash%405.2-1")
+
+
+def test_a_package_of_the_efa_installer_tells_the_installer_and_its_licence(components):
+    plugin = components["libnccl-ofi"]
+    assert plugin["purl"].startswith("pkg:deb/amazon/libnccl-ofi@1.20.0-1?")
+    assert plugin["licenses"] == [{"license": {"name": "Apache-2.0 or GPL-2"}}]
+    assert plugin["externalReferences"] == [
+        {
+            "hashes": [{"alg": "SHA-256", "content": DIGEST}],
+            "type": "distribution",
+            "url": "https://efa-installer.amazonaws.com/aws-efa-installer-1.49.0.tar.gz",
+        }
+    ]
+    assert "externalReferences" not in components["bash"]
 
 
 def test_a_wheel_that_came_as_a_file_has_its_digest(components):

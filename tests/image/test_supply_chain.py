@@ -33,6 +33,12 @@ def test_the_bill_lists_every_debian_package(image, bill):
     assert list_components(bill, "deb") == sorted(line.split()[0] for line in lines if line.split()[1] == "ii")
 
 
+def test_the_bill_tells_which_packages_are_of_the_efa_installer(image, bill):
+    listed = image.run_bash("grep -v '#' /opt/amazon/efa_installed_packages 2>/dev/null || true").split()
+    told = [component["name"] for component in bill["components"] if component["purl"].startswith("pkg:deb/amazon/")]
+    assert sorted(told) == sorted(name.split("_")[0] for name in listed)
+
+
 def test_the_bill_lists_the_reports_scripts(image, bill):
     names = image.run_bash("cd /opt/llm-trainer/venv/lib/python3*/site-packages/llm_trainer && find . -name '*.min.js'")
     assert [f"{name}.min.js" for name in list_components(bill, "npm")] == [

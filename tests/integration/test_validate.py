@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from contextlib import nullcontext
 from unittest.mock import patch
 
 import pytest
@@ -15,6 +16,11 @@ from transformers import AutoModelForCausalLM
 from llm_trainer.cli.plan import examine_model, plan
 from llm_trainer.cli.validate import examine_job, validate
 from llm_trainer.cli.validation import format_json, format_text
+from llm_trainer.common.errors import UserError
+from llm_trainer.config.environment import read_environment
+from llm_trainer.job.inputs import find_inputs
+from llm_trainer.job.job import Job, collect_settings
+from llm_trainer.launcher.launch import check_machine
 from support.fake_hub import MODEL, FakeHub
 from support.sagemaker_tree import LLM_TRAINER
 from support.waiting import GUARD_SECONDS
@@ -59,6 +65,23 @@ def test_what_only_a_gpu_can_is_no_error_where_none_is(examine_tree):
     told = [finding for finding in validation.findings if finding.subject == "machine"]
     assert [finding.verdict for finding in told] == ["warning", "warning"]
     assert "distribution=fsdp with one process" in told[1].text
+
+
+@pytest.mark.parametrize("is_required", [True, False])
+def test_gpu_hosts_that_cannot_use_their_efa_are_stopped_by_both_commands(tree, examine_tree, monkeypatch, is_required):
+    hosts = {"current_host": "algo-1", "hosts": ["algo-1", "algo-2"]}
+    tree.write("input/config/resourceconfig.json", json.dumps(hosts))
+    monkeypatch.setattr("llm_trainer.config.environment.count_gpus", lambda: 8)
+    monkeypatch.setattr("llm_trainer.host.efa.find_efa_devices", lambda: ["rdmap0"])
+    monkeypatch.setattr("llm_trainer.host.efa.find_verbs_devices", lambda: ["uverbs0"])
+    words = ["--require_efa", str(is_required).lower()]
+    (told,) = [finding for finding in examine_tree(*words).findings if finding.subject == "EFA"]
+    assert told.verdict == ("error" if is_required else "warning")
+    environment = read_environment()
+    settings, _ = collect_settings(environment, words)
+    inputs, _ = find_inputs(settings, environment, has_mistakes=False)
+    with pytest.raises(UserError, match=r"EFA: .* or set require_efa=false") if is_required else nullcontext():
+        check_machine(Job(environment, settings, inputs))
 
 
 def test_what_a_gpu_has_to_hold_is_told_without_one(examine_tree):

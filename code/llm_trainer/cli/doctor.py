@@ -56,10 +56,10 @@ def diagnose(words: Sequence[str]) -> int:
 
 def examine_machine(environment: Environment, words: Sequence[str]) -> Iterator[Finding]:
     """Yield all findings: on the machine, the settings, the trackers and the devices."""
-    yield from inspect_machine(environment)
+    settings, problems = collect_settings(environment, words)
+    yield from inspect_machine(environment, settings.parallelism.require_efa)
     torch_cuda = find_torch_cuda()
     yield inspect_nccl(torch_cuda)
-    settings, problems = collect_settings(environment, words)
     if problems:
         yield Finding("settings", "warning", f"1 of {len(problems)} problems: {problems[0]}")
     yield from try_trackers(settings.tracking, os.environ)

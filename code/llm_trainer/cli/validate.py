@@ -18,6 +18,7 @@ from llm_trainer.config.checks import count_processes, find_missing_hardware, ke
 from llm_trainer.config.environment import Environment, read_environment
 from llm_trainer.config.schema import Settings, describe_settings
 from llm_trainer.config.secret_references import VARIABLES, is_reference, read_secret_variables
+from llm_trainer.host.efa import inspect_efa
 from llm_trainer.host.findings import Verdict
 from llm_trainer.host.write_probe import find_write_problem
 from llm_trainer.job.checkpoint_lock import find_other_job
@@ -82,6 +83,9 @@ def examine_tree(words: Sequence[str], in_colour: bool, validation: Validation) 
     # A laptop says nothing of the GPUs that the job will have.
     verdict: Verdict = "error" if environment.num_gpus else "warning"
     validation.add_findings("machine", verdict, find_missing_hardware(settings, environment))
+    efa = inspect_efa(environment, settings.parallelism.require_efa and not settings.parallelism.use_cpu)
+    if efa.verdict != "ok":
+        validation.findings.append(efa)
     validation.add_findings("job", "warning", find_warnings(settings, environment, inputs))
     set_variables(settings, inputs, validation)
     sections = WriteSettings(settings.adapter, settings.training, settings.output)

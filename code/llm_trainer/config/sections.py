@@ -382,6 +382,11 @@ class ParallelismSettings(Section):
     host_timeout_seconds: int = Field(
         900, ge=1, description="Seconds to wait at the start for the other hosts of the job."
     )
+    require_efa: bool = Field(
+        True,
+        description="Stop where several GPU hosts have EFA and the image cannot use it. false: they talk over TCP, "
+        "many times slower.",
+    )
 
 
 @with_sft_config_fields(

@@ -4,7 +4,6 @@
 import os
 import resource
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -12,9 +11,9 @@ import pynvml
 
 from llm_trainer.common.units import GIB, show_bytes
 from llm_trainer.config.environment import Environment
+from llm_trainer.host.efa import find_verbs_devices, inspect_efa
 from llm_trainer.host.findings import Finding
 from llm_trainer.host.free_space import inspect_disk
-from llm_trainer.host.network import find_efa_devices, find_verbs_devices, is_efa_plugin_present
 from llm_trainer.host.nvidia_driver import (
     COMPAT_DIR,
     Driver,
@@ -32,8 +31,11 @@ SHARED_MEMORY_DIR = Path("/dev/shm")
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # v2, v1
 
 
-def inspect_machine(environment: Environment) -> list[Finding]:
-    """List one finding about each part of this host that a job depends on."""
+def inspect_machine(environment: Environment, requires_efa: bool) -> list[Finding]:
+    """List one finding about each part of this host that a job depends on.
+
+    `requires_efa` is the setting: whether several hosts with EFA must not talk over TCP.
+    """
     return [
         *inspect_driver(environment),
         inspect_disk("disk", environment.base_dir),
@@ -42,7 +44,7 @@ def inspect_machine(environment: Environment) -> list[Finding]:
         inspect_memory(CGROUP_LIMITS),
         inspect_open_files(),
         inspect_locked_memory(rdma_devices=find_verbs_devices()),
-        judge_efa(find_efa_devices(), find_verbs_devices(), os.environ, len(environment.hosts)),
+        inspect_efa(environment, requires_efa),
     ]
 
 
@@ -171,19 +173,3 @@ def inspect_locked_memory(rdma_devices: list[str]) -> Finding:
         "give docker --ulimit memlock=-1."
     )
     return Finding("locked memory", "warning", text)
-
-
-def judge_efa(
-    efa_devices: list[str], verbs_devices: list[str], variables: Mapping[str, str], num_hosts: int
-) -> Finding:
-    """Return a finding on whether NCCL can use EFA; a job of one host is not warned."""
-    if not efa_devices:
-        return Finding("EFA", "ok", "none: hosts talk over TCP")
-    if not verbs_devices:
-        missing, fix = "the container has no /dev/infiniband/uverbs*", "give docker --device=/dev/infiniband"
-    elif not is_efa_plugin_present(variables):
-        missing, fix = "the image has no aws-ofi-nccl", "build one FROM it with AWS's EFA installer"
-    else:
-        return Finding("EFA", "ok", ", ".join(efa_devices))
-    text = f"{', '.join(efa_devices)}, but {missing}, so that hosts talk over TCP: {fix}."
-    return Finding("EFA", "warning" if num_hosts > 1 else "ok", text)

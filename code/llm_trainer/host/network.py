@@ -5,18 +5,21 @@ Only variables that NCCL and Gloo cannot find out are set. RDMAV_FORK_SAFE, FI_P
 left alone: aws-ofi-nccl sets what it needs, and its documentation says not to use them.
 """
 
-import ctypes.util
+import os
 import socket
-from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 
 from llm_trainer.config.environment import Environment
+from llm_trainer.host.efa import (
+    INFINIBAND_DEV_DIR,
+    INFINIBAND_SYS_DIR,
+    find_efa_devices,
+    find_plugin,
+    find_verbs_devices,
+)
 
-INFINIBAND_SYS_DIR = Path("/sys/class/infiniband")
-INFINIBAND_DEV_DIR = Path("/dev/infiniband")
-AMAZON_VENDOR = "0x1d0f"
 DISCARD_PORT = 9  # any port would do: nothing is sent
 
 
@@ -27,32 +30,15 @@ def build_network_variables(
     if len(environment.hosts) == 1:
         return {}
     variables = {"NCCL_HOSTID": environment.current_host}  # the kernel's host names may all be the same
-    if not (find_efa_devices(sys_dir) and find_verbs_devices(dev_dir)):
+    plugin = find_plugin(os.environ)
+    if not (plugin and find_efa_devices(sys_dir) and find_verbs_devices(dev_dir)):
         variables["NCCL_NET"] = "Socket"  # an aws-ofi-nccl plugin in the image would hang without EFA
+    elif plugin == "libnccl-net-ofi.so":
+        variables["NCCL_NET_PLUGIN"] = "ofi"  # by itself NCCL looks for libnccl-net.so alone
     interface = find_interface(environment)
     if interface:
         variables |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
     return variables
-
-
-def find_efa_devices(sys_dir: Path = INFINIBAND_SYS_DIR) -> list[str]:
-    """List the host's EFA devices by name. The kernel shows them even where the container was not given them."""
-    vendors = sorted(sys_dir.glob("*/device/vendor"))
-    return [file.parent.parent.name for file in vendors if file.read_text(encoding="ascii").strip() == AMAZON_VENDOR]
-
-
-def find_verbs_devices(dev_dir: Path = INFINIBAND_DEV_DIR) -> list[str]:
-    """List the RDMA devices, of any maker, that this container may open."""
-    return sorted(file.name for file in dev_dir.glob("uverbs*"))
-
-
-def is_efa_plugin_present(variables: Mapping[str, str]) -> bool:
-    """Tell whether the loader would find NCCL's network plugin, by either name that aws-ofi-nccl installs."""
-    folders = [Path(folder) for folder in variables.get("LD_LIBRARY_PATH", "").split(":") if folder]
-    return any(
-        ctypes.util.find_library(name) or any((folder / f"lib{name}.so").exists() for folder in folders)
-        for name in ("nccl-net", "nccl-net-ofi")
-    )
 
 
 def find_interface(environment: Environment) -> str | None:

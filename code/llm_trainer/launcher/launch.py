@@ -158,7 +158,8 @@ def check_machine(job: Job) -> None:
     """Log what the host offers, one line each. Raises UserError for what would end the job after it has begun."""
     cache_dir = Path(find_library_variables(job)["LLM_TRAINER_CACHE"])
     sections = WriteSettings(job.settings.adapter, job.settings.training, job.settings.output)
-    findings = [*inspect_machine(job.environment), *inspect_disk_need(sections, job.inputs, cache_dir)]
+    machine = inspect_machine(job.environment, job.settings.parallelism.require_efa)
+    findings = [*machine, *inspect_disk_need(sections, job.inputs, cache_dir)]
     log_findings(findings)
     errors = [f"{finding.subject}: {finding.text}" for finding in findings if finding.verdict == "error"]
     if errors and not job.settings.parallelism.use_cpu:

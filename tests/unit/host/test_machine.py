@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from llm_trainer.config.environment import read_environment
-from llm_trainer.host.findings import Finding
 from llm_trainer.host.machine import (
     inspect_locked_memory,
     inspect_machine,
@@ -17,7 +16,6 @@ from llm_trainer.host.machine import (
     inspect_open_files,
     inspect_shared_memory,
     judge_driver,
-    judge_efa,
     judge_gpus,
 )
 from llm_trainer.host.nvidia_driver import Driver, Gpu
@@ -45,7 +43,7 @@ def limit():
 
 def test_every_part_of_this_machine_is_judged(tmp_path, monkeypatch):
     monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(tmp_path / "not/there"))
-    findings = inspect_machine(read_environment())
+    findings = inspect_machine(read_environment(), requires_efa=True)
     subjects = "GPUs, driver, disk, temp disk, shared memory, memory, open files, locked memory, EFA"
     assert ", ".join(finding.subject for finding in findings) == subjects
     assert all("\n" not in finding.text for finding in findings)
@@ -125,17 +123,3 @@ def test_memory_is_what_the_container_may_use(tmp_path):
     finding = inspect_memory((version_2, version_1))
     assert finding.verdict == "warning"
     assert finding.text.startswith("2 GiB by the cgroup limit")
-
-
-def test_efa_that_was_not_given_to_the_container_or_has_no_plugin_there_is_told(tmp_path):
-    variables = {"LD_LIBRARY_PATH": str(tmp_path)}
-    assert judge_efa([], [], variables, num_hosts=2).verdict == "ok"
-    hidden = judge_efa(["rdmap0"], [], variables, num_hosts=2)
-    assert hidden.verdict == "warning"
-    assert hidden.text.endswith("give docker --device=/dev/infiniband.")
-    without_plugin = judge_efa(["rdmap0"], ["uverbs0"], variables, num_hosts=2)
-    assert without_plugin.verdict == "warning"
-    assert "no aws-ofi-nccl, so that hosts talk over TCP" in without_plugin.text
-    assert judge_efa(["rdmap0"], ["uverbs0"], variables, num_hosts=1).verdict == "ok"
-    (tmp_path / "libnccl-net-ofi.so").touch()
-    assert judge_efa(["rdmap0"], ["uverbs0"], variables, num_hosts=2) == Finding("EFA", "ok", "rdmap0")

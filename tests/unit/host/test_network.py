@@ -32,6 +32,13 @@ def efa_dirs(tmp_path) -> tuple[Path, Path]:
     return tmp_path / "sys", tmp_path / "dev"
 
 
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """Puts a library of that name where the loader looks."""
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    return lambda name: (tmp_path / name).touch()
+
+
 def test_one_host_needs_nothing(environment):
     assert build_network_variables(dataclasses.replace(environment, hosts=("127.0.0.1",), network_interface="lo")) == {}
 
@@ -42,7 +49,8 @@ def test_without_efa_nccl_keeps_to_sockets(environment, tmp_path):
     assert variables["NCCL_HOSTID"] == "127.0.0.1"
 
 
-def test_with_efa_nccl_chooses_itself(environment, efa_dirs):
+def test_with_efa_and_its_plugin_nccl_chooses_itself(environment, efa_dirs, plugin):
+    plugin("libnccl-net.so")
     assert build_network_variables(environment, *efa_dirs) == {
         "NCCL_HOSTID": "127.0.0.1",
         "NCCL_SOCKET_IFNAME": "lo",
@@ -50,13 +58,26 @@ def test_with_efa_nccl_chooses_itself(environment, efa_dirs):
     }
 
 
-def test_efa_that_the_container_may_not_open_is_none(environment, efa_dirs):
+def test_a_plugin_that_nccl_would_not_look_for_is_named_to_it(environment, efa_dirs, plugin):
+    plugin("libnccl-net-ofi.so")
+    variables = build_network_variables(environment, *efa_dirs)
+    assert variables["NCCL_NET_PLUGIN"] == "ofi"
+    assert "NCCL_NET" not in variables
+
+
+def test_efa_without_the_plugin_is_none(environment, efa_dirs):
+    assert build_network_variables(environment, *efa_dirs)["NCCL_NET"] == "Socket"
+
+
+def test_efa_that_the_container_may_not_open_is_none(environment, efa_dirs, plugin):
+    plugin("libnccl-net.so")
     sys_dir, dev_dir = efa_dirs
     (dev_dir / "uverbs0").unlink()
     assert build_network_variables(environment, sys_dir, dev_dir)["NCCL_NET"] == "Socket"
 
 
-def test_another_makers_device_is_no_efa(environment, efa_dirs):
+def test_another_makers_device_is_no_efa(environment, efa_dirs, plugin):
+    plugin("libnccl-net.so")
     sys_dir, dev_dir = efa_dirs
     (sys_dir / "rdmap0/device/vendor").write_text("0x15b3\n")
     assert build_network_variables(environment, sys_dir, dev_dir)["NCCL_NET"] == "Socket"
