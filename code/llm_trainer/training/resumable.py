@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft.optimizers import create_loraplus_optimizer
+from torch.utils.data import RandomSampler
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm_trainer.common import log
@@ -25,6 +26,7 @@ from llm_trainer.common.ranks import local_rank
 from llm_trainer.job import checkpoint_dir
 from llm_trainer.journal.journal import Journal
 from llm_trainer.model import lora_init
+from llm_trainer.training.filled_order import FilledOrder
 from llm_trainer.training.resume import make_gather, share_files
 from llm_trainer.training.step_start import RandomState, StepCounts
 from llm_trainer.training.stopping import StopConsensus
@@ -62,7 +64,7 @@ class ResumableMixin(Trainer):
     def __init__(self, *args: Any, run: RunContext, **kwargs: Any) -> None:
         """Take the arguments of the trainer that follows among the bases, and what this class needs."""
         self.run = run
-        self.row_order = torch.Generator()  # where rows are grouped by length
+        self.row_order = torch.Generator()
         self.stopped = False
         self.can_stop_evaluation = False  # an EvaluationStop would be caught now
         self.resumed_from: Path | None = None  # a checkpoint
@@ -263,7 +265,8 @@ class ResumableMixin(Trainer):
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """Train an epoch whose order of rows depends on seed and epoch alone."""
-        self.row_order.manual_seed(self.args.seed + kwargs["epoch"])
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.row_order.manual_seed(seed + kwargs["epoch"])
         names = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
         self.make_up_evaluation(*(kwargs[name] for name in names))
         if not self.control.should_training_stop:
@@ -303,14 +306,21 @@ class ResumableMixin(Trainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns = [*dict.fromkeys([*self._signature_columns, self.args.length_column_name])]
 
-    def _get_train_sampler(self, *args: Any) -> Any:
-        """Return a sampler whose order depends on seed and epoch alone: a resumed epoch is the interrupted one."""
-        sampler = super()._get_train_sampler(*args)
-        if isinstance(sampler, LengthGroupedSampler):  # Transformers seeds the random one itself
-            sampler.generator = self.row_order
-            sampler.batch_size *= self.args.world_size  # the rows of a step: their order is the same on any ranks
-            sampler.lengths = sampler.lengths[:]  # a list of a column, which would be read from disk for every row
-        return sampler
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return a sampler whose order depends on seed and epoch alone: a resumed epoch is the interrupted one.
+
+        Rows of `train_dataset` beyond those of the training fill its last batch, and come last.
+        """
+        order = super()._get_train_sampler(self.train_dataset)
+        if order is None or isinstance(order, BatchRebalanceSampler):
+            return order
+        if isinstance(order, RandomSampler | LengthGroupedSampler):
+            order.generator = self.row_order
+        if isinstance(order, LengthGroupedSampler):
+            order.batch_size *= self.args.world_size  # the rows of a step: their order is the same on any ranks
+            order.lengths = order.lengths[:]  # a list of a column, which would be read from disk for every row
+        num_rows = len(self.train_dataset)
+        return FilledOrder(order, num_rows, num_rows if train_dataset is None else len(train_dataset))
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Return Transformers' optimizer, with LoRA+'s learning rates (arXiv:2402.12354) where they are asked for."""

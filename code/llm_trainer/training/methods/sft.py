@@ -104,6 +104,14 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
                 "where this goes on, the training has diverged; lower learning_rate."
             )
 
+    def get_train_dataloader(self) -> Any:
+        """Return the batches of an epoch: all rows, each of them once, on any number of ranks."""
+        rows = self.train_dataset
+        if isinstance(rows, Dataset) and self.args.world_size > 1 and not self.args.dataloader_drop_last:
+            rows = fill_batches(rows, self.args.train_batch_size * self.args.world_size)
+        sampler = self._get_train_sampler
+        return self._get_dataloader(rows, "Training", self._train_batch_size, sampler, is_training=True)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return the batches of an evaluation: all rows, each of them once, on any number of ranks."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset

@@ -56,10 +56,12 @@ def compute_means(accelerator: Accelerator, sums: torch.Tensor) -> TokenMeans:
 def fill_batches(rows: Dataset, batch_rows: int) -> Dataset:
     """Return the rows, and after them as many without a label as fill the last batch of `batch_rows` rows.
 
-    Accelerate would fill the ranks' last batch with the first rows, which would count twice.
+    Accelerate would fill the ranks' last batch with the first rows, which would count twice. Each of ours has a token,
+    as attention over none is no number.
     """
     num_missing = -len(rows) % batch_rows
     if not num_missing:
         return rows
-    blank = {**rows[0], "labels": [IGNORED] * len(rows[0]["labels"])}
+    blank = {"input_ids": rows[0]["input_ids"][:1], "labels": [IGNORED], "length": 1, "seq_lengths": [1]}
+    blank = {name: blank[name] for name in rows.column_names}
     return concatenate_datasets([rows, Dataset.from_list([blank] * num_missing, features=rows.features)])

@@ -59,7 +59,7 @@ def measure(model, rows):
     losses, hits = [], []
     for row in rows:
         logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].double()
-        labels = torch.tensor(row["labels"][1:])
+        labels = torch.tensor(row["labels"][1:], dtype=torch.long)
         wanted = labels != IGNORED
         losses.append(cross_entropy(logits[wanted], labels[wanted], reduction="none"))
         hits.append(logits[wanted].argmax(-1) == labels[wanted])
@@ -223,8 +223,13 @@ def test_a_batch_that_is_no_number_counts_unless_the_filter_is_on():
 
 def test_rows_that_fill_a_batch_have_no_label():
     filled = fill_batches(ROWS.select([3, 1, 0]), 4)
-    assert filled["length"][:] == [ROWS[place]["length"] for place in (3, 1, 0, 3)]
-    assert set(filled[3]["labels"]) == {IGNORED}
+    assert filled["length"][:] == [*(ROWS[place]["length"] for place in (3, 1, 0)), 1]
+    assert filled[3] == {
+        **dict.fromkeys(ROWS.column_names),
+        "input_ids": ROWS[3]["input_ids"][:1],
+        "labels": [IGNORED],
+        "length": 1,
+    }
     assert filled[2] == ROWS[0]
     assert fill_batches(ROWS, 7) is ROWS
 
@@ -306,6 +311,8 @@ def test_ranks_measure_what_one_process_would(tiny_model, tmp_path, monkeypatch,
     # Of 13 rows in batches of two each rank has four batches, and three a step.
     batches = [batch for step in (slice(0, 3), slice(3, 4)) for rank in ranks for batch in rank["batches"][step]]
     assert len(batches) == 8
+    trained = sorted(row["input_ids"] for batch in batches for row in batch if set(row["labels"]) != {IGNORED})
+    assert trained == sorted(make_rows(13, first_label=0)["input_ids"][:])  # each once
     assert_lines_are_means(ranks[0]["lines"], batches, 6, model)
     if memory_plan is None:  # no number is read, and a step asks all ranks for its tokens and for its gradients
         own = {"all_gather": 2, "all_reduce": 2}
