@@ -42,6 +42,7 @@ from llm_trainer.model.device import find_device
 from llm_trainer.model.liger import apply_liger
 from llm_trainer.model.memory.fit import MemoryPlan, choose_memory_plan, describe_memory_plan, find_target
 from llm_trainer.model.memory.flops import find_peak_tokens_per_second, measure_row_tokens
+from llm_trainer.model.memory.global_batch import split_global_batch
 from llm_trainer.model.memory.peak import Peak
 from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings
 from llm_trainer.model.plan import ModelPlan, PlanSettings, plan_model
@@ -95,6 +96,7 @@ class Prepared:
 class Planned:
     """The result of the second phase: how the training fits its devices."""
 
+    job: Job  # with the batches of a device
     memory: MemoryPlan
     arguments: SFTConfig
 
@@ -133,6 +135,7 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
     prepared = prepare(context)
     context = replace(context, job=prepared.job)
     planned = plan(context, prepared)
+    context = replace(context, job=planned.job)
     built = build(context, prepared, planned)
     outcome = run(context, prepared, planned, built)
     if rank() == 0:
@@ -186,12 +189,13 @@ def plan(context: Context, prepared: Prepared) -> Planned:
     sections = MemorySettings(settings.model, settings.adapter, settings.data, settings.training, settings.parallelism)
     kernels = model_plan.attention.name, model_plan.liger.kernels
     evaluates = bool(context.job.inputs.validation)
-    scenario = MemoryScenario(model_plan.config, sections, longest_row, target, *kernels, evaluates)
+    scenario = split_global_batch(MemoryScenario(model_plan.config, sections, longest_row, target, *kernels, evaluates))
     memory = choose_memory_plan(scenario, earlier)
     log.info(*describe_memory_plan(memory))
+    job = replace(context.job, settings=settings.model_copy(update={"training": scenario.settings.training}))
     device, dtype = model_plan.device.torch, model_plan.precision.compute
-    arguments = build_arguments(prepared.method, collect_argument_sources(context.job), device, dtype, memory)
-    return Planned(memory, arguments)
+    arguments = build_arguments(prepared.method, collect_argument_sources(job), device, dtype, memory)
+    return Planned(job, memory, arguments)
 
 
 def build(context: Context, prepared: Prepared, planned: Planned) -> Built:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from llm_trainer.cli.validation import Validation
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.units import show_bytes
-from llm_trainer.config.checks import count_processes
+from llm_trainer.config.checks import count_devices
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.schema import Settings
 from llm_trainer.host.nvidia_driver import read_driver
@@ -50,10 +50,8 @@ def find_gpus(settings: Settings, environment: Environment) -> "Target | None":
     driver = read_driver() if on_gpu else None
     if driver is None:
         return None
-    num_processes = count_processes(settings.parallelism, environment) * len(environment.hosts)
-    return Target(
-        find_device(settings.parallelism.use_cpu), num_processes, min(gpu.memory_bytes for gpu in driver.gpus)
-    )
+    num_devices = count_devices(settings.parallelism, environment)
+    return Target(find_device(settings.parallelism.use_cpu), num_devices, min(gpu.memory_bytes for gpu in driver.gpus))
 
 
 def build_scenario(
@@ -71,7 +69,9 @@ def build_scenario(
 def fit_here(scenario: "MemoryScenario", validation: Validation) -> None:
     """Add how the job would fit on these GPUs."""
     from llm_trainer.model.memory.fit import choose_memory_plan
+    from llm_trainer.model.memory.global_batch import split_global_batch
 
+    scenario = split_global_batch(scenario)
     plan = choose_memory_plan(scenario)
     validation.memory = plan.describe()
     validation.add_findings("memory", "warning" if plan.warning else "ok", [plan.warning or plan.reason])

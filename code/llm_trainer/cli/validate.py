@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from llm_trainer.cli.gpu_memory import examine_memory
 from llm_trainer.cli.validation import Validation, collect_findings, print_validation
 from llm_trainer.common.errors import UserError
-from llm_trainer.config.checks import count_processes, find_missing_hardware, keep_valid
+from llm_trainer.config.checks import count_devices, find_missing_hardware, keep_valid
 from llm_trainer.config.environment import Environment, read_environment
 from llm_trainer.config.schema import Settings, describe_settings
 from llm_trainer.config.secret_references import VARIABLES, is_reference, read_secret_variables
@@ -252,7 +252,7 @@ def examine_epoch(job: Job, split: "Split", validation: Validation) -> None:
     data, training, environment = job.settings.data, job.settings.training, job.environment
     if data.streaming or any(source.is_sharded for source in job.inputs.train):
         return
-    num_devices = count_processes(job.settings.parallelism, environment) * len(environment.hosts)
+    num_devices = count_devices(job.settings.parallelism, environment)
     try:
         rows = open_epoch(split, data, training.seed)
         check_full_batch(len(rows), "rows", training, num_devices)

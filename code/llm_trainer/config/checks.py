@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 
 from llm_trainer.config.environment import Environment
+from llm_trainer.config.global_batch import find_batch_problem
 from llm_trainer.config.rule import HardwareRule
 from llm_trainer.config.rules import RULES, uses_fsdp
 from llm_trainer.config.schema import Settings, show_value
@@ -26,12 +27,18 @@ def find_missing_hardware(settings: Settings, environment: Environment) -> Itera
     """Yield a sentence for each setting that asks for what the machines, as seen from this host, do not have."""
     for rule in HARDWARE_RULES:
         yield from rule.find_problems(settings, environment)
+    yield from find_batch_problem(settings, count_devices(settings.parallelism, environment))
 
 
 def count_processes(settings: ParallelismSettings, environment: Environment) -> int:
     """Return the number of worker processes on this host. By default it is one a GPU, or one on a CPU."""
     num_gpus = 0 if settings.use_cpu else environment.num_gpus
     return settings.nproc_per_node or num_gpus or 1
+
+
+def count_devices(settings: ParallelismSettings, environment: Environment) -> int:
+    """Return the number of devices of the job: all hosts have as many as this one."""
+    return count_processes(settings, environment) * len(environment.hosts)
 
 
 def runs_on_cpu(settings: ParallelismSettings, environment: Environment) -> bool:
@@ -73,7 +80,7 @@ HARDWARE_RULES = (
     ),
     HardwareRule(
         ("distribution", "nproc_per_node"),
-        lambda s, e: uses_fsdp(s) and count_processes(s.parallelism, e) * len(e.hosts) == 1,
+        lambda s, e: uses_fsdp(s) and count_devices(s.parallelism, e) == 1,
         "distribution=fsdp with one process: there is nobody to share the model with; remove it, or use more GPUs or "
         "hosts.",
     ),

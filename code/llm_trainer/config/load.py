@@ -32,6 +32,7 @@ SYNONYMS = {
     "dataset": "train_dataset_path",
     "base_model": "model_id",
     "micro_batch_size": "per_device_train_batch_size",
+    "train_batch_size": "global_batch_size",
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from llm_trainer.common.metric_definitions import OBJECTIVES
 from llm_trainer.common.redaction import hide_secrets
+from llm_trainer.config.global_batch import find_global_batch, show_nearest
 from llm_trainer.config.rule import Rule
 from llm_trainer.config.schema import FIELDS, Settings
 from llm_trainer.config.secret_references import USED_FOR
@@ -626,6 +627,32 @@ PARALLELISM_RULES = (
     ),
 )
 
+BATCH_RULES = (
+    Rule(
+        ("global_batch_size", "global_batch_tokens"),
+        lambda s: s.training.global_batch_size is not None and s.training.global_batch_tokens is not None,
+        "global_batch_size={global_batch_size} with global_batch_tokens={global_batch_tokens}: both say how large a "
+        "step is; remove one of them.",
+    ),
+    Rule(
+        ("global_batch_tokens", "packing", "max_length"),
+        lambda s: s.training.global_batch_tokens is not None and not (s.data.packing and s.data.max_length),
+        "global_batch_tokens={global_batch_tokens} without packing=true and max_length: only sequences that packing "
+        "fills have one length; give both, or global_batch_size.",
+    ),
+    Rule(
+        ("global_batch_tokens", "max_length"),
+        lambda s: bool((s.training.global_batch_tokens or 0) % (s.data.max_length or 1)),
+        "global_batch_tokens={global_batch_tokens} is no multiple of max_length={max_length}: give {nearest}.",
+        lambda s: [{"nearest": show_nearest(s.training.global_batch_tokens or 0, s.data.max_length or 1)}],
+    ),
+    Rule(
+        ("dataloader_drop_last", "global_batch_size", "global_batch_tokens"),
+        lambda s: s.training.dataloader_drop_last and find_global_batch(s.training, s.data) is not None,
+        "dataloader_drop_last=true with a global batch: which rows it drops would depend on the devices; remove it.",
+    ),
+)
+
 DATA_RULES = (
     Rule(
         ("dataset_kwargs",),
@@ -665,5 +692,6 @@ RULES: tuple[Rule, ...] = (
     *TRACKING_RULES,
     *STREAMING_RULES,
     *PARALLELISM_RULES,
+    *BATCH_RULES,
     *DATA_RULES,
 )

@@ -459,6 +459,17 @@ class TrainingSettings(Section):
     use_checkpoints: bool = Field(
         True, description="Save checkpoints, ten times a run unless `save_steps` says otherwise, and resume from them."
     )
+    global_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Rows of a step on all devices together, or sequences that `packing=true` filled. The job derives "
+        "`per_device_train_batch_size`, the largest whose memory fits, and `gradient_accumulation_steps` from it.",
+    )
+    global_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="The same for `packing=true`, as the tokens of a step's sequences: a multiple of `max_length`.",
+    )
     max_run_seconds: int | None = Field(
         None,
         ge=1,

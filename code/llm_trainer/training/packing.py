@@ -58,8 +58,8 @@ class PackingCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return `input_ids`, `labels` and `position_ids` [sequences, slots], and what flash attention takes.
 
-        `num_tokens` [examples] comes first. Transformers and Accelerate take the first tensor's length for the number
-        of examples, by which they weigh an evaluation's losses.
+        `num_tokens` [examples] comes first, with 0 for those that only fill the batch. Transformers and Accelerate take
+        the first tensor's length for the number of examples, by which they weigh an evaluation's losses.
         """
         lengths = [len(example["input_ids"]) for example in examples]
         if self.flattens:
@@ -69,7 +69,8 @@ class PackingCollator:
             batch = flatten(examples)
         else:
             batch = self.stack(examples, plan_batch_bins(lengths, max(self.max_length or 0, *lengths)))
-        return {"num_tokens": torch.tensor(lengths), **batch}
+        has_label = [any(label != IGNORED for label in example["labels"]) for example in examples]
+        return {"num_tokens": torch.tensor(lengths) * torch.tensor(has_label), **batch}
 
     def stack(self, examples: list[dict[str, Any]], sequences: list[list[int]]) -> dict[str, torch.Tensor]:
         """Return the batch of examples end to end, padded at the right. `sequences` holds the examples' places."""

@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from llm_trainer.common import log
 from llm_trainer.common.metric_definitions import RENAMED
+from llm_trainer.data.formats import IGNORED
 from llm_trainer.training.methods.batch_facts import BatchFacts, FindFacts, known, shift_labels, use_facts
 from llm_trainer.training.methods.token_sums import begin_sums, compute_means, fill_batches, sum_batch
 from llm_trainer.training.methods.training_method import TrainingMethod
@@ -51,7 +52,10 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
         facts, packed = BatchFacts.take(inputs), "num_tokens" in inputs
         if packed:  # there is no mask; without one TRL would put a number on the device, and wait for that
             inputs["attention_mask"] = inputs.pop("num_tokens")
-        all_tokens = inputs["attention_mask"].sum()
+            all_tokens = inputs["attention_mask"].sum()
+        else:  # a row without a label fills the batch
+            has_label = (inputs["labels"] != IGNORED).any(dim=-1, keepdim=True)
+            all_tokens = (inputs["attention_mask"] * has_label).sum()
 
         def compute_outputs(**inputs: Any) -> Any:
             if packed:

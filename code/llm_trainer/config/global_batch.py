@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a step on all devices together, as the settings ask for them, and how devices can share them."""
+
+import math
+from collections.abc import Iterator
+
+from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import DataSettings, TrainingSettings
+
+PIECES = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def find_global_batch(training: TrainingSettings, data: DataSettings) -> int | None:
+    """Return the rows, or packed sequences, of a step on all devices. None where only those of a device are asked for.
+
+    Tokens that are no multiple of `max_length` are rounded down.
+    """
+    if training.global_batch_tokens is not None and data.max_length:
+        return training.global_batch_tokens // data.max_length
+    return training.global_batch_size
+
+
+def list_device_batches(rows: int, num_devices: int, training: TrainingSettings) -> list[int]:
+    """List the rows that a device may take at once, the most first, so that whole steps have `rows` on all devices."""
+    share = rows // num_devices
+    if training.is_given("per_device_train_batch_size"):
+        return [training.per_device_train_batch_size]
+    if training.is_given("gradient_accumulation_steps"):
+        return [share // training.gradient_accumulation_steps]
+    return [size for size in range(share, 0, -1) if share % size == 0]
+
+
+def find_batch_problem(settings: Settings, num_devices: int) -> Iterator[str]:
+    """Yield a sentence where the devices of the job cannot share its global batch."""
+    training, data = settings.training, settings.data
+    rows = find_global_batch(training, data)
+    if rows is None:
+        return
+    given = {name: settings.value(name) for name in PIECES if settings.is_given(name)}
+    unit = math.prod([num_devices, *given.values()])
+    factors = " x ".join([f"{num_devices} devices", *(f"{name}={value}" for name, value in given.items())])
+    name, scale = "global_batch_size", 1
+    if training.global_batch_tokens is not None:
+        name, scale = "global_batch_tokens", data.max_length or 1
+    if len(given) == len(PIECES) and rows != unit:
+        yield f"{name}={rows * scale} is not {factors} = {unit * scale}: change one of them, or leave one out."
+    elif rows % unit:
+        nearest = show_nearest(rows, unit, scale)
+        yield f"{name}={rows * scale} cannot be shared by {factors}: give {nearest}."
+
+
+def show_nearest(value: int, unit: int, scale: int = 1) -> str:
+    """Return the two multiples of `unit` nearest to a value that is none, each times `scale`; no zero."""
+    below = value // unit * unit
+    return " or ".join(str(multiple * scale) for multiple in (below, below + unit) if multiple)

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The share of a global batch that each device takes at once: the most rows whose memory fits."""
+
+from dataclasses import replace
+
+from llm_trainer.config.global_batch import find_global_batch, list_device_batches
+from llm_trainer.model.memory.scenario import MemoryScenario, list_parallelism_plans
+from llm_trainer.model.memory.shape import UnknownShapeError
+
+UNKNOWN_MODEL_ROWS = 8  # a device takes at most so many at once where the model's memory is not known
+
+
+def split_global_batch(scenario: MemoryScenario) -> MemoryScenario:
+    """Return the job with the rows of a device and the accumulation that its global batch asks for, if it has one."""
+    training, num_devices = scenario.settings.training, scenario.target.world_size
+    rows = find_global_batch(training, scenario.settings.data)
+    if rows is None:
+        return scenario
+    sizes = list_device_batches(rows, num_devices, training)
+    try:
+        size = choose_size(scenario, sizes)
+    except UnknownShapeError:
+        size = next((size for size in sizes if size <= UNKNOWN_MODEL_ROWS), sizes[-1])
+    return take_rows(scenario, size, rows // (num_devices * size))
+
+
+def choose_size(scenario: MemoryScenario, sizes: list[int]) -> int:
+    """Return the first of these numbers of rows that fits, else the last. Raise UnknownShapeError.
+
+    The cheapest way to spread the step counts first, and then the number of rows: less work is better than more at
+    once.
+    """
+    for plan in list_parallelism_plans(scenario.settings, scenario.target) if len(sizes) > 1 else ():
+        for size in sizes:
+            split = take_rows(scenario, size, 2 if size < sizes[0] else 1)
+            if split.can_hold(split.estimate(plan)):
+                return size
+    return sizes[-1]
+
+
+def take_rows(scenario: MemoryScenario, size: int, steps: int) -> MemoryScenario:
+    """Return the job whose devices take `size` rows at once, and add up the gradients of `steps` batches."""
+    settings = scenario.settings.replace(per_device_train_batch_size=size, gradient_accumulation_steps=steps)
+    return replace(scenario, settings=settings)
