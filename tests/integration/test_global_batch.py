@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A job with a global batch trains the same rows in the same steps on any devices, and goes on from any others."""
 
-import signal
+import shutil
 
 import pytest
 from safetensors.torch import load_file
@@ -10,13 +10,21 @@ from support.sagemaker_tree import metrics_of
 
 pytestmark = pytest.mark.long
 
-# Float32, and sums in another order.
+# Float32, and sums in another order. Adam divides by the gradient's size: with its epsilon a gradient that is but
+# rounding would move a weight by a whole learning rate.
 TOLERANCE = 1e-5
 # Of 20 rows a step has 12, and the last one of an epoch 8: there 3 ranks have a row to fill.
 HYPERPARAMETERS = {
-    **{"global_batch_size": "12", "num_train_epochs": "2", "per_device_train_batch_size": None},
-    **{"gradient_accumulation_steps": None, "save_steps": "1", "save_total_limit": "99", "lora_dropout": "0"},
+    "global_batch_size": "12",
+    "num_train_epochs": "2",
+    "per_device_train_batch_size": None,
+    "gradient_accumulation_steps": None,
+    "save_steps": "1",
+    "save_total_limit": "99",
+    "lora_dropout": "0",
+    "adam_epsilon": "1e-6",
 }
+FULL = {"use_peft": "false", "lora_r": None, "lora_alpha": None, "lora_dropout": None}
 
 
 @pytest.fixture(scope="module")
@@ -36,28 +44,45 @@ def run(tree):
     return result.stdout
 
 
-@pytest.fixture(scope="module")
-def alone(make_job):
-    tree = make_job(1)
-    return tree, run(tree)
+@pytest.fixture(scope="module", params=[{}, FULL], ids=["adapter", "all weights"])
+def alone(request, make_job):
+    tree = make_job(1, **request.param)
+    return tree, run(tree), request.param
 
 
-def adapter_of(tree):
-    return load_file(tree.base_dir / "model/adapter_model.safetensors")
+def weights_of(tree):
+    (file,) = (tree.base_dir / "model").glob("*model.safetensors")
+    return load_file(file)
 
 
-def assert_same_run(tree, log, alone):
-    other, other_log = alone
+def assert_same_end(tree, log, alone):
+    other, other_log, _ = alone
+    num_lines = len(metrics_of(log, "train_loss"))
     for name in ("step", "epoch", "learning_rate", "tokens"):
-        assert metrics_of(log, name) == metrics_of(other_log, name)[-len(metrics_of(log, name)) :]
-    losses = metrics_of(log, "train_loss")
-    assert losses == pytest.approx(metrics_of(other_log, "train_loss")[-len(losses) :], abs=TOLERANCE)
-    for name, tensor in adapter_of(other).items():
-        assert (adapter_of(tree)[name] - tensor).abs().max() < TOLERANCE, name
+        assert metrics_of(log, name)[-num_lines:] == metrics_of(other_log, name)[-num_lines:]
+    assert metrics_of(log, "train_loss") == pytest.approx(
+        metrics_of(other_log, "train_loss")[-num_lines:], abs=TOLERANCE
+    )
+    for name, tensor in weights_of(other).items():
+        assert (weights_of(tree)[name] - tensor).abs().max() < TOLERANCE, name
 
 
-@pytest.mark.parametrize("distribution", ["ddp", "fsdp"])
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize(("num_ranks", "distribution"), [(2, "fsdp"), (3, "ddp"), (4, "fsdp")])
 def test_ranks_train_what_one_process_would(make_job, alone, num_ranks, distribution):
-    tree = make_job(num_ranks, distribution=distribution)
-    assert_same_run(tree, run(tree), alone)
+    tree = make_job(num_ranks, **alone[2], distribution=distribution)
+    assert_same_end(tree, run(tree), alone)
+
+
+def test_a_run_goes_on_with_other_devices_sharded_or_not(make_job, alone):
+    """Begun by two ranks, it goes on by one, by four and by one again. Each step leaves a checkpoint."""
+    tree = make_job(2, **alone[2], distribution="fsdp")
+    run(tree)
+    others = [{"nproc_per_node": "1", "distribution": None}, {"nproc_per_node": "4", "distribution": "fsdp"}]
+    others += [{"nproc_per_node": "3", "distribution": "ddp"}, {"nproc_per_node": "1", "distribution": None}]
+    for step, other in enumerate(others, 1):
+        for later in tree.checkpoints[step:]:
+            shutil.rmtree(tree.base_dir / f"checkpoints/checkpoint-{later}")
+        tree.change(**other)
+        log = run(tree)
+        assert f"Resuming from {tree.base_dir}/checkpoints/checkpoint-{step}" in log
+        assert_same_end(tree, log, alone)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import RandomSampler
 from transformers import EarlyStoppingCallback, Trainer
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -26,6 +26,7 @@ from llm_trainer.common.ranks import local_rank
 from llm_trainer.job import checkpoint_dir
 from llm_trainer.journal.journal import Journal
 from llm_trainer.model import lora_init
+from llm_trainer.training import checkpoint_kinds
 from llm_trainer.training.filled_order import FilledOrder
 from llm_trainer.training.resume import make_gather, share_files
 from llm_trainer.training.step_start import RandomState, StepCounts
@@ -221,9 +222,17 @@ class ResumableMixin(Trainer):
 
     def _load_best_model(self) -> None:
         """Send each host the files of the best checkpoint that it lacks, and load it."""
+        best = Path(str(self.state.best_model_checkpoint))
         if self.is_fsdp_enabled and self.run.consensus.group is not None:
-            share_files(Path(str(self.state.best_model_checkpoint)), self.run.consensus.group)
-        super()._load_best_model()
+            share_files(best, self.run.consensus.group)
+        if self.is_of_other_kind(best):
+            checkpoint_kinds.load_weights(self.model, best)
+        else:
+            super()._load_best_model()
+
+    def is_of_other_kind(self, checkpoint: Path) -> bool:
+        """Tell whether a checkpoint is sharded and this run is not, or the other way round."""
+        return checkpoint_kinds.is_sharded(checkpoint) != self.is_fsdp_enabled
 
     # Resume
 
@@ -237,6 +246,21 @@ class ResumableMixin(Trainer):
             self._total_train_tokens = marker.num_tokens
             self.evaluation_due = marker.evaluation_due
         return self.train(resume_from_checkpoint=str(checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights of a checkpoint, which a run with FSDP or one without may have written."""
+        if self.is_of_other_kind(Path(resume_from_checkpoint)):
+            checkpoint_kinds.load_weights(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load optimizer and schedule of a checkpoint, which a run with FSDP or one without may have written."""
+        if checkpoint is None or not self.is_of_other_kind(Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        checkpoint_kinds.load_optimizer(self.model, self.optimizer.optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Restore the count of evaluations without progress, but not its settings, as Transformers would."""

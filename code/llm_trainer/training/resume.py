@@ -31,6 +31,8 @@ ADAPTER_SETTINGS = (
     *("lora_r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters"),
     *("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio"),
 )
+# A run that goes on may differ in these. They tell it how the checkpoint was written.
+FREE = ("distribution",)
 TRAINING_ARGUMENTS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "seed", "data_seed"),
@@ -63,7 +65,7 @@ def identify_run(parts: RunParts, arguments: SFTConfig) -> dict[str, Any]:
     identity = {name: parts.value(name) for name in names}
     identity |= {name: getattr(arguments, name) for name in TRAINING_ARGUMENTS}
     identity |= {"packing": parts.packing.mode, "packing_strategy": parts.data.packing_strategy}
-    identity["distribution"] = "fsdp" if parts.sharded else "ddp"  # their files are of different kinds
+    identity["distribution"] = "fsdp" if parts.sharded else "ddp"
     identity["rows a step"] = (
         arguments.per_device_train_batch_size * world_size() * arguments.gradient_accumulation_steps
     )
@@ -159,7 +161,7 @@ def check_run(checkpoint: Path, marker: Marker | None, identity: dict[str, Any])
     changes = [
         f"{name} was {marker.run[name]} and is {value}"
         for name, value in identity.items()
-        if name in marker.run and marker.run[name] != value
+        if name in marker.run and name not in FREE and marker.run[name] != value
     ]
     if changes:
         raise UserError(

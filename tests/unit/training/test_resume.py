@@ -174,10 +174,9 @@ def test_all_hosts_come_to_have_the_newest_checkpoint_that_they_have_together(tm
     assert capfd.readouterr().out.count("checkpoint-4 is left out, shard-0 is missing") == 1
 
 
-def test_a_checkpoint_of_the_other_distribution_is_refused(folder):
+def test_a_run_goes_on_from_a_checkpoint_of_the_other_distribution(folder):
     for step in (1, 2):
         marker = json.loads((folder / f"checkpoint-{step}/complete.json").read_text())
         marker["run"]["distribution"] = "ddp"
         (folder / f"checkpoint-{step}/complete.json").write_text(json.dumps(marker))
-    with pytest.raises(UserError, match=r"another run \(distribution was ddp and is fsdp\)"):
-        choose(folder, run={**RUN, "distribution": "fsdp"})
+    assert choose(folder, run={**RUN, "distribution": "fsdp"}) == folder / "checkpoint-2"

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The share of a global batch that each device takes at once: the most rows whose memory fits."""
 
+import functools
+from bisect import bisect_left
 from dataclasses import replace
 
 from llm_trainer.config.global_batch import find_global_batch, list_device_batches
-from llm_trainer.model.memory.scenario import MemoryScenario, list_parallelism_plans
+from llm_trainer.model.memory.scenario import MemoryScenario, ParallelismPlan, list_parallelism_plans
 from llm_trainer.model.memory.shape import UnknownShapeError
 
 UNKNOWN_MODEL_ROWS = 8  # a device takes at most so many at once where the model's memory is not known
@@ -25,16 +27,20 @@ def split_global_batch(scenario: MemoryScenario) -> MemoryScenario:
 
 
 def choose_size(scenario: MemoryScenario, sizes: list[int]) -> int:
-    """Return the first of these numbers of rows that fits, else the last. Raise UnknownShapeError.
+    """Return the first of these numbers of rows, the most first, that fits; else the last. Raise UnknownShapeError.
 
     The cheapest way to spread the step counts first, and then the number of rows: less work is better than more at
     once.
     """
-    for plan in list_parallelism_plans(scenario.settings, scenario.target) if len(sizes) > 1 else ():
-        for size in sizes:
-            split = take_rows(scenario, size, 2 if size < sizes[0] else 1)
-            if split.can_hold(split.estimate(plan)):
-                return size
+
+    def fits(size: int, plan: ParallelismPlan) -> bool:
+        split = take_rows(scenario, size, 2 if size < sizes[0] else 1)
+        return split.can_hold(split.estimate(plan))
+
+    if len(sizes) > 1:
+        for plan in list_parallelism_plans(scenario.settings, scenario.target):
+            if fits(sizes[-1], plan):  # each estimate traces a step, which takes seconds for a large model
+                return sizes[bisect_left(sizes[:-1], True, key=functools.partial(fits, plan=plan))]
     return sizes[-1]
 
 
