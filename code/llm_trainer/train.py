@@ -342,7 +342,7 @@ def load_base(context: Context, prepared: Prepared, planned: Planned) -> PreTrai
         device = model_plan.device.torch
         base = loading.load_model(model_plan.folder, settings.model, model_plan.load_options, device)
     if model_plan.liger.is_on:
-        apply_liger(base, {**(settings.model.liger_kernel_config or {}), **model_plan.liger.switched_off})
+        apply_liger(base, model_plan.liger.collect_options(settings.model))
     return base
 
 

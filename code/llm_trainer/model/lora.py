@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from llm_trainer.common.errors import UserError, cut_quote, quote_error
 from llm_trainer.config.sections import MOVING_STARTS, AdapterSettings, ModelSettings
 from llm_trainer.model.adapter_file import build_trained_config
+from llm_trainer.model.parameter_roles import holds_experts
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output layer
 LINEAR = (nn.Linear, Conv1D)
@@ -212,11 +213,6 @@ def find_expert_parameters(model: PreTrainedModel) -> list[str]:
         if parameter.ndim == 3
     ]
     return shorten_names(fused, names, parts=3)
-
-
-def holds_experts(name: str, module: nn.Module) -> bool:
-    """Tell whether a module holds experts by Transformers' names, as `mlp.experts` or JetMoeParallelExperts do."""
-    return any(part.endswith("experts") for part in name.split(".")) or type(module).__name__.endswith("Experts")
 
 
 def find_routers(model: PreTrainedModel) -> Iterator[str]:
