@@ -81,8 +81,8 @@ test-unit: venv ## The unit tests alone
 test-gpu: venv ## Checks that need an NVIDIA GPU; without one they say so and skip
 	.venv/bin/pytest -s tests/gpu
 
-gpu-kit: venv ## Gather in build/gpu-kit what one NVIDIA GPU machine without network needs to try and time this repository
-	tests/gpu/kit.sh
+gpu-kit: venv ## Gather in build/gpu-kit what one NVIDIA GPU machine without network needs to try and time this repository; PEERS=1: and Unsloth
+	PEERS=$(PEERS) tests/gpu/kit.sh
 
 test-notebook: venv .venv-sdk3/.made ## Run the notebook of examples/ against a stand-in for AWS; needs no account
 	.venv-sdk3/bin/pytest --confcutdir tests/notebook tests/notebook
