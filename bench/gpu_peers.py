@@ -163,7 +163,7 @@ def describe(name: str, found: dict[str, Any], tokens: int) -> str:
 def measure_all(names: list[str], size: str, folder: Path, out: Path) -> bool:
     """Print a row for each peer as it comes; peers.json in `out` then holds what was measured so far."""
     deadline, tokens = time.monotonic() + ALL_SECONDS, ROW_TOKENS[size] * ROWS_A_STEP
-    figures: dict[str, Any] = {"size": size, "tokens_per_step": tokens, "peers": {}}
+    figures: dict[str, Any] = {"size": size, "device": "", "tokens_per_step": tokens, "peers": {}}
     print(f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS), sep="\n", flush=True)
     peers = (Peer(name, folder, tokens // 2) for name in names)
     following = next(peers)
@@ -172,6 +172,7 @@ def measure_all(names: list[str], size: str, folder: Path, out: Path) -> bool:
     for name in names:
         peer, following = following, next(peers, None)  # which imports while this one trains
         found = peer.measure(max(1.0, min(LIMIT_SECONDS, deadline - time.monotonic())))
+        figures["device"] = found.get("device", figures["device"])
         figures["peers"][name] = {**found, "wrong": judge(found, tokens)}
         all_well = all_well and not judge(found, tokens)
         print(describe(name, found, tokens), flush=True)

@@ -4,15 +4,17 @@
 import json
 import os
 import statistics
+import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import TrainerCallback, trainer
 
 WARM_UP_STEPS = 6
+PACKAGES = ("torch", "transformers", "trl", "unsloth")
 
 
 class StepClock(TrainerCallback):
@@ -50,7 +52,8 @@ class StepClock(TrainerCallback):
             "tokens": self.tokens[:-1],
             "losses": self.losses,
             "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+            "versions": {name: version(name) for name in PACKAGES if name in sys.modules},
         }
         partial = self.file.with_suffix(".part")
         partial.write_text(json.dumps(found))
