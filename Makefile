@@ -10,8 +10,10 @@ ANY_PYTHON = $(or $(PYTHON),$(shell docker/venv.sh python))
 DOCKER ?= $(shell test -x /usr/bin/docker && echo /usr/bin/docker || echo docker)
 
 REQUIREMENTS := docker/requirements
-# For example BUILD_OPTIONS="--build-arg MAX_JOBS=16 --build-arg FLASH_ATTN_CUDA_ARCHS=90".
+# For example BUILD_OPTIONS="--build-arg MAX_JOBS=16".
 BUILD_OPTIONS ?=
+# FLASH_ATTN_CUDA_ARCHS=90, or "80;90", compiles flash-attn for these GPUs alone; an empty one leaves it out of the image.
+FLASH_ATTN = $(if $(filter undefined,$(origin FLASH_ATTN_CUDA_ARCHS)),,--build-arg "FLASH_ATTN_CUDA_ARCHS=$(FLASH_ATTN_CUDA_ARCHS)")
 # JUNIT=--junit-xml=FILE has the tests leave a report that CI systems read.
 JUNIT ?=
 UNIT_TESTS ?= tests/unit
@@ -33,7 +35,8 @@ NO_BASE_DIGEST := "BASE_IMAGE has to be of the form NAME@sha256:DIGEST, or an im
 BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --build-arg VARIANT=$(VARIANT) \
 	$(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
 	$(if $(BUILDER_IMAGE),--build-arg BUILDER_IMAGE=$(BUILDER_IMAGE)) \
-	$(if $(CACHE),--cache-from $(CACHE)-builder --cache-from $(CACHE) --build-arg BUILDKIT_INLINE_CACHE=1) $(BUILD_OPTIONS)
+	$(if $(CACHE),--cache-from $(CACHE)-builder --cache-from $(CACHE) --build-arg BUILDKIT_INLINE_CACHE=1) $(FLASH_ATTN) \
+	$(BUILD_OPTIONS)
 
 # Python images forbid bytecode. Without it every process compiles all that it imports, which doubles a job's start.
 unexport PYTHONDONTWRITEBYTECODE

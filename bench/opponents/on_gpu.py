@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # which -P leaves out
 RANK, ALPHA = 16, 32
 LEARNING_RATE = 1e-3
 SEQUENCES = 2
-STEPS, LOGGING_STEPS = 24, 6
+STEPS, LOGGING_STEPS = 18, 6
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # all linear layers
 
 
