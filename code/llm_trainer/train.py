@@ -290,7 +290,6 @@ def collect_argument_sources(job: Job) -> ArgumentSources:
         given=job.settings.given,
         training=job.settings.training,
         use_peft=job.settings.adapter.use_peft,
-        load_in_4bit=job.settings.model.load_in_4bit,
         has_validation=bool(job.inputs.validation),
         checkpoint_dir=job.inputs.checkpoint_dir,
     )

@@ -25,6 +25,7 @@ from llm_trainer.common.ranks import local_rank
 from llm_trainer.job import checkpoint_dir
 from llm_trainer.journal.journal import Journal
 from llm_trainer.model import lora_init
+from llm_trainer.training import fsdp
 from llm_trainer.training.resume import make_gather, share_files
 from llm_trainer.training.step_start import RandomState, StepCounts
 from llm_trainer.training.stopping import StopConsensus
@@ -227,6 +228,8 @@ class ResumableMixin(Trainer):
 
     def train_from(self, checkpoint: Path | None) -> Any:
         """Train from the checkpoint on, or from the start. Return Transformers' `TrainOutput`."""
+        if self.is_fsdp_enabled:
+            fsdp.expose_packed_weights(self.model, self.args.device)
         if checkpoint is None:
             return self.train()
         self.resumed_from = checkpoint
