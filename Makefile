@@ -12,8 +12,10 @@ ANY_PYTHON = $(or $(PYTHON),$(shell docker/venv.sh python))
 DOCKER ?= $(shell test -x /usr/bin/docker && echo /usr/bin/docker || echo docker)
 
 REQUIREMENTS := docker/requirements
-# For example BUILD_OPTIONS="--build-arg MAX_JOBS=16 --build-arg FLASH_ATTN_CUDA_ARCHS=90".
+# For example BUILD_OPTIONS="--build-arg MAX_JOBS=16".
 BUILD_OPTIONS ?=
+# FLASH_ATTN_CUDA_ARCHS=90, or "80;90", compiles flash-attn for these GPUs alone; an empty one leaves it out of the image.
+FLASH_ATTN = $(if $(filter undefined,$(origin FLASH_ATTN_CUDA_ARCHS)),,--build-arg "FLASH_ATTN_CUDA_ARCHS=$(FLASH_ATTN_CUDA_ARCHS)")
 # JUNIT=--junit-xml=FILE has the tests leave a report that CI systems read.
 JUNIT ?=
 UNIT_TESTS ?= tests/unit
@@ -38,7 +40,8 @@ BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --build-arg V
 	--build-arg EFA=$(EFA_SOURCE) \
 	$(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
 	$(if $(BUILDER_IMAGE),--build-arg BUILDER_IMAGE=$(BUILDER_IMAGE)) \
-	$(if $(CACHE),--cache-from $(CACHE)-builder --cache-from $(CACHE) --build-arg BUILDKIT_INLINE_CACHE=1) $(BUILD_OPTIONS)
+	$(if $(CACHE),--cache-from $(CACHE)-builder --cache-from $(CACHE) --build-arg BUILDKIT_INLINE_CACHE=1) $(FLASH_ATTN) \
+	$(BUILD_OPTIONS)
 
 # Python images forbid bytecode. Without it every process compiles all that it imports, which doubles a job's start.
 unexport PYTHONDONTWRITEBYTECODE
@@ -86,8 +89,8 @@ test-unit: venv ## The unit tests alone
 test-gpu: venv ## Checks that need an NVIDIA GPU; without one they say so and skip
 	.venv/bin/pytest -s tests/gpu
 
-gpu-kit: venv ## Gather in build/gpu-kit what one NVIDIA GPU machine without network needs to try and time this repository
-	tests/gpu/kit.sh
+gpu-kit: venv ## Gather in build/gpu-kit what one NVIDIA GPU machine without network needs to try and time this repository; PEERS=1: and Unsloth
+	PEERS=$(PEERS) tests/gpu/kit.sh
 
 test-notebook: venv .venv-sdk3/.made ## Run the notebook of examples/ against a stand-in for AWS; needs no account
 	.venv-sdk3/bin/pytest --confcutdir tests/notebook tests/notebook

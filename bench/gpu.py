@@ -66,7 +66,6 @@ COLUMNS = (
     *("variant", "tokens/s", "model TFLOP/s", "of the ceiling", "peak GiB", "retries"),
     "ms: " + " + ".join(PHASES),
 )
-Loss = Callable[[PeftModel, dict[str, torch.Tensor]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -221,9 +220,7 @@ def find_loss(model: PeftModel, batch: dict[str, Any]) -> torch.Tensor:
     return -model(**batch, fused_lm_head=True).log_probs.sum() / (labels[:, 1:] != -100).sum()
 
 
-def train(
-    plan: Plan, device: torch.device, num_steps: int = STEPS, warm_up: int = WARM_UP_STEPS, find_loss: Loss = find_loss
-) -> Measurement:
+def train(plan: Plan, device: torch.device, num_steps: int = STEPS, warm_up: int = WARM_UP_STEPS) -> Measurement:
     """Steps on one batch, which a model has to learn, timed; in autocast, as Transformers' trainer computes."""
     model = adapt(build_model(plan, device), plan)
     optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], 1e-3, fused=device.type == "cuda")

@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # Has flash-attn's wheel in docker/wheels/: from the cache, else compiled and put there, which takes hours.
 #   docker/wheel_cache.sh key                 prints the cache's folder for what decides the wheel
-#   docker/wheel_cache.sh S3_FOLDER DIGESTS   fetches s3://.../KEY/WHEEL, or runs `make flash-attn` and stores its wheel
+#   docker/wheel_cache.sh S3_FOLDER DIGESTS   fetches s3://.../KEY/WHEEL, or runs `make flash-attn` and stores its wheel;
+#                                             does nothing where FLASH_ATTN_CUDA_ARCHS is set and empty
 # The bucket is not trusted. The wheel's digest and name are in Systems Manager, in the parameter DIGESTS/KEY, which the
 # build that compiled the wheel wrote: whoever may write to the bucket alone cannot change what the image is made of.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-archs=${FLASH_ATTN_CUDA_ARCHS:-$(sed -n 's/^ARG FLASH_ATTN_CUDA_ARCHS="\(.*\)"/\1/p' docker/Dockerfile)}
+archs=${FLASH_ATTN_CUDA_ARCHS-$(sed -n 's/^ARG FLASH_ATTN_CUDA_ARCHS="\(.*\)"/\1/p' docker/Dockerfile)}
 
 pin() { sed -n "s/^$1==\([^ ;]*\).*/\1/p" "docker/requirements/$2.txt"; }
 
@@ -22,6 +23,11 @@ key() {
 
 if [ "${1:-key}" = key ]; then
   key
+  exit
+fi
+
+if [ -z "$archs" ]; then
+  echo "flash-attn: left out, as FLASH_ATTN_CUDA_ARCHS names no architecture"
   exit
 fi
 

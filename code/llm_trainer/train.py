@@ -294,7 +294,6 @@ def collect_argument_sources(job: Job) -> ArgumentSources:
         given=job.settings.given,
         training=job.settings.training,
         use_peft=job.settings.adapter.use_peft,
-        load_in_4bit=job.settings.model.load_in_4bit,
         has_validation=bool(job.inputs.validation),
         checkpoint_dir=job.inputs.checkpoint_dir,
     )
@@ -346,7 +345,7 @@ def load_base(context: Context, prepared: Prepared, planned: Planned) -> PreTrai
         device = model_plan.device.torch
         base = loading.load_model(model_plan.folder, settings.model, model_plan.load_options, device)
     if model_plan.liger.is_on:
-        apply_liger(base, {**(settings.model.liger_kernel_config or {}), **model_plan.liger.switched_off})
+        apply_liger(base, model_plan.liger.collect_options(settings.model))
     return base
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Runs one half of the GPU kit on a machine that `tests/gpu/kit.sh` describes: run correct|fast OUT [OPTION...]
+# Runs one half of the GPU kit on a machine that `tests/gpu/kit.sh` describes: run correct|fast|peers OUT [OPTION...]
 set -euo pipefail
 cd "$(dirname "$0")"
 readonly half=$1 out=$2 site=${GPU_KIT_SITE:-/tmp/gpu-kit-site}
@@ -14,5 +14,12 @@ mkdir -p "$out"
 case $half in
   correct) exec python3 tests/gpu/correct.py --out "$out" "$@" ;;
   fast) exec python3 bench/gpu.py --out "$out" "$@" ;;
-  *) echo "run correct|fast OUT: there is no $half" >&2 && exit 2 ;;
+  peers)
+    if [ -f peers.tar.xz ]; then
+      [ -d "$site-peers" ] || python3 -m tarfile --extract peers.tar.xz "$site-peers"
+      export GPU_PEERS_SITE="$site-peers/peers"
+    fi
+    exec python3 bench/gpu_peers.py --out "$out" "$@"
+    ;;
+  *) echo "run correct|fast|peers OUT: there is no $half" >&2 && exit 2 ;;
 esac

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """bf16 LoRA and nf4 QLoRA learn, and take the memory that was estimated for them."""
 
+import copy
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import gpu
 
@@ -22,6 +25,22 @@ def test_a_few_steps_reduce_the_loss(method, size, device):
         f"{size} {method}: losses {[round(loss, 3) for loss in measurement.losses]}, {measurement.peak_bytes:,} bytes"
     )
     assert measurement.losses[-1] < measurement.losses[0] - 0.05
+
+
+def test_a_matrix_for_the_cpu_is_quantized_as_one_that_stays_on_the_gpu(device, tmp_path):
+    """FSDP's first rank quantizes on its GPU, matrix by matrix, and keeps the base on the CPU."""
+    pytest.importorskip("bitsandbytes")
+    quantization = pytest.importorskip("llm_trainer.model.quantization", exc_type=ImportError)
+    config = copy.deepcopy(gpu.SIZES["tiny"])
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    options = {"dtype": torch.bfloat16, "quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
+    there = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": device}, **options)
+    with quantization.quantize_on(device):
+        here = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}, **options)
+    assert {parameter.device.type for parameter in here.parameters()} == {"cpu"}
+    expected = there.state_dict()
+    for name, tensor in here.state_dict().items():
+        assert torch.equal(tensor, expected[name].cpu()), name
 
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])

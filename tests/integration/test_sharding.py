@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_trainer.config.rules import find_missing_package, updates_shards
 from llm_trainer.config.sft_config_fields import read_snapshot
-from support import reduced_gradients, sharded_optimizers
+from support import reduced_gradients, sharded_base, sharded_optimizers
 from support.sagemaker_tree import ROWS, metrics_of
 
 # Eight rows a step on any number of ranks. Float32, and sums in another order: 1e-6 was seen of losses around 5.
@@ -134,6 +134,15 @@ def test_a_quantized_base_is_sharded_and_trained_as_by_one_process(make_job):
     # The adapter is in bfloat16, as QLoRA's authors advise.
     assert_same_curve(run(sharded), run(alone), tolerance=5e-3)
     assert_same_weights(sharded, alone, tolerance=2e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_a_4_bit_base_is_quantized_once_and_its_shards_have_the_bytes_of_one_process(tmp_path, tiny_model, dtype):
+    command = [sys.executable, sharded_base.__file__, str(tmp_path), str(tiny_model), dtype]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    counts = [f"rank {rank} quantized {count} of 14 matrices" for rank, count in ((0, 14), (1, 0))]
+    assert sorted(line for line in result.stdout.splitlines() if line) == counts
 
 
 def test_hosts_have_their_own_shards_and_go_on_together_after_a_worker_was_killed(make_job, ports_of_hosts, start):

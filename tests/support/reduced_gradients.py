@@ -29,7 +29,7 @@ def sum_gradients(rank: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(ADDENDS))}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # Accelerate asks for them, and nobody uses them
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=len(ADDENDS))
-    options = fsdp.choose_arguments(None, load_in_4bit=False)
+    options = fsdp.choose_arguments(None)
     arguments = SFTConfig(folder, use_cpu=True, bf16=True, ddp_backend="gloo", report_to="none", **options)
     fsdp.reduce_in_float32(arguments)
     fsdp.allow_cpu_ranks()

@@ -21,8 +21,7 @@ def build_run_context(**values: Any) -> RunContext:
 
 def collect_sources(settings: Settings, checkpoint_dir: Path, has_validation: bool = False) -> ArgumentSources:
     """Return what a job with these settings makes its training arguments of."""
-    quantizes, use_peft = settings.model.load_in_4bit, settings.adapter.use_peft
-    return ArgumentSources(settings.given, settings.training, use_peft, quantizes, has_validation, checkpoint_dir)
+    return ArgumentSources(settings.given, settings.training, settings.adapter.use_peft, has_validation, checkpoint_dir)
 
 
 def build_full_trainer(

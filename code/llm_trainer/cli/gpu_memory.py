@@ -58,12 +58,11 @@ def build_scenario(
     config: "PreTrainedConfig", settings: Settings, longest_row: int, target: "Target", evaluates: bool
 ) -> "MemoryScenario":
     """Return the job on these GPUs, with the kernels that the image has for them."""
-    from llm_trainer.model.liger import KNOWN_TYPES, choose_liger
+    from llm_trainer.model.memory.fit import add_fused_kernels
     from llm_trainer.model.memory.scenario import MemoryScenario
 
-    kernels = choose_liger(config, settings.model, target.device, KNOWN_TYPES).kernels
     sections, attention = collect_sections(settings), choose_attention(settings)
-    return MemoryScenario(config, sections, longest_row, target, attention, kernels, evaluates)
+    return add_fused_kernels(MemoryScenario(config, sections, longest_row, target, attention, evaluates=evaluates))
 
 
 def fit_here(scenario: "MemoryScenario", validation: Validation) -> None:

@@ -220,10 +220,8 @@ def examine_arguments(job: Job, validation: Validation) -> None:
 
     settings, inputs = job.settings, job.inputs
     given = {name: value for name, value in settings.given.items() if name not in GPU_ARGUMENTS}
-    quantizes, has_validation = settings.model.load_in_4bit, bool(inputs.validation)
-    sources = ArgumentSources(
-        given, settings.training, settings.adapter.use_peft, quantizes, has_validation, inputs.checkpoint_dir
-    )
+    use_peft, has_validation = settings.adapter.use_peft, bool(inputs.validation)
+    sources = ArgumentSources(given, settings.training, use_peft, has_validation, inputs.checkpoint_dir)
     try:
         cpu = torch.device("cpu")
         rehearse_step(build_arguments(choose_method(), sources, cpu, torch.float32), cpu)

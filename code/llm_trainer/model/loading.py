@@ -2,6 +2,9 @@
 """The base model, its config and its tokenizer, loaded as the settings ask for."""
 
 import re
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from llm_trainer.common import log
 from llm_trainer.common.errors import UserError, cut_quote, quote_error
 from llm_trainer.common.files import write_verbatim
 from llm_trainer.common.hub import check_room, download_model, download_weights, find_refusal
@@ -28,7 +32,7 @@ from llm_trainer.common.safetensors_files import list_weights, read_header
 from llm_trainer.config.sections import ModelSettings
 from llm_trainer.data.encoding import Vocabulary
 from llm_trainer.job.model_objects import find_broken_objects
-from llm_trainer.model.quantization import Quantization, find_stored_method, keep_trainable
+from llm_trainer.model.quantization import Quantization, find_stored_method, keep_trainable, prepare_layers
 
 UNKNOWN_TYPE = re.compile(r"model type `(.+?)` but Transformers does not recognize")
 
@@ -43,6 +47,8 @@ META_ERRORS = (*LOADING_ERRORS, RuntimeError, AssertionError)
 LOADING_OPTIONS = frozenset(
     {"cache_dir", "disable_mmap", "experts_implementation", "force_download", "local_files_only", "proxies", "token"}
 )
+LOADING_BAR = "Loading weights"  # Transformers' name of its bar
+SECONDS_A_LINE = 30.0  # a model that loads in less has no line
 
 
 class WrongWeightsError(UserError):
@@ -301,10 +307,37 @@ def load_model(
         }
         if options.quantization is not None:  # None would hide how the checkpoint is stored
             arguments["quantization_config"] = options.quantization
-        loaded, _ = load_whole(model, arguments)
+        with show_loading():
+            loaded, _ = load_whole(model, arguments)
         return keep_trainable(loaded)
     except LOADING_ERRORS as error:
         raise UserError(explain_failure(error, model, "weights")) from error
+
+
+@contextmanager
+def show_loading() -> Iterator[None]:
+    """Log now and then how many tensors are loaded, and quantized. Transformers' own bar would spoil a log."""
+    previous = transformers.utils.logging.set_tqdm_hook(choose_bar)
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_tqdm_hook(previous)
+
+
+def choose_bar(make_bar: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Return lines in place of the bar of weights that load. Any other bar is as Transformers makes it."""
+    return log_tensors(*arguments) if options.get("desc") == LOADING_BAR else make_bar(*arguments, **options)
+
+
+def log_tensors(tensors: Collection[Any]) -> Iterator[Any]:
+    """Yield each tensor's entry. From time to time log how many are done."""
+    started = told = time.monotonic()
+    for done, tensor in enumerate(tensors):
+        now = time.monotonic()
+        if now - told >= SECONDS_A_LINE:
+            log.info(f"{LOADING_BAR}: {done} of {len(tensors)} tensors in {now - started:.0f} s")
+            told = now
+        yield tensor
 
 
 def load_whole(model: str, arguments: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
@@ -347,14 +380,18 @@ def check_fit(model: str, config: PreTrainedConfig, settings: ModelSettings) -> 
 
 
 def build_empty_model(model: str, settings: ModelSettings, options: LoadOptions) -> PreTrainedModel:
-    """Return the base model on the meta device, ready to be sent weights that another rank has dequantized."""
+    """Return the base model on the meta device, ready to be sent weights that another rank has read.
+
+    That rank has dequantized them, or quantized them in 4 bit.
+    """
     config = read_config(model, settings)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
+        empty = AutoModelForCausalLM.from_config(
             config,
             dtype=options.weights_dtype,
             trust_remote_code=settings.trust_remote_code,
             attn_implementation=options.attention,
         )
+    return prepare_layers(empty, options.quantization)

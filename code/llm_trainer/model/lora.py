@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from llm_trainer.common.errors import UserError, cut_quote, quote_error
 from llm_trainer.config.sections import MOVING_STARTS, AdapterSettings, ModelSettings
 from llm_trainer.model.adapter_file import build_trained_config
+from llm_trainer.model.parameter_roles import holds_experts
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output layer
 LINEAR = (nn.Linear, Conv1D)
@@ -29,6 +30,8 @@ ADAPTABLE = (*LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # PEFT has
 DECOMPOSING = (*MOVING_STARTS, "loftq")  # these begin with a part of each matrix, or of its quantization error
 PROBED_ROWS, PROBED_TOKENS = 2, 8
 OTHER_TARGETS = "leave it out, or use target_modules=auto."  # what to do about a target that is refused
+# The layers that a text trains, by the class and the config of a model: a job asks several times, a second each.
+PROBED: dict[tuple[type[PreTrainedModel], str], set[str] | None] = {}
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -140,9 +143,20 @@ def find_trained_layers(model: PreTrainedModel) -> set[str] | None:
 
     Adapters of others get no gradient, and ranks would wait in vain for it. They are towers for images, and attention
     to an encoder that is not there. The weight of others is read without a call, as Mamba's `dt_proj`, or only chooses
-    tokens, as DeepSeek V3.2's indexer. Each layer's output gets a zero added, as a new adapter adds it.
+    tokens, as DeepSeek V3.2's indexer.
     """
-    probe = copy.deepcopy(model)
+    key = type(model), model.config.to_json_string(use_diff=False)
+    if key not in PROBED:
+        PROBED[key] = probe_layers(copy.deepcopy(model))
+    return PROBED[key]
+
+
+def probe_layers(probe: PreTrainedModel) -> set[str] | None:
+    """Return what `find_trained_layers` does. Each layer's output gets a zero added, as a new adapter adds it.
+
+    The zeros that autograd would go back to belong to trained layers. It need not go, which takes twice as long as the
+    forward pass.
+    """
     zeros: dict[str, torch.Tensor] = {}
     for name, module in probe.named_modules():
         if isinstance(module, LINEAR) and is_plain(module):
@@ -157,10 +171,21 @@ def find_trained_layers(model: PreTrainedModel) -> set[str] | None:
         with FakeTensorMode(), torch.enable_grad():
             probe._apply(lambda tensor: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype))
             rows = torch.zeros(PROBED_ROWS, PROBED_TOKENS, dtype=torch.long)
-            probe(input_ids=rows, use_cache=False).logits.sum().backward()
+            reached = list_leaves(probe(input_ids=rows, use_cache=False).logits)
     except Exception:  # the code of any model runs here, which may ask for numbers
         return None
-    return {name for name, zero in zeros.items() if zero.grad is not None}
+    return {name for name, zero in zeros.items() if id(zero) in reached}
+
+
+def list_leaves(result: torch.Tensor) -> set[int]:
+    """Return the ids of the tensors that would get a gradient from a result."""
+    nodes, to_visit = set(), [result.grad_fn]
+    while to_visit:
+        node = to_visit.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            to_visit += [earlier for earlier, _ in node.next_functions]
+    return {id(node.variable) for node in nodes if hasattr(node, "variable")}
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -212,11 +237,6 @@ def find_expert_parameters(model: PreTrainedModel) -> list[str]:
         if parameter.ndim == 3
     ]
     return shorten_names(fused, names, parts=3)
-
-
-def holds_experts(name: str, module: nn.Module) -> bool:
-    """Tell whether a module holds experts by Transformers' names, as `mlp.experts` or JetMoeParallelExperts do."""
-    return any(part.endswith("experts") for part in name.split(".")) or type(module).__name__.endswith("Experts")
 
 
 def find_routers(model: PreTrainedModel) -> Iterator[str]:

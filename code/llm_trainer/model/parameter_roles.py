@@ -27,7 +27,17 @@ def assign_roles(base: PreTrainedModel) -> Iterator[tuple[str, Role]]:
         elif type(module) is nn.Linear and own_name == "weight" and should_convert_module(path, unquantized):
             yield name, "linear"
         else:
-            yield name, "experts" if parameter.dim() == 3 else "other"
+            yield name, "experts" if parameter.dim() == 3 and holds_experts(path, module) else "other"
+
+
+def holds_experts(name: str, module: nn.Module) -> bool:
+    """Tell whether a module holds experts by Transformers' names, as `mlp.experts` or JetMoeParallelExperts do."""
+    return any(part.endswith("experts") for part in name.split(".")) or type(module).__name__.endswith("Experts")
+
+
+def has_experts(base: PreTrainedModel) -> bool:
+    """Tell whether a model holds experts that are fused into one parameter."""
+    return any(role == "experts" for _, role in assign_roles(base))
 
 
 def measure_linear_share(base: PreTrainedModel) -> float:

@@ -12,9 +12,10 @@ from llm_trainer.config.sections import AdapterSettings, ModelSettings, OutputSe
 from llm_trainer.model.adapter_fit import check_earlier_adapter
 from llm_trainer.model.attention import AttentionChoice, choose_attention, find_faults, read_needs
 from llm_trainer.model.device import Device
-from llm_trainer.model.liger import LigerChoice, choose_liger, find_known_types, leave_out_experts
+from llm_trainer.model.liger import LigerChoice, choose_liger, find_known_types, leave_out_experts, try_on
 from llm_trainer.model.loading import LoadOptions, build_skeleton, check_fit, read_config
 from llm_trainer.model.lora import build_lora_config
+from llm_trainer.model.parameter_roles import has_experts
 from llm_trainer.model.positions import count_positions
 from llm_trainer.model.precision import Precision, find_stored_dtype
 from llm_trainer.model.quantization import (
@@ -72,8 +73,9 @@ def plan_model(folder: str, settings: PlanSettings, device: Device, precision: P
     skeleton = build_skeleton(folder, config, model_settings.trust_remote_code)
     asked, faults = model_settings.attn_implementation, find_faults(device)
     attention = choose_attention(read_needs(skeleton), asked, precision.compute, device, faults)
-    asked_for = choose_liger(config, model_settings, device, find_known_types(device))
-    liger = leave_out_experts(asked_for, model_settings, skeleton, precision)
+    liger = choose_liger(config, model_settings, device, find_known_types(device))
+    liger = leave_out_experts(liger, model_settings, has_experts(skeleton))
+    liger = try_on(liger, model_settings, skeleton)
     lora = build_lora_config(model_settings, settings.adapter, skeleton) if settings.adapter.use_peft else None
     goes_on = lora is not None and settings.adapter.adapter_path
     start = [check_earlier_adapter(folder, config, model_settings, settings.adapter)] if goes_on else []

@@ -2,11 +2,14 @@
 """The quantization of the base model: the one its checkpoint is stored in, or bitsandbytes' while it loads."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig, Mxfp4Config, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.safetensors_files import count_weights, list_weights
@@ -123,6 +126,52 @@ def describe_quantization(
     return (
         f"Quantization: {method}{double}: {share:.0%} of the weights, as the others stay in {show_dtype(weights_dtype)}"
     )
+
+
+@contextmanager
+def quantize_on(device: torch.device) -> Iterator[None]:
+    """Have Transformers quantize on a device what it loads in 4 bit to the CPU.
+
+    A GPU does so many times faster, and holds one matrix at a time.
+    """
+    from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+
+    convert_there = Bnb4bitQuantize.convert
+
+    def convert(operation: Any, input_dict: dict[str, Any], **options: Any) -> dict[str, torch.Tensor]:
+        matrices = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        moved = {name: matrix.to(device) for name, matrix in matrices.items()}
+        return {name: weight.cpu() for name, weight in convert_there(operation, moved, **options).items()}
+
+    Bnb4bitQuantize.convert = convert  # Transformers takes no device for it
+    try:
+        yield
+    finally:
+        Bnb4bitQuantize.convert = convert_there
+
+
+def prepare_layers(model: PreTrainedModel, quantization: Quantization | None) -> PreTrainedModel:
+    """Give a model without weights the layers into which Transformers would load 4-bit weights. Return the model."""
+    if isinstance(quantization, BitsAndBytesConfig):
+        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+        quantizer.preprocess_model(model=model, device_map=None)
+        model.hf_quantizer = quantizer
+        quantizer.postprocess_model(model)
+    return keep_trainable(model)
+
+
+def list_packed_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the layers whose weight bitsandbytes holds in 4 bit, or will hold."""
+    for module in model.modules():
+        if type(module._parameters.get("weight")).__name__ == "Params4bit":
+            yield module
+
+
+def build_packed_weight(data: torch.Tensor, scales: dict[str, Any], layer: nn.Module) -> nn.Parameter:
+    """Return a layer's 4-bit weight from its packed numbers and from bitsandbytes' dictionary of its scales."""
+    from bitsandbytes.nn import Params4bit
+
+    return Params4bit.from_prequantized(data, scales, device=data.device, module=layer)
 
 
 def keep_trainable(model: PreTrainedModel) -> PreTrainedModel:

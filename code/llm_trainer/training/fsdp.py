@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FSDP2: torch's `fully_shard`, used by Accelerate. Each rank holds a shard of the weights and of the optimizer."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.modeling import get_non_persistent_buffers
 from peft import PeftModel
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -18,9 +20,10 @@ from llm_trainer.common.ranks import rank
 from llm_trainer.config.sections import ModelSettings
 from llm_trainer.model.loading import load_model
 from llm_trainer.model.plan import ModelPlan
+from llm_trainer.model.quantization import build_packed_weight, list_packed_layers, quantize_on
 
 
-def choose_arguments(fsdp_config: dict[str, Any] | None, load_in_4bit: bool) -> dict[str, Any]:
+def choose_arguments(fsdp_config: dict[str, Any] | None) -> dict[str, Any]:
     """Return TrainingArguments' values for a sharded run. `fsdp_config` is the user's, and wins.
 
     Accelerate's activation checkpointing is not used, though Transformers recommends it. Its layers drop out other
@@ -34,7 +37,7 @@ def choose_arguments(fsdp_config: dict[str, Any] | None, load_in_4bit: bool) -> 
         "version": 2,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",  # a unit is a decoder layer
         "state_dict_type": "SHARDED_STATE_DICT",  # each rank writes its shard; no rank holds a whole optimizer
-        "cpu_ram_efficient_loading": not load_in_4bit,  # Accelerate sends no 4-bit weights
+        "cpu_ram_efficient_loading": True,  # rank 0 alone has the weights, and sends the others their shards
     }
     return {
         "fsdp": True,
@@ -79,14 +82,15 @@ def set_quantized_storage_dtype(quantization: object, arguments: SFTConfig, dtyp
 def load_base_for_sharding(
     plan: ModelPlan, settings: ModelSettings, arguments: SFTConfig, group: dist.ProcessGroup
 ) -> PreTrainedModel:
-    """Return the base on the CPU, from where Accelerate shards it layer by layer. Every rank must call this.
+    """Return the base on the CPU, from where Accelerate shards it tensor by tensor. Every rank must call this.
 
-    The first rank loads the base, and later sends the others their shards. Every rank loads and quantizes 4-bit weights
-    by itself. Accelerate shards such a layer when it moves it to the device, but cannot send it.
+    The first rank alone loads the base, and later sends the others their shards. It also quantizes alone, on its device
+    if that is a GPU.
     """
     set_quantized_storage_dtype(plan.quantization, arguments, plan.precision.compute)
-    device = torch.device("cpu") if settings.load_in_4bit or rank() == 0 else None
-    base = load_model(plan.folder, settings, plan.load_options, device)
+    device = torch.device("cpu") if rank() == 0 else None
+    with quantize_on(plan.device.torch) if settings.load_in_4bit else nullcontext():
+        base = load_model(plan.folder, settings, plan.load_options, device)
     receive_structure(base, group)
     return base
 
@@ -95,15 +99,23 @@ def receive_structure(model: PreTrainedModel, group: dist.ProcessGroup) -> None:
     """Make a model without weights ready to get rank 0's from Accelerate. Every rank must call this.
 
     It gets the number types, since a checkpoint may keep some weights in float32. It gets the buffers that are never
-    saved, such as the frequencies of rotary positions. Its weights get addresses, by which Accelerate tells them apart,
-    but no memory: the system gives that only to pages that are written to.
+    saved, such as the frequencies of rotary positions, and the scales of 4-bit layers. Its weights get addresses, by
+    which Accelerate tells them apart, but no memory: the system gives that only to pages that are written to.
     """
+    layers = list(list_packed_layers(model))
     buffers = {name: model.get_buffer(name) for name in get_non_persistent_buffers(model, recurse=True, fqns=True)}
     sent: list[Any] = [{name: parameter.dtype for name, parameter in model.named_parameters()}, buffers]
     dist.broadcast_object_list(sent, src=0, group=group)
-    if model.device.type != "meta":
-        return
-    types, buffers = sent
+    if model.device.type == "meta":
+        for layer in layers:
+            layer.weight = None  # until its packed shape is known
+        allocate(model, *sent)
+    for layer in layers:
+        receive_packed_layer(layer, group)
+
+
+def allocate(model: PreTrainedModel, types: dict[str, torch.dtype], buffers: dict[str, torch.Tensor]) -> None:
+    """Give a model on the meta device weights of these types on the CPU, and the buffers that are never saved."""
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(types[name])
     model.to_empty(device="cpu")
@@ -111,6 +123,31 @@ def receive_structure(model: PreTrainedModel, group: dist.ProcessGroup) -> None:
     for name, buffer in buffers.items():
         module, _, own_name = name.rpartition(".")
         model.get_submodule(module).register_buffer(own_name, buffer, persistent=False)
+
+
+def receive_packed_layer(layer: nn.Module, group: dist.ProcessGroup) -> None:
+    """Give a 4-bit layer rank 0's scales, and its weight the packed shape. Every rank must call this.
+
+    Layers come one by one, as the scales of a large model together are gigabytes.
+    """
+    weight = layer.weight
+    sent: list[Any] = [weight is not None and (weight.shape, weight.dtype, weight.quant_state.as_dict(packed=True))]
+    dist.broadcast_object_list(sent, src=0, group=group)
+    if weight is None:
+        shape, dtype, scales = sent[0]
+        layer.weight = build_packed_weight(torch.empty(shape, dtype=dtype), scales, layer)
+
+
+def expose_packed_weights(model: nn.Module, device: torch.device) -> None:
+    """Make 4-bit weights plain parameters, which Accelerate sends and shards as any other.
+
+    It does not send bitsandbytes' own, which carry their scales. The scales stay in the layers, whole on each device.
+    bitsandbytes finds them there.
+    """
+    for layer in list_packed_layers(model):
+        layer.quant_state = layer.weight.quant_state
+        layer.quant_state.to(device)
+        layer.weight = nn.Parameter(layer.weight.data.as_subclass(torch.Tensor), requires_grad=False)
 
 
 def gather_weights(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:

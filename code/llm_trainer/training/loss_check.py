@@ -11,7 +11,7 @@ from torch.nn.functional import log_softmax
 
 from llm_trainer.common.errors import UserError, quote_error
 
-NUM_ROWS, NUM_TOKENS = 2, 16
+NUM_ROWS, NUM_TOKENS = 2, 8
 # How far a token's logits may move with the last token, as a share of the largest. Other kernels may round otherwise.
 # Encoders with two layers of random weights moved them by 0.0003 and more in float32.
 MOVED = {torch.float32: 1e-4, torch.float16: 0.005, torch.bfloat16: 0.03}
@@ -30,7 +30,9 @@ def check_loss(model: nn.Module, vocabulary_size: int, device: torch.device, dty
     rows = torch.randint(vocabulary_size, (NUM_ROWS, NUM_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            problem = find_dependence(model, rows, MOVED[dtype]) or find_other_loss(model, rows, APART[dtype])
+            logits, after_others = compute_logits(model, rows)
+            problem = find_dependence(logits, after_others, MOVED[dtype])
+            problem = problem or find_other_loss(model, rows, logits, APART[dtype])
     except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         raise UserError(f"The model does not compute with TRL's loss ({quote_error(error)}): {FIX}") from error
     finally:
@@ -39,27 +41,30 @@ def check_loss(model: nn.Module, vocabulary_size: int, device: torch.device, dty
         raise UserError(problem)
 
 
-def find_dependence(model: nn.Module, rows: torch.Tensor, limit: float) -> str | None:
-    """Return a sentence where tokens depend on those after them, else None. `rows` holds token ids [rows, tokens]."""
+def compute_logits(model: nn.Module, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits of all tokens but the last, and those that they get where another token is the last one.
+
+    `rows` holds token ids [rows, tokens]. The logits [rows, tokens - 1, vocabulary] come as in training: without a
+    cache. One pass computes both, which takes as long as one of them where the weights are many.
+    """
     others = rows.clone()
     others[:, -1] = rows[:, 0]
-    logits, after_others = (compute_logits(model, each)[:, :-1].float() for each in (rows, others))
+    logits = model(input_ids=torch.cat([rows, others]), use_cache=False).logits[:, :-1].float()
+    return logits[: len(rows)], logits[len(rows) :]
+
+
+def find_dependence(logits: torch.Tensor, after_others: torch.Tensor, limit: float) -> str | None:
+    """Return a sentence where tokens depend on those after them, else None. The arguments are `compute_logits`'s."""
     moved = ((after_others - logits).abs().max() / logits.abs().max()).item()
     if moved <= limit:
         return None
     return f"The model lets a token see those after it (its logits move by {moved:.2g}): it is no decoder; {FIX}"
 
 
-def find_other_loss(model: nn.Module, rows: torch.Tensor, limit: float) -> str | None:
+def find_other_loss(model: nn.Module, rows: torch.Tensor, logits: torch.Tensor, limit: float) -> str | None:
     """Return a sentence where TRL's loss is not the loss of the model's logits, else None."""
-    logits = compute_logits(model, rows)[:, :-1].float()
     own = -log_softmax(logits, -1).gather(-1, rows[:, 1:, None]).mean().item()
     found = -model(input_ids=rows, labels=rows, fused_lm_head=True).log_probs.sum().item() / rows[:, 1:].numel()
     if abs(found - own) <= limit * max(1.0, abs(own)):
         return None
     return f"TRL's loss of the model is {found:.4g}, and its own logits give {own:.4g}: it would learn wrongly; {FIX}"
-
-
-def compute_logits(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """Return the logits [rows, tokens, vocabulary], as in training: without a cache."""
-    return model(input_ids=rows, use_cache=False).logits

@@ -22,16 +22,18 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llm_trainer.common import log
 from llm_trainer.common.activity_notes import EVALUATION, note_activity
+from llm_trainer.common.errors import UserError
 from llm_trainer.common.ranks import local_rank
 from llm_trainer.job import checkpoint_dir
 from llm_trainer.journal.journal import Journal
 from llm_trainer.model import lora_init
-from llm_trainer.training import checkpoint_kinds
+from llm_trainer.training import checkpoint_kinds, fsdp
 from llm_trainer.training.filled_order import FilledOrder
 from llm_trainer.training.resume import make_gather, share_files
 from llm_trainer.training.step_start import RandomState, StepCounts
 from llm_trainer.training.stopping import StopConsensus
 
+CONVERSIONS = "_weight_conversions"  # a model's, between the names of its weights and those in its base's files
 DEFAULT_LIMIT = 2  # checkpoints that are kept where the settings do not tell
 
 
@@ -165,6 +167,18 @@ class ResumableMixin(Trainer):
             if self.run.adapter_start:
                 lora_init.save_initial_adapter(self.run.adapter_start, partial)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Write weights by the names that the model has, by which Transformers looks for them when a run goes on.
+
+        It would write the names that the base has in its files, such as those of each expert.
+        """
+        conversions = getattr(self.model, CONVERSIONS, None)
+        setattr(self.model, CONVERSIONS, [])
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            setattr(self.model, CONVERSIONS, conversions)
+
     def complete_checkpoint(self, partial: Path, files: checkpoint_dir.Files) -> None:
         """Mark and rename a written checkpoint, then delete those that are too many."""
         manages, num_tokens = self.manages_checkpoint_dir(partial), self.count_tokens()  # before the rename
@@ -220,9 +234,27 @@ class ResumableMixin(Trainer):
             (Path(output_dir) / name).write_bytes(state)
         return None
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raise UserError for weights that a checkpoint lacks, where Transformers would go on with other values."""
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
+        loaded = {id(weight) for name, weight in weights.items() if name not in load_result.missing_keys}
+        lost = [name for name in load_result.missing_keys if name in weights and id(weights[name]) not in loaded]
+        if lost:
+            raise UserError(
+                f"The checkpoint lacks {len(lost)} weights of this model, such as {lost[0]}: set "
+                "resume_from_checkpoint=false to start anew."
+            )
+
     def _load_best_model(self) -> None:
-        """Send each host the files of the best checkpoint that it lacks, and load it."""
+        """Send each host the files of the best checkpoint that it lacks, and load it. Raises UserError if it is gone.
+
+        Transformers would keep the last weights. Other hosts may: they export nothing.
+        """
         best = Path(str(self.state.best_model_checkpoint))
+        if self.args.should_save and not best.is_dir():
+            raise UserError(
+                f"The best checkpoint, {best}, is gone: start the job again without load_best_model_at_end."
+            )
         if self.is_fsdp_enabled and self.run.consensus.group is not None:
             share_files(best, self.run.consensus.group)
         if self.is_of_other_kind(best):
@@ -238,6 +270,8 @@ class ResumableMixin(Trainer):
 
     def train_from(self, checkpoint: Path | None) -> Any:
         """Train from the checkpoint on, or from the start. Return Transformers' `TrainOutput`."""
+        if self.is_fsdp_enabled:
+            fsdp.expose_packed_weights(self.model, self.args.device)
         if checkpoint is None:
             return self.train()
         self.resumed_from = checkpoint

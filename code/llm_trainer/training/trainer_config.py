@@ -67,7 +67,6 @@ class ArgumentSources:
     given: Mapping[str, Any]  # what the user set, by flat names
     training: TrainingSettings
     use_peft: bool
-    load_in_4bit: bool
     has_validation: bool
     checkpoint_dir: Path
 
@@ -246,7 +245,7 @@ def choose_defaults(
         "prediction_loss_only": True,
     }
     if memory_plan is not None and memory_plan.sharded:
-        defaults |= fsdp.choose_arguments(sources.given.get("fsdp_config"), sources.load_in_4bit)
+        defaults |= fsdp.choose_arguments(sources.given.get("fsdp_config"))
     # From pinned memory batches are copied while the GPU computes, and nobody waits.
     copies_ahead = not on_cpu and sources.given.get("dataloader_pin_memory", True)
     defaults["accelerator_config"] = {"non_blocking": copies_ahead, **defaults.get("accelerator_config", {})}

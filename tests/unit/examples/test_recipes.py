@@ -18,8 +18,7 @@ from llm_trainer.config.schema import Settings
 from llm_trainer.config.sections import ALIASES
 from llm_trainer.model.attention import choose_attention, read_needs
 from llm_trainer.model.device import Device
-from llm_trainer.model.liger import KNOWN_TYPES, choose_liger
-from llm_trainer.model.memory.fit import choose_memory_plan
+from llm_trainer.model.memory.fit import add_fused_kernels, choose_memory_plan
 from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, Target
 from llm_trainer.model.precision import choose_precision
 from support.environments import build_environment
@@ -148,8 +147,7 @@ def test_its_model_fits_its_instance_in_the_way_that_it_says(recipe):
     needs, asked = read_needs(scenario.shape.skeleton), settings.model.attn_implementation
     compute = choose_precision(settings.model, settings.adapter, instance.device).compute
     attention = choose_attention(needs, asked, compute, instance.device, NOT_INSTALLED)
-    kernels = choose_liger(config, settings.model, instance.device, KNOWN_TYPES).kernels
-    fit = choose_memory_plan(replace(scenario, attention=attention.name, fused_kernels=kernels))
+    fit = choose_memory_plan(add_fused_kernels(replace(scenario, attention=attention.name)))
     way = fit.parallelism.describe(target.world_size).partition(" with ")[2]
     size = f"{fit.estimate.total_bytes / GIB:.0f} GiB a {target.unit}"
     assert recipe.memory == (f"{size}, with {way}" if way else size)

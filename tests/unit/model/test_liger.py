@@ -2,7 +2,7 @@
 """Fused kernels: when Liger's are used, and that TRL's chunked loss is the plain one. Liger's own run on a GPU only."""
 
 import sys
-from types import ModuleType
+from types import MethodType, ModuleType
 
 import pytest
 import torch
@@ -17,9 +17,17 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.formats import IGNORED
 from llm_trainer.model.device import Device
-from llm_trainer.model.liger import KNOWN_TYPES, apply_liger, choose_liger, find_known_types, leave_out_experts
+from llm_trainer.model.liger import (
+    KNOWN_TYPES,
+    LigerChoice,
+    apply_liger,
+    choose_liger,
+    find_known_types,
+    leave_out_experts,
+    try_on,
+)
 from llm_trainer.model.loading import build_skeleton
-from llm_trainer.model.precision import Precision
+from llm_trainer.model.parameter_roles import has_experts
 from llm_trainer.training.packing import PackingCollator
 from support.tiny_model import build_tokenizer
 from support.trainers import build_full_trainer
@@ -48,7 +56,9 @@ def choose(config=CONFIGS["llama"], device=H100, known=KNOWN, **settings):
 
 def test_types_that_liger_knows_are_known_without_it():
     patches = pytest.importorskip("liger_kernel.transformers.monkey_patch", reason="liger-kernel is not installed here")
-    assert frozenset(patches.MODEL_TYPE_TO_APPLY_LIGER_FN) == KNOWN_TYPES
+    known = frozenset(patches.MODEL_TYPE_TO_APPLY_LIGER_FN)
+    assert known - KNOWN_TYPES == {"qwen3_5_moe", "qwen3_5_moe_text"}
+    assert known > KNOWN_TYPES
 
 
 def test_kernels_are_those_that_no_option_switches_off():
@@ -58,39 +68,45 @@ def test_kernels_are_those_that_no_option_switches_off():
 
 
 def test_liger_is_on_where_it_can_be():
-    assert str(choose()) == "Liger kernels: on (RMSNorm, rotary embeddings and SwiGLU; the loss is TRL's)"
+    assert choose().is_on
     assert choose(use_liger_kernel=True).is_on
     assert str(choose(use_liger_kernel=False)) == "Liger kernels: off (use_liger_kernel=false)"
 
 
+@pytest.mark.parametrize(
+    ("kernels", "words"),
+    [
+        ({"rms_norm"}, "RMSNorm; the loss is TRL's"),
+        ({"rope", "rms_norm"}, "RMSNorm and rotary embeddings; the loss is TRL's"),
+        ({"swiglu", "rope", "rms_norm"}, "RMSNorm, rotary embeddings and SwiGLU; the loss is TRL's"),
+        (set(), "the loss is TRL's"),
+    ],
+)
+def test_the_log_names_the_kernels_that_the_model_gets(kernels, words):
+    assert str(LigerChoice(True, "the loss is TRL's", frozenset(kernels))) == f"Liger kernels: on ({words})"
+
+
 MIXTURE = MixtralConfig(**BASE, num_local_experts=4)
-MIXED = Precision(torch.bfloat16, torch.float32, "full fine-tuning")
-PLAIN = Precision(torch.bfloat16, torch.bfloat16, "LoRA")
 
 
 @pytest.mark.parametrize(
-    ("config", "precision", "given", "off"),
+    ("config", "given", "off"),
     [
-        (MIXTURE, MIXED, {}, {"swiglu"}),
-        (MIXTURE, MIXED, {"liger_kernel_config": {"rope": False}}, {"rope", "swiglu"}),
-        (MIXTURE, MIXED, {"liger_kernel_config": {"swiglu": True}}, set()),
-        (MIXTURE, PLAIN, {}, set()),
-        (CONFIGS["llama"], MIXED, {}, set()),
+        (MIXTURE, {}, {"swiglu"}),
+        (MIXTURE, {"liger_kernel_config": {"rope": False}}, {"rope", "swiglu"}),
+        (MIXTURE, {"liger_kernel_config": {"swiglu": True}}, set()),
+        (CONFIGS["llama"], {}, set()),
     ],
 )
-def test_experts_with_float32_weights_are_left_out(config, precision, given, off):
+def test_experts_are_left_out_of_every_training(config, given, off):
+    settings = Settings(**given).model
     choice = choose(config, known=frozenset({"llama", "mixtral"}), **given)
     skeleton = build_skeleton(config.model_type, config, trust_remote_code=False)
-    left = leave_out_experts(choice, Settings(**given).model, skeleton, precision)
+    left = leave_out_experts(choice, settings, has_experts(skeleton))
     assert left.is_on
-    assert left.switched_off == dict.fromkeys(off, False)
-    if "swiglu" in off:
-        assert str(left) == (
-            "Liger kernels: on (RMSNorm and rotary embeddings; not the experts, which Liger would compute in the "
-            "weights' float32; the loss is TRL's)"
-        )
-    else:
-        assert left == choice
+    options = left.collect_options(settings)
+    assert {name for name, value in options.items() if value is False} == off
+    assert ("not the experts; the loss is TRL's" in str(left)) == ("swiglu" in off)
 
 
 CANNOT = [
@@ -116,28 +132,42 @@ def test_ligers_own_loss_is_refused():
     assert find_known_types(CPU) is None
 
 
-def test_liger_changes_one_model_and_leaves_the_others(monkeypatch):
-    """Its import needs Triton, which is not here: a stand-in does to Llama what Liger 0.8.5 does."""
+class FusedNorm(torch.nn.Module):
+    def forward(self, hidden):
+        return hidden * 0
+
+
+def fused_rotary(tensor, *args):
+    raise AssertionError("Triton was called for a tensor on the CPU")
+
+
+FusedNorm.forward.__module__, fused_rotary.__module__ = "liger_kernel.transformers.rms_norm", "liger_kernel.ops.rope"
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """A stand-in does to Llama what Liger 0.8.5 does, whose import needs Triton. It keeps the options that it gets."""
     asked = {}
-
-    class FusedNorm(torch.nn.Module):
-        pass
-
-    def fused_rotary(tensor, *args):
-        raise AssertionError("Triton was called for a tensor on the CPU")
 
     def apply_to_instance(model, **options):
         asked.update(options)
-        modeling_llama.apply_rotary_pos_emb = fused_rotary
         modeling_llama.LlamaRMSNorm = FusedNorm
-        model.model.norm.forward = lambda hidden: hidden * 0
+        model.model.norm.forward = MethodType(FusedNorm.forward, model.model.norm)
+        if "fault" in asked:
+            raise asked["fault"]
+        if options.get("rope", True):
+            modeling_llama.apply_rotary_pos_emb = fused_rotary
 
     liger = ModuleType("liger_kernel.transformers")
     liger._apply_liger_kernel_to_instance = apply_to_instance
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
     monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)  # put back after
+    monkeypatch.setattr(modeling_llama, "LlamaRMSNorm", modeling_llama.LlamaRMSNorm)
+    return asked
 
+
+def test_liger_changes_one_model_and_leaves_the_others(liger):
     tokens = torch.arange(8)[None]
     torch.manual_seed(0)
     other = AutoModelForCausalLM.from_config(CONFIGS["llama"])
@@ -147,12 +177,37 @@ def test_liger_changes_one_model_and_leaves_the_others(monkeypatch):
     assert not model(input_ids=tokens).logits.any()
     torch.testing.assert_close(other(input_ids=tokens).logits, before, rtol=0, atol=0)
     assert modeling_llama.LlamaRMSNorm is not FusedNorm
-    assert asked == {
+    assert liger == {
         "rope": True,
         "cross_entropy": False,
         "fused_linear_cross_entropy": False,
         "layer_norm": False,
     }
+
+
+@pytest.mark.parametrize(("given", "kernels"), [({}, {"rms_norm", "rope"}), ({"rope": False}, {"rms_norm"})])
+def test_the_plan_names_the_kernels_that_liger_really_gives(liger, given, kernels):
+    settings = Settings(liger_kernel_config=given or None).model
+    skeleton = build_skeleton("llama", CONFIGS["llama"], trust_remote_code=False)
+    plain = modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm
+    tried = try_on(choose(liger_kernel_config=given or None), settings, skeleton)
+    assert tried.kernels == kernels
+    assert tried.collect_options(settings)["swiglu"] is False
+    assert (modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm) == plain
+    assert "forward" not in vars(skeleton.model.norm)
+
+
+def test_a_model_that_ligers_code_fails_at_is_trained_without(liger):
+    """As Liger 0.8.5 does at qwen3_5_moe."""
+    skeleton = build_skeleton("llama", CONFIGS["llama"], trust_remote_code=False)
+    plain = modeling_llama.LlamaRMSNorm
+    liger["fault"] = ImportError("cannot import name LigerOutput")
+    reason = "liger-kernel's code for model type llama fails: cannot import name LigerOutput"
+    tried = try_on(choose(), Settings().model, skeleton)
+    assert str(tried) == f"Liger kernels: off ({reason})"
+    assert modeling_llama.LlamaRMSNorm is plain
+    with pytest.raises(UserError, match=f"^use_liger_kernel=true: {reason}: leave it out.$"):
+        try_on(choose(), Settings(use_liger_kernel=True).model, skeleton)
 
 
 @pytest.mark.parametrize("packs", [True, False])

@@ -4,6 +4,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,15 +14,18 @@ from transformers import BertConfig, dynamic_module_utils
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
+from llm_trainer.model import loading
 from llm_trainer.model.attention import read_needs
 from llm_trainer.model.loading import (
     LoadOptions,
     build_skeleton,
     check_fit,
+    choose_bar,
     choose_pad_token,
     find_stop_ids,
     load_model,
     load_tokenizer,
+    log_tensors,
     read_config,
     restore_generation_config,
 )
@@ -250,3 +254,36 @@ def test_a_stop_token_that_is_no_number_is_refused(tiny_model, tmp_path, stop):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
     with pytest.raises(UserError, match="which is no token's number: give the number"):
         find_stop_ids(str(folder), build_tokenizer(), None)
+
+
+def load_tiny(folder):
+    return load_model(str(folder), Settings().model, LoadOptions(torch.float32, "eager"), torch.device("cpu"))
+
+
+def test_a_model_that_loads_for_long_tells_how_many_of_its_tensors_are_there(tiny_model, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "SECONDS_A_LINE", 0.0)
+    monkeypatch.setattr(loading, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    num_tensors = len(list(load_tiny(tiny_model).parameters()))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Loading weights: ")]
+    assert lines == [f"Loading weights: {done} of {num_tensors} tensors in 0 s" for done in range(num_tensors)]
+    assert transformers.utils.logging.set_tqdm_hook(None) is None
+
+
+def test_a_model_that_loads_at_once_tells_nothing(tiny_model, capsys):
+    load_tiny(tiny_model)
+    assert "Loading weights" not in capsys.readouterr().out
+
+
+def test_a_line_on_loading_comes_every_half_minute(monkeypatch, capsys):
+    times = iter([0.0, *(10.0 * done for done in range(8))])
+    monkeypatch.setattr(loading, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    assert list(log_tensors("abcdefgh")) == list("abcdefgh")
+    assert capsys.readouterr().out.splitlines() == [
+        "Loading weights: 3 of 8 tensors in 30 s",
+        "Loading weights: 6 of 8 tensors in 60 s",
+    ]
+
+
+def test_other_bars_of_transformers_stay_as_they_are():
+    bar = choose_bar(lambda *arguments, **options: (arguments, options), ([1],), {"desc": "Writing model shards"})
+    assert bar == (([1],), {"desc": "Writing model shards"})

@@ -184,6 +184,16 @@ def test_a_layer_whose_output_is_changed_in_place_is_trained():
     assert "roc_bert.embeddings.map_inputs_layer" in lora.find_trained_layers(model)
 
 
+def test_the_trained_layers_of_a_model_are_found_once(monkeypatch):
+    """A plan, a validation and each estimate of memory ask for them: a second each for 30 layers."""
+    probed = []
+    monkeypatch.setattr(lora, "PROBED", {})
+    monkeypatch.setattr(lora, "probe_layers", lambda model: probed.append(model) or {"model.layers.0.mlp.up_proj"})
+    assert plan_adapter(LLAMA).target_modules == plan_adapter(LLAMA).target_modules == {"model.layers.0.mlp.up_proj"}
+    plan_adapter(MIXTRAL)
+    assert [type(model).__name__ for model in probed] == ["LlamaForCausalLM", "MixtralForCausalLM"]
+
+
 def test_an_adapter_on_mamba_learns_everywhere(make_base):
     model = adapt_base(make_base(MAMBA), MAMBA)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
-from llm_trainer.model.parameter_roles import assign_roles, measure_linear_share
+from llm_trainer.model.parameter_roles import assign_roles, has_experts, measure_linear_share
+from support.tiny_architectures import build_tiny_config
 
 SIZES = {
     "vocab_size": 100,
@@ -41,6 +42,15 @@ def test_fused_experts_are_not_quantized():
     roles = Counter(role for _, role in assign_roles(build(MixtralConfig(**SIZES, num_local_experts=2))))
     assert roles["experts"] == 2 * 2
     assert roles["linear"] == 2 * 4
+
+
+def test_convolutions_of_a_recurrent_layer_are_no_experts():
+    """Qwen3.5 has such layers beside a dense MLP, which keeps Liger's SwiGLU."""
+    model = build(build_tiny_config("qwen3_5_text"))
+    convolutions = {role for name, role in assign_roles(model) if "conv1d" in name}
+    assert convolutions == {"other"}
+    assert not has_experts(model)
+    assert has_experts(build(MixtralConfig(**SIZES, num_local_experts=2)))
 
 
 def test_the_linear_share_is_that_of_the_numbers():

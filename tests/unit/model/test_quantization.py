@@ -8,7 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Qwen3MoeConfig
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 
 from llm_trainer.common.safetensors_files import list_shapes
 from llm_trainer.config.schema import Settings
@@ -18,10 +20,13 @@ from llm_trainer.model.loading import LoadOptions, build_skeleton, load_model, r
 from llm_trainer.model.parameter_roles import measure_linear_share
 from llm_trainer.model.precision import set_adapter_types
 from llm_trainer.model.quantization import (
+    build_packed_weight,
     build_quantization,
     describe_quantization,
     find_quantization_problems,
     find_stored_method,
+    list_packed_layers,
+    quantize_on,
 )
 from support.tiny_gpt_oss import EXPERTS, build_tiny_gpt_oss, dequantize, quantize
 
@@ -132,6 +137,45 @@ def test_a_checkpoint_of_bitsandbytes_is_trained_as_it_is(tiny_model, tmp_path):
     assert trained.get_base_model().is_quantized
     (problem,) = find_problems(stored, config, use_peft=False)
     assert problem.startswith("use_peft=false: ")
+
+
+def test_a_base_on_the_cpu_is_quantized_on_the_gpu_one_matrix_at_a_time(monkeypatch):
+    seen = []
+
+    def record(operation, input_dict, **options):
+        seen.append({name: (matrix.device.type, options["model"]) for name, matrix in input_dict.items()})
+        return input_dict
+
+    monkeypatch.setattr(Bnb4bitQuantize, "convert", record)
+    with FakeTensorMode(), quantize_on(torch.device("cuda", 0)):  # tensors that are on a GPU by their own words
+        for matrix in (torch.empty(4, 64), [torch.empty(4, 64)]):  # both forms in which Transformers gives them
+            (packed,) = Bnb4bitQuantize(None).convert({"weight": matrix}, model="the model").values()
+            assert packed.device.type == "cpu"
+    assert seen == [{"weight": ("cuda", "the model")}] * 2
+    assert Bnb4bitQuantize.convert is record
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4, single", "fp4"])
+def test_a_rank_without_weights_has_the_layers_of_one_with_them(tiny_model, name):
+    """Where it gets their scales and packed numbers, it computes the same."""
+    settings = Settings(**BITSANDBYTES[name]).model
+    quantization = build_quantization(read_config(str(tiny_model), settings), settings, torch.float32, CPU.torch)
+    options = LoadOptions(torch.float32, "eager", quantization)
+    with quantize_on(CPU.torch):
+        loaded = load_model(str(tiny_model), settings, options, CPU.torch)
+    empty = load_model(str(tiny_model), settings, options, None)
+    assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
+    for attribute in ("is_quantized", "is_loaded_in_4bit", "quantization_method"):
+        assert getattr(empty, attribute) == getattr(loaded, attribute)
+    pairs = list(zip(list_packed_layers(empty), list_packed_layers(loaded), strict=True))
+    assert len(pairs) == 14
+    for layer, whole in pairs:
+        data, scales = whole.weight.data.clone(), whole.weight.quant_state.as_dict(packed=True)
+        layer.weight = build_packed_weight(data, scales, layer)
+        inputs = torch.ones(2, layer.in_features)
+        assert torch.equal(layer(inputs), whole(inputs))
+        assert layer.weight.quant_type == whole.weight.quant_type
+        assert layer.weight.compress_statistics == whole.weight.compress_statistics
 
 
 def test_an_adapter_that_trl_has_rounded_is_put_back_to_float32(tiny_model):

@@ -8,7 +8,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.training.loss_check import check_loss
-from llm_trainer.training.methods.sft import score_labelled_positions_only
+from llm_trainer.training.methods.batch_facts import use_facts
 from support.adapted_models import LLAMA
 from support.packed_models import LEAK
 
@@ -30,7 +30,7 @@ class OtherOutput(LlamaForCausalLM):
 
 def check(model, dtype=torch.float32):
     torch.manual_seed(0)
-    score_labelled_positions_only()
+    use_facts(model.base_model)
     add_fused_lm_head(model, outputs=("log_probs",))
     model.train()
     check_loss(model, 300, torch.device("cpu"), dtype)
@@ -41,6 +41,14 @@ def check(model, dtype=torch.float32):
 @pytest.mark.parametrize("build", [lambda: LlamaForCausalLM(LLAMA), lambda: MambaForCausalLM(LEAK["mamba"])])
 def test_a_decoder_passes(build, dtype):
     check(build(), dtype)
+
+
+def test_the_check_passes_through_the_model_twice():
+    """Each pass takes a twentieth of a job's start on a CPU."""
+    model, passes = LlamaForCausalLM(LLAMA), []
+    model.model.register_forward_hook(lambda _, inputs, output: passes.append(output.last_hidden_state.shape))
+    check(model)
+    assert len(passes) == 2
 
 
 def test_logits_that_trl_does_not_compute_are_refused():

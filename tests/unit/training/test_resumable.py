@@ -3,13 +3,18 @@
 
 import json
 
+import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
+from llm_trainer.common.errors import UserError
 from llm_trainer.job import checkpoint_dir
 from llm_trainer.journal.journal import Journal
 from llm_trainer.training.resumable import ResumableMixin
+from support.tiny_architectures import build_tiny_config
+from support.tiny_model import build_tokenizer
 from support.trainers import build_run_context
 
 
@@ -28,10 +33,10 @@ class StopAfter(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
-def build(tiny_model, folder, **context):
+def build(base, folder, **context):
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
     rows = [{"input_ids": [5 + n] * 8, "labels": [5 + n] * 8, "attention_mask": [1] * 8, "length": 8} for n in range(8)]
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -49,11 +54,24 @@ def build(tiny_model, folder, **context):
     return CountingTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer, run=run)
 
 
-def test_any_trainer_of_transformers_resumes_to_the_very_same_weights(tiny_model, tmp_path):
-    whole = build(tiny_model, tmp_path / "whole")
+@pytest.fixture(scope="module", params=["llama", "mixtral", "tied"])
+def base(request, tiny_model, tmp_path_factory):
+    """Return a folder with a model. The experts of one have other names in files, the head of one is its embedding."""
+    if request.param == "llama":
+        return tiny_model
+    folder = tmp_path_factory.mktemp(request.param)
+    config = build_tiny_config("mixtral" if request.param == "mixtral" else "llama")
+    config.tie_word_embeddings = request.param == "tied"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_any_trainer_of_transformers_resumes_to_the_very_same_weights(base, tmp_path):
+    whole = build(base, tmp_path / "whole")
     whole.train_from(None)
     journal = Journal(tmp_path / "metrics.jsonl")
-    first = build(tiny_model, tmp_path / "parts", identity={"seed": 42}, journal=journal)
+    first = build(base, tmp_path / "parts", identity={"seed": 42}, journal=journal)
     first.add_callback(StopAfter(3))
     first.train_from(None)
     checkpoint, warnings = checkpoint_dir.find_newest(tmp_path / "parts")
@@ -64,11 +82,34 @@ def test_any_trainer_of_transformers_resumes_to_the_very_same_weights(tiny_model
     state = checkpoint / "trainer_state.json"
     foreign = {"best_model_checkpoint": str(tmp_path), "best_global_step": 1}  # would become the result
     state.write_text(json.dumps(json.loads(state.read_text()) | foreign))
-    second = build(tiny_model, tmp_path / "parts")
+    second = build(base, tmp_path / "parts")
     second.train_from(checkpoint)
     assert second.state.best_model_checkpoint is None
     for ours, theirs in zip(second.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_checkpoint_that_lacks_weights_is_refused(tiny_model, tmp_path, goes_on):
+    first = build(tiny_model, tmp_path / "parts")
+    first.add_callback(StopAfter(3))
+    first.train_from(None)
+    checkpoint = checkpoint_dir.find_newest(tmp_path / "parts")[0]
+    weights = load_file(checkpoint / "model.safetensors")
+    lost = weights.pop("model.layers.0.mlp.up_proj.weight")
+    assert lost.numel()
+    save_file(weights, checkpoint / "model.safetensors")
+    second = build(tiny_model, tmp_path / "parts")
+    second.state.best_model_checkpoint = str(checkpoint)
+    with pytest.raises(UserError, match=r"lacks 1 weights of this model, such as model\.layers\.0\.mlp\.up_proj"):
+        second.train_from(checkpoint) if goes_on else second._load_best_model()
+
+
+def test_a_best_checkpoint_that_is_gone_does_not_pass_for_the_last_one(tiny_model, tmp_path):
+    trainer = build(tiny_model, tmp_path)
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    with pytest.raises(UserError, match=r"The best checkpoint, .*checkpoint-1, is gone"):
+        trainer._load_best_model()
 
 
 def test_two_trainers_share_no_state(tiny_model, tmp_path):

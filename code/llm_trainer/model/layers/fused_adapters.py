@@ -38,25 +38,37 @@ class AdaptedProduct(torch.autograd.Function):
         """Return (..., out) for an input (..., in), A (rank, in) and B (out, rank)."""
         ctx.base, ctx.shape, ctx.dtypes = base, x.shape, (x.dtype, first.dtype, second.dtype)
         flat = x.to(base.dtype).reshape(-1, x.shape[-1])
-        first, scaled = first.to(base.dtype), (base.scaling * second).to(base.dtype)
-        inner = flat @ first.t()  # (tokens, rank)
-        ctx.save_for_backward(flat, inner, first, scaled)
-        return base.forward(flat).addmm_(inner, scaled.t()).unflatten(0, x.shape[:-1])
+        first, second = first.to(base.dtype), second.to(base.dtype)
+        inner = multiply_scaled(flat, first.t(), base.scaling)  # (tokens, rank)
+        ctx.save_for_backward(flat, inner, first, second)
+        return base.forward(flat).addmm_(inner, second.t()).unflatten(0, x.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of the input, of A and of B. Without a gradient of the input a product is saved."""
-        flat, inner, first, scaled = ctx.saved_tensors
+        flat, inner, first, second = ctx.saved_tensors
         x_type, first_type, second_type = ctx.dtypes
         gradient = gradient.reshape(-1, gradient.shape[-1])
-        through = gradient @ scaled  # (tokens, rank)
-        of_first = (through.t() @ flat).to(first_type)
-        of_second = (gradient.t() @ inner).to(second_type).mul_(ctx.base.scaling)
+        through = multiply_scaled(gradient, second, ctx.base.scaling)  # (tokens, rank)
+        of_first = multiply_as(first_type, through.t(), flat)
+        of_second = multiply_as(second_type, gradient.t(), inner)
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = ctx.base.backward(gradient).addmm_(through, first).to(x_type).view(ctx.shape)
         return of_x, of_first, of_second, None
+
+
+def multiply_scaled(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Return the product of two matrices times a number, rounded once."""
+    return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=scaling)
+
+
+def multiply_as(dtype: torch.dtype, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return the product of two matrices in `dtype`. A GPU leaves its float32 sums as they are."""
+    if left.is_cuda and dtype == torch.float32 != left.dtype:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
 
 
 def fuse_adapters(model: nn.Module) -> None:

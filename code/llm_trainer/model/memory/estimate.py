@@ -182,14 +182,15 @@ def list_passes(shape: ModelShape, trace: StepTrace, kept: StepTrace, num_kept: 
     The last layers are as in the trace `kept`. Their activations are gone when the first layers are computed again.
     """
     layer_gradients = [sum(part.trained_bytes for part in layer) for layer in shape.list_layers()]
+    other_gradients = shape.trained_bytes - sum(layer_gradients)
     first_kept = shape.num_layers - num_kept
     layers = [(trace if index < first_kept else kept, kind) for index, kind in enumerate(shape.kinds)]
     passes: Passes = [(trace.embedding, 0)]
     passes += [(source.forward[kind], 0) for source, kind in layers]
-    passes += [(trace.head, max(0, trace.head.net))]
+    passes += [(trace.head, min(other_gradients, max(0, trace.head.net)))]
     backward = zip(layers, layer_gradients, strict=True)
     passes += [(source.backward[kind], gradients) for (source, kind), gradients in backward][::-1]
-    return [*passes, (trace.end, max(0, trace.end.net))]
+    return [*passes, (trace.end, min(other_gradients, max(0, trace.end.net)))]
 
 
 def find_peak(shape: ModelShape, passes: Passes, shards: int, accumulates: bool) -> tuple[int, int, int]:

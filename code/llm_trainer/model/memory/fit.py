@@ -15,7 +15,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.common.ranks import local_world_size, world_size
 from llm_trainer.common.units import show_bytes
 from llm_trainer.model.device import Device, find_free_memory
-from llm_trainer.model.liger import KNOWN_TYPES, choose_liger
+from llm_trainer.model.liger import KNOWN_TYPES, choose_liger, leave_out_experts
 from llm_trainer.model.memory.estimate import Estimate
 from llm_trainer.model.memory.remedies import list_remedies
 from llm_trainer.model.memory.scenario import (
@@ -175,14 +175,31 @@ def estimate_on_one_gpu(
     and UserError where the settings ask for kernels that the model cannot get.
     """
     target = Target(ELSEWHERE, world_size=1, free_bytes=0)
-    kernels = choose_liger(config, settings.model, ELSEWHERE, KNOWN_TYPES).kernels
-    scenario = MemoryScenario(config, settings, longest_row, target, attention, kernels, evaluates)
+    scenario = MemoryScenario(config, settings, longest_row, target, attention, evaluates=evaluates)
+    scenario = add_fused_kernels(scenario)
     plans = list_parallelism_plans(settings, target)
     return {
         plan.describe(1): scenario.estimate(plan)
         for plan in plans
         if settings.parallelism.activation_offloading or not plan.offload_activations
     }
+
+
+def add_fused_kernels(scenario: MemoryScenario) -> MemoryScenario:
+    """Return a scenario with the Liger kernels that the image has for its model and devices. Liger need not be here.
+
+    Raise UserError where the settings ask for kernels that the model cannot get.
+    """
+    settings = scenario.settings.model
+    choice = choose_liger(scenario.config, settings, scenario.target.device, KNOWN_TYPES)
+    if not choice.is_on:
+        return scenario
+    try:
+        shape = scenario.shape
+    except UnknownShapeError:  # told where the estimate is made
+        return scenario
+    kernels = leave_out_experts(choice, settings, bool(shape.count_weights("experts"))).kernels
+    return replace(scenario, fused_kernels=kernels, known_shape=shape)
 
 
 def find_target(device: Device, group: dist.ProcessGroup | None) -> Target:

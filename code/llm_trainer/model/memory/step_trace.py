@@ -19,7 +19,6 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -31,12 +30,12 @@ from trl.trainer.utils import add_fused_lm_head
 
 from llm_trainer.common.errors import quote_error
 from llm_trainer.model.memory import fused_kernels
+from llm_trainer.model.memory.offloading import Offload
 from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError
 
 FUSED = "fused"  # our attention kernel, for models that have no SDPA
 MAX_OPERATIONS = 20_000  # a few seconds; a layer of attention takes about a hundred, forward and backward
 LARGE_HEAD = 128  # in numbers; flash attention rounds the sizes of larger heads further
-OFFLOADED_BYTES = 1024  # TRL leaves smaller activations on the device
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,14 @@ class StepTrace:
 
 
 class HeldBytes(TorchDispatchMode):
-    """Counter of the storages that operations made and that are alive, in named spans."""
+    """Counter of the storages that operations made and that are alive, in named spans.
 
-    def __init__(self, known: list[torch.Tensor], first_span: Hashable) -> None:
+    Bytes on their way to the host count in peaks, and in no net: they do not add up over layers.
+    """
+
+    def __init__(self, known: list[torch.Tensor], first_span: Hashable, offload: Offload | None = None) -> None:
         super().__init__()
+        self.offload, self.leaving = offload, 0
         self.held = self.highest = self.began = self.num_operations = 0
         self.seen = WeakIdKeyDictionary()  # a storage is counted once, however many tensors look at it
         for tensor in known:
@@ -100,31 +103,11 @@ class HeldBytes(TorchDispatchMode):
 
     def begin(self, name: Hashable) -> None:
         """End the span that is under way, and begin the one of this name."""
-        self.spans[self.name] = Span(self.highest - self.began, self.held - self.began)
+        before, self.leaving = self.leaving, self.offload.count_leaving() if self.offload else 0
+        net = self.held - self.began - (self.leaving - before)
+        self.spans[self.name] = Span(self.highest - self.began + before, net)
         self.name = name
         self.began = self.highest = self.held
-
-
-class Offload(saved_tensors_hooks):
-    """TRL's activation offloading as the device sees it: a saved activation is gone until it is asked for."""
-
-    def __init__(self, parameters: list[torch.Tensor]) -> None:
-        self.moved_bytes = 0
-        known = {id(tensor.untyped_storage()) for tensor in parameters}
-
-        def pack(tensor: torch.Tensor) -> Any:
-            if tensor.nbytes < OFFLOADED_BYTES or id(tensor.untyped_storage()) in known:
-                return tensor
-            self.moved_bytes += tensor.nbytes
-            return tensor.shape, tensor.stride(), tensor.dtype
-
-        def unpack(packed: Any) -> torch.Tensor:
-            if isinstance(packed, torch.Tensor):
-                return packed
-            shape, stride, dtype = packed
-            return torch.empty_strided(shape, stride, dtype=dtype)
-
-        super().__init__(pack, unpack)
 
 
 @dataclass(frozen=True)
@@ -170,8 +153,8 @@ def run_fake_step(shape: ModelShape, step: Step) -> StepTrace:
         batch = build_batch(step)
     layers = model.get_submodule(shape.layers_name)
     parameters = list(model.parameters())
-    held = HeldBytes([*parameters, *model.buffers()], first_span="embedding")
     offload = Offload(parameters) if step.offload_activations else None
+    held = HeldBytes([*parameters, *model.buffers()], "embedding", offload)
     tracer = LayerTracer(held, offload, len(layers))
     with mode, held, ExitStack() as hooks:
         for index, layer in enumerate(layers):

@@ -138,6 +138,9 @@ def find_distance(found, truth):
     return ((found.double() - truth).norm() / truth.norm()).item()
 
 
+MEMORY = ("aten::detach", "aten::_unsafe_view", "aten::empty_strided", "aten::new_empty")  # run no kernel
+
+
 class Traffic(TorchDispatchMode):
     """The operations that run a kernel, and the bytes that they read and write."""
 
@@ -149,7 +152,7 @@ class Traffic(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         tensors = [each for each in tree_leaves((args, kwargs, out)) if isinstance(each, torch.Tensor)]
         is_view = any(alias.alias_info and not alias.alias_info.is_write for alias in function._schema.arguments)
-        if not (is_view or function._schema.name in ("aten::detach", "aten::_unsafe_view", "aten::empty_strided")):
+        if not (is_view or function._schema.name in MEMORY):
             self.kernels += 1
             self.num_bytes += sum(each.nbytes for each in tensors)
         return out
@@ -179,7 +182,7 @@ def trace_layer(fuses, dropout=0.0, casts=False):
 def test_kernels_and_bytes_of_a_decoder_layer():
     """The rest of such a layer, of norms, rotation, activation and attention, has none of these kernels."""
     first, peft, fused = trace_layer(False, 0.1, casts=True), trace_layer(False), trace_layer(True)
-    assert (first.kernels, peft.kernels, fused.kernels) == (175, 112, 98)
+    assert (first.kernels, peft.kernels, fused.kernels) == (175, 112, 84)
     assert fused.kernels <= 0.6 * first.kernels
     assert fused.num_bytes <= 0.25 * first.num_bytes
     assert fused.num_bytes <= 0.63 * peft.num_bytes

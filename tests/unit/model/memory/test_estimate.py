@@ -134,7 +134,7 @@ def test_offloaded_activations_are_the_hosts():
     offloaded = expect(offload_activations=True, on_gpu=True)
     kept = expect(on_gpu=True)
     assert offloaded.host_bytes > 0.7 * kept.parts["activations"]
-    assert offloaded.parts["activations"] < 0.3 * kept.parts["activations"]
+    assert offloaded.parts["activations"] < 0.35 * kept.parts["activations"]  # what TRL would have to move twice stays
     assert kept.host_bytes == 0
 
 

@@ -6,14 +6,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.units import GIB
 from llm_trainer.config.schema import Settings
 from llm_trainer.config.sections import ALIASES
 from llm_trainer.model.device import Device
-from llm_trainer.model.memory.fit import ELSEWHERE, KEPT_SHARE, choose_memory_plan, estimate_on_one_gpu, find_target
+from llm_trainer.model.memory.fit import (
+    ELSEWHERE,
+    KEPT_SHARE,
+    add_fused_kernels,
+    choose_memory_plan,
+    estimate_on_one_gpu,
+    find_target,
+)
 from llm_trainer.model.memory.remedies import enlarge_devices, fits_at_best
 from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, Target
 
@@ -29,8 +36,16 @@ MEDIUM = LlamaConfig(
     vocab_size=4000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16
 )
 SMALL = LlamaConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=3, intermediate_size=64, num_attention_heads=4)
-
-
+MIXTURE = Qwen3MoeConfig(
+    vocab_size=1000,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_experts=4,
+    moe_intermediate_size=32,
+)
 CPU = Device(torch.device("cpu"))
 
 
@@ -170,6 +185,21 @@ def test_a_cpu_is_asked_for_its_memory():
     ((change, larger),) = enlarge_devices(case)
     assert re.fullmatch(r"a machine with [\d.]+ MiB free for each process", change)
     assert fits_at_best(larger) and not fits_at_best(case)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "kernels"),
+    [
+        (SMALL, {}, {"rope", "rms_norm", "swiglu", "geglu"}),
+        (MIXTURE, {}, {"rope", "rms_norm", "geglu"}),
+        (MIXTURE, {"use_peft": False}, {"rope", "rms_norm", "geglu"}),
+        (MIXTURE, {"liger_kernel_config": {"swiglu": True}}, {"rope", "rms_norm", "swiglu", "geglu"}),
+        (MIXTURE, {"use_liger_kernel": False}, set()),
+    ],
+)
+def test_an_estimate_counts_the_liger_kernels_that_a_job_gets(config, options, kernels):
+    scenario = MemoryScenario(config, sections(**options), 64, gpus(1, 79), "sdpa")
+    assert add_fused_kernels(scenario).fused_kernels == kernels
 
 
 def test_needs_of_one_gpu_anywhere():
