@@ -61,7 +61,13 @@ from llm_trainer.training.resume import RunParts, find_checkpoint, find_distribu
 from llm_trainer.training.sample_answers import SampleAnswers
 from llm_trainer.training.save_and_stop import SaveAndStop
 from llm_trainer.training.stopping import StopConsensus, StopRequest
-from llm_trainer.training.trainer_config import ArgumentSources, TrainerParts, build_arguments, build_trainer
+from llm_trainer.training.trainer_config import (
+    ArgumentSources,
+    TrainerParts,
+    build_arguments,
+    build_trainer,
+    join_cpu_ranks,
+)
 
 
 @dataclass(frozen=True)
@@ -149,10 +155,11 @@ def prepare(context: Context) -> Prepared:
     device = find_device(settings.parallelism.use_cpu)
     precision = choose_precision(settings.model, settings.adapter, device)
     # Built again when the data are known; here mistakes in them are told before all work, and the ranks meet.
+    join_cpu_ranks(device.torch, settings.parallelism.ddp_timeout)
     arguments = build_arguments(method, collect_argument_sources(job), device.torch, precision.compute)
     rehearse_step(arguments, device.torch)
     stop_request = StopRequest(context.scratch_dir / "stop", timeline.started, settings.training.max_run_seconds)
-    consensus = StopConsensus()
+    consensus = StopConsensus(settings.parallelism.ddp_timeout)
 
     folder = loading.fetch_model(job.inputs.model, settings.model, context.scratch_dir)
     if folder != job.inputs.model:

@@ -5,21 +5,25 @@ import gc
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError, report_failure, reserve_failure
 from llm_trainer.common.library_noise import silence_libraries
 from llm_trainer.common.processes import exit_without_teardown
-from llm_trainer.common.ranks import describe_rank, local_rank, rank
+from llm_trainer.common.ranks import POLL_SECONDS, describe_rank, local_rank, local_world_size, rank
 from llm_trainer.config.sft_config_fields import read_snapshot
 from llm_trainer.config.tracker_choice import configure_trackers
 from llm_trainer.job import checkpoint_dir
 from llm_trainer.job.failure_reasons import JobFacts, explain, write_traceback
 from llm_trainer.job.job import Job, read_job
+from llm_trainer.job.rank_traces import find_trace_prefix, write_trace
 from llm_trainer.journal.journal import FILE_NAME, Journal
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.training.lost_batches import end_process_on_lost_batch
+
+REPORT_SECONDS = 10.0  # ranks that wait for one and the same time out within this of each other
 
 
 def main() -> int:
@@ -85,9 +89,36 @@ def report_worker_failure(error: BaseException, job: Job, scratch_dir: Path) -> 
     if local_rank() == 0:  # half a checkpoint may be what filled the disk
         checkpoint_dir.remove_partial_checkpoints(job.inputs.checkpoint_dir)
     report_failure(scratch_dir / "failures", f"rank-{rank()}", failure)
+    if failure.kind == "peer":
+        leave_gloo_trace(error)
+        wait_for_local_reports(scratch_dir / "failures")
     if not isinstance(error, UserError):
         name = f"{environment.current_host}-rank-{rank()}.txt"
         log.error(write_traceback(error, environment.output_dir / "data" / "failures" / name))
+
+
+def leave_gloo_trace(error: BaseException) -> None:
+    """Write which collectives of gloo this rank took part in, where the error is gloo's. NCCL writes its own."""
+    from torch import distributed
+    from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined] # not in torch's stubs
+
+    prefix = find_trace_prefix(os.environ)
+    if not prefix or not distributed.is_initialized() or isinstance(error, distributed.DistError):
+        return
+    try:
+        write_trace(prefix, rank(), _dump_fr_trace_json(includeCollectives=True, onlyActive=False))
+    except OSError as error:
+        log.warning(f"The collectives of rank {rank()} could not be written: {error}")
+
+
+def wait_for_local_reports(failures_dir: Path) -> None:
+    """Wait until all ranks of this host have told why they fail, for some seconds at most.
+
+    At the end of the first one torchrun ends the others, and one that hangs could not be told from them.
+    """
+    deadline = time.monotonic() + REPORT_SECONDS
+    while len(list(failures_dir.glob("rank-*.json"))) < local_world_size() and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
 
 
 def collect_facts(job: Job) -> JobFacts:

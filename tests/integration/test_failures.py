@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A job that cannot work ends with exit code 1, one sentence in output/failure and nothing in model/."""
 
+import json
+import os
 import shutil
 
 import pytest
+
+from support.holding import hold_function
 
 pytestmark = pytest.mark.long
 
@@ -116,3 +120,15 @@ def test_a_killed_worker_is_told_with_its_rank_and_cause(tree, start):
     job.workers()[0].kill()
     assert job.end() == 1
     assert tree.failure.startswith("Rank 0 was killed by signal 9, most likely because the host ran out of memory")
+
+
+def test_a_rank_that_hangs_is_named(tree, tmp_path):
+    """Rank 0 waits in gloo, which knows no more than that nobody answers."""
+    python_path, step = os.environ.get("PYTHONPATH", ""), "transformers.trainer:Trainer.training_step"
+    tree.environment |= hold_function(tmp_path / "held", python_path, step, rank=1)
+    tree.change(nproc_per_node="2", ddp_timeout="5")
+    result = tree.run()
+    assert result.returncode == 1, result.stdout
+    assert tree.failure.startswith("Rank 1 did not come to "), result.stdout
+    assert "for which rank 0 waited longer than ddp_timeout (now 5 s)" in tree.failure
+    assert json.loads((tree.base_dir / "output/data/collectives-rank-0.json").read_text())["entries"]

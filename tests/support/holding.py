@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A phase of a real job that is held open: a function of ours, in its process, says so and does not begin."""
 
+import textwrap
 from pathlib import Path
 
 HOLDER = """
@@ -36,11 +37,16 @@ sys.meta_path.insert(0, Finder())
 """
 
 
-def hold_function(folder: Path, python_path: str, function: str, until: str = "") -> dict[str, str]:
+def hold_function(
+    folder: Path, python_path: str, function: str, until: str = "", rank: int | None = None
+) -> dict[str, str]:
     """Return the variables with which the processes of a job hold a function open, such as "package.module:name".
 
     It begins when each pattern of paths in `until`, which colons divide, has found a file, and never by default.
+    With a rank, that worker alone holds it.
     """
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(HOLDER, encoding="utf-8")
+    where = "True" if rank is None else f'os.environ.get("RANK") == "{rank}"'
+    holder = f"import os\nif {where}:\n{textwrap.indent(HOLDER, '    ')}"
+    (folder / "sitecustomize.py").write_text(holder, encoding="utf-8")
     return {"PYTHONPATH": f"{folder}:{python_path}", "HELD_FUNCTION": function, "HELD_UNTIL": until}

@@ -16,7 +16,7 @@ from llm_trainer.training.trainer_config import ArgumentSources, TrainerParts, b
 
 def build_run_context(**values: Any) -> RunContext:
     """Return the context of a run of one rank, without a journal."""
-    return RunContext(**{"consensus": StopConsensus(), "identity": {}, "journal": Journal(None), **values})
+    return RunContext(**{"consensus": StopConsensus(1800), "identity": {}, "journal": Journal(None), **values})
 
 
 def collect_sources(settings: Settings, checkpoint_dir: Path, has_validation: bool = False) -> ArgumentSources:

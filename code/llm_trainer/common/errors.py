@@ -2,10 +2,10 @@
 """Mistakes that a user can mend, failures of a job, and the failure file that SageMaker reads."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from llm_trainer.common import log
 from llm_trainer.common.redaction import hide_in, hide_secrets
@@ -29,12 +29,30 @@ class UserError(Exception):
 
 
 @dataclass(frozen=True)
+class Wait:
+    """A collective that a rank waited for when it failed."""
+
+    rank: int
+    ranks: Sequence[int]  # all that had to come; none where they are not known
+    what: str  # such as all_reduce
+    number: int  # among the collectives of its group of ranks
+    limit_seconds: float
+    timed_out: bool  # it waited for so long, and was not broken off before
+
+
+@dataclass(frozen=True)
 class Failure:
     """A sentence for the user on why a process or a host failed."""
 
     reason: str
     kind: Kind
     time: float  # seconds since the epoch
+    waits: Sequence[Wait] = ()  # of the ranks of a host that lost others
+
+
+def parse_failure(words: Mapping[str, Any]) -> Failure:
+    """Return the failure that was told as JSON. Raises TypeError for other words."""
+    return Failure(**{**words, "waits": tuple(Wait(**wait) for wait in words.get("waits", ()))})
 
 
 def choose_cause(failures: Iterable[Failure]) -> Failure | None:
@@ -63,7 +81,7 @@ def report_failure(folder: Path, name: str, failure: Failure) -> None:
 
 def read_failures(folder: Path) -> list[Failure]:
     """Return the failures that processes left in a folder."""
-    return [Failure(**json.loads(file.read_text(encoding="utf-8"))) for file in folder.glob("*.json")]
+    return [parse_failure(json.loads(file.read_text(encoding="utf-8"))) for file in folder.glob("*.json")]
 
 
 def list_problems(problems: tuple[str, ...]) -> str:

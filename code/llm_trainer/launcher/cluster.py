@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from llm_trainer.common.errors import Failure
+from llm_trainer.common.errors import Failure, parse_failure
 from llm_trainer.common.retry import Backoff
 from llm_trainer.launcher.greeting import admit, introduce
 
@@ -59,7 +59,7 @@ def parse_message(text: str | bytes) -> tuple[str, HostState, list[str]]:
     try:
         words: dict[str, Any] = json.loads(text)
         state, failure = words["state"], words["state"]["failure"]
-        failed = Failure(**failure) if failure else None
+        failed = parse_failure(failure) if failure else None
         told = HostState(state["phase"], int(state["attempt"]), failed, state.get("is_stopping") is True)
         if told.phase not in PHASES:
             raise ValueError(f"no phase of a host: {told.phase!r}")

@@ -32,6 +32,7 @@ from llm_trainer.job.checkpoint_lock import lock_checkpoints
 from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
 from llm_trainer.job.inputs import find_warnings
 from llm_trainer.job.job import Job, check_job
+from llm_trainer.job.rank_traces import RankTraces, find_trace_prefix
 from llm_trainer.job.start_gate import StartGate
 from llm_trainer.journal.journal import FILE_NAME
 from llm_trainer.journal.timeline import Timeline
@@ -223,7 +224,8 @@ class HostJob:
         folders = {"checkpoints": inputs.checkpoint_dir, "temp": Path(tempfile.gettempdir())}
         with self.run_reporter(variables):
             with SystemMetrics(environment.current_host, folders, events.write, started) as metrics:
-                workers = HostWorkers(start, metrics.find_recent_faults)
+                traces = RankTraces(find_trace_prefix(variables), environment.hosts, num_ranks)
+                workers = HostWorkers(start, metrics.find_recent_faults, traces)
                 max_restarts = self.job.settings.parallelism.max_restarts
                 verdict = Supervisor(self.link, environment.hosts, workers, signals, max_restarts).run()
             events.write_end(verdict, inputs.model_dir)

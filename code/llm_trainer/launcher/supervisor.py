@@ -17,7 +17,8 @@ from typing import Literal
 import psutil
 
 from llm_trainer.common import log
-from llm_trainer.common.errors import Failure, choose_cause, read_failures
+from llm_trainer.common.errors import Failure, Wait, choose_cause, read_failures
+from llm_trainer.job.rank_traces import RankTraces
 from llm_trainer.job.start_gate import StartGate
 from llm_trainer.launcher.cluster import ClusterLink, HostState
 
@@ -43,6 +44,7 @@ class HostWorkers:
     # Starts the nth attempt, after the failure of the one before, and returns the process that starts the workers.
     start: Callable[[int, Failure | None], "subprocess.Popen[bytes]"]
     find_gpu_faults: Callable[[], list[str]]  # sentences about what GPUs of this host reported lately
+    traces: RankTraces
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,14 @@ class Supervisor:
         self.workers = workers
         self.signals = signals
         self.restarts_left = max_restarts
+        self.began = 0.0  # of the attempt, in seconds since the epoch
 
     def run(self) -> Verdict:
         """Run attempt after attempt, until the job is done, stopped, or has failed for good."""
         attempt, earlier = 1, None
         while True:
             self.signals.reset()
+            self.began = time.time()
             self.link.publish(HostState("running", attempt))
             child = self.workers.start(attempt, earlier)
             try:
@@ -168,7 +172,8 @@ class Supervisor:
                 known += filter(None, [self.explain_end(child)])
             cause = choose_cause(known)
             if cause and (cause.kind != "peer" or not self.others or time.monotonic() > deadline):
-                return cause
+                waits = [wait for failure in known for wait in failure.waits]
+                return self.workers.traces.blame_missing_ranks(cause, [*waits, *self.read_waits()])
             time.sleep(POLL_SECONDS)
 
     def explain_end(self, child: "subprocess.Popen[bytes]") -> Failure | None:
@@ -180,7 +185,12 @@ class Supervisor:
         failure = choose_cause(read_failures(self.signals.failures_dir)) or Failure(reason, "fault", time.time())
         if failure.kind == "mistake":
             return failure
-        return replace(failure, reason=" ".join([failure.reason, *self.workers.find_gpu_faults()]))
+        waits = tuple(self.read_waits()) if failure.kind == "peer" else ()
+        return replace(failure, reason=" ".join([failure.reason, *self.workers.find_gpu_faults()]), waits=waits)
+
+    def read_waits(self) -> list[Wait]:
+        """Return what ranks of this host waited for when this attempt failed."""
+        return self.workers.traces.read_waits(self.began)
 
     def judge(self, cause: Failure) -> Verdict:
         """Decide whether another attempt makes sense.

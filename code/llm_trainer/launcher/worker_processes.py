@@ -14,6 +14,7 @@ from llm_trainer.host.network import build_network_variables
 from llm_trainer.host.nvidia_driver import build_driver_variables
 from llm_trainer.host.sealed_folders import make_private_folder
 from llm_trainer.job.inputs import Inputs
+from llm_trainer.job.rank_traces import build_trace_variables
 from llm_trainer.readers.sources import HubSource
 
 MASTER_PORT = 7777  # what SageMaker's own toolkit uses between hosts
@@ -67,6 +68,7 @@ class WorkerProcesses:
             # torchrun would set 1, which halves the speed of a single CPU rank.
             "OMP_NUM_THREADS": str(max(1, environment.num_cpus // self.num_processes)),
             **build_network_variables(environment),
+            **build_trace_variables(environment.output_dir, libraries),
         }
         if not self.on_gpu:
             variables |= KEPT_MEMORY

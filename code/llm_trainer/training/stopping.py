@@ -9,10 +9,13 @@ ends them by itself (job/start_gate.py).
 
 import math
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from llm_trainer.job.rank_traces import STOP_GROUP
 
 # A run that is given a time leaves this share of it for the last checkpoint and the export, but no more than this.
 RESERVED_SHARE, RESERVED_SECONDS = 0.1, 60.0
@@ -47,9 +50,15 @@ class StopConsensus:
     rank must call `poll` equally often.
     """
 
-    def __init__(self) -> None:
-        """Make a gloo group of all ranks, where there are several. Every rank must call this."""
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+    def __init__(self, timeout_seconds: float) -> None:
+        """Make a gloo group of all ranks, where there are several. Every rank must call this.
+
+        A rank is waited for as long as in the training itself: torch would give the group half an hour.
+        """
+        self.group: dist.ProcessGroup | None = None
+        if dist.is_initialized():
+            timeout = timedelta(seconds=timeout_seconds)
+            self.group = dist.new_group(backend="gloo", timeout=timeout, group_desc=STOP_GROUP)
         self.sums = torch.zeros(3, dtype=torch.int64)
         self.pending: dist.Work | None = None
         self.step_seconds = float("inf")  # the mean of all ranks, the same on each; not known yet

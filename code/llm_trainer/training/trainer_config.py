@@ -3,10 +3,12 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from pydantic import SecretStr
@@ -178,6 +180,12 @@ def name_experts(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     if not hasattr(config, "num_experts") and hasattr(config, "num_local_experts"):
         config.num_experts = config.num_local_experts
+
+
+def join_cpu_ranks(device: torch.device, timeout_seconds: float) -> None:
+    """Make the group of all ranks on CPUs: Transformers would make it without the setting ddp_timeout."""
+    if device.type == "cpu" and world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
 
 
 def build_arguments(

@@ -38,7 +38,7 @@ def test_the_clock_leaves_time_for_the_end(tmp_path, clock, max_run_seconds, che
 
 
 def test_ranks_ask_each_other_about_once_a_second_within_a_step():
-    consensus = StopConsensus()
+    consensus = StopConsensus(1800)
     assert consensus.count_batches_between_polls(8) == 1  # the first step: nobody knows how long it takes
     for step_seconds, batches in ((64.0, 1), (4.0, 2), (2.0, 4), (0.5, 16), (0.0, 8000)):
         assert consensus.poll(stop=False, save=True, step_seconds=step_seconds) == (False, True)
