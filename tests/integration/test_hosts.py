@@ -82,6 +82,17 @@ def records(journal, kind):
     return [record for record, _ in read_records(journal) if record["kind"] == kind]
 
 
+@pytest.mark.parametrize("hanging", [0, 1])
+def test_a_rank_that_hangs_is_named_with_its_host_on_every_host(make_hosts, start, tmp_path, hanging):
+    trees = make_hosts(ddp_timeout="5")
+    python_path, step = os.environ.get("PYTHONPATH", ""), "transformers.trainer:Trainer.training_step"
+    trees[hanging].environment |= hold_function(tmp_path / "held", python_path, step)
+    jobs = [start(tree) for tree in trees]
+    for job, tree in zip(jobs, trees, strict=True):
+        assert job.end() == 1
+        assert tree.failure.startswith(f"Rank {hanging} on host {HOSTS[hanging]} did not come to "), job.log
+
+
 def test_the_loss_of_the_first_host_ends_the_others_with_its_name(make_hosts, start):
     trees = make_hosts(num_train_epochs="10000", max_restarts="1")
     jobs = [start(tree) for tree in trees]

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stop is asked for by a signal's file, or by the clock early enough for the last checkpoint and the export."""
 
-import pytest
+from datetime import timedelta
 
+import pytest
+import torch
+from torch import distributed
+
+from llm_trainer.job.rank_traces import STOP_GROUP
 from llm_trainer.training import stopping
 from llm_trainer.training.stopping import StopConsensus, StopRequest
 
@@ -43,3 +48,13 @@ def test_ranks_ask_each_other_about_once_a_second_within_a_step():
     for step_seconds, batches in ((64.0, 1), (4.0, 2), (2.0, 4), (0.5, 16), (0.0, 8000)):
         assert consensus.poll(stop=False, save=True, step_seconds=step_seconds) == (False, True)
         assert consensus.count_batches_between_polls(8) == batches
+
+
+def test_ranks_wait_for_each_others_wishes_as_long_as_ddp_timeout_says():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        group = StopConsensus(7200).group
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=7200)
+        assert group.group_desc == STOP_GROUP
+    finally:
+        distributed.destroy_process_group()

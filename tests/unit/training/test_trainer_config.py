@@ -4,11 +4,13 @@
 import json
 import shutil
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from datasets import Dataset
+from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_trainer.common.errors import UserError
@@ -25,6 +27,7 @@ from llm_trainer.training.trainer_config import (
     build_arguments,
     build_trainer,
     choose_defaults,
+    join_cpu_ranks,
     prepare_config,
 )
 from support.trainers import build_run_context, collect_sources
@@ -82,6 +85,18 @@ def test_others_act_on_rows_checkpoints_and_trackers(tmp_path):
     assert (arguments.max_length, arguments.packing, arguments.resume_from_checkpoint) == (None, False, None)
     assert arguments.output_dir == str(tmp_path)
     assert not set(arguments.report_to or []) - {"none"}
+
+
+def test_ranks_on_cpus_wait_as_long_as_ddp_timeout_says(monkeypatch):
+    """Transformers gives the setting to the group of GPUs alone."""
+    made = []
+    monkeypatch.setattr(distributed, "init_process_group", lambda *args, **words: made.append((args, words)))
+    join_cpu_ranks(torch.device("cpu"), 7)  # alone: there is no group
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    join_cpu_ranks(torch.device("cuda", 0), 7)
+    assert made == []
+    join_cpu_ranks(torch.device("cpu"), 7)
+    assert made == [(("gloo",), {"timeout": timedelta(seconds=7)})]
 
 
 def test_a_value_that_transformers_refuses_is_a_mistake_of_the_users(tmp_path):
