@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -72,8 +72,8 @@ def start():
     """Starts the jobs of trees, and ends what a failed test leaves running."""
     jobs = []
 
-    def start_job(tree: SageMakerTree, *arguments: str) -> RunningJob:
-        jobs.append(tree.start(*arguments))
+    def start_job(tree: SageMakerTree, *arguments: str, command: Sequence[str] = ()) -> RunningJob:
+        jobs.append(tree.start(*arguments, command=command))
         return jobs[-1]
 
     yield start_job

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,10 +108,10 @@ class SageMakerTree:
             check=False,
         )
 
-    def start(self, *arguments: str) -> "RunningJob":
-        """Start the job as the container would."""
+    def start(self, *arguments: str, command: Sequence[str] = ()) -> "RunningJob":
+        """Start the job as the container would, or by another command that does so."""
         process = subprocess.Popen(
-            [str(LLM_TRAINER), "train", *arguments],
+            [*command] or [str(LLM_TRAINER), "train", *arguments],
             env={**os.environ, "SAGEMAKER_BASE_DIR": str(self.base_dir), **self.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -12,7 +12,10 @@ from llm_trainer import __version__
 DESCRIPTION = "Fine-tune language models, in a SageMaker training job or on any machine that runs the image."
 WHERE_SETTINGS_COME_FROM = """\
 Settings come from the command line, from the job's hyperparameters, and from a YAML file
-(channel `config`, or config=PATH). The command line wins, then hyperparameters, then the file."""
+(channel `config`, or config=PATH). The command line wins, then hyperparameters, then the file.
+
+--data-dir FOLDER holds a folder for each channel, such as train and model, in place of /opt/ml/input/data.
+Without /opt/ml, --output-dir FOLDER gets what SageMaker keeps there: model, output and checkpoints."""
 SEE_SETTINGS = "`llm-trainer train --help` lists all settings."
 JSON_HELP = "print JSON, for a program to read"
 HELP = frozenset({"-h", "--help"})
@@ -33,7 +36,9 @@ def parse_command(words: Sequence[str]) -> argparse.Namespace:
     if name not in OWN_OPTIONS:
         return parser.parse_args(words)
     asked = parser.parse_args([name, *(word for word in rest if word in OWN_OPTIONS[name])])
-    asked.settings = [word for word in rest if word not in OWN_OPTIONS[name]]
+    from llm_trainer.cli.folders import take_folders  # a parser of YAML comes with it
+
+    asked.settings = take_folders([word for word in rest if word not in OWN_OPTIONS[name]])
     return asked
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from llm_trainer.cli.commands import build_parser, list_commands, parse_command
 from llm_trainer.common import log
+from llm_trainer.config.placement import put_away
 from llm_trainer.launcher.stop_signal import end_on_stops, note_early_stops
 
 USAGE_ERROR = 2  # argparse's code for words that it does not understand
@@ -28,6 +29,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if words[:1] != ["train"]:
             end_on_stops()
     log.escape_unprintable()
+    put_away(os.environ)
     try:
         try:
             return run_command(words)

@@ -31,7 +31,12 @@ def find_missing_hardware(settings: Settings, environment: Environment) -> Itera
 
 
 def count_processes(settings: ParallelismSettings, environment: Environment) -> int:
-    """Return the number of worker processes on this host. By default it is one a GPU, or one on a CPU."""
+    """Return the number of worker processes on this host.
+
+    As many as a launcher started here where it started several; else by default one a GPU, or one on a CPU.
+    """
+    if environment.placement.num_local > 1:
+        return environment.placement.num_local
     num_gpus = 0 if settings.use_cpu else environment.num_gpus
     return settings.nproc_per_node or num_gpus or 1
 
@@ -88,5 +93,17 @@ HARDWARE_RULES = (
         ("nproc_per_node",),
         lambda s, e: 0 < e.num_gpus < (s.parallelism.nproc_per_node or 0) and not s.parallelism.use_cpu,
         "nproc_per_node={nproc_per_node} is more than this host's {num_gpus} GPUs: leave it out to use them all.",
+    ),
+    HardwareRule(
+        ("nproc_per_node",),
+        lambda s, e: 1 < e.placement.num_local != (s.parallelism.nproc_per_node or e.placement.num_local),
+        "nproc_per_node={nproc_per_node} is not the number of processes that the launcher started on this host: leave "
+        "it out.",
+    ),
+    HardwareRule(
+        ("use_cpu",),
+        lambda s, e: 1 < e.placement.num_local > e.num_gpus > 0 and not s.parallelism.use_cpu,
+        "The launcher started more processes on this host than it gives this one GPUs, which are {num_gpus}: let it "
+        "start one process a host with all GPUs of it, such as by --ntasks-per-node=1 --gpus-per-node=8 of srun.",
     ),
 )

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The job as SageMaker describes it to a training container: paths, channels, hosts and devices. It reads files only.
+"""The job as SageMaker describes it to a training container: paths, channels, hosts and devices.
+
+It reads files. The environment decides only where there is no SageMaker: placement.py has the hosts then, and two
+variables the folders.
 
 Source: "How Amazon SageMaker AI provides training information", the developer guide.
 """
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llm_trainer.common.errors import UserError, cut_quote
 from llm_trainer.common.files import check_access, find_barrier, read_json_object
+from llm_trainer.config.placement import Placement, read_placement
 
 DEFAULT_BASE_DIR = "/opt/ml"
+BASE_DIR, DATA_DIR = "SAGEMAKER_BASE_DIR", "LLM_TRAINER_DATA_DIR"  # of --output-dir and --data-dir (cli/folders.py)
 # EC2 names instances with NVIDIA GPUs p... and g...; a host cannot look for the devices of another group's hosts.
 GPU_INSTANCE = re.compile(r"(ml\.)?[pg]\d")
 WHOLE_CHANNELS = ("model", "config")  # every host needs every file of these
@@ -35,6 +40,12 @@ class Environment:
     num_gpus: int
     num_cpus: int
     checkpoint_dir: Path
+    placement: Placement = field(default_factory=Placement)
+
+    @property
+    def first_address(self) -> str:
+        """The name or address at which the other hosts reach the first one."""
+        return self.placement.first_address or self.hosts[0]
 
     @property
     def num_billed_hosts(self) -> int:
@@ -69,17 +80,21 @@ class Environment:
 
 def find_base_dir() -> Path:
     """Return /opt/ml, or the stand-in that SAGEMAKER_BASE_DIR names in tests and trials."""
-    return Path(os.environ.get("SAGEMAKER_BASE_DIR", DEFAULT_BASE_DIR)).absolute()
+    return Path(os.environ.get(BASE_DIR, DEFAULT_BASE_DIR)).absolute()
 
 
 def read_environment() -> Environment:
     """Read the SageMaker input tree. Every file of it is optional, since a plain `docker run` has none.
 
-    Raises UserError when a file is there but is not the JSON object that SageMaker documents.
+    Raises UserError when a file is there but is not the JSON object that SageMaker documents. The same where the
+    variables of another launcher cannot be true.
     """
     base_dir = find_base_dir()
     config_dir = base_dir / "input" / "config"
     resources = read_json_object(config_dir / "resourceconfig.json")
+    placement = find_placement()
+    if placement.num_nodes > 1:
+        resources = {"hosts": [*placement.hosts], "current_host": placement.hosts[placement.node_rank]}
     all_hosts = read_hosts(resources)
     hosts = choose_training_group(read_groups(resources), all_hosts)
     input_data_config = read_json_object(config_dir / "inputdataconfig.json")
@@ -96,7 +111,14 @@ def read_environment() -> Environment:
         num_gpus=count_gpus(),
         num_cpus=len(os.sched_getaffinity(0)),
         checkpoint_dir=find_checkpoint_dir(base_dir, read_json_object(config_dir / "checkpointconfig.json")),
+        placement=placement,
     )
+
+
+def find_placement() -> Placement:
+    """Return where a launcher has put this process. Raises UserError where its variables cannot be true."""
+    resources = read_json_object(find_base_dir() / "input" / "config" / "resourceconfig.json")
+    return read_placement(os.environ, on_sagemaker=bool(resources))
 
 
 def read_hosts(resources: dict[str, Any]) -> list[str]:
@@ -160,7 +182,7 @@ def find_channels(base_dir: Path, input_data_config: dict[str, Any]) -> dict[str
 
     Raises UserError for a channel in Pipe mode, and where this user may not list the channels.
     """
-    data_dir = base_dir / "input" / "data"
+    data_dir = Path(os.environ.get(DATA_DIR, base_dir / "input" / "data"))
     names = set(input_data_config)
     check_access(data_dir)
     if data_dir.is_dir():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.config.environment import Environment
 from llm_trainer.host.efa import (
     INFINIBAND_DEV_DIR,
@@ -20,6 +21,7 @@ from llm_trainer.host.efa import (
     find_verbs_devices,
 )
 
+LOOPBACKS = ("lo", "lo0")  # as Linux and macOS name it
 DISCARD_PORT = 9  # any port would do: nothing is sent
 
 
@@ -41,13 +43,28 @@ def build_network_variables(
     return variables
 
 
+def open_port(port: int) -> socket.socket:
+    """Return a socket that listens on a port of this host. Raises UserError where the port cannot be had."""
+    try:
+        return socket.create_server(("", port))
+    except OSError as error:
+        raise UserError(
+            f"Port {port} of this host, on which the job's hosts talk, cannot be opened ({quote_error(error)}): end "
+            "what uses it, such as another job here, or a second process with rank 0."
+        ) from error
+
+
 def find_interface(environment: Environment) -> str | None:
     """Return the interface that SageMaker names, else the one that leads to another host.
 
-    The SDK's local mode names an interface that does not exist.
+    The SDK's local mode names an interface that does not exist. Where a launcher gives hosts no names, the
+    first one's address stands for all. A loopback's does not: the others reach the first host by another one.
     """
     if environment.network_interface in psutil.net_if_addrs():
         return environment.network_interface
+    if environment.placement.first_address:
+        interface = find_interface_to(environment.first_address)
+        return None if interface in LOOPBACKS else interface
     others = (host for host in environment.hosts if host != environment.current_host)
     return next(filter(None, map(find_interface_to, others)), None)
 

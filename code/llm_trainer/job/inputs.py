@@ -160,7 +160,7 @@ def check_model(model: str, needs_tokenizer: bool = True) -> Iterator[str]:
     if ADDRESS.match(model):
         yield (
             f"model_id={model!r} is an address, and a model is read from a folder: give its S3 prefix as channel "
-            "'model', or the Hugging Face id."
+            "'model', or the Hugging Face id; outside SageMaker mount or copy it, and give the folder."
         )
         return
     if not os.path.isdir(folder):  # unlike Path's, it takes a name that is too long for one that is not there

@@ -19,7 +19,8 @@ from typing import Any, Self
 
 from llm_trainer.common.errors import Failure, parse_failure
 from llm_trainer.common.retry import Backoff
-from llm_trainer.launcher.greeting import admit, introduce
+from llm_trainer.host.network import open_port
+from llm_trainer.launcher.greeting import RankTakenError, Visitor, admit, introduce
 
 PORT = 7778
 HEARTBEAT_SECONDS = 2.0
@@ -110,9 +111,17 @@ class ClusterLink:
     A host alone opens no connection.
     """
 
-    def __init__(self, names: Sequence[str], own: str, key: bytes) -> None:
-        """Take the names of all hosts, the hub's first, this host's own, and the key of the job."""
+    def __init__(self, names: Sequence[str], own: str, key: bytes, hub_address: str | None = None) -> None:
+        """Take the names of all hosts, the hub's first, this host's own, and the key of the job.
+
+        `hub_address` is where the hub is reached, by default at its name.
+        """
         self.key = key
+        self.hub_address = hub_address or names[0]
+        self.visitor = Visitor(own)
+        self.guests: dict[str, str] = {}  # host -> which of its processes is known, on the hub
+        self.doubles: dict[str, str] = {}  # host -> address of another machine that calls itself so, on the hub
+        self.is_double = False  # the hub knows another machine by this host's name
         self.strangers = threading.BoundedSemaphore(max(MIN_STRANGERS, 4 * len(names)))
         self.names = names
         self.own = own
@@ -128,10 +137,10 @@ class ClusterLink:
         self.has_records = threading.Event()
 
     def __enter__(self) -> Self:
-        """Open the connections. Raises OSError where the hub cannot listen."""
+        """Open the connections. Raises UserError where the hub cannot listen."""
         if len(self.names) > 1:
             if self.own == self.hub:
-                self.server = socket.create_server(("", PORT))
+                self.server = open_port(PORT)
                 threading.Thread(target=self.accept_connections, daemon=True).start()
             else:
                 threading.Thread(target=self.stay_connected, daemon=True).start()
@@ -202,13 +211,21 @@ class ClusterLink:
         name = None
         try:
             with suppress(OSError):
-                name = admit(line, self.key, self.names)
+                name = admit(line, self.key, self.names, self.is_taken)
         finally:
             self.strangers.release()
         if name is None:
             line.close()
         else:
             self.read_messages(line, name)
+
+    def is_taken(self, visitor: Visitor, address: str) -> bool:
+        """Tell whether the hub is in touch with another process of that host's name, and note the newcomer if so."""
+        if visitor.host in self.lines and self.guests.get(visitor.host) != visitor.process:
+            self.doubles[visitor.host] = address
+            return True
+        self.guests[visitor.host] = visitor.process
+        return False
 
     def read_messages(self, line: socket.socket, name: str) -> None:
         """Read what the host of that name says, until its connection ends. What nobody understands is passed over."""
@@ -273,9 +290,9 @@ class ClusterLink:
 
     def call_hub(self) -> socket.socket:
         """Return a connection to the hub, which knows this host then. Raises OSError."""
-        line = socket.create_connection((self.hub, PORT), timeout=CONNECT_SECONDS)
+        line = socket.create_connection((self.hub_address, PORT), timeout=CONNECT_SECONDS)
         try:
-            introduce(line, self.key, self.own)
+            introduce(line, self.key, self.visitor)
         except OSError:
             line.close()
             raise
@@ -289,6 +306,7 @@ class ClusterLink:
                 line = self.call_hub()
             except OSError as error:
                 self.error = error
+                self.is_double = isinstance(error, RankTakenError)
                 time.sleep(backoff.note_failure())
                 continue
             self.error = None

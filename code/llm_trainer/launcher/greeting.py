@@ -12,13 +12,27 @@ import json
 import secrets
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from llm_trainer.config.secret_references import VARIABLES
 
 GREETING_SECONDS = 5.0  # for all of it: a peer that sends byte by byte gains nothing
 MAX_GREETING_BYTES = 1024
-JOB_VARIABLES = ("TRAINING_JOB_NAME", "TRAINING_JOB_ARN")
+JOB_VARIABLES = ("TRAINING_JOB_NAME", "TRAINING_JOB_ARN", "SLURM_JOB_ID")
+TAKEN = "taken"  # the hub's answer to a second machine that calls itself by the same name
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """A host that calls the hub, and which of its processes it is: two machines may have been given one rank."""
+
+    host: str
+    process: str = field(default_factory=lambda: secrets.token_hex(8))
+
+
+class RankTakenError(ConnectionRefusedError):
+    """The hub is in touch with another process of this host's name."""
 
 
 def derive_key(hosts: Sequence[str], variables: Mapping[str, str]) -> bytes:
@@ -32,33 +46,47 @@ def prove(key: bytes, *texts: str) -> str:
     return hmac.new(key, json.dumps(texts).encode(), hashlib.sha256).hexdigest()
 
 
-def admit(line: socket.socket, key: bytes, names: Sequence[str]) -> str | None:
-    """Return the host of the job that calls, None for a stranger. Raises OSError where the connection breaks."""
+def admit(
+    line: socket.socket, key: bytes, names: Sequence[str], is_taken: Callable[[Visitor, str], bool]
+) -> str | None:
+    """Return the host of the job that calls, None for a stranger. Raises OSError where the connection breaks.
+
+    `is_taken` tells whether another process has the visitor's name, who calls from an address: it is turned away.
+    """
     challenge, deadline = secrets.token_hex(16), time.monotonic() + GREETING_SECONDS
     line.settimeout(GREETING_SECONDS)
     line.sendall(f"{challenge}\n".encode())
     try:
         words = json.loads(read_line(line, deadline))
-        host, challenge_of_host, proof = (str(words[name]) for name in ("host", "challenge", "proof"))
+        host, process, challenge_of_host, proof = (
+            str(words[name]) for name in ("host", "process", "challenge", "proof")
+        )
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    if host not in names or not hmac.compare_digest(prove(key, "host", host, challenge).encode(), proof.encode()):
+    expected = prove(key, "host", host, process, challenge)
+    if host not in names or not hmac.compare_digest(expected.encode(), proof.encode()):
+        return None
+    if is_taken(Visitor(host, process), str(line.getpeername()[0])):
+        line.sendall(f"{prove(key, TAKEN, challenge_of_host)}\n".encode())
         return None
     line.sendall(f"{prove(key, 'hub', challenge_of_host)}\n".encode())
     line.settimeout(None)
     return host
 
 
-def introduce(line: socket.socket, key: bytes, host: str) -> None:
+def introduce(line: socket.socket, key: bytes, visitor: Visitor) -> None:
     """Prove to the hub that this host belongs to the job, and have it prove the same. Raises OSError otherwise."""
     challenge, deadline = secrets.token_hex(16), time.monotonic() + GREETING_SECONDS
     line.settimeout(GREETING_SECONDS)
     challenge_of_hub = read_line(line, deadline)
     if not challenge_of_hub:
         raise ConnectionResetError("it has closed the connection")  # too many call at a time
-    proof = prove(key, "host", host, challenge_of_hub)
-    line.sendall(json.dumps({"host": host, "challenge": challenge, "proof": proof}).encode() + b"\n")
+    words = {"host": visitor.host, "process": visitor.process, "challenge": challenge}
+    words["proof"] = prove(key, "host", visitor.host, visitor.process, challenge_of_hub)
+    line.sendall(json.dumps(words).encode() + b"\n")
     answer = read_line(line, deadline)
+    if hmac.compare_digest(answer.encode(), prove(key, TAKEN, challenge).encode()):
+        raise RankTakenError("another machine of the job has this one's rank")
     if not hmac.compare_digest(answer.encode(), prove(key, "hub", challenge).encode()):
         raise ConnectionRefusedError("it takes this host for a stranger: give all hosts the same job name and secrets")
     line.settimeout(None)

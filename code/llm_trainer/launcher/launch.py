@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llm_trainer.common import log
@@ -19,19 +19,21 @@ from llm_trainer.common.errors import Failure, UserError, write_failure
 from llm_trainer.common.files import hide_in_file, read_json_object
 from llm_trainer.common.processes import bind_command
 from llm_trainer.config.checks import count_processes
-from llm_trainer.config.environment import Environment, find_base_dir, read_environment
+from llm_trainer.config.environment import Environment, find_base_dir, find_placement, read_environment
+from llm_trainer.config.placement import put_away, take_out
 from llm_trainer.config.schema import describe_settings, show_value
 from llm_trainer.config.secret_references import USED_FOR, Use, read_secret_variables, withhold_secrets
 from llm_trainer.config.tracker_choice import build_tracker_variables, choose_trackers
 from llm_trainer.host.findings import log_findings
 from llm_trainer.host.machine import inspect_machine
+from llm_trainer.host.network import open_port
 from llm_trainer.host.system_metrics import SystemMetrics
 from llm_trainer.host.write_probe import find_temp_problem
 from llm_trainer.job import checkpoint_dir
 from llm_trainer.job.checkpoint_lock import lock_checkpoints
 from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
 from llm_trainer.job.inputs import find_warnings
-from llm_trainer.job.job import Job, check_job
+from llm_trainer.job.job import Job, check_job, collect_settings
 from llm_trainer.job.rank_traces import RankTraces, find_trace_prefix
 from llm_trainer.job.start_gate import StartGate
 from llm_trainer.journal.journal import FILE_NAME
@@ -41,6 +43,7 @@ from llm_trainer.launcher.greeting import derive_key
 from llm_trainer.launcher.job_events import JobDescription, JobEventWriter
 from llm_trainer.launcher.last_words import explain_crash
 from llm_trainer.launcher.reporter_process import ReporterOptions, ReporterProcess
+from llm_trainer.launcher.stand_by import Leader, stand_by
 from llm_trainer.launcher.stop_signal import StopSignal
 from llm_trainer.launcher.supervisor import (
     INTRODUCTION_SECONDS,
@@ -53,6 +56,7 @@ from llm_trainer.launcher.supervisor import (
 )
 from llm_trainer.launcher.user_script import names_a_script, run_script
 from llm_trainer.launcher.worker_processes import (
+    MASTER_PORT,
     WorkerProcesses,
     build_cache_variables,
     build_library_variables,
@@ -61,13 +65,31 @@ from llm_trainer.launcher.worker_processes import (
 
 
 def launch(arguments: Sequence[str]) -> int:
-    """Run the job that the input tree and the command line describe. Return the container's exit code, 0 or 1."""
+    """Run the job that the input tree and the command line describe. Return the container's exit code, 0 or 1.
+
+    Of several processes that a launcher has started on this node, the first runs it and the others stand by.
+    """
+    put_away(os.environ)
     started = time.time()
-    output_dir = find_base_dir() / "output"
     try:
-        (output_dir / "failure").unlink(missing_ok=True)  # left by an earlier job in the same tree
+        placement = find_placement()
+        if placement.local_rank > 0:
+            settings, _ = collect_settings(read_environment(), arguments)
+            return stand_by(placement, settings.parallelism.host_timeout_seconds)
+        with Leader(placement) as leader:
+            return leader.end(lead_node(arguments, is_first=placement.node_rank == 0, started=started))
+    except UserError as error:
+        return fail(Failure(str(error), "mistake", started))
+
+
+def lead_node(arguments: Sequence[str], is_first: bool, started: float) -> int:
+    """Run the job on this node, the first or another one. Return the exit code."""
+    try:
+        if is_first:  # the folder may be one for all nodes
+            (find_base_dir() / "output" / "failure").unlink(missing_ok=True)  # left by an earlier job in the same tree
         hyperparameters = read_json_object(find_base_dir() / "input" / "config" / "hyperparameters.json")
         if names_a_script(hyperparameters):
+            take_out(os.environ)
             os.environ.update(read_secret_variables({}, os.environ))
             return run_script(find_base_dir(), hyperparameters, {**build_cache_variables(os.environ), **os.environ})
         if problem := find_temp_problem():
@@ -75,10 +97,13 @@ def launch(arguments: Sequence[str]) -> int:
         failure = run_host(read_environment(), arguments, Timeline(started))
     except UserError as error:
         failure = Failure(str(error), "mistake", started)
-    if failure is None:
-        return 0
+    return fail(failure) if failure else 0
+
+
+def fail(failure: Failure) -> int:
+    """Tell why the job failed, in the log and in output/failure. Return the exit code."""
     log.error(failure.reason)
-    write_failure(output_dir, failure.reason)
+    write_failure(find_base_dir() / "output", failure.reason)
     return 1
 
 
@@ -88,7 +113,7 @@ def run_host(environment: Environment, arguments: Sequence[str], timeline: Timel
     with (
         tempfile.TemporaryDirectory(prefix="llm-trainer-") as folder,
         StopSignal(Path(folder) / "stop") as stop,
-        ClusterLink(names, environment.current_host, derive_key(names, os.environ)) as link,
+        ClusterLink(names, environment.current_host, derive_key(names, os.environ), environment.first_address) as link,
     ):
         try:
             return take_part(environment, arguments, timeline, link, stop)
@@ -102,6 +127,9 @@ def take_part(
     environment: Environment, arguments: Sequence[str], timeline: Timeline, link: ClusterLink, stop: StopSignal
 ) -> Failure | None:
     """Do this host's part in the job in touch with the other hosts. Return why the job failed, if it did."""
+    log.info(environment.placement.describe())
+    if environment.placement.warning:
+        log.warning(environment.placement.warning)
     if not environment.trains:
         log.info(f"This host, {environment.current_host}, does not train: it waits for {link.hub}.")
         return wait_for_trainers(link, stop.file)
@@ -139,6 +167,8 @@ def prepare_host(
     is_checked = job is not None and failed is None
     timeout = job.settings.parallelism.host_timeout_seconds if job and is_checked else INTRODUCTION_SECONDS
     failure = wait_for_all_hosts(link, failed, timeout, stop_file)
+    if failure and failure.kind == "lost":
+        failure = replace(failure, reason=failure.reason + environment.placement.advise())
     timeline.mark("meeting")
     return job, failure
 
@@ -147,6 +177,8 @@ def check_host(job: Job) -> None:
     """Read the job's secrets, and check what this host offers. Raises UserError with every mistake there is."""
     os.environ.update(read_secret_variables(job.settings.secrets, os.environ))
     check_machine(job)
+    if job.environment.node_rank == 0 and len(job.environment.hosts) > 1:
+        open_port(MASTER_PORT).close()  # torchrun would tell of one in use by a traceback
     if job.environment.node_rank == 0 and job.settings.training.use_checkpoints:
         lock_checkpoints(job.inputs.checkpoint_dir, job.environment.current_host)
     if job.environment.node_rank == 0 and job.settings.output.push_to_hub:

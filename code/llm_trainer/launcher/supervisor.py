@@ -236,6 +236,8 @@ def wait_for_all_hosts(
     failure = own_failure
     deadline = time.monotonic() + timeout
     while not stop_file.exists() and (absent := link.find_absent()) and time.monotonic() < deadline:
+        if link.is_double:
+            break
         time.sleep(POLL_SECONDS)
     if not stop_file.exists() and absent and failure is None:
         failure = describe_absence(link, absent, timeout)
@@ -263,7 +265,11 @@ def wait_for_trainers(link: ClusterLink, stop_file: Path) -> Failure | None:
 
 def describe_absence(link: ClusterLink, absent: list[str], timeout: float) -> Failure:
     """Return the failure of a job whose hosts did not all come within `timeout` seconds."""
+    if link.is_double:
+        text = f"Two machines have called {link.hub} as {link.own}: give each machine of the job a rank of its own."
+        return Failure(text, "mistake", time.time())
     why = f" ({link.error.strerror or link.error})" if link.error else ""
+    why += "".join(f" (and {host} is there twice, also as {address})" for host, address in link.doubles.items())
     return Failure(
         f"Host {', '.join(absent)} could not be reached from {link.own} within {timeout:.0f} s{why}: see its log; "
         "and let the hosts reach each other on every port (the job's security groups).",

@@ -48,7 +48,7 @@ class WorkerProcesses:
             command += [
                 f"--nnodes={len(environment.hosts)}",
                 f"--node-rank={environment.node_rank}",
-                f"--master-addr={environment.hosts[0]}",
+                f"--master-addr={environment.first_address}",
                 f"--master-port={MASTER_PORT}",
             ]
         # Told its own name, torchrun does not look it up, which takes minutes where nobody answers.

@@ -166,7 +166,11 @@ def find_at_path(
 ) -> tuple[list[Source], list[str]]:
     """Return the source at a path, or on the Hub where no such path exists, and a sentence for each problem."""
     if ADDRESS.match(path):
-        return [], [f"{label} is an address, and data are read from files: give its S3 prefix as a channel."]
+        text = (
+            "is an address, and data are read from files: give its S3 prefix as a channel; outside SageMaker mount it "
+            "(Mountpoint for Amazon S3) or copy it (aws s3 sync), and give the folder."
+        )
+        return [], [f"{label} {text}"]
     if HUB_DATA_ID.fullmatch(path) and not os.path.exists(path) and find_barrier(Path(path)) is None:
         return [HubSource(path, settings.dataset_config, split)], []
     return find_files_at(Place(Path(path), path, label), (split,), environment)

@@ -133,7 +133,7 @@ def test_every_make_target_is_there():
 def test_every_command_and_option_of_ours_is_there():
     pieces = [(d, piece) for d in DOCUMENTS for piece in list_code(d)]
     pieces += [(block.document, command) for block in COMMANDS for command in block.list_commands()]
-    options = {"help", "version", "json", "adapter", "output", "base", "dtype"}
+    options = {"help", "version", "json", "adapter", "output", "base", "dtype", "data-dir", "output-dir"}
     wrong = []
     for document, piece in pieces:
         words = piece.split()

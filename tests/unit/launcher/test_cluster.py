@@ -10,14 +10,15 @@ from contextlib import suppress
 
 import pytest
 
-from llm_trainer.common.errors import Failure
+from llm_trainer.common.errors import Failure, UserError
 from llm_trainer.launcher import cluster, greeting
 from llm_trainer.launcher.cluster import ClusterLink, HostState
-from llm_trainer.launcher.greeting import introduce
+from llm_trainer.launcher.greeting import Visitor, introduce
 from support.waiting import GUARD_SECONDS, wait_until
 
 NAMES = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
 KEY = b"of the job"
+KNOWN = {}  # the process of each host, by its name
 
 
 @pytest.fixture
@@ -30,6 +31,7 @@ def three(monkeypatch):
         ClusterLink(NAMES, NAMES[1], KEY) as second,
         ClusterLink(NAMES, NAMES[2], KEY) as third,
     ):
+        KNOWN.update({link.own: link.visitor for link in (hub, second, third)})
         yield hub, second, third
 
 
@@ -85,7 +87,7 @@ def call(name=None, key=KEY):
     """Return a connection to the hub, as a host of that name where one is given."""
     line = socket.create_connection((NAMES[0], cluster.PORT))
     if name:
-        introduce(line, key, name)
+        introduce(line, key, KNOWN.get(name, Visitor(name)))
     return line
 
 
@@ -134,8 +136,9 @@ def test_a_host_with_another_key_is_refused_and_learns_it():
 def test_a_proof_that_was_overheard_is_worth_nothing():
     with call() as line:
         challenge = line.makefile().readline().strip()
-        proof = greeting.prove(KEY, "host", NAMES[1], challenge)
-        words = json.dumps({"host": NAMES[1], "challenge": "c", "proof": proof}).encode() + b"\n"
+        process = KNOWN[NAMES[1]].process
+        proof = greeting.prove(KEY, "host", NAMES[1], process, challenge)
+        words = json.dumps({"host": NAMES[1], "process": process, "challenge": "c", "proof": proof}).encode() + b"\n"
         line.sendall(words)
         assert line.recv(100) == greeting.prove(KEY, "hub", "c").encode() + b"\n"
     with call() as again:
@@ -198,6 +201,35 @@ def test_a_host_speaks_for_itself_alone_and_noise_is_passed_over(three):
     assert heard == [{"kind": "system", "last": True}]
     assert hub.contacts[NAMES[2]].state.phase != "running"
     assert hub.contacts[NAMES[1]].state.phase == "running"
+
+
+def test_a_second_process_of_a_name_is_turned_away_and_both_sides_know(three):
+    hub, second, _ = three
+    second.publish(HostState("ready"))
+    wait_until(lambda: hub.state(NAMES[1]).phase == "ready")
+    with ClusterLink(NAMES, NAMES[1], KEY) as double:
+        wait_until(lambda: double.is_double)
+    assert hub.doubles == {NAMES[1]: "127.0.0.1"}
+    assert hub.state(NAMES[1]).phase == "ready"
+    assert not second.is_double
+
+
+def test_a_process_takes_the_place_of_one_that_is_gone(three):
+    hub, second, _ = three
+    second.publish(HostState("ready"))
+    wait_until(lambda: hub.state(NAMES[1]).phase == "ready")
+    second.hub_address = "127.0.0.1:gone"  # it calls no more
+    second.lines[NAMES[0]].shutdown(socket.SHUT_RDWR)
+    wait_until(lambda: NAMES[1] not in hub.lines)
+    with ClusterLink(NAMES, NAMES[1], KEY) as other:
+        other.publish(HostState("running", 3))
+        wait_until(lambda: hub.state(NAMES[1]).attempt == 3)
+
+
+def test_a_port_in_use_is_a_sentence(three):
+    del three
+    with pytest.raises(UserError, match=r"Port \d+ of this host, on which the job's hosts talk, cannot be opened"):
+        ClusterLink(NAMES, NAMES[0], KEY).__enter__()
 
 
 @pytest.mark.usefixtures("three")

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs that something else than SageMaker launches. Processes with exactly its variables stand for its nodes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from support.launchers import LAUNCHERS, set_by_srun, set_by_torchrun
+from support.sagemaker_tree import HYPERPARAMETERS, LLM_TRAINER
+
+
+@pytest.fixture
+def make_nodes(make_tree, ports_of_hosts):
+    """Makes trees without SageMaker's description of hosts, one for each of these sets of variables."""
+
+    def make(*sets, **hyperparameters):
+        trees = [make_tree() for _ in sets]
+        for variables, tree in zip(sets, trees, strict=True):
+            (tree.base_dir / "input/config/resourceconfig.json").unlink()
+            tree.environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **variables}
+            tree.change(**{"per_device_train_batch_size": "4", "host_timeout_seconds": "60"} | hyperparameters)
+        return trees
+
+    return make
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_two_nodes_of_any_launcher_train_one_model(make_nodes, start, name):
+    nodes = make_nodes(*map(LAUNCHERS[name], range(2)))
+    jobs = [start(node) for node in nodes]
+    for number, job in enumerate(jobs):
+        assert job.end() == 0, job.log + "OTHER NODE\n" + jobs[1 - number].log
+        assert f"node {number + 1} of 2, the first at " in job.log
+    first, second = nodes
+    assert first.read_journal()[0]["hosts"] == ["node-0", "node-1"]
+    assert first.read_journal()[0]["world_size"] == 2
+    assert (first.base_dir / "output/data/report.html").exists()
+    assert "adapter_model.safetensors" in first.model_files
+    assert not second.model_files
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_torchrun_itself_starts_a_process_a_device(make_nodes, start, stops):
+    """The one that leads trains with as many workers; a stop that reaches all processes saves and ends well."""
+    (tree,) = make_nodes({}, num_train_epochs="10000" if stops else "1")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29431"]
+    command = [*torchrun, "--no-python", str(LLM_TRAINER), "train"]
+    job = start(tree, command=command)
+    if stops:
+        job.wait_for("step=2;")
+        job.process.send_signal(signal.SIGTERM)
+    exit_code = job.end()
+    assert job.log.count("Launched by torchrun: node 1 of 1, with 2 processes on this node") == 1, job.log
+    assert stops or exit_code == 0
+    assert tree.read_journal()[0]["world_size"] == 2
+    assert tree.manifest["stopped"] is stops
+    assert load_file(tree.base_dir / "model/adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0, WORLD_SIZE=2 in the environment without MASTER_ADDR: set all"),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK=1 in the environment without RANK, WORLD_SIZE, LOCAL_WORLD_SIZE"),
+        (set_by_torchrun(2), "RANK=2, WORLD_SIZE=2 in the environment: RANK counts from 0 and must be below"),
+        (
+            set_by_torchrun(0),
+            "Host node-1 could not be reached from node-0 within 2 s: see its log; and let the hosts reach each other "
+            "on every port (the job's security groups). If this job has one machine, unset RANK, WORLD_SIZE, ",
+        ),
+        (
+            set_by_srun(0, local_rank=1, num_local=2),
+            "No process with local rank 0 came within 2 s on this node, where one has local rank 1: start all 2 ",
+        ),
+    ],
+)
+def test_a_world_that_does_not_come_together_ends_in_a_sentence(make_nodes, variables, sentence):
+    (tree,) = make_nodes(variables, host_timeout_seconds="2")
+    result = tree.run()
+    assert result.returncode == 1
+    assert tree.failure.startswith(sentence), tree.failure
+    assert tree.failure in result.stdout
+
+
+def test_a_port_in_use_ends_in_a_sentence(make_nodes):
+    (tree,) = make_nodes(set_by_torchrun(0))
+    with socket.create_server(("", 7778)):
+        assert tree.run().returncode == 1
+    assert tree.failure.startswith("Port 7778 of this host, on which the job's hosts talk, cannot be opened (")
+
+
+def test_a_rank_that_two_machines_have_is_told(make_nodes, start):
+    nodes = make_nodes(*map(set_by_torchrun, (1, 1, 0), (0, 0, 0), (3, 3, 3)), host_timeout_seconds="8")
+    jobs = [start(node) for node in nodes]
+    assert [job.end() for job in jobs] == [1, 1, 1]
+    told = [node.failure for node in nodes]
+    assert sum(
+        "Two machines have called node-0 as node-1: give each machine of the job a rank" in text for text in told
+    )
+    assert "(and node-1 is there twice, also as 127.0.0.1)" in nodes[2].failure
+
+
+def test_a_stray_rank_does_no_harm_and_folders_stand_for_opt_ml(make_nodes, tmp_path):
+    """The stray variables are those of a shell. PMI_SIZE would have accelerate wait for others."""
+    if Path("/opt/ml/input").exists():
+        pytest.skip("this machine has an /opt/ml")
+    (tree,) = make_nodes({})
+    environment = {name: value for name, value in os.environ.items() if name != "SAGEMAKER_BASE_DIR"}
+    environment |= {"RANK": "0", "PMI_SIZE": "4", "PMI_RANK": "3", "TORCHELASTIC_RUN_ID": "other"}
+    folders = ["--data-dir", str(tree.base_dir / "input/data"), "--output-dir", str(tmp_path / "run")]
+    settings = [word for key, value in HYPERPARAMETERS.items() for word in (f"--{key}", value)]
+    command = [str(LLM_TRAINER), "train", *folders, *settings]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    warning = "Warning: RANK=0 in the environment without WORLD_SIZE, MASTER_ADDR: passed over.\n"
+    assert f"Launched by hand, on this machine alone.\n{warning}" in result.stdout
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"model", "output", "checkpoints"}
+    assert (tmp_path / "run/model/adapter_model.safetensors").exists()
+    assert (tmp_path / "run/output/data/report.html").exists()
+
+
+def test_validate_tells_of_strays_and_refuses_what_train_refuses(tmp_path):
+    def validate(**variables):
+        environment = {**os.environ, "SAGEMAKER_BASE_DIR": str(tmp_path), **variables}
+        command = [LLM_TRAINER, "validate"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout
+
+    assert "warning  RANK=0 in the environment without WORLD_SIZE, MASTER_ADDR: passed over." in validate(RANK="0")
+    assert "error    RANK=0, WORLD_SIZE=2 in the environment without MASTER" in validate(RANK="0", WORLD_SIZE="2")
