@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Jobs that something else than SageMaker launches. Processes with exactly its variables stand for its nodes."""
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -9,10 +11,33 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
-from support.launchers import LAUNCHERS, set_by_srun, set_by_torchrun
+from support.launchers import (
+    LAUNCHERS,
+    set_by_batch,
+    set_by_pytorch_job,
+    set_by_srun,
+    set_by_torchrun,
+    set_by_train_job,
+)
+from support.measures import ROOT
 from support.sagemaker_tree import HYPERPARAMETERS, LLM_TRAINER
+
+EXAMPLES = ROOT / "examples"
+WITHOUT_TREE = ("env", "-u", "SAGEMAKER_BASE_DIR")  # as where there is no /opt/ml
+KUBERNETES = ["kubernetes/pytorchjob.yaml", "kubernetes/trainjob.yaml"]
+FAKE_SRUN = """
+import os, subprocess, sys
+sys.path.insert(0, os.environ["SUPPORT"])
+from support.launchers import set_by_srun
+command = sys.argv[1:]
+while command[0].startswith("--"):
+    command.pop(0)
+nodes = [subprocess.Popen(command, env={**os.environ, **set_by_srun(node)}) for node in range(2)]
+sys.exit(max(node.wait() for node in nodes))
+"""
 
 
 @pytest.fixture
@@ -44,6 +69,54 @@ def test_two_nodes_of_any_launcher_train_one_model(make_nodes, start, name):
     assert (first.base_dir / "output/data/report.html").exists()
     assert "adapter_model.safetensors" in first.model_files
     assert not second.model_files
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "example", ["kubernetes/pytorchjob.yaml", "kubernetes/trainjob.yaml", "batch/job-definition.json"]
+)
+def test_an_example_trains_on_two_nodes_that_share_their_folders(make_nodes, start, tmp_path, example):
+    """Nothing but /fsx and the number of GPUs differs from what a cluster would run."""
+    set_variables = {"pytorchjob": set_by_pytorch_job, "trainjob": set_by_train_job, "job-definition": set_by_batch}
+    words = [word.replace("/fsx", str(tmp_path)) for word in read_words(EXAMPLES / example)]
+    nodes = make_nodes(*map(set_variables[Path(example).stem], range(2)))
+    shutil.copytree(nodes[0].base_dir / "input/data", tmp_path / "data")
+    settings = [word for key, value in HYPERPARAMETERS.items() for word in (f"--{key}", value)]
+    jobs = [start(node, command=[*WITHOUT_TREE, str(LLM_TRAINER), *words, *settings]) for node in nodes]
+    assert [job.end() for job in jobs] == [0, 0], jobs[0].log + "OTHER NODE\n" + jobs[1].log
+    assert (tmp_path / "runs/1/model/adapter_model.safetensors").exists()
+    assert (tmp_path / "runs/1/output/data/report.html").exists()
+    assert not (tmp_path / "runs/1/output/failure").exists()
+
+
+@pytest.mark.long
+def test_the_sbatch_script_trains_on_two_nodes_that_share_their_folders(make_nodes, start, tmp_path):
+    """A program in srun's place starts the command on two nodes with srun's variables, without a container."""
+    (tree,) = make_nodes({})
+    shutil.copytree(tree.base_dir / "input/data", tmp_path / "data")
+    srun = tmp_path / "bin/srun"
+    srun.parent.mkdir()
+    srun.write_text(f"#!{sys.executable}\n{FAKE_SRUN}")
+    srun.chmod(0o755)
+    path = f"{srun.parent}:{LLM_TRAINER.parent}:{os.environ['PATH']}"
+    support = Path(__file__).parents[1]
+    tree.environment |= {"PATH": path, "SUPPORT": str(support), "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
+    tree.environment |= {"DATA": str(tmp_path / "data"), "OUTPUT": str(tmp_path / "runs/7")}
+    job = start(tree, command=[*WITHOUT_TREE, "bash", str(EXAMPLES / "slurm/train.sbatch")])
+    assert job.end() == 0, job.log
+    assert "Launched by Slurm's srun: node 1 of 2, the first at 127.0.0.1" in job.log
+    assert (tmp_path / "runs/7/model/adapter_model.safetensors").exists()
+
+
+def read_words(file):
+    """The arguments of the image in an example."""
+    if file.suffix == ".json":
+        nodes = json.loads(file.read_text())["nodeProperties"]["nodeRangeProperties"]
+        return nodes[0]["container"]["command"]
+    job = list(yaml.safe_load_all(file.read_text()))[-1]["spec"]
+    if "trainer" in job:
+        return job["trainer"]["args"]
+    return job["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["args"]
 
 
 @pytest.mark.parametrize("stops", [False, True])
