@@ -10,13 +10,16 @@ from pathlib import Path
 
 from llm_trainer.config.environment import BASE_DIR, DATA_DIR, DEFAULT_BASE_DIR
 
+# Any of these means that somebody has laid out the tree. HyperPod's agent leaves a file of its own beside them.
+INPUTS = ("data", "config/resourceconfig.json", "config/hyperparameters.json")
+
 
 def take_folders(words: Sequence[str]) -> list[str]:
     """Return the words without those that name folders, after setting their environment variables."""
     data_dir, rest = take_option(words, "data-dir")
     if data_dir:
         os.environ[DATA_DIR] = os.path.abspath(data_dir)
-    if BASE_DIR in os.environ or Path(DEFAULT_BASE_DIR, "input").exists():
+    if BASE_DIR in os.environ or any(Path(DEFAULT_BASE_DIR, "input", part).exists() for part in INPUTS):
         return rest  # output_dir is the setting then
     output_dir, rest = take_option(rest, "output-dir")
     if output_dir:

@@ -39,9 +39,15 @@ def test_without_opt_ml_the_folders_stand_for_it(without_tree, monkeypatch, word
 
 
 def test_with_opt_ml_output_dir_is_the_setting(without_tree):
-    (without_tree / "opt/ml/input").mkdir(parents=True)
+    (without_tree / "opt/ml/input/data").mkdir(parents=True)
     assert take_folders(["--output-dir", "/x"]) == ["--output-dir", "/x"]
     assert "SAGEMAKER_BASE_DIR" not in os.environ
+
+
+def test_the_file_of_hyperpods_agent_is_no_tree_of_sagemaker(without_tree):
+    (without_tree / "opt/ml/input/config").mkdir(parents=True)
+    (without_tree / "opt/ml/input/config/pod_resourceconfig.json").touch()
+    assert take_folders(["--output-dir", "/x"]) == []
 
 
 @pytest.mark.usefixtures("without_tree")
