@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 def set_by_torchrun(node: int, local_rank: int = 0, num_nodes: int = 2, num_local: int = 1) -> dict[str, str]:
-    """torch/distributed/elastic/agent/server/local_elastic_agent.py; hyperpod-elastic-agent 1.1.3 sets the same."""
+    """torch/distributed/elastic/agent/server/local_elastic_agent.py."""
     rank = node * num_local + local_rank
     return {
         "RANK": str(rank),
@@ -25,6 +25,12 @@ def set_by_torchrun(node: int, local_rank: int = 0, num_nodes: int = 2, num_loca
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
     }
+
+
+def set_by_hyperpodrun(node: int, local_rank: int = 0, num_local: int = 1) -> dict[str, str]:
+    """hyperpod-elastic-agent 1.1.3, as it was seen to: GROUP_WORLD_SIZE counts processes."""
+    variables = set_by_torchrun(node, local_rank, num_local=num_local)
+    return variables | {"GROUP_WORLD_SIZE": variables["WORLD_SIZE"], "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
 def set_by_pytorch_job(node: int) -> dict[str, str]:
@@ -96,6 +102,7 @@ def set_by_batch(node: int) -> dict[str, str]:
 
 LAUNCHERS: dict[str, Callable[[int], dict[str, str]]] = {
     "torchrun": set_by_torchrun,
+    "hyperpodrun": set_by_hyperpodrun,
     "PyTorchJob": set_by_pytorch_job,
     "older PyTorchJob": set_by_older_pytorch_job,
     "TrainJob": set_by_train_job,

@@ -152,14 +152,10 @@ def read_torchrun(told: Mapping[str, str]) -> Placement:
     rank, world_size, local_rank, num_local = (read_number(told, name) for name in WORLD_NAMES[:4])
     check_below(told, "RANK", "WORLD_SIZE")
     check_below(told, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if "GROUP_RANK" in told and "GROUP_WORLD_SIZE" in told:
-        check_below(told, "GROUP_RANK", "GROUP_WORLD_SIZE")
-        node_rank, num_nodes = read_number(told, "GROUP_RANK"), read_number(told, "GROUP_WORLD_SIZE")
-    elif world_size % num_local or rank % num_local != local_rank:
-        raise contradict(told, WORLD_NAMES[:4])
-    else:
-        node_rank, num_nodes = rank // num_local, world_size // num_local
-    return Placement("", num_nodes, node_rank, told["MASTER_ADDR"], local_rank, num_local)
+    # GROUP_WORLD_SIZE is no help: torchrun counts nodes with it, and HyperPod's agent processes.
+    if world_size % num_local or rank % num_local != local_rank:
+        raise contradict(told, WORLD_NAMES[:4], "each node must have as many processes, and their ranks in order")
+    return Placement("", world_size // num_local, rank // num_local, told["MASTER_ADDR"], local_rank, num_local)
 
 
 def read_pet(told: Mapping[str, str]) -> Placement:

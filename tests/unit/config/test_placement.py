@@ -7,7 +7,7 @@ import pytest
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.placement import Placement, list_tasks, name_first_host, put_away, read_placement, take_out
-from support.launchers import LAUNCHERS, set_by_batch, set_by_srun, set_by_torchrun
+from support.launchers import LAUNCHERS, set_by_batch, set_by_hyperpodrun, set_by_srun, set_by_torchrun
 
 PLAIN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}
 
@@ -21,7 +21,7 @@ def test_every_launcher_tells_the_node(name, node):
     assert placement.describe().startswith(f"Launched by {placement.launcher}: node {node + 1} of 2, the first at ")
 
 
-@pytest.mark.parametrize("set_variables", [set_by_torchrun, set_by_srun])
+@pytest.mark.parametrize("set_variables", [set_by_torchrun, set_by_hyperpodrun, set_by_srun])
 def test_one_process_a_device_is_told_from_one_a_node(set_variables):
     placement = read_placement(set_variables(1, local_rank=3, num_local=4), on_sagemaker=False)
     assert (placement.node_rank, placement.local_rank, placement.num_local) == (1, 3, 4)
@@ -84,7 +84,7 @@ def test_slurm_without_srun_trains_on_this_node_alone_and_says_so():
         (PLAIN | {"LOCAL_RANK": "1"}, "LOCAL_RANK=1, MASTER_ADDR=10.0.0.1 in the environment without LOCAL_WORLD_SIZE"),
         (PLAIN | {"RANK": "one"}, "RANK='one' in the environment is no number"),
         (PLAIN | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK counts from 0"),
-        (PLAIN | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, "these contradict each other"),
+        (PLAIN | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, "each node must have as many processes"),
         ({"PET_NNODES": "2", "PET_NODE_RANK": "0"}, "without PET_MASTER_ADDR: set all of them, as Kubeflow does"),
         (LAUNCHERS["TrainJob"](0) | {"PET_NNODES": "1:3"}, "PET_NNODES='1:3' is a range: leave elasticPolicy out"),
         (set_by_batch(0) | {"AWS_BATCH_JOB_MAIN_NODE_INDEX": "0"}, "without AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4"),
