@@ -26,7 +26,7 @@ from llm_trainer.model.parameter_roles import Role, assign_roles
 from llm_trainer.model.precision import set_adapter_types
 from llm_trainer.model.quantization import find_stored_method
 
-Quantization = Literal["nf4", "fp4", "int8"]
+Quantization = Literal["nf4", "fp4", "int8", "fp8"]
 # In bitsandbytes, the number of weights that share a scale, and of scales that share a scale of their own.
 BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256
 
@@ -131,14 +131,16 @@ def read_shape(
 
 
 def mark_quantized(base: PreTrainedModel, roles: dict[str, Role], quantization: Quantization | None) -> None:
-    """Mark the layers that bitsandbytes quantizes. step_trace reads the mark, which lasts through PEFT and copies."""
+    """Mark the layers that are quantized. step_trace reads the mark, which lasts through PEFT and copies."""
     for name, role in roles.items() if quantization else ():
         if role == "linear":
             base.get_submodule(name.removesuffix(".weight")).quantization = quantization
 
 
 def choose_quantization(settings: ModelSettings) -> Quantization | None:
-    """Return the quantization that bitsandbytes is asked for, or None."""
+    """Return the quantization that bitsandbytes is asked for, fp8 where the base multiplies in float8, or None."""
+    if settings.base_compute:
+        return settings.base_compute
     if settings.load_in_4bit:
         return settings.bnb_4bit_quant_type
     return "int8" if settings.load_in_8bit else None
@@ -184,13 +186,16 @@ def list_parts(
 
 
 def count_quantized_bytes(weight: nn.Parameter, quantization: Quantization, is_nested: bool) -> tuple[int, int]:
-    """Return the bytes of a matrix (rows, columns) that bitsandbytes quantized, and the bytes of its scales.
+    """Return the bytes of a matrix (rows, columns) that is quantized, and the bytes of its scales.
 
+    - float8: two copies of a byte a weight, and a float32 scale for each row and each column.
     - 8 bit: a float32 scale for each row (Dettmers et al. 2022, arXiv:2208.07339).
     - 4 bit: a float32 scale for each block of 64 weights. Nested ("double quantized"), a scale takes a byte, and each
       256 of them share a float32 scale (Dettmers et al. 2023, arXiv:2305.14314).
     """
     num_weights = weight.numel()
+    if quantization == "fp8":
+        return 2 * num_weights, 4 * sum(weight.shape)
     if quantization == "int8":
         return num_weights, 4 * weight.shape[0]
     num_blocks = math.ceil(num_weights / BLOCK_SIZE)
