@@ -404,6 +404,7 @@ def replace_kernels(on_gpu: bool) -> Iterator[None]:
             (masking_utils, "find_packed_sequence_indices", nothing),  # it asks for the positions' numbers
             (moe, "_can_use_grouped_mm", can_group),
             (trl_utils, "_use_triton", nothing),  # the LM head scores all positions, as each may have a label
+            (trl_utils, "_ChunkedLogProbFunction", chunked_logprob.ChunkedLogProbFunction),  # and these are many
         )
         only_on_gpu = (
             (chunked_logprob, "_forward_tile", nothing),
