@@ -40,6 +40,7 @@ JOBS = {  # of tests/gpu/whole_jobs.py: those whose estimate is told
     "torch-flash": "LoRA, `flash_attention_torch`",
     "packed": "LoRA, packed",
     "packed-4k": "LoRA, packed to 4,096 tokens",
+    "fp8": "LoRA, packed to 4,096 tokens, `base_compute=fp8`",
     "packed-sdpa": "LoRA, packed, SDPA",
     "recomputed": "LoRA, recomputed",
     "offloaded": "LoRA, activations offloaded",
