@@ -83,8 +83,8 @@ def estimate_memory(shape: ModelShape, setup: Setup) -> Estimate:
     parts = {
         "base weights": sum(count_stored_bytes(part, shards) for part in shape.parts if part.role != "adapter"),
         "adapter": sum(count_stored_bytes(part, shards) for part in shape.parts if part.role == "adapter"),
-        "gathered weights": count_gathered_weights(shape, step) if step.sharded else 0,
-        "reduced gradients": count_reduced_bytes(shape) if step.sharded else 0,
+        "gathered weights": count_gathered_weights(shape, step, shards) if step.sharded else 0,
+        "reduced gradients": count_reduced_bytes(shape, shards) if step.sharded else 0,
         "gradients": gradients,
         "optimizer": count_optimizer_states(shape, setup.optimizer) // shards,
         "DDP's buckets": shape.trained_bytes if is_replicated else 0,
@@ -138,27 +138,29 @@ def count_stored_bytes(part: Part, shards: int) -> int:
     return -(-part.data_bytes // shards) + part.scales_bytes
 
 
-def count_gathered_weights(shape: ModelShape, step: Step) -> int:
+def count_gathered_weights(shape: ModelShape, step: Step, shards: int) -> int:
     """Return the bytes of weights that FSDP2 has gathered at once.
 
     These are a layer, the next layer, and the module that holds what is in no layer. The output layer is part of that
     and stays gathered from the forward to the backward pass (accelerate's fsdp2_prepare_model).
     """
-    layers = sorted(count_gathered_bytes(layer, step.compute_dtype) for layer in shape.list_layers())
-    return sum(layers[-2:]) + count_gathered_bytes(
-        [part for part in shape.parts if part.layer is None], step.compute_dtype
+    layers = sorted(count_gathered_bytes(layer, step.compute_dtype, shards) for layer in shape.list_layers())
+    outside = [part for part in shape.parts if part.layer is None]
+    return sum(layers[-2:]) + count_gathered_bytes(outside, step.compute_dtype, shards)
+
+
+def count_gathered_bytes(parts: list[Part], compute_dtype: torch.dtype, shards: int) -> int:
+    """Return the bytes of parts that FSDP2 gathers: in the type of the computation, unless they are quantized."""
+    return sum(
+        part.data_bytes if part.scales_bytes else part.count_padded_weights(shards) * compute_dtype.itemsize
+        for part in parts
     )
 
 
-def count_gathered_bytes(parts: list[Part], compute_dtype: torch.dtype) -> int:
-    """Return the bytes of parts that FSDP2 gathers: in the type of the computation, unless they are quantized."""
-    return sum(part.data_bytes if part.scales_bytes else part.num_weights * compute_dtype.itemsize for part in parts)
-
-
-def count_reduced_bytes(shape: ModelShape) -> int:
+def count_reduced_bytes(shape: ModelShape, shards: int) -> int:
     """Return the bytes of gradients that FSDP2 has copied to float32 at once, to sum them over devices: a module's."""
     units = [*shape.list_layers(), [part for part in shape.parts if part.layer is None]]
-    trained = (sum(part.num_weights for part in unit if part.trained_bytes) for unit in units)
+    trained = (sum(part.count_padded_weights(shards) for part in unit if part.trained_bytes) for unit in units)
     return torch.float32.itemsize * max(trained)
 
 

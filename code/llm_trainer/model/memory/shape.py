@@ -42,10 +42,15 @@ class Part:
     role: Role
     layer: int | None  # index of its decoder layer; None for one outside the layers
     num_weights: int
+    rows: int  # the size of its first dimension, along which FSDP2 cuts it
     data_bytes: int
     scales_bytes: int  # of a quantized parameter; FSDP does not shard them
     trained_bytes: int  # 0 for a frozen one
     factored_bytes: int  # a float32 number for each row and column of a trained one, as Adafactor keeps
+
+    def count_padded_weights(self, shards: int) -> int:
+        """Return the number of weights that FSDP2 moves: all shards are as large as the first, and some are padding."""
+        return self.num_weights // self.rows * shards * math.ceil(self.rows / shards)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +183,7 @@ def list_parts(
             role=role,
             layer=int(below.partition(".")[0]) if below != name else None,
             num_weights=parameter.numel(),
+            rows=parameter.shape[0] if parameter.shape else 1,
             data_bytes=data_bytes,
             scales_bytes=scales_bytes,
             trained_bytes=parameter.nbytes if parameter.requires_grad else 0,
