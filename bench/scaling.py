@@ -19,9 +19,10 @@ from llm_trainer.common.units import GIB
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device
 from llm_trainer.model.liger import KERNELS
-from llm_trainer.model.memory.estimate import count_gathered_bytes, count_optimizer_states
+from llm_trainer.model.memory.estimate import count_optimizer_states
 from llm_trainer.model.memory.fit import keep_layers
 from llm_trainer.model.memory.flops import count_attention, count_flops, find_peak_flops
+from llm_trainer.model.memory.passes import count_gathered_bytes
 from llm_trainer.model.memory.remedies import count_usable_bytes
 from llm_trainer.model.memory.scenario import (
     MemoryScenario,
