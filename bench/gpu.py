@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +30,6 @@ from typing import Any
 
 import torch
 import transformers
-from gpu_layers import Float8Linear, SmallFloat8Linear
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -39,6 +37,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from llm_trainer.model.layers import torch_flash
+from llm_trainer.model.layers.float8 import convert_base
 
 VOCABULARY = 128_256
 SIZES = {
@@ -73,7 +72,7 @@ class Plan:
     """One measurement."""
 
     size: str
-    method: str  # lora: bf16; qlora: the base in nf4; fp8: its products in float8, fp8 once: with one copy of it
+    method: str  # lora: bf16; qlora: the base in nf4; fp8: its products in float8
     sequences: int = 1  # a step
     tokens: int = 4096  # a sequence; those of all rows together
     rows: int = 4  # that share a sequence, of the same length
@@ -103,8 +102,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nf4, fused": {"method": "qlora", "fused": True},
     "fp8": {"method": "fp8"},
     "fp8, fused": {"method": "fp8", "fused": True},
-    "fp8 kept once, fused": {"method": "fp8 once", "fused": True},
-    "fp8, compiled": {"method": "fp8", "compiled": True, "liger": False},
 }
 
 
@@ -127,7 +124,7 @@ def choose_device() -> torch.device:
 
 
 def build_model(plan: Plan, device: torch.device) -> PreTrainedModel:
-    """A base of random weights: bf16 on a GPU and float32 on a CPU, the linear layers quantized for qlora and fp8."""
+    """A base of random weights: bf16 on a GPU and float32 on a CPU, the linear layers in nf4 for qlora."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     with torch.device(device):
@@ -136,20 +133,18 @@ def build_model(plan: Plan, device: torch.device) -> PreTrainedModel:
         from llm_trainer.model.liger import apply_liger
 
         apply_liger(model, {})
-    if plan.method != "lora":
-        quantize(model, CONVERSIONS[plan.method])
+    if plan.method == "qlora":
+        for name in list_base_layers(model):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, quantize_to_nf4(model.get_submodule(name)))
     model.is_loaded_in_4bit = plan.method == "qlora"
     return model
 
 
-def quantize(model: PreTrainedModel, convert: Callable[[nn.Linear], nn.Linear]) -> None:
-    """Put the converted linear layers in the place of all but the output layer."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and layer is not model.get_output_embeddings():
-            converted = convert(layer)
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, converted)
-            layer.weight = None
+def list_base_layers(model: PreTrainedModel) -> list[str]:
+    """The names of all linear layers but the output layer."""
+    output = model.get_output_embeddings()
+    return [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not output]
 
 
 def quantize_to_nf4(layer: nn.Linear) -> nn.Linear:
@@ -163,13 +158,6 @@ def quantize_to_nf4(layer: nn.Linear) -> nn.Linear:
     return packed
 
 
-CONVERSIONS: dict[str, Callable[[nn.Linear], nn.Linear]] = {
-    "qlora": quantize_to_nf4,
-    "fp8": Float8Linear.from_linear,
-    "fp8 once": SmallFloat8Linear.from_linear,
-}
-
-
 def adapt(model: PreTrainedModel, plan: Plan) -> PeftModel:
     """A LoRA on all linear layers, ready to be trained."""
     if plan.checkpointing:
@@ -181,7 +169,10 @@ def adapt(model: PreTrainedModel, plan: Plan) -> PeftModel:
         r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=plan.dropout, target_modules="all-linear",
         task_type="CAUSAL_LM",
     )  # fmt: skip
+    base_layers = list_base_layers(model)
     adapted = get_peft_model(model, lora).train()
+    if plan.method == "fp8":
+        convert_base(adapted, base_layers)
     for layer in adapted.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.cast_input_dtype_enabled = plan.casts_inputs

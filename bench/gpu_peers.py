@@ -23,6 +23,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from contextlib import suppress
@@ -207,8 +208,9 @@ def main() -> int:
         try:
             return 0 if measure_all(names, given.size, Path(folder), given.out) else 1
         finally:
-            for log in Path(folder).glob("*.log"):
-                (given.out / log.name).write_bytes(log.read_bytes()[-200_000:])
+            with tarfile.open(given.out / "peers-logs.tar.gz", "w:gz") as archive:
+                for log in Path(folder).glob("*.log"):
+                    archive.add(log, log.name)
 
 
 if __name__ == "__main__":

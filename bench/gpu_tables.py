@@ -12,6 +12,7 @@ job's speed: `tflops` over the device's peak is the share of the peak that a def
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ JOBS = {  # of tests/gpu/whole_jobs.py: those whose estimate is told
     "torch-flash": "LoRA, `flash_attention_torch`",
     "packed": "LoRA, packed",
     "packed-4k": "LoRA, packed to 4,096 tokens",
+    "fp8": "LoRA, packed to 4,096 tokens, `base_compute=fp8`",
     "packed-sdpa": "LoRA, packed, SDPA",
     "recomputed": "LoRA, recomputed",
     "offloaded": "LoRA, activations offloaded",
@@ -125,7 +127,8 @@ def read_peers(found: dict[str, Any], calls: int) -> Figures:
     return {
         name: {
             "call": calls + 1,
-            "tokens_per_second": round(found["tokens_per_step"] / peer["step_seconds"]),
+            "tokens_per_second": round(statistics.median(peer["tokens"]) / peer["step_seconds"]),
+            "tokens_per_step": round(statistics.median(peer["tokens"])),
             "step_ms": round(1000 * peer["step_seconds"]),
             "peak_gib": round(peer["peak_bytes"] / 2**30, 1),
             "versions": peer["versions"],
@@ -168,11 +171,11 @@ def list_jobs(figures: Figures) -> Iterator[list[str]]:
 
 def list_peers(figures: Figures) -> Iterator[list[str]]:
     """Yield the heading and the rows of the table of whole trainers."""
-    yield ["trainer", "tokens/s", "ms a step", "peak GiB", "with", "call"]
+    yield ["trainer", "tokens/s", "ms a step", "tokens a step", "peak GiB", "with", "call"]
     for title, each in sort_by(PEERS, figures["peers"]):
         versions = ", ".join(f"{name} {version}" for name, version in each["versions"].items())
-        speed, step, peak = f"{each['tokens_per_second']:,}", str(each["step_ms"]), f"{each['peak_gib']:.1f}"
-        yield [title, speed, step, peak, versions, str(each["call"])]
+        speed, tokens = f"{each['tokens_per_second']:,}", f"{each['tokens_per_step']:,}"
+        yield [title, speed, str(each["step_ms"]), tokens, f"{each['peak_gib']:.1f}", versions, str(each["call"])]
 
 
 LISTERS = {"variants": list_variants, "jobs": list_jobs, "peers": list_peers}

@@ -159,7 +159,7 @@ def compute_bytes(job: Job, config: LlamaConfig) -> int:
     settings = Settings(**job.settings)
     shape = read_shape(config, settings.model, settings.adapter, torch.float32)
     sharded = job.distribution == "fsdp"
-    traffic = count_traffic(shape, torch.float32, sharded)
+    traffic = count_traffic(shape, torch.float32, job.ranks if sharded else 1)
     if not sharded:
         return (job.ranks - 1) * traffic.reduced
     return (job.ranks - 1) * job.pieces * (traffic.gathered + traffic.gathered_again + 2 * traffic.reduced)

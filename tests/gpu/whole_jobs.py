@@ -48,10 +48,12 @@ class WholeJob:
     ways: str = ""  # of steered.py
     stop_at: int = 0  # the step at which SIGTERM comes; another start then goes on
     like: str = ""  # the job whose losses it has to have
+    is_coarse: bool = False  # it rounds more than bfloat16 does
     needs_gpu: bool = False
 
 
 PACKED = {"packing": "true", "per_device_train_batch_size": "8"}
+PACKED_4K = {**PACKED, "max_length": "4096", "per_device_train_batch_size": "2"}
 SDPA = {"attn_implementation": "sdpa"}
 # Those that tell most first: the time may not be enough for all.
 JOBS = (
@@ -62,7 +64,8 @@ JOBS = (
     WholeJob("fsdp-qlora", {**FSDP, "load_in_4bit": "true"}, ways="fsdp", like="qlora-merge"),
     WholeJob("full", FULL),
     WholeJob("packed", PACKED),
-    WholeJob("packed-4k", {**PACKED, "max_length": "4096", "per_device_train_batch_size": "2"}),
+    WholeJob("packed-4k", PACKED_4K),
+    WholeJob("fp8", {**PACKED_4K, "base_compute": "fp8"}, like="packed-4k", is_coarse=True, needs_gpu=True),
     WholeJob("packed-sdpa", {**PACKED, **SDPA}, like="packed"),
     WholeJob("lora-sdpa", {**SDPA, "use_liger_kernel": "false"}, like="lora"),
     WholeJob("fsdp-full", {**FULL, **FSDP}, ways="fsdp", like="full"),
@@ -209,7 +212,7 @@ def collect_series(records: list[dict[str, Any]]) -> dict[str, list[float]]:
 def read_log(log: Path) -> dict[str, Any]:
     """Return the lines that tell what was chosen, and those that warn or tell of an error."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    chosen = ("Precision:", "Attention:", "Liger", "Memory:", "Packing:", "Resuming", "Stopped")
+    chosen = ("Precision:", "float8:", "Attention:", "Liger", "Memory:", "Packing:", "Resuming", "Stopped")
     return {
         "chosen": [line for line in lines if line.startswith(chosen)],
         "warnings": [line for line in lines if re.search(r"warn|error|traceback", line, re.IGNORECASE)],

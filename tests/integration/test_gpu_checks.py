@@ -50,7 +50,7 @@ def test_the_gpu_tests_skip_with_the_reason_where_there_is_no_gpu():
 
 def test_the_benchmark_prints_a_row_for_each_variant_and_keeps_the_figures(tmp_path):
     pytest.importorskip("bitsandbytes")
-    variants = ["no recomputation", "fused adapters", "nf4", "fp8", "fp8 kept once, fused"]
+    variants = ["no recomputation", "fused adapters", "nf4", "fp8", "fp8, fused"]
     printed = run("bench/gpu.py", "--size", "tiny", "--out", str(tmp_path), *variants)
     rows = [line.split(" | ") for line in printed.splitlines()]
     rows = [row for row in rows if row[0].removeprefix("| ") in variants]
@@ -84,7 +84,7 @@ def test_whole_jobs_of_the_kit_are_run_and_judged(tmp_path, monkeypatch):
         "warnings": ["Warning: x"],
     }
     assert list_unmet(judge.judge_job(job, worse, on_gpu=False)) == ["exit", "learns", "no warnings"]
-    assert list_unmet(judge.judge_likeness(worse, jobs["lora"], exactly=False)) == ["losses alike"]
+    assert list_unmet(judge.judge_likeness(job, worse, jobs["lora"])) == ["losses alike"]
     assert "estimate" in list_unmet(judge.judge_job(job, jobs["lora"], on_gpu=True))
 
 

@@ -168,10 +168,10 @@ def test_secrets_are_in_no_file_and_no_log(lora_job):
     assert lora_job.result.stdout.count("can read token: give it in the job's Environment") == 1
 
 
-def test_trackers_that_are_not_used_are_not_imported(lora_job):
+def test_packages_that_are_not_used_are_not_imported(lora_job):
     imported = set((lora_job.base_dir / "imports").read_text().split())
     assert "torch" in imported
-    assert not imported & {"mlflow", "wandb"}
+    assert not imported & {"mlflow", "wandb", "bitsandbytes", "scipy"}
 
 
 @pytest.fixture(scope="module")

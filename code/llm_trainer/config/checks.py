@@ -79,6 +79,12 @@ HARDWARE_RULES = (
         )
     ),
     HardwareRule(
+        ("base_compute", "use_cpu"),
+        lambda s, e: s.model.base_compute == "fp8" and runs_on_cpu(s.parallelism, e),
+        "base_compute=fp8 needs an NVIDIA GPU of compute capability 8.9 or later and there is none to use: leave it "
+        "out.",
+    ),
+    HardwareRule(
         ("activation_offloading", "use_cpu"),
         lambda s, e: bool(s.parallelism.activation_offloading) and (s.parallelism.use_cpu or not e.num_gpus),
         "activation_offloading=true without a GPU: activations are in the host's memory anyway; remove it.",

@@ -6,7 +6,7 @@ The rules are told in the order of the table. In their conditions, `s` stands fo
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -133,7 +133,8 @@ def refuse_text(name: str) -> Rule:
 def supports_fsdp(model_settings: ModelSettings, adapter_settings: AdapterSettings, optim: str) -> bool:
     """Tell whether a base that is loaded so, with an adapter that begins so and this optimizer, can be sharded."""
     starts_alike = adapter_settings.init_lora_weights not in UNSHARDABLE_STARTS
-    return not model_settings.load_in_8bit and starts_alike and updates_shards(optim)
+    in_8_bit = model_settings.load_in_8bit or model_settings.base_compute == "fp8"
+    return not in_8_bit and starts_alike and updates_shards(optim)
 
 
 def updates_shards(optim: str) -> bool:
@@ -218,6 +219,18 @@ def refuse_without_4bit(name: str) -> Rule:
     )
 
 
+def refuse_with_float8(name: str, when: Callable[[Settings], bool], reason: str) -> Rule:
+    """Return the rule that a base does not multiply in float8 where `when` tells that this setting stands against it.
+
+    The reason ends the sentence, with what to do.
+    """
+    return Rule(
+        ("base_compute", name),
+        lambda s: s.model.base_compute == "fp8" and when(s),
+        f"base_compute=fp8 with {name}={{{name}}}: {reason}.",
+    )
+
+
 def refuse_model_option(option: str, setting: str) -> Rule:
     """Return the rule that an option of from_pretrained is given by this setting."""
     return Rule(
@@ -270,6 +283,36 @@ QUANTIZATION_RULES = (
     ),
     *(refuse_quantized_training(name) for name in ("load_in_4bit", "load_in_8bit")),
     *(refuse_without_4bit(name) for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")),
+)
+
+FLOAT8_RULES = (
+    refuse_with_float8(
+        "use_peft", lambda s: not s.adapter.use_peft, "it is for a base that is frozen; set use_peft=true, or remove it"
+    ),
+    refuse_with_float8(
+        "load_in_4bit", lambda s: s.model.load_in_4bit, "a base is kept in one type; remove one of them"
+    ),
+    refuse_with_float8(
+        "load_in_8bit", lambda s: s.model.load_in_8bit, "a base is kept in one type; remove one of them"
+    ),
+    refuse_with_float8(
+        "torch_dtype",
+        lambda s: s.model.torch_dtype in ("float16", "float32"),
+        "such products come out in bfloat16; leave torch_dtype out",
+    ),
+    refuse_with_float8("fp16", lambda s: bool(s.training.fp16), "such products come out in bfloat16; remove fp16"),
+    refuse_with_float8(
+        "use_dora", lambda s: s.adapter.use_dora, "DoRA reads the base's own weights at each step; remove one of them"
+    ),
+    refuse_with_float8(
+        "init_lora_weights",
+        lambda s: s.adapter.init_lora_weights in MOVING_STARTS,
+        "it moves a part of the base, in full precision; use default",
+    ),
+    refuse_with_float8("distribution", uses_fsdp, "matrices in float8 are not sharded; use ddp, or remove it"),
+    refuse_with_float8(
+        "torch_compile", lambda s: bool(s.training.torch_compile), "the two were not tried together; remove one of them"
+    ),
 )
 
 MODEL_RULES = (
@@ -684,6 +727,7 @@ DATA_RULES = (
 
 RULES: tuple[Rule, ...] = (
     *QUANTIZATION_RULES,
+    *FLOAT8_RULES,
     *MODEL_RULES,
     *MERGE_RULES,
     *PUBLISH_RULES,

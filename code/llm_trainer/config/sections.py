@@ -206,6 +206,11 @@ class ModelSettings(Section):
     torch_dtype: Dtype = Field(
         "auto", description="Type of the weights and of the computation. auto: 16 bit on a GPU, float32 on a CPU."
     )
+    base_compute: Literal["fp8"] | None = Field(
+        None,
+        description="Type that the linear layers of a frozen base multiply in. fp8: float8, which is faster on a GPU "
+        "of compute capability 8.9 or later, and coarser. Default: as torch_dtype.",
+    )
     attn_implementation: Attention = Field(
         "auto",
         description="Attention kernel. auto: the fastest one that is right for the model, the type and the device. "

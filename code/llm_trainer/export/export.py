@@ -246,7 +246,7 @@ def prove_or_reject(trained: TrainingResult, placed: PlacedResult, expected: lis
     def prove() -> Iterator[dict[str, Any]]:
         trained_bytes = trained.trainer.model.get_memory_footprint()
         release_memory(trained)
-        yield prove_trained(trained, placed.path, expected, trained_bytes)
+        yield from prove_trained(trained, placed.path, expected, trained_bytes)
 
     try:
         return attempt_proof(trained, prove)

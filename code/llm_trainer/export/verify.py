@@ -25,6 +25,7 @@ from llm_trainer.export.logits_check import (
 from llm_trainer.export.result import TrainingResult
 from llm_trainer.model.attention import choose_attention, find_faults, read_needs
 from llm_trainer.model.device import Device
+from llm_trainer.model.layers.float8 import convert_base
 from llm_trainer.model.loading import LoadOptions, WrongWeightsError, build_skeleton, load_model
 from llm_trainer.model.plan import ModelPlan
 
@@ -40,7 +41,7 @@ class WrittenModel:
 
 def prove_trained(
     trained: TrainingResult, folder: Path, expected: list[torch.Tensor], trained_bytes: int
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """Load the written adapter on its base, or the whole weights, and compare with the expected logits.
 
     `trained_bytes` is the size of the trained model. Raises ResultDiffersError where the files are not whole, or the
@@ -56,13 +57,29 @@ def prove_trained(
     else:
         check = WrittenModel("The exported model", measure_weights(folder, trained.plan), tolerance)
     place = choose_place(check.size_bytes, trained.plan.device, trained.places.scratch_dir)
-    if not adapter_settings.use_peft:
-        model: PreTrainedModel | PeftModel = load_whole_model(trained, folder, place)
-    elif place.placement:
-        return describe_unproven(check.what, check.size_bytes)
-    else:
+    if place.placement and adapter_settings.use_peft:
+        yield describe_unproven(check.what, check.size_bytes)
+        return
+    expectation = Expectation(trained.rows, expected, check.tolerance)
+    if adapter_settings.use_peft:
         model = load_adapted_model(trained, folder, place, adapter_settings.init_lora_weights != "loftq")
-    return compare_logits(check.what, Expectation(trained.rows, expected, check.tolerance), model, place)
+        yield from leave_original(trained, model, expectation, place)
+    else:
+        model = load_whole_model(trained, folder, place)
+    yield compare_logits(check.what, expectation, model, place)
+
+
+def leave_original(
+    trained: TrainingResult, model: PeftModel, expectation: Expectation, place: CheckPlace
+) -> Iterator[dict[str, Any]]:
+    """Have a base multiply in float8 where it did so in the training.
+
+    Yield how far the logits of the original lie from what is expected, which is no mistake.
+    """
+    if trained.plan.float8_layers:
+        what = "The adapter on its base without float8"
+        yield compare_logits(what, replace(expectation, tolerance=None), model, place)
+        convert_base(model, trained.plan.float8_layers)
 
 
 def prove_merged(trained: TrainingResult, adapter: Path, folder: Path) -> Iterator[dict[str, Any]]:
@@ -102,10 +119,10 @@ def find_rounding(trained: TrainingResult) -> float:
 
 
 def is_merged_into_other_base(trained: TrainingResult) -> bool:
-    """Tell whether the training quantized its base, and the merge took the original one."""
+    """Tell whether the training rounded its base, and the merge took the original one."""
     model_settings, output_settings = trained.settings.model, trained.settings.output
     is_quantized = model_settings.load_in_4bit or model_settings.load_in_8bit
-    return is_quantized and output_settings.merge_base == "bf16"
+    return bool(trained.plan.float8_layers) or (is_quantized and output_settings.merge_base == "bf16")
 
 
 def compute_original_logits(trained: TrainingResult, adapter: Path) -> list[torch.Tensor] | None:

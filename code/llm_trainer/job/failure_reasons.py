@@ -246,7 +246,8 @@ def list_memory_savings(error: BaseException, facts: JobFacts) -> Iterator[str]:
     if not facts.adapter.use_peft:
         yield "train an adapter (use_peft=true)"
     elif not facts.model.load_in_4bit:
-        yield f"set load_in_4bit=true{' instead of load_in_8bit' if facts.model.load_in_8bit else ''}"
+        other = "load_in_8bit" if facts.model.load_in_8bit else "base_compute=fp8" if facts.model.base_compute else ""
+        yield f"set load_in_4bit=true{f' instead of {other}' if other else ''}"
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -104,18 +104,9 @@ def choose_targets(
 def find_linear_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     """Return the linear layers that a text trains, as names of modules and of weights.
 
-    Left out are the output layer, the routers, and layers that share their weight or are no plain linear layers. So is
-    what PEFT refuses: kernels of Mamba read those weights directly.
-
     A layer goes by its weight where PEFT would take the layer's name for one that experts bore in Transformers 4.
     """
-    left_out, trained = {*find_routers(model), *find_shared_layers(model)}, find_trained_layers(model)
-    names = [
-        name
-        for name, layer in list_decoder_layers(model)
-        if name not in left_out and is_plain(layer) and not is_refused_by_peft(name, model)
-    ]
-    names = [name for name in names if trained is None or name in trained]
+    names = list_trained_layers(model)
     leaves = {name.rpartition(".")[2] for name in names}
     taken = {leaf for leaf in leaves if is_taken_for_experts(leaf, model)}
     modules = [name for name in names if name.rpartition(".")[2] not in taken]
@@ -125,6 +116,21 @@ def find_linear_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
         shorten_names(modules, [name for name, _ in model.named_modules()]),
         shorten_names(weights, parameters, parts=3),
     )
+
+
+def list_trained_layers(model: PreTrainedModel) -> list[str]:
+    """Return the whole names of the linear layers that a text trains.
+
+    Left out are the output layer, the routers, and layers that share their weight or are no plain linear layers. So is
+    what PEFT refuses: kernels of Mamba read those weights directly.
+    """
+    left_out, trained = {*find_routers(model), *find_shared_layers(model)}, find_trained_layers(model)
+    names = [
+        name
+        for name, layer in list_decoder_layers(model)
+        if name not in left_out and is_plain(layer) and not is_refused_by_peft(name, model)
+    ]
+    return [name for name in names if trained is None or name in trained]
 
 
 def list_decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:

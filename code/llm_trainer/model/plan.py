@@ -12,9 +12,10 @@ from llm_trainer.config.sections import AdapterSettings, ModelSettings, OutputSe
 from llm_trainer.model.adapter_fit import check_earlier_adapter
 from llm_trainer.model.attention import AttentionChoice, choose_attention, find_faults, read_needs
 from llm_trainer.model.device import Device
+from llm_trainer.model.layers.float8 import check_float8
 from llm_trainer.model.liger import LigerChoice, choose_liger, find_known_types, leave_out_experts, try_on
 from llm_trainer.model.loading import LoadOptions, build_skeleton, check_fit, read_config
-from llm_trainer.model.lora import build_lora_config
+from llm_trainer.model.lora import build_lora_config, list_trained_layers
 from llm_trainer.model.parameter_roles import has_experts
 from llm_trainer.model.positions import count_positions
 from llm_trainer.model.precision import Precision, find_stored_dtype
@@ -49,6 +50,7 @@ class ModelPlan:
     attention: AttentionChoice
     liger: LigerChoice
     lora: LoraConfig | None  # None for full fine-tuning
+    float8_layers: tuple[str, ...] = ()  # names of the linear layers of the base that multiply in float8
     num_positions: int | None = None  # of its table, which no row may exceed; None where positions are computed
     reasons: tuple[str, ...] = ()  # lines for the log
 
@@ -77,12 +79,23 @@ def plan_model(folder: str, settings: PlanSettings, device: Device, precision: P
     liger = leave_out_experts(liger, model_settings, has_experts(skeleton))
     liger = try_on(liger, model_settings, skeleton)
     lora = build_lora_config(model_settings, settings.adapter, skeleton) if settings.adapter.use_peft else None
+    float8_layers = choose_float8_layers(model_settings, skeleton, device, precision)
     goes_on = lora is not None and settings.adapter.adapter_path
     start = [check_earlier_adapter(folder, config, model_settings, settings.adapter)] if goes_on else []
-    num_positions = count_positions(skeleton)
-    plan = ModelPlan(folder, config, device, precision, quantization, attention, liger, lora, num_positions)
+    decided = (quantization, attention, liger, lora, float8_layers, count_positions(skeleton))
+    plan = ModelPlan(folder, config, device, precision, *decided)
     reasons = [*describe_left_out(left_out), *describe_plan(plan, skeleton, settings.output.merge_weights), *start]
     return replace(plan, reasons=tuple(reasons))
+
+
+def choose_float8_layers(
+    settings: ModelSettings, skeleton: PreTrainedModel, device: Device, precision: Precision
+) -> tuple[str, ...]:
+    """Return the names of the linear layers that multiply in float8. Raise UserError where the device cannot."""
+    if settings.base_compute is None:
+        return ()
+    check_float8(device, precision.compute)
+    return tuple(list_trained_layers(skeleton))
 
 
 def describe_left_out(names: list[str]) -> Iterator[str]:

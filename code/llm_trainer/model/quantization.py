@@ -69,6 +69,8 @@ def find_quantization_problems(
     for name in ("load_in_4bit", "load_in_8bit"):
         if stored and model_settings.value(name):
             yield f"{name}=true: {model} is stored in {stored} already, and a base has one quantization: remove {name}."
+    if stored and model_settings.base_compute:
+        yield f"base_compute=fp8: {model} is stored in {stored}, and is for bases in 16 bit: remove base_compute."
     if model_settings.use_mxfp4 and stored != "mxfp4":
         found = f"is stored in {stored}" if stored else "is not quantized"
         yield f"use_mxfp4=true: {model} {found} and is not an MXFP4 checkpoint: remove use_mxfp4."

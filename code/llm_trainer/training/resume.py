@@ -25,6 +25,7 @@ from llm_trainer.training.packing import Packing
 OWN_SETTINGS = (
     *("use_peft", "torch_dtype", "max_length"),
     *("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "use_mxfp4"),
+    "base_compute",
 )
 DATA_SETTINGS = ("assistant_only_loss", "completion_only_loss", "train_weights")
 ADAPTER_SETTINGS = (

@@ -57,7 +57,8 @@ def test_a_variant_has_the_figures_of_its_newest_call(kept, tmp_path):
 def test_what_failed_has_no_row(kept, tmp_path):
     memory = {"estimate": {"peak_bytes": 11 * GIB}, "measured_peak_bytes": 10 * GIB}
     jobs = {"lora": {"exit": 0, "memory": memory}, "full": {"exit": 1, "memory": memory}, "packed": {"exit": 0}}
-    peer = {"step_seconds": 0.5, "peak_bytes": 60 * GIB, "versions": {"torch": "2.11"}, "wrong": ""}
+    versions = {"torch": "2.11"}
+    peer = {"step_seconds": 0.5, "tokens": [8192] * 3, "peak_bytes": 60 * GIB, "versions": versions, "wrong": ""}
     peers = {"trl": peer, "unsloth": {"wrong": "its 100 s were up"}, "llm-trainer": {**peer, "wrong": "no steps"}}
     files = {
         "correct": {"size": "1B", "device": "NVIDIA H100", "jobs": jobs},
@@ -67,7 +68,7 @@ def test_what_failed_has_no_row(kept, tmp_path):
     figures = gpu_tables.read_figures(kept / "gpu-h100.json")
     assert gpu_tables.render(figures, "jobs").splitlines()[2:] == ["| LoRA | 11.00 | 10.00 | +10.0 % | 1 |"]
     rows = gpu_tables.render(figures, "peers").splitlines()[2:]
-    assert rows == [f"| {gpu_tables.PEERS['trl']} | 16,384 | 500 | 60.0 | torch 2.11 | 1 |"]
+    assert rows == [f"| {gpu_tables.PEERS['trl']} | 16,384 | 500 | 8,192 | 60.0 | torch 2.11 | 1 |"]
     assert gpu_tables.render(figures, "variants") == "Not measured yet.\n"
 
 

@@ -33,6 +33,7 @@ def test_rules_name_settings_that_exist():
         ({"activation_offloading": True, "use_cpu": True, "num_gpus": 1}, "activation_offloading=true without a GPU"),
         ({"torch_dtype": "float16"}, "torch_dtype=float16 needs an NVIDIA GPU"),
         ({"tf32": True, "use_cpu": True, "num_gpus": 1}, "tf32=true needs an NVIDIA GPU"),
+        ({"base_compute": "fp8"}, "base_compute=fp8 needs an NVIDIA GPU of compute capability 8.9 or later"),
         ({"use_liger_kernel": True}, "use_liger_kernel=true needs an NVIDIA GPU"),
         ({"ddp_backend": "nccl"}, "ddp_backend=nccl needs an NVIDIA GPU"),
         ({"distribution": "fsdp"}, "distribution=fsdp with one process: there is nobody to share the model with"),
@@ -54,6 +55,7 @@ def test_what_the_machines_lack_is_told(values, sentence):
         {"nproc_per_node": 4},
         {"tf32": False, "use_liger_kernel": False, "ddp_backend": "gloo"},
         {"tf32": True, "num_gpus": 1},
+        {"base_compute": "fp8", "num_gpus": 1},
         {"nproc_per_node": 4, "num_gpus": 2, "use_cpu": True},
     ],
 )

@@ -268,6 +268,10 @@ def test_settings_that_contradict_the_checkpoint_are_refused(gpt_oss, tiny_model
     )
     assert not list(find_problems("", config, use_mxfp4=True, use_peft=False))
     assert not list(find_problems("", plain, use_mxfp4=False, load_in_8bit=True))
+    assert not list(find_problems("", plain, base_compute="fp8"))
+    assert problem(base_compute="fp8") == (
+        "base_compute=fp8: the-model is stored in mxfp4, and is for bases in 16 bit: remove base_compute."
+    )
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors"])

@@ -5,13 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from llm_trainer.common.units import GIB, MIB
+from llm_trainer.model.memory.passes import Pass, Peak, Unit, find_peak, list_passes
 from llm_trainer.model.memory.shape import ModelShape, Part
-from llm_trainer.model.memory.step_trace import Span, Step, StepTrace, trace_step
-
-Passes = list[tuple[Span, int]]  # the spans of a step in their order, each with the bytes of gradients that it leaves
+from llm_trainer.model.memory.step_trace import Step, trace_step
 
 # The workspace that torch gives cuBLAS on Hopper, the largest of all GPUs (aten/src/ATen/cuda/CUDABlas.cpp).
 CUBLAS_WORKSPACE_BYTES = 32 * MIB
@@ -76,20 +73,20 @@ def estimate_memory(shape: ModelShape, setup: Setup) -> Estimate:
     trace = trace_step(shape, step)
     kept = trace_step(shape, replace(step, recompute_activations=False)) if setup.kept_layers else trace
     shards = setup.world_size if step.sharded else 1
-    passes = list_passes(shape, trace, kept, setup.kept_layers)
-    peaks = find_step_or_update_peak(shape, passes, setup), find_evaluation_peak(shape, setup)
-    gradients, activations, working = max(peaks, key=sum)
+    passes = list_passes(shape, step, setup.world_size, (trace, kept), setup.kept_layers)
+    moments = find_step_or_update_peak(shape, passes, setup), find_evaluation_peak(shape, setup)
+    peak = max(moments, key=lambda moment: moment.total)
     is_replicated = setup.world_size > 1 and not step.sharded
     parts = {
         "base weights": sum(count_stored_bytes(part, shards) for part in shape.parts if part.role != "adapter"),
         "adapter": sum(count_stored_bytes(part, shards) for part in shape.parts if part.role == "adapter"),
-        "gathered weights": count_gathered_weights(shape, step) if step.sharded else 0,
-        "reduced gradients": count_reduced_bytes(shape) if step.sharded else 0,
-        "gradients": gradients,
+        "gathered weights": peak.gathered,
+        "reduced gradients": peak.reduced,
+        "gradients": peak.gradients,
         "optimizer": count_optimizer_states(shape, setup.optimizer) // shards,
         "DDP's buckets": shape.trained_bytes if is_replicated else 0,
-        "activations": activations,
-        "working memory": working,
+        "activations": peak.activations,
+        "working memory": peak.working,
         "cuBLAS": CUBLAS_WORKSPACE_BYTES if step.on_gpu else 0,
     }
     host_bytes = sum(trace.offloaded[kind] for kind in shape.kinds)
@@ -107,59 +104,34 @@ def count_process_bytes(setup: Setup, peak_bytes: int) -> dict[str, int]:
     }
 
 
-def find_step_or_update_peak(shape: ModelShape, passes: Passes, setup: Setup) -> tuple[int, int, int]:
-    """Return the bytes of gradients, activations and working memory at the peak of the step or of the update after it.
+def find_step_or_update_peak(shape: ModelShape, passes: list[Pass], setup: Setup) -> Peak:
+    """Return the peak of the step or of the update after it. At the update all gradients are there, and nothing else.
 
-    At the update all gradients are there, and nothing else of the step.
+    The plain AdamW computes all updates before it makes any.
     """
-    shards = setup.world_size if setup.step.sharded else 1
-    peak = find_peak(shape, passes, shards, setup.accumulates)
-    gradients = shape.trained_bytes // shards
-    # The plain AdamW computes all updates before it makes any.
-    updates = gradients if setup.optimizer == "adamw_torch" else 0
-    return (gradients, 0, updates) if sum(peak) < gradients + updates else peak
+    gradients = shape.trained_bytes // (setup.world_size if setup.step.sharded else 1)
+    update = Peak(gradients, working=gradients if setup.optimizer == "adamw_torch" else 0)
+    peak = find_peak(passes, gradients if setup.accumulates else 0)
+    return max(peak, update, key=lambda moment: moment.total)
 
 
-def find_evaluation_peak(shape: ModelShape, setup: Setup) -> tuple[int, int, int]:
-    """Return the bytes of gradients, activations and working memory at the peak of an evaluation.
+def find_evaluation_peak(shape: ModelShape, setup: Setup) -> Peak:
+    """Return the peak of an evaluation between two steps, when there are no gradients.
 
-    It comes between two steps, when there are no gradients. A layer leaves nothing but weights that autocast has cast.
+    A layer leaves nothing but weights that autocast has cast.
     """
     if not setup.eval_sequences:
-        return 0, 0, 0
+        return Peak()
     step = replace(setup.step, num_sequences=setup.eval_sequences, trains=False, recompute_activations=False)
     trace = trace_step(shape, replace(step, offload_activations=False))
-    passes = [(trace.embedding, 0), *((trace.forward[kind], 0) for kind in shape.kinds), (trace.head, 0)]
-    return find_peak(shape, passes, shards=1, accumulates=False)
+    passes = list_passes(shape, step, setup.world_size, (trace, trace), 0)
+    until_head = [replace(each, unit=Unit()) for each in passes[: shape.num_layers + 2]]
+    return find_peak(until_head, accumulated=0)
 
 
 def count_stored_bytes(part: Part, shards: int) -> int:
     """Return the bytes of a device's shard of a part. Scales of quantized weights are no parameters, and stay whole."""
     return -(-part.data_bytes // shards) + part.scales_bytes
-
-
-def count_gathered_weights(shape: ModelShape, step: Step) -> int:
-    """Return the bytes of weights that FSDP2 has gathered at once.
-
-    These are a layer, the next layer, and the module that holds what is in no layer. The output layer is part of that
-    and stays gathered from the forward to the backward pass (accelerate's fsdp2_prepare_model).
-    """
-    layers = sorted(count_gathered_bytes(layer, step.compute_dtype) for layer in shape.list_layers())
-    return sum(layers[-2:]) + count_gathered_bytes(
-        [part for part in shape.parts if part.layer is None], step.compute_dtype
-    )
-
-
-def count_gathered_bytes(parts: list[Part], compute_dtype: torch.dtype) -> int:
-    """Return the bytes of parts that FSDP2 gathers: in the type of the computation, unless they are quantized."""
-    return sum(part.data_bytes if part.scales_bytes else part.num_weights * compute_dtype.itemsize for part in parts)
-
-
-def count_reduced_bytes(shape: ModelShape) -> int:
-    """Return the bytes of gradients that FSDP2 has copied to float32 at once, to sum them over devices: a module's."""
-    units = [*shape.list_layers(), [part for part in shape.parts if part.layer is None]]
-    trained = (sum(part.num_weights for part in unit if part.trained_bytes) for unit in units)
-    return torch.float32.itemsize * max(trained)
 
 
 def count_optimizer_states(shape: ModelShape, optimizer: str) -> int:
@@ -174,37 +146,3 @@ def count_optimizer_states(shape: ModelShape, optimizer: str) -> int:
     if "8bit" in optimizer:
         return copies * shape.num_trained
     return copies * shape.trained_bytes
-
-
-def list_passes(shape: ModelShape, trace: StepTrace, kept: StepTrace, num_kept: int) -> Passes:
-    """Return the spans of a step of all layers. A trace's layers stand for all layers of their kind.
-
-    The last layers are as in the trace `kept`. Their activations are gone when the first layers are computed again.
-    """
-    layer_gradients = [sum(part.trained_bytes for part in layer) for layer in shape.list_layers()]
-    other_gradients = shape.trained_bytes - sum(layer_gradients)
-    first_kept = shape.num_layers - num_kept
-    layers = [(trace if index < first_kept else kept, kind) for index, kind in enumerate(shape.kinds)]
-    passes: Passes = [(trace.embedding, 0)]
-    passes += [(source.forward[kind], 0) for source, kind in layers]
-    passes += [(trace.head, min(other_gradients, max(0, trace.head.net)))]
-    backward = zip(layers, layer_gradients, strict=True)
-    passes += [(source.backward[kind], gradients) for (source, kind), gradients in backward][::-1]
-    return [*passes, (trace.end, min(other_gradients, max(0, trace.end.net)))]
-
-
-def find_peak(shape: ModelShape, passes: Passes, shards: int, accumulates: bool) -> tuple[int, int, int]:
-    """Return the bytes of gradients, activations and working memory at the moment of a step when their sum is largest.
-
-    A backward span leaves its gradients behind, and a device keeps one shard of them. Where gradients accumulate, all
-    of them are there from the beginning.
-    """
-    gradients = shape.trained_bytes // shards if accumulates else 0
-    held = 0
-    peak = (gradients, 0, 0)
-    for span, new_gradients in passes:
-        if gradients + held + span.peak > sum(peak):
-            peak = gradients, held, span.peak
-        held += span.net - new_gradients
-        gradients += 0 if accumulates else new_gradients // shards
-    return peak

@@ -105,8 +105,10 @@ def halve_type(scenario: MemoryScenario) -> Iterator[Change]:
 
 def quantize_base(scenario: MemoryScenario) -> Iterator[Change]:
     """Yield the job on a base in 4 bit, where an adapter is trained on one that is not quantized."""
-    if scenario.settings.adapter.use_peft and not scenario.shape.quantization and not scenario.shape.is_mxfp4:
-        yield "load_in_4bit=true", scenario.replace_settings(load_in_4bit=True)
+    is_whole = scenario.shape.quantization in (None, "fp8")
+    if scenario.settings.adapter.use_peft and is_whole and not scenario.shape.is_mxfp4:
+        in_place = " in place of base_compute=fp8" if scenario.settings.model.base_compute else ""
+        yield f"load_in_4bit=true{in_place}", scenario.replace_settings(load_in_4bit=True, base_compute=None)
 
 
 def train_adapter(scenario: MemoryScenario) -> Iterator[Change]:

@@ -24,7 +24,8 @@ from llm_trainer.model.memory.shape import ModelShape, read_shape
 from llm_trainer.model.memory.step_trace import Step
 from llm_trainer.model.precision import choose_precision
 
-SHAPE_SETTINGS = frozenset({"use_peft", "load_in_4bit", "torch_dtype"})  # a change of these changes the model's shape
+# A change of these changes the model's shape.
+SHAPE_SETTINGS = frozenset({"use_peft", "load_in_4bit", "base_compute", "torch_dtype"})
 
 
 @dataclass(frozen=True)

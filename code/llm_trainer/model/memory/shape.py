@@ -26,7 +26,7 @@ from llm_trainer.model.parameter_roles import Role, assign_roles
 from llm_trainer.model.precision import set_adapter_types
 from llm_trainer.model.quantization import find_stored_method
 
-Quantization = Literal["nf4", "fp4", "int8"]
+Quantization = Literal["nf4", "fp4", "int8", "fp8"]
 # In bitsandbytes, the number of weights that share a scale, and of scales that share a scale of their own.
 BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256
 
@@ -42,10 +42,15 @@ class Part:
     role: Role
     layer: int | None  # index of its decoder layer; None for one outside the layers
     num_weights: int
+    rows: int  # the size of its first dimension, along which FSDP2 cuts it
     data_bytes: int
     scales_bytes: int  # of a quantized parameter; FSDP does not shard them
     trained_bytes: int  # 0 for a frozen one
     factored_bytes: int  # a float32 number for each row and column of a trained one, as Adafactor keeps
+
+    def count_padded_weights(self, shards: int) -> int:
+        """Return the number of weights that FSDP2 moves: all shards are as large as the first, and some are padding."""
+        return self.num_weights // self.rows * shards * math.ceil(self.rows / shards)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,14 +136,16 @@ def read_shape(
 
 
 def mark_quantized(base: PreTrainedModel, roles: dict[str, Role], quantization: Quantization | None) -> None:
-    """Mark the layers that bitsandbytes quantizes. step_trace reads the mark, which lasts through PEFT and copies."""
+    """Mark the layers that are quantized. step_trace reads the mark, which lasts through PEFT and copies."""
     for name, role in roles.items() if quantization else ():
         if role == "linear":
             base.get_submodule(name.removesuffix(".weight")).quantization = quantization
 
 
 def choose_quantization(settings: ModelSettings) -> Quantization | None:
-    """Return the quantization that bitsandbytes is asked for, or None."""
+    """Return the quantization that bitsandbytes is asked for, fp8 where the base multiplies in float8, or None."""
+    if settings.base_compute:
+        return settings.base_compute
     if settings.load_in_4bit:
         return settings.bnb_4bit_quant_type
     return "int8" if settings.load_in_8bit else None
@@ -176,6 +183,7 @@ def list_parts(
             role=role,
             layer=int(below.partition(".")[0]) if below != name else None,
             num_weights=parameter.numel(),
+            rows=parameter.shape[0] if parameter.shape else 1,
             data_bytes=data_bytes,
             scales_bytes=scales_bytes,
             trained_bytes=parameter.nbytes if parameter.requires_grad else 0,
@@ -184,13 +192,16 @@ def list_parts(
 
 
 def count_quantized_bytes(weight: nn.Parameter, quantization: Quantization, is_nested: bool) -> tuple[int, int]:
-    """Return the bytes of a matrix (rows, columns) that bitsandbytes quantized, and the bytes of its scales.
+    """Return the bytes of a matrix (rows, columns) that is quantized, and the bytes of its scales.
 
+    - float8: two copies of a byte a weight, and a float32 scale for each row and each column.
     - 8 bit: a float32 scale for each row (Dettmers et al. 2022, arXiv:2208.07339).
     - 4 bit: a float32 scale for each block of 64 weights. Nested ("double quantized"), a scale takes a byte, and each
       256 of them share a float32 scale (Dettmers et al. 2023, arXiv:2305.14314).
     """
     num_weights = weight.numel()
+    if quantization == "fp8":
+        return 2 * num_weights, 4 * sum(weight.shape)
     if quantization == "int8":
         return num_weights, 4 * weight.shape[0]
     num_blocks = math.ceil(num_weights / BLOCK_SIZE)

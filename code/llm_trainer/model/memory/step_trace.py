@@ -228,18 +228,30 @@ def build_batch(step: Step) -> dict[str, torch.Tensor]:
 
 
 class QuantizedProduct(torch.autograd.Function):
-    """Product with a quantized matrix, as bitsandbytes holds memory: weights unpacked, and in 8 bit the input too."""
+    """Product with a quantized matrix, which in LLM.int8() keeps the input."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, keeps_input: bool) -> torch.Tensor:
-        """Return (..., out) for an input (..., in) and the packed matrix, whose shape is (out, in)."""
-        ctx.weight, ctx.input = weight, x if keeps_input else None
-        return x @ torch.empty(weight.shape, dtype=x.dtype).t()
+    def forward(ctx: Any, x: torch.Tensor, module: nn.Linear) -> torch.Tensor:
+        """Return (..., out) for an input (..., in)."""
+        ctx.module, ctx.input = module, x if module.quantization == "int8" else None
+        return make_product(x, module, module.out_features)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         """Return the gradient of the input."""
-        return gradient @ torch.empty(ctx.weight.shape, dtype=gradient.dtype), None, None
+        return make_product(gradient, ctx.module, ctx.module.in_features), None
+
+
+def make_product(x: torch.Tensor, module: nn.Linear, width: int) -> torch.Tensor:
+    """Return a product (..., width) with a quantized matrix, beside what there is while it is computed.
+
+    bitsandbytes unpacks the matrix. A product in float8 rounds the other side.
+    """
+    in_float8 = module.quantization == "fp8"
+    operand = torch.empty(x.shape, dtype=torch.uint8) if in_float8 else torch.empty(module.weight.shape, dtype=x.dtype)
+    product = x.new_empty(*x.shape[:-1], width)
+    del operand
+    return product
 
 
 class FusedAttention(torch.autograd.Function):
@@ -316,13 +328,13 @@ AttentionMaskInterface.register(FUSED, masking_utils.sdpa_mask)
 def apply_quantized(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """Compute a linear layer whose matrix is quantized, in the type of autocast."""
     compute_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    out = QuantizedProduct.apply(x.to(compute_dtype), module.weight, module.quantization == "int8")
+    out = QuantizedProduct.apply(x.to(compute_dtype), module)
     return out if module.bias is None else out + module.bias
 
 
 def multiply_by_quantized(module: nn.Linear, gradient: torch.Tensor) -> torch.Tensor:
-    """Return gradients (tokens, in) for (tokens, out) of a layer whose matrix is unpacked for the product."""
-    return gradient @ torch.empty(module.weight.shape, dtype=gradient.dtype)
+    """Return gradients (tokens, in) for (tokens, out) of a layer whose matrix is quantized."""
+    return make_product(gradient, module, module.in_features)
 
 
 class LayerTracer:
@@ -392,6 +404,7 @@ def replace_kernels(on_gpu: bool) -> Iterator[None]:
             (masking_utils, "find_packed_sequence_indices", nothing),  # it asks for the positions' numbers
             (moe, "_can_use_grouped_mm", can_group),
             (trl_utils, "_use_triton", nothing),  # the LM head scores all positions, as each may have a label
+            (trl_utils, "_ChunkedLogProbFunction", chunked_logprob.ChunkedLogProbFunction),  # and these are many
         )
         only_on_gpu = (
             (chunked_logprob, "_forward_tile", nothing),

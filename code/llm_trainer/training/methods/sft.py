@@ -16,6 +16,7 @@ from llm_trainer.common import log
 from llm_trainer.common.metric_definitions import RENAMED
 from llm_trainer.data.formats import IGNORED
 from llm_trainer.training.methods.batch_facts import BatchFacts, FindFacts, known, shift_labels, use_facts
+from llm_trainer.training.methods.kept_logits import keep_few_logits
 from llm_trainer.training.methods.token_sums import begin_sums, compute_means, fill_batches, sum_batch
 from llm_trainer.training.methods.training_method import TrainingMethod
 from llm_trainer.training.resumable import ResumableMixin, RunContext
@@ -33,6 +34,7 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
         """Take SFTTrainer's arguments, and what a resumable trainer needs to know of its job."""
         super().__init__(*args, run=run, **kwargs)
         self.use_batch_facts()
+        keep_few_logits()
         # TRL's loss is the sum over shifted labels, divided by the tokens of a step. Transformers asks the class of the
         # model how its own loss divides, which is another way for GPT-2 and Gemma 4, and is not used here.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True

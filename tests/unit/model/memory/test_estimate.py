@@ -81,7 +81,7 @@ def test_a_real_evaluation_holds_what_was_estimated(sequences, dtype):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             model(input_ids=ids, labels=ids, position_ids=torch.arange(128)[None], fused_lm_head=True)
         held.begin("over")
-    assert sum(find_evaluation_peak(shape, setup)) == pytest.approx(held.spans["evaluation"].peak, rel=0.05)
+    assert find_evaluation_peak(shape, setup).total == pytest.approx(held.spans["evaluation"].peak, rel=0.05)
 
 
 def test_evaluations_of_large_batches_need_more_than_a_step():
@@ -103,9 +103,15 @@ def test_what_shards_and_what_does_not():
     assert sharded.parts["base weights"] == pytest.approx(alone.parts["base weights"] / 4, rel=0.01)
     assert sharded.parts["optimizer"] == alone.parts["optimizer"] // 4
     assert sharded.parts["gathered weights"] > 0
-    layer = 4 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256 + 2 * 128)
-    assert (alone.parts["reduced gradients"], sharded.parts["reduced gradients"]) == (0, max(layer, 4 * 1001 * 128))
+    assert (alone.parts["gathered weights"], alone.parts["reduced gradients"]) == (0, 0)
     assert expect(world_size=4).parts["DDP's buckets"] == alone.parts["base weights"]
+
+
+def test_a_sharded_step_copies_gradients_when_activations_are_gone():
+    """Measured on an H200 with one rank: 20.64 GiB for Llama 3.2 1B and 4,080 tokens, 21.95 were estimated."""
+    step = expect(sharded=True, num_sequences=8)
+    assert step.parts["reduced gradients"] == 0  # the peak is the loss's
+    assert step.parts["gathered weights"] == 4 * 1001 * 128  # of the output layer and its norm, in float32
 
 
 @pytest.mark.parametrize(

@@ -12,26 +12,12 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from transformers import (
-    Gemma2Config,
-    Gemma3TextConfig,
-    Glm4Config,
-    GptOssConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    Olmo2Config,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
 
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.liger import LEFT_OUT
 from llm_trainer.model.memory import fused_kernels, shape
 from llm_trainer.model.memory.step_trace import Step, StepTrace, trace_step
+from support.liger_families import build_families
 
 SIZES = {
     "vocab_size": 512,
@@ -40,24 +26,8 @@ SIZES = {
     "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
-    "pad_token_id": 0,
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
-FAMILIES = {
-    "llama": LlamaConfig(**SIZES),
-    "mistral": MistralConfig(**SIZES, sliding_window=64),
-    "qwen2": Qwen2Config(**SIZES),
-    "qwen3": Qwen3Config(**SIZES, head_dim=32),
-    "gemma2": Gemma2Config(**SIZES, head_dim=32),
-    "gemma3": Gemma3TextConfig(**SIZES, head_dim=32, sliding_window=64),
-    "phi3": Phi3Config(**SIZES),
-    "olmo2": Olmo2Config(**SIZES),
-    "granite": GraniteConfig(**SIZES),
-    "glm4": Glm4Config(**SIZES, head_dim=32),
-    "gpt-oss": GptOssConfig(**SIZES, head_dim=32, num_local_experts=4, num_experts_per_tok=2),
-    "qwen3-moe": Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=32),
-    "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
-}
+FAMILIES = build_families(num_experts=4, window=64, **SIZES)
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj"]
 METHODS = {
     "lora": ({"lora_r": 16, "lora_dropout": 0.0}, torch.bfloat16),
@@ -94,8 +64,12 @@ def trace(name: str, method: str, **step) -> StepTrace:
 def liger(monkeypatch):
     """Have skeletons get Liger's own code in the place of the stand-ins."""
     from liger_kernel import transformers
+    from liger_kernel.backends import registry
     from liger_kernel.ops import fused_moe
     from triton.runtime.jit import KernelInterface
+
+    for name in list(registry._DISCOVERY_MAP):  # a failed import in the forward pass would keep its tensors
+        registry._discover(name)
 
     def route(chosen, num_experts, *_):
         """The tables of routing, whose lengths Liger reads from the device: a tile for each 128 rows."""

@@ -11,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from llm_trainer.config.schema import Settings
 from llm_trainer.model import lora
+from llm_trainer.model.layers.float8 import Float8Linear
 from llm_trainer.model.memory.shape import UnknownShapeError, find_layer_list, read_shape
 from support.packed_models import LEAK
 from support.tiny_model import build_tokenizer
@@ -81,6 +82,16 @@ def test_4_bit_takes_what_bitsandbytes_makes_of_a_matrix(is_nested):
     )
     scales_bytes = state.absmax.nbytes + (state.state2.absmax.nbytes if is_nested else 0)
     assert (part.data_bytes, part.scales_bytes) == (packed.nbytes, scales_bytes)
+
+
+def test_float8_takes_what_a_layer_keeps():
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4
+    )
+    part = max(shape_of(config, Settings(base_compute="fp8"), torch.bfloat16).parts, key=lambda part: part.num_weights)
+    layer = Float8Linear(nn.Linear(256, 512, bias=False))
+    scales_bytes = layer.scales.nbytes + layer.turned_scales.nbytes
+    assert (part.data_bytes, part.scales_bytes) == (layer.weight.nbytes + layer.turned.nbytes, scales_bytes)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_peft": False}, {"target_modules": ["q_proj"], "lora_r": 4}])

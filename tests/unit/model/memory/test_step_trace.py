@@ -78,6 +78,18 @@ def test_recomputed_layers_leave_nothing_but_what_they_begin_with(shape, on_gpu)
     assert recomputed.backward[1].peak > kept.backward[1].peak
 
 
+def test_a_base_in_float8_leaves_what_it_leaves_in_bfloat16():
+    step = replace(STEP, compute_dtype=torch.bfloat16, on_gpu=True)
+    plain, in_float8 = (
+        trace_step(read_shape(CONFIG, settings.model, settings.adapter, torch.bfloat16), step)
+        for settings in (Settings(), Settings(base_compute="fp8"))
+    )
+    assert [span.net for span in in_float8.forward] == [span.net for span in plain.forward]
+    rounded = 2 * LENGTH * CONFIG.intermediate_size  # a byte for each number that goes into a product
+    for span, other in zip(in_float8.forward + in_float8.backward, plain.forward + plain.backward, strict=True):
+        assert 0 <= span.peak - other.peak <= rounded
+
+
 def test_offloaded_activations_are_not_held(shape):
     kept, moved = (trace_step(shape, replace(STEP, offload_activations=offloads)) for offloads in (False, True))
     assert moved.offloaded[1] > 0
