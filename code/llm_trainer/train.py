@@ -49,7 +49,6 @@ from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings
 from llm_trainer.model.plan import ModelPlan, PlanSettings, plan_model
 from llm_trainer.model.positions import bound_length, find_length_warnings
 from llm_trainer.model.precision import choose_precision
-from llm_trainer.training import fsdp
 from llm_trainer.training.loss_check import check_loss
 from llm_trainer.training.methods import TrainingMethod, choose_method
 from llm_trainer.training.metric_lines import MetricLines
@@ -61,6 +60,7 @@ from llm_trainer.training.resumable import ResumableMixin, RunContext
 from llm_trainer.training.resume import RunParts, find_checkpoint, find_distribution, identify_run
 from llm_trainer.training.sample_answers import SampleAnswers
 from llm_trainer.training.save_and_stop import SaveAndStop
+from llm_trainer.training.sharding import fsdp
 from llm_trainer.training.stopping import StopConsensus, StopRequest
 from llm_trainer.training.trainer_config import (
     ArgumentSources,

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from trl import SFTConfig
 
-from llm_trainer.training import fsdp
+from llm_trainer.training.sharding import fsdp
 
 ADDENDS = (1.0, 2.0**-9)  # of the ranks; bfloat16 has 8 bits, so that their sum there is the first one
 BATCHES = 3

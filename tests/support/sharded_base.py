@@ -20,7 +20,7 @@ from llm_trainer.model.device import Device
 from llm_trainer.model.loading import load_model
 from llm_trainer.model.plan import PlanSettings, plan_model
 from llm_trainer.model.precision import choose_precision
-from llm_trainer.training import fsdp
+from llm_trainer.training.sharding import fsdp
 
 RANKS = 2
 

@@ -27,7 +27,7 @@ def find_missing_hardware(settings: Settings, environment: Environment) -> Itera
     """Yield a sentence for each setting that asks for what the machines, as seen from this host, do not have."""
     for rule in HARDWARE_RULES:
         yield from rule.find_problems(settings, environment)
-    yield from find_batch_problem(settings, count_devices(settings.parallelism, environment))
+    yield from find_batch_problem(settings.training, settings.data, count_devices(settings.parallelism, environment))
 
 
 def count_processes(settings: ParallelismSettings, environment: Environment) -> int:

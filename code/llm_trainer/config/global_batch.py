@@ -4,7 +4,6 @@
 import math
 from collections.abc import Iterator
 
-from llm_trainer.config.schema import Settings
 from llm_trainer.config.sections import DataSettings, TrainingSettings
 
 PIECES = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -30,13 +29,12 @@ def list_device_batches(rows: int, num_devices: int, training: TrainingSettings)
     return [size for size in range(share, 0, -1) if share % size == 0]
 
 
-def find_batch_problem(settings: Settings, num_devices: int) -> Iterator[str]:
+def find_batch_problem(training: TrainingSettings, data: DataSettings, num_devices: int) -> Iterator[str]:
     """Yield a sentence where the devices of the job cannot share its global batch."""
-    training, data = settings.training, settings.data
     rows = find_global_batch(training, data)
     if rows is None:
         return
-    given = {name: settings.value(name) for name in PIECES if settings.is_given(name)}
+    given = {name: training.value(name) for name in PIECES if training.is_given(name)}
     unit = math.prod([num_devices, *given.values()])
     factors = " x ".join([f"{num_devices} devices", *(f"{name}={value}" for name, value in given.items())])
     name, scale = "global_batch_size", 1

@@ -27,9 +27,9 @@ from llm_trainer.common.ranks import local_rank
 from llm_trainer.job import checkpoint_dir
 from llm_trainer.journal.journal import Journal
 from llm_trainer.model import lora_init
-from llm_trainer.training import checkpoint_kinds, fsdp
 from llm_trainer.training.filled_order import FilledOrder
 from llm_trainer.training.resume import make_gather, share_files
+from llm_trainer.training.sharding import checkpoint_kinds, fsdp
 from llm_trainer.training.step_start import RandomState, StepCounts
 from llm_trainer.training.stopping import StopConsensus
 

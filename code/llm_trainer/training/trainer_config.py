@@ -35,10 +35,10 @@ from llm_trainer.model.layers.fused_adapters import fuse_adapters
 from llm_trainer.model.memory.fit import MemoryPlan
 from llm_trainer.model.memory.shape import find_layer_list
 from llm_trainer.model.precision import set_adapter_types
-from llm_trainer.training import fsdp
 from llm_trainer.training.methods import TrainingMethod
 from llm_trainer.training.packing import PackingCollator
 from llm_trainer.training.resumable import ResumableMixin, RunContext
+from llm_trainer.training.sharding import fsdp
 
 # Fields of SFTConfig that other modules act on. The trainer does not get them.
 ACTED_ON = frozenset(

@@ -10,7 +10,7 @@ PACKED = {"packing": True, "max_length": 512}
 
 def list_problems(num_devices, **values):
     settings = Settings(**values)
-    return [*find_contradictions(settings), *find_batch_problem(settings, num_devices)]
+    return [*find_contradictions(settings), *find_batch_problem(settings.training, settings.data, num_devices)]
 
 
 @pytest.mark.parametrize(

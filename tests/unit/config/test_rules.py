@@ -39,7 +39,7 @@ def test_rules_name_settings_that_exist():
 def test_messages_name_only_settings_and_what_the_rule_fills_in():
     for rule in RULES:
         places = {name for _, name, _, _ in string.Formatter().parse(rule.message) if name}
-        filled = {"uri", "key", "value", "tracker", "fix", "option", "package", "choices", "fault"}
+        filled = {"uri", "key", "value", "tracker", "fix", "option", "package", "choices", "fault", "nearest"}
         assert places <= set(FIELDS) | filled, rule
 
 

@@ -23,7 +23,8 @@ TESTED_ELSEWHERE = {
     "launcher/torchrun.py": "tests/integration/test_survival.py",  # the same with several ranks
     "readers/rows.py": "tests/unit/readers/test_files.py",  # the records that all readers give
     "training/methods/training_method.py": "tests/unit/training/methods/test_sft.py",  # a record without behaviour
-    "training/fsdp.py": "tests/integration/test_sharding.py",  # needs several ranks
+    "training/sharding/fsdp.py": "tests/integration/test_sharding.py",  # needs several ranks
+    "training/sharding/checkpoint_kinds.py": "tests/integration/test_global_batch.py",  # needs several ranks
 }
 # Tests of several modules together.
 ACROSS_MODULES = {"config/test_every_setting.py"}  # from the text that a client writes to the section's value

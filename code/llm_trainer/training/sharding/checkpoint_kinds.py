@@ -46,8 +46,8 @@ def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
             missing.remove(name)
     if missing:
         raise UserError(
-            f"{checkpoint} was written without FSDP, and this job shards its weights, of which it lacks "
-            f"{min(missing)} and {len(missing) - 1} others by these names: set distribution=ddp."
+            f"{checkpoint} was written without FSDP, and lacks {len(missing)} weights that this job shards, such as "
+            f"{min(missing)}: set distribution=ddp."
         )
 
 
