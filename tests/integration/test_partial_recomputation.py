@@ -1,37 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many layers are recomputed changes no weight: on two ranks, sharded or not, and from one start to the next."""
 
-import socket
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.memory.fit import MemoryPlan
 from llm_trainer.model.memory.scenario import ParallelismPlan
 from llm_trainer.training.methods import choose_method
-from llm_trainer.training.resumable import RunContext
-from llm_trainer.training.stopping import StopConsensus
 from llm_trainer.training.trainer_config import TrainerParts, build_arguments, build_trainer
-from support.trainers import build_run_context, collect_sources
+from support.trainers import StopAfter, build_run_context, collect_sources, spawn_ranks
 
 pytestmark = pytest.mark.long
 
 NUM_RANKS, NUM_LAYERS, NUM_STEPS = 2, 2, 4
 DROPOUT = 0.2  # of the attention, which a layer that is computed again has to draw again
-
-
-class StopAfter(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_training_stop = control.should_save = True
 
 
 def build(base, folder, parallelism):
@@ -50,8 +38,7 @@ def build(base, folder, parallelism):
         None,
         parallelism.kept_layers,
     )
-    run: RunContext = replace(build_run_context(), consensus=StopConsensus())
-    return build_trainer(choose_method(), parts, run, patience=None)
+    return build_trainer(choose_method(), parts, build_run_context(), patience=None)
 
 
 def read_weights(trainer):
@@ -85,10 +72,4 @@ def train_as_rank(number, base, folder, sharded):
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
 def test_recomputed_layers_change_no_weight_and_a_run_goes_on_with_others(tiny_model, tmp_path, monkeypatch, sharded):
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    for name, value in {**variables, "WORLD_SIZE": NUM_RANKS, "LOCAL_WORLD_SIZE": NUM_RANKS}.items():
-        monkeypatch.setenv(name, str(value))
-    torch.multiprocessing.spawn(train_as_rank, (tiny_model, tmp_path, sharded), nprocs=NUM_RANKS)
+    spawn_ranks(train_as_rank, (tiny_model, tmp_path, sharded), NUM_RANKS, monkeypatch)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.job import checkpoint_dir
@@ -15,22 +15,13 @@ from llm_trainer.journal.journal import Journal
 from llm_trainer.training.resumable import ResumableMixin
 from support.tiny_architectures import build_tiny_config
 from support.tiny_model import build_tokenizer
-from support.trainers import build_run_context
+from support.trainers import StopAfter, build_run_context
 
 
 class CountingTrainer(ResumableMixin, Trainer):
     """Transformers' own trainer, which counts no tokens: no trainer of TRL is needed."""
 
     _total_train_tokens = 0
-
-
-class StopAfter(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_training_stop = control.should_save = True
 
 
 def build(base, folder, **context):

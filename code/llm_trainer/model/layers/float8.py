@@ -31,16 +31,15 @@ class Float8Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: "Float8Linear") -> torch.Tensor:
-        """Return (..., out) for an input (..., in)."""
+        """Return (tokens, out) for an input (tokens, in)."""
         ctx.layer = layer
-        return layer.multiply(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
+        return layer.multiply(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Return the gradient (..., in) of the input for the gradient (..., out) of the output."""
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        return ctx.layer.multiply_back(flat).unflatten(0, gradient.shape[:-1]), None
+        """Return the gradient (tokens, in) of the input for the gradient (tokens, out) of the output."""
+        return ctx.layer.multiply_back(gradient), None
 
 
 class Float8Linear(nn.Linear):
@@ -65,7 +64,9 @@ class Float8Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (..., out) for an input (..., in), on a GPU in bfloat16."""
-        out = Float8Product.apply(x.to(torch.bfloat16) if x.is_cuda else x, self)
+        flat = x.reshape(-1, x.shape[-1])
+        out = Float8Product.apply(flat.to(torch.bfloat16) if x.is_cuda else flat, self)
+        out = out.view(*x.shape[:-1], -1)  # not within the function, as models may change it in place
         return out if self.bias is None else out + self.bias
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:

@@ -35,27 +35,26 @@ class AdaptedProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, first: torch.Tensor, second: torch.Tensor, base: FrozenProduct
     ) -> torch.Tensor:
-        """Return (..., out) for an input (..., in), A (rank, in) and B (out, rank)."""
-        ctx.base, ctx.shape, ctx.dtypes = base, x.shape, (x.dtype, first.dtype, second.dtype)
-        flat = x.to(base.dtype).reshape(-1, x.shape[-1])
+        """Return (tokens, out) for an input (tokens, in), A (rank, in) and B (out, rank)."""
+        ctx.base, ctx.dtypes = base, (x.dtype, first.dtype, second.dtype)
+        x = x.to(base.dtype)
         first, second = first.to(base.dtype), second.to(base.dtype)
-        inner = multiply_scaled(flat, first.t(), base.scaling)  # (tokens, rank)
-        ctx.save_for_backward(flat, inner, first, second)
-        return base.forward(flat).addmm_(inner, second.t()).unflatten(0, x.shape[:-1])
+        inner = multiply_scaled(x, first.t(), base.scaling)  # (tokens, rank)
+        ctx.save_for_backward(x, inner, first, second)
+        return base.forward(x).addmm_(inner, second.t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of the input, of A and of B. Without a gradient of the input a product is saved."""
-        flat, inner, first, second = ctx.saved_tensors
+        x, inner, first, second = ctx.saved_tensors
         x_type, first_type, second_type = ctx.dtypes
-        gradient = gradient.reshape(-1, gradient.shape[-1])
         through = multiply_scaled(gradient, second, ctx.base.scaling)  # (tokens, rank)
-        of_first = multiply_as(first_type, through.t(), flat)
+        of_first = multiply_as(first_type, through.t(), x)
         of_second = multiply_as(second_type, gradient.t(), inner)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = ctx.base.backward(gradient).addmm_(through, first).to(x_type).view(ctx.shape)
+            of_x = ctx.base.backward(gradient).addmm_(through, first).to(x_type)
         return of_x, of_first, of_second, None
 
 
@@ -124,7 +123,9 @@ def forward_adapted(layer: lora.LoraLayer, x: torch.Tensor, *args: Any, **kwargs
         return type(layer).forward(layer, x, *args, **kwargs)
     name = names[0]
     product = FrozenProduct(layer.base_layer, backward, dtype, layer.scaling[name])
-    return AdaptedProduct.apply(x, layer.lora_A[name].weight, layer.lora_B[name].weight, product)
+    flat = x.reshape(-1, x.shape[-1])
+    out = AdaptedProduct.apply(flat, layer.lora_A[name].weight, layer.lora_B[name].weight, product)
+    return out.view(*x.shape[:-1], -1)  # not within the function, as models may change it in place (Gemma 3n)
 
 
 def find_product_type(layer: lora.LoraLayer, x: torch.Tensor, name: str) -> torch.dtype | None:

@@ -35,7 +35,7 @@ class Offload(saved_tensors_hooks):
         super().__init__(self.pack, self.unpack)
         self.moved_bytes = self.num_saved = 0
         self.parameters = WeakIdKeyDictionary({tensor.untyped_storage(): None for tensor in parameters})
-        self.saved = WeakIdKeyDictionary()  # storage -> numbers of what is saved of it, by place and type
+        self.saved = WeakIdKeyDictionary()  # storage -> place and type -> number of the tensor saved from there
         self.leaving: dict[int, tuple[torch.Tensor, Callable[[], None]]] = {}
         self.returned: list[torch.Tensor] = []  # of the operation that runs
         self.operation: Any = None

@@ -58,6 +58,15 @@ def measure(found, exact):
     return ((found - exact).norm() / exact.norm()).item(), ((found * exact).sum() / exact.square().sum()).item()
 
 
+def test_a_layers_output_may_be_changed_in_place():
+    layer, x = Float8Linear(make_layer()), torch.randn(2, 3, 512, requires_grad=True)
+    out = layer(x)
+    out += 1
+    out.sum().backward()
+    expected = layer.multiply_back(torch.ones(6, 256)).view(2, 3, 512)
+    assert torch.equal(x.grad, expected)
+
+
 @pytest.mark.parametrize("size", [1e-20, 1.0, 1e20])
 def test_numbers_are_rounded_to_three_bits_whatever_their_size(size):
     matrix = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0)) * size

@@ -71,6 +71,22 @@ def measure(found, exact):
     return (sum(differences) / sum(each.square().sum() for each in exact.values())).sqrt().item()
 
 
+def test_a_layers_output_may_be_changed_in_place():
+    """As Gemma 3n does."""
+    torch.manual_seed(0)
+    plain = get_peft_model(nn.Sequential(nn.Linear(8, 4)), LoraConfig(target_modules=["0"], init_lora_weights=False))
+    fused, x = fuse(plain), torch.randn(2, 3, 8)
+    for model in (plain, fused):
+        out = model(x)
+        out += 1
+        out[..., 0] *= 3
+        out.square().sum().backward()
+    for ours, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_gradients_are_the_same_in_float32(make_base, case, recomputes):

@@ -2,7 +2,6 @@
 """Losses and accuracies are means over supervised tokens, computed here row by row with nothing but PyTorch."""
 
 import json
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from llm_trainer.data.formats import IGNORED
 from llm_trainer.training.methods.token_sums import begin_sums, fill_batches, sum_batch
 from llm_trainer.training.packing import PackingCollator
-from support.trainers import build_full_trainer
+from support.trainers import build_full_trainer, spawn_ranks
 from support.waits import count_waits
 
 NUM_RANKS = 2
@@ -295,13 +294,7 @@ def list_evaluations(memory_plan):
 
 @pytest.mark.parametrize("memory_plan", [None, pytest.param(SHARDED, marks=pytest.mark.long)], ids=["ddp", "fsdp"])
 def test_ranks_measure_what_one_process_would(tiny_model, tmp_path, monkeypatch, memory_plan):
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    for name, value in {**variables, "WORLD_SIZE": NUM_RANKS, "LOCAL_WORLD_SIZE": NUM_RANKS}.items():
-        monkeypatch.setenv(name, str(value))
-    torch.multiprocessing.spawn(work_as_rank, (tiny_model, tmp_path, memory_plan), nprocs=NUM_RANKS)
+    spawn_ranks(work_as_rank, (tiny_model, tmp_path, memory_plan), NUM_RANKS, monkeypatch)
     ranks = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(NUM_RANKS)]
     model = load(tiny_model)[0]
     for number, (_, rows, _) in enumerate(list_evaluations(memory_plan)):
