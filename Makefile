@@ -49,7 +49,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-long test-unit test-gpu gpu-kit test-notebook lint image flash-attn flash-attn-cached test-image smoke \
 	test-local-mode test-codebuild image-here engine sbom gates image-report reproducible login push-cache push lock \
-	lock-check outdated bench docs report-picture
+	lock-check outdated bench docs instance-facts report-picture
 
 help: ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -107,6 +107,9 @@ lint: venv ## Lint, formatting and types, of Dockerfile and shell scripts too
 
 docs: venv ## Build the documentation to build/docs; a broken link fails it
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet --site-dir build/docs
+
+instance-facts: .venv-supply/.made ## Write the table of SageMaker's instance types anew, from moto's and botocore's data
+	.venv-supply/bin/python docker/instance_facts.py
 
 report-picture: venv .demo/opt/ml ## Take the README's picture of a report from the demo's job; needs Chromium
 	.venv/bin/python tests/support/report_picture.py .demo/opt/ml/output/data/report.html docs/images/report.png

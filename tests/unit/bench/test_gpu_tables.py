@@ -12,7 +12,7 @@ sys.path.append(str(BENCH))
 import gpu_tables  # noqa: E402
 from scaling import EFFICIENCY  # noqa: E402
 
-from llm_trainer.model.memory.flops import PEAK_FLOPS  # noqa: E402
+from llm_trainer.model.memory.gpus import read_gpus  # noqa: E402
 
 GIB = 2**30
 
@@ -74,5 +74,5 @@ def test_what_failed_has_no_row(kept, tmp_path):
 
 def test_the_model_of_many_gpus_assumes_no_more_than_one_reached():
     variants = gpu_tables.read_figures(BENCH / "gpu-h200.json")["variants"]
-    reached = 1e12 * variants["fused adapters"]["tflops"] / PEAK_FLOPS["NVIDIA H200"]
+    reached = 1e12 * variants["fused adapters"]["tflops"] / read_gpus()["H200"].peak_flops
     assert reached - 0.1 < EFFICIENCY <= reached

@@ -1,32 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The speed that a device could train at most: the operations of a token, and the peaks of GPUs.
+"""The speed that a device could train at most: the operations of a token over the peak of a GPU.
 
 The model FLOPs utilization (MFU) is the trained tokens a second over those that the device's peak would allow.
 Operations that are repeated for the sake of memory do not count (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
 """
 
-import re
 from collections.abc import Mapping
 
 from transformers import PreTrainedConfig
 
 from llm_trainer.model.device import Device
+from llm_trainer.model.memory.gpus import find_gpu
 from llm_trainer.model.memory.shape import ModelShape
 
-# Dense 16-bit tensor operations a second with float32 sums, by NVIDIA's data sheets, for the names that CUDA reports.
-PEAK_FLOPS = {
-    r"Tesla T4": 65e12,
-    r"NVIDIA A10G": 70e12,
-    r"NVIDIA L4": 121e12,
-    r"NVIDIA L40S": 362e12,
-    r"NVIDIA RTX PRO 6000 Blackwell Server Edition": 503.8e12,
-    r"NVIDIA A100-SXM4-\d+GB": 312e12,
-    r"NVIDIA H100 80GB HBM3": 989.4e12,
-    r"NVIDIA H200": 989.4e12,
-    r"NVIDIA B200": 2250e12,
-    r"NVIDIA B300.*": 2250e12,
-    r"NVIDIA GB200": 2500e12,
-}
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # configs differ in the name
 
 
@@ -43,8 +29,9 @@ def find_peak_tokens_per_second(
 
 
 def find_peak_flops(device: Device) -> float | None:
-    """Return a device's 16-bit operations a second. None: it is not in the table."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if re.fullmatch(name, device.name)), None)
+    """Return a device's 16-bit operations a second. None: its rating is not known."""
+    gpu = find_gpu(device.name)
+    return gpu.peak_flops if gpu else None
 
 
 def measure_row_tokens(lengths: Mapping[int, int], max_length: int | None) -> float:

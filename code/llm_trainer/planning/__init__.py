@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a job on SageMaker's instance types, before it starts: their facts, its time, its price."""
