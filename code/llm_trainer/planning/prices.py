@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prices of instances, as AWS told them once: a dated file that is passed on. None are shipped.
+
+`price_list.py` asks AWS. The file lies where the user wants it, or as prices.json in the channel `config`.
+"""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
+from llm_trainer.common.errors import UserError, cut_quote
+from llm_trainer.common.files import write_json
+
+FILE_NAME = "prices.json"
+MAX_AGE = timedelta(days=90)
+# SageMaker publishes no prices of spot instances, only that they save up to 90 %. This is assumed, and told as such.
+ASSUMED_SPOT_SAVING = 0.5
+
+TypeName = Annotated[str, Field(pattern=r"^ml\.[a-z0-9-]+\.[a-z0-9]+$")]
+Price = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+Share = Annotated[float, Field(ge=0, lt=1, strict=True)]
+
+
+class Prices(BaseModel):
+    """The price of an hour of each instance type in a region."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    region: str = Field(min_length=1)
+    asked_at: AwareDatetime
+    currency: str = Field(pattern="^[A-Z]{3}$")
+    on_demand: dict[TypeName, Price] = Field(min_length=1)
+    spot_savings: dict[TypeName, Share] = {}  # a user's own experience, as a share of the price on demand
+
+    @property
+    def spot(self) -> dict[str, float]:
+        """The price of an hour on spot by type: the one on demand less the saving that is known or assumed."""
+        savings = {name: self.spot_savings.get(name, ASSUMED_SPOT_SAVING) for name in self.on_demand}
+        return {name: price * (1 - savings[name]) for name, price in self.on_demand.items()}
+
+    @property
+    def origin(self) -> str:
+        """The place and the date, to be shown beside the prices."""
+        return f"prices of {self.region} in {self.currency}, asked on {self.asked_at:%Y-%m-%d}"
+
+
+def write_prices(prices: Prices, file: Path) -> None:
+    """Write a price file, whole or not at all. Raises UserError where it cannot be written."""
+    try:
+        write_json(file, prices.model_dump(mode="json"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror}): name another file for the prices.") from error
+
+
+def read_prices(file: Path) -> Prices:
+    """Return the prices in a file. Raises UserError with a sentence for each fault."""
+    try:
+        content = read_json(file)
+    except UnreadableTextError as error:
+        raise UserError(f"{file} {error.reason}: give the path of a price file, or {say_ask_anew()}.") from error
+    try:
+        return Prices.model_validate(content)
+    except ValidationError as error:
+        raise UserError(*describe_faults(file, error)) from error
+
+
+def describe_faults(file: Path, error: ValidationError) -> Iterator[str]:
+    """Yield a sentence for each fault of a price file."""
+    for fault in error.errors(include_url=False):
+        place = ".".join(str(part) for part in fault["loc"] if part != "[key]") or "its content"
+        given = "" if fault["type"] == "missing" else f"={cut_quote(repr(fault['input']))}"
+        yield f"{file} is no price file: {place}{given} is wrong ({fault['msg'].lower()}): {say_ask_anew()}."
+
+
+def find_price_file(config_dir: Path | None) -> Path | None:
+    """Return the price file in the folder of the channel `config`, or None where there is none."""
+    file = config_dir / FILE_NAME if config_dir else None
+    return file if file and file.exists() else None
+
+
+def find_warnings(prices: Prices, region: str | None, now: datetime | None = None) -> Iterator[str]:
+    """Yield a sentence for prices of another region than the job's, and for old ones. None: the region is not known."""
+    if region and region != prices.region:
+        yield f"The prices are those of {prices.region}, and the job is for {region}: {say_ask_anew(region)}."
+    days = ((now or datetime.now(UTC)) - prices.asked_at).days
+    if days > MAX_AGE.days:
+        yield f"The prices of {prices.region} are {days} days old: {say_ask_anew(prices.region)}."
+
+
+def say_ask_anew(region: str = "") -> str:
+    """Return the end of a sentence that has a user ask for prices again."""
+    command = f"llm-trainer plan --prices{region and f' --region {region}'}"
+    return f"ask AWS anew with `{command}`"
