@@ -29,12 +29,17 @@ OLD_FAMILIES = {"ml.p2": "K80", "ml.p3": "V100", "ml.p3dn": "V100"}
 
 
 def main() -> None:
-    """Write the file anew."""
+    """Write the file anew, and tell what it leaves out."""
+    table = make_table()
+    OUTPUT.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    left_out = "".join(f"\n  {name}: {reason}" for name, reason in table["left_out"].items())
+    print(f"{len(table['types'])} types with GPUs, {len(table['without_gpu'])} without. Left out:{left_out}")
+
+
+def make_table() -> dict[str, Any]:
+    """Return the content of the file, by the packages that are installed."""
     gpus = json.loads(GPUS.read_text(encoding="utf-8"))
-    content = gather_facts(list_training_types(), read_ec2_facts(), gpus)
-    OUTPUT.write_text(json.dumps({**describe_origin(), **content}, indent=1) + "\n", encoding="utf-8")
-    left_out = ", ".join(f"{name} ({reason})" for name, reason in content["left_out"].items())
-    print(f"{len(content['types'])} types with GPUs, {len(content['without_gpu'])} without. Left out: {left_out}")
+    return {**describe_origin(), **gather_facts(list_training_types(), read_ec2_facts(), gpus)}
 
 
 def describe_origin() -> dict[str, Any]:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPUs of SageMaker's instance types, as their vendor rates them: gpus.json, with the source of each number."""
+"""The GPUs of SageMaker's instance types, as their vendor rates them: gpus.json, with the source of each number.
+
+`memory_gib` is the total that CUDA reports: the least in those messages of torch.OutOfMemoryError that were found.
+"""
 
 import functools
 import json
