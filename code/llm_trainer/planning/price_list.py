@@ -2,13 +2,22 @@
 """AWS's price list, asked by boto3 for what SageMaker's training instances cost in a region."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from llm_trainer.common.errors import UserError, quote_error
-from llm_trainer.planning.prices import FILE_NAME, Prices, find_price_file, read_prices, write_prices
+from llm_trainer.planning.prices import (
+    FILE_NAME,
+    TYPE_NAME,
+    Prices,
+    find_price_file,
+    read_earlier_prices,
+    read_prices,
+    write_prices,
+)
 
 ACTION = "pricing:GetProducts"  # what a role has to be allowed
 CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 5, 30, 5
@@ -23,15 +32,19 @@ OTHERWISE = "or give prices that were asked elsewhere with --prices-file"
 def choose_prices(asks: bool, file: Path | None, region: str | None, config_dir: Path | None) -> Prices | None:
     """Return the prices to plan with: those that AWS tells now, those of a file, or those of the channel `config`.
 
-    With `asks`, AWS is asked, and the answer is kept in the file or as prices.json in the working folder. Return None
-    where there are no prices. Raises UserError.
+    With `asks`, AWS is asked. The answer is kept in the file, by default prices.json in the working folder, and the
+    savings of an earlier one stay. Return None where there are no prices. Raises UserError.
     """
-    if asks:
-        prices = ask_prices(region)
-        write_prices(prices, file or Path(FILE_NAME))
-        return prices
-    found = file or find_price_file(config_dir)
-    return read_prices(found) if found else None
+    if not asks:
+        found = file or find_price_file(config_dir)
+        return read_prices(found) if found else None
+    kept = file or Path(FILE_NAME)
+    earlier = read_earlier_prices(kept)
+    prices = ask_prices(region)
+    if earlier:
+        prices = prices.model_copy(update={"spot_savings": earlier.spot_savings})
+    write_prices(prices, kept)
+    return prices
 
 
 def ask_prices(region: str | None = None) -> Prices:
@@ -85,10 +98,10 @@ def collect_prices(client: Any, region: str) -> Prices:
     rates = list(read_rates(json.loads(product) for page in pages for product in page["PriceList"]))
     if not rates:
         raise UserError(f"AWS's price list has no training instances in region={region!r}: check the region's name.")
+    currency = rates[0][1]  # a partition of AWS has one
     on_demand: dict[str, float] = {}
     for name, _, price in rates:
         on_demand[name] = max(price, on_demand.get(name, 0.0))  # where there are two, the plan is not too cheap
-    currency = rates[0][1]
     now = datetime.now(UTC).replace(microsecond=0)
     return Prices(region=region, asked_at=now, currency=currency, on_demand=dict(sorted(on_demand.items())))
 
@@ -101,13 +114,13 @@ def read_rates(products: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str
     for product in products:
         attributes = product["product"]["attributes"]
         name = attributes.get("instanceName", "")
-        if not name.startswith("ml.") or attributes.get("component") != "Training":
+        if not re.search(TYPE_NAME, name) or attributes.get("component") != "Training":
             continue
         for term in product.get("terms", {}).get("OnDemand", {}).values():
             for dimension in term["priceDimensions"].values():
-                ((currency, price),) = dimension["pricePerUnit"].items()
-                if dimension["unit"] == "Hrs" and float(price) > 0:
-                    yield name, currency, float(price)
+                for currency, price in dimension["pricePerUnit"].items():
+                    if dimension["unit"] == "Hrs" and float(price) > 0:
+                        yield name, currency, float(price)
 
 
 def explain_refusal(error: Exception) -> str:

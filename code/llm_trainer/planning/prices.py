@@ -20,7 +20,8 @@ MAX_AGE = timedelta(days=90)
 # SageMaker publishes no prices of spot instances, only that they save up to 90 %. This is assumed, and told as such.
 ASSUMED_SPOT_SAVING = 0.5
 
-TypeName = Annotated[str, Field(pattern=r"^ml\.[a-z0-9-]+\.[a-z0-9]+$")]
+TYPE_NAME = r"^ml\.[a-z0-9-]+\.[a-z0-9]+$"
+TypeName = Annotated[str, Field(pattern=TYPE_NAME)]
 Price = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 Share = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
@@ -74,6 +75,21 @@ def describe_faults(file: Path, error: ValidationError) -> Iterator[str]:
         place = ".".join(str(part) for part in fault["loc"] if part != "[key]") or "its content"
         given = "" if fault["type"] == "missing" else f"={cut_quote(repr(fault['input']))}"
         yield f"{file} is no price file: {place}{given} is wrong ({fault['msg'].lower()}): {say_ask_anew()}."
+
+
+def read_earlier_prices(file: Path) -> Prices | None:
+    """Return the prices in a file that is to be written anew, None where there is none.
+
+    Raises UserError where it holds something else, which is not to be lost.
+    """
+    if not file.exists():
+        return None
+    try:
+        return read_prices(file)
+    except UserError as error:
+        raise UserError(
+            f"{file} is there, and holds no prices: remove it, or name another file with --prices-file."
+        ) from error
 
 
 def find_price_file(config_dir: Path | None) -> Path | None:

@@ -9,7 +9,7 @@ from botocore.stub import Stubber
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.planning.price_list import ask_prices, choose_endpoint, choose_prices, collect_prices, read_rates
-from llm_trainer.planning.prices import read_prices
+from llm_trainer.planning.prices import read_prices, write_prices
 from support.fake_price_list import FakePriceList, describe_product
 
 REGIONS = {"eu-west-3": "eu-central-1", "ap-south-1": "ap-south-1", "us-west-2": "us-east-1", "sa-east-1": "us-east-1"}
@@ -64,7 +64,8 @@ def test_only_hours_of_training_instances_count():
     training = {**describe_product("ml.g5.xlarge", "1.408")}
     nameless = describe_product("", "3.0", component="ServerlessTraining:FineTuning")
     del nameless["product"]["attributes"]["instanceName"]
-    others = [describe_product("ml.p4d.24xlarge", "25.91", component="Cluster"), fee, reserved, nameless]
+    strange = describe_product("ml.g5.xlarge, in a block", "1.2")
+    others = [describe_product("ml.p4d.24xlarge", "25.91", component="Cluster"), fee, reserved, nameless, strange]
     free = describe_product("ml.g5.xlarge", "0.0000000000")
     assert list(read_rates([*others, free, training])) == [("ml.g5.xlarge", "USD", 1.408)]
 
@@ -159,3 +160,23 @@ def test_what_was_asked_is_kept_and_found_again(price_list, tmp_path, monkeypatc
     assert choose_prices(False, tmp_path / "mine.json", None, None).region == "us-east-1"
     assert choose_prices(False, None, None, None) is None
     assert len(price_list.requests) == 2
+
+
+def test_what_the_user_wrote_into_the_file_stays(price_list, tmp_path):
+    file = tmp_path / "prices.json"
+    known = choose_prices(True, file, "us-east-1", None).model_copy(update={"spot_savings": {"ml.g5.2xlarge": 0.7}})
+    write_prices(known, file)
+    assert choose_prices(True, file, "us-west-2", None).spot_savings == {"ml.g5.2xlarge": 0.7}
+    assert read_prices(file).region == "us-west-2"
+
+
+def test_no_other_file_is_overwritten(price_list, tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text('{"model_id": "mine"}')
+    with pytest.raises(UserError) as caught:
+        choose_prices(True, file, "us-east-1", None)
+    assert str(caught.value) == (
+        f"{file} is there, and holds no prices: remove it, or name another file with --prices-file."
+    )
+    assert file.read_text() == '{"model_id": "mine"}'
+    assert price_list.requests == []
