@@ -4,6 +4,7 @@
 `price_list.py` asks AWS. The file lies where the user wants it, or as prices.json in the channel `config`.
 """
 
+import os
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -95,7 +96,7 @@ def read_earlier_prices(file: Path) -> Prices | None:
 def find_price_file(config_dir: Path | None) -> Path | None:
     """Return the price file in the folder of the channel `config`, or None where there is none."""
     file = config_dir / FILE_NAME if config_dir else None
-    return file if file and file.exists() else None
+    return file if file and os.path.exists(file) else None
 
 
 def find_warnings(prices: Prices, region: str | None, now: datetime | None = None) -> Iterator[str]:

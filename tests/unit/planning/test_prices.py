@@ -15,6 +15,7 @@ from llm_trainer.planning.prices import (
     read_prices,
     write_prices,
 )
+from support.documents import DOCS, read_blocks
 
 ASKED_AT = datetime(2026, 11, 26, 18, 30, tzinfo=UTC)
 PRICES = Prices(region="eu-central-1", asked_at=ASKED_AT, currency="USD", on_demand={"ml.g5.xlarge": 1.76})
@@ -37,6 +38,11 @@ def test_prices_are_kept(file):
     }
     assert read_prices(file) == PRICES
     assert PRICES.origin == "prices of eu-central-1 in USD, asked on 2026-11-26"
+
+
+def test_the_documents_file_is_one():
+    (block,) = [block for block in read_blocks(DOCS / "planning.md") if '"on_demand"' in block.text]
+    assert Prices.model_validate(json.loads(block.text)).spot["ml.g5.2xlarge"] == pytest.approx(0.38 * 1.515)
 
 
 def test_a_file_that_cannot_be_written_is_told(tmp_path):
