@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scaling import count_traffic
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.memory.shape import read_shape
+from llm_trainer.planning.traffic import count_traffic
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.tiny_model import build_tokenizer

@@ -17,7 +17,8 @@ from llm_trainer.model.memory.shape import read_shape
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 import ranks
 from ranks import RANDOM_MODEL, Job, build_random_model, lay_out
-from scaling import SMALL_A_STEP, count_traffic
+
+from llm_trainer.planning.traffic import SMALL_A_STEP, count_traffic
 
 pytestmark = pytest.mark.long
 

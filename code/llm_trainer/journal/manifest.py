@@ -48,6 +48,7 @@ class Manifest(TypedDict, total=False):
     stopped: bool
     world_size: int
     phase_seconds: dict[str, float]
+    planned_and_actual: dict[str, Any]  # memory, time and cost of the job, as planned and as they were
     versions: dict[str, str]
     export: dict[str, Any]  # whether the result is proven, the checks, and figures of the merge
     files: list[str]  # of the result, by their paths in the manifest's folder

@@ -10,9 +10,6 @@ import pytest
 BENCH = Path(__file__).parents[3] / "bench"
 sys.path.append(str(BENCH))
 import gpu_tables  # noqa: E402
-from scaling import EFFICIENCY  # noqa: E402
-
-from llm_trainer.model.memory.gpus import read_gpus  # noqa: E402
 
 GIB = 2**30
 
@@ -70,9 +67,3 @@ def test_what_failed_has_no_row(kept, tmp_path):
     rows = gpu_tables.render(figures, "peers").splitlines()[2:]
     assert rows == [f"| {gpu_tables.PEERS['trl']} | 16,384 | 500 | 8,192 | 60.0 | torch 2.11 | 1 |"]
     assert gpu_tables.render(figures, "variants") == "Not measured yet.\n"
-
-
-def test_the_model_of_many_gpus_assumes_no_more_than_one_reached():
-    variants = gpu_tables.read_figures(BENCH / "gpu-h200.json")["variants"]
-    reached = 1e12 * variants["fused adapters"]["tflops"] / read_gpus()["H200"].peak_flops
-    assert reached - 0.1 < EFFICIENCY <= reached

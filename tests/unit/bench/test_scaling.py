@@ -10,7 +10,9 @@ import pytest
 BENCH = Path(__file__).parents[3] / "bench"
 sys.path.append(str(BENCH))
 from ranks import RANDOM_MODEL, Job, compute_bytes  # noqa: E402
-from scaling import BULK, G5, P4D, P5, SCENARIOS, Scenario, list_rows, render, time_ring  # noqa: E402
+from scaling import G5, P4D, P5, SCENARIOS, Scenario, list_rows, render  # noqa: E402
+
+from llm_trainer.planning.traffic import BULK, time_ring  # noqa: E402
 
 EMBEDDINGS = 16_384 * 512
 LAYER = 512 * (512 + 256 + 256 + 512) + 3 * 512 * 1408 + 2 * 512

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory that training takes on each device, in named parts, from the model's shape and a traced step."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,6 +70,14 @@ class Estimate:
 
 def estimate_memory(shape: ModelShape, setup: Setup) -> Estimate:
     """Return what a device needs for a step and the update after it. Raise UnknownShapeError."""
+    if not setup.step.sharded:  # the number of copies makes no difference
+        setup = replace(setup, world_size=min(setup.world_size, 2))
+    return estimate_parts(shape, setup)
+
+
+@functools.lru_cache(maxsize=4096)
+def estimate_parts(shape: ModelShape, setup: Setup) -> Estimate:
+    """Return the same, which `plan` asks for on hundreds of numbers of GPUs."""
     step = setup.step
     trace = trace_step(shape, step)
     kept = trace_step(shape, replace(step, recompute_activations=False)) if setup.kept_layers else trace

@@ -99,24 +99,33 @@ def choose_memory_plan(scenario: MemoryScenario, earlier: str | None = None) -> 
     settings, target = scenario.settings, scenario.target
     if earlier and settings.parallelism.distribution == "auto" and target.world_size > 1:
         scenario = replace(scenario, settings=settings.replace(distribution=earlier))
-    plans, free = list_parallelism_plans(scenario.settings, target), show_bytes(target.free_bytes)
-    refused: list[str] = []
-    for plan in plans:
-        try:
-            plan, need = keep_layers(scenario, plan)
-        except UnknownShapeError as error:
-            return choose_without_estimate(plans, target, f"the model's memory is not known, since {error}")
-        name, size = plan.describe(target.world_size), f"{show_bytes(need.total_bytes)} a {target.unit}"
-        if scenario.can_hold(need, find_share(scenario, plan)):
-            needs = f"{', '.join(refused) or f'{name} needs {size}'} and {free} are free"
-            reason = f"{needs}: {name}, {size}" if refused else needs
-            return MemoryPlan(plan, need, reason, shape=scenario.shape)
-        refused.append(f"{name} needs {size}")
+    free, refused = show_bytes(target.free_bytes), list[str]()
+    try:
+        for plan, need, fits in try_plans(scenario):
+            name, size = plan.describe(target.world_size), f"{show_bytes(need.total_bytes)} a {target.unit}"
+            if fits:
+                needs = f"{', '.join(refused) or f'{name} needs {size}'} and {free} are free"
+                reason = f"{needs}: {name}, {size}" if refused else needs
+                return MemoryPlan(plan, need, reason, shape=scenario.shape)
+            refused.append(f"{name} needs {size}")
+    except UnknownShapeError as error:
+        plans = list_parallelism_plans(scenario.settings, target)
+        return choose_without_estimate(plans, target, f"the model's memory is not known, since {error}")
     problem = f"The job needs {size} with {name} and {free} are free"
     if not settings.parallelism.check_memory:
         warning = f"{problem}: it may run out of memory."
         return MemoryPlan(plan, need, f"{problem}, and check_memory=false", warning, scenario.shape)
     raise UserError(f"{problem}; {describe_remedies(scenario)}.")
+
+
+def try_plans(scenario: MemoryScenario) -> Iterator[tuple[ParallelismPlan, Estimate, bool]]:
+    """Yield the ways that the settings leave open, the cheapest first, with what each needs, and whether that fits.
+
+    Raise UnknownShapeError.
+    """
+    for each in list_parallelism_plans(scenario.settings, scenario.target):
+        plan, need = keep_layers(scenario, each)
+        yield plan, need, scenario.can_hold(need, find_share(scenario, plan))
 
 
 def keep_layers(scenario: MemoryScenario, plan: ParallelismPlan) -> tuple[ParallelismPlan, Estimate]:

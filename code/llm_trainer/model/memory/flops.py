@@ -51,19 +51,27 @@ def count_flops(shape: ModelShape, config: PreTrainedConfig, row_tokens: float) 
     looked up and take none. Only those experts count that a token goes to. None comes back where the config does not
     tell how many these are. Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
-    text_config = config.get_text_config()
-    experts_share = find_experts_share(text_config)
+    products = count_products(shape, config, for_frozen=4, for_trained=6)
+    return None if products is None else products + count_attention(config.get_text_config(), row_tokens)
+
+
+def count_products(shape: ModelShape, config: PreTrainedConfig, for_frozen: int, for_trained: int) -> float | None:
+    """Return the operations of a token in products of matrices, for so many a frozen and a trained weight.
+
+    None comes back where the config does not tell how many experts a token goes to.
+    """
+    experts_share = find_experts_share(config.get_text_config())
     if shape.count_weights("experts") and experts_share is None:
         return None
     total = 0.0
     for part in shape.parts:
         if part.role != "embeddings":
             active = part.num_weights * (experts_share or 1.0 if part.role == "experts" else 1.0)
-            total += active * (6 if part.trained_bytes else 4)
+            total += active * (for_trained if part.trained_bytes else for_frozen)
     if not shape.count_weights("output"):  # the embeddings are the output's weights, too
         table = max((part for part in shape.parts if part.role == "embeddings"), key=lambda part: part.num_weights)
-        total += table.num_weights * (6 if table.trained_bytes else 4)
-    return total + count_attention(text_config, row_tokens)
+        total += table.num_weights * (for_trained if table.trained_bytes else for_frozen)
+    return total
 
 
 def count_attention(config: PreTrainedConfig, row_tokens: float) -> float:
@@ -72,14 +80,17 @@ def count_attention(config: PreTrainedConfig, row_tokens: float) -> float:
     That is the paper's formula, which is not halved for what a causal mask hides. Layers with a window count the
     window, and layers without attention count nothing.
     """
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_heads = getattr(config, "num_attention_heads", None)
+    if not num_heads:  # a model without attention, such as Mamba
+        return 0.0
+    width = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     seen = {
         "full_attention": row_tokens,
         "sliding_attention": min(row_tokens, getattr(config, "sliding_window", None) or row_tokens),
         "chunked_attention": min(row_tokens, getattr(config, "attention_chunk_size", None) or row_tokens),
     }
     layers = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return 12 * config.num_attention_heads * width * sum(seen.get(layer, 0.0) for layer in layers)
+    return 12 * num_heads * width * sum(seen.get(layer, 0.0) for layer in layers)
 
 
 def find_experts_share(config: PreTrainedConfig) -> float | None:

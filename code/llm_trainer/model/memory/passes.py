@@ -6,7 +6,7 @@ a unit of each decoder layer, of the embeddings, and of the tail: last norm and 
 tail.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -47,7 +47,8 @@ class Peak:
     @property
     def total(self) -> int:
         """The bytes in all."""
-        return sum(astuple(self))
+        # By name, as `plan` asks a million times and dataclasses.astuple takes most of it.
+        return self.gradients + self.activations + self.working + self.gathered + self.reduced
 
 
 def list_passes(
@@ -62,7 +63,7 @@ def list_passes(
     tail, embeddings = split_others(shape)
     first, last = weigh_unit(embeddings or tail, step, world_size), weigh_unit(tail, step, world_size)
     always = 0 if embeddings else last.gathered
-    units = [weigh_unit(layer, step, world_size) for layer in shape.list_layers()]
+    units = weigh_layers(shape, step, world_size)
     copies = 1 if world_size > 1 else 0
     sources = [traces[index >= shape.num_layers - num_kept] for index in range(shape.num_layers)]
     forward, backward = [], []
@@ -92,6 +93,13 @@ def split_others(shape: ModelShape) -> tuple[list[Part], list[Part]]:
         [part for part, embeds in zip(others, is_embeddings, strict=True) if not embeds],
         [part for part, embeds in zip(others, is_embeddings, strict=True) if embeds],
     )
+
+
+def weigh_layers(shape: ModelShape, step: Step, world_size: int) -> list[Unit]:
+    """Return the unit of each layer. Layers of a kind are weighed once."""
+    layer_of_kind = dict(zip(shape.kinds, shape.list_layers(), strict=True))
+    units = {kind: weigh_unit(layer, step, world_size) for kind, layer in layer_of_kind.items()}
+    return [units[kind] for kind in shape.kinds]
 
 
 def weigh_unit(parts: list[Part], step: Step, world_size: int) -> Unit:

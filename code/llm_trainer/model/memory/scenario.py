@@ -167,11 +167,10 @@ class MemoryScenario:
         shares = self.settings.training.per_device_train_batch_size > 1 or bool(self.settings.data.packing)
         return shares and not reads_lengths
 
-    def estimate(self, plan: ParallelismPlan) -> Estimate:
-        """Return what each device needs for a step in this way. Raise UnknownShapeError."""
-        training = self.settings.training
-        step = Step(
-            num_sequences=training.per_device_train_batch_size,
+    def build_step(self, plan: ParallelismPlan) -> Step:
+        """Return a step in this way."""
+        return Step(
+            num_sequences=self.settings.training.per_device_train_batch_size,
             length=max(2, self.length),
             has_mask=self.has_mask,
             stores_scores=self.attention == "eager",
@@ -182,6 +181,10 @@ class MemoryScenario:
             on_gpu=self.target.on_gpu,
             fused_kernels=self.fused_kernels,
         )
+
+    def estimate(self, plan: ParallelismPlan) -> Estimate:
+        """Return what each device needs for a step in this way. Raise UnknownShapeError."""
+        training, step = self.settings.training, self.build_step(plan)
         accumulates = training.gradient_accumulation_steps > 1
         evaluated = training.per_device_eval_batch_size if self.evaluates else 0
         setup = Setup(step, self.target.world_size, training.optim, accumulates, plan.kept_layers, evaluated)

@@ -6,6 +6,7 @@ training will have. No weights are read, and bitsandbytes need not be installed:
 """
 
 import copy
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,12 +85,12 @@ class ModelShape:
         """Return the bytes that parts of these roles take in memory, scales included, or all parts."""
         return sum(part.data_bytes + part.scales_bytes for part in self.parts if part.role in roles or not roles)
 
-    @property
+    @functools.cached_property
     def num_trained(self) -> int:
         """The number of trained weights."""
         return sum(part.num_weights for part in self.parts if part.trained_bytes)
 
-    @property
+    @functools.cached_property
     def trained_bytes(self) -> int:
         """The bytes of trained weights."""
         return sum(part.trained_bytes for part in self.parts)

@@ -35,6 +35,13 @@ from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError
 
 FUSED = "fused"  # our attention kernel, for models that have no SDPA
 MAX_OPERATIONS = 20_000  # a few seconds; a layer of attention takes about a hundred, forward and backward
+ATEN = torch.ops.aten
+PRODUCTS = frozenset({ATEN.mm, ATEN.addmm, ATEN.addmm_, ATEN.bmm, ATEN.baddbmm, ATEN._grouped_mm})
+LOOK_UPS = frozenset({ATEN.embedding, ATEN.index, ATEN.index_select, ATEN.gather})
+EMPTY = frozenset({ATEN.empty, ATEN.empty_like, ATEN.new_empty, ATEN.empty_strided, ATEN.new_empty_strided})
+# Operations a byte below which a product takes as long as its bytes. An adapter's have about its rank, and others
+# thousands. GPUs are as fast at both at 60 to 400.
+BOUND_OPERATIONS = 100
 LARGE_HEAD = 128  # in numbers; flash attention rounds the sizes of larger heads further
 
 
@@ -42,11 +49,13 @@ LARGE_HEAD = 128  # in numbers; flash attention rounds the sizes of larger heads
 class Span:
     """A stretch of a step, in bytes.
 
-    The peak is counted above what was held when it began. The net is what it left behind at its end.
+    The peak is counted above what was held when it began. The net is what it left behind at its end. `moved` is read
+    and written by all operations but the products that take as long as their arithmetic, which `flops` counts.
     """
 
     peak: int
     net: int
+    moved: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class HeldBytes(TorchDispatchMode):
     def __init__(self, known: list[torch.Tensor], first_span: Hashable, offload: Offload | None = None) -> None:
         super().__init__()
         self.offload, self.leaving = offload, 0
-        self.held = self.highest = self.began = self.num_operations = 0
+        self.held = self.highest = self.began = self.moved = self.num_operations = 0
         self.seen = WeakIdKeyDictionary()  # a storage is counted once, however many tensors look at it
         for tensor in known:
             self.seen[tensor.untyped_storage()] = None
@@ -82,9 +91,10 @@ class HeldBytes(TorchDispatchMode):
         if self.num_operations > MAX_OPERATIONS:
             raise UnknownShapeError("its code goes through a row token by token, which takes too long to follow")
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.count_storage(tensor.untyped_storage())
+        tensors = list_tensors(out)
+        self.moved += count_moved_bytes(func, list_tensors((args, kwargs)), tensors)
+        for tensor in tensors:
+            self.count_storage(tensor.untyped_storage())
         return out
 
     def count_storage(self, storage: torch.UntypedStorage) -> None:
@@ -105,9 +115,33 @@ class HeldBytes(TorchDispatchMode):
         """End the span that is under way, and begin the one of this name."""
         before, self.leaving = self.leaving, self.offload.count_leaving() if self.offload else 0
         net = self.held - self.began - (self.leaving - before)
-        self.spans[self.name] = Span(self.highest - self.began + before, net)
+        self.spans[self.name] = Span(self.highest - self.began + before, net, self.moved)
         self.name = name
         self.began = self.highest = self.held
+        self.moved = 0
+
+
+def list_tensors(values: Any) -> list[torch.Tensor]:
+    """List the tensors among an operation's arguments or results."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def count_moved_bytes(func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
+    """Return the bytes that an operation reads and writes. Views count none, and neither do products of large matrices.
+
+    What is made empty stands for a kernel's result, for which it reads about as much. A look-up reads what it returns.
+    """
+    known = {tensor.untyped_storage()._cdata for tensor in inputs}
+    if not func._schema.is_mutable and all(each.untyped_storage()._cdata in known for each in outputs):
+        return 0
+    written, operation = sum(each.nbytes for each in outputs), func.overloadpacket
+    if operation in LOOK_UPS or operation in EMPTY:
+        return 2 * written
+    moved = written + sum(each.nbytes for each in inputs)
+    if operation in PRODUCTS:
+        depth = inputs[0 if operation is ATEN._grouped_mm else -2].shape[-1]
+        return moved if 2 * depth * outputs[0].numel() < BOUND_OPERATIONS * moved else 0
+    return moved
 
 
 @dataclass(frozen=True)
@@ -127,7 +161,7 @@ class Step:
     trains: bool = True  # an evaluation has a forward pass alone, and keeps nothing for another
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=256)
 def trace_step(shape: ModelShape, step: Step) -> StepTrace:
     """Trace the forward and the backward pass of the shape's skeleton.
 

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every instance type, one to sixteen of it: whether a job fits, how, and what it takes in time and dollars."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llm_trainer.common.errors import UserError
+from llm_trainer.common.units import GIB, show_bytes
+from llm_trainer.model.memory.estimate import count_optimizer_states
+from llm_trainer.planning.cost import SpotRun, expect_interruptions
+from llm_trainer.planning.fitting import Fit, Fitter
+from llm_trainer.planning.instances import InstanceType, read_instances
+from llm_trainer.planning.learning import Learnt
+from llm_trainer.planning.run_time import CHECKPOINTS_A_RUN, SECONDS_BETWEEN, RunTime, Sizes, Steps, time_run
+from llm_trainer.planning.step_time import StepTime, time_step
+from llm_trainer.planning.workload import Workload
+
+MAX_COUNT = 16  # instances of a job
+STORED_BYTES = 2  # of a weight in a model's files
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A job that is to be planned."""
+
+    fitter: Fitter
+    work: Workload | None  # None where nothing is known of its data
+    merges: bool  # whether the result has all weights though an adapter is trained
+    learnt: Learnt
+    prices: Mapping[str, float]  # dollars of an hour on demand, by instance type; empty: not known
+    spot_prices: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A number of instances that a job may run on."""
+
+    host: InstanceType
+    count: int
+    fit: Fit | None = None
+    refusal: str = ""  # why it cannot run there
+    step: StepTime | None = None
+    steps: int | None = None
+    tokens_per_second: float | None = None
+    run: RunTime | None = None
+    spot: SpotRun | None = None
+    dollars: float | None = None
+    spot_dollars: float | None = None
+
+    @property
+    def fits(self) -> bool:
+        """True where the job runs there."""
+        return not self.refusal
+
+    @property
+    def num_gpus(self) -> int:
+        """The number of GPUs in all."""
+        return self.count * self.host.num_gpus
+
+    @property
+    def instance_hours(self) -> float | None:
+        """The hours that are billed, of all instances."""
+        return self.run.hours * self.count if self.run else None
+
+    @property
+    def how(self) -> str:
+        """Words on the way to train, and on the batch: rows of a GPU x GPUs x batches that are added up."""
+        if self.fit is None:
+            return ""
+        training = self.fit.scenario.settings.training
+        rows, pieces = training.per_device_train_batch_size, training.gradient_accumulation_steps
+        return f"{self.fit.plan.describe(self.num_gpus)}, batch {rows} x {self.num_gpus} x {pieces}"
+
+    @property
+    def order(self) -> tuple[float, ...]:
+        """A key that sorts the cheapest first: by dollars, or by the hours of all instances, or by GPUs."""
+        known = [value for value in (self.dollars, self.instance_hours) if value is not None]
+        return (0 if self.fits else 1, *(known or [float(self.num_gpus)]), self.count)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the candidate as values of JSON."""
+        run, step = self.run, self.step
+        return {
+            "instance_type": self.host.name,
+            "count": self.count,
+            "fits": self.fits,
+            "how": self.how,
+            "gib_per_gpu": round(self.fit.need.total_bytes / GIB, 2) if self.fit else None,
+            "tokens_per_second": self.tokens_per_second and round(self.tokens_per_second),
+            "hours": run and round(run.hours, 3),
+            "dollars": self.dollars and round(self.dollars, 2),
+            "gpus": self.num_gpus,
+            "gpu": self.host.gpu.name,
+            "refusal": self.refusal,
+            "steps": self.steps,
+            "step_seconds": step and round(step.seconds, 4),
+            "hours_at_least": run and round(run.low / 3600, 3),
+            "hours_at_most": run and round(run.high / 3600, 3),
+            "instance_hours": self.instance_hours and round(self.instance_hours, 3),
+            "spot_dollars": self.spot_dollars and round(self.spot_dollars, 2),
+            "spot_hours": self.spot and round(self.spot.hours, 3),
+            "interruptions": self.spot and round(self.spot.interruptions, 4),
+            "by_formula": bool(self.fit and self.fit.by_formula),
+        }
+
+
+def list_candidates(outline: Outline) -> list[Candidate]:
+    """Return every instance type, one to sixteen of it, those that fit first and of them the cheapest."""
+    fits: dict[tuple[str, int], Fit | str] = {}
+    found = [candidate for host in read_instances().types.values() for candidate in list_counts(outline, host, fits)]
+    return sorted(found, key=lambda candidate: candidate.order)
+
+
+def list_counts(outline: Outline, host: InstanceType, fits: dict[tuple[str, int], Fit | str]) -> Iterator[Candidate]:
+    """Yield one to sixteen instances of a type. `fits` keeps what is known of a number of GPUs for other types."""
+    for count in range(1, MAX_COUNT + 1):
+        num_gpus = count * host.num_gpus
+        key = host.gpu.name, num_gpus
+        fit = fits[key] = fits[key] if key in fits else find_fit(outline.fitter, host, num_gpus)
+        if isinstance(fit, str):
+            yield Candidate(host, count, refusal=fit)
+        elif refusal := fit.refusal or find_lack_of_memory(host, fit):
+            yield Candidate(host, count, fit, refusal)
+        else:
+            yield plan_time(outline, Candidate(host, count, fit))
+
+
+def find_fit(fitter: Fitter, host: InstanceType, num_gpus: int) -> Fit | str:
+    """Return how a job fits so many GPUs of a host's kind, or why they cannot do what the settings ask for."""
+    try:
+        return fitter.fit(host.gpu, num_gpus)
+    except UserError as error:
+        return " ".join(error.problems)
+
+
+def find_lack_of_memory(host: InstanceType, fit: Fit) -> str:
+    """Return words on what a host's own memory lacks for the activations that wait there; empty where nothing."""
+    need = fit.need.host_bytes * host.num_gpus
+    return f"needs {show_bytes(need)} of the host's memory for activations" if need > host.memory_bytes else ""
+
+
+def plan_time(outline: Outline, candidate: Candidate) -> Candidate:
+    """Return a candidate that fits with its time, and with its dollars where prices are known."""
+    assert candidate.fit is not None
+    host, fit, work = candidate.host, candidate.fit, outline.work
+    scenario = fit.scenario
+    row_tokens = work.row_tokens if work else scenario.length
+    if work:  # a step takes the time of rows of the mean length, and the memory of the longest
+        mean = math.ceil(min(work.sequence_tokens, scenario.length))
+        scenario = replace(scenario, longest_row=mean, known_shape=scenario.shape)
+    step = time_step(host, scenario, fit.plan, candidate.num_gpus, row_tokens)
+    if step is None:
+        return candidate
+    step = outline.learnt.correct_step(step, host, scenario.shape)
+    training = scenario.settings.training
+    rows = training.per_device_train_batch_size * candidate.num_gpus * training.gradient_accumulation_steps
+    tokens_a_second = rows * scenario.length / step.seconds
+    timed = replace(candidate, step=step, tokens_per_second=tokens_a_second)
+    return plan_run(outline, timed, rows, work) if work else timed
+
+
+def plan_run(outline: Outline, candidate: Candidate, rows_a_step: int, work: Workload) -> Candidate:
+    """Return a candidate whose steps are timed with its hours, and with its dollars where prices are known."""
+    assert candidate.fit is not None and candidate.step is not None and candidate.tokens_per_second is not None
+    host, count, step, fit = candidate.host, candidate.count, candidate.step, candidate.fit
+    training = fit.scenario.settings.training
+    number = work.count_steps(rows_a_step, training)
+    evaluations = math.ceil(training.num_train_epochs) if work.eval_tokens else 0
+    low, high = step.range_seconds
+    steps = Steps(
+        number, step.seconds, low, high, work.num_tokens, evaluations * work.eval_tokens, candidate.tokens_per_second
+    )
+    run = outline.learnt.correct_start(time_run(host, count, steps, measure_sizes(fit, outline.merges)), host)
+    between = min(SECONDS_BETWEEN, run.steps / CHECKPOINTS_A_RUN)
+    spot = expect_interruptions(run.hours, run.start / 3600, between / 3600, count)
+    price, spot_price = outline.prices.get(host.name), outline.spot_prices.get(host.name)
+    return replace(
+        candidate,
+        steps=number,
+        run=run,
+        spot=spot,
+        dollars=price and price * run.hours * count,
+        spot_dollars=spot_price and spot_price * spot.hours * count,
+    )
+
+
+def measure_sizes(fit: Fit, merges: bool) -> Sizes:
+    """Return the bytes that a job reads and writes."""
+    shape, scenario = fit.scenario.shape, fit.scenario
+    base = STORED_BYTES * (shape.count_weights() - shape.count_weights("adapter"))
+    writes_all = merges or not scenario.settings.adapter.use_peft
+    return Sizes(
+        base=base,
+        checkpoint=shape.trained_bytes + count_optimizer_states(shape, scenario.settings.training.optim),
+        result=base if writes_all else shape.trained_bytes,
+    )

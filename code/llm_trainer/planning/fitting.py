@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way in which a job fits a number of GPUs of a kind. They need not be here. Whatever takes long is shared."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from transformers import PreTrainedConfig
+
+from llm_trainer.common.errors import UserError
+from llm_trainer.common.units import show_bytes
+from llm_trainer.config.global_batch import find_batch_problem
+from llm_trainer.model.attention import CAPABILITIES
+from llm_trainer.model.device import Device
+from llm_trainer.model.memory.estimate import CONTEXT_BYTES, Estimate
+from llm_trainer.model.memory.fit import ATTENTION_ELSEWHERE, add_fused_kernels, try_plans
+from llm_trainer.model.memory.global_batch import split_global_batch
+from llm_trainer.model.memory.gpus import Gpu
+from llm_trainer.model.memory.scenario import (
+    MemoryScenario,
+    MemorySettings,
+    ParallelismPlan,
+    Target,
+    list_parallelism_plans,
+)
+from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError
+from llm_trainer.planning.formula import estimate_by_formula
+
+FLOAT8_CAPABILITY = (8, 9)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A job on a number of GPUs: the batch of a device in `scenario`, and the way that fits, or takes the least."""
+
+    scenario: MemoryScenario
+    plan: ParallelismPlan
+    need: Estimate
+    fits: bool
+    by_formula: bool = False
+
+    @property
+    def refusal(self) -> str:
+        """Words on why it does not fit; empty where it does."""
+        free = self.scenario.target.free_bytes
+        return "" if self.fits else f"needs {show_bytes(self.need.total_bytes)} a GPU, {show_bytes(free)} are free"
+
+
+@dataclass(eq=False)
+class Fitter:
+    """A job as far as its memory depends on it, with the shapes of its model by the type of the weights."""
+
+    config: PreTrainedConfig
+    settings: MemorySettings
+    longest_row: int  # in tokens
+    evaluates: bool
+    shapes: dict[torch.dtype, ModelShape] = field(default_factory=dict)
+    scenarios: dict[str, MemoryScenario] = field(default_factory=dict)  # by the name of the GPU
+
+    def fit(self, gpu: Gpu, num_gpus: int) -> Fit:
+        """Return how the job fits so many GPUs.
+
+        Raise UserError where they cannot do what the settings ask for, and UnknownShapeError.
+        """
+        scenario = self.scenarios.get(gpu.name) or self.build_scenario(gpu)
+        self.scenarios[gpu.name] = scenario
+        training, data = self.settings.training, self.settings.data
+        if problems := list(find_batch_problem(training, data, num_gpus)):
+            raise UserError(*problems)
+        return fit_target(split_global_batch(scenario.replace_target(world_size=num_gpus)))
+
+    def build_scenario(self, gpu: Gpu) -> MemoryScenario:
+        """Return the job on one GPU. Raise UserError where it cannot do what the settings ask for."""
+        device = Device(torch.device("cuda"), gpu.name, gpu.capability)
+        target = Target(device, 1, count_free_bytes(gpu))
+        attention = choose_kernel(self.settings.model.attn_implementation, gpu)
+        if self.settings.model.base_compute == "fp8" and gpu.capability < FLOAT8_CAPABILITY:
+            raise UserError("base_compute=fp8 needs a GPU of compute capability 8.9 or later")
+        scenario = MemoryScenario(
+            self.config, self.settings, self.longest_row, target, attention, evaluates=self.evaluates
+        )
+        dtype = scenario.dtypes[0]
+        if dtype not in self.shapes:
+            like = next((shape for known, shape in self.shapes.items() if known.itemsize == dtype.itemsize), None)
+            self.shapes[dtype] = change_type(like, dtype) if like else scenario.shape
+        return add_fused_kernels(replace(scenario, known_shape=self.shapes[dtype]))
+
+
+def count_free_bytes(gpu: Gpu) -> int:
+    """Return what is free on a GPU when CUDA's context is there."""
+    return gpu.memory_bytes - CONTEXT_BYTES
+
+
+def choose_kernel(asked: str, gpu: Gpu) -> str:
+    """Return the attention kernel that a job would get. Raise UserError where the GPU cannot run the one asked for."""
+    if asked == "auto":
+        return ATTENTION_ELSEWHERE if CAPABILITIES[ATTENTION_ELSEWHERE](gpu.capability) else "sdpa"
+    if asked in CAPABILITIES and not CAPABILITIES[asked](gpu.capability):
+        raise UserError(f"attn_implementation={asked} is not made for it")
+    return asked
+
+
+def change_type(shape: ModelShape, dtype: torch.dtype) -> ModelShape:
+    """Return the shape with weights in another type of the same size, which takes no time, as reading one does."""
+    skeleton = copy.deepcopy(shape.skeleton)
+    for parameter in skeleton.parameters():
+        if parameter.dtype == shape.weights_dtype:
+            parameter.data = parameter.data.to(dtype)
+    return replace(shape, skeleton=skeleton, weights_dtype=dtype)
+
+
+def fit_target(scenario: MemoryScenario) -> Fit:
+    """Return how a job fits its target: the cheapest way that fits, else the one that takes the least memory."""
+    try:
+        return choose_fit(Fit(scenario, *way) for way in try_plans(scenario))
+    except UnknownShapeError:
+        return fit_by_formula(scenario)
+
+
+def choose_fit(tried: Iterator[Fit]) -> Fit:
+    """Return the first that fits, else the last."""
+    for fit in tried:
+        if fit.fits:
+            break
+    return fit
+
+
+def fit_by_formula(scenario: MemoryScenario) -> Fit:
+    """Return how a job fits its target, for a model whose code does not run without numbers."""
+    plans = list_parallelism_plans(scenario.settings, scenario.target)
+    needs = ((plan, estimate_by_formula(scenario, plan)) for plan in plans)
+    return choose_fit(Fit(scenario, plan, need, scenario.can_hold(need), by_formula=True) for plan, need in needs)

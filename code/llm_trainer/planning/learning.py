@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The speed that jobs have shown of instance types: actual seconds over planned ones, from their manifests."""
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llm_trainer.common.errors import UserError
+from llm_trainer.journal.manifest import Manifest, read_manifest
+from llm_trainer.model.memory.shape import ModelShape
+from llm_trainer.planning.instances import InstanceType
+from llm_trainer.planning.run_time import RunTime
+from llm_trainer.planning.step_time import StepTime
+
+SAME_JOB = 0.95, 1.05  # a step beside another job's on the same instance type and model
+SAME_GPU = 0.8, 1.25  # and on the same GPU with another model
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A job that has ended: its actual seconds over those that were planned."""
+
+    instance_type: str | None
+    gpu: str
+    parameters: int
+    trainable_parameters: int
+    step_share: float
+    start_share: float
+
+    @property
+    def job(self) -> tuple[str | None, int, int]:
+        """The instance type and the size of the model."""
+        return self.instance_type, self.parameters, self.trainable_parameters
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """Lessons of earlier jobs."""
+
+    lessons: tuple[Lesson, ...] = ()
+
+    def correct_step(self, step: StepTime, host: InstanceType, shape: ModelShape) -> StepTime:
+        """Return the time of a step as jobs of its instance type and model had it, else as jobs of its GPU had."""
+        on_gpu = [lesson for lesson in self.lessons if lesson.gpu == host.gpu.name]
+        model = shape.count_weights(), shape.num_trained
+        same = [lesson for lesson in on_gpu if lesson.job == (host.name, *model)]
+        if not on_gpu:
+            return step
+        share = statistics.median(lesson.step_share for lesson in same or on_gpu)
+        low, high = SAME_JOB if same else SAME_GPU
+        return step.scale(share, low, high)
+
+    def correct_start(self, run: RunTime, host: InstanceType) -> RunTime:
+        """Return the time of a job whose start takes as long as on its instance type before."""
+        shares = [lesson.start_share for lesson in self.lessons if lesson.instance_type == host.name]
+        if not shares:
+            return run
+        start = statistics.median(shares) * run.start
+        return replace(run, start=start, low=run.low + start - run.start, high=run.high + start - run.start)
+
+
+def learn(files: Iterable[str]) -> Learnt:
+    """Return the lessons of these manifests, or of those in these folders. Raise UserError where one has none."""
+    lessons, problems = [], []
+    for file in files:
+        lesson = read_lesson(Path(file))
+        if isinstance(lesson, str):
+            problems.append(f"--learn {file}: {lesson}")
+        else:
+            lessons.append(lesson)
+    if problems:
+        raise UserError(*problems)
+    return Learnt(tuple(lessons))
+
+
+def read_lesson(place: Path) -> Lesson | str:
+    """Return what a job's manifest teaches, or a sentence on why it teaches nothing."""
+    folder = place if place.is_dir() else place.parent
+    try:
+        manifest: Manifest = read_manifest(folder)
+    except (OSError, UserError) as error:
+        return f"it cannot be read ({error}): give training_manifest.json of a job that has ended."
+    compared = manifest.get("planned_and_actual")
+    if not compared or not compared["actual"].get("step_seconds"):
+        return "it tells no time of a step: give training_manifest.json of a job that took at least two steps."
+    planned, actual = compared["planned"], compared["actual"]
+    return Lesson(
+        compared["instance_type"],
+        compared["gpu"],
+        manifest["parameters"],
+        manifest["trainable_parameters"],
+        actual["step_seconds"] / planned["step_seconds"],
+        actual["start_seconds"] / planned["start_seconds"],
+    )

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seconds of a step beside those that one H200 took, and what must hold for any model."""
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, MambaConfig
+
+from llm_trainer.config.schema import Settings
+from llm_trainer.model.device import Device
+from llm_trainer.model.liger import KERNELS
+from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, ParallelismPlan, Target
+from llm_trainer.planning.instances import read_instances
+from llm_trainer.planning.step_time import time_step
+
+VARIANTS = json.loads((Path(__file__).parents[3] / "bench/gpu-h200.json").read_text())["variants"]
+H200 = read_instances().types["ml.p5en.48xlarge"]
+LLAMA_8B = LlamaConfig(
+    vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8,
+)  # fmt: skip
+TINY = LlamaConfig(
+    vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2,
+)  # fmt: skip
+MAMBA = MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2)  # its code goes through a row token by token
+CONFIGS = {"8B": LLAMA_8B, "tiny": TINY, "mamba": MAMBA}
+NO_SAVINGS = ParallelismPlan(sharded=False, recompute_activations=False, offload_activations=False)
+RECOMPUTES = replace(NO_SAVINGS, recompute_activations=True)
+
+
+@cache
+def build_scenario(config="8B", gpus=1, **settings):
+    """Eight rows of 1,024 tokens a GPU, as bench/gpu.py takes them."""
+    given = {"max_length": 1024, "per_device_train_batch_size": 8, "lora_r": 16, "lora_dropout": 0.0, **settings}
+    every = Settings(**given)
+    sections = MemorySettings(every.model, every.adapter, every.data, every.training, every.parallelism)
+    target = Target(Device(torch.device("cuda"), "H200", (9, 0)), gpus, 140 * 2**30)
+    return MemoryScenario(CONFIGS[config], sections, 1024, target, "flash_attention_2", frozenset(KERNELS))
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings", "plan"),
+    [
+        ("fused adapters", {}, NO_SAVINGS),
+        ("first release", {"lora_dropout": 0.1}, RECOMPUTES),
+        ("nf4, fused", {"load_in_4bit": True}, NO_SAVINGS),
+        ("fp8, fused", {"base_compute": "fp8"}, NO_SAVINGS),
+    ],
+)
+def test_a_step_takes_what_one_h200_took(variant, settings, plan):
+    step = time_step(H200, build_scenario(**settings), plan, 1, 1024)
+    measured = VARIANTS[variant]["step_ms"] / 1000
+    assert step.seconds == pytest.approx(measured, rel=0.06)
+    low, high = step.range_seconds
+    assert low < measured < high
+
+
+@pytest.mark.parametrize("kept_layers", [0, 1, 2])
+def test_layers_that_keep_their_activations_are_not_computed_again(kept_layers):
+    scenario = build_scenario("tiny")
+    plans = [NO_SAVINGS, replace(RECOMPUTES, kept_layers=kept_layers, num_layers=3), RECOMPUTES]
+    times = [time_step(H200, scenario, plan, 1, 1024).compute_seconds for plan in plans]
+    assert times[0] < times[1] <= times[2]
+    assert times[2] - times[1] == pytest.approx(kept_layers / 3 * (times[2] - times[0]), rel=0.1)
+
+
+def test_accumulated_batches_take_their_time_and_gpus_wait_for_each_other():
+    one, two = (
+        time_step(H200, build_scenario("tiny", gradient_accumulation_steps=pieces), NO_SAVINGS, 1, 1024)
+        for pieces in (1, 2)
+    )
+    assert one.waiting_seconds == 0
+    assert 1.9 < two.compute_seconds / one.compute_seconds <= 2
+    sharded = replace(NO_SAVINGS, sharded=True)
+    within = time_step(H200, build_scenario("tiny", gpus=8), sharded, 8, 1024)
+    between = time_step(H200, build_scenario("tiny", gpus=16), sharded, 16, 1024)
+    assert 0 < within.waiting_seconds <= within.traffic_seconds < between.traffic_seconds
+
+
+def test_a_model_that_cannot_be_traced_is_timed_by_formula():
+    assert time_step(H200, build_scenario("tiny"), NO_SAVINGS, 1, 1024).is_traced
+    step = time_step(H200, build_scenario("mamba"), NO_SAVINGS, 1, 1024)
+    assert not step.is_traced
+    assert step.seconds > 0
+
+
+def test_a_t4_computes_float32_without_tensor_cores():
+    t4 = read_instances().types["ml.g4dn.xlarge"]
+    half, whole = (
+        time_step(t4, build_scenario("tiny", torch_dtype=dtype), NO_SAVINGS, 1, 1024)
+        for dtype in ("float16", "float32")
+    )
+    assert whole.compute_seconds > 1.5 * half.compute_seconds
