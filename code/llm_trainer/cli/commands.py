@@ -17,11 +17,18 @@ Settings come from the command line, from the job's hyperparameters, and from a 
 --data-dir FOLDER holds a folder for each channel, such as train and model, in place of /opt/ml/input/data.
 Without /opt/ml, --output-dir FOLDER gets what SageMaker keeps there: model, output and checkpoints."""
 SEE_SETTINGS = "`llm-trainer train --help` lists all settings."
+SEE_SUBMITTING = "docs/submitting.md lists all options."
 JSON_HELP = "print JSON, for a program to read"
 HELP = frozenset({"-h", "--help"})
 # The options of the commands that take settings. All their other words are settings, which have a syntax of their own
 # (`job.parse_arguments`): a lone `--flag` means true, and dashes may stand for underscores.
-OWN_OPTIONS = {"train": HELP, "validate": HELP | {"--json"}, "plan": HELP | {"--json"}, "doctor": HELP}
+OWN_OPTIONS = {
+    "train": HELP,
+    "validate": HELP | {"--json"},
+    "plan": HELP | {"--json"},
+    "doctor": HELP,
+    "submit": HELP | {"--dry-run"},
+}
 
 Commands = argparse._SubParsersAction  # argparse has no public name for what add_subparsers returns
 
@@ -56,6 +63,7 @@ def build_parser(lists_settings: bool = False) -> argparse.ArgumentParser:
     add_doctor(commands)
     add_merge(commands)
     add_metrics(commands)
+    add_submit(commands)
     return parser
 
 
@@ -178,6 +186,22 @@ def add_metrics(commands: "Commands[argparse.ArgumentParser]") -> None:
     parser.set_defaults(run=run_metrics)
 
 
+def add_submit(commands: "Commands[argparse.ArgumentParser]") -> None:
+    """Add the command that starts a job on SageMaker."""
+    parser = commands.add_parser(
+        "submit",
+        usage="llm-trainer submit [FILE.yaml] [--OPTION VALUE ...] [--SETTING VALUE ...] [--dry-run]",
+        help="start the job on SageMaker, after checking it",
+        description="Start a training job on SageMaker. FILE.yaml holds settings, and under `job:` the options of the "
+        "submission; the command line wins over both. --data-dir FOLDER holds a folder for each channel to upload.",
+        epilog=f"{SEE_SUBMITTING} {SEE_SETTINGS}",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the request of CreateTrainingJob, and start nothing"
+    )
+    parser.set_defaults(run=run_submit)
+
+
 def run_train(asked: argparse.Namespace) -> int:
     """Run a job, and return the container's exit code."""
     from llm_trainer.launcher.last_words import run_to_an_answer
@@ -202,6 +226,13 @@ def run_plan(asked: argparse.Namespace) -> int:
     from llm_trainer.cli.plan import plan
 
     return plan(asked.settings, asked.json)
+
+
+def run_submit(asked: argparse.Namespace) -> int:
+    """Start a training job on SageMaker, and return the exit code."""
+    from llm_trainer.cli.submit import submit
+
+    return submit(asked.settings, asked.dry_run)
 
 
 def run_doctor(asked: argparse.Namespace) -> int:

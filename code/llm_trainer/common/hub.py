@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import httpx2
-from huggingface_hub import constants, get_token, snapshot_download
+from huggingface_hub import HfApi, constants, get_token, snapshot_download
 from huggingface_hub.errors import (
     DryRunError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -189,6 +190,22 @@ def ask_hub(repository: Repository, action: Callable[[], Result]) -> Result:
             or describe_outage(repository, find_answer(error))
         ),
     )
+
+
+def find_barrier(model: str, others_may_read: bool) -> str | None:
+    """Return why the Hub does not let this process read a model, though a job may be let; None where it lets both.
+
+    With `others_may_read` the job has a token of its own, so that a refusal here says nothing of it.
+    """
+    try:
+        HfApi().auth_check(model)
+    except HfHubHTTPError as error:
+        return find_refusal(error, f"model_id={model!r}") if others_may_read else None
+    except (httpx2.TransportError, OfflineModeIsEnabled) as error:
+        return f"the Hub cannot be reached ({quote_error(error)})"
+    except HFValidationError:  # for `validate` to tell
+        return None
+    return None
 
 
 def retry_while_busy(action: Callable[[], Result], what: str, refuse: Callable[[BaseException], str]) -> Result:

@@ -34,6 +34,7 @@ SYNONYMS = {
     "micro_batch_size": "per_device_train_batch_size",
     "train_batch_size": "global_batch_size",
 }
+JOB_SECTION = "job"  # of a YAML file: what `submit` tells SageMaker (aws/options.py), and no setting
 
 
 def read_settings(environment: Environment, arguments: Mapping[str, str]) -> tuple[Settings, list[str]]:
@@ -44,7 +45,9 @@ def read_settings(environment: Environment, arguments: Mapping[str, str]) -> tup
     problems: list[str] = []
     given = {**environment.hyperparameters, **arguments}
     note_secrets(given)
-    asked = resolve_names(read_yaml(find_config_file(environment, given), problems), "YAML key", problems)
+    in_file = read_yaml(find_config_file(environment, given), problems)
+    in_file.pop(JOB_SECTION, None)
+    asked = resolve_names(in_file, "YAML key", problems)
     note_secrets(asked)
     asked |= resolve_names(given, "Hyperparameter", problems)
     values = {}

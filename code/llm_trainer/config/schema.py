@@ -108,9 +108,14 @@ OWN_NAMES = (
 
 def list_plain_types(name: str) -> tuple[frozenset[str], bool]:
     """Return the names of the plain types that a setting takes, such as "int", and whether it takes null."""
+    return find_plain_types(FIELDS[name])
+
+
+def find_plain_types(field: FieldInfo) -> tuple[frozenset[str], bool]:
+    """Return the names of the plain types that a field takes, and whether it takes null."""
     names: set[str] = set()
     nullable = False
-    for part in split_union(FIELDS[name].annotation):
+    for part in split_union(field.annotation):
         origin = typing.get_origin(part) or part
         if part is type(None):
             nullable = True

@@ -9,7 +9,7 @@ from llm_trainer.job.job import parse_arguments
 WORDS = ["--lora-r", "8", "--use_dora", "--run_name=-h-", "--learning_rate=1e-4", "--seed", "-5", "--run_name", "a b"]
 
 
-@pytest.mark.parametrize("name", ["train", "validate", "plan", "doctor"])
+@pytest.mark.parametrize("name", ["train", "validate", "plan", "doctor", "submit"])
 def test_settings_stay_as_they_were_written(name):
     asked = parse_command([name, *WORDS])
     assert asked.settings == WORDS

@@ -10,10 +10,11 @@ import torch
 import yaml
 from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
 
+from llm_trainer.aws.options import read_options
 from llm_trainer.common.units import GIB
 from llm_trainer.config.checks import find_missing_hardware
 from llm_trainer.config.environment import Environment
-from llm_trainer.config.load import read_settings
+from llm_trainer.config.load import JOB_SECTION, read_settings
 from llm_trainer.config.schema import Settings
 from llm_trainer.config.sections import ALIASES
 from llm_trainer.model.attention import choose_attention, read_needs
@@ -25,6 +26,7 @@ from support.environments import build_environment
 
 RECIPES = sorted((Path(__file__).parents[3] / "examples/recipes").glob("*.yaml"))
 CPU = Device(torch.device("cpu"))
+OF_AN_ACCOUNT = {"image": "trainer:cuda", "role": "Trainer", "output": "s3://bucket/output"}
 NOT_INSTALLED = dict.fromkeys(("flash_attention_3", "flash_attention_4"), "is not in the image")
 
 
@@ -96,7 +98,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe's comments claim, and the settings below them."""
+    """What a recipe asks for and claims, and the settings below that."""
 
     path: Path
     num_instances: int
@@ -120,10 +122,11 @@ class Recipe:
 @pytest.fixture(params=RECIPES, ids=lambda path: path.stem)
 def recipe(request) -> Recipe:
     text = request.param.read_text(encoding="utf-8")
-    number, kind = re.search(r"^# Instance: (\d+) x (\S+)$", text, re.MULTILINE).groups()
-    assert re.search(r"^# Volume: (\d+ GB|its own NVMe disks.*)$", text, re.MULTILINE)
+    problems: list[str] = []
+    options = read_options({**yaml.safe_load(text)["job"], **OF_AN_ACCOUNT}, problems)
+    assert problems == []
     memory = re.search(r"^# Memory: (.*)$", text, re.MULTILINE)[1]
-    return Recipe(request.param, int(number), INSTANCES[kind], memory)
+    return Recipe(request.param, options.instance_count, INSTANCES[options.instance_type], memory)
 
 
 def test_there_are_recipes():
@@ -134,7 +137,7 @@ def test_its_settings_are_valid_together_and_on_its_instance(recipe):
     settings, problems = recipe.read_settings()
     assert [*problems, *find_missing_hardware(settings, recipe.build_environment())] == []
     given = yaml.safe_load(recipe.path.read_text(encoding="utf-8"))
-    assert {ALIASES.get(name, name) for name in given} == settings.given.keys()
+    assert {ALIASES.get(name, name) for name in given} == settings.given.keys() | {JOB_SECTION}
 
 
 def test_its_model_fits_its_instance_in_the_way_that_it_says(recipe):

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clients of AWS's services. Region, profile, assumed roles and SSO are found by boto3's own chain.
+
+boto3 takes a quarter of a second to import: it is imported where a command needs it.
+"""
+
+from typing import Any
+
+# Of a request, not of a transfer. The adaptive mode waits longer, and asks less often, while AWS throttles.
+CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 5, 20, 5
+
+
+def open_client(service: str, region: str | None = None) -> Any:
+    """Return a client of a service in a region, by default the one of the environment or the profile."""
+    import boto3
+    from botocore.config import Config
+
+    retries = {"total_max_attempts": ATTEMPTS, "mode": "adaptive"}
+    config = Config(connect_timeout=CONNECT_SECONDS, read_timeout=READ_SECONDS, retries=retries)
+    return boto3.Session().client(service, region_name=region, config=config)
+
+
+def find_region() -> str:
+    """Return the region of the environment or the profile. Raises botocore's NoRegionError where there is none."""
+    import boto3
+    from botocore.exceptions import NoRegionError
+
+    region = boto3.Session().region_name
+    if region is None:
+        raise NoRegionError
+    return region
+
+
+def find_role(role: str) -> str:
+    """Return the ARN of a role that is given by its ARN or, in this account, by its name."""
+    if role.startswith("arn:"):
+        return role
+    partition, account = open_client("sts").get_caller_identity()["Arn"].split(":")[1:5:3]
+    return f"arn:{partition}:iam::{account}:role/{role}"
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Return the bucket and the key of an S3 address."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key

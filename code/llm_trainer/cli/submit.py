@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`llm-trainer submit`: a training job on SageMaker from a YAML file, checked before anything is uploaded."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from llm_trainer.aws.clients import find_role, open_client
+from llm_trainer.aws.image import resolve_image
+from llm_trainer.aws.job_tree import lay_out_tree, stand_in
+from llm_trainer.aws.options import OPTIONS, JobOptions, find_secrets, read_options
+from llm_trainer.aws.refusals import explain_refusals
+from llm_trainer.aws.submission import (
+    DEFAULT_RUN_SECONDS,
+    Submission,
+    build_request,
+    choose_name,
+    encode_settings,
+    find_bucket,
+    find_request_problems,
+    join_uri,
+)
+from llm_trainer.aws.uploads import LocalChannel, read_channel, upload_channel
+from llm_trainer.cli.folders import take_option
+from llm_trainer.common import log
+from llm_trainer.common.errors import UserError, cut_quote
+from llm_trainer.config.environment import BASE_DIR, DATA_DIR, DEFAULT_BASE_DIR, read_environment
+from llm_trainer.config.load import JOB_SECTION, list_valid_names, read_yaml, resolve_names, suggest_name
+from llm_trainer.job.job import collect_settings, parse_arguments
+
+# Settings that name an input, and the channel by which the job would see it.
+INPUT_PATHS = {
+    "model_id": "model",
+    "adapter_path": "adapter",
+    "train_dataset_path": "train",
+    "val_dataset_path": "validation",
+    "chat_template_path": "config",
+}
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """A job as a user asks for it: options and settings as they were given, and channels by their places."""
+
+    stem: str  # of the job's name
+    options: JobOptions
+    settings: Mapping[str, Any]
+    local: Mapping[str, Path]  # channels of this machine
+    remote: Mapping[str, str]  # channels in S3
+
+
+def submit(words: Sequence[str], dry_run: bool) -> int:
+    """Start the job that the words describe, or print its request; return the exit code, 1 where it is refused."""
+    try:
+        with explain_refusals():
+            return submit_job(words, dry_run)
+    except UserError as error:
+        log.error(str(error))
+        return 1
+
+
+def submit_job(words: Sequence[str], dry_run: bool) -> int:
+    """Check a job and start it, or print its request. Raises UserError with every mistake."""
+    request = read_request(words)
+    prefix = request.options.uploads or join_uri(find_bucket(request.options), "input")
+    submission, refusals = check_request(request)
+    if refusals and not dry_run:
+        raise UserError(*refusals)
+    channels = [read_channel(name, place, prefix) for name, place in request.local.items()]
+    submission = replace(submission, channels={**request.remote, **{each.name: each.uri for each in channels}})
+    if dry_run:
+        print(json.dumps(build_request(submission, *resolve_loosely(submission.options)), indent=2))
+        if refusals:
+            raise UserError(*refusals)
+        return 0
+    start_job(submission, channels)
+    return 0
+
+
+def start_job(submission: Submission, channels: Sequence[LocalChannel]) -> None:
+    """Upload the channels of this machine and create the training job. Prints what to do next."""
+    options = submission.options
+    request = build_request(submission, resolve_image(str(options.image)), find_role(str(options.role)))
+    for channel in channels:
+        upload_channel(channel, options.output_kms_key)
+    answer = open_client("sagemaker").create_training_job(**request)
+    log.info(f"Started {answer['TrainingJobArn']}", f"llm-trainer watch {submission.name}")
+
+
+def resolve_loosely(options: JobOptions) -> tuple[str, str]:
+    """Return image and role as a request has them; as they were given, with a warning, where AWS does not answer."""
+    resolved = []
+    for given, resolve in ((str(options.image), resolve_image), (str(options.role), find_role)):
+        try:
+            with explain_refusals():
+                resolved.append(resolve(given))
+        except UserError as error:
+            log.error(f"Warning: {given} stays as it was given. {error}")
+            resolved.append(given)
+    return resolved[0], resolved[1]
+
+
+def read_request(words: Sequence[str]) -> JobRequest:
+    """Return what the words and their YAML file ask for. Raises UserError with every mistake in the options."""
+    problems: list[str] = []
+    file, words = take_file(words)
+    given = parse_arguments(words)
+    folders = find_channels()
+    if file and "config" in folders:
+        problems.append(f"Both {file} and channel config have settings: leave out one of them.")
+    config = folders.get("config")
+    in_file = read_yaml(file or (Path(config) if config else None), problems)
+    section = in_file.pop(JOB_SECTION, None) or {}
+    if not isinstance(section, dict):
+        problems.append(f"`{JOB_SECTION}` holds a {type(section).__name__}: write `key: value` lines below it.")
+        section = {}
+    on_line = {name: value for name, value in given.items() if name in OPTIONS}
+    settings = {name: value for name, value in given.items() if name not in OPTIONS}
+    problems += find_unknown(settings)
+    options = read_options({**section, **on_line}, problems)
+    if file:  # a channel config brings them by itself
+        settings = {**resolve_names(in_file, "YAML key", problems), **resolve_names(settings, "Option", [])}
+    local, remote = sort_channels({**folders, **options.channels}, problems)
+    if problems:
+        raise UserError(*problems)
+    return JobRequest(file.stem if file else "llm-trainer", options, settings, local, remote)
+
+
+def take_file(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Return the YAML file that the words name, first or by --config, and the other words."""
+    if words and not words[0].startswith("-"):
+        return Path(words[0]), list(words[1:])
+    named, rest = take_option(words, "config")
+    return (Path(named) if named else None), rest
+
+
+def find_unknown(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each name on the command line that is neither a setting nor an option."""
+    known = [*list_valid_names(), *OPTIONS]
+    for name in settings:
+        if name not in known:
+            yield f"--{name} is neither a setting nor an option of submit: {suggest_name(name, known)}"
+
+
+def find_channels() -> dict[str, str]:
+    """Return the folders below the one of --data-dir by the channels that they stand for."""
+    data_dir = os.environ.get(DATA_DIR)
+    if not data_dir:
+        return {}
+    if not os.path.isdir(data_dir):
+        raise UserError(f"--data-dir={data_dir!r} is no folder: name the one that holds a folder for each channel.")
+    return {folder.name: str(folder) for folder in sorted(Path(data_dir).iterdir()) if folder.is_dir()}
+
+
+def sort_channels(places: Mapping[str, str], problems: list[str]) -> tuple[dict[str, Path], dict[str, str]]:
+    """Return the channels of this machine, and those in S3. Places that are not there become problems."""
+    remote = {name: place for name, place in places.items() if place.startswith("s3:")}
+    local = {name: Path(place).expanduser() for name, place in places.items() if name not in remote}
+    for name, place in local.items():
+        if not place.exists():
+            problems.append(f"channels has {name}={str(place)!r}, which is not there: name a folder or an S3 prefix.")
+    return local, remote
+
+
+def check_request(request: JobRequest) -> tuple[Submission, list[str]]:
+    """Return what is to be submitted, and why the job would fail. Raises UserError with every wrong setting."""
+    options, hyperparameters = request.options, encode_settings(request.settings)
+    kinds = options.instance_preferences or {str(options.instance_type): options.instance_count}
+    kind, count = next(iter(kinds.items()))
+    places = {**request.local, **dict.fromkeys(request.remote)}
+    with lay_out_tree(hyperparameters, places, kind, count) as tree:
+        settings, problems = read_given(tree)
+        run_seconds = settings.get("max_run_seconds") or DEFAULT_RUN_SECONDS
+        # The job has to know it, too: it saves before SageMaker ends it.
+        hyperparameters.setdefault("max_run_seconds", str(run_seconds))
+        submission = Submission(
+            options,
+            options.name or choose_name(request.stem),
+            hyperparameters,
+            request.remote,
+            run_seconds,
+            uses_checkpoints=settings.get("use_checkpoints", True),
+            mlflow={name: settings.get(name) for name in ("mlflow_uri", "mlflow_experiment_name", "run_name")},
+        )
+        problems += find_request_problems(submission)
+        problems += find_secrets({name: settings[name] for name in settings.keys() - hyperparameters}, "uploads")
+        problems += find_local_paths(settings)
+        if problems:
+            raise UserError(*problems)
+        return submission, list(find_refusals(tree, settings, request))
+
+
+def read_given(tree: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings that a job of this tree is given, secrets as they are, and a sentence for each mistake."""
+    with stand_in(tree):
+        settings, problems = collect_settings(read_environment(), [])
+    given = {
+        name: value.get_secret_value() if isinstance(value, SecretStr) else value
+        for name, value in settings.given.items()
+    }
+    return given, [text.replace(str(tree), DEFAULT_BASE_DIR) for text in problems]
+
+
+def find_local_paths(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each input that a setting names by a path of this machine, which the job will not see."""
+    for name, channel in INPUT_PATHS.items():
+        path = str(settings.get(name) or "")
+        if path and not path.startswith(DEFAULT_BASE_DIR) and (path[0] in "/.~" or os.path.exists(path)):
+            yield (
+                f"{name}={path!r} is on this machine, which the job cannot see: remove it, and give the folder as "
+                f"channel {channel}."
+            )
+
+
+def find_refusals(tree: Path, settings: Mapping[str, Any], request: JobRequest) -> Iterator[str]:
+    """Yield what `validate` finds wrong with the job of the tree, as far as its parts can be read from here."""
+    if (
+        not request.local.keys() & {"train"}
+        and "train" not in request.remote
+        and not settings.get("train_dataset_path")
+    ):
+        yield "The job has no training data: give channel train, as a folder of this machine or an S3 prefix."
+    elif request.remote:
+        log.error(f"Not checked from here: what S3 holds for {', '.join(request.remote)}. The job checks it first.")
+    elif reason := find_unreadable_model(settings, request):
+        log.error(f"Not checked from here: model and data, since {reason}. The job checks them first.")
+    else:
+        yield from validate_tree(tree)
+
+
+def find_unreadable_model(settings: Mapping[str, Any], request: JobRequest) -> str | None:
+    """Return why the job's model on the Hub cannot be read from here though the job may be able to, else None."""
+    if "model" in request.local or not settings.get("model_id"):
+        return None
+    from llm_trainer.common.hub import find_barrier
+
+    has_token = bool(settings.get("token")) or "HF_TOKEN" in request.options.environment
+    return find_barrier(settings["model_id"], has_token)
+
+
+def validate_tree(tree: Path) -> list[str]:
+    """Return the errors that `validate` finds in a tree, in a process of its own. Its warnings are printed."""
+    variables = {name: value for name, value in os.environ.items() if name != DATA_DIR} | {BASE_DIR: str(tree)}
+    command = [sys.executable, "-m", "llm_trainer", "validate", "--json"]
+    result = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    try:
+        found = json.loads(result.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return [f"The job could not be checked ({cut_quote(result.stderr.strip())})."]
+    for text in found["warnings"]:
+        log.error("Warning: " + text.replace(str(tree), DEFAULT_BASE_DIR))
+    return [text.replace(str(tree), DEFAULT_BASE_DIR) for text in found["problems"]]
