@@ -30,6 +30,14 @@ OWN_OPTIONS = {
     "submit": HELP | {"--dry-run"},
 }
 
+# The commands that take the name of a training job or an endpoint, and what each does.
+ON_AWS = {
+    "watch": "show the log of a training job until it ends, then its result",
+    "fetch": "bring what a training job has left, and unpack it",
+    "stop": "end a training job in good order",
+    "list": "list the newest training jobs, and all endpoints",
+}
+
 Commands = argparse._SubParsersAction  # argparse has no public name for what add_subparsers returns
 
 
@@ -64,12 +72,13 @@ def build_parser(lists_settings: bool = False) -> argparse.ArgumentParser:
     add_merge(commands)
     add_metrics(commands)
     add_submit(commands)
+    add_jobs(commands)
     return parser
 
 
 def list_commands() -> tuple[str, ...]:
     """Return the names of all commands."""
-    return (*OWN_OPTIONS, "merge", "metrics")
+    return (*OWN_OPTIONS, "merge", "metrics", *ON_AWS)
 
 
 def add_train(commands: "Commands[argparse.ArgumentParser]", lists_settings: bool) -> None:
@@ -202,6 +211,19 @@ def add_submit(commands: "Commands[argparse.ArgumentParser]") -> None:
     parser.set_defaults(run=run_submit)
 
 
+def add_jobs(commands: "Commands[argparse.ArgumentParser]") -> None:
+    """Add the commands that take the name of a training job, and the list of them."""
+    for name, help_text in ON_AWS.items():
+        parser = commands.add_parser(name, help=help_text, description=f"{help_text.capitalize()}.", allow_abbrev=False)
+        parser.set_defaults(run=run_on_aws, command=name)
+        if name != "list":
+            parser.add_argument("name", metavar="JOB", help="name of the training job")
+        if name == "fetch":
+            parser.add_argument(
+                "--output", metavar="FOLDER", help="where to put it; default: a folder of the job's name"
+            )
+
+
 def run_train(asked: argparse.Namespace) -> int:
     """Run a job, and return the container's exit code."""
     from llm_trainer.launcher.last_words import run_to_an_answer
@@ -233,6 +255,17 @@ def run_submit(asked: argparse.Namespace) -> int:
     from llm_trainer.cli.submit import submit
 
     return submit(asked.settings, asked.dry_run)
+
+
+def run_on_aws(asked: argparse.Namespace) -> int:
+    """Run a command about a training job, and return the exit code."""
+    from llm_trainer.cli import jobs
+
+    if asked.command == "list":
+        return jobs.list_all()
+    if asked.command == "fetch":
+        return jobs.fetch(asked.name, asked.output)
+    return jobs.watch(asked.name) if asked.command == "watch" else jobs.stop(asked.name)
 
 
 def run_doctor(asked: argparse.Namespace) -> int:

@@ -29,6 +29,7 @@ from llm_trainer.aws.submission import (
 )
 from llm_trainer.aws.uploads import LocalChannel, read_channel, upload_channel
 from llm_trainer.cli.folders import take_option
+from llm_trainer.cli.jobs import ask_aws
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError, cut_quote
 from llm_trainer.config.environment import BASE_DIR, DATA_DIR, DEFAULT_BASE_DIR, read_environment
@@ -58,12 +59,7 @@ class JobRequest:
 
 def submit(words: Sequence[str], dry_run: bool) -> int:
     """Start the job that the words describe, or print its request; return the exit code, 1 where it is refused."""
-    try:
-        with explain_refusals():
-            return submit_job(words, dry_run)
-    except UserError as error:
-        log.error(str(error))
-        return 1
+    return ask_aws(lambda: submit_job(words, dry_run))
 
 
 def submit_job(words: Sequence[str], dry_run: bool) -> int:
