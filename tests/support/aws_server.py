@@ -92,6 +92,8 @@ class AwsServer:
         target = environ.get("HTTP_X_AMZ_TARGET", "").rpartition(".")[2]
         form = re.search(rb"Action=(\w+)", body) if not target and environ["REQUEST_METHOD"] == "POST" else None
         operation = target or (form[1].decode() if form else "")
+        if environ["PATH_INFO"].endswith("/invocations"):
+            operation = "InvokeEndpoint"
         path = environ["PATH_INFO"] + (f"?{environ['QUERY_STRING']}" if environ["QUERY_STRING"] else "")
         asked = Asked(operation, environ["REQUEST_METHOD"], path, body)
         self.requests.append(asked)

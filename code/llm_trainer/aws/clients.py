@@ -8,6 +8,7 @@ from typing import Any
 
 # Of a request, not of a transfer. The adaptive mode waits longer, and asks less often, while AWS throttles.
 CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 5, 20, 5
+INVOKE_SECONDS = 65  # SageMaker itself waits 60 seconds for a model's answer
 
 
 def open_client(service: str, region: str | None = None) -> Any:
@@ -16,7 +17,8 @@ def open_client(service: str, region: str | None = None) -> Any:
     from botocore.config import Config
 
     retries = {"total_max_attempts": ATTEMPTS, "mode": "adaptive"}
-    config = Config(connect_timeout=CONNECT_SECONDS, read_timeout=READ_SECONDS, retries=retries)
+    read_seconds = INVOKE_SECONDS if service == "sagemaker-runtime" else READ_SECONDS
+    config = Config(connect_timeout=CONNECT_SECONDS, read_timeout=read_seconds, retries=retries)
     return boto3.Session().client(service, region_name=region, config=config)
 
 

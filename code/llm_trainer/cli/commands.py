@@ -30,13 +30,14 @@ OWN_OPTIONS = {
     "submit": HELP | {"--dry-run"},
 }
 
-# The commands that take the name of a training job or an endpoint, and what each does.
+# The commands about training jobs that were submitted, and what each does.
 ON_AWS = {
     "watch": "show the log of a training job until it ends, then its result",
     "fetch": "bring what a training job has left, and unpack it",
     "stop": "end a training job in good order",
     "list": "list the newest training jobs, and all endpoints",
 }
+ON_ENDPOINTS = ("deploy", "invoke", "delete")
 
 Commands = argparse._SubParsersAction  # argparse has no public name for what add_subparsers returns
 
@@ -73,12 +74,13 @@ def build_parser(lists_settings: bool = False) -> argparse.ArgumentParser:
     add_metrics(commands)
     add_submit(commands)
     add_jobs(commands)
+    add_endpoints(commands)
     return parser
 
 
 def list_commands() -> tuple[str, ...]:
     """Return the names of all commands."""
-    return (*OWN_OPTIONS, "merge", "metrics", *ON_AWS)
+    return (*OWN_OPTIONS, "merge", "metrics", *ON_AWS, *ON_ENDPOINTS)
 
 
 def add_train(commands: "Commands[argparse.ArgumentParser]", lists_settings: bool) -> None:
@@ -224,6 +226,31 @@ def add_jobs(commands: "Commands[argparse.ArgumentParser]") -> None:
             )
 
 
+def add_endpoints(commands: "Commands[argparse.ArgumentParser]") -> None:
+    """Add the commands that make an endpoint of a job's result, ask it, and delete it."""
+    text = "serve what a training job has left on an endpoint, with AWS's LMI container"
+    parser = commands.add_parser("deploy", help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
+    parser.add_argument("job", metavar="JOB", help="name of the training job")
+    parser.add_argument("--instance_type", required=True, metavar="TYPE", help="such as ml.g6.2xlarge")
+    parser.add_argument("--instance_count", type=int, default=1, metavar="N", help="number of instances; default: 1")
+    parser.add_argument("--name", metavar="NAME", help="name of the endpoint; default: the job's")
+    parser.add_argument("--role", metavar="ROLE", help="name or ARN of its role; default: the job's")
+    parser.add_argument("--image", metavar="IMAGE", help="default: AWS's LMI image of the region")
+    parser.add_argument("--model_id", metavar="S3_PREFIX", help="base of an adapter whose base came as a channel")
+    parser.set_defaults(run=run_deploy)
+    text = "ask an endpoint, and print its answer"
+    parser = commands.add_parser("invoke", help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
+    parser.add_argument("name", metavar="ENDPOINT", help="name of the endpoint")
+    parser.add_argument("question", metavar="QUESTION", help="the user's words")
+    parser.add_argument("--max_tokens", type=int, default=512, metavar="N", help="longest answer; default: 512 tokens")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+    parser.set_defaults(run=run_invoke)
+    text = "delete an endpoint, with its configuration and its model's name"
+    parser = commands.add_parser("delete", help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
+    parser.add_argument("name", metavar="ENDPOINT", help="name of the endpoint")
+    parser.set_defaults(run=run_delete)
+
+
 def run_train(asked: argparse.Namespace) -> int:
     """Run a job, and return the container's exit code."""
     from llm_trainer.launcher.last_words import run_to_an_answer
@@ -266,6 +293,28 @@ def run_on_aws(asked: argparse.Namespace) -> int:
     if asked.command == "fetch":
         return jobs.fetch(asked.name, asked.output)
     return jobs.watch(asked.name) if asked.command == "watch" else jobs.stop(asked.name)
+
+
+def run_deploy(asked: argparse.Namespace) -> int:
+    """Serve a job's result, and return the exit code."""
+    from llm_trainer.cli.endpoints import DeployOptions, deploy
+
+    names = ("job", "instance_type", "instance_count", "name", "image", "role", "model_id")
+    return deploy(DeployOptions(**{name: getattr(asked, name) for name in names}))
+
+
+def run_invoke(asked: argparse.Namespace) -> int:
+    """Ask an endpoint, and return the exit code."""
+    from llm_trainer.cli.endpoints import invoke
+
+    return invoke(asked.name, asked.question, asked.max_tokens, asked.json)
+
+
+def run_delete(asked: argparse.Namespace) -> int:
+    """Delete an endpoint, and return the exit code."""
+    from llm_trainer.cli.endpoints import delete
+
+    return delete(asked.name)
 
 
 def run_doctor(asked: argparse.Namespace) -> int:

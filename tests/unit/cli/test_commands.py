@@ -6,7 +6,12 @@ import pytest
 from llm_trainer.cli.commands import build_parser, list_commands, parse_command
 from llm_trainer.job.job import parse_arguments
 
-NAMING = ("watch", "fetch", "stop")  # a job
+NEEDED = {  # of each command's arguments
+    "merge": ["--adapter", "a", "--output", "b"],
+    "deploy": ["job", "--instance_type", "ml.g6.2xlarge"],
+    "invoke": ["endpoint", "Hi"],
+    **{name: ["name"] for name in ("watch", "fetch", "stop", "delete")},
+}
 WORDS = ["--lora-r", "8", "--use_dora", "--run_name=-h-", "--learning_rate=1e-4", "--seed", "-5", "--run_name", "a b"]
 
 
@@ -43,7 +48,7 @@ def test_stray_words_are_left_to_the_settings_which_refuse_them():
 def test_the_list_of_commands_is_that_of_the_parser():
     assert f"COMMAND\n    {list_commands()[0]} " in build_parser().format_help()
     for name in list_commands():
-        arguments = ["--adapter", "a", "--output", "b"] if name == "merge" else ["job"] if name in NAMING else []
+        arguments = NEEDED.get(name, [])
         assert callable(parse_command([name, *arguments]).run)
 
 

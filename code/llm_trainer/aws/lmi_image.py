@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The image of AWS's LMI container in a region: AWS keeps it in an account of its own there.
+
+Source: `image_uri_config/djl-lmi.json` of sagemaker-core 2.27.0. The version is the one that `serving/lmi_files.py`
+writes for.
+"""
+
+import json
+from pathlib import Path
+
+from llm_trainer.common.errors import UserError
+
+REGISTRIES = Path(__file__).with_name("lmi_registries.json")  # region -> account
+TAG = "0.36.0-lmi27.0.0-cu130"
+
+
+def find_lmi_image(region: str) -> str:
+    """Return the URI of the LMI image in a region. Raises UserError for a region where it is not known."""
+    account = json.loads(REGISTRIES.read_text(encoding="utf-8")).get(region)
+    if account is None:
+        raise UserError(f"AWS's LMI image is not known in {region}: give its URI there with --image.")
+    suffix = "amazonaws.com.cn" if region.startswith("cn-") else "amazonaws.com"
+    return f"{account}.dkr.ecr.{region}.{suffix}/djl-inference:{TAG}"

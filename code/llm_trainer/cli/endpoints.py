@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`llm-trainer deploy`, `invoke` and `delete`: endpoints that serve what training jobs have left."""
+
+import json
+from dataclasses import dataclass
+
+from llm_trainer.aws.clients import find_region, find_role
+from llm_trainer.aws.deployment import (
+    Deployment,
+    ask_endpoint,
+    await_endpoint,
+    create_endpoint,
+    delete_endpoint,
+    find_artefacts,
+    read_serving_settings,
+)
+from llm_trainer.aws.image import resolve_image
+from llm_trainer.aws.lmi_image import find_lmi_image
+from llm_trainer.aws.watching import describe_job
+from llm_trainer.cli.jobs import ask_aws
+from llm_trainer.common import log
+from llm_trainer.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class DeployOptions:
+    """The arguments of `llm-trainer deploy`."""
+
+    job: str
+    instance_type: str
+    instance_count: int = 1
+    name: str | None = None  # None: the job's
+    image: str | None = None  # None: AWS's LMI image of the region
+    role: str | None = None  # None: the job's
+    model_id: str | None = None
+
+
+def deploy(options: DeployOptions) -> int:
+    """Serve a job's result, wait until it answers, and return the exit code."""
+
+    def serve() -> int:
+        job = describe_job(options.job)
+        place = find_artefacts(job)
+        deployment = Deployment(
+            name=options.name or options.job,
+            instance_type=options.instance_type,
+            instance_count=options.instance_count,
+            image=resolve_image(options.image) if options.image else find_lmi_image(find_region()),
+            role=find_role(options.role or job["RoleArn"]),
+            model_id=options.model_id,
+        )
+        create_endpoint(deployment, place, read_serving_settings(place))
+        log.info(f"It costs money until `llm-trainer delete {deployment.name}`.")
+        await_endpoint(deployment.name)
+        log.info(f'llm-trainer invoke {deployment.name} "QUESTION"')
+        return 0
+
+    return ask_aws(serve)
+
+
+def invoke(name: str, question: str, max_tokens: int, as_json: bool) -> int:
+    """Print an endpoint's answer to a question, and return the exit code."""
+
+    def ask() -> int:
+        answer = ask_endpoint(name, question, max_tokens)
+        if as_json:
+            print(json.dumps(answer))
+            return 0
+        try:
+            text = answer["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            raise UserError(f"Endpoint {name} answers in other words than a chat: --json shows them.") from None
+        print(text)
+        return 0
+
+    return ask_aws(ask)
+
+
+def delete(name: str) -> int:
+    """Delete an endpoint with its configuration and model, and return the exit code. Files in S3 stay."""
+
+    def remove() -> int:
+        deleted = delete_endpoint(name)
+        if not deleted:
+            raise UserError(f"There is no endpoint {name!r} here: `llm-trainer list` shows all; check the region.")
+        log.info(f"Deleted {', '.join(deleted)} {name}. The files in S3 stay.")
+        return 0
+
+    return ask_aws(remove)
