@@ -87,7 +87,7 @@ def fit_elsewhere(
     needs = estimate_on_one_gpu(config, sections, longest_row, attention, evaluates)
     for way, need in needs.items():
         size = find_smallest_gpu(need)
-        fitting = f"one GPU of {size} GiB holds that" if size else "no single GPU holds that"
+        fitting = f"one GPU of {size} GB holds that" if size else "no single GPU holds that"
         validation.memory[way] = {"gpu_gib": size, **need.describe()}
         validation.add_findings("memory", "ok", [f"{way} needs {show_bytes(need.total_bytes)} on a GPU: {fitting}"])
 

@@ -26,7 +26,8 @@ class Gpu:
     """
 
     name: str  # such as A100 40GB
-    memory_bytes: int  # the total that CUDA reports, which is less than the rating
+    size_gb: int  # of its memory, as it is sold
+    memory_bytes: int  # the total that CUDA reports, which is mostly less
     capability: tuple[int, int]  # CUDA's compute capability
     bf16_flops: float | None
     fp16_flops: float
@@ -68,6 +69,7 @@ def build_gpu(name: str, facts: Mapping[str, Any]) -> Gpu:
     bandwidths = {f"{kind}_bandwidth": facts[f"{kind}_gb_a_second"] for kind in ("memory", "nvlink", "pcie")}
     return Gpu(
         name,
+        facts["size_gb"],
         int(facts["memory_gib"] * GIB),
         tuple(facts["capability"]),
         **{key: value and value * 1e12 for key, value in teraflops.items()},

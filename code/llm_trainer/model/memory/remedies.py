@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from llm_trainer.common.units import GIB, show_bytes
-from llm_trainer.model.memory.estimate import Estimate
+from llm_trainer.common.units import show_bytes
+from llm_trainer.model.memory.estimate import CONTEXT_BYTES, Estimate
+from llm_trainer.model.memory.gpus import read_gpus
 from llm_trainer.model.memory.scenario import MemoryScenario, list_parallelism_plans
 from llm_trainer.model.memory.shape import UnknownShapeError
 
-GPU_SIZES_GIB = (16, 24, 32, 48, 80, 96, 141, 180)  # T4, L4/A10G, 5090, L40S, A100/H100, H20, H200, B200
-USABLE_SHARE = 0.97  # the rest of a GPU's nominal memory is the driver's
 MAX_WORLD_SIZE = 64
 SHORTEST_ROW = 256  # in tokens; rows are not proposed to be shorter than half of this
 
@@ -19,13 +18,18 @@ Change = tuple[str, MemoryScenario]  # its words for a message, and the job with
 
 
 def find_smallest_gpu(need: Estimate) -> int | None:
-    """Return the smallest usual size of a GPU's memory that holds this, in GiB, or None."""
-    return next((size for size in GPU_SIZES_GIB if need.total_bytes <= count_usable_bytes(size)), None)
+    """Return the smallest usual size of a GPU's memory that holds this, in GB as it is sold, or None."""
+    return next((size for size in list_gpu_sizes() if need.total_bytes <= count_usable_bytes(size)), None)
 
 
-def count_usable_bytes(size_gib: int) -> int:
-    """Return the bytes that a process can use on a GPU of this nominal size."""
-    return int(USABLE_SHARE * size_gib * GIB)
+def list_gpu_sizes() -> list[int]:
+    """Return the usual sizes of a GPU's memory in GB, as it is sold."""
+    return sorted({gpu.size_gb for gpu in read_gpus().values()})
+
+
+def count_usable_bytes(size_gb: int) -> int:
+    """Return the bytes that a process can use on any GPU that is sold with this memory."""
+    return min(gpu.memory_bytes for gpu in read_gpus().values() if gpu.size_gb == size_gb) - CONTEXT_BYTES
 
 
 def list_remedies(scenario: MemoryScenario) -> Iterator[str]:
@@ -141,9 +145,9 @@ def enlarge_devices(scenario: MemoryScenario) -> Iterator[Change]:
         text = f"a machine with {show_bytes(need)} free for each process"
         yield text, scenario.replace_target(free_bytes=need)
         return
-    for size in GPU_SIZES_GIB:
+    for size in list_gpu_sizes():
         if count_usable_bytes(size) > scenario.target.free_bytes:
-            yield f"GPUs of {size} GiB", scenario.replace_target(free_bytes=count_usable_bytes(size))
+            yield f"GPUs of {size} GB", scenario.replace_target(free_bytes=count_usable_bytes(size))
 
 
 # In the order of their price: first what leaves the result as it is, then time, precision, data, and money.

@@ -26,7 +26,7 @@ def make_scenario(free_bytes: int, **options) -> MemoryScenario:
     return MemoryScenario(CONFIG, settings, 1024, Target(device, 1, free_bytes), "flash_attention_2")
 
 
-@pytest.mark.parametrize(("gib", "size"), [(1, 16), (15.5, 16), (15.6, 24), (140, 180), (180, None)])
+@pytest.mark.parametrize(("gib", "size"), [(1, 16), (13.9, 16), (14.6, 24), (22, 32), (139.1, 141), (268, None)])
 def test_the_smallest_gpu_leaves_the_driver_its_share(gib, size):
     assert find_smallest_gpu(SimpleNamespace(total_bytes=int(gib * GIB))) == size
 
@@ -47,7 +47,7 @@ def test_what_is_proposed_fits_and_the_cheapest_comes_first():
     tight = scenario.replace_target(free_bytes=(needs[0] + needs[1]) // 2)
     proposed = list(list_remedies(tight))
     assert proposed[0].startswith("per_device_train_batch_size=")
-    assert any(text.startswith("GPUs of 16 GiB") for text in proposed)
+    assert any(text.startswith("GPUs of 16 GB") for text in proposed)
     assert len(proposed) == len(set(proposed))
 
 
