@@ -29,7 +29,10 @@ SERVER = f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:mlflow-tracking-server/runs"
 SECRET = f"arn:aws:secretsmanager:{REGION}:{ACCOUNT}:secret:hugging-face-AbCdEf"
 PARAMETER = f"arn:aws:ssm:{REGION}:{ACCOUNT}:parameter/hugging-face"
 # What AWS lets nobody limit to a resource.
-WITHOUT_ARN = {"ecr:GetAuthorizationToken", "cloudwatch:PutMetricData"}
+WITHOUT_ARN = {
+    *("ecr:GetAuthorizationToken", "cloudwatch:PutMetricData", "pricing:GetProducts"),
+    *("sagemaker:ListEndpoints", "sagemaker:ListTrainingJobs"),
+}
 
 
 @pytest.fixture
@@ -216,6 +219,31 @@ def test_a_training_job_tracks_and_reads_secrets_by_arn(deploy, read_statements)
     assert find_resources(statements, "sagemaker-mlflow:LogMetric") == [SERVER]
     assert find_resources(statements, "secretsmanager:GetSecretValue") == [SECRET]
     assert find_resources(statements, "ssm:GetParameter") == [PARAMETER]
+
+
+def test_who_submits_uploads_below_one_prefix_and_hands_on_two_roles(deploy, read_statements):
+    roles = [f"arn:aws:iam::{ACCOUNT}:role/{name}" for name in ("training", "serving")]
+    given = {"PrincipalArn": f"arn:aws:iam::{ACCOUNT}:root", "TrainingRoleArn": roles[0], "ServingRoleArn": roles[1]}
+    deploy("submitting-role", BucketName="data", KmsKeyArn=f"arn:aws:kms:{REGION}:{ACCOUNT}:key/1", **given)
+    statements, (trust,) = read_statements("submitting-role")
+    assert_least_privilege(statements)
+    assert trust["Principal"] == {"AWS": given["PrincipalArn"]}
+    assert find_resources(statements, "iam:PassRole") == roles
+    (passing,) = [statement for statement in statements if statement["Action"] == "iam:PassRole"]
+    assert passing["Condition"] == {"StringEquals": {"iam:PassedToService": "sagemaker.amazonaws.com"}}
+    assert find_resources(statements, "s3:PutObject") == ["arn:aws:s3:::data/input/*"]
+    assert find_resources(statements, "s3:GetObject") == ["arn:aws:s3:::data/output/*"]
+    assert not find_resources(statements, "s3:DeleteObject")
+    assert find_resources(statements, "kms:GenerateDataKey") == [f"arn:aws:kms:{REGION}:{ACCOUNT}:key/1"]
+
+
+def test_an_endpoint_reads_results_alone(deploy, read_statements):
+    deploy("serving-role", BucketName="data")
+    statements, (trust,) = read_statements("serving-role")
+    assert_least_privilege(statements)
+    assert trust["Principal"] == {"Service": "sagemaker.amazonaws.com"}
+    assert find_resources(statements, "s3:GetObject") == ["arn:aws:s3:::data/output/*"]
+    assert not find_resources(statements, "s3:PutObject")
 
 
 def test_a_template_without_its_bucket_is_refused(deploy):

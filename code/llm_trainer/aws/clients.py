@@ -4,6 +4,7 @@
 boto3 takes a quarter of a second to import: it is imported where a command needs it.
 """
 
+from functools import cache
 from typing import Any
 
 # Of a request, not of a transfer. The adaptive mode waits longer, and asks less often, while AWS throttles.
@@ -11,6 +12,7 @@ CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 5, 20, 5
 INVOKE_SECONDS = 65  # SageMaker itself waits 60 seconds for a model's answer
 
 
+@cache  # reading a service's model takes a while
 def open_client(service: str, region: str | None = None) -> Any:
     """Return a client of a service in a region, by default the one of the environment or the profile."""
     import boto3

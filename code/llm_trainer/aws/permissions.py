@@ -33,7 +33,7 @@ PERMISSIONS = {
     "InvokeEndpoint": Permission("sagemaker:InvokeEndpoint", "invoke", "asks the model"),
     "DescribeImages": Permission("ecr:DescribeImages", "submit", "finds the digest behind the image's tag"),
     "ListObjectsV2": Permission("s3:ListBucket", "submit, fetch", "finds what is uploaded already, and the results"),
-    "HeadObject": Permission("s3:GetObject", "fetch", "reads the results"),
+    "HeadObject": Permission("s3:GetObject", "fetch, deploy", "reads the results"),
     "GetObject": Permission("s3:GetObject", "fetch, deploy", "reads the results"),
     "PutObject": Permission("s3:PutObject", "submit", "uploads channels"),
     "CreateMultipartUpload": Permission("s3:PutObject", "submit", "uploads channels"),
@@ -42,15 +42,14 @@ PERMISSIONS = {
     "AbortMultipartUpload": Permission("s3:AbortMultipartUpload", "submit", "clears away what was broken off"),
     "DescribeLogStreams": Permission("logs:DescribeLogStreams", "watch", "finds the log of each instance"),
     "GetLogEvents": Permission("logs:GetLogEvents", "watch", "reads the log"),
-    "GetCallerIdentity": Permission(
-        "sts:GetCallerIdentity", "submit", "tells the account, for a role that is given by its name"
-    ),
+    "GetProducts": Permission("pricing:GetProducts", "plan --prices", "asks what instances cost"),
 }
 # Actions that AWS asks for beside those of the requests.
 IMPLIED = (
-    Permission("iam:PassRole", "submit, deploy", "hands the job's role to SageMaker"),
+    Permission("iam:PassRole", "submit, deploy", "hands the role of the job or of the endpoint to SageMaker"),
     Permission("sagemaker:AddTags", "submit", "tags the job"),
 )
+FREE = ("GetCallerIdentity",)  # allowed to everybody: tells the account, for a role that is given by its name
 
 
 def find_action(operation: str) -> str:

@@ -279,14 +279,14 @@ def run_plan(asked: argparse.Namespace) -> int:
 
 def run_submit(asked: argparse.Namespace) -> int:
     """Start a training job on SageMaker, and return the exit code."""
-    from llm_trainer.cli.submit import submit
+    from llm_trainer.cli.sagemaker.submit import submit
 
     return submit(asked.settings, asked.dry_run)
 
 
 def run_on_aws(asked: argparse.Namespace) -> int:
     """Run a command about a training job, and return the exit code."""
-    from llm_trainer.cli import jobs
+    from llm_trainer.cli.sagemaker import jobs
 
     if asked.command == "list":
         return jobs.list_all()
@@ -297,7 +297,7 @@ def run_on_aws(asked: argparse.Namespace) -> int:
 
 def run_deploy(asked: argparse.Namespace) -> int:
     """Serve a job's result, and return the exit code."""
-    from llm_trainer.cli.endpoints import DeployOptions, deploy
+    from llm_trainer.cli.sagemaker.endpoints import DeployOptions, deploy
 
     names = ("job", "instance_type", "instance_count", "name", "image", "role", "model_id")
     return deploy(DeployOptions(**{name: getattr(asked, name) for name in names}))
@@ -305,14 +305,14 @@ def run_deploy(asked: argparse.Namespace) -> int:
 
 def run_invoke(asked: argparse.Namespace) -> int:
     """Ask an endpoint, and return the exit code."""
-    from llm_trainer.cli.endpoints import invoke
+    from llm_trainer.cli.sagemaker.endpoints import invoke
 
     return invoke(asked.name, asked.question, asked.max_tokens, asked.json)
 
 
 def run_delete(asked: argparse.Namespace) -> int:
     """Delete an endpoint, and return the exit code."""
-    from llm_trainer.cli.endpoints import delete
+    from llm_trainer.cli.sagemaker.endpoints import delete
 
     return delete(asked.name)
 

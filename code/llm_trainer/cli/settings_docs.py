@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from llm_trainer.aws.options import OPTIONS, format_option_default
+from llm_trainer.aws.permissions import IMPLIED, PERMISSIONS
 from llm_trainer.common.files import write_verbatim
 from llm_trainer.config.checks import HARDWARE_RULES
 from llm_trainer.config.load import describe_default, describe_rule
@@ -71,6 +73,21 @@ def format_settings_table(names: Iterable[str]) -> str:
     return format_table(("setting", "takes", "default", "meaning"), rows)
 
 
+def format_options() -> str:
+    """Return a Markdown table of the options of a submission."""
+    rows = []
+    for name, field in OPTIONS.items():
+        default = format_option_default(name)
+        rows.append((f"`{name}`", describe_rule(field), f"`{default}`" if default else "", field.description or ""))
+    return format_table(("option", "takes", "default", "meaning"), rows)
+
+
+def format_permissions() -> str:
+    """Return a Markdown table of the IAM actions that the commands need, each once, and why."""
+    rows = {each.action: (f"`{each.action}`", each.commands, each.reason) for each in (*PERMISSIONS.values(), *IMPLIED)}
+    return format_table(("action", "for", "why"), sorted(rows.values()))
+
+
 def format_rules(rules: Sequence[Rule | HardwareRule]) -> str:
     """Return a Markdown table of rules between settings, with three dots in place of the values that users give."""
     rows = []
@@ -98,6 +115,8 @@ def renew_tables(text: str) -> str:
             format_settings_table(list_training_arguments()),
         ),
         ("<!-- rules -->\n", "<!-- end of rules -->", format_rules(RULES)),
+        ("<!-- options -->\n", "<!-- end of options -->", format_options()),
+        ("<!-- permissions -->\n", "<!-- end of permissions -->", format_permissions()),
         ("<!-- hardware rules -->\n", "<!-- end of rules -->", format_rules(HARDWARE_RULES)),
     ):
         if begin in text:

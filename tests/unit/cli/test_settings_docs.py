@@ -3,6 +3,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from llm_trainer.cli.settings_docs import (
     format_own_settings,
     format_rules,
@@ -16,7 +18,8 @@ from llm_trainer.config.rules import RULES
 from llm_trainer.config.schema import FIELDS, SECTIONS
 from llm_trainer.config.sections import ALIASES
 
-DOCUMENT = Path(__file__).parents[3] / "docs/settings.md"
+DOCS = Path(__file__).parents[3] / "docs"
+DOCUMENT = DOCS / "settings.md"
 
 
 def test_help_names_every_setting():
@@ -61,8 +64,9 @@ def test_tables_are_renewed_between_their_markers():
     assert renew_tables(renewed) == renewed
 
 
-def test_the_tables_of_the_document_are_current():
-    text = DOCUMENT.read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["settings.md", "submitting.md"])
+def test_the_tables_of_a_document_are_current(name):
+    text = (DOCS / name).read_text(encoding="utf-8")
     assert renew_tables(text) == text
 
 

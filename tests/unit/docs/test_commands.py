@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from llm_trainer.aws.options import OPTIONS
 from llm_trainer.cli.commands import list_commands
 from llm_trainer.config.schema import FIELDS
 from support.documents import DOCUMENTS, Block, list_code, read_blocks
@@ -134,6 +135,7 @@ def test_every_command_and_option_of_ours_is_there():
     pieces = [(d, piece) for d in DOCUMENTS for piece in list_code(d)]
     pieces += [(block.document, command) for block in COMMANDS for command in block.list_commands()]
     options = {"help", "version", "json", "adapter", "output", "base", "dtype", "data-dir", "output-dir"}
+    options |= {"dry-run", "max_tokens", "name", *OPTIONS}
     options |= {"prices", "prices-file", "region"}
     wrong = []
     for document, piece in pieces:

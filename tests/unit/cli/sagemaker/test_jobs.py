@@ -41,7 +41,7 @@ def test_who_stops_to_watch_is_told_that_the_job_goes_on(job, monkeypatch, capsy
     def interrupt(name):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llm_trainer.cli.jobs.follow_job", interrupt)
+    monkeypatch.setattr("llm_trainer.cli.sagemaker.jobs.follow_job", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_command(["watch", "job-1"])
     assert "The job goes on. `llm-trainer stop job-1` ends it" in capsys.readouterr().out

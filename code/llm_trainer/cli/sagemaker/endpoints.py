@@ -17,7 +17,7 @@ from llm_trainer.aws.deployment import (
 from llm_trainer.aws.image import resolve_image
 from llm_trainer.aws.lmi_image import find_lmi_image
 from llm_trainer.aws.watching import describe_job
-from llm_trainer.cli.jobs import ask_aws
+from llm_trainer.cli.sagemaker.jobs import ask_aws
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError
 

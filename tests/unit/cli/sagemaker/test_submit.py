@@ -58,7 +58,7 @@ def test_a_dry_run_needs_no_aws(monkeypatch, capsys):
 
 
 def test_a_job_is_uploaded_and_started(aws, channels, monkeypatch, capsys):
-    monkeypatch.setattr("llm_trainer.cli.submit.validate_tree", lambda tree: [])  # which takes a while
+    monkeypatch.setattr("llm_trainer.cli.sagemaker.submit.validate_tree", lambda tree: [])  # which takes a while
     digest = aws.furnish()
     words = [*OPTIONS, "--data-dir", str(channels), "--instance_type", "ml.g6.2xlarge", "--name", "job-1"]
     assert run_command(["submit", *words, "--max_length", "64", "--learning-rate", "1e-4"]) == 0

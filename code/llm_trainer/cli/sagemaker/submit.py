@@ -29,7 +29,7 @@ from llm_trainer.aws.submission import (
 )
 from llm_trainer.aws.uploads import LocalChannel, read_channel, upload_channel
 from llm_trainer.cli.folders import take_option
-from llm_trainer.cli.jobs import ask_aws
+from llm_trainer.cli.sagemaker.jobs import ask_aws
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError, cut_quote
 from llm_trainer.config.environment import BASE_DIR, DATA_DIR, DEFAULT_BASE_DIR, read_environment
