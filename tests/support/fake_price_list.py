@@ -7,6 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 PAGE_SIZE = 2
+DENIED = (
+    "User: arn:aws:iam::111122223333:user/me is not authorized to perform: pricing:GetProducts because no "
+    "identity-based policy allows the pricing:GetProducts action"
+)
 
 
 def describe_product(
@@ -98,7 +102,7 @@ class FakePriceList:
     def answer(self, asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         self.requests.append(asked)
         if self.refusals:
-            return 400, {"__type": self.refusals.pop(0), "message": "User: arn:aws:iam::111122223333:user/me may not"}
+            return 400, {"__type": self.refusals.pop(0), "message": DENIED}
         first = int(asked.get("NextToken", "0"))
         page = self.products[first : first + PAGE_SIZE]
         more = {"NextToken": str(first + PAGE_SIZE)} if self.products[first + PAGE_SIZE :] else {}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prices of instances, as AWS told them once: a dated file that is passed on. None are shipped.
 
-`price_list.py` asks AWS. The file lies where the user wants it, or as prices.json in the channel `config`.
+`aws/price_list.py` asks AWS. The file lies where the user wants it, or as prices.json in the channel `config`.
 """
 
 import os

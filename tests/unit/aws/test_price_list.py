@@ -7,8 +7,8 @@ import boto3
 import pytest
 from botocore.stub import Stubber
 
+from llm_trainer.aws.price_list import ask_prices, choose_endpoint, choose_prices, collect_prices, read_rates
 from llm_trainer.common.errors import UserError
-from llm_trainer.planning.price_list import ask_prices, choose_endpoint, choose_prices, collect_prices, read_rates
 from llm_trainer.planning.prices import read_prices, write_prices
 from support.fake_price_list import FakePriceList, describe_product
 
@@ -32,10 +32,13 @@ def no_waits(monkeypatch):
 
 
 def refuse(region="us-east-1"):
+    """Return what is told before the way that all refusals leave open."""
     with pytest.raises(UserError) as caught:
         ask_prices(region)
-    assert len(caught.value.problems) == 1
-    return str(caught.value)
+    (problem,) = caught.value.problems
+    told, way, rest = problem.partition(", or give prices that were asked elsewhere with --prices-file.")
+    assert (bool(way), rest) == (True, "")
+    return told
 
 
 def test_all_pages_are_read():
@@ -83,11 +86,11 @@ def test_another_partition_has_its_own_currency(price_list):
 
 @pytest.mark.parametrize(("region", "endpoint"), REGIONS.items())
 def test_the_nearest_endpoint_is_asked(region, endpoint):
-    assert choose_endpoint(boto3.Session(), region) == endpoint
+    assert choose_endpoint(region) == endpoint
 
 
 def test_the_region_comes_from_awss_settings(price_list, monkeypatch):
-    assert refuse(None) == ("No region is given, and AWS's settings here name none: give --region, or set AWS_REGION.")
+    assert refuse(None).startswith("No AWS region is set")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
     assert ask_prices().region == "eu-west-1"
     assert price_list.regions == ["eu-central-1"]
@@ -97,37 +100,29 @@ def test_a_busy_price_list_is_asked_again(price_list, no_waits):
     price_list.refusals = ["ThrottlingException", "ThrottlingException"]
     assert ask_prices("us-east-1").on_demand == {"ml.g5.2xlarge": 1.515}
     price_list.refusals = ["ThrottlingException"] * 5
-    told = refuse()
-    assert told.startswith("AWS's price list is busy (ThrottlingException: User:")
-    assert "ask again in a minute, or give prices" in told
+    assert refuse().startswith("AWS throttles GetProducts")
     assert len(price_list.requests) == 3 + 5
 
 
 def test_a_refusal_names_the_action(price_list):
     price_list.refusals = ["AccessDeniedException"]
-    assert refuse() == (
-        "AWS's price list may not be read (AccessDeniedException: User: arn:aws:iam::111122223333:user/me may not): "
-        "allow the role pricing:GetProducts, or give prices that were asked elsewhere with --prices-file."
-    )
+    assert refuse().startswith("arn:aws:iam::111122223333:user/me may not do pricing:GetProducts: allow it that action")
 
 
 def test_an_ended_login_is_renewed(price_list):
     price_list.refusals = ["ExpiredTokenException"]
-    assert refuse().startswith("AWS refuses the credentials for its price list (ExpiredTokenException: ")
+    assert refuse().startswith("The AWS credentials have expired: ")
 
 
 def test_another_fault_is_quoted(price_list, no_waits):
     price_list.refusals = ["InvalidParameterException"]
-    assert "cannot be read (InvalidParameterException: User: " in refuse()
+    assert refuse().startswith("AWS refuses GetProducts (InvalidParameterException: User: ")
 
 
 def test_without_credentials_the_login_is_named(price_list, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    assert refuse() == (
-        "AWS's price list needs credentials (Unable to locate credentials): log in, as with `aws sso login`, or name a "
-        "profile with AWS_PROFILE, or give prices that were asked elsewhere with --prices-file."
-    )
+    assert refuse().startswith("No AWS credentials were found here: ")
 
 
 def test_an_unknown_profile_is_named(price_list, monkeypatch):
@@ -137,17 +132,15 @@ def test_an_unknown_profile_is_named(price_list, monkeypatch):
 
 def test_without_a_network_the_file_is_named(price_list, no_waits):
     price_list.close()
-    told = refuse()
-    assert told.startswith("AWS's price list cannot be reached (Could not connect to the endpoint URL")
-    assert told.endswith("give this machine a network, or give prices that were asked elsewhere with --prices-file.")
+    assert "Could not connect to the endpoint URL" in refuse()
 
 
 def test_regions_that_have_no_prices(price_list):
-    assert refuse("frankfurt") == "region='frankfurt' is no region of AWS: give one such as eu-central-1."
+    assert refuse("frankfurt") == "region='frankfurt' is no region of AWS: give one such as eu-central-1"
     assert refuse("us-gov-west-1").startswith("AWS offers no price list for us-gov-west-1: write a price file by hand")
     price_list.products = []
     assert refuse("eu-central-9") == (
-        "AWS's price list has no training instances in region='eu-central-9': check the region's name."
+        "AWS's price list has no training instances in region='eu-central-9': check the region's name"
     )
 
 

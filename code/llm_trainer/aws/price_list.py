@@ -8,7 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llm_trainer.common.errors import UserError, quote_error
+from llm_trainer.aws.clients import find_region, open_client
+from llm_trainer.aws.refusals import explain_refusals
+from llm_trainer.common.errors import UserError
 from llm_trainer.planning.prices import (
     FILE_NAME,
     TYPE_NAME,
@@ -19,13 +21,6 @@ from llm_trainer.planning.prices import (
     write_prices,
 )
 
-ACTION = "pricing:GetProducts"  # what a role has to be allowed
-CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 5, 30, 5
-THROTTLED = ("ThrottlingException", "Throttling", "TooManyRequestsException", "RequestLimitExceeded")
-BAD_CREDENTIALS = (
-    *("ExpiredTokenException", "ExpiredToken", "UnrecognizedClientException", "InvalidClientTokenId"),
-    *("InvalidSignatureException", "SignatureDoesNotMatch", "IncompleteSignature", "MissingAuthenticationToken"),
-)
 OTHERWISE = "or give prices that were asked elsewhere with --prices-file"
 
 
@@ -52,30 +47,23 @@ def ask_prices(region: str | None = None) -> Prices:
 
     Raises UserError where AWS cannot be asked, refuses, or has no prices there.
     """
-    import boto3  # a quarter of a second, which only those wait for who ask
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    retries = {"total_max_attempts": ATTEMPTS, "mode": "standard"}
-    config = Config(connect_timeout=CONNECT_SECONDS, read_timeout=READ_SECONDS, retries=retries)
     try:
-        session = boto3.Session()
-        region = region or session.region_name
-        if region is None:
-            raise UserError("No region is given, and AWS's settings here name none: give --region, or set AWS_REGION.")
-        client = session.client("pricing", region_name=choose_endpoint(session, region), config=config)
-        return collect_prices(client, region)
-    except (BotoCoreError, ClientError) as error:
-        raise UserError(explain_refusal(error)) from error
+        with explain_refusals():
+            region = region or find_region()
+            return collect_prices(open_client("pricing", choose_endpoint(region)), region)
+    except UserError as error:
+        raise UserError(*(f"{problem.removesuffix('.')}, {OTHERWISE}." for problem in error.problems)) from error
 
 
-def choose_endpoint(session: Any, region: str) -> str:
+def choose_endpoint(region: str) -> str:
     """Return the region in which a region's prices are asked for: the price list is offered in few.
 
     Raises UserError where none has them.
     """
+    import boto3
     from botocore.exceptions import UnknownRegionError
 
+    session = boto3.Session()
     try:
         endpoints = session.get_available_regions("pricing", session.get_partition_for_region(region))
     except UnknownRegionError as error:
@@ -121,25 +109,3 @@ def read_rates(products: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str
                 for currency, price in dimension["pricePerUnit"].items():
                     if dimension["unit"] == "Hrs" and float(price) > 0:
                         yield name, currency, float(price)
-
-
-def explain_refusal(error: Exception) -> str:
-    """Return the sentence for an error of boto3: what happened, and what to change."""
-    from botocore import exceptions
-
-    if isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError):
-        return f"AWS's price list cannot be reached ({quote_error(error)}): give this machine a network, {OTHERWISE}."
-    if not isinstance(error, exceptions.ClientError):  # none, a part, an unknown profile, a login that has ended
-        return (
-            f"AWS's price list needs credentials ({quote_error(error)}): log in, as with `aws sso login`, or name a "
-            f"profile with AWS_PROFILE, {OTHERWISE}."
-        )
-    code = error.response["Error"]["Code"]
-    told = f"{code}: {error.response['Error'].get('Message') or 'no reason is given'}"
-    if code.startswith("AccessDenied"):
-        return f"AWS's price list may not be read ({told}): allow the role {ACTION}, {OTHERWISE}."
-    if code in BAD_CREDENTIALS:
-        return f"AWS refuses the credentials for its price list ({told}): renew them, {OTHERWISE}."
-    if code in THROTTLED:
-        return f"AWS's price list is busy ({told}, {ATTEMPTS} times): ask again in a minute, {OTHERWISE}."
-    return f"AWS's price list cannot be read ({told}): ask again later, {OTHERWISE}."
