@@ -165,3 +165,8 @@ def write_rows(folder: Path) -> Path:
     (folder / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 16)
     (folder / ".env").write_text("HF_TOKEN=hf_abcdefghijklmnopqrstuvwxyz123456")
     return folder
+
+
+def rehearse_well(tree: Path, *words: str) -> dict[str, Any]:
+    """Find nothing wrong with a job, in the place of `validate` and `plan`, which take a while."""
+    return {"problems": [], "warnings": [], "instances": []}

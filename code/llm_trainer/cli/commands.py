@@ -201,10 +201,11 @@ def add_submit(commands: "Commands[argparse.ArgumentParser]") -> None:
     """Add the command that starts a job on SageMaker."""
     parser = commands.add_parser(
         "submit",
-        usage="llm-trainer submit [FILE.yaml] [--OPTION VALUE ...] [--SETTING VALUE ...] [--dry-run]",
+        usage="llm-trainer submit [FILE.yaml] [--OPTION VALUE ...] [--SETTING VALUE ...] [--max-dollars N] [--dry-run]",
         help="start the job on SageMaker, after checking it",
         description="Start a training job on SageMaker. FILE.yaml holds settings, and under `job:` the options of the "
-        "submission; the command line wins over both. --data-dir FOLDER holds a folder for each channel to upload.",
+        "submission; the command line wins over both. --data-dir FOLDER holds a folder for each channel to upload. "
+        "--max-dollars N refuses a job that `plan` finds dearer, by the prices in --prices-file FILE.",
         epilog=f"{SEE_SUBMITTING} {SEE_SETTINGS}",
     )
     parser.add_argument(

@@ -11,7 +11,7 @@ import yaml
 from llm_trainer.aws import deployment, watching
 from llm_trainer.aws.permissions import FREE, IMPLIED, PERMISSIONS, find_action
 from llm_trainer.cli.main import run_command
-from support.aws_server import write_rows
+from support.aws_server import rehearse_well, write_rows
 from support.measures import CODE, ROOT
 
 SERVICES = {"sagemaker": ("sagemaker", "sagemaker-runtime")}
@@ -73,7 +73,7 @@ def test_all_commands_together_make_these_requests_and_none_else(aws, tmp_path, 
     monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", note)
     monkeypatch.setattr(watching, "PAUSE_SECONDS", 0)
     monkeypatch.setattr(deployment, "PAUSE_SECONDS", 0)
-    monkeypatch.setattr("llm_trainer.cli.sagemaker.submit.validate_tree", lambda tree: [])
+    monkeypatch.setattr("llm_trainer.cli.sagemaker.rehearsal.run_on_tree", rehearse_well)
     monkeypatch.setenv("LLM_TRAINER_DATA_DIR", "")
     channels = f'{{"train": "{write_rows(tmp_path / "train")}", "model": "{write_rows(tmp_path / "model")}"}}'
     words = [*OPTIONS, "--name", "job-1", "--instance_type", "ml.g6.2xlarge", "--channels", channels]

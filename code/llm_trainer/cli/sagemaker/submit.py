@@ -3,8 +3,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,9 +28,10 @@ from llm_trainer.aws.submission import (
 from llm_trainer.aws.uploads import LocalChannel, read_channel, upload_channel
 from llm_trainer.cli.folders import take_option
 from llm_trainer.cli.sagemaker.jobs import ask_aws
+from llm_trainer.cli.sagemaker.rehearsal import Budget, find_errors, find_plan_refusals, take_budget
 from llm_trainer.common import log
-from llm_trainer.common.errors import UserError, cut_quote
-from llm_trainer.config.environment import BASE_DIR, DATA_DIR, DEFAULT_BASE_DIR, read_environment
+from llm_trainer.common.errors import UserError
+from llm_trainer.config.environment import DATA_DIR, DEFAULT_BASE_DIR, read_environment
 from llm_trainer.config.load import JOB_SECTION, list_valid_names, read_yaml, resolve_names, suggest_name
 from llm_trainer.job.job import collect_settings, parse_arguments
 
@@ -55,6 +54,7 @@ class JobRequest:
     settings: Mapping[str, Any]
     local: Mapping[str, Path]  # channels of this machine
     remote: Mapping[str, str]  # channels in S3
+    budget: Budget
 
 
 def submit(words: Sequence[str], dry_run: bool) -> int:
@@ -106,6 +106,7 @@ def resolve_loosely(options: JobOptions) -> tuple[str, str]:
 def read_request(words: Sequence[str]) -> JobRequest:
     """Return what the words and their YAML file ask for. Raises UserError with every mistake in the options."""
     problems: list[str] = []
+    budget, words = take_budget(words)
     file, words = take_file(words)
     given = parse_arguments(words)
     folders = find_channels()
@@ -126,7 +127,7 @@ def read_request(words: Sequence[str]) -> JobRequest:
     local, remote = sort_channels({**folders, **options.channels}, problems)
     if problems:
         raise UserError(*problems)
-    return JobRequest(file.stem if file else "llm-trainer", options, settings, local, remote)
+    return JobRequest(file.stem if file else "llm-trainer", options, settings, local, remote, budget)
 
 
 def take_file(words: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -168,8 +169,7 @@ def sort_channels(places: Mapping[str, str], problems: list[str]) -> tuple[dict[
 def check_request(request: JobRequest) -> tuple[Submission, list[str]]:
     """Return what is to be submitted, and why the job would fail. Raises UserError with every wrong setting."""
     options, hyperparameters = request.options, encode_settings(request.settings)
-    kinds = options.instance_preferences or {str(options.instance_type): options.instance_count}
-    kind, count = next(iter(kinds.items()))
+    kind, count = next(iter(list_instances(options).items()))
     places = {**request.local, **dict.fromkeys(request.remote)}
     with lay_out_tree(hyperparameters, places, kind, count) as tree:
         settings, problems = read_given(tree)
@@ -216,40 +216,36 @@ def find_local_paths(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def find_refusals(tree: Path, settings: Mapping[str, Any], request: JobRequest) -> Iterator[str]:
-    """Yield what `validate` finds wrong with the job of the tree, as far as its parts can be read from here."""
-    if (
-        not request.local.keys() & {"train"}
-        and "train" not in request.remote
-        and not settings.get("train_dataset_path")
-    ):
+    """Yield what `validate` and `plan` find wrong with the job of the tree, as far as its parts are readable here."""
+    has_channel = "train" in {*request.local, *request.remote}
+    if not has_channel and not settings.get("train_dataset_path"):
         yield "The job has no training data: give channel train, as a folder of this machine or an S3 prefix."
+        return
+    reason = find_unreadable_model(settings, request)
+    if reason:
+        log.error(f"Not checked from here: model, data and memory, since {reason}. The job checks them first.")
     elif request.remote:
         log.error(f"Not checked from here: what S3 holds for {', '.join(request.remote)}. The job checks it first.")
-    elif reason := find_unreadable_model(settings, request):
-        log.error(f"Not checked from here: model and data, since {reason}. The job checks them first.")
     else:
-        yield from validate_tree(tree)
+        yield from find_errors(tree)
+    if not reason:
+        yield from find_plan_refusals(tree, list_instances(request.options), request.budget)
+    elif request.budget.max_dollars is not None:
+        yield f"--max-dollars cannot be kept, since {reason}, and the cost is unknown: give a folder of this machine."
+
+
+def list_instances(options: JobOptions) -> dict[str, int]:
+    """Return the types of instances that the job may run on, each with their number, the first preference first."""
+    return options.instance_preferences or {str(options.instance_type): options.instance_count}
 
 
 def find_unreadable_model(settings: Mapping[str, Any], request: JobRequest) -> str | None:
-    """Return why the job's model on the Hub cannot be read from here though the job may be able to, else None."""
+    """Return why the job's model cannot be read from here though the job may be able to, else None."""
+    if "model" in request.remote:
+        return "the model is in S3"
     if "model" in request.local or not settings.get("model_id"):
         return None
     from llm_trainer.common.hub import find_barrier
 
     has_token = bool(settings.get("token")) or "HF_TOKEN" in request.options.environment
     return find_barrier(settings["model_id"], has_token)
-
-
-def validate_tree(tree: Path) -> list[str]:
-    """Return the errors that `validate` finds in a tree, in a process of its own. Its warnings are printed."""
-    variables = {name: value for name, value in os.environ.items() if name != DATA_DIR} | {BASE_DIR: str(tree)}
-    command = [sys.executable, "-m", "llm_trainer", "validate", "--json"]
-    result = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
-    try:
-        found = json.loads(result.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        return [f"The job could not be checked ({cut_quote(result.stderr.strip())})."]
-    for text in found["warnings"]:
-        log.error("Warning: " + text.replace(str(tree), DEFAULT_BASE_DIR))
-    return [text.replace(str(tree), DEFAULT_BASE_DIR) for text in found["problems"]]

@@ -8,13 +8,14 @@ import pytest
 import yaml
 
 from llm_trainer.cli.main import run_command
-from support.aws_server import write_rows
+from support.aws_server import rehearse_well, write_rows
 from support.measures import ROOT
 
 RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
 OPTIONS = ["--image", "sagemaker-llm-trainer:cuda", "--role", "Trainer", "--output", "s3://bucket/output"]
 ROLE = "arn:aws:iam::123456789012:role/Trainer"
 IN_S3 = ["--channels", '{"train": "s3://bucket/rows/", "model": "s3://bucket/model/"}']
+NOTHING = {"problems": [], "warnings": []}
 HUB_TOKEN = "hf_" + "aB3" * 12
 
 
@@ -58,7 +59,7 @@ def test_a_dry_run_needs_no_aws(monkeypatch, capsys):
 
 
 def test_a_job_is_uploaded_and_started(aws, channels, monkeypatch, capsys):
-    monkeypatch.setattr("llm_trainer.cli.sagemaker.submit.validate_tree", lambda tree: [])  # which takes a while
+    monkeypatch.setattr("llm_trainer.cli.sagemaker.rehearsal.run_on_tree", rehearse_well)
     digest = aws.furnish()
     words = [*OPTIONS, "--data-dir", str(channels), "--instance_type", "ml.g6.2xlarge", "--name", "job-1"]
     assert run_command(["submit", *words, "--max_length", "64", "--learning-rate", "1e-4"]) == 0
@@ -82,6 +83,44 @@ def test_a_job_that_would_fail_is_not_started(aws, channels, capsys):
     assert run_command(["submit", *words]) == 1
     assert "rows.jsonl row 1 has no field" in capsys.readouterr().err
     assert aws.requests == []
+
+
+@pytest.mark.parametrize(
+    ("entry", "words", "told"),
+    [
+        ({"fits": False, "how": "DDP"}, [], "The job does not fit on 1 x ml.g6.2xlarge (DDP)"),
+        ({"fits": True, "dollars": 12.5}, ["--max-dollars", "10"], "It costs about 12.50 dollars on 1 x ml.g6.2xlarge"),
+        ({"fits": True, "dollars": None}, ["--max-dollars=10"], "the cost is not known: give --prices-file FILE"),
+        ({"fits": True, "dollars": 1.0}, ["--max-dollars", "ten"], "--max-dollars='ten' is no amount"),
+    ],
+)
+def test_a_job_that_is_too_large_or_too_dear_is_not_started(aws, channels, monkeypatch, capsys, entry, words, told):
+    planned = {"instances": [{"instance_type": "ml.g6.2xlarge", "count": 1, **entry}], "problems": [], "warnings": []}
+    monkeypatch.setattr("llm_trainer.cli.sagemaker.rehearsal.run_on_tree", lambda tree, *words: planned)
+    assert told in submit_wrongly(capsys, "--data-dir", str(channels), *words)
+    assert aws.requests == []
+
+
+def test_a_budget_that_is_kept_asks_plan_in_the_users_words(aws, channels, monkeypatch, tmp_path):
+    aws.furnish()
+    asked = []
+
+    def plan(tree, *words):
+        asked.append(words)
+        return {"instances": [{"instance_type": "ml.g6.2xlarge", "count": 1, "fits": True, "dollars": 9.5}]} | NOTHING
+
+    monkeypatch.setattr("llm_trainer.cli.sagemaker.rehearsal.run_on_tree", plan)
+    words = ["--max-dollars", "10", "--prices-file", str(tmp_path / "prices.json"), "--rows", "100"]
+    given = [*OPTIONS, "--instance_type", "ml.g6.2xlarge", "--data-dir", str(channels)]
+    assert run_command(["submit", *given, *words]) == 0
+    assert asked == [("validate",), ("plan", "--prices-file", str(tmp_path / "prices.json"), "--rows", "100")]
+    assert len(aws.list_arguments("CreateTrainingJob")) == 1
+
+
+def test_a_budget_needs_a_model_that_is_readable_here(aws, capsys):
+    assert "--max-dollars cannot be kept, since the model is in S3" in submit_wrongly(
+        capsys, *IN_S3, "--max-dollars", "9"
+    )
 
 
 def submit_wrongly(capsys, *words, file=None):
