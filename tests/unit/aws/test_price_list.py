@@ -7,6 +7,7 @@ import boto3
 import pytest
 from botocore.stub import Stubber
 
+from llm_trainer.aws.clients import open_client
 from llm_trainer.aws.price_list import ask_prices, choose_endpoint, choose_prices, collect_prices, read_rates
 from llm_trainer.common.errors import UserError
 from llm_trainer.planning.prices import read_prices, write_prices
@@ -22,7 +23,9 @@ def price_list(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in fake.variables.items():
         monkeypatch.setenv(name, value)
+    open_client.cache_clear()
     yield fake
+    open_client.cache_clear()
     fake.close()
 
 
