@@ -25,10 +25,12 @@ HELP = frozenset({"-h", "--help"})
 OWN_OPTIONS = {
     "train": HELP,
     "validate": HELP | {"--json"},
-    "plan": HELP | {"--json"},
+    "plan": HELP | {"--json", "--prices", "--rows", "--tokens-per-row", "--prices-file", "--region", "--learn"},
     "doctor": HELP,
     "submit": HELP | {"--dry-run"},
 }
+# As many words as an option takes behind it. Others take none.
+NUM_VALUES = {"--rows": 1, "--tokens-per-row": 1, "--prices-file": 1, "--region": 1, "--learn": 1000}
 
 # The commands about training jobs that were submitted, and what each does.
 ON_AWS = {
@@ -51,11 +53,30 @@ def parse_command(words: Sequence[str]) -> argparse.Namespace:
     parser = build_parser(lists_settings=name == "train" and not HELP.isdisjoint(rest))
     if name not in OWN_OPTIONS:
         return parser.parse_args(words)
-    asked = parser.parse_args([name, *(word for word in rest if word in OWN_OPTIONS[name])])
+    own, others = split_options(rest, OWN_OPTIONS[name])
+    asked = parser.parse_args([name, *own])
     from llm_trainer.cli.folders import take_folders  # a parser of YAML comes with it
 
-    asked.settings = take_folders([word for word in rest if word not in OWN_OPTIONS[name]])
+    asked.settings = take_folders(others)
     return asked
+
+
+def split_options(words: Sequence[str], options: frozenset[str]) -> tuple[list[str], list[str]]:
+    """Return a command's own options with their values, and the words about settings."""
+    own: list[str] = []
+    others: list[str] = []
+    num_values = 0
+    for word in words:
+        name, separator, _ = word.partition("=")
+        is_own = name in options and (not separator or name in NUM_VALUES)
+        if is_own:
+            num_values = 0 if separator else NUM_VALUES.get(name, 0)
+        elif word.startswith("--"):
+            num_values = 0
+        takes_value = not is_own and num_values > 0
+        num_values -= takes_value
+        (own if is_own or takes_value else others).append(word)
+    return own, others
 
 
 def build_parser(lists_settings: bool = False) -> argparse.ArgumentParser:
@@ -118,14 +139,30 @@ def add_plan(commands: "Commands[argparse.ArgumentParser]") -> None:
     """Add the command that plans how a model is loaded."""
     parser = commands.add_parser(
         "plan",
-        usage="llm-trainer plan [--SETTING VALUE ...] [--json]",
-        help="tell how its model would be loaded, and what that takes on a GPU",
-        description="Tell how a job's model would be loaded and computed, and what that takes on a GPU. The model's "
-        "config.json is enough: neither data nor weights nor a GPU are needed.",
+        usage="llm-trainer plan [--SETTING VALUE ...] [--rows N --tokens-per-row N] [--prices] [--json]",
+        help="tell which instances hold that job, how long it takes on them, and what it costs",
+        description="Tell how a job's model would be loaded and computed, and what that takes in memory, hours and "
+        "dollars on one to sixteen of every instance type of SageMaker. The model's config.json is enough: neither "
+        "data nor weights nor a GPU are needed.",
         epilog=SEE_SETTINGS,
     )
     parser.add_argument("--json", action="store_true", help=JSON_HELP)
+    add_plan_arguments(parser)
     parser.set_defaults(run=run_plan)
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what stands for data that are not there, where prices come from, and jobs to learn from."""
+    parser.add_argument("--rows", type=int, metavar="N", help="rows of an epoch, where the channel train is not there")
+    parser.add_argument("--tokens-per-row", type=int, metavar="N", help="mean length of these rows")
+    parser.add_argument(
+        "--prices", action="store_true", help="ask AWS's price list, and keep the answer in prices.json"
+    )
+    parser.add_argument("--prices-file", metavar="FILE", help="prices that were asked before, or where to keep them")
+    parser.add_argument("--region", metavar="REGION", help="region of the job; default: AWS's settings")
+    parser.add_argument(
+        "--learn", nargs="+", metavar="MANIFEST", default=[], help="training_manifest.json of jobs, whose speed counts"
+    )
 
 
 def add_doctor(commands: "Commands[argparse.ArgumentParser]") -> None:
@@ -274,8 +311,17 @@ def run_validate(asked: argparse.Namespace) -> int:
 def run_plan(asked: argparse.Namespace) -> int:
     """Plan how a model is loaded, and return the exit code."""
     from llm_trainer.cli.plan import plan
+    from llm_trainer.cli.plan_instances import PlanOptions
 
-    return plan(asked.settings, asked.json)
+    options = PlanOptions(
+        rows=asked.rows,
+        tokens_per_row=asked.tokens_per_row,
+        asks_prices=asked.prices,
+        prices_file=asked.prices_file,
+        region=asked.region,
+        learn_from=asked.learn,
+    )
+    return plan(asked.settings, asked.json, options)
 
 
 def run_submit(asked: argparse.Namespace) -> int:

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 def examine_memory(
     config: "PreTrainedConfig", settings: Settings, environment: Environment, longest_row: int, validation: Validation
-) -> None:
+) -> "MemoryScenario | None":
     """Add what the job needs of the GPUs that are here, or of whichever GPUs it will run on.
 
-    `longest_row` is the length of the longest row in tokens.
+    `longest_row` is the length of the longest row in tokens. Return what was looked at, None where it is not known.
     """
     from llm_trainer.model.memory.shape import UnknownShapeError
 
@@ -31,14 +31,19 @@ def examine_memory(
         target = find_gpus(settings, environment)
         evaluates = bool(find_validation_sources(settings.data, environment)[0])
         if target:
-            fit_here(build_scenario(config, settings, longest_row, target, evaluates), validation)
+            scenario = build_scenario(config, settings, longest_row, target, evaluates)
+            fit_here(scenario, validation)
         else:
-            fit_elsewhere(config, settings, longest_row, evaluates, validation)
+            scenario = build_elsewhere(config, settings, longest_row, evaluates)
+            fit_elsewhere(scenario, validation)
+        return scenario
     except UserError as error:
         validation.add_findings("memory", "error", error.problems)
     except UnknownShapeError as error:
         text = f"What memory the model needs is not known, since {error}."
         validation.add_findings("memory", "warning", [text])
+        return scenario
+    return None
 
 
 def find_gpus(settings: Settings, environment: Environment) -> "Target | None":
@@ -76,16 +81,21 @@ def fit_here(scenario: "MemoryScenario", validation: Validation) -> None:
     validation.add_findings("memory", "warning" if plan.warning else "ok", [plan.warning or plan.reason])
 
 
-def fit_elsewhere(
-    config: "PreTrainedConfig", settings: Settings, longest_row: int, evaluates: bool, validation: Validation
-) -> None:
+def build_elsewhere(
+    config: "PreTrainedConfig", settings: Settings, longest_row: int, evaluates: bool
+) -> "MemoryScenario":
+    """Return the job on one current GPU, which need not be here."""
+    from llm_trainer.model.memory.fit import move_elsewhere
+
+    return move_elsewhere(config, collect_sections(settings), longest_row, choose_attention(settings), evaluates)
+
+
+def fit_elsewhere(scenario: "MemoryScenario", validation: Validation) -> None:
     """Add what each way of training needs, and the smallest GPU that holds it."""
-    from llm_trainer.model.memory.fit import estimate_on_one_gpu
+    from llm_trainer.model.memory.fit import estimate_ways
     from llm_trainer.model.memory.remedies import find_smallest_gpu
 
-    sections, attention = collect_sections(settings), choose_attention(settings)
-    needs = estimate_on_one_gpu(config, sections, longest_row, attention, evaluates)
-    for way, need in needs.items():
+    for way, need in estimate_ways(scenario).items():
         size = find_smallest_gpu(need)
         fitting = f"one GPU of {size} GB holds that" if size else "no single GPU holds that"
         validation.memory[way] = {"gpu_gib": size, **need.describe()}

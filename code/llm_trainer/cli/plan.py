@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`llm-trainer plan`: how a job's model would be loaded and computed, and what that takes on a GPU.
+"""`llm-trainer plan`: how a job's model would be loaded and computed, and what that takes on each instance type.
 
 The model's config.json is enough: neither data nor weights nor a GPU are needed. `validate` tells all the rest.
 """
@@ -7,10 +7,12 @@ The model's config.json is enough: neither data nor weights nor a GPU are needed
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.gpu_memory import examine_memory
+from llm_trainer.cli.plan_instances import NO_OPTIONS, PlanOptions, examine_instances, measure_lengths
 from llm_trainer.cli.validation import Validation, collect_findings, print_validation
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.environment import read_environment
@@ -26,18 +28,18 @@ if TYPE_CHECKING:
 USUAL_ROW_TOKENS = 1024  # where max_length=null sets no limit
 
 
-def plan(words: Sequence[str], as_json: bool) -> int:
-    """Print what is planned for the model, and return the exit code: 1 when it cannot be trained so."""
-    return print_validation(lambda in_colour: examine_model(words), as_json)
+def plan(words: Sequence[str], as_json: bool, options: PlanOptions = NO_OPTIONS) -> int:
+    """Print what is planned for the job, and return the exit code: 1 when it cannot be trained so."""
+    return print_validation(lambda in_colour: examine_model(words, replace(options, in_colour=in_colour)), as_json)
 
 
-def examine_model(words: Sequence[str]) -> Validation:
-    """Return how the model would be loaded with the settings of these words. Sets environment variables."""
-    return collect_findings(lambda validation: examine_loading(words, validation))
+def examine_model(words: Sequence[str], options: PlanOptions = NO_OPTIONS) -> Validation:
+    """Return what is planned for the job with the settings of these words. Sets environment variables."""
+    return collect_findings(lambda validation: examine_loading(words, options, validation))
 
 
-def examine_loading(words: Sequence[str], validation: Validation) -> None:
-    """Add how the model would be loaded with the settings of these words. Sets environment variables."""
+def examine_loading(words: Sequence[str], options: PlanOptions, validation: Validation) -> None:
+    """Add how the model would be loaded, and what it takes on instances. Sets environment variables."""
     try:
         environment = read_environment()
         settings, problems = collect_settings(environment, words)
@@ -56,9 +58,14 @@ def examine_loading(words: Sequence[str], validation: Validation) -> None:
         validation.add_findings("model", "error", error.problems)
         return
     validation.add_findings("model", "ok", [name, *planned.reasons])
-    longest_row = settings.data.max_length or USUAL_ROW_TOKENS
-    validation.add_findings("memory", "ok", [f"for rows of {longest_row} tokens, which data may stay below"])
-    examine_memory(planned.config, settings, environment, longest_row, validation)
+    job = Job(environment, settings, inputs)
+    lengths = measure_lengths(job, options, validation)
+    longest_row = lengths.longest_row or settings.data.max_length or max(lengths.train, default=USUAL_ROW_TOKENS)
+    if lengths.longest_row is None:
+        validation.add_findings("memory", "ok", [f"for rows of {longest_row} tokens, which data may stay below"])
+    scenario = examine_memory(planned.config, settings, environment, longest_row, validation)
+    if scenario is not None and not validation.list_texts("error"):
+        examine_instances(job, scenario, lengths, options, validation)
 
 
 def plan_loading(job: Job) -> "tuple[ModelPlan, Settings]":

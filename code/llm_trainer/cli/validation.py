@@ -25,6 +25,8 @@ class Validation:
     reports: dict[str, DataReport] = field(default_factory=dict)  # by the name of the split
     memory: dict[str, Any] = field(default_factory=dict)  # bytes that a GPU needs, and their parts
     sample: str = ""  # a training row whose trained part is marked
+    instances: dict[str, Any] = field(default_factory=dict)  # what `plan` tells of instance types, for JSON
+    instance_lines: list[str] = field(default_factory=list)  # and for a person
 
     def add_findings(self, subject: str, verdict: Verdict, texts: Iterable[str]) -> None:
         """Add a finding for each text."""
@@ -71,6 +73,7 @@ def format_json(validation: Validation) -> str:
         "memory": validation.memory,
         "sample": validation.sample,
         "settings": validation.settings,
+        **validation.instances,
     }
     return json.dumps(values, default=str)
 
@@ -87,7 +90,9 @@ def format_text(validation: Validation, in_colour: bool) -> Iterator[str]:
     if validation.reports:
         rows = {name: format_counts(report) for name, report in validation.reports.items()}
         yield from ("", *format_table(rows, "data"))
-    if validation.memory:
+    if validation.instance_lines:
+        yield from ("", *validation.instance_lines)
+    elif validation.memory:
         yield from ("", *format_memory(validation.memory))
     if validation.sample:
         from llm_trainer.data.preview import describe_marks

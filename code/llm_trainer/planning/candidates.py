@@ -2,7 +2,7 @@
 """Every instance type, one to sixteen of it: whether a job fits, how, and what it takes in time and dollars."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from llm_trainer.planning.cost import SpotRun, expect_interruptions
 from llm_trainer.planning.fitting import Fit, Fitter
 from llm_trainer.planning.instances import InstanceType, read_instances
 from llm_trainer.planning.learning import Learnt
+from llm_trainer.planning.prices import Prices
 from llm_trainer.planning.run_time import CHECKPOINTS_A_RUN, SECONDS_BETWEEN, RunTime, Sizes, Steps, time_run
 from llm_trainer.planning.step_time import StepTime, time_step
 from llm_trainer.planning.workload import Workload
@@ -29,8 +30,7 @@ class Outline:
     work: Workload | None  # None where nothing is known of its data
     merges: bool  # whether the result has all weights though an adapter is trained
     learnt: Learnt
-    prices: Mapping[str, float]  # dollars of an hour on demand, by instance type; empty: not known
-    spot_prices: Mapping[str, float]
+    prices: Prices | None  # None: not known
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,10 @@ class Candidate:
 
     @property
     def order(self) -> tuple[float, ...]:
-        """A key that sorts the cheapest first: by dollars, or by the hours of all instances, or by GPUs."""
-        known = [value for value in (self.dollars, self.instance_hours) if value is not None]
-        return (0 if self.fits else 1, *(known or [float(self.num_gpus)]), self.count)
+        """A key that sorts the cheapest first: by dollars, then by hours where no price is known, then by GPUs."""
+        places = (self.dollars, self.instance_hours, float(self.num_gpus))
+        place = next(place for place, value in enumerate(places) if value is not None)
+        return (0 if self.fits else 1, place, places[place] or 0.0, self.count)
 
     def describe(self) -> dict[str, Any]:
         """Return the candidate as values of JSON."""
@@ -175,7 +176,8 @@ def plan_run(outline: Outline, candidate: Candidate, rows_a_step: int, work: Wor
     run = outline.learnt.correct_start(time_run(host, count, steps, measure_sizes(fit, outline.merges)), host)
     between = min(SECONDS_BETWEEN, run.steps / CHECKPOINTS_A_RUN)
     spot = expect_interruptions(run.hours, run.start / 3600, between / 3600, count)
-    price, spot_price = outline.prices.get(host.name), outline.spot_prices.get(host.name)
+    prices = outline.prices
+    price, spot_price = (prices.on_demand.get(host.name), prices.spot.get(host.name)) if prices else (None, None)
     return replace(
         candidate,
         steps=number,

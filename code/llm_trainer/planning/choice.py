@@ -16,7 +16,8 @@ def choose(candidates: Iterable[Candidate]) -> dict[str, Candidate]:
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
         return {}
-    timed = [candidate for candidate in fitting if candidate.run]
+    priced = [candidate for candidate in fitting if candidate.dollars is not None]
+    timed = [candidate for candidate in priced or fitting if candidate.run]
     cheapest = min(fitting, key=lambda candidate: candidate.order)
     if not timed:
         return {"cheapest": cheapest}
@@ -36,6 +37,11 @@ def weigh_value(candidate: Candidate) -> float:
 def find_price(candidate: Candidate) -> float | None:
     """Return the dollars of a candidate, or the hours of its instances where no price is known."""
     return candidate.instance_hours if candidate.dollars is None else candidate.dollars
+
+
+def describe_choice(candidate: Candidate) -> dict[str, Any]:
+    """Return a chosen candidate as values of JSON, with the settings to use."""
+    return {**candidate.describe(), "settings": list_settings(candidate)}
 
 
 def list_settings(candidate: Candidate) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from transformers import PreTrainedConfig
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.units import show_bytes
@@ -19,12 +18,11 @@ from llm_trainer.model.memory.global_batch import split_global_batch
 from llm_trainer.model.memory.gpus import Gpu
 from llm_trainer.model.memory.scenario import (
     MemoryScenario,
-    MemorySettings,
     ParallelismPlan,
     Target,
     list_parallelism_plans,
 )
-from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError
+from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError, read_shape
 from llm_trainer.planning.formula import estimate_by_formula
 
 FLOAT8_CAPABILITY = (8, 9)
@@ -49,13 +47,10 @@ class Fit:
 
 @dataclass(eq=False)
 class Fitter:
-    """A job as far as its memory depends on it, with the shapes of its model by the type of the weights."""
+    """A job as far as its memory depends on it, on whatever devices, with what is known of it on others."""
 
-    config: PreTrainedConfig
-    settings: MemorySettings
-    longest_row: int  # in tokens
-    evaluates: bool
-    shapes: dict[torch.dtype, ModelShape] = field(default_factory=dict)
+    job: MemoryScenario
+    shapes: dict[torch.dtype, ModelShape] = field(default_factory=dict)  # by the type of the weights
     scenarios: dict[str, MemoryScenario] = field(default_factory=dict)  # by the name of the GPU
 
     def fit(self, gpu: Gpu, num_gpus: int) -> Fit:
@@ -63,28 +58,36 @@ class Fitter:
 
         Raise UserError where they cannot do what the settings ask for, and UnknownShapeError.
         """
-        scenario = self.scenarios.get(gpu.name) or self.build_scenario(gpu)
-        self.scenarios[gpu.name] = scenario
-        training, data = self.settings.training, self.settings.data
-        if problems := list(find_batch_problem(training, data, num_gpus)):
+        if gpu.name not in self.scenarios:
+            self.scenarios[gpu.name] = self.move_to(gpu)
+        settings = self.job.settings
+        if problems := list(find_batch_problem(settings.training, settings.data, num_gpus)):
             raise UserError(*problems)
-        return fit_target(split_global_batch(scenario.replace_target(world_size=num_gpus)))
+        return fit_target(split_global_batch(self.scenarios[gpu.name].replace_target(world_size=num_gpus)))
 
-    def build_scenario(self, gpu: Gpu) -> MemoryScenario:
+    def move_to(self, gpu: Gpu) -> MemoryScenario:
         """Return the job on one GPU. Raise UserError where it cannot do what the settings ask for."""
-        device = Device(torch.device("cuda"), gpu.name, gpu.capability)
-        target = Target(device, 1, count_free_bytes(gpu))
-        attention = choose_kernel(self.settings.model.attn_implementation, gpu)
-        if self.settings.model.base_compute == "fp8" and gpu.capability < FLOAT8_CAPABILITY:
+        settings = self.job.settings.model
+        if settings.base_compute == "fp8" and gpu.capability < FLOAT8_CAPABILITY:
             raise UserError("base_compute=fp8 needs a GPU of compute capability 8.9 or later")
-        scenario = MemoryScenario(
-            self.config, self.settings, self.longest_row, target, attention, evaluates=self.evaluates
-        )
-        dtype = scenario.dtypes[0]
+        target = Target(Device(torch.device("cuda"), gpu.name, gpu.capability), 1, count_free_bytes(gpu))
+        attention = choose_kernel(settings.attn_implementation, gpu)
+        moved = replace(self.job, target=target, attention=attention, fused_kernels=frozenset(), known_shape=None)
+        return add_fused_kernels(replace(moved, known_shape=self.find_shape(moved.dtypes[0])))
+
+    def find_shape(self, dtype: torch.dtype) -> ModelShape:
+        """Return the shape with weights of a type, from one of the same size where there is one."""
+        if not self.shapes:
+            self.shapes[self.job.dtypes[0]] = self.job.shape
         if dtype not in self.shapes:
             like = next((shape for known, shape in self.shapes.items() if known.itemsize == dtype.itemsize), None)
-            self.shapes[dtype] = change_type(like, dtype) if like else scenario.shape
-        return add_fused_kernels(replace(scenario, known_shape=self.shapes[dtype]))
+            settings = self.job.settings
+            self.shapes[dtype] = (
+                change_type(like, dtype)
+                if like
+                else read_shape(self.job.config, settings.model, settings.adapter, weights_dtype=dtype)
+            )
+        return self.shapes[dtype]
 
 
 def count_free_bytes(gpu: Gpu) -> int:

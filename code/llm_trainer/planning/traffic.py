@@ -5,6 +5,7 @@ The traffic is what torch's DDP and FSDP2 send, as counted on real ranks (bench/
 NCCL's own model of a ring.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,7 @@ class Traffic:
     buckets: int  # of gradients that are reduced as one
 
 
+@functools.lru_cache(maxsize=1024)
 def count_traffic(shape: ModelShape, compute_dtype: torch.dtype, shards: int) -> Traffic:
     """Return what DDP, or FSDP2 as Accelerate applies it (fsdp2_prepare_model), moves for a batch.
 

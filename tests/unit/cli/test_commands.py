@@ -56,3 +56,21 @@ def test_the_arguments_of_merge():
     asked = parse_command(["merge", "--adapter", "a", "--output=b", "--merge_base", "dequantized"])
     assert (asked.adapter, asked.output, asked.base, asked.merge_base) == ("a", "b", None, "dequantized")
     assert (asked.dtype, asked.model_revision, asked.trust_remote_code) == ("auto", None, "false")
+
+
+def test_the_options_of_plan_take_their_values_and_leave_the_settings():
+    words = [
+        "--rows",
+        "10",
+        "--lora_r",
+        "8",
+        "--learn",
+        "a.json",
+        "b.json",
+        "--tokens-per-row=5",
+        "--use_dora",
+        "--prices",
+    ]
+    asked = parse_command(["plan", *words])
+    assert (asked.rows, asked.tokens_per_row, asked.prices, asked.learn) == (10, 5, True, ["a.json", "b.json"])
+    assert asked.settings == ["--lora_r", "8", "--use_dora"]

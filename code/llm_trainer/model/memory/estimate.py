@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_trainer.common.units import GIB, MIB
 from llm_trainer.model.memory.passes import Pass, Peak, Unit, find_peak, list_passes
-from llm_trainer.model.memory.shape import ModelShape, Part
+from llm_trainer.model.memory.shape import ModelShape
 from llm_trainer.model.memory.step_trace import Step, trace_step
 
 # The workspace that torch gives cuBLAS on Hopper, the largest of all GPUs (aten/src/ATen/cuda/CUDABlas.cpp).
@@ -87,8 +87,8 @@ def estimate_parts(shape: ModelShape, setup: Setup) -> Estimate:
     peak = max(moments, key=lambda moment: moment.total)
     is_replicated = setup.world_size > 1 and not step.sharded
     parts = {
-        "base weights": sum(count_stored_bytes(part, shards) for part in shape.parts if part.role != "adapter"),
-        "adapter": sum(count_stored_bytes(part, shards) for part in shape.parts if part.role == "adapter"),
+        "base weights": sum(count_stored_bytes(shape, shards, in_adapter=False)),
+        "adapter": sum(count_stored_bytes(shape, shards, in_adapter=True)),
         "gathered weights": peak.gathered,
         "reduced gradients": peak.reduced,
         "gradients": peak.gradients,
@@ -138,9 +138,14 @@ def find_evaluation_peak(shape: ModelShape, setup: Setup) -> Peak:
     return find_peak(until_head, accumulated=0)
 
 
-def count_stored_bytes(part: Part, shards: int) -> int:
-    """Return the bytes of a device's shard of a part. Scales of quantized weights are no parameters, and stay whole."""
-    return -(-part.data_bytes // shards) + part.scales_bytes
+def count_stored_bytes(shape: ModelShape, shards: int, *, in_adapter: bool) -> Iterator[int]:
+    """Yield the bytes of a device's shards of parts that are alike.
+
+    Scales of quantized weights are no parameters, and stay whole.
+    """
+    for (role, data_bytes, scales_bytes), number in shape.alike_parts.items():
+        if (role == "adapter") == in_adapter:
+            yield number * (-(-data_bytes // shards) + scales_bytes)
 
 
 def count_optimizer_states(shape: ModelShape, optimizer: str) -> int:

@@ -175,22 +175,28 @@ def choose_without_estimate(plans: list[ParallelismPlan], target: Target, reason
     return MemoryPlan(plan, None, reason, f"{reason[0].upper()}{reason[1:]}.")
 
 
-def estimate_on_one_gpu(
+def move_elsewhere(
     config: PreTrainedConfig, settings: MemorySettings, longest_row: int, attention: str, evaluates: bool = False
-) -> dict[str, Estimate]:
-    """Return what each way that the settings leave open needs on one current GPU, which need not be here.
+) -> MemoryScenario:
+    """Return a job on one current GPU, which need not be here. The longest row is in tokens.
 
-    The longest row is in tokens. Offloading is left out unless it is asked for. Raise UnknownShapeError,
-    and UserError where the settings ask for kernels that the model cannot get.
+    Raise UserError where the settings ask for kernels that the model cannot get.
     """
     target = Target(ELSEWHERE, world_size=1, free_bytes=0)
-    scenario = MemoryScenario(config, settings, longest_row, target, attention, evaluates=evaluates)
-    scenario = add_fused_kernels(scenario)
-    plans = list_parallelism_plans(settings, target)
+    return add_fused_kernels(MemoryScenario(config, settings, longest_row, target, attention, evaluates=evaluates))
+
+
+def estimate_ways(scenario: MemoryScenario) -> dict[str, Estimate]:
+    """Return what each way that the settings leave open needs. Raise UnknownShapeError.
+
+    Offloading is left out unless it is asked for.
+    """
+    asked = scenario.settings.parallelism.activation_offloading
+    plans = list_parallelism_plans(scenario.settings, scenario.target)
     return {
-        plan.describe(1): scenario.estimate(plan)
+        plan.describe(scenario.target.world_size): scenario.estimate(plan)
         for plan in plans
-        if settings.parallelism.activation_offloading or not plan.offload_activations
+        if asked or not plan.offload_activations
     }
 
 

@@ -5,6 +5,7 @@ The model FLOPs utilization (MFU) is the trained tokens a second over those that
 Operations that are repeated for the sake of memory do not count (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
 """
 
+import functools
 from collections.abc import Mapping
 
 from transformers import PreTrainedConfig
@@ -63,10 +64,16 @@ def count_products(shape: ModelShape, config: PreTrainedConfig, for_frozen: int,
     experts_share = find_experts_share(config.get_text_config())
     if shape.count_weights("experts") and experts_share is None:
         return None
+    return sum_products(shape, experts_share or 1.0, for_frozen, for_trained)
+
+
+@functools.lru_cache(maxsize=64)
+def sum_products(shape: ModelShape, experts_share: float, for_frozen: int, for_trained: int) -> float:
+    """Return the same where a token goes to a known share of the experts. `plan` asks for it hundreds of times."""
     total = 0.0
     for part in shape.parts:
         if part.role != "embeddings":
-            active = part.num_weights * (experts_share or 1.0 if part.role == "experts" else 1.0)
+            active = part.num_weights * (experts_share if part.role == "experts" else 1.0)
             total += active * (for_trained if part.trained_bytes else for_frozen)
     if not shape.count_weights("output"):  # the embeddings are the output's weights, too
         table = max((part for part in shape.parts if part.role == "embeddings"), key=lambda part: part.num_weights)

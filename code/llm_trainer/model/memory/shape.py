@@ -8,6 +8,7 @@ training will have. No weights are read, and bitsandbytes need not be installed:
 import copy
 import functools
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -84,6 +85,11 @@ class ModelShape:
     def count_bytes(self, *roles: Role) -> int:
         """Return the bytes that parts of these roles take in memory, scales included, or all parts."""
         return sum(part.data_bytes + part.scales_bytes for part in self.parts if part.role in roles or not roles)
+
+    @functools.cached_property
+    def alike_parts(self) -> Counter[tuple[Role, int, int]]:
+        """The number of parts with the same role, data bytes and bytes of scales."""
+        return Counter((part.role, part.data_bytes, part.scales_bytes) for part in self.parts)
 
     @functools.cached_property
     def num_trained(self) -> int:

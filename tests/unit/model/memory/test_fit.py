@@ -18,8 +18,9 @@ from llm_trainer.model.memory.fit import (
     KEPT_SHARE,
     add_fused_kernels,
     choose_memory_plan,
-    estimate_on_one_gpu,
+    estimate_ways,
     find_target,
+    move_elsewhere,
 )
 from llm_trainer.model.memory.remedies import enlarge_devices, fits_at_best
 from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, Target
@@ -108,7 +109,7 @@ def test_layers_keep_nothing_where_activations_go_to_the_host():
 
 def test_what_a_gpu_elsewhere_needs_counts_ligers_kernels():
     fused, plain = (
-        estimate_on_one_gpu(SMALL, sections(use_liger_kernel=uses), 2048, "flash_attention_2")["training"]
+        estimate_ways(move_elsewhere(SMALL, sections(use_liger_kernel=uses), 2048, "flash_attention_2"))["training"]
         for uses in (None, False)
     )
     assert fused.parts["activations"] < 0.9 * plain.parts["activations"]
@@ -203,7 +204,7 @@ def test_an_estimate_counts_the_liger_kernels_that_a_job_gets(config, options, k
 
 
 def test_needs_of_one_gpu_anywhere():
-    needs = estimate_on_one_gpu(LLAMA_8B, sections(), 2048, "flash_attention_2")
+    needs = estimate_ways(move_elsewhere(LLAMA_8B, sections(), 2048, "flash_attention_2"))
     assert list(needs) == ["training", "training with gradient checkpointing"]
     plain, checkpointed = (need.total_bytes for need in needs.values())
     assert checkpointed < plain / 3

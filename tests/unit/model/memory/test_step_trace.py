@@ -131,6 +131,13 @@ def test_models_of_other_kinds_are_traced_too(name):
     assert all(span.peak > 0 for span in trace_step(shape, masked).forward)
 
 
+@pytest.mark.parametrize("limit", [500, 501])  # one of them is reached where torch's C++ asks, which no error may end
+def test_following_a_model_ends_at_any_operation(limit, shape, monkeypatch):
+    monkeypatch.setattr(step_trace, "MAX_OPERATIONS", limit // 10)
+    with pytest.raises(UnknownShapeError, match="token by token"):
+        trace_step(shape, replace(STEP, length=40 + limit))
+
+
 def test_a_model_that_goes_through_a_row_token_by_token_is_not_followed_for_minutes():
     settings = Settings()
     shape = read_shape(copy.deepcopy(LEAK["mamba"]), settings.model, settings.adapter, torch.float32)

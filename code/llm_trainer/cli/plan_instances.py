@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of `llm-trainer plan` about instances: what a job takes on each type, in time and dollars."""
+
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_trainer.cli.plan_table import format_plan
+from llm_trainer.cli.validate import prepare_data
+from llm_trainer.cli.validation import Validation
+from llm_trainer.common.errors import UserError
+from llm_trainer.job.inputs import find_inputs
+from llm_trainer.job.job import Job
+from llm_trainer.readers.sources import find_train_sources
+
+if TYPE_CHECKING:
+    from llm_trainer.model.memory.scenario import MemoryScenario
+    from llm_trainer.planning.candidates import Candidate, Outline
+    from llm_trainer.planning.prices import Prices
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """The options of `llm-trainer plan` that are no settings."""
+
+    rows: int | None = None  # of an epoch
+    tokens_per_row: int | None = None
+    asks_prices: bool = False
+    prices_file: str | None = None
+    region: str | None = None
+    learn_from: list[str] = field(default_factory=list)  # manifests of jobs that have ended
+    in_colour: bool = False  # whether the text may have colours
+
+
+NO_OPTIONS = PlanOptions()
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The number of rows of each length in tokens. Empty: nothing is known of them."""
+
+    train: Counter[int] = field(default_factory=Counter)
+    validation: Counter[int] = field(default_factory=Counter)
+    longest_row: int | None = None  # where data are there
+
+
+def measure_lengths(job: Job, options: PlanOptions, validation: Validation) -> Lengths:
+    """Return the lengths of the rows that the options name, else of the data of the job where they are there."""
+    given = [options.rows, options.tokens_per_row]
+    if any(number is not None for number in given):
+        if not all(number is not None and number > 0 for number in given):
+            text = "--rows and --tokens-per-row stand for data together: give both, as whole numbers above zero."
+            validation.add_findings("options", "error", [text])
+            return Lengths()
+        return Lengths(Counter({options.tokens_per_row or 0: options.rows or 0}))
+    if not find_train_sources(job.settings.data, job.environment)[0]:
+        return Lengths()
+    inputs, problems = find_inputs(job.settings, job.environment)
+    validation.add_findings("inputs", "error", problems)
+    return Lengths() if problems else tokenize_data(Job(job.environment, job.settings, inputs), validation)
+
+
+def tokenize_data(job: Job, validation: Validation) -> Lengths:
+    """Return the lengths of the rows of a job, which are tokenized as `validate` does."""
+    with tempfile.TemporaryDirectory(prefix="llm-trainer-") as folder:
+        try:
+            prepared = prepare_data(job, Path(folder), Path(folder) / "rejected_rows.jsonl", validation)
+        except (UserError, OSError) as error:
+            problems = error.problems if isinstance(error, UserError) else [f"The data cannot be prepared: {error}."]
+            validation.add_findings("data", "error", problems)
+            return Lengths()
+    validation.add_findings("data", "error", prepared.problems)
+    splits = prepared.splits
+    for name, split in splits.items():
+        validation.add_findings(name, "ok", [f"{split.report.num_rows:,} rows, {split.report.num_tokens:,} tokens"])
+    validated = splits["validation"].report.lengths if "validation" in splits else Counter[int]()
+    longest_row = max(split.report.longest_row_tokens for split in splits.values())
+    return Lengths(splits["train"].report.lengths, validated, longest_row)
+
+
+def examine_instances(
+    job: Job, scenario: "MemoryScenario", lengths: Lengths, options: PlanOptions, validation: Validation
+) -> None:
+    """Add what the job takes on each instance type."""
+    if job.settings.parallelism.use_cpu:
+        text = "use_cpu=true: what instance types without a GPU take is not known."
+        validation.add_findings("instances", "warning", [text])
+        return
+    try:
+        prices = read_job_prices(job, options, validation)
+        outline = build_outline(job, scenario, lengths, options, prices)
+    except UserError as error:
+        validation.add_findings("options", "error", error.problems)
+        return
+    add_candidates(outline, validation, options.in_colour)
+
+
+def add_candidates(outline: "Outline", validation: Validation, in_colour: bool) -> None:
+    """Add every instance type, one to sixteen of it, and the three that matter."""
+    from llm_trainer.planning.candidates import list_candidates
+    from llm_trainer.planning.choice import choose, describe_choice
+    from llm_trainer.planning.instances import read_instances
+
+    candidates = list_candidates(outline)
+    chosen, prices = choose(candidates), outline.prices
+    validation.instances = {
+        "instances": [candidate.describe() for candidate in candidates],
+        **{name: describe_choice(candidate) for name, candidate in chosen.items()},
+        "facts": read_instances().origin,
+        "prices": prices.origin if prices else None,
+    }
+    if not chosen:
+        validation.add_findings("instances", "error", [explain_lack(candidates)])
+        return
+    validation.instance_lines = list(format_plan(candidates, chosen, outline, in_colour))
+
+
+def explain_lack(candidates: "list[Candidate]") -> str:
+    """Return a sentence on a job that fits nowhere, with the changes that make it fit where it almost does."""
+    from llm_trainer.model.memory.fit import describe_remedies
+
+    refused = [(candidate, candidate.fit) for candidate in candidates if candidate.fit]
+    if not refused:
+        return f"No instance type can run the job: {candidates[0].refusal.rstrip('.')}."
+    candidate, fit = min(refused, key=lambda each: each[1].need.total_bytes / each[1].scenario.target.free_bytes)
+    where = f"on {candidate.count} x {candidate.host.name}, which come closest, it {candidate.refusal}"
+    return f"The job fits no instance type ({where}); {describe_remedies(fit.scenario)}."
+
+
+def read_job_prices(job: Job, options: PlanOptions, validation: Validation) -> "Prices | None":
+    """Return the prices to plan with, None where there are none, after warning of old ones and of other regions."""
+    from llm_trainer.planning.price_list import choose_prices
+    from llm_trainer.planning.prices import find_warnings
+
+    file = Path(options.prices_file) if options.prices_file else None
+    config_dir = job.environment.channels.get("config")
+    prices = choose_prices(options.asks_prices, file, options.region, config_dir)
+    if prices:
+        validation.add_findings("prices", "warning", find_warnings(prices, options.region))
+    return prices
+
+
+def build_outline(
+    job: Job, scenario: "MemoryScenario", lengths: Lengths, options: PlanOptions, prices: "Prices | None"
+) -> "Outline":
+    """Return the job as it is planned. Raises UserError for manifests that teach nothing."""
+    from llm_trainer.planning.candidates import Outline
+    from llm_trainer.planning.fitting import Fitter
+    from llm_trainer.planning.learning import learn
+    from llm_trainer.planning.workload import measure_work
+
+    work = measure_work(lengths.train, lengths.validation, job.settings.data) if lengths.train else None
+    return Outline(Fitter(scenario), work, job.settings.output.merge_weights, learn(options.learn_from), prices)

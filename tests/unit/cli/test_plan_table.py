@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a job on instances, as a person reads it: one screen, and a remedy where nothing fits."""
+
+import re
+
+import pytest
+from transformers import LlamaConfig
+
+from llm_trainer.cli.plan_instances import add_candidates, explain_lack
+from llm_trainer.cli.plan_table import format_plan
+from llm_trainer.cli.validation import Validation
+from llm_trainer.planning.candidates import list_candidates
+from llm_trainer.planning.choice import choose
+from support.planned_jobs import PRICES, outline_job
+
+ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@pytest.fixture(scope="module")
+def outline():
+    return outline_job(lengths={100: 100_000}, prices=PRICES)
+
+
+@pytest.fixture(scope="module")
+def candidates(outline):
+    return list_candidates(outline)
+
+
+@pytest.mark.parametrize("in_colour", [False, True])
+def test_a_plan_fills_one_screen_and_names_the_three_that_matter(outline, candidates, in_colour):
+    lines = list(format_plan(candidates, choose(candidates), outline, in_colour))
+    assert len(lines) < 35
+    assert any("\x1b[" in line for line in lines) == in_colour
+    text = [ESCAPES.sub("", line) for line in lines]
+    assert all(len(line) < 170 for line in text)
+    for title in ("cheapest: ", "fastest: ", "best value (price x hours): "):
+        (line,) = [line for line in text if line.startswith(title)]
+        assert " USD (" in line
+    assert any(f"{candidates[0].dollars:,.2f}" in line for line in text)
+    assert any("prices of us-east-1 in USD, asked on 2026-11-26" in line for line in text)
+
+
+def test_what_is_missing_is_named(outline, candidates):
+    unpriced = list(format_plan(candidates, {}, outline_job(lengths={100: 10}), in_colour=False))
+    assert unpriced[-1].startswith("For dollars give --prices")
+    unknown = outline_job()
+    assert list(format_plan(list_candidates(unknown), {}, unknown, in_colour=False))[-1].startswith(
+        "For hours give --rows"
+    )
+
+
+def test_a_job_that_fits_nowhere_is_told_what_makes_it_fit():
+    huge = LlamaConfig(
+        vocab_size=1024, hidden_size=65_536, intermediate_size=262_144, num_hidden_layers=4, num_attention_heads=256,
+        num_key_value_heads=256,
+    )  # fmt: skip
+    validation = Validation()
+    add_candidates(outline_job(huge, distribution="ddp", lengths={100: 10}), validation, in_colour=False)
+    (problem,) = validation.list_texts("error")
+    assert problem.startswith(
+        "The job fits no instance type (on 1 x ml.p6-b300.48xlarge, which come closest, it needs "
+    )
+    assert "what makes it fit: " in problem
+    assert "distribution=fsdp" in problem
+    assert not validation.instance_lines
+    assert len(validation.instances["instances"]) == 16 * 50
+
+
+def test_a_job_that_no_gpu_can_do_says_why():
+    (candidate, *_) = candidates = list_candidates(outline_job(global_batch_size=7, per_device_train_batch_size=7))
+    assert candidate.fits  # on one GPU
+    refused = [each for each in candidates if each.num_gpus == 2]
+    assert "global_batch_size=7 cannot be shared by 2 devices" in explain_lack(refused)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every instance type, one to sixteen of it: the cheapest first, and in each what the job takes there."""
+
+import pytest
+from transformers import LlamaConfig
+
+from llm_trainer.planning.candidates import list_candidates
+from llm_trainer.planning.instances import read_instances
+from support.planned_jobs import PRICES, outline_job
+
+LARGE = LlamaConfig(
+    vocab_size=1024, hidden_size=16_384, intermediate_size=65_536, num_hidden_layers=4, num_attention_heads=64,
+    num_key_value_heads=64,
+)  # fmt: skip
+FIXED = {"instance_type", "count", "fits", "how", "gib_per_gpu", "tokens_per_second", "hours", "dollars"}
+
+
+@pytest.fixture(scope="module")
+def candidates():
+    return list_candidates(outline_job(lengths={100: 100_000}, prices=PRICES, gradient_accumulation_steps=4))
+
+
+def find(candidates, name, count):
+    return next(each for each in candidates if (each.host.name, each.count) == (name, count))
+
+
+def test_each_type_comes_in_one_to_sixteen_and_the_cheapest_first(candidates):
+    assert len(candidates) == 16 * len(read_instances().types)
+    assert all(candidate.fits for candidate in candidates)
+    dollars = [candidate.dollars for candidate in candidates]
+    priced = [value for value in dollars if value is not None]
+    assert priced == sorted(priced)
+    assert dollars[: len(priced)] == priced  # what has no price comes behind
+    assert {*candidates[0].describe()} >= FIXED
+
+
+def test_more_instances_take_fewer_steps_and_more_dollars(candidates):
+    one, four = (find(candidates, "ml.g5.xlarge", count) for count in (1, 4))
+    assert (one.steps, four.steps) == (3 * 100_000 // 8, 3 * 100_000 // 32)
+    assert four.run.hours < one.run.hours
+    assert four.dollars == pytest.approx(4 * 1.4 * four.run.hours)
+    assert four.instance_hours == pytest.approx(4 * four.run.hours)
+    assert four.spot.hours > four.run.hours
+    assert four.spot_dollars == pytest.approx(0.5 * 4 * 1.4 * four.spot.hours)
+    assert one.how == "training, batch 2 x 1 x 4"
+
+
+def test_without_data_the_speed_is_known_and_no_hours():
+    first = list_candidates(outline_job())[0].describe()
+    assert first["tokens_per_second"] > 0
+    assert (first["steps"], first["hours"], first["dollars"]) == (None, None, None)
+
+
+def test_what_does_not_fit_says_why_and_more_gpus_hold_it():
+    found = list_candidates(outline_job(LARGE))
+    alone = find(found, "ml.g5.xlarge", 1)
+    assert not alone.fits
+    assert "a GPU, " in alone.refusal
+    assert not alone.describe()["tokens_per_second"]
+    assert find(found, "ml.g5.12xlarge", 8).fits
+    assert [candidate.fits for candidate in found] == sorted((each.fits for each in found), reverse=True)
