@@ -131,7 +131,7 @@ def explain_lack(candidates: "list[Candidate]") -> str:
 
 def read_job_prices(job: Job, options: PlanOptions, validation: Validation) -> "Prices | None":
     """Return the prices to plan with, None where there are none, after warning of old ones and of other regions."""
-    from llm_trainer.planning.price_list import choose_prices
+    from llm_trainer.aws.price_list import choose_prices
     from llm_trainer.planning.prices import find_warnings
 
     file = Path(options.prices_file) if options.prices_file else None
