@@ -18,6 +18,7 @@ from llm_trainer.common.files import write_json
 
 FILE_NAME = "prices.json"
 MAX_AGE = timedelta(days=90)
+MAX_TOLD_FAULTS = 3  # a file of something else has many
 # SageMaker publishes no prices of spot instances, only that they save up to 90 %. This is assumed, and told as such.
 ASSUMED_SPOT_SAVING = 0.5
 
@@ -59,7 +60,7 @@ def write_prices(prices: Prices, file: Path) -> None:
 
 
 def read_prices(file: Path) -> Prices:
-    """Return the prices in a file. Raises UserError with a sentence for each fault."""
+    """Return the prices in a file. Raises UserError."""
     try:
         content = read_json(file)
     except UnreadableTextError as error:
@@ -67,15 +68,19 @@ def read_prices(file: Path) -> Prices:
     try:
         return Prices.model_validate(content)
     except ValidationError as error:
-        raise UserError(*describe_faults(file, error)) from error
+        faults = "; ".join(describe_faults(error))
+        raise UserError(f"{file} is no price file ({faults}): {say_ask_anew()}.") from error
 
 
-def describe_faults(file: Path, error: ValidationError) -> Iterator[str]:
-    """Yield a sentence for each fault of a price file."""
-    for fault in error.errors(include_url=False):
+def describe_faults(error: ValidationError) -> Iterator[str]:
+    """Yield what is wrong in a price file: the first places, and how many more there are."""
+    faults = error.errors(include_url=False)
+    for fault in faults[:MAX_TOLD_FAULTS]:
         place = ".".join(str(part) for part in fault["loc"] if part != "[key]") or "its content"
         given = "" if fault["type"] == "missing" else f"={cut_quote(repr(fault['input']))}"
-        yield f"{file} is no price file: {place}{given} is wrong ({fault['msg'].lower()}): {say_ask_anew()}."
+        yield f"{place}{given}: {fault['msg'].lower()}"
+    if len(faults) > MAX_TOLD_FAULTS:
+        yield f"and {len(faults) - MAX_TOLD_FAULTS} more"
 
 
 def read_earlier_prices(file: Path) -> Prices | None:
