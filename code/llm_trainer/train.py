@@ -49,6 +49,17 @@ from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings
 from llm_trainer.model.plan import ModelPlan, PlanSettings, plan_model
 from llm_trainer.model.positions import bound_length, find_length_warnings
 from llm_trainer.model.precision import choose_precision
+from llm_trainer.planning.candidates import Outline
+from llm_trainer.planning.comparison import (
+    Figures,
+    compare_with_plan,
+    describe_comparison,
+    find_host,
+    read_prices_beside,
+)
+from llm_trainer.planning.fitting import Fit, Fitter
+from llm_trainer.planning.learning import Learnt
+from llm_trainer.planning.workload import measure_work
 from llm_trainer.training.loss_check import check_loss
 from llm_trainer.training.methods import TrainingMethod, choose_method
 from llm_trainer.training.metric_lines import MetricLines
@@ -104,6 +115,7 @@ class Planned:
     """The result of the second phase: how the training fits its devices."""
 
     job: Job  # with the batches of a device
+    scenario: MemoryScenario
     memory: MemoryPlan
     arguments: SFTConfig
 
@@ -112,6 +124,8 @@ class Planned:
 class Built:
     """The result of the third phase: a trainer with its model and its rows."""
 
+    scenario: MemoryScenario  # as it was planned
+    memory: MemoryPlan
     trainer: ResumableMixin
     packing: Packing
     checkpoint: Path | None  # to go on from; None for a new run
@@ -203,7 +217,7 @@ def plan(context: Context, prepared: Prepared) -> Planned:
     job = replace(context.job, settings=settings.model_copy(update={"training": scenario.settings.training}))
     device, dtype = model_plan.device.torch, model_plan.precision.compute
     arguments = build_arguments(prepared.method, collect_argument_sources(job), device, dtype, memory)
-    return Planned(job, memory, arguments)
+    return Planned(job, scenario, memory, arguments)
 
 
 def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
@@ -229,7 +243,7 @@ def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
         log.info(float8.convert_base(trainer.model, model_plan.float8_layers))
     check_trained_loss(context, prepared, planned, trainer)
     add_callbacks(context, prepared, planned, trainer, peak)
-    return Built(trainer, packing, checkpoint, peak)
+    return Built(planned.scenario, planned.memory, trainer, packing, checkpoint, peak)
 
 
 def run(context: Context, prepared: Prepared, planned: Planned, built: Built) -> Outcome:
@@ -466,8 +480,31 @@ def describe_trained_run(context: Context, prepared: Prepared, built: Built, out
         packing=built.packing,
         memory=outcome.memory,
         totals=outcome.totals,
+        planned_and_actual=compare_run(context, prepared, built, outcome),
         phase_seconds=context.timeline.seconds,
     )
+
+
+def compare_run(context: Context, prepared: Prepared, built: Built, outcome: Outcome) -> dict[str, Any]:
+    """Return what was planned beside what the job took up to its export, after telling it in the log."""
+    timeline, environment, estimate = context.timeline, context.job.environment, built.memory.estimate
+    count, reports = len(environment.hosts), prepared.data.reports
+    host = find_host(environment.instance_type, prepared.model_plan.device, world_size() // count)
+    if host is None or estimate is None:
+        return {}
+    eval_lengths = reports["validation"].lengths if "validation" in reports else {}
+    work = measure_work(reports["train"].lengths, eval_lengths, context.settings.data)
+    prices = read_prices_beside(environment.channels.get("config"))
+    merges = context.settings.output.merge_weights
+    outline = Outline(Fitter(built.scenario), work, merges, Learnt(), prices)
+    start = sum(seconds for phase, seconds in timeline.seconds.items() if phase != "training")
+    hours = sum(timeline.seconds.values()) / 3600
+    actual = Figures(outcome.memory["measured_peak_bytes"], outcome.progress.step_seconds, start, hours)
+    fit = Fit(built.scenario, built.memory.parallelism, estimate, fits=True)
+    compared = compare_with_plan(outline, host, count, fit, actual)
+    if compared:
+        log.info(describe_comparison(compared))
+    return compared
 
 
 def describe_origin(job: Job, base_folder: str) -> Origin:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llm_trainer.common.metric_definitions import define_metrics
 from llm_trainer.journal.journal import read_records
 from llm_trainer.journal.records import KINDS, SCHEMA_VERSION
+from llm_trainer.planning.learning import read_lesson
 from support.journals import list_fields
 from support.sagemaker_tree import metrics_of
 
@@ -49,6 +50,22 @@ def lora_job(make_tree):
     tree.environment["PYTHONPATH"] = os.pathsep.join([str(tree.base_dir), os.environ.get("PYTHONPATH", "")])
     tree.result = tree.run()
     return tree
+
+
+def test_what_was_planned_stands_beside_what_the_job_took(lora_job):
+    manifest = json.loads((lora_job.base_dir / "model/training_manifest.json").read_text())
+    compared = manifest["planned_and_actual"]
+    planned, actual = compared["planned"], compared["actual"]
+    assert (compared["gpu"], compared["count"]) == ("CPU", 1)
+    assert planned["steps"] == manifest["num_steps"]
+    assert planned["step_seconds"] > 0
+    assert 0 < actual["step_seconds"] < 3600 * actual["hours"]
+    assert 0 < actual["start_seconds"] < 3600 * actual["hours"]
+    assert actual["memory_bytes"] == manifest["memory"]["measured_peak_bytes"]
+    assert "Planned and actual: memory " in lora_job.result.stdout
+    assert "A step, planned and actual" in (lora_job.base_dir / "output/data/report.html").read_text()
+    lesson = read_lesson(lora_job.base_dir / "model")
+    assert lesson.step_share == actual["step_seconds"] / planned["step_seconds"]
 
 
 def test_a_job_ends_with_an_adapter_and_nothing_else(lora_job):

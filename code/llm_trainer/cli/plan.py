@@ -6,21 +6,24 @@ The model's config.json is enough: neither data nor weights nor a GPU are needed
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.gpu_memory import examine_memory
-from llm_trainer.cli.plan_instances import NO_OPTIONS, PlanOptions, examine_instances, measure_lengths
+from llm_trainer.cli.plan_instances import NO_OPTIONS, Lengths, PlanOptions, examine_instances
+from llm_trainer.cli.validate import prepare_data
 from llm_trainer.cli.validation import Validation, collect_findings, print_validation
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.environment import read_environment
 from llm_trainer.config.schema import Settings
 from llm_trainer.job.earlier_adapter import find_adapter
-from llm_trainer.job.inputs import Inputs, find_model
+from llm_trainer.job.inputs import Inputs, find_inputs, find_model
 from llm_trainer.job.job import Job, collect_settings, fetch_earlier_adapter
 from llm_trainer.launcher.worker_processes import build_library_variables
+from llm_trainer.readers.sources import find_train_sources
 
 if TYPE_CHECKING:
     from llm_trainer.model.plan import ModelPlan
@@ -65,7 +68,7 @@ def examine_loading(words: Sequence[str], options: PlanOptions, validation: Vali
         validation.add_findings("memory", "ok", [f"for rows of {longest_row} tokens, which data may stay below"])
     scenario = examine_memory(planned.config, settings, environment, longest_row, validation)
     if scenario is not None and not validation.list_texts("error"):
-        examine_instances(job, scenario, lengths, options, validation)
+        examine_instances(scenario, lengths, settings.output.merge_weights, options, validation)
 
 
 def plan_loading(job: Job) -> "tuple[ModelPlan, Settings]":
@@ -90,3 +93,37 @@ def plan_loading(job: Job) -> "tuple[ModelPlan, Settings]":
         planned = plan_model(folder, sections, device, precision)
         data = bound_length(settings.data, planned.num_positions)
         return planned, settings.model_copy(update={"data": data})
+
+
+def measure_lengths(job: Job, options: PlanOptions, validation: Validation) -> Lengths:
+    """Return the lengths of the rows that the options name, else of the data of the job where they are there."""
+    given = [options.rows, options.tokens_per_row]
+    if any(number is not None for number in given):
+        if not all(number is not None and number > 0 for number in given):
+            text = "--rows and --tokens-per-row stand for data together: give both, as whole numbers above zero."
+            validation.add_findings("options", "error", [text])
+            return Lengths()
+        return Lengths(Counter({options.tokens_per_row or 0: options.rows or 0}))
+    if not find_train_sources(job.settings.data, job.environment)[0]:
+        return Lengths()
+    inputs, problems = find_inputs(job.settings, job.environment)
+    validation.add_findings("inputs", "error", problems)
+    return Lengths() if problems else tokenize_data(Job(job.environment, job.settings, inputs), validation)
+
+
+def tokenize_data(job: Job, validation: Validation) -> Lengths:
+    """Return the lengths of the rows of a job, which are tokenized as `validate` does."""
+    with tempfile.TemporaryDirectory(prefix="llm-trainer-") as folder:
+        try:
+            prepared = prepare_data(job, Path(folder), Path(folder) / "rejected_rows.jsonl", validation)
+        except (UserError, OSError) as error:
+            problems = error.problems if isinstance(error, UserError) else [f"The data cannot be prepared: {error}."]
+            validation.add_findings("data", "error", problems)
+            return Lengths()
+    validation.add_findings("data", "error", prepared.problems)
+    splits = prepared.splits
+    for name, split in splits.items():
+        validation.add_findings(name, "ok", [f"{split.report.num_rows:,} rows, {split.report.num_tokens:,} tokens"])
+    validated = splits["validation"].report.lengths if "validation" in splits else Counter[int]()
+    longest_row = max(split.report.longest_row_tokens for split in splits.values())
+    return Lengths(splits["train"].report.lengths, validated, longest_row)

@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The part of `llm-trainer plan` about instances: what a job takes on each type, in time and dollars."""
 
-import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.plan_table import format_plan
-from llm_trainer.cli.validate import prepare_data
 from llm_trainer.cli.validation import Validation
 from llm_trainer.common.errors import UserError
-from llm_trainer.job.inputs import find_inputs
-from llm_trainer.job.job import Job
-from llm_trainer.readers.sources import find_train_sources
+from llm_trainer.config.environment import read_environment
 
 if TYPE_CHECKING:
     from llm_trainer.model.memory.scenario import MemoryScenario
@@ -46,51 +42,17 @@ class Lengths:
     longest_row: int | None = None  # where data are there
 
 
-def measure_lengths(job: Job, options: PlanOptions, validation: Validation) -> Lengths:
-    """Return the lengths of the rows that the options name, else of the data of the job where they are there."""
-    given = [options.rows, options.tokens_per_row]
-    if any(number is not None for number in given):
-        if not all(number is not None and number > 0 for number in given):
-            text = "--rows and --tokens-per-row stand for data together: give both, as whole numbers above zero."
-            validation.add_findings("options", "error", [text])
-            return Lengths()
-        return Lengths(Counter({options.tokens_per_row or 0: options.rows or 0}))
-    if not find_train_sources(job.settings.data, job.environment)[0]:
-        return Lengths()
-    inputs, problems = find_inputs(job.settings, job.environment)
-    validation.add_findings("inputs", "error", problems)
-    return Lengths() if problems else tokenize_data(Job(job.environment, job.settings, inputs), validation)
-
-
-def tokenize_data(job: Job, validation: Validation) -> Lengths:
-    """Return the lengths of the rows of a job, which are tokenized as `validate` does."""
-    with tempfile.TemporaryDirectory(prefix="llm-trainer-") as folder:
-        try:
-            prepared = prepare_data(job, Path(folder), Path(folder) / "rejected_rows.jsonl", validation)
-        except (UserError, OSError) as error:
-            problems = error.problems if isinstance(error, UserError) else [f"The data cannot be prepared: {error}."]
-            validation.add_findings("data", "error", problems)
-            return Lengths()
-    validation.add_findings("data", "error", prepared.problems)
-    splits = prepared.splits
-    for name, split in splits.items():
-        validation.add_findings(name, "ok", [f"{split.report.num_rows:,} rows, {split.report.num_tokens:,} tokens"])
-    validated = splits["validation"].report.lengths if "validation" in splits else Counter[int]()
-    longest_row = max(split.report.longest_row_tokens for split in splits.values())
-    return Lengths(splits["train"].report.lengths, validated, longest_row)
-
-
 def examine_instances(
-    job: Job, scenario: "MemoryScenario", lengths: Lengths, options: PlanOptions, validation: Validation
+    scenario: "MemoryScenario", lengths: Lengths, merges: bool, options: PlanOptions, validation: Validation
 ) -> None:
-    """Add what the job takes on each instance type."""
-    if job.settings.parallelism.use_cpu:
+    """Add what the job takes on each instance type. `merges` tells whether the result has all weights."""
+    if scenario.settings.parallelism.use_cpu:
         text = "use_cpu=true: what instance types without a GPU take is not known."
         validation.add_findings("instances", "warning", [text])
         return
     try:
-        prices = read_job_prices(job, options, validation)
-        outline = build_outline(job, scenario, lengths, options, prices)
+        prices = read_job_prices(options, validation)
+        outline = build_outline(scenario, lengths, merges, options, prices)
     except UserError as error:
         validation.add_findings("options", "error", error.problems)
         return
@@ -129,21 +91,20 @@ def explain_lack(candidates: "list[Candidate]") -> str:
     return f"The job fits no instance type ({where}); {describe_remedies(fit.scenario)}."
 
 
-def read_job_prices(job: Job, options: PlanOptions, validation: Validation) -> "Prices | None":
+def read_job_prices(options: PlanOptions, validation: Validation) -> "Prices | None":
     """Return the prices to plan with, None where there are none, after warning of old ones and of other regions."""
     from llm_trainer.aws.price_list import choose_prices
     from llm_trainer.planning.prices import find_warnings
 
     file = Path(options.prices_file) if options.prices_file else None
-    config_dir = job.environment.channels.get("config")
-    prices = choose_prices(options.asks_prices, file, options.region, config_dir)
+    prices = choose_prices(options.asks_prices, file, options.region, read_environment().channels.get("config"))
     if prices:
         validation.add_findings("prices", "warning", find_warnings(prices, options.region))
     return prices
 
 
 def build_outline(
-    job: Job, scenario: "MemoryScenario", lengths: Lengths, options: PlanOptions, prices: "Prices | None"
+    scenario: "MemoryScenario", lengths: Lengths, merges: bool, options: PlanOptions, prices: "Prices | None"
 ) -> "Outline":
     """Return the job as it is planned. Raises UserError for manifests that teach nothing."""
     from llm_trainer.planning.candidates import Outline
@@ -151,5 +112,5 @@ def build_outline(
     from llm_trainer.planning.learning import learn
     from llm_trainer.planning.workload import measure_work
 
-    work = measure_work(lengths.train, lengths.validation, job.settings.data) if lengths.train else None
-    return Outline(Fitter(scenario), work, job.settings.output.merge_weights, learn(options.learn_from), prices)
+    work = measure_work(lengths.train, lengths.validation, scenario.settings.data) if lengths.train else None
+    return Outline(Fitter(scenario), work, merges, learn(options.learn_from), prices)

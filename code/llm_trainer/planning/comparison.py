@@ -2,9 +2,12 @@
 """A job that has trained beside its plan: memory, the time of a step, hours and cost, for manifest, log and report."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from llm_trainer.common import log
+from llm_trainer.common.errors import UserError
 from llm_trainer.common.units import show_bytes, show_duration
 from llm_trainer.model.device import Device
 from llm_trainer.model.memory.gpus import Gpu, find_gpu
@@ -12,6 +15,7 @@ from llm_trainer.model.memory.shape import UnknownShapeError
 from llm_trainer.planning.candidates import Candidate, Outline, plan_time
 from llm_trainer.planning.fitting import Fit
 from llm_trainer.planning.instances import InstanceType, read_instances
+from llm_trainer.planning.prices import Prices, find_price_file, read_prices
 from llm_trainer.planning.run_time import PULL_SECONDS
 
 # A core's operations in float32 and all cores' bytes a second: rough, as a CPU's speed is to be learnt.
@@ -20,8 +24,8 @@ HERE = "this machine"
 
 
 @dataclass(frozen=True)
-class Actual:
-    """The figures of a job up to its export."""
+class Figures:
+    """The figures of a job up to its export, as planned or as they were."""
 
     memory_bytes: int  # the peak that a process took for the training
     step_seconds: float | None  # the median; None where there was only one
@@ -45,10 +49,20 @@ def describe_cpu(num_processes: int) -> Gpu:
     """Return the share of this host's CPU that each of its processes has, as a device that can be planned."""
     cores = (os.cpu_count() or 1) / num_processes
     peak = CORE_FLOPS * cores
-    return Gpu("CPU", 0, (0, 0), None, peak, None, peak, CPU_BYTES / num_processes, None, CPU_BYTES)
+    return Gpu("CPU", 0, 0, (0, 0), None, peak, None, peak, CPU_BYTES / num_processes, None, CPU_BYTES)
 
 
-def compare_with_plan(outline: Outline, host: InstanceType, count: int, fit: Fit, actual: Actual) -> dict[str, Any]:
+def read_prices_beside(config_dir: Path | None) -> Prices | None:
+    """Return the prices in the channel `config`. Files that are wrong are warned of: they must not cost a result."""
+    try:
+        file = find_price_file(config_dir)
+        return read_prices(file) if file else None
+    except UserError as error:
+        log.warning(str(error))
+        return None
+
+
+def compare_with_plan(outline: Outline, host: InstanceType, count: int, fit: Fit, actual: Figures) -> dict[str, Any]:
     """Return what was planned for the job beside what it took, as values of JSON; empty where it cannot be planned."""
     try:
         candidate = plan_time(outline, Candidate(host, count, fit))
@@ -58,27 +72,18 @@ def compare_with_plan(outline: Outline, host: InstanceType, count: int, fit: Fit
     if step is None or run is None:
         return {}
     price = outline.prices.on_demand.get(host.name) if outline.prices else None
-    hours = (run.seconds - run.export - PULL_SECONDS) / 3600
-    on_gpu = fit.scenario.target.on_gpu
+    planned = Figures(
+        memory_bytes=fit.need.peak_bytes if fit.scenario.target.on_gpu else fit.need.total_bytes,
+        step_seconds=step.seconds,
+        start_seconds=run.start - PULL_SECONDS,
+        hours=(run.seconds - run.export - PULL_SECONDS) / 3600,
+    )
     return {
         "instance_type": host.name,
         "count": count,
         "gpu": host.gpu.name,
-        "planned": {
-            "memory_bytes": fit.need.peak_bytes if on_gpu else fit.need.total_bytes,
-            "step_seconds": step.seconds,
-            "steps": candidate.steps,
-            "start_seconds": run.start - PULL_SECONDS,
-            "hours": hours,
-            "dollars": price and price * count * hours,
-        },
-        "actual": {
-            "memory_bytes": actual.memory_bytes,
-            "step_seconds": actual.step_seconds,
-            "start_seconds": actual.start_seconds,
-            "hours": actual.hours,
-            "dollars": price and price * count * actual.hours,
-        },
+        "planned": {"steps": candidate.steps, **asdict(planned), "dollars": price and price * count * planned.hours},
+        "actual": {**asdict(actual), "dollars": price and price * count * actual.hours},
     }
 
 

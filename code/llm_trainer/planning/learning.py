@@ -10,7 +10,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.journal.manifest import Manifest, read_manifest
 from llm_trainer.model.memory.shape import ModelShape
 from llm_trainer.planning.instances import InstanceType
-from llm_trainer.planning.run_time import RunTime
+from llm_trainer.planning.run_time import PULL_SECONDS, RunTime
 from llm_trainer.planning.step_time import StepTime
 
 SAME_JOB = 0.95, 1.05  # a step beside another job's on the same instance type and model
@@ -56,7 +56,7 @@ class Learnt:
         shares = [lesson.start_share for lesson in self.lessons if lesson.instance_type == host.name]
         if not shares:
             return run
-        start = statistics.median(shares) * run.start
+        start = PULL_SECONDS + statistics.median(shares) * (run.start - PULL_SECONDS)
         return replace(run, start=start, low=run.low + start - run.start, high=run.high + start - run.start)
 
 

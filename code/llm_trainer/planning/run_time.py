@@ -7,6 +7,7 @@ from llm_trainer.planning.instances import InstanceType
 
 IMAGE_BYTES = 6.6e9  # unpacked, without CUDA's own of the host (bench/RESULTS.md, Image)
 PULL_BYTES = 100e6  # a second, of an image that is pulled and unpacked: an assumption
+PULL_SECONDS = IMAGE_BYTES / PULL_BYTES
 DOWNLOAD_BYTES = 500e6  # a second, of a model from S3 or the Hub, at most: an assumption
 DISK_BYTES = 2e9  # a second, at which weights are read, and a checkpoint is written and read again: an assumption
 IMPORT_SECONDS = 15.0  # launcher, imports, the first step's allocations and kernels (bench/RESULTS.md, Start)
@@ -89,9 +90,8 @@ def time_start(host: InstanceType, count: int, base_bytes: int, tokens: int) -> 
 
     The image is pulled, the model downloaded and read, and all hosts share the tokenizing.
     """
-    pull = IMAGE_BYTES / PULL_BYTES
     model = base_bytes / find_download_rate(host) + base_bytes / DISK_BYTES
-    return pull + model + IMPORT_SECONDS + tokens / (TOKENS_A_VCPU * host.num_vcpus * count)
+    return PULL_SECONDS + model + IMPORT_SECONDS + tokens / (TOKENS_A_VCPU * host.num_vcpus * count)
 
 
 def find_download_rate(host: InstanceType) -> float:

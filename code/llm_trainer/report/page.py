@@ -8,7 +8,7 @@ import base64
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from jinja2 import Environment, StrictUndefined
 
 from llm_trainer.common.files import write_verbatim
-from llm_trainer.common.units import show_count, show_duration, show_large, show_number, show_share
+from llm_trainer.common.units import show_bytes, show_count, show_duration, show_large, show_number, show_share
 from llm_trainer.journal.records import GenerationRecord
 from llm_trainer.report.advice import find_advice
 from llm_trainer.report.charts import (
@@ -118,6 +118,7 @@ def list_facts(history: History) -> Iterator[tuple[str, str]]:
     speed = history.find_metric("tokens_per_second")
     if speed:
         yield "Tokens a second", show_number(speed.mean)
+    yield from list_comparison(history.manifest.get("planned_and_actual") or {})
     export = history.manifest.get("export") or {}
     if export.get("proven") is False:
         yield "Result", f"not proven: {export.get('reason')}"
@@ -127,6 +128,20 @@ def list_facts(history: History) -> Iterator[tuple[str, str]]:
         yield "Instance hours", f"{history.instance_hours:,.2f}"
     if len(history.attempts) > 1:
         yield "Attempts", str(len(history.attempts))
+
+
+def list_comparison(compared: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield title and text of what was planned beside what the job took, up to its export."""
+    planned, actual = compared.get("planned") or {}, compared.get("actual") or {}
+    shown: dict[str, tuple[str, Callable[[float], str]]] = {
+        "memory_bytes": ("Memory", show_bytes),
+        "step_seconds": ("A step", lambda seconds: f"{seconds:.3g} s"),
+        "hours": ("Hours", lambda hours: f"{hours:.3g}"),
+        "dollars": ("Cost", lambda dollars: f"{dollars:,.2f}"),
+    }
+    for name, (title, show) in shown.items():
+        if planned.get(name) is not None and actual.get(name) is not None:
+            yield f"{title}, planned and actual", f"{show(planned[name])}, {show(actual[name])}"
 
 
 def list_settings(history: History) -> list[tuple[str, str]]:

@@ -6,8 +6,10 @@ allocates.
 """
 
 import os
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -22,6 +24,7 @@ EARLY_SECONDS, LATER_SECONDS = 10.0, 60.0
 EARLY_PHASE_SECONDS = 120.0
 REDRAW_SECONDS = 0.2  # at least so long a bar stays as it is
 HALF_A_DAY = 12 * 3600
+NUM_INTERVALS = 1000  # the last so many steps tell how long one takes
 
 
 class Progress(TrainerCallback):
@@ -32,6 +35,8 @@ class Progress(TrainerCallback):
         self.started, self.num_hosts = started, num_hosts
         self.first_step, self.first_at = 0, 0.0
         self.shown_at = self.began_at = time.monotonic()
+        self.step_intervals: deque[float] = deque(maxlen=NUM_INTERVALS)
+        self.step_at = 0.0
 
     def __enter__(self) -> Self:
         """Begin to show the progress."""
@@ -45,6 +50,9 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         now = time.monotonic()
+        if self.step_at:
+            self.step_intervals.append(now - self.step_at)
+        self.step_at = now
         if not self.first_at:
             self.first_step, self.first_at = state.global_step, now
         elif now - self.shown_at >= self.find_interval(now):
@@ -67,6 +75,11 @@ class Progress(TrainerCallback):
         percent = 100 * state.global_step // max(1, state.max_steps)
         text = "; ".join(self.describe(state, is_over))
         log.info(f"Progress: step {state.global_step} of {state.max_steps} ({percent} %); {text}")
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The median seconds from step to step, in which evaluations and checkpoints do not count. None: one step."""
+        return statistics.median(self.step_intervals) if self.step_intervals else None
 
     def describe(self, state: TrainerState, is_over: bool) -> Iterator[str]:
         """Yield the time of a step, the time that is left, and the cost, as far as they are known."""

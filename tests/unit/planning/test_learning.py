@@ -8,7 +8,7 @@ import pytest
 from llm_trainer.common.errors import UserError
 from llm_trainer.planning.instances import read_instances
 from llm_trainer.planning.learning import Learnt, learn
-from llm_trainer.planning.run_time import RunTime
+from llm_trainer.planning.run_time import PULL_SECONDS, RunTime
 from llm_trainer.planning.step_time import StepTime
 from support.planned_jobs import outline_job
 
@@ -52,9 +52,13 @@ def test_of_several_jobs_the_middle_one_counts(tmp_path, shape):
 
 
 def test_a_start_is_learnt_for_its_own_type(tmp_path, shape):
-    learnt, run = learn([write_manifest(tmp_path / "job", shape)]), RunTime(60.0, 100.0, 0.0, 1.0, 5.0, 120.0, 300.0)
+    learnt, run = (
+        learn([write_manifest(tmp_path / "job", shape)]),
+        RunTime(PULL_SECONDS + 60.0, 100.0, 0.0, 1.0, 5.0, 120.0, 300.0),
+    )
     corrected = learnt.correct_start(run, TYPES["ml.g5.xlarge"])
-    assert (corrected.start, corrected.seconds) == (90.0, 196.0)
+    assert corrected.start == pytest.approx(PULL_SECONDS + 90.0)  # all but the image's pull, which no job sees
+    assert corrected.seconds == pytest.approx(run.seconds + 30.0)
     assert learnt.correct_start(run, TYPES["ml.g5.12xlarge"]) is run
 
 

@@ -7,6 +7,7 @@ import re
 import sys
 import time
 import traceback
+from types import SimpleNamespace
 
 import pytest
 from transformers import TrainerControl, TrainerState
@@ -187,3 +188,15 @@ def test_a_dumb_terminal_has_lines():
 )
 def test_seconds(seconds, text):
     assert show_seconds(seconds) == text
+
+
+def test_a_step_takes_the_median_of_what_lies_between_two(monkeypatch):
+    moments = iter([0.0, 10.0, 12.0, 14.0, 99.0, 101.0])  # an evaluation lies before the fifth step
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(moments), time=time.time))
+    callback = Progress(0.0, 1)
+    monkeypatch.setattr(callback, "find_interval", lambda now: 1e9)
+    state = TrainerState(max_steps=5, is_world_process_zero=True)
+    assert callback.step_seconds is None
+    for step in range(1, 6):
+        step_to(callback, state, step)
+    assert callback.step_seconds == 2.0
