@@ -242,7 +242,8 @@ def add_submit(commands: "Commands[argparse.ArgumentParser]") -> None:
         help="start the job on SageMaker, after checking it",
         description="Start a training job on SageMaker. FILE.yaml holds settings, and under `job:` the options of the "
         "submission; the command line wins over both. --data-dir FOLDER holds a folder for each channel to upload. "
-        "--max-dollars N refuses a job that `plan` finds dearer, by the prices in --prices-file FILE.",
+        "--max-dollars N refuses a job that `plan` finds dearer, by the prices that --prices or --prices-file FILE "
+        "brings.",
         epilog=f"{SEE_SUBMITTING} {SEE_SETTINGS}",
     )
     parser.add_argument(

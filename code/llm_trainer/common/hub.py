@@ -200,11 +200,11 @@ def find_barrier(model: str, others_may_read: bool) -> str | None:
     try:
         HfApi().auth_check(model)
     except HfHubHTTPError as error:
+        if is_passing(error):
+            return f"the Hub is busy ({quote_error(error)})"
         return find_refusal(error, f"model_id={model!r}") if others_may_read else None
     except (httpx2.TransportError, OfflineModeIsEnabled) as error:
         return f"the Hub cannot be reached ({quote_error(error)})"
-    except HFValidationError:  # for `validate` to tell
-        return None
     return None
 
 

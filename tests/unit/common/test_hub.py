@@ -269,3 +269,17 @@ def test_weights_that_alone_are_gated(fake_hub, tmp_path, status, headers, sente
     fake_hub.refused = "model.safetensors"
     fake_hub.refuse(status, **headers)
     assert refuse(loading.fetch_model, MODEL, Settings().model, tmp_path) == f"model_id='{MODEL}' {sentence}"
+
+
+@pytest.mark.parametrize(("status", "headers", "sentence"), REFUSALS[:1])
+def test_a_gated_model_bars_this_machine_and_not_a_job_with_a_token(fake_hub, status, headers, sentence):
+    fake_hub.refuse(status, **headers)
+    assert hub.find_barrier(MODEL, others_may_read=False) is None  # `validate` tells it
+    assert "gated" in hub.find_barrier(MODEL, others_may_read=True)
+
+
+def test_a_hub_that_is_busy_or_out_of_reach_bars_this_machine(fake_hub, monkeypatch):
+    fake_hub.refuse(503)
+    assert "the Hub is busy" in hub.find_barrier(MODEL, others_may_read=False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "the Hub cannot be reached" in hub.find_barrier(MODEL, others_may_read=False)

@@ -15,7 +15,9 @@ from llm_trainer.common import log
 from llm_trainer.common.errors import UserError, cut_quote
 from llm_trainer.config.environment import BASE_DIR, DATA_DIR, DEFAULT_BASE_DIR
 
-PLAN_OPTIONS = ("prices-file", "rows", "tokens-per-row")  # handed on to `plan`
+# Words that are handed on to `plan`.
+ASKS_PRICES = "--prices"
+PLAN_OPTIONS = ("prices-file", "rows", "tokens-per-row")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Budget:
 def take_budget(words: Sequence[str]) -> tuple[Budget, list[str]]:
     """Return the budget that the words set, and the other words. Raises UserError where it is no amount."""
     amount, rest = take_option(words, "max-dollars")
-    plan_words: list[str] = []
+    plan_words = [word for word in rest if word == ASKS_PRICES]
+    rest = [word for word in rest if word != ASKS_PRICES]
     for name in PLAN_OPTIONS:
         value, rest = take_option(rest, name)
         if value is not None:
@@ -82,8 +85,8 @@ def find_plan_refusals(tree: Path, kinds: Mapping[str, int], budget: Budget) -> 
             continue
         elif dollars is None:
             yield (
-                f"--max-dollars cannot be kept on {place}, since the cost is not known: give --prices-file FILE, and "
-                "--rows and --tokens-per-row where the data are in S3."
+                f"--max-dollars cannot be kept on {place}, since the cost is not known: give --prices, and --rows "
+                "and --tokens-per-row where the data are in S3."
             )
         elif dollars > budget.max_dollars:
             yield (

@@ -10,9 +10,9 @@ from llm_trainer.common.errors import UserError
 
 def test_a_budget_and_its_words(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    words = ["--lora_r", "8", "--max-dollars=2.5", "--prices-file", "prices.json", "--rows", "9", "--spot"]
+    words = ["--lora_r", "8", "--max-dollars=2.5", "--prices-file", "prices.json", "--rows", "9", "--prices", "--spot"]
     budget, rest = take_budget(words)
-    assert budget == Budget(2.5, ("--prices-file", str(tmp_path / "prices.json"), "--rows", "9"))
+    assert budget == Budget(2.5, ("--prices", "--prices-file", str(tmp_path / "prices.json"), "--rows", "9"))
     assert rest == ["--lora_r", "8", "--spot"]
     assert take_budget(["--spot"]) == (Budget(None), ["--spot"])
     for amount in ("0", "-1", "nan", "inf", "x"):

@@ -90,7 +90,7 @@ def test_a_job_that_would_fail_is_not_started(aws, channels, capsys):
     [
         ({"fits": False, "how": "DDP"}, [], "The job does not fit on 1 x ml.g6.2xlarge (DDP)"),
         ({"fits": True, "dollars": 12.5}, ["--max-dollars", "10"], "It costs about 12.50 dollars on 1 x ml.g6.2xlarge"),
-        ({"fits": True, "dollars": None}, ["--max-dollars=10"], "the cost is not known: give --prices-file FILE"),
+        ({"fits": True, "dollars": None}, ["--max-dollars=10"], "the cost is not known: give --prices, and --rows"),
         ({"fits": True, "dollars": 1.0}, ["--max-dollars", "ten"], "--max-dollars='ten' is no amount"),
     ],
 )
