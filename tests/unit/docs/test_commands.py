@@ -136,7 +136,7 @@ def test_every_command_and_option_of_ours_is_there():
     pieces += [(block.document, command) for block in COMMANDS for command in block.list_commands()]
     options = {"help", "version", "json", "adapter", "output", "base", "dtype", "data-dir", "output-dir"}
     options |= {"dry-run", "max-dollars", "max_tokens", "name", *OPTIONS}
-    options |= {"prices", "prices-file", "region"}
+    options |= {"prices", "prices-file", "region", "rows", "tokens-per-row", "learn"}
     wrong = []
     for document, piece in pieces:
         words = piece.split()
