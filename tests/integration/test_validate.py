@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from llm_trainer.cli.plan import examine_model, plan
+from llm_trainer.cli.plan_instances import PlanOptions
 from llm_trainer.cli.validate import examine_job, validate
 from llm_trainer.cli.validation import format_json, format_text
 from llm_trainer.common.errors import UserError
@@ -354,3 +355,15 @@ def test_an_earlier_adapter_is_judged_on_the_model_and_counted_with_its_rank(tre
     assert any(text.startswith(line) for text in planned.list_texts("ok"))
     weights = 2 * 5 * (32 + 32)  # layers x rank x (rows + columns)
     assert planned.memory["training"]["parts"]["adapter"] == 4 * weights
+
+
+def test_a_plan_counts_the_rows_of_the_channel_and_needs_both_numbers_in_their_place(tree):
+    with patch.dict(os.environ, {"SAGEMAKER_BASE_DIR": str(tree.base_dir), **tree.environment}):
+        counted = examine_model([])
+        given = examine_model([], PlanOptions(rows=1000, tokens_per_row=50))
+        half = examine_model([], PlanOptions(rows=1000))
+    assert not counted.list_texts("error")
+    assert counted.instances["instances"][0]["hours"] > 0
+    assert given.instances["instances"][0]["steps"] > counted.instances["instances"][0]["steps"]
+    assert counted.instances["cheapest"]["settings"]["per_device_train_batch_size"]
+    assert "stand for data together" in half.list_texts("error")[0]

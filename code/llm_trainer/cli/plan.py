@@ -7,7 +7,8 @@ The model's config.json is enough: neither data nor weights nor a GPU are needed
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from llm_trainer.launcher.worker_processes import build_library_variables
 from llm_trainer.readers.sources import find_train_sources
 
 if TYPE_CHECKING:
+    from llm_trainer.data.splits import Split
     from llm_trainer.model.plan import ModelPlan
 
 USUAL_ROW_TOKENS = 1024  # where max_length=null sets no limit
@@ -107,23 +109,20 @@ def measure_lengths(job: Job, options: PlanOptions, validation: Validation) -> L
     if not find_train_sources(job.settings.data, job.environment)[0]:
         return Lengths()
     inputs, problems = find_inputs(job.settings, job.environment)
-    validation.add_findings("inputs", "error", problems)
-    return Lengths() if problems else tokenize_data(Job(job.environment, job.settings, inputs), validation)
-
-
-def tokenize_data(job: Job, validation: Validation) -> Lengths:
-    """Return the lengths of the rows of a job, which are tokenized as `validate` does."""
-    with tempfile.TemporaryDirectory(prefix="llm-trainer-") as folder:
-        try:
-            prepared = prepare_data(job, Path(folder), Path(folder) / "rejected_rows.jsonl", validation)
-        except (UserError, OSError) as error:
-            problems = error.problems if isinstance(error, UserError) else [f"The data cannot be prepared: {error}."]
-            validation.add_findings("data", "error", problems)
-            return Lengths()
-    validation.add_findings("data", "error", prepared.problems)
-    splits = prepared.splits
+    splits = {} if problems else tokenize_data(Job(job.environment, job.settings, inputs), validation)
+    if not any(split.report.lengths for split in splits.values()):
+        text = "The tokens of the data are not known (`validate` says why): give --rows and --tokens-per-row."
+        validation.add_findings("data", "warning", [text])
+        return Lengths()
     for name, split in splits.items():
         validation.add_findings(name, "ok", [f"{split.report.num_rows:,} rows, {split.report.num_tokens:,} tokens"])
     validated = splits["validation"].report.lengths if "validation" in splits else Counter[int]()
     longest_row = max(split.report.longest_row_tokens for split in splits.values())
     return Lengths(splits["train"].report.lengths, validated, longest_row)
+
+
+def tokenize_data(job: Job, validation: Validation) -> "Mapping[str, Split]":
+    """Return the splits of a job, tokenized as `validate` does; none where that is not possible."""
+    with tempfile.TemporaryDirectory(prefix="llm-trainer-") as folder, suppress(UserError, OSError):
+        return prepare_data(job, Path(folder), Path(folder) / "rejected_rows.jsonl", validation).splits
+    return {}
