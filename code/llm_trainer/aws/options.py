@@ -30,7 +30,7 @@ REQUIRED = {
 class JobOptions(BaseModel):
     """Options of a job for SageMaker, beside its settings."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)  # as YAML reads NAME: 1
 
     name: str | None = Field(None, description="Name of the training job. Default: the YAML file's name and the time.")
     image: str | None = Field(
@@ -107,7 +107,8 @@ def find_fault(name: str, value: Any, raw: Any) -> str | None:
     field = OPTIONS[name]
     is_stray_bool = isinstance(value, bool) and field.annotation is not bool
     try:
-        TypeAdapter[Any](Annotated[field.annotation, field]).validate_python(value)  # type: ignore[arg-type]
+        adapter = TypeAdapter[Any](Annotated[field.annotation, field], config=JobOptions.model_config)  # type: ignore[arg-type]
+        adapter.validate_python(value)
     except ValidationError:
         is_stray_bool = True
     if is_stray_bool:

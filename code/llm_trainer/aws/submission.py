@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_trainer import __version__
-from llm_trainer.aws.options import JobOptions, find_secrets
+from llm_trainer.aws.options import JobOptions
 from llm_trainer.common.metric_definitions import define_metrics
 
 CHECKPOINT_DIR = "/opt/ml/checkpoints"
@@ -44,7 +44,7 @@ def encode_settings(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def find_request_problems(submission: Submission) -> Iterator[str]:
-    """Yield a sentence for everything in a submission that SageMaker would refuse, and for each secret in it."""
+    """Yield a sentence for everything in a submission that SageMaker would refuse."""
     values = submission.hyperparameters
     if len(values) > MAX_HYPERPARAMETERS:
         yield f"SageMaker takes {MAX_HYPERPARAMETERS} hyperparameters, and these are {len(values)}: {IN_CHANNEL}."
@@ -57,7 +57,6 @@ def find_request_problems(submission: Submission) -> Iterator[str]:
                 f"environment has {name!r}, which is no variable for SageMaker: write a name of letters, digits and _, "
                 f"and at most {MAX_VARIABLE_CHARACTERS} characters."
             )
-    yield from find_secrets(values, "hyperparameters")
     wait = submission.options.max_wait_seconds
     if wait and wait < submission.max_run_seconds:
         yield (

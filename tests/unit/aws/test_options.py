@@ -23,6 +23,12 @@ def test_options_come_from_yaml_and_as_words():
     assert (options.subnets, options.security_groups) == (["a", "b"], ["c"])
 
 
+def test_numbers_in_variables_and_tags_are_texts():
+    options, problems = read(environment={"NCCL_NSOCKS_PERTHREAD": 4}, tags={"cost-center": 1234})
+    assert (options.environment, options.tags) == ({"NCCL_NSOCKS_PERTHREAD": "4"}, {"cost-center": "1234"})
+    assert problems == []
+
+
 def test_no_option_has_the_name_of_a_setting():
     assert not OPTIONS.keys() & set(list_valid_names())
 

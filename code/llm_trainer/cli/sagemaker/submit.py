@@ -124,6 +124,7 @@ def read_request(words: Sequence[str]) -> JobRequest:
     options = read_options({**section, **on_line}, problems)
     if file:  # a channel config brings them by itself
         settings = {**resolve_names(in_file, "YAML key", problems), **resolve_names(settings, "Option", [])}
+    problems += find_secrets(encode_settings(settings), "hyperparameters")  # before anything is written
     local, remote = sort_channels({**folders, **options.channels}, problems)
     if problems:
         raise UserError(*problems)
