@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llm_trainer.aws.clients import open_client
-from llm_trainer.common import log
+from llm_trainer.aws.screen import Screen
 from llm_trainer.common.units import show_duration
 
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
@@ -61,26 +61,21 @@ def describe_job(name: str) -> dict[str, Any]:
 def follow_job(name: str) -> dict[str, Any]:
     """Print a job's states and log as they come, until the job ends; return its description then."""
     client, job_log, num_shown = open_client("sagemaker"), JobLog(name), 0
-    while True:
-        job = client.describe_training_job(TrainingJobName=name)
-        states = job.get("SecondaryStatusTransitions", [])
-        for state in states[num_shown:]:
-            log.info(f"{state['Status']}: {state.get('StatusMessage', '')}".rstrip(": "))
-        num_shown = len(states)
-        print_lines(job_log)
-        if job["TrainingJobStatus"] in ENDS:
+    with Screen() as screen:
+        while True:
+            job = client.describe_training_job(TrainingJobName=name)
+            states = job.get("SecondaryStatusTransitions", [])
+            for state in states[num_shown:]:
+                screen.show(f"{state['Status']}: {state.get('StatusMessage', '')}".rstrip(": "))
+            num_shown = len(states)
+            has_ended = job["TrainingJobStatus"] in ENDS
+            for line in job_log.read_new():
+                screen.show(line)
             time.sleep(PAUSE_SECONDS)
-            print_lines(job_log)
-            return job
-        time.sleep(PAUSE_SECONDS)
-
-
-def print_lines(job_log: JobLog) -> None:
-    """Print what is new in a log as it was written: metrics too, since nothing reads them from here."""
-    terminal = log.find_terminal()
-    for line in job_log.read_new():
-        terminal.write(f"{log.show_plainly(line)}\n")
-    terminal.flush()
+            if has_ended:
+                for line in job_log.read_new():
+                    screen.show(line)
+                return job
 
 
 def describe_end(job: Mapping[str, Any]) -> Iterator[str]:
