@@ -145,8 +145,6 @@ def find_malformed(options: JobOptions) -> Iterator[str]:
         if uri and not S3_URI.fullmatch(uri):
             yield f"{name}={uri!r} is no S3 prefix: write s3://BUCKET/PREFIX."
     for channel, place in options.channels.items():
-        if not CHANNEL_NAME.fullmatch(channel):
-            yield f"channels has the channel {channel!r}: write letters, digits, dots, hyphens and underscores."
         if place.startswith("s3:") and not S3_URI.fullmatch(place):
             yield f"channels has {channel}={place!r}, which is no S3 prefix: write s3://BUCKET/PREFIX."
     for kind in ("environment", "tags"):

@@ -17,7 +17,6 @@ Settings come from the command line, from the job's hyperparameters, and from a 
 --data-dir FOLDER holds a folder for each channel, such as train and model, in place of /opt/ml/input/data.
 Without /opt/ml, --output-dir FOLDER gets what SageMaker keeps there: model, output and checkpoints."""
 SEE_SETTINGS = "`llm-trainer train --help` lists all settings."
-SEE_SUBMITTING = "docs/submitting.md lists all options."
 JSON_HELP = "print JSON, for a program to read"
 HELP = frozenset({"-h", "--help"})
 # The options of the commands that take settings. All their other words are settings, which have a syntax of their own
@@ -50,7 +49,7 @@ def parse_command(words: Sequence[str]) -> argparse.Namespace:
     Raises SystemExit after --help and --version, and with code 2 where the words are wrong.
     """
     name, rest = words[0], words[1:]
-    parser = build_parser(lists_settings=name == "train" and not HELP.isdisjoint(rest))
+    parser = build_parser(helped=name if not HELP.isdisjoint(rest) else "")
     if name not in OWN_OPTIONS:
         return parser.parse_args(words)
     own, others = split_options(rest, OWN_OPTIONS[name])
@@ -79,21 +78,21 @@ def split_options(words: Sequence[str], options: frozenset[str]) -> tuple[list[s
     return own, others
 
 
-def build_parser(lists_settings: bool = False) -> argparse.ArgumentParser:
+def build_parser(helped: str = "") -> argparse.ArgumentParser:
     """Return the parser of `llm-trainer`, with a subparser for each command.
 
-    With `lists_settings`, the help of `train` has a paragraph for each setting, which takes longer to make.
+    The help of the command `helped` has a paragraph for each setting or option, which takes longer to make.
     """
     parser = argparse.ArgumentParser("llm-trainer", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__, help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    add_train(commands, lists_settings)
+    add_train(commands, helped == "train")
     add_validate(commands)
     add_plan(commands)
     add_doctor(commands)
+    add_submit(commands, helped == "submit")
     add_merge(commands)
     add_metrics(commands)
-    add_submit(commands)
     add_jobs(commands)
     add_endpoints(commands)
     return parser
@@ -234,18 +233,21 @@ def add_metrics(commands: "Commands[argparse.ArgumentParser]") -> None:
     parser.set_defaults(run=run_metrics)
 
 
-def add_submit(commands: "Commands[argparse.ArgumentParser]") -> None:
+def add_submit(commands: "Commands[argparse.ArgumentParser]", lists_options: bool) -> None:
     """Add the command that starts a job on SageMaker."""
     parser = commands.add_parser(
         "submit",
         usage="llm-trainer submit [FILE.yaml] [--OPTION VALUE ...] [--SETTING VALUE ...] [--max-dollars N] [--dry-run]",
         help="start the job on SageMaker, after checking it",
-        description="Start a training job on SageMaker. FILE.yaml holds settings, and under `job:` the options of the "
-        "submission; the command line wins over both. --data-dir FOLDER holds a folder for each channel to upload. "
-        "--max-dollars N refuses a job that `plan` finds dearer, by the prices that --prices or --prices-file FILE "
-        "brings.",
-        epilog=f"{SEE_SUBMITTING} {SEE_SETTINGS}",
+        description="Start a training job on SageMaker. FILE.yaml holds settings, and under `job:` the options below.\n"
+        "The command line wins over both.\n\n--data-dir FOLDER holds a folder for each channel to upload.\n"
+        "--max-dollars N refuses a job that `plan` finds dearer, by the prices of --prices or --prices-file FILE.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    if lists_options:
+        from llm_trainer.cli.settings_docs import format_option_list
+
+        parser.epilog = f"{format_option_list()}\n\n{SEE_SETTINGS}"
     parser.add_argument(
         "--dry-run", action="store_true", help="print the request of CreateTrainingJob, and start nothing"
     )
@@ -267,7 +269,7 @@ def add_jobs(commands: "Commands[argparse.ArgumentParser]") -> None:
 
 def add_endpoints(commands: "Commands[argparse.ArgumentParser]") -> None:
     """Add the commands that make an endpoint of a job's result, ask it, and delete it."""
-    text = "serve what a training job has left on an endpoint, with AWS's LMI container"
+    text = "serve what a training job has left on an endpoint"
     parser = commands.add_parser("deploy", help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
     parser.add_argument("job", metavar="JOB", help="name of the training job")
     parser.add_argument("--instance_type", required=True, metavar="TYPE", help="such as ml.g6.2xlarge")

@@ -82,6 +82,15 @@ def format_options() -> str:
     return format_table(("option", "takes", "default", "meaning"), rows)
 
 
+def format_option_list() -> str:
+    """Return a paragraph for each option of a submission, as plain text for a terminal."""
+    lines = ["Options:"]
+    for name, field in OPTIONS.items():
+        default = format_option_default(name) or "none"
+        lines.append(f"  --{name}  ({describe_rule(field)}; default {default})\n      {field.description}")
+    return "\n".join(lines)
+
+
 def format_permissions() -> str:
     """Return a Markdown table of the IAM actions that the commands need, each once, and why."""
     rows = {each.action: (f"`{each.action}`", each.commands, each.reason) for each in (*PERMISSIONS.values(), *IMPLIED)}

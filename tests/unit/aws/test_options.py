@@ -51,7 +51,6 @@ def test_no_option_has_the_name_of_a_setting():
         ({"spot": True, "keep_alive_seconds": 60}, "spot=true and keep_alive_seconds exclude"),
         ({"max_wait_seconds": 60}, "is for spot=true alone"),
         ({"subnets": ["subnet-1"]}, "belong together"),
-        ({"channels": {"a b": "data"}}, "the channel 'a b'"),
         ({"channels": {"train": "s3:/bucket"}}, "train='s3:/bucket'"),
         ({"environment": {"HF_TOKEN": "hf_" + "aB3" * 12}}, "HF_TOKEN holds a secret"),
         ({"tags": {"password": "correct-horse-7"}}, "password holds a secret"),

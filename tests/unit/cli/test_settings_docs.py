@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from llm_trainer.aws.options import OPTIONS
 from llm_trainer.cli.settings_docs import (
+    format_option_list,
     format_own_settings,
     format_rules,
     format_settings,
@@ -26,6 +28,11 @@ def test_help_names_every_setting():
     text = format_settings()
     assert all(f"  --{name}  (" in text for name in FIELDS)
     assert all(f"{alias} = {name}" in text for alias, name in ALIASES.items())
+
+
+def test_help_names_every_option_of_a_submission():
+    text = format_option_list()
+    assert all(f"  --{name}  (" in text for name in OPTIONS)
 
 
 def test_each_setting_stands_in_one_table():

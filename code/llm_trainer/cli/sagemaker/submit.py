@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from llm_trainer.aws.clients import find_role, open_client
 from llm_trainer.aws.image import resolve_image
 from llm_trainer.aws.job_tree import lay_out_tree, stand_in
-from llm_trainer.aws.options import OPTIONS, JobOptions, find_secrets, read_options
+from llm_trainer.aws.options import CHANNEL_NAME, OPTIONS, JobOptions, find_secrets, read_options
 from llm_trainer.aws.refusals import explain_refusals
 from llm_trainer.aws.submission import (
     DEFAULT_RUN_SECONDS,
@@ -154,11 +154,17 @@ def find_channels() -> dict[str, str]:
         return {}
     if not os.path.isdir(data_dir):
         raise UserError(f"--data-dir={data_dir!r} is no folder: name the one that holds a folder for each channel.")
-    return {folder.name: str(folder) for folder in sorted(Path(data_dir).iterdir()) if folder.is_dir()}
+    folders = (folder for folder in sorted(Path(data_dir).iterdir()) if folder.is_dir())
+    return {folder.name: str(folder) for folder in folders if not folder.name.startswith(".")}
 
 
 def sort_channels(places: Mapping[str, str], problems: list[str]) -> tuple[dict[str, Path], dict[str, str]]:
     """Return the channels of this machine, and those in S3. Places that are not there become problems."""
+    problems += [
+        f"Channel {name!r} is none for SageMaker: name it by letters, digits, dots, hyphens and underscores."
+        for name in places
+        if not CHANNEL_NAME.fullmatch(name)
+    ]
     remote = {name: place for name, place in places.items() if place.startswith("s3:")}
     local = {name: Path(place).expanduser() for name, place in places.items() if name not in remote}
     for name, place in local.items():

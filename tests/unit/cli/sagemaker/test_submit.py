@@ -156,6 +156,10 @@ def test_no_secret_reaches_the_request(aws, tmp_path, capsys):
 def test_a_job_without_data(aws, tmp_path, capsys):
     assert "give channel train" in submit_wrongly(capsys, "--model_id", "Qwen/Qwen3-0.6B")
     assert "is not there" in submit_wrongly(capsys, "--channels", '{"train": "nowhere"}')
+    (tmp_path / "data/my rows").mkdir(parents=True)
+    (tmp_path / "data/.cache").mkdir()
+    told = submit_wrongly(capsys, "--data-dir", str(tmp_path / "data"))
+    assert "Channel 'my rows' is none for SageMaker" in told and ".cache" not in told
     assert "is no folder" in submit_wrongly(capsys, "--data-dir", str(tmp_path / "nowhere"))
 
     assert aws.requests == []
