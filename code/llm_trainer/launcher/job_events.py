@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The launcher's records in the job's journal: the job at each attempt, its phases, its restarts and its end.
 
-The first training host's launcher writes them; the others send it what they measure (launcher/cluster.py).
+The first training host's launcher writes them; the others send it what they measure (launcher/hosts/cluster.py).
 """
 
 import os
@@ -20,7 +20,7 @@ from llm_trainer.journal.journal import FILE_NAME, Journal
 from llm_trainer.journal.manifest import ADAPTER, read_leftover_manifest
 from llm_trainer.journal.records import SCHEMA_VERSION, RecordKind
 from llm_trainer.journal.timeline import Timeline
-from llm_trainer.launcher.cluster import ClusterLink
+from llm_trainer.launcher.hosts.cluster import ClusterLink
 from llm_trainer.launcher.supervisor import Verdict
 
 

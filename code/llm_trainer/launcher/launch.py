@@ -38,8 +38,8 @@ from llm_trainer.job.rank_traces import RankTraces, find_trace_prefix
 from llm_trainer.job.start_gate import StartGate
 from llm_trainer.journal.journal import FILE_NAME
 from llm_trainer.journal.timeline import Timeline
-from llm_trainer.launcher.cluster import ClusterLink, HostState
-from llm_trainer.launcher.greeting import derive_key
+from llm_trainer.launcher.hosts.cluster import ClusterLink, HostState
+from llm_trainer.launcher.hosts.greeting import derive_key
 from llm_trainer.launcher.job_events import JobDescription, JobEventWriter
 from llm_trainer.launcher.last_words import explain_crash
 from llm_trainer.launcher.reporter_process import ReporterOptions, ReporterProcess

@@ -20,7 +20,7 @@ from llm_trainer.common import log
 from llm_trainer.common.errors import Failure, Wait, choose_cause, read_failures
 from llm_trainer.job.rank_traces import RankTraces
 from llm_trainer.job.start_gate import StartGate
-from llm_trainer.launcher.cluster import ClusterLink, HostState
+from llm_trainer.launcher.hosts.cluster import ClusterLink, HostState
 
 POLL_SECONDS = 0.1
 SETTLE_SECONDS = 10.0  # the cause of a failure may come after its echo

@@ -13,7 +13,7 @@ from llm_trainer.config.schema import Settings, describe_settings
 from llm_trainer.journal.journal import Journal, read_records
 from llm_trainer.journal.records import SCHEMA_VERSION
 from llm_trainer.journal.timeline import Timeline
-from llm_trainer.launcher.cluster import ClusterLink
+from llm_trainer.launcher.hosts.cluster import ClusterLink
 from llm_trainer.launcher.job_events import JobDescription, JobEventWriter
 from llm_trainer.launcher.supervisor import Verdict
 from support.journals import list_fields

@@ -11,7 +11,7 @@ from llm_trainer.common.errors import Failure, Wait
 from llm_trainer.job.rank_traces import RankTraces
 from llm_trainer.job.start_gate import StartGate
 from llm_trainer.launcher import supervisor
-from llm_trainer.launcher.cluster import ClusterLink, HostState
+from llm_trainer.launcher.hosts.cluster import ClusterLink, HostState
 from llm_trainer.launcher.supervisor import AttemptSignals, HostWorkers, Supervisor
 
 HOSTS = ("algo-1", "algo-2", "algo-3")

@@ -11,9 +11,9 @@ from contextlib import suppress
 import pytest
 
 from llm_trainer.common.errors import Failure, UserError
-from llm_trainer.launcher import cluster, greeting
-from llm_trainer.launcher.cluster import ClusterLink, HostState
-from llm_trainer.launcher.greeting import Visitor, introduce
+from llm_trainer.launcher.hosts import cluster, greeting
+from llm_trainer.launcher.hosts.cluster import ClusterLink, HostState
+from llm_trainer.launcher.hosts.greeting import Visitor, introduce
 from support.waiting import GUARD_SECONDS, wait_until
 
 NAMES = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]

@@ -20,7 +20,7 @@ from typing import Any, Self
 from llm_trainer.common.errors import Failure, parse_failure
 from llm_trainer.common.retry import Backoff
 from llm_trainer.host.network import open_port
-from llm_trainer.launcher.greeting import RankTakenError, Visitor, admit, introduce
+from llm_trainer.launcher.hosts.greeting import RankTakenError, Visitor, admit, introduce
 
 PORT = 7778
 HEARTBEAT_SECONDS = 2.0
