@@ -18,6 +18,7 @@ from trl import SFTConfig
 from llm_trainer.common import log
 from llm_trainer.common.ranks import local_rank, rank, world_size
 from llm_trainer.common.safetensors_files import compute_sampled_digest
+from llm_trainer.config.global_batch import describe_batch
 from llm_trainer.config.schema import Settings, describe_settings
 from llm_trainer.config.sections import AdapterSettings
 from llm_trainer.data.datasets import Data, DataPlaces, check_full_batch, load_data
@@ -507,9 +508,7 @@ def describe_run(trainer: ResumableMixin, packing: Packing) -> None:
         log.info(lora.describe_adapter(trainer.model))
     log.info(
         f"Training {trainable:,} of {total:,} weights ({trainable / total:.2%}) on {world_size()} x "
-        f"{arguments.device.type}; "
-        f"global batch {per_device * world_size() * accumulation} {packing.unit} "
-        f"= {per_device} a device x {world_size()} devices x {accumulation} accumulation steps"
+        f"{arguments.device.type}; {describe_batch(per_device, world_size(), accumulation, packing.unit)}"
     )
 
 

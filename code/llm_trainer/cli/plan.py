@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.gpu_memory import examine_memory
+from llm_trainer.cli.gpu_memory import examine_batch, examine_memory
 from llm_trainer.cli.validation import Validation, collect_findings, print_validation
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.environment import read_environment
@@ -57,6 +57,7 @@ def examine_loading(words: Sequence[str], validation: Validation) -> None:
         return
     validation.add_findings("model", "ok", [name, *planned.reasons])
     longest_row = settings.data.max_length or USUAL_ROW_TOKENS
+    examine_batch(settings, environment, validation)
     validation.add_findings("memory", "ok", [f"for rows of {longest_row} tokens, which data may stay below"])
     examine_memory(planned.config, settings, environment, longest_row, validation)
 

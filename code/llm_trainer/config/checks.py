@@ -4,7 +4,6 @@
 from collections.abc import Iterator
 
 from llm_trainer.config.environment import Environment
-from llm_trainer.config.global_batch import find_batch_problem
 from llm_trainer.config.rule import HardwareRule
 from llm_trainer.config.rules import RULES, uses_fsdp
 from llm_trainer.config.schema import Settings, show_value
@@ -27,7 +26,6 @@ def find_missing_hardware(settings: Settings, environment: Environment) -> Itera
     """Yield a sentence for each setting that asks for what the machines, as seen from this host, do not have."""
     for rule in HARDWARE_RULES:
         yield from rule.find_problems(settings, environment)
-    yield from find_batch_problem(settings.training, settings.data, count_devices(settings.parallelism, environment))
 
 
 def count_processes(settings: ParallelismSettings, environment: Environment) -> int:

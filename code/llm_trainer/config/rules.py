@@ -679,7 +679,10 @@ BATCH_RULES = (
     ),
     Rule(
         ("global_batch_tokens", "packing", "max_length"),
-        lambda s: s.training.global_batch_tokens is not None and not (s.data.packing and s.data.max_length),
+        lambda s: (
+            s.training.global_batch_tokens is not None
+            and not (s.data.packing and s.data.max_length and s.data.is_given("max_length"))
+        ),
         "global_batch_tokens={global_batch_tokens} without packing=true and max_length: only sequences that packing "
         "fills have one length; give both, or global_batch_size.",
     ),

@@ -135,7 +135,8 @@ class Section(BaseModel):
     def replace(self, **values: Any) -> Self:
         """Return a copy with other values of some settings, which count as given."""
         given = {name: self.value(name) for name in self.model_fields_set}
-        return type(self)(**{**given, **values})
+        changed = type(self)(**{**given, **values})
+        return changed.fill_in(**{name: value for name, value in self if name not in changed.model_fields_set})
 
 
 SectionType = TypeVar("SectionType", bound=type[Section])

@@ -22,6 +22,7 @@ from llm_trainer.common.errors import Failure, Kind, UserError, quote_error, rep
 from llm_trainer.common.files import write_text
 from llm_trainer.common.hub import find_refusal
 from llm_trainer.common.ranks import describe_rank
+from llm_trainer.config.global_batch import describe_smaller_pieces
 from llm_trainer.config.sections import (
     AdapterSettings,
     DataSettings,
@@ -236,10 +237,7 @@ def list_memory_savings(error: BaseException, facts: JobFacts) -> Iterator[str]:
     if EVALUATION in activities and training.per_device_eval_batch_size > 1:
         yield f"lower per_device_eval_batch_size (now {training.per_device_eval_batch_size})"
     elif training.per_device_train_batch_size > 1:
-        yield (
-            f"lower per_device_train_batch_size (now {training.per_device_train_batch_size}) and raise "
-            f"gradient_accumulation_steps (now {training.gradient_accumulation_steps}) as much"
-        )
+        yield describe_smaller_pieces(training)
     yield f"lower max_length (now {max_length})" if max_length else "set max_length"
     if facts.parallelism.gradient_checkpointing is False:
         yield "set gradient_checkpointing=true"

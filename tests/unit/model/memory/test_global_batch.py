@@ -4,6 +4,7 @@
 import pytest
 from transformers import LlamaConfig
 
+from llm_trainer.common.errors import UserError
 from llm_trainer.common.units import GIB
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.memory.fit import ELSEWHERE
@@ -49,6 +50,18 @@ def test_what_is_given_stays():
     assert pieces_of(split_global_batch(build(2, 1000, global_batch_size=24, gradient_accumulation_steps=6))) == (2, 6)
     scenario = build(2, 1000)
     assert split_global_batch(scenario) is scenario
+
+
+def test_what_is_derived_does_not_count_as_given_and_outlasts_other_changes():
+    training = split_global_batch(build(2, 1000, global_batch_size=24)).settings.training
+    assert not training.is_given("per_device_train_batch_size", "gradient_accumulation_steps")
+    changed = training.replace(optim="adamw_8bit")
+    assert changed.per_device_train_batch_size == training.per_device_train_batch_size == 12
+
+
+def test_devices_that_cannot_share_the_batch_end_the_job():
+    with pytest.raises(UserError, match=r"cannot be shared by 5 devices: give 20 or 25\."):
+        split_global_batch(build(5, 1000, global_batch_size=24))
 
 
 def test_a_model_whose_memory_is_not_known_takes_few_rows(monkeypatch):
