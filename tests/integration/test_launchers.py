@@ -124,7 +124,8 @@ def test_torchrun_itself_starts_a_process_a_device(make_nodes, start, stops):
     """The one that leads trains with as many workers; a stop that reaches all processes saves and ends well."""
     (tree,) = make_nodes({}, num_train_epochs="10000" if stops else "1")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29431"]
-    command = [*torchrun, "--no-python", str(LLM_TRAINER), "train"]
+    script = [str(EXAMPLES / "source_code/train.py")]  # as SDK 3 starts it with `distributed`
+    command = [*torchrun, *(["--no-python", str(LLM_TRAINER), "train"] if stops else script)]
     job = start(tree, command=command)
     if stops:
         job.wait_for("step=2;")
@@ -197,6 +198,26 @@ def test_a_stray_rank_does_no_harm_and_folders_stand_for_opt_ml(make_nodes, tmp_
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"model", "output", "checkpoints"}
     assert (tmp_path / "run/model/adapter_model.safetensors").exists()
     assert (tmp_path / "run/output/data/report.html").exists()
+
+
+@pytest.mark.parametrize("command", ["validate", "plan", "doctor"])
+def test_of_several_processes_on_a_node_the_first_speaks_and_all_end_alike(tmp_path, command):
+    """An empty tree has nothing to look at."""
+    environment = {**os.environ, "SAGEMAKER_BASE_DIR": str(tmp_path), "LLM_TRAINER_DATA_DIR": "/dev/null/data"}
+    processes = [
+        subprocess.Popen(
+            [LLM_TRAINER, command],
+            env=environment | set_by_srun(1, local_rank, num_local=2) | {"SLURM_JOB_ID": command},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for local_rank in (0, 1)
+    ]
+    told = [process.communicate()[0] for process in processes]
+    assert told[0]
+    assert not told[1]
+    assert processes[0].returncode == processes[1].returncode
 
 
 def test_validate_tells_of_strays_and_refuses_what_train_refuses(tmp_path):

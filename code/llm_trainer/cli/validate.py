@@ -76,6 +76,8 @@ def examine_tree(words: Sequence[str], in_colour: bool, validation: Validation) 
         text = "the job runs a script of your own, about which nothing can be checked."
         validation.add_findings("script", "warning", [text])
         return
+    if environment.placement.told_by:
+        validation.add_findings("launcher", "ok", [environment.placement.describe()])
     if environment.placement.warning:
         validation.add_findings("launcher", "warning", [environment.placement.warning])
     settings = examine_settings(environment, words, validation)

@@ -19,7 +19,7 @@ from llm_trainer.common.errors import Failure, UserError, write_failure
 from llm_trainer.common.files import hide_in_file, read_json_object
 from llm_trainer.common.processes import bind_command
 from llm_trainer.config.checks import count_processes
-from llm_trainer.config.environment import Environment, find_base_dir, find_placement, read_environment
+from llm_trainer.config.environment import Environment, find_base_dir, read_environment
 from llm_trainer.config.placement import put_away, take_out
 from llm_trainer.config.schema import describe_settings, show_value
 from llm_trainer.config.secret_references import USED_FOR, Use, read_secret_variables, withhold_secrets
@@ -33,7 +33,7 @@ from llm_trainer.job import checkpoint_dir
 from llm_trainer.job.checkpoint_lock import lock_checkpoints
 from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
 from llm_trainer.job.inputs import find_warnings
-from llm_trainer.job.job import Job, check_job, collect_settings
+from llm_trainer.job.job import Job, check_job
 from llm_trainer.job.rank_traces import RankTraces, find_trace_prefix
 from llm_trainer.job.start_gate import StartGate
 from llm_trainer.journal.journal import FILE_NAME
@@ -43,7 +43,7 @@ from llm_trainer.launcher.hosts.greeting import derive_key
 from llm_trainer.launcher.job_events import JobDescription, JobEventWriter
 from llm_trainer.launcher.last_words import explain_crash
 from llm_trainer.launcher.reporter_process import ReporterOptions, ReporterProcess
-from llm_trainer.launcher.stand_by import Leader, stand_by
+from llm_trainer.launcher.stand_by import run_once_a_node
 from llm_trainer.launcher.stop_signal import StopSignal
 from llm_trainer.launcher.supervisor import (
     INTRODUCTION_SECONDS,
@@ -72,12 +72,7 @@ def launch(arguments: Sequence[str]) -> int:
     put_away(os.environ)
     started = time.time()
     try:
-        placement = find_placement()
-        if placement.local_rank > 0:
-            settings, _ = collect_settings(read_environment(), arguments)
-            return stand_by(placement, settings.parallelism.host_timeout_seconds)
-        with Leader(placement) as leader:
-            return leader.end(lead_node(arguments, is_first=placement.node_rank == 0, started=started))
+        return run_once_a_node(arguments, lambda place: lead_node(arguments, place.node_rank == 0, started))
     except UserError as error:
         return fail(Failure(str(error), "mistake", started))
 
