@@ -51,6 +51,7 @@ BAD_INDEX = re.compile(r"device-side assert triggered")
 FEW_FILES = re.compile(r"Too many open files")
 FEW_THREADS = re.compile(r"can't start new thread|pthread_create")
 GLOO = re.compile(r"/gloo/|monitoredBarrier|Gloo connect")  # its errors are plain RuntimeErrors
+STORE_TIMEOUT = re.compile(r"wait timeout after|Timed out after .* waiting for clients")
 OWN_NCCL_ERROR = re.compile(r"ncclInvalid|ncclUnhandledCudaError")
 
 TRACEBACK_PLACE = "the traceback is in the log and in output/data/failures"
@@ -296,6 +297,12 @@ def is_peer_lost(error: BaseException, text: str) -> bool:
     if is_a(error, "torch.distributed.DistError"):
         return not OWN_NCCL_ERROR.search(text)
     return bool(GLOO.search(text))
+
+
+def is_absence(error: BaseException) -> bool:
+    """Tell whether a rank waited in vain for others to come to a group of ranks. They meet in torch's store."""
+    text = "\n".join(str(link) for link in walk_causes(error))
+    return is_a(error, "torch.distributed.DistError") and STORE_TIMEOUT.search(text) is not None
 
 
 def describe_lost_peer(error: BaseException, facts: JobFacts | None) -> str:

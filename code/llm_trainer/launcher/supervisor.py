@@ -18,12 +18,12 @@ import psutil
 
 from llm_trainer.common import log
 from llm_trainer.common.errors import Failure, Wait, choose_cause, read_failures
-from llm_trainer.job.rank_traces import RankTraces
+from llm_trainer.job.rank_traces import REPORT_SECONDS, RankTraces
 from llm_trainer.job.start_gate import StartGate
 from llm_trainer.launcher.hosts.cluster import ClusterLink, HostState
 
 POLL_SECONDS = 0.1
-SETTLE_SECONDS = 10.0  # the cause of a failure may come after its echo
+SETTLE_SECONDS = REPORT_SECONDS + 10.0  # the cause of a failure may come after its echo
 INTRODUCTION_SECONDS = 20.0  # containers of a job start within this of each other, when all is well
 LEAVE_SECONDS = 120.0  # when all is written, the first host waits no longer than this for the others
 KILL_SECONDS = 10.0
@@ -88,6 +88,7 @@ class Supervisor:
     def run(self) -> Verdict:
         """Run attempt after attempt, until the job is done, stopped, or has failed for good."""
         attempt, earlier = 1, None
+        self.workers.traces.make_folder()
         while True:
             self.signals.reset()
             self.began = time.time()
@@ -168,10 +169,12 @@ class Supervisor:
             states = self.read_states()
             known = [state.failure for state in states.values() if state.failure and state.attempt == attempt]
             known += [describe_loss(name) for name, state in states.items() if state.phase == "lost"]
-            if child.poll() is not None:
+            has_ended = child.poll() is not None
+            if has_ended:
                 known += filter(None, [self.explain_end(child)])
             cause = choose_cause(known)
-            if cause and (cause.kind != "peer" or not self.others or time.monotonic() > deadline):
+            all_told = has_ended and all(has_failed(state, attempt) for state in states.values())
+            if cause and (cause.kind != "peer" or all_told or time.monotonic() > deadline):
                 waits = [wait for failure in known for wait in failure.waits]
                 return self.workers.traces.blame_missing_ranks(cause, [*waits, *self.read_waits()])
             time.sleep(POLL_SECONDS)
@@ -190,7 +193,8 @@ class Supervisor:
 
     def read_waits(self) -> list[Wait]:
         """Return what ranks of this host waited for when this attempt failed."""
-        return self.workers.traces.read_waits(self.began)
+        told = [wait for failure in read_failures(self.signals.failures_dir) for wait in failure.waits]
+        return [*told, *self.workers.traces.read_waits(self.began)]
 
     def judge(self, cause: Failure) -> Verdict:
         """Decide whether another attempt makes sense.
