@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from safetensors.torch import load_file
@@ -121,15 +122,21 @@ def read_words(file):
 
 @pytest.mark.parametrize("stops", [False, True])
 def test_torchrun_itself_starts_a_process_a_device(make_nodes, start, stops):
-    """The one that leads trains with as many workers; a stop that reaches all processes saves and ends well."""
-    (tree,) = make_nodes({}, num_train_epochs="10000" if stops else "1")
+    """The one that leads trains with as many workers.
+
+    A stop saves and ends well where it reaches every process, as Slurm's does, those that load data among them.
+    """
+    changes = {"num_train_epochs": "10000", "dataloader_num_workers": "1"} if stops else {}
+    (tree,) = make_nodes({}, **changes)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29431"]
     script = [str(EXAMPLES / "source_code/train.py")]  # as SDK 3 starts it with `distributed`
     command = [*torchrun, *(["--no-python", str(LLM_TRAINER), "train"] if stops else script)]
     job = start(tree, command=command)
     if stops:
         job.wait_for("step=2;")
-        job.process.send_signal(signal.SIGTERM)
+        started = psutil.Process(job.process.pid)
+        for process in [started, *started.children(recursive=True)]:
+            process.send_signal(signal.SIGTERM)
     exit_code = job.end()
     assert job.log.count("Launched by torchrun: node 1 of 1, with 2 processes on this node") == 1, job.log
     assert stops or exit_code == 0

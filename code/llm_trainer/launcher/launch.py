@@ -44,7 +44,7 @@ from llm_trainer.launcher.job_events import JobDescription, JobEventWriter
 from llm_trainer.launcher.last_words import explain_crash
 from llm_trainer.launcher.reporter_process import ReporterOptions, ReporterProcess
 from llm_trainer.launcher.stand_by import run_once_a_node
-from llm_trainer.launcher.stop_signal import StopSignal
+from llm_trainer.launcher.stop_signal import StopSignal, withhold_stops
 from llm_trainer.launcher.supervisor import (
     INTRODUCTION_SECONDS,
     AttemptSignals,
@@ -264,7 +264,8 @@ class HostJob:
         if self.job.environment.node_rank == 0:  # the host that writes them; the folder may be one for all hosts
             checkpoint_dir.remove_partial_checkpoints(self.job.inputs.checkpoint_dir)
         phases = {"LLM_TRAINER_PHASES": json.dumps(self.timeline.seconds)}
-        return subprocess.Popen(bind_command(command), env={**variables, **phases}, start_new_session=True)
+        with withhold_stops():
+            return subprocess.Popen(bind_command(command), env={**variables, **phases}, start_new_session=True)
 
     def run_reporter(self, variables: Mapping[str, str]) -> contextlib.AbstractContextManager[object]:
         """Return the reporter's process as a context, on the first training host; on the others an empty one."""
