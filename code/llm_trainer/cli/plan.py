@@ -44,6 +44,7 @@ def examine_loading(words: Sequence[str], validation: Validation) -> None:
     except UserError as error:
         validation.add_findings("tree", "error", error.problems)
         return
+    examine_batch(settings, environment, validation)
     name, missing = find_model(settings.model, environment, needs_tokenizer=False)
     adapter, faults = find_adapter(settings.adapter, environment)
     if problems or missing or faults:
@@ -57,7 +58,6 @@ def examine_loading(words: Sequence[str], validation: Validation) -> None:
         return
     validation.add_findings("model", "ok", [name, *planned.reasons])
     longest_row = settings.data.max_length or USUAL_ROW_TOKENS
-    examine_batch(settings, environment, validation)
     validation.add_findings("memory", "ok", [f"for rows of {longest_row} tokens, which data may stay below"])
     examine_memory(planned.config, settings, environment, longest_row, validation)
 

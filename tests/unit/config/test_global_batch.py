@@ -73,6 +73,9 @@ def test_a_batch_that_devices_cannot_share_is_told_with_the_nearest_ones(values,
         ),
         ({"global_batch_tokens": 4096}, "without packing=true and max_length"),
         ({"global_batch_size": 8, "dataloader_drop_last": True}, "which rows it drops would depend on the devices"),
+        ({"global_batch_size": 8, "auto_find_batch_size": True}, "it would lower the rows of a step"),
+        ({"global_batch_size": 8, "average_tokens_across_devices": False}, "the loss would depend on the devices"),
+        ({"global_batch_size": 8, "accelerator_config": {"split_batches": True}}, "'split_batches' would change"),
     ],
 )
 def test_contradicting_settings_of_a_batch_are_told(values, words):
