@@ -58,7 +58,13 @@ from llm_trainer.training.packing_check import build_proxy_model
 from llm_trainer.training.progress import Progress, choose_progress
 from llm_trainer.training.rehearsal import rehearse_step
 from llm_trainer.training.resumable import ResumableMixin, RunContext
-from llm_trainer.training.resume import RunParts, find_checkpoint, find_distribution, identify_run
+from llm_trainer.training.resume import (
+    RunParts,
+    find_checkpoint,
+    find_distribution,
+    find_saved_note,
+    identify_run,
+)
 from llm_trainer.training.sample_answers import SampleAnswers
 from llm_trainer.training.save_and_stop import SaveAndStop
 from llm_trainer.training.sharding import fsdp
@@ -217,7 +223,8 @@ def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
     packing, splits = pack_rows(context, prepared, planned, base)
     identity = identify_run(describe_run_parts(context, prepared, packing, planned.memory.sharded), planned.arguments)
     checkpoint_dir = context.job.inputs.checkpoint_dir
-    checkpoint = find_checkpoint(settings.training, checkpoint_dir, identity, consensus.group)
+    saved = find_saved_note(context.scratch_dir)
+    checkpoint = find_checkpoint(settings.training, checkpoint_dir, identity, consensus.group, saved)
     context.timeline.mark("packing")
 
     model, kept_layers = (base, prepared.tokenizer, planned.arguments), planned.memory.kept_layers
@@ -424,6 +431,7 @@ def build_run_context(context: Context, consensus: StopConsensus, identity: dict
         loraplus_lr_ratio=adapter.loraplus_lr_ratio,
         adapter_start=lora_init.find_adapter_start(init, context.scratch_dir) if adapter.use_peft else None,
         goes_on=bool(adapter.adapter_path),
+        saved=find_saved_note(context.scratch_dir),
     )
 
 

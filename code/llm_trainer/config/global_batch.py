@@ -2,7 +2,7 @@
 """The rows of a step on all devices together, as the settings ask for them, and how devices can share them."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from llm_trainer.config.sections import DataSettings, TrainingSettings
 
@@ -69,6 +69,19 @@ def describe_smaller_pieces(training: TrainingSettings) -> str:
     if given:
         return lower if training.is_given("per_device_train_batch_size") else higher
     return "set a per_device_train_batch_size below what the log's line on the global batch says"
+
+
+def list_host_counts(
+    training: TrainingSettings, data: DataSettings, hosts: Sequence[str], min_hosts: int | None, num_processes: int
+) -> list[int]:
+    """List with how many of its hosts, each of `num_processes` devices, a job may train: the most first.
+
+    All of them, and where `min_hosts` allows fewer those numbers that can share the global batch.
+    """
+    most = len(hosts)
+    fewer = range(most - 1, (min_hosts or most) - 1, -1)
+    problems = {count: [*find_batch_problem(training, data, count * num_processes)] for count in fewer}
+    return [most, *(count for count, found in problems.items() if not found)]
 
 
 def show_nearest(value: int, unit: int, scale: int = 1) -> str:

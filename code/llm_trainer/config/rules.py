@@ -711,6 +711,12 @@ BATCH_RULES = (
         "accelerator_config with a global batch: {key!r} would change the rows of a step; leave it out.",
         lambda s: [{"key": key} for key in BATCH_KEYS if key in s.parallelism.accelerator_config],
     ),
+    Rule(
+        ("min_hosts", "max_restarts"),
+        lambda s: s.parallelism.min_hosts is not None and not s.parallelism.max_restarts,
+        "min_hosts={min_hosts} without max_restarts: to go on without a lost host is a restart; set max_restarts, to 3 "
+        "for example.",
+    ),
 )
 
 DATA_RULES = (

@@ -385,8 +385,17 @@ class ParallelismSettings(Section):
         None, ge=1, description="Worker processes a host. Default: one a GPU, or one on a CPU."
     )
     max_restarts: int = Field(0, ge=0, description="Restarts from the newest checkpoint after a worker has died.")
+    min_hosts: int | None = Field(
+        None,
+        ge=1,
+        description="The fewest hosts to train with, where others do not come or are lost. Default: all of the job's, "
+        "and a lost host ends it.",
+    )
     host_timeout_seconds: int = Field(
-        900, ge=1, description="Seconds to wait at the start for the other hosts of the job."
+        900,
+        ge=1,
+        description="Seconds to wait for the other hosts at the start, and with min_hosts for another one in the place "
+        "of one that is lost.",
     )
     require_efa: bool = Field(
         True,

@@ -53,6 +53,7 @@ class RunContext:
     loraplus_lr_ratio: float | None = None  # the learning rate of the adapter's B divided by A's
     adapter_start: Path | None = None  # folder of the adapter's first values, where a checkpoint has to hold them
     goes_on: bool = False  # whether the adapter begins with the values of an earlier one
+    saved: Path | None = None  # is created when there is a checkpoint
 
 
 class ResumableMixin(Trainer):
@@ -151,6 +152,8 @@ class ResumableMixin(Trainer):
             self.write_partial_checkpoint(partial, model, trial)
             self.barrier_if_sharded()
             self.complete_checkpoint(partial, self.describe_files(partial))
+        if self.run.saved:
+            self.run.saved.touch()
         self.checkpoint_seconds = time.monotonic() - started
         seconds = round(self.checkpoint_seconds, 2)
         self.run.journal.write("checkpoint", step=self.state.global_step, seconds=seconds)

@@ -12,7 +12,8 @@ from llm_trainer.job.rank_traces import RankTraces
 from llm_trainer.job.start_gate import StartGate
 from llm_trainer.launcher import supervisor
 from llm_trainer.launcher.hosts.cluster import ClusterLink, HostState
-from llm_trainer.launcher.supervisor import AttemptSignals, HostWorkers, Supervisor
+from llm_trainer.launcher.hosts.meeting import Quorum
+from llm_trainer.launcher.supervisor import Attempts, AttemptSignals, HostWorkers, Supervisor
 
 HOSTS = ("algo-1", "algo-2", "algo-3")
 ECHO = Failure("Rank 0 lost the other ranks.", "peer", 1.0)
@@ -33,13 +34,13 @@ def find_cause(tmp_path, monkeypatch):
         link = ClusterLink(HOSTS, "algo-1", b"")
         for name, state in others.items():
             link.contacts[name].update(state)
-        traces = RankTraces(str(tmp_path / "none-"), HOSTS, 3)
         monkeypatch.setattr(RankTraces, "read_waits", lambda self, since: own)
         signals = AttemptSignals(tmp_path / "failures", tmp_path / "stop", StartGate(tmp_path))
-        workers = HostWorkers(lambda attempt, earlier: child, list, traces)
+        workers = HostWorkers(lambda attempts: child, list, str(tmp_path / "none-"), num_processes=1)
+        attempts = Attempts(0, 1, HOSTS)
         with subprocess.Popen(command) as child:
             try:
-                return Supervisor(link, HOSTS, workers, signals, max_restarts=0).find_cause(child, attempt=1)
+                return Supervisor(link, Quorum(HOSTS, [3], 1), workers, signals, attempts).find_cause(child, attempt=1)
             finally:
                 child.kill()
 
