@@ -85,13 +85,13 @@ def records(journal, kind):
 @pytest.mark.parametrize(
     ("hanging", "function", "place"),
     [
-        (0, "transformers.trainer:Trainer.training_step", "all_reduce, collective "),
-        (1, "transformers.trainer:Trainer.training_step", "all_reduce, collective "),
+        (0, "llm_trainer.training.resumable:ResumableMixin._save_checkpoint", "all_gather, collective "),
+        (1, "torch.utils.data.dataloader:_BaseDataLoaderIter.__next__", "all_gather, collective "),
         (1, "llm_trainer.training.trainer_config:join_cpu_ranks", "the meeting of all ranks at the start, "),
     ],
 )
 def test_a_rank_that_hangs_is_named_with_its_host_on_every_host(make_hosts, start, tmp_path, hanging, function, place):
-    trees = make_hosts(ddp_timeout="5")
+    trees = make_hosts(ddp_timeout="5", save_steps="2")
     python_path = os.environ.get("PYTHONPATH", "")
     trees[hanging].environment |= hold_function(tmp_path / "held", python_path, function)
     jobs = [start(tree) for tree in trees]
