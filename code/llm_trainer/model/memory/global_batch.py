@@ -43,7 +43,12 @@ def choose_size(scenario: MemoryScenario, sizes: list[int]) -> int:
 
     def fits(size: int, plan: ParallelismPlan) -> bool:
         split = take_rows(scenario, size, 2 if size < sizes[0] else 1)
-        return split.can_hold(split.estimate(plan), find_share(split, plan))
+        try:
+            return split.can_hold(split.estimate(plan), find_share(split, plan))
+        except UnknownShapeError:  # so many rows may take too many operations to follow
+            if size == sizes[-1]:
+                raise
+            return False
 
     if len(sizes) > 1:
         for plan in list_parallelism_plans(scenario.settings, scenario.target):

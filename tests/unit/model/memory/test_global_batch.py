@@ -41,6 +41,18 @@ def test_the_most_rows_that_fit_without_recomputation_are_taken(num_gpus, gib):
         assert not twice.can_hold(twice.estimate(WITHOUT_RECOMPUTATION))
 
 
+def test_rows_whose_step_takes_too_long_to_follow_are_too_many(monkeypatch):
+    estimate = MemoryScenario.estimate
+
+    def fail_on_many(self, plan):
+        if self.settings.training.per_device_train_batch_size > 4:
+            raise UnknownShapeError("it takes too long to follow")
+        return estimate(self, plan)
+
+    monkeypatch.setattr(MemoryScenario, "estimate", fail_on_many)
+    assert pieces_of(split_global_batch(build(1, 1000, global_batch_size=64))) == (4, 16)
+
+
 def test_rows_are_taken_one_by_one_where_nothing_fits():
     assert pieces_of(split_global_batch(build(2, 0.1, global_batch_size=24))) == (1, 12)
 
