@@ -154,7 +154,7 @@ def test_torchrun_itself_starts_a_process_a_device(make_nodes, start, stops):
         (
             set_by_torchrun(0),
             "Host node-1 could not be reached from node-0 within 2 s: see its log; and let the hosts reach each other "
-            "on every port (the job's security groups). If this job has one machine, unset RANK, WORLD_SIZE, ",
+            "on every port (the job's security groups). It has RANK=0, WORLD_SIZE=2, ",
         ),
         (
             set_by_srun(0, local_rank=1, num_local=2),
@@ -186,6 +186,42 @@ def test_a_rank_that_two_machines_have_is_told(make_nodes, start):
         "Two machines have called node-0 as node-1: give each machine of the job a rank" in text for text in told
     )
     assert "(and node-1 is there twice, also as 127.0.0.1)" in nodes[2].failure
+
+
+@pytest.mark.parametrize(
+    ("second", "settings", "sentences"),
+    [
+        (
+            set_by_torchrun(1, num_nodes=3),
+            {},
+            (
+                "Host node-1 could not be reached from node-0 within 2 s: ",
+                "(it takes this host for one of another job: give all hosts the same number of hosts, job name and sec",
+            ),
+        ),
+        (
+            set_by_torchrun(1) | {"MASTER_ADDR": "nobody.invalid"},
+            {},
+            (
+                "It has RANK=0, WORLD_SIZE=2, ",
+                "It has RANK=1, WORLD_SIZE=2, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1, MASTER_AD",
+            ),
+        ),
+        (
+            set_by_torchrun(1),
+            {"learning_rate": "0.5"},
+            ("Host node-1 differs from node-0 in learning_rate (0.01 on node-0): give all hosts of the job the same",)
+            * 2,
+        ),
+    ],
+)
+def test_nodes_that_were_told_different_things_end_in_a_sentence_each(make_nodes, start, second, settings, sentences):
+    nodes = make_nodes(set_by_torchrun(0), second, host_timeout_seconds="2" if not settings else "60")
+    nodes[1].change(**settings)
+    jobs = [start(node) for node in nodes]
+    for node, job, sentence in zip(nodes, jobs, sentences, strict=True):
+        assert job.end() == 1
+        assert sentence in node.failure
 
 
 def test_a_stray_rank_does_no_harm_and_folders_stand_for_opt_ml(make_nodes, tmp_path):

@@ -38,8 +38,12 @@ def parse_command(words: Sequence[str]) -> argparse.Namespace:
         return parser.parse_args(words)
     asked = parser.parse_args([name, *(word for word in rest if word in OWN_OPTIONS[name])])
     from llm_trainer.cli.folders import take_folders  # a parser of YAML comes with it
+    from llm_trainer.common.errors import UserError
 
-    asked.settings = take_folders([word for word in rest if word not in OWN_OPTIONS[name]])
+    try:
+        asked.settings = take_folders([word for word in rest if word not in OWN_OPTIONS[name]])
+    except UserError as error:
+        parser.error(str(error))
     return asked
 
 

@@ -38,6 +38,7 @@ from llm_trainer.job.rank_traces import find_trace_prefix
 from llm_trainer.job.start_gate import StartGate
 from llm_trainer.journal.journal import FILE_NAME
 from llm_trainer.journal.timeline import Timeline
+from llm_trainer.launcher.hosts.agreement import list_facts
 from llm_trainer.launcher.hosts.cluster import ClusterLink, HostState
 from llm_trainer.launcher.hosts.failover import find_successor, wait_for_hub
 from llm_trainer.launcher.hosts.greeting import derive_key
@@ -157,6 +158,7 @@ def prepare_host(
     try:
         job = check_job(environment, arguments)
         check_host(job)
+        link.facts = list_facts(describe_settings(job.settings), count_processes(job.settings.parallelism, environment))
     except UserError as error:
         failed = Failure(str(error), "mistake", timeline.started)
     except Exception as error:  # told to the other hosts like a mistake: they wait for this one

@@ -91,6 +91,7 @@ def test_slurm_without_srun_trains_on_this_node_alone_and_says_so():
         ({"AWS_BATCH_JOB_NUM_NODES": "2"}, "set all of them, as AWS Batch does"),
         (set_by_srun(0, local_rank=1), "these contradict each other"),
         (set_by_srun(0) | {"SLURM_STEP_TASKS_PER_NODE": "?"}, "these contradict each other"),
+        (set_by_srun(0) | {"SLURM_STEP_TASKS_PER_NODE": "2,1"}, "each node must have as many tasks; give srun --ntask"),
     ],
 )
 def test_what_cannot_be_true_is_a_sentence(variables, sentence):

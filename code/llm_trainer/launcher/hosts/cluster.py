@@ -49,6 +49,7 @@ class HostState:
     failure: Failure | None = None
     is_stopping: bool = False  # its container got a stop signal
     members: tuple[str, ...] = ()  # the hosts of the attempt, as the first one has chosen them
+    facts: dict[str, str] = field(default_factory=dict)  # of a host that is ready: digests of what all must have alike
 
     @property
     def is_final(self) -> bool:
@@ -71,7 +72,9 @@ def parse_message(text: str | bytes) -> tuple[str, HostState, Overview]:
         state, failure = words["state"], words["state"]["failure"]
         failed = parse_failure(failure) if failure else None
         members = tuple(str(name) for name in state.get("members", ()))
-        told = HostState(state["phase"], int(state["attempt"]), failed, state.get("is_stopping") is True, members)
+        facts = {str(name): str(value) for name, value in state.get("facts", {}).items()}
+        is_stopping = state.get("is_stopping") is True
+        told = HostState(state["phase"], int(state["attempt"]), failed, is_stopping, members, facts)
         if told.phase not in PHASES:
             raise ValueError(f"no phase of a host: {told.phase!r}")
         return words["host"], told, Overview([*words.get("absent", [])], {**words.get("addresses", {})})
@@ -100,10 +103,12 @@ class HostContact:
     state: HostState = field(default_factory=HostState)
     heard_at: float = 0.0  # time.monotonic()
     broken_at: float | None = None
+    facts: dict[str, str] = field(default_factory=dict)  # as it told when it was ready
 
     def update(self, state: HostState) -> None:
         """Note what the host has just said."""
         self.state, self.heard_at, self.broken_at = state, time.monotonic(), None
+        self.facts = state.facts or self.facts
 
     @property
     def answers(self) -> bool:
@@ -135,6 +140,7 @@ class ClusterLink:
         `hub_address` is where the hub is reached, by default at its name.
         """
         self.key = key
+        self.facts: dict[str, str] = {}  # what this host has that all must have alike, once its job is checked
         self.hub_address = hub_address or names[0]
         self.visitor = Visitor(own)
         self.guests: dict[str, str] = {}  # host -> which of its processes is known, on the hub

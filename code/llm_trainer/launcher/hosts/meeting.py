@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llm_trainer.common import log
 from llm_trainer.common.errors import Failure, choose_cause
+from llm_trainer.launcher.hosts.agreement import digest_facts, find_disagreement
 from llm_trainer.launcher.hosts.cluster import ClusterLink, HostState
 
 POLL_SECONDS = 0.1
@@ -57,7 +58,8 @@ def wait_for_all_hosts(
     `attempt` is the last one that this host has made, under another first host. Returns the failure of one of them,
     this one included, or of those that never came where too few are there.
     """
-    link.publish(HostState("failed", failure=own_failure) if own_failure else HostState("ready", attempt))
+    ready = HostState("ready", attempt, facts=digest_facts(link.facts))
+    link.publish(HostState("failed", failure=own_failure) if own_failure else ready)
     failure = own_failure
     deadline = time.monotonic() + quorum.timeout
     while not stop_file.exists() and (absent := link.find_absent()) and time.monotonic() < deadline:
@@ -69,10 +71,17 @@ def wait_for_all_hosts(
     if link.own == link.hub:
         states = [link.state(name) for name in link.names]
         failures = [state.failure for state in states if state.attempt == 0]  # later ones are of an earlier first host
-        failure = choose_cause(filter(None, [failure, *failures]))
+        failure = choose_cause(filter(None, [failure, *failures])) or compare_facts(link)
         if failure:
             link.publish(HostState("failed", failure=failure))
     return failure
+
+
+def compare_facts(link: ClusterLink) -> Failure | None:
+    """Return the failure of a job whose hosts do not have alike what they must, None where they do."""
+    others = {name: link.contacts[name].facts for name in link.names if name != link.own}
+    text = find_disagreement(link.own, link.facts, others)
+    return Failure(text, "mistake", time.time()) if text else None
 
 
 def judge_absence(link: ClusterLink, absent: list[str], quorum: Quorum) -> Failure | None:

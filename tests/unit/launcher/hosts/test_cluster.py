@@ -128,7 +128,9 @@ def test_whoever_gives_no_proof_is_not_heard(three, words):
 
 @pytest.mark.usefixtures("three")
 def test_a_host_with_another_key_is_refused_and_learns_it():
-    with pytest.raises(ConnectionRefusedError, match="it takes this host for a stranger: give all hosts the same job"):
+    with pytest.raises(
+        ConnectionRefusedError, match="it takes this host for one of another job: give all hosts the same number"
+    ):
         call(NAMES[1], b"of another job")
 
 
