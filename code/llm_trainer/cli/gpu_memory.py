@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from llm_trainer.cli.validation import Validation
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.units import show_bytes
-from llm_trainer.config.checks import count_devices
+from llm_trainer.config.checks import count_devices, count_usable_hosts
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.global_batch import (
     PIECES,
@@ -53,7 +53,9 @@ def examine_memory(
         target = find_gpus(settings, environment)
         evaluates = bool(find_validation_sources(settings.data, environment)[0])
         if target and not any(find_batch_problem(settings.training, settings.data, num_devices)):  # else told already
-            fit_here(build_scenario(config, settings, longest_row, target, evaluates), validation)
+            scenario = build_scenario(config, settings, longest_row, target, evaluates)
+            fit_here(scenario, validation)
+            fit_fewer_hosts(scenario, count_usable_hosts(settings, environment), validation)
         elif not target:
             for split in list_splits(settings, num_devices):
                 fit_elsewhere(config, split, longest_row, evaluates, validation)
@@ -98,6 +100,16 @@ def fit_here(scenario: "MemoryScenario", validation: Validation) -> None:
     plan = choose_memory_plan(scenario)
     validation.memory = plan.describe()
     validation.add_findings("memory", "warning" if plan.warning else "ok", [plan.warning or plan.reason])
+
+
+def fit_fewer_hosts(scenario: "MemoryScenario", counts: list[int], validation: Validation) -> None:
+    """Add what the job lacks on the fewest hosts that it may go on with. `counts` are those numbers, the most first."""
+    from llm_trainer.model.memory.global_batch import find_shortage
+
+    num_devices = counts[-1] * scenario.target.world_size // counts[0]
+    if len(counts) > 1 and (shortage := find_shortage(scenario, num_devices)):
+        text = f"With {counts[-1]} hosts, which min_hosts allows, the job would not fit: {shortage}"
+        validation.add_findings("memory", "warning", [text])
 
 
 def list_splits(settings: Settings, num_devices: int) -> Iterator[Settings]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.global_batch import find_batch_problem, find_global_batch, list_device_batches
-from llm_trainer.model.memory.fit import find_share
+from llm_trainer.model.memory.fit import choose_memory_plan, find_share
 from llm_trainer.model.memory.scenario import MemoryScenario, ParallelismPlan, list_parallelism_plans
 from llm_trainer.model.memory.shape import UnknownShapeError
 
@@ -32,6 +32,17 @@ def split_global_batch(scenario: MemoryScenario) -> MemoryScenario:
     except UnknownShapeError:
         size = next((size for size in sizes if size <= UNKNOWN_MODEL_ROWS), sizes[-1])
     return take_rows(scenario, size, rows // (num_devices * size))
+
+
+def find_shortage(scenario: MemoryScenario, num_devices: int) -> str | None:
+    """Return why the job would not fit on so many devices of the same kind; None where it would."""
+    try:
+        choose_memory_plan(
+            split_global_batch(replace(scenario, target=replace(scenario.target, world_size=num_devices)))
+        )
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def choose_size(scenario: MemoryScenario, sizes: list[int]) -> int:

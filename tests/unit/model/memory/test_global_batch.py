@@ -8,7 +8,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.common.units import GIB
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.memory.fit import ELSEWHERE
-from llm_trainer.model.memory.global_batch import UNKNOWN_MODEL_ROWS, split_global_batch
+from llm_trainer.model.memory.global_batch import UNKNOWN_MODEL_ROWS, find_shortage, split_global_batch
 from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, ParallelismPlan, Target
 from llm_trainer.model.memory.shape import UnknownShapeError
 
@@ -55,6 +55,12 @@ def test_rows_whose_step_takes_too_long_to_follow_are_too_many(monkeypatch):
 
 def test_rows_are_taken_one_by_one_where_nothing_fits():
     assert pieces_of(split_global_batch(build(2, 0.1, global_batch_size=24))) == (1, 12)
+
+
+def test_fewer_devices_may_be_too_few_for_a_sharded_model():
+    scenario = split_global_batch(build(8, 2.5, global_batch_size=64, use_peft=False, distribution="fsdp"))
+    assert find_shortage(scenario, 8) is None
+    assert "needs" in find_shortage(scenario, 2)
 
 
 def test_what_is_given_stays():
