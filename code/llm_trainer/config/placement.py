@@ -107,8 +107,9 @@ def read_placement(variables: Mapping[str, str], on_sagemaker: bool) -> Placemen
         if told.keys() >= {*dialect.needed}:
             placement = dialect.read(told)
             told_by = tuple(f"{name}={cut_quote(told[name])}" for name in dialect.needed)
-            return replace(placement, launcher=dialect.launcher, told_by=told_by, job=name_job(told))
-    return Placement(warning=judge_strays(told))
+            warning = judge_slurm(told) if dialect.read is read_slurm and placement.num_nodes == 1 else None
+            return replace(placement, launcher=dialect.launcher, told_by=told_by, job=name_job(told), warning=warning)
+    return Placement(warning=judge_strays(told) or judge_slurm(told))
 
 
 def place_on_sagemaker(told: Mapping[str, str]) -> Placement:
@@ -145,6 +146,11 @@ def judge_strays(told: Mapping[str, str]) -> str | None:
                 f"{launcher} does, or unset them all for a job of this machine alone."
             )
         return f"{list_values(told, found)} in the environment without {', '.join(missing)}: passed over."
+    return None
+
+
+def judge_slurm(told: Mapping[str, str]) -> str | None:
+    """Return a warning where Slurm has given more nodes than train: in a batch script, or the shell of `salloc`."""
     num_nodes = told.get("SLURM_JOB_NUM_NODES", "1")
     if num_nodes not in ("", "1"):
         return (

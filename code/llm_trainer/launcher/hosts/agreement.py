@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the hosts of a job must have alike: the version of the image, the number of workers, and the settings.
+"""Facts that all hosts of a job must have alike: the version of the image, the number of workers, the settings.
 
 SageMaker gives all hosts the same. Elsewhere each has a command line of its own, and would train a model of its own.
 """
