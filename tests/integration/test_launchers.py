@@ -178,7 +178,7 @@ def test_a_port_in_use_ends_in_a_sentence(make_nodes):
 
 
 def test_a_rank_that_two_machines_have_is_told(make_nodes, start):
-    nodes = make_nodes(*map(set_by_torchrun, (1, 1, 0), (0, 0, 0), (3, 3, 3)), host_timeout_seconds="8")
+    nodes = make_nodes(*map(set_by_torchrun, (1, 1, 0), (0, 0, 0), (3, 3, 3)), host_timeout_seconds="20")
     jobs = [start(node) for node in nodes]
     assert [job.end() for job in jobs] == [1, 1, 1]
     told = [node.failure for node in nodes]

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm_trainer.common.processes import bind_command
 from llm_trainer.config.environment import Environment
 from llm_trainer.host.findings import Finding
 
@@ -122,7 +123,7 @@ def run_fi_info(command: Sequence[str]) -> tuple[int, str]:
     """Return the exit code and the output of fi_info. One that cannot run, or does not end, fails."""
     try:
         result = subprocess.run(
-            command,
+            bind_command(command),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -2,7 +2,7 @@
 """The host that takes the place of the first one. tests/integration/test_lost_hosts.py has whole jobs."""
 
 from llm_trainer.config.environment import read_environment
-from llm_trainer.config.placement import Placement
+from llm_trainer.config.placement import PUT_AWAY, Placement
 from llm_trainer.launcher.hosts.cluster import ClusterLink, HostState, Overview
 from llm_trainer.launcher.hosts.failover import find_successor
 from llm_trainer.launcher.hosts.meeting import Quorum
@@ -32,6 +32,7 @@ def test_too_few_are_left():
 
 def test_the_next_attempt_is_placed_around_it(monkeypatch, tmp_path):
     monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(tmp_path))
+    monkeypatch.delenv(PUT_AWAY, raising=False)
     for name, value in {"WORLD_SIZE": "4", "RANK": "2", "MASTER_ADDR": "10.0.0.9"}.items():
         monkeypatch.setenv(name, value)
     environment = read_environment()
