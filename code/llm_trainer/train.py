@@ -18,6 +18,8 @@ from trl import SFTConfig
 from llm_trainer.common import log
 from llm_trainer.common.ranks import local_rank, rank, world_size
 from llm_trainer.common.safetensors_files import compute_sampled_digest
+from llm_trainer.config.checks import count_usable_hosts
+from llm_trainer.config.global_batch import describe_batch
 from llm_trainer.config.schema import Settings, describe_settings
 from llm_trainer.config.sections import AdapterSettings
 from llm_trainer.data.datasets import Data, DataPlaces, check_full_batch, load_data
@@ -43,7 +45,7 @@ from llm_trainer.model.layers import float8
 from llm_trainer.model.liger import apply_liger
 from llm_trainer.model.memory.fit import MemoryPlan, choose_memory_plan, describe_memory_plan, find_target
 from llm_trainer.model.memory.flops import find_peak_tokens_per_second, measure_row_tokens
-from llm_trainer.model.memory.global_batch import split_global_batch
+from llm_trainer.model.memory.global_batch import find_shortage, split_global_batch
 from llm_trainer.model.memory.peak import Peak
 from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings
 from llm_trainer.model.plan import ModelPlan, PlanSettings, plan_model
@@ -68,7 +70,13 @@ from llm_trainer.training.packing_check import build_proxy_model
 from llm_trainer.training.progress import Progress, choose_progress
 from llm_trainer.training.rehearsal import rehearse_step
 from llm_trainer.training.resumable import ResumableMixin, RunContext
-from llm_trainer.training.resume import RunParts, find_checkpoint, find_distribution, identify_run
+from llm_trainer.training.resume import (
+    RunParts,
+    find_checkpoint,
+    find_distribution,
+    find_saved_note,
+    identify_run,
+)
 from llm_trainer.training.sample_answers import SampleAnswers
 from llm_trainer.training.save_and_stop import SaveAndStop
 from llm_trainer.training.sharding import fsdp
@@ -214,10 +222,19 @@ def plan(context: Context, prepared: Prepared) -> Planned:
     scenario = split_global_batch(MemoryScenario(model_plan.config, sections, longest_row, target, *kernels, evaluates))
     memory = choose_memory_plan(scenario, earlier)
     log.info(*describe_memory_plan(memory))
+    warn_of_fewer_hosts(context.job, scenario)
     job = replace(context.job, settings=settings.model_copy(update={"training": scenario.settings.training}))
     device, dtype = model_plan.device.torch, model_plan.precision.compute
     arguments = build_arguments(prepared.method, collect_argument_sources(job), device, dtype, memory)
     return Planned(job, scenario, memory, arguments)
+
+
+def warn_of_fewer_hosts(job: Job, scenario: MemoryScenario) -> None:
+    """Log that the job would not fit on the fewest hosts that `min_hosts` lets it go on with, where that is so."""
+    count, hosts = count_usable_hosts(job.settings, job.environment)[-1], job.environment.hosts
+    num_devices = count * scenario.target.world_size // len(hosts)
+    if count < len(hosts) and (shortage := find_shortage(scenario, num_devices)):
+        log.warning(f"With {count} hosts, which min_hosts allows, the job would not fit: {shortage}")
 
 
 def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
@@ -230,7 +247,8 @@ def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
     packing, splits = pack_rows(context, prepared, planned, base)
     identity = identify_run(describe_run_parts(context, prepared, packing, planned.memory.sharded), planned.arguments)
     checkpoint_dir = context.job.inputs.checkpoint_dir
-    checkpoint = find_checkpoint(settings.training, checkpoint_dir, identity, consensus.group)
+    saved = find_saved_note(context.scratch_dir)
+    checkpoint = find_checkpoint(settings.training, checkpoint_dir, identity, consensus.group, saved)
     context.timeline.mark("packing")
 
     model, kept_layers = (base, prepared.tokenizer, planned.arguments), planned.memory.kept_layers
@@ -437,6 +455,7 @@ def build_run_context(context: Context, consensus: StopConsensus, identity: dict
         loraplus_lr_ratio=adapter.loraplus_lr_ratio,
         adapter_start=lora_init.find_adapter_start(init, context.scratch_dir) if adapter.use_peft else None,
         goes_on=bool(adapter.adapter_path),
+        saved=find_saved_note(context.scratch_dir),
     )
 
 
@@ -544,9 +563,7 @@ def describe_run(trainer: ResumableMixin, packing: Packing) -> None:
         log.info(lora.describe_adapter(trainer.model))
     log.info(
         f"Training {trainable:,} of {total:,} weights ({trainable / total:.2%}) on {world_size()} x "
-        f"{arguments.device.type}; "
-        f"global batch {per_device * world_size() * accumulation} {packing.unit} "
-        f"= {per_device} a device x {world_size()} devices x {accumulation} accumulation steps"
+        f"{arguments.device.type}; {describe_batch(per_device, world_size(), accumulation, packing.unit)}"
     )
 
 

@@ -7,24 +7,23 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError, report_failure, reserve_failure
 from llm_trainer.common.library_noise import silence_libraries
 from llm_trainer.common.processes import exit_without_teardown
-from llm_trainer.common.ranks import POLL_SECONDS, describe_rank, local_rank, local_world_size, rank
+from llm_trainer.common.ranks import POLL_SECONDS, describe_rank, local_rank, local_world_size, rank, world_size
 from llm_trainer.config.sft_config_fields import read_snapshot
 from llm_trainer.config.tracker_choice import configure_trackers
 from llm_trainer.job import checkpoint_dir
-from llm_trainer.job.failure_reasons import JobFacts, explain, write_traceback
+from llm_trainer.job.failure_reasons import JobFacts, explain, is_absence, write_traceback
 from llm_trainer.job.job import Job, read_job
-from llm_trainer.job.rank_traces import find_trace_prefix, write_trace
+from llm_trainer.job.rank_traces import REPORT_SECONDS, describe_meeting, find_trace_prefix, write_trace
 from llm_trainer.journal.journal import FILE_NAME, Journal
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.training.lost_batches import end_process_on_lost_batch
-
-REPORT_SECONDS = 10.0  # ranks that wait for one and the same time out within this of each other
 
 
 def main() -> int:
@@ -105,6 +104,9 @@ def report_worker_failure(error: BaseException, job: Job, scratch_dir: Path) -> 
     """Leave the reason for the launcher, and the traceback, unless it is a user's mistake, in the log and a file."""
     environment, facts = job.environment, collect_facts(job)
     failure = explain(error, describe_rank(rank()), facts)
+    if is_absence(error):
+        waits = (describe_meeting(rank(), world_size(), job.settings.parallelism.ddp_timeout),)
+        failure = replace(failure, waits=waits)
     if local_rank() == 0:  # half a checkpoint may be what filled the disk
         checkpoint_dir.remove_partial_checkpoints(job.inputs.checkpoint_dir)
     report_failure(scratch_dir / "failures", f"rank-{rank()}", failure)

@@ -12,6 +12,7 @@ import torch
 
 from llm_trainer.cli import all_reduce, doctor
 from llm_trainer.config.environment import read_environment
+from support.launchers import set_by_train_job
 from support.waiting import GUARD_SECONDS, wait_until
 
 
@@ -50,8 +51,10 @@ def row(result: subprocess.CompletedProcess[str], subject: str) -> str:
 
 
 def test_an_old_driver_is_an_error_and_so_is_a_failed_self_test(run_doctor, fake_nvml, broken_torch):
-    result = run_doctor(**fake_nvml(gpus=2, driver="535.183.01", cuda="12.2"), **broken_torch)
+    machine = fake_nvml(gpus=2, driver="535.183.01", cuda="12.2") | broken_torch
+    result = run_doctor(**machine, **set_by_train_job(1))
     assert result.returncode == 1
+    assert row(result, "launcher").startswith("launcher ok Launched by Kubeflow: node 2 of 2, the first at 127.0.0.1 (")
     assert row(result, "GPUs") == "GPUs ok 2 x NVIDIA Fake 24GB, 24 GiB"
     assert row(result, "driver").startswith("driver error 535.183.01 supports CUDA 12.2, torch is built with CUDA 13.0")
     assert "No module named" in row(result, "all-reduce")

@@ -4,6 +4,7 @@
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from support.sagemaker_tree import metrics_of
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.long
 # Float32, and sums in another order. Adam divides by the gradient's size: with its epsilon a gradient that is but
 # rounding would move a weight by a whole learning rate.
 TOLERANCE = 1e-5
-# Of 20 rows a step has 12, and the last one of an epoch 8: there 3 ranks have a row to fill.
+# Of 32 rows a step has 12, and the last one of an epoch 8: there 3 ranks have a row to fill.
 HYPERPARAMETERS = {
     "global_batch_size": "12",
     "num_train_epochs": "2",
@@ -86,3 +87,25 @@ def test_a_run_goes_on_with_other_devices_sharded_or_not(make_job, alone):
         log = run(tree)
         assert f"Resuming from {tree.base_dir}/checkpoints/checkpoint-{step}" in log
         assert_same_end(tree, log, alone)
+
+
+@pytest.mark.parametrize("kinds", [("fsdp", "ddp"), ("ddp", "fsdp")], ids=" then ".join)
+def test_dropout_draws_by_rank_and_the_best_checkpoint_may_be_of_the_other_kind(make_job, kinds):
+    """The run goes on twice by four ranks, of which two drew nothing before. The loss falls, and the highest wins."""
+    options = {"lora_dropout": "0.5", "load_best_model_at_end": "true", "greater_is_better": "true"}
+    options |= {"eval_strategy": "steps", "eval_steps": "1"}
+    tree = make_job(2, **options, distribution=kinds[0])
+    begun, best, losses = run(tree), weights_of(tree), []
+    assert tree.checkpoints == [1, 2, 3, 4, 5, 6]
+    tree.change(nproc_per_node="4", distribution=kinds[1])
+    for _ in range(2):
+        for later in tree.checkpoints[1:]:
+            shutil.rmtree(tree.base_dir / f"checkpoints/checkpoint-{later}")
+        log = run(tree)
+        assert f"Resuming from {tree.base_dir}/checkpoints/checkpoint-1" in log
+        for name in ("step", "learning_rate", "tokens"):
+            values = metrics_of(log, name)
+            assert values == metrics_of(begun, name)[-len(values) :], name
+        assert all(torch.equal(tensor, best[name]) for name, tensor in weights_of(tree).items())
+        losses.append(metrics_of(log, "train_loss"))
+    assert losses[0] == losses[1] != metrics_of(begun, "train_loss")[1:]

@@ -82,15 +82,22 @@ def records(journal, kind):
     return [record for record, _ in read_records(journal) if record["kind"] == kind]
 
 
-@pytest.mark.parametrize("hanging", [0, 1])
-def test_a_rank_that_hangs_is_named_with_its_host_on_every_host(make_hosts, start, tmp_path, hanging):
-    trees = make_hosts(ddp_timeout="5")
-    python_path, step = os.environ.get("PYTHONPATH", ""), "transformers.trainer:Trainer.training_step"
-    trees[hanging].environment |= hold_function(tmp_path / "held", python_path, step)
+@pytest.mark.parametrize(
+    ("hanging", "function", "place"),
+    [
+        (0, "llm_trainer.training.resumable:ResumableMixin._save_checkpoint", "all_gather, collective "),
+        (1, "torch.utils.data.dataloader:_BaseDataLoaderIter.__next__", "all_gather, collective "),
+        (1, "llm_trainer.training.trainer_config:join_cpu_ranks", "the meeting of all ranks at the start, "),
+    ],
+)
+def test_a_rank_that_hangs_is_named_with_its_host_on_every_host(make_hosts, start, tmp_path, hanging, function, place):
+    trees = make_hosts(ddp_timeout="5", save_steps="2")
+    python_path = os.environ.get("PYTHONPATH", "")
+    trees[hanging].environment |= hold_function(tmp_path / "held", python_path, function)
     jobs = [start(tree) for tree in trees]
     for job, tree in zip(jobs, trees, strict=True):
         assert job.end() == 1
-        assert tree.failure.startswith(f"Rank {hanging} on host {HOSTS[hanging]} did not come to "), job.log
+        assert tree.failure.startswith(f"Rank {hanging} on host {HOSTS[hanging]} did not come to {place}"), job.log
 
 
 def test_the_loss_of_the_first_host_ends_the_others_with_its_name(make_hosts, start):

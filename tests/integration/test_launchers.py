@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from safetensors.torch import load_file
@@ -121,14 +122,21 @@ def read_words(file):
 
 @pytest.mark.parametrize("stops", [False, True])
 def test_torchrun_itself_starts_a_process_a_device(make_nodes, start, stops):
-    """The one that leads trains with as many workers; a stop that reaches all processes saves and ends well."""
-    (tree,) = make_nodes({}, num_train_epochs="10000" if stops else "1")
+    """The one that leads trains with as many workers.
+
+    A stop saves and ends well where it reaches every process, as Slurm's does, those that load data among them.
+    """
+    changes = {"num_train_epochs": "10000", "dataloader_num_workers": "1"} if stops else {}
+    (tree,) = make_nodes({}, **changes)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29431"]
-    command = [*torchrun, "--no-python", str(LLM_TRAINER), "train"]
+    script = [str(EXAMPLES / "source_code/train.py")]  # as SDK 3 starts it with `distributed`
+    command = [*torchrun, *(["--no-python", str(LLM_TRAINER), "train"] if stops else script)]
     job = start(tree, command=command)
     if stops:
         job.wait_for("step=2;")
-        job.process.send_signal(signal.SIGTERM)
+        started = psutil.Process(job.process.pid)
+        for process in [started, *started.children(recursive=True)]:
+            process.send_signal(signal.SIGTERM)
     exit_code = job.end()
     assert job.log.count("Launched by torchrun: node 1 of 1, with 2 processes on this node") == 1, job.log
     assert stops or exit_code == 0
@@ -146,7 +154,7 @@ def test_torchrun_itself_starts_a_process_a_device(make_nodes, start, stops):
         (
             set_by_torchrun(0),
             "Host node-1 could not be reached from node-0 within 2 s: see its log; and let the hosts reach each other "
-            "on every port (the job's security groups). If this job has one machine, unset RANK, WORLD_SIZE, ",
+            "on every port (the job's security groups). It has RANK=0, WORLD_SIZE=2, ",
         ),
         (
             set_by_srun(0, local_rank=1, num_local=2),
@@ -170,7 +178,7 @@ def test_a_port_in_use_ends_in_a_sentence(make_nodes):
 
 
 def test_a_rank_that_two_machines_have_is_told(make_nodes, start):
-    nodes = make_nodes(*map(set_by_torchrun, (1, 1, 0), (0, 0, 0), (3, 3, 3)), host_timeout_seconds="8")
+    nodes = make_nodes(*map(set_by_torchrun, (1, 1, 0), (0, 0, 0), (3, 3, 3)), host_timeout_seconds="20")
     jobs = [start(node) for node in nodes]
     assert [job.end() for job in jobs] == [1, 1, 1]
     told = [node.failure for node in nodes]
@@ -178,6 +186,42 @@ def test_a_rank_that_two_machines_have_is_told(make_nodes, start):
         "Two machines have called node-0 as node-1: give each machine of the job a rank" in text for text in told
     )
     assert "(and node-1 is there twice, also as 127.0.0.1)" in nodes[2].failure
+
+
+@pytest.mark.parametrize(
+    ("second", "settings", "sentences"),
+    [
+        (
+            set_by_torchrun(1, num_nodes=3),
+            {},
+            (
+                "Host node-1 could not be reached from node-0 within 2 s: ",
+                "(it takes this host for one of another job: give all hosts the same number of hosts, job name and sec",
+            ),
+        ),
+        (
+            set_by_torchrun(1) | {"MASTER_ADDR": "nobody.invalid"},
+            {},
+            (
+                "It has RANK=0, WORLD_SIZE=2, ",
+                "It has RANK=1, WORLD_SIZE=2, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1, MASTER_AD",
+            ),
+        ),
+        (
+            set_by_torchrun(1),
+            {"learning_rate": "0.5"},
+            ("Host node-1 differs from node-0 in learning_rate (0.01 on node-0): give all hosts of the job the same",)
+            * 2,
+        ),
+    ],
+)
+def test_nodes_that_were_told_different_things_end_in_a_sentence_each(make_nodes, start, second, settings, sentences):
+    nodes = make_nodes(set_by_torchrun(0), second, host_timeout_seconds="2" if not settings else "60")
+    nodes[1].change(**settings)
+    jobs = [start(node) for node in nodes]
+    for node, job, sentence in zip(nodes, jobs, sentences, strict=True):
+        assert job.end() == 1
+        assert sentence in node.failure
 
 
 def test_a_stray_rank_does_no_harm_and_folders_stand_for_opt_ml(make_nodes, tmp_path):
@@ -197,6 +241,26 @@ def test_a_stray_rank_does_no_harm_and_folders_stand_for_opt_ml(make_nodes, tmp_
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"model", "output", "checkpoints"}
     assert (tmp_path / "run/model/adapter_model.safetensors").exists()
     assert (tmp_path / "run/output/data/report.html").exists()
+
+
+@pytest.mark.parametrize("command", ["validate", "plan", "doctor"])
+def test_of_several_processes_on_a_node_the_first_speaks_and_all_end_alike(tmp_path, command):
+    """An empty tree has nothing to look at."""
+    environment = {**os.environ, "SAGEMAKER_BASE_DIR": str(tmp_path), "LLM_TRAINER_DATA_DIR": "/dev/null/data"}
+    processes = [
+        subprocess.Popen(
+            [LLM_TRAINER, command],
+            env=environment | set_by_srun(1, local_rank, num_local=2) | {"SLURM_JOB_ID": command},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for local_rank in (0, 1)
+    ]
+    told = [process.communicate()[0] for process in processes]
+    assert told[0]
+    assert not told[1]
+    assert processes[0].returncode == processes[1].returncode
 
 
 def test_validate_tells_of_strays_and_refuses_what_train_refuses(tmp_path):

@@ -97,6 +97,27 @@ def test_what_a_gpu_has_to_hold_is_told_without_one(examine_tree):
     assert "NCCL" not in table  # of which one GPU has no use
 
 
+def test_the_pieces_of_a_global_batch_are_told_for_the_devices_that_are_asked_for(tree, examine_tree):
+    tree.change(per_device_train_batch_size=None)
+    validation = examine_tree("--nproc_per_node", "4", "--global_batch_size", "32")
+    told = [finding.text for finding in validation.findings if finding.subject == "batch"]
+    assert told == [
+        "global batch 32 rows = 1 a device x 4 devices x 8 accumulation steps",
+        "global batch 32 rows = 8 a device x 4 devices x 1 accumulation steps",
+    ]
+    few, many = (validation.memory[f"training of {rows} rows a device"] for rows in (1, 8))
+    assert few["parts"]["activations"] < many["parts"]["activations"]
+
+
+@pytest.mark.parametrize(("words", "verdict"), [(("--nproc_per_node", "3"), "errors"), ((), "warnings")])
+def test_a_global_batch_that_devices_cannot_share_is_told_by_both_commands(tree, examine_tree, words, verdict):
+    words = (*words, "--global_batch_size", "32", "--per_device_train_batch_size", "3")
+    problem = f"global_batch_size=32 cannot be shared by {3 if words[1] == '3' else 1} devices"
+    for validation in (examine_tree(*words), examine_model(words)):
+        told = validation.list_texts("error" if verdict == "errors" else "warning")
+        assert sum(problem in text for text in told) == 1
+
+
 def test_an_adapter_that_servers_cannot_load_is_told_before_the_training(tree, examine_tree):
     config = tree.base_dir / "input/data/model/config.json"
     config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "qwen2"'))

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The environment variables that launchers other than SageMaker set for a process of a job, by their own sources."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+
+RECORDED = Path(__file__).with_name("srun_variables.json")
 
 
 def set_by_torchrun(node: int, local_rank: int = 0, num_nodes: int = 2, num_local: int = 1) -> dict[str, str]:
@@ -66,9 +70,9 @@ def set_by_train_job(node: int) -> dict[str, str]:
 
 
 def set_by_srun(node: int, local_rank: int = 0, num_local: int = 1) -> dict[str, str]:
-    """srun(1), "OUTPUT ENVIRONMENT VARIABLES"; here the nodes' names are addresses."""
+    """As Slurm 22.05 set them, in srun_variables.json; here the nodes' names are addresses."""
     rank = node * num_local + local_rank
-    return {
+    return json.loads(RECORDED.read_text()) | {
         "SLURM_JOB_ID": "7",
         "SLURM_STEP_ID": "0",
         "SLURM_JOB_NUM_NODES": "2",

@@ -5,7 +5,8 @@ A command's own modules are imported only when it runs: those of all commands to
 """
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 from llm_trainer import __version__
 
@@ -55,8 +56,12 @@ def parse_command(words: Sequence[str]) -> argparse.Namespace:
     own, others = split_options(rest, OWN_OPTIONS[name])
     asked = parser.parse_args([name, *own])
     from llm_trainer.cli.folders import take_folders  # a parser of YAML comes with it
+    from llm_trainer.common.errors import UserError
 
-    asked.settings = take_folders(others)
+    try:
+        asked.settings = take_folders(others)
+    except UserError as error:
+        parser.error(str(error))
     return asked
 
 
@@ -304,11 +309,28 @@ def run_train(asked: argparse.Namespace) -> int:
     return run_to_an_answer(run)
 
 
+def run_on_first_process(settings: Sequence[str], command: Callable[[], int]) -> int:
+    """Run a command in one process of this node, where a launcher has started several, and return its exit code."""
+    from llm_trainer.common.errors import UserError
+    from llm_trainer.config.environment import find_placement
+    from llm_trainer.launcher.stand_by import run_once_a_node
+
+    try:
+        find_placement()
+    except UserError:  # the command tells this among other mistakes
+        return command()
+    try:
+        return run_once_a_node(settings, lambda _: command())
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
 def run_validate(asked: argparse.Namespace) -> int:
     """Check a job, and return the exit code."""
     from llm_trainer.cli.validate import validate
 
-    return validate(asked.settings, asked.json)
+    return run_on_first_process(asked.settings, lambda: validate(asked.settings, asked.json))
 
 
 def run_plan(asked: argparse.Namespace) -> int:
@@ -324,7 +346,7 @@ def run_plan(asked: argparse.Namespace) -> int:
         region=asked.region,
         learn_from=asked.learn,
     )
-    return plan(asked.settings, asked.json, options)
+    return run_on_first_process(asked.settings, lambda: plan(asked.settings, asked.json, options))
 
 
 def run_submit(asked: argparse.Namespace) -> int:
@@ -371,7 +393,7 @@ def run_doctor(asked: argparse.Namespace) -> int:
     """Check this machine, and return the exit code."""
     from llm_trainer.cli.doctor import diagnose
 
-    return diagnose(asked.settings)
+    return run_on_first_process(asked.settings, lambda: diagnose(asked.settings))
 
 
 def run_merge(asked: argparse.Namespace) -> int:

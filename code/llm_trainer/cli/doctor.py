@@ -57,6 +57,9 @@ def diagnose(words: Sequence[str]) -> int:
 def examine_machine(environment: Environment, words: Sequence[str]) -> Iterator[Finding]:
     """Yield all findings: on the machine, the settings, the trackers and the devices."""
     settings, problems = collect_settings(environment, words)
+    yield Finding("launcher", "ok", environment.placement.describe())
+    if environment.placement.warning:
+        yield Finding("launcher", "warning", environment.placement.warning)
     yield from inspect_machine(environment, settings.parallelism.require_efa)
     torch_cuda = find_torch_cuda()
     yield inspect_nccl(torch_cuda)

@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that a job needs on a GPU, for `validate` and `plan`."""
+"""Rows that a device takes at once, and the memory that they need on a GPU, for `validate` and `plan`."""
 
+import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.validation import Validation
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.units import show_bytes
-from llm_trainer.config.checks import count_devices
+from llm_trainer.config.checks import count_devices, count_usable_hosts
 from llm_trainer.config.environment import Environment
+from llm_trainer.config.global_batch import (
+    PIECES,
+    describe_batch,
+    find_batch_problem,
+    find_global_batch,
+    list_device_batches,
+)
 from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import DataSettings, TrainingSettings
 from llm_trainer.host.nvidia_driver import read_driver
 from llm_trainer.readers.sources import find_validation_sources
 
@@ -16,6 +26,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, Target
+
+
+def examine_batch(settings: Settings, environment: Environment, validation: Validation) -> None:
+    """Add what keeps the job's devices from sharing its global batch.
+
+    The devices are known where they are here or the settings tell them.
+    """
+    parallelism = settings.parallelism
+    is_known = environment.num_gpus or parallelism.use_cpu or parallelism.is_given("nproc_per_node")
+    problems = find_batch_problem(settings.training, settings.data, count_devices(parallelism, environment))
+    validation.add_findings("batch", "error" if is_known else "warning", problems)
 
 
 def examine_memory(
@@ -27,15 +48,19 @@ def examine_memory(
     """
     from llm_trainer.model.memory.shape import UnknownShapeError
 
+    num_devices = count_devices(settings.parallelism, environment)
     try:
         target = find_gpus(settings, environment)
         evaluates = bool(find_validation_sources(settings.data, environment)[0])
-        if target:
-            scenario = build_scenario(config, settings, longest_row, target, evaluates)
-            fit_here(scenario, validation)
-        else:
-            scenario = build_elsewhere(config, settings, longest_row, evaluates)
-            fit_elsewhere(scenario, validation)
+        if target is None:
+            for split in list_splits(settings, num_devices):
+                fit_elsewhere(build_elsewhere(config, split, longest_row, evaluates), validation)
+            return build_elsewhere(config, settings, longest_row, evaluates)
+        if any(find_batch_problem(settings.training, settings.data, num_devices)):
+            return None  # told already
+        scenario = build_scenario(config, settings, longest_row, target, evaluates)
+        fit_here(scenario, validation)
+        fit_fewer_hosts(scenario, count_usable_hosts(settings, environment), validation)
         return scenario
     except UserError as error:
         validation.add_findings("memory", "error", error.problems)
@@ -76,6 +101,7 @@ def fit_here(scenario: "MemoryScenario", validation: Validation) -> None:
     from llm_trainer.model.memory.global_batch import split_global_batch
 
     scenario = split_global_batch(scenario)
+    add_batch(scenario.settings.training, scenario.settings.data, validation)
     plan = choose_memory_plan(scenario)
     validation.memory = plan.describe()
     validation.add_findings("memory", "warning" if plan.warning else "ok", [plan.warning or plan.reason])
@@ -90,16 +116,57 @@ def build_elsewhere(
     return move_elsewhere(config, collect_sections(settings), longest_row, choose_attention(settings), evaluates)
 
 
+def fit_fewer_hosts(scenario: "MemoryScenario", counts: list[int], validation: Validation) -> None:
+    """Add what the job lacks on the fewest hosts that it may go on with. `counts` are those numbers, the most first."""
+    from llm_trainer.model.memory.global_batch import find_shortage
+
+    num_devices = counts[-1] * scenario.target.world_size // counts[0]
+    if len(counts) > 1 and (shortage := find_shortage(scenario, num_devices)):
+        text = f"With {counts[-1]} hosts, which min_hosts allows, the job would not fit: {shortage}"
+        validation.add_findings("memory", "warning", [text])
+
+
+def list_splits(settings: Settings, num_devices: int) -> Iterator[Settings]:
+    """Yield the job with the fewest rows that its global batch lets a device take at once, and with the most.
+
+    Which of them a GPU will take depends on its memory. A job without a global batch is yielded as it is.
+    """
+    training = settings.training
+    rows = find_global_batch(training, settings.data)
+    pieces = math.prod(training.value(name) for name in PIECES)
+    if rows is None or (all(training.is_given(name) for name in PIECES) and rows % pieces == 0):
+        yield settings
+    elif not any(find_batch_problem(training, settings.data, num_devices)):  # told already
+        sizes = list_device_batches(rows, num_devices, training)
+        for size in sorted({sizes[-1], sizes[0]}):
+            split = dict(zip(PIECES, (size, rows // (num_devices * size)), strict=True))
+            yield settings.model_copy(update={"training": training.fill_in(**split)})
+
+
 def fit_elsewhere(scenario: "MemoryScenario", validation: Validation) -> None:
-    """Add what each way of training needs, and the smallest GPU that holds it."""
+    """Add the global batch, what each way of training needs, and the smallest GPU that holds it."""
     from llm_trainer.model.memory.fit import estimate_ways
     from llm_trainer.model.memory.remedies import find_smallest_gpu
 
-    for way, need in estimate_ways(scenario).items():
+    needs = estimate_ways(scenario)
+    pieces = add_batch(scenario.settings.training, scenario.settings.data, validation)
+    for way, need in needs.items():
         size = find_smallest_gpu(need)
         fitting = f"one GPU of {size} GB holds that" if size else "no single GPU holds that"
-        validation.memory[way] = {"gpu_gib": size, **need.describe()}
-        validation.add_findings("memory", "ok", [f"{way} needs {show_bytes(need.total_bytes)} on a GPU: {fitting}"])
+        validation.memory[way + pieces] = {"gpu_gib": size, **need.describe()}
+        validation.add_findings(
+            "memory", "ok", [f"{way}{pieces} needs {show_bytes(need.total_bytes)} on a GPU: {fitting}"]
+        )
+
+
+def add_batch(training: TrainingSettings, data: DataSettings, validation: Validation) -> str:
+    """Add the formula of a global batch, and return words for the rows of a device. Without one there are none."""
+    rows = find_global_batch(training, data)
+    if rows is None:
+        return ""
+    size, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    validation.add_findings("batch", "ok", [describe_batch(size, rows // (size * steps), steps)])
+    return f" of {size} rows a device"
 
 
 def collect_sections(settings: Settings) -> "MemorySettings":

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.gpu_memory import examine_memory
+from llm_trainer.cli.gpu_memory import examine_batch, examine_memory
 from llm_trainer.cli.plan_instances import NO_OPTIONS, Lengths, PlanOptions, examine_instances
 from llm_trainer.cli.validate import prepare_data
 from llm_trainer.cli.validation import Validation, collect_findings, print_validation
@@ -51,6 +51,7 @@ def examine_loading(words: Sequence[str], options: PlanOptions, validation: Vali
     except UserError as error:
         validation.add_findings("tree", "error", error.problems)
         return
+    examine_batch(settings, environment, validation)
     name, missing = find_model(settings.model, environment, needs_tokenizer=False)
     adapter, faults = find_adapter(settings.adapter, environment)
     if problems or missing or faults:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.gpu_memory import examine_memory
+from llm_trainer.cli.gpu_memory import examine_batch, examine_memory
 from llm_trainer.cli.validation import Validation, collect_findings, print_validation
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.checks import count_devices, find_missing_hardware, keep_valid
@@ -76,18 +76,15 @@ def examine_tree(words: Sequence[str], in_colour: bool, validation: Validation) 
         text = "the job runs a script of your own, about which nothing can be checked."
         validation.add_findings("script", "warning", [text])
         return
+    if environment.placement.told_by:
+        validation.add_findings("launcher", "ok", [environment.placement.describe()])
     if environment.placement.warning:
         validation.add_findings("launcher", "warning", [environment.placement.warning])
     settings = examine_settings(environment, words, validation)
     inputs = examine_inputs(settings, environment, validation)
     job = take_over_adapter(Job(environment, settings, inputs))
     settings = job.settings
-    # A laptop says nothing of the GPUs that the job will have.
-    verdict: Verdict = "error" if environment.num_gpus else "warning"
-    validation.add_findings("machine", verdict, find_missing_hardware(settings, environment))
-    efa = inspect_efa(environment, settings.parallelism.require_efa and not settings.parallelism.use_cpu)
-    if efa.verdict != "ok":
-        validation.findings.append(efa)
+    examine_machine(settings, environment, validation)
     validation.add_findings("job", "warning", find_warnings(settings, environment, inputs))
     set_variables(settings, inputs, validation)
     sections = WriteSettings(settings.adapter, settings.training, settings.output)
@@ -95,6 +92,16 @@ def examine_tree(words: Sequence[str], in_colour: bool, validation: Validation) 
         validation.findings += inspect_disk_need(sections, inputs, Path(os.environ["LLM_TRAINER_CACHE"]))
     if inputs.model and inputs.train and not any(find_broken_objects(Path(inputs.model))):
         examine_data(replace(job, settings=keep_valid(settings)), validation, in_colour)
+
+
+def examine_machine(settings: Settings, environment: Environment, validation: Validation) -> None:
+    """Add what the settings ask for and the machines do not have. A laptop says nothing of the GPUs of the job."""
+    verdict: Verdict = "error" if environment.num_gpus else "warning"
+    validation.add_findings("machine", verdict, find_missing_hardware(settings, environment))
+    examine_batch(settings, environment, validation)
+    efa = inspect_efa(environment, settings.parallelism.require_efa and not settings.parallelism.use_cpu)
+    if efa.verdict != "ok":
+        validation.findings.append(efa)
 
 
 def examine_settings(environment: Environment, words: Sequence[str], validation: Validation) -> Settings:

@@ -30,12 +30,12 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Wait:
-    """A collective that a rank waited for when it failed."""
+    """A rank's wait for other ranks, in which it failed: a collective, or a meeting."""
 
     rank: int
     ranks: Sequence[int]  # all that had to come; none where they are not known
-    what: str  # such as all_reduce
-    number: int  # among the collectives of its group of ranks
+    what: str  # such as "all_reduce, collective 57 of its group"
+    number: int  # among the collectives of its group of ranks, from 1; 0 for the meeting that comes before
     limit_seconds: float
     timed_out: bool  # it waited for so long, and was not broken off before
 

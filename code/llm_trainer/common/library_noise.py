@@ -18,6 +18,8 @@ LOG_MESSAGES = (
     ("liger_kernel.backends.registry", r"Backend impl"),
     # Full fine-tuning keeps its weights in float32 and computes under autocast, as the message advises.
     ("transformers.modeling_utils", r"Flash Attention"),
+    # What a run must keep is checked before (training/resume.py), and the rows of a device may change.
+    ("transformers.trainer_utils", r"Warning: The following arguments do not match the ones in the"),
 )
 # Each is a module, and the beginning of a UserWarning, as regular expressions.
 USER_WARNINGS = (

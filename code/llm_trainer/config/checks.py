@@ -4,7 +4,7 @@
 from collections.abc import Iterator
 
 from llm_trainer.config.environment import Environment
-from llm_trainer.config.global_batch import find_batch_problem
+from llm_trainer.config.global_batch import find_global_batch, list_host_counts
 from llm_trainer.config.rule import HardwareRule
 from llm_trainer.config.rules import RULES, uses_fsdp
 from llm_trainer.config.schema import Settings, show_value
@@ -27,7 +27,6 @@ def find_missing_hardware(settings: Settings, environment: Environment) -> Itera
     """Yield a sentence for each setting that asks for what the machines, as seen from this host, do not have."""
     for rule in HARDWARE_RULES:
         yield from rule.find_problems(settings, environment)
-    yield from find_batch_problem(settings.training, settings.data, count_devices(settings.parallelism, environment))
 
 
 def count_processes(settings: ParallelismSettings, environment: Environment) -> int:
@@ -44,6 +43,17 @@ def count_processes(settings: ParallelismSettings, environment: Environment) -> 
 def count_devices(settings: ParallelismSettings, environment: Environment) -> int:
     """Return the number of devices of the job: all hosts have as many as this one."""
     return count_processes(settings, environment) * len(environment.hosts)
+
+
+def count_usable_hosts(settings: Settings, environment: Environment) -> list[int]:
+    """List with how many hosts the job may train, the most first."""
+    parallelism, num_processes = settings.parallelism, count_processes(settings.parallelism, environment)
+    return list_host_counts(settings.training, settings.data, environment.hosts, parallelism.min_hosts, num_processes)
+
+
+def may_lose_hosts(settings: Settings, environment: Environment) -> bool:
+    """Tell whether the job may train with fewer hosts than it has."""
+    return (settings.parallelism.min_hosts or len(environment.hosts)) < len(environment.hosts)
 
 
 def runs_on_cpu(settings: ParallelismSettings, environment: Environment) -> bool:
@@ -111,5 +121,35 @@ HARDWARE_RULES = (
         lambda s, e: 1 < e.placement.num_local > e.num_gpus > 0 and not s.parallelism.use_cpu,
         "The launcher started more processes on this host than it gives this one GPUs, which are {num_gpus}: let it "
         "start one process a host with all GPUs of it, such as by --ntasks-per-node=1 --gpus-per-node=8 of srun.",
+    ),
+    HardwareRule(
+        ("min_hosts",),
+        lambda s, e: (s.parallelism.min_hosts or 0) > len(e.hosts),
+        "min_hosts={min_hosts} is more than the hosts of the job, which are {num_hosts}: lower it, or start the job on "
+        "more.",
+    ),
+    HardwareRule(
+        ("min_hosts",),
+        lambda s, e: may_lose_hosts(s, e) and bool(e.sharded_channels),
+        "min_hosts={min_hosts} with data that are ShardedByS3Key: the rows of a lost host would be missing; use "
+        "FullyReplicated.",
+    ),
+    HardwareRule(
+        ("min_hosts", "streaming"),
+        lambda s, e: may_lose_hosts(s, e) and s.data.streaming,
+        "min_hosts={min_hosts} with streaming=true: fewer hosts cannot go on in the streams of {num_hosts}; remove one "
+        "of them.",
+    ),
+    HardwareRule(
+        ("min_hosts", "global_batch_size", "global_batch_tokens"),
+        lambda s, e: may_lose_hosts(s, e) and find_global_batch(s.training, s.data) is None,
+        "min_hosts={min_hosts} without global_batch_size: fewer hosts would train on smaller steps; say how many rows "
+        "a step has on all hosts together.",
+    ),
+    HardwareRule(
+        ("min_hosts", "global_batch_size", "global_batch_tokens"),
+        lambda s, e: may_lose_hosts(s, e) and len(count_usable_hosts(s, e)) == 1,
+        "min_hosts={min_hosts}: no smaller number of hosts than {num_hosts} can share the global batch; make it a "
+        "multiple of their devices, or lower min_hosts.",
     ),
 )

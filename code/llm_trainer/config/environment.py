@@ -7,6 +7,7 @@ variables the folders.
 Source: "How Amazon SageMaker AI provides training information", the developer guide.
 """
 
+import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from llm_trainer.common.files import check_access, find_barrier, read_json_objec
 from llm_trainer.config.placement import Placement, read_placement
 
 DEFAULT_BASE_DIR = "/opt/ml"
+MEMBERS = "LLM_TRAINER_MEMBERS"  # a JSON array, for the workers of a job that may go on with fewer hosts
 BASE_DIR, DATA_DIR = "SAGEMAKER_BASE_DIR", "LLM_TRAINER_DATA_DIR"  # of --output-dir and --data-dir (cli/folders.py)
 # EC2 names instances with NVIDIA GPUs p... and g...; a host cannot look for the devices of another group's hosts.
 GPU_INSTANCE = re.compile(r"(ml\.)?[pg]\d")
@@ -96,7 +98,7 @@ def read_environment() -> Environment:
     if placement.num_nodes > 1:
         resources = {"hosts": [*placement.hosts], "current_host": placement.hosts[placement.node_rank]}
     all_hosts = read_hosts(resources)
-    hosts = choose_training_group(read_groups(resources), all_hosts)
+    hosts = read_members() or choose_training_group(read_groups(resources), all_hosts)
     input_data_config = read_json_object(config_dir / "inputdataconfig.json")
     return Environment(
         base_dir=base_dir,
@@ -134,6 +136,11 @@ def read_hosts(resources: dict[str, Any]) -> list[str]:
             "list every host of the job under 'hosts'."
         )
     return hosts
+
+
+def read_members() -> tuple[str, ...]:
+    """Return the hosts of this attempt, as the launcher tells its workers; none in the launcher itself."""
+    return tuple(json.loads(os.environ.get(MEMBERS, "[]")))
 
 
 def read_name(resources: dict[str, Any], key: str) -> str | None:

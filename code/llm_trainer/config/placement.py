@@ -33,7 +33,7 @@ class Placement:
     first_address: str | None = None  # where the others reach node 0; None where the hosts have names
     local_rank: int = 0
     num_local: int = 1
-    told_by: tuple[str, ...] = ()  # the variables
+    told_by: tuple[str, ...] = ()  # the variables, as NAME=value
     job: tuple[str, ...] = ()  # what tells it from other jobs of this machine
     warning: str | None = None
 
@@ -55,7 +55,12 @@ class Placement:
 
     def advise(self) -> str:
         """Return the end of a sentence about hosts that never came: they may be none of this job's."""
-        return f" If this job has one machine, unset {', '.join(self.told_by)}." if self.told_by else ""
+        if not self.told_by:
+            return ""
+        return (
+            f" It has {', '.join(self.told_by)}: give all machines of the job the same, each with a rank of its own, "
+            "or unset them for a job of one machine."
+        )
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,10 @@ def read_placement(variables: Mapping[str, str], on_sagemaker: bool) -> Placemen
     for dialect in DIALECTS:
         if told.keys() >= {*dialect.needed}:
             placement = dialect.read(told)
-            return replace(placement, launcher=dialect.launcher, told_by=dialect.needed, job=name_job(told))
-    return Placement(warning=judge_strays(told))
+            told_by = tuple(f"{name}={cut_quote(told[name])}" for name in dialect.needed)
+            warning = judge_slurm(told) if dialect.read is read_slurm and placement.num_nodes == 1 else None
+            return replace(placement, launcher=dialect.launcher, told_by=told_by, job=name_job(told), warning=warning)
+    return Placement(warning=judge_strays(told) or judge_slurm(told))
 
 
 def place_on_sagemaker(told: Mapping[str, str]) -> Placement:
@@ -139,6 +146,11 @@ def judge_strays(told: Mapping[str, str]) -> str | None:
                 f"{launcher} does, or unset them all for a job of this machine alone."
             )
         return f"{list_values(told, found)} in the environment without {', '.join(missing)}: passed over."
+    return None
+
+
+def judge_slurm(told: Mapping[str, str]) -> str | None:
+    """Return a warning where Slurm has given more nodes than train: in a batch script, or the shell of `salloc`."""
     num_nodes = told.get("SLURM_JOB_NUM_NODES", "1")
     if num_nodes not in ("", "1"):
         return (
@@ -205,6 +217,8 @@ def read_slurm(told: Mapping[str, str]) -> Placement:
     tasks = list_tasks(told["SLURM_STEP_TASKS_PER_NODE"])
     if len(tasks) != num_nodes or read_number(told, "SLURM_LOCALID") >= tasks[node_rank]:
         raise contradict(told, SLURM)
+    if len(set(tasks)) > 1:
+        raise contradict(told, SLURM[2:3], "each node must have as many tasks; give srun --ntasks-per-node")
     first = name_first_host(told["SLURM_STEP_NODELIST"])
     return Placement("", num_nodes, node_rank, first, read_number(told, "SLURM_LOCALID"), tasks[node_rank])
 

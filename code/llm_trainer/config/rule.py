@@ -43,13 +43,14 @@ class HardwareRule:
 
     settings: tuple[str, ...]  # the names of the settings that ask for it
     when: Callable[[Settings, Environment], bool]  # tells whether the machines lack it
-    message: str  # a format text over the settings and `num_gpus`
+    message: str  # a format text over the settings, `num_gpus` and `num_hosts`
 
     def find_problems(self, settings: Settings, environment: Environment) -> list[str]:
         """List the sentence of the rule, if these settings break it on this machine."""
         if not self.when(settings, environment):
             return []
-        return [format_message(self.message, settings, {"num_gpus": environment.num_gpus})]
+        machines = {"num_gpus": environment.num_gpus, "num_hosts": len(environment.hosts)}
+        return [format_message(self.message, settings, machines)]
 
 
 class MessageFormatter(string.Formatter):

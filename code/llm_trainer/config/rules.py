@@ -12,7 +12,7 @@ from typing import Any
 
 from llm_trainer.common.metric_definitions import OBJECTIVES
 from llm_trainer.common.redaction import hide_secrets
-from llm_trainer.config.global_batch import find_global_batch, show_nearest
+from llm_trainer.config.global_batch import TOTALS, show_nearest
 from llm_trainer.config.rule import Rule
 from llm_trainer.config.schema import FIELDS, Settings
 from llm_trainer.config.secret_references import USED_FOR
@@ -80,6 +80,7 @@ JSON_OBJECTS = (
     "accelerator_config",
     "activation_checkpointing_kwargs",
 )
+BATCH_KEYS = ("split_batches", "dispatch_batches", "even_batches", "gradient_accumulation_kwargs")
 SKIP_PREPARATION = "skip_prepare_dataset"  # TRL's word for what a job does anyway
 BACKENDS = ("nccl", "gloo")  # of torch.distributed, in this image
 LOADER_SETTINGS = (
@@ -118,6 +119,15 @@ def refuse_without_loaders(name: str) -> Rule:
         (name, "dataloader_num_workers"),
         lambda s: bool(s.value(name)) and not s.training.dataloader_num_workers,
         f"{name}={{{name}}} without dataloader_num_workers: no process loads batches ahead; give it or remove {name}.",
+    )
+
+
+def keep_with_global_batch(name: str, default: bool, reason: str) -> Rule:
+    """Return the rule that this setting keeps its default where the job has a global batch."""
+    return Rule(
+        (name, *TOTALS),
+        lambda s: s.value(name) is not default and s.training.is_given(*TOTALS),
+        f"{name}={{{name}}} with a global batch: {reason}; remove it.",
     )
 
 
@@ -679,7 +689,10 @@ BATCH_RULES = (
     ),
     Rule(
         ("global_batch_tokens", "packing", "max_length"),
-        lambda s: s.training.global_batch_tokens is not None and not (s.data.packing and s.data.max_length),
+        lambda s: (
+            s.training.global_batch_tokens is not None
+            and not (s.data.packing and s.data.max_length and s.data.is_given("max_length"))
+        ),
         "global_batch_tokens={global_batch_tokens} without packing=true and max_length: only sequences that packing "
         "fills have one length; give both, or global_batch_size.",
     ),
@@ -689,10 +702,20 @@ BATCH_RULES = (
         "global_batch_tokens={global_batch_tokens} is no multiple of max_length={max_length}: give {nearest}.",
         lambda s: [{"nearest": show_nearest(s.training.global_batch_tokens or 0, s.data.max_length or 1)}],
     ),
+    keep_with_global_batch("dataloader_drop_last", False, "which rows it drops would depend on the devices"),
+    keep_with_global_batch("auto_find_batch_size", False, "it would lower the rows of a step"),
+    keep_with_global_batch("average_tokens_across_devices", True, "the loss would depend on the devices"),
     Rule(
-        ("dataloader_drop_last", "global_batch_size", "global_batch_tokens"),
-        lambda s: s.training.dataloader_drop_last and find_global_batch(s.training, s.data) is not None,
-        "dataloader_drop_last=true with a global batch: which rows it drops would depend on the devices; remove it.",
+        ("accelerator_config", *TOTALS),
+        lambda s: s.training.is_given(*TOTALS) and isinstance(s.parallelism.accelerator_config, dict),
+        "accelerator_config with a global batch: {key!r} would change the rows of a step; leave it out.",
+        lambda s: [{"key": key} for key in BATCH_KEYS if key in s.parallelism.accelerator_config],
+    ),
+    Rule(
+        ("min_hosts", "max_restarts"),
+        lambda s: s.parallelism.min_hosts is not None and not s.parallelism.max_restarts,
+        "min_hosts={min_hosts} without max_restarts: to go on without a lost host is a restart; set max_restarts, to 3 "
+        "for example.",
     ),
 )
 

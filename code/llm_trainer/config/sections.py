@@ -135,7 +135,8 @@ class Section(BaseModel):
     def replace(self, **values: Any) -> Self:
         """Return a copy with other values of some settings, which count as given."""
         given = {name: self.value(name) for name in self.model_fields_set}
-        return type(self)(**{**given, **values})
+        changed = type(self)(**{**given, **values})
+        return changed.fill_in(**{name: value for name, value in self if name not in changed.model_fields_set})
 
 
 SectionType = TypeVar("SectionType", bound=type[Section])
@@ -384,8 +385,17 @@ class ParallelismSettings(Section):
         None, ge=1, description="Worker processes a host. Default: one a GPU, or one on a CPU."
     )
     max_restarts: int = Field(0, ge=0, description="Restarts from the newest checkpoint after a worker has died.")
+    min_hosts: int | None = Field(
+        None,
+        ge=1,
+        description="The fewest hosts to train with, where others do not come or are lost. Default: all of the job's, "
+        "and a lost host ends it.",
+    )
     host_timeout_seconds: int = Field(
-        900, ge=1, description="Seconds to wait at the start for the other hosts of the job."
+        900,
+        ge=1,
+        description="Seconds to wait for the other hosts at the start, and with min_hosts for another one in the place "
+        "of one that is lost.",
     )
     require_efa: bool = Field(
         True,

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm_trainer.common.processes import bind_command
 from llm_trainer.config.environment import Environment
 from llm_trainer.host.findings import Finding
 
@@ -22,7 +23,7 @@ AMAZON_VENDOR = "0x1d0f"
 FI_INFO = "/opt/amazon/efa/bin/fi_info"  # where AWS's installer puts it, beside libfabric
 FI_INFO_SECONDS = 30
 # By its first name NCCL finds aws-ofi-nccl itself. The packages for NVIDIA's images have the second name alone.
-PLUGIN_LIBRARIES = ("nccl-net", "nccl-net-ofi")
+PLUGIN_LIBRARIES = ("libnccl-net.so", "libnccl-net-ofi.so")
 SET_REQUIRE_EFA = "set require_efa=false to train over TCP"
 
 
@@ -41,8 +42,13 @@ class EfaSoftware:
 
 
 def inspect_efa(environment: Environment, is_required: bool) -> Finding:
-    """Return a finding on whether NCCL can use this host's EFA. It is an error in a job that `is_required` stops."""
+    """Return a finding on whether NCCL can use this host's EFA. It is an error in a job that `is_required` stops.
+
+    Where the user names NCCL's network, NCCL takes it or fails: nothing can go wrong in silence.
+    """
     devices, verbs_devices = find_efa_devices(), find_verbs_devices()
+    if chosen := os.environ.get("NCCL_NET"):
+        return Finding("EFA", "ok", f"{', '.join(devices) or 'none'}; NCCL takes the network {chosen}, by NCCL_NET")
     software = find_efa_software(os.environ, tries_provider=bool(devices and verbs_devices))
     has_peers = len(environment.hosts) > 1 and environment.num_gpus > 0  # gloo, on CPUs, knows no EFA
     return judge_efa(devices, verbs_devices, software, has_peers, is_required)
@@ -61,7 +67,7 @@ def judge_efa(
         missing, fix = "the image has no plugin aws-ofi-nccl", "build it with EFA=1 (docs/hosts.md)"
     elif software.provider_problem:
         missing = f"libfabric's provider efa does not work ({software.provider_problem})"
-        fix = "use an image whose libfabric fits the host's EFA driver (docs/hosts.md)"
+        fix = "use an image whose libfabric fits the host's EFA driver (docs/hosts.md), without FI_PROVIDER"
     else:
         return Finding("EFA", "ok", f"{', '.join(devices)}; {software.describe()}, provider efa")
     text = f"{', '.join(devices)}, but {missing}, and NCCL would talk over TCP, many times slower: {fix}"
@@ -94,11 +100,14 @@ def find_efa_software(variables: Mapping[str, str], tries_provider: bool) -> Efa
 
 
 def find_plugin(variables: Mapping[str, str]) -> str | None:
-    """Return the file name of aws-ofi-nccl's library, as the loader would find it."""
-    folders = [Path(folder) for folder in variables.get("LD_LIBRARY_PATH", "").split(":") if folder]
-    for name in PLUGIN_LIBRARIES:
-        if ctypes.util.find_library(name) or any((folder / f"lib{name}.so").exists() for folder in folders):
-            return f"lib{name}.so"
+    """Return the library of NCCL's plugin, as the loader would find it. A user may name another one, or a file."""
+    given = [name for name in variables.get("NCCL_NET_PLUGIN", "").split(",") if name]
+    libraries = [name if name.endswith(".so") else f"libnccl-net-{name}.so" for name in given] or PLUGIN_LIBRARIES
+    folders = ["/", *filter(None, variables.get("LD_LIBRARY_PATH", "").split(":"))]  # a file stays itself below "/"
+    for library in libraries:
+        is_known = ctypes.util.find_library(library.removeprefix("lib").removesuffix(".so"))
+        if is_known or any(Path(folder, library).exists() for folder in folders):
+            return library
     return None
 
 
@@ -114,7 +123,7 @@ def run_fi_info(command: Sequence[str]) -> tuple[int, str]:
     """Return the exit code and the output of fi_info. One that cannot run, or does not end, fails."""
     try:
         result = subprocess.run(
-            command,
+            bind_command(command),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

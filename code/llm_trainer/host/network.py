@@ -50,7 +50,8 @@ def open_port(port: int) -> socket.socket:
     except OSError as error:
         raise UserError(
             f"Port {port} of this host, on which the job's hosts talk, cannot be opened ({quote_error(error)}): end "
-            "what uses it, such as another job here, or a second process with rank 0."
+            "what uses it, such as another job here, a second process with rank 0, or torchrun itself, which another "
+            "--master-port suits (on SageMaker: leave `distributed` out of the ModelTrainer)."
         ) from error
 
 

@@ -22,6 +22,7 @@ from llm_trainer.common.errors import Failure, Kind, UserError, quote_error, rep
 from llm_trainer.common.files import write_text
 from llm_trainer.common.hub import find_refusal
 from llm_trainer.common.ranks import describe_rank
+from llm_trainer.config.global_batch import describe_smaller_pieces
 from llm_trainer.config.sections import (
     AdapterSettings,
     DataSettings,
@@ -50,6 +51,7 @@ BAD_INDEX = re.compile(r"device-side assert triggered")
 FEW_FILES = re.compile(r"Too many open files")
 FEW_THREADS = re.compile(r"can't start new thread|pthread_create")
 GLOO = re.compile(r"/gloo/|monitoredBarrier|Gloo connect")  # its errors are plain RuntimeErrors
+STORE_TIMEOUT = re.compile(r"wait timeout after|Timed out after .* waiting for clients")
 OWN_NCCL_ERROR = re.compile(r"ncclInvalid|ncclUnhandledCudaError")
 
 TRACEBACK_PLACE = "the traceback is in the log and in output/data/failures"
@@ -236,10 +238,7 @@ def list_memory_savings(error: BaseException, facts: JobFacts) -> Iterator[str]:
     if EVALUATION in activities and training.per_device_eval_batch_size > 1:
         yield f"lower per_device_eval_batch_size (now {training.per_device_eval_batch_size})"
     elif training.per_device_train_batch_size > 1:
-        yield (
-            f"lower per_device_train_batch_size (now {training.per_device_train_batch_size}) and raise "
-            f"gradient_accumulation_steps (now {training.gradient_accumulation_steps}) as much"
-        )
+        yield describe_smaller_pieces(training)
     yield f"lower max_length (now {max_length})" if max_length else "set max_length"
     if facts.parallelism.gradient_checkpointing is False:
         yield "set gradient_checkpointing=true"
@@ -298,6 +297,12 @@ def is_peer_lost(error: BaseException, text: str) -> bool:
     if is_a(error, "torch.distributed.DistError"):
         return not OWN_NCCL_ERROR.search(text)
     return bool(GLOO.search(text))
+
+
+def is_absence(error: BaseException) -> bool:
+    """Tell whether a rank waited in vain for others to come to a group of ranks. They meet in torch's store."""
+    text = "\n".join(str(link) for link in walk_causes(error))
+    return is_a(error, "torch.distributed.DistError") and STORE_TIMEOUT.search(text) is not None
 
 
 def describe_lost_peer(error: BaseException, facts: JobFacts | None) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError
-from llm_trainer.config.checks import find_missing_hardware
+from llm_trainer.config.checks import count_devices, find_missing_hardware
 from llm_trainer.config.environment import Environment, read_environment
+from llm_trainer.config.global_batch import find_batch_problem
 from llm_trainer.config.load import read_settings
 from llm_trainer.config.schema import Settings
 from llm_trainer.job.earlier_adapter import fetch_adapter, find_base_warnings, take_over
@@ -35,6 +36,7 @@ def check_job(environment: Environment, arguments: Sequence[str]) -> Job:
     settings, problems = collect_settings(environment, arguments)
     inputs, missing = find_inputs(settings, environment, has_mistakes=bool(problems))
     missing += [*find_missing_weights(inputs.model), *find_missing_hardware(settings, environment)]
+    missing += find_batch_problem(settings.training, settings.data, count_devices(settings.parallelism, environment))
     if problems or missing:
         raise UserError(*problems, *missing)
     return take_over_adapter(Job(environment, settings, inputs))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from llm_trainer.common import log
 from llm_trainer.common.errors import Failure, Wait
 from llm_trainer.common.files import write_text
 
@@ -23,7 +24,9 @@ TRACE_VARIABLE, OLDER_TRACE_VARIABLE = "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DE
 FILE_PREFIX = "collectives-rank-"  # in output/data
 MAX_TRACE_BYTES = 64 << 20  # 2,000 collectives with their stacks take a few
 MAX_NAMED_RANKS = 8
+REPORT_SECONDS = 10.0  # ranks that wait for one and the same time out within this of each other
 STOP_GROUP = "stop consensus"  # the description of our group of all ranks (training/stopping.py)
+TRACE_PLACE = f"The collectives of the ranks that waited are in output/data ({FILE_PREFIX}*)."
 GROUPS_OF_ALL = ("default_pg", STOP_GROUP)  # the first one is torch's
 
 
@@ -60,6 +63,13 @@ class RankTraces:
     hosts: Sequence[str]
     num_ranks: int
 
+    def make_folder(self) -> None:
+        """Make the folder of the traces, which torch does not. Where it cannot be made, there will be none."""
+        try:
+            Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            log.warning(f"{Path(self.prefix).parent} cannot be made ({error}): a hang will leave no trace.")
+
     def read_waits(self, since: float) -> list[Wait]:
         """Return what the ranks that left a trace after `since`, in seconds since the epoch, were waiting for."""
         folder, name = Path(self.prefix).parent, Path(self.prefix).name
@@ -79,10 +89,9 @@ class RankTraces:
         names = [self.name_rank(rank) for rank in missing[:MAX_NAMED_RANKS]]
         more = f" and {len(missing) - MAX_NAMED_RANKS} more" if len(missing) > MAX_NAMED_RANKS else ""
         reason = (
-            f"Rank {', '.join(names)}{more} did not come to {wait.what}, collective {wait.number} of its group, for "
-            f"which rank {wait.rank} waited longer than ddp_timeout (now {wait.limit_seconds:.0f} s): the log holds "
-            f"what it said last; if it is only slow, raise ddp_timeout. The collectives of the ranks that waited are "
-            f"in output/data ({FILE_PREFIX}*)."
+            f"Rank {', '.join(names)}{more} did not come to {wait.what}, for which rank {wait.rank} waited longer than "
+            f"ddp_timeout (now {wait.limit_seconds:.0f} s): the log holds what it said last; if it is only slow, raise "
+            f"ddp_timeout.{f' {TRACE_PLACE}' if wait.number else ''}"
         )
         return replace(cause, reason=reason, kind="fault", waits=())
 
@@ -124,17 +133,23 @@ def find_wait(rank: int, trace: Any, written: float, num_ranks: int) -> Wait | N
             return None
         name, description = entry["process_group"]
         listed = json.loads(trace["pg_config"].get(name, {}).get("ranks", "[]"))
-        limit_seconds = entry["timeout_ms"] / 1000
+        limit_seconds, number = entry["timeout_ms"] / 1000, int(entry["collective_seq_id"])
         return Wait(
             rank=rank,
             ranks=[int(member) for member in listed] or list(range(num_ranks if description in GROUPS_OF_ALL else 0)),
-            what=entry["profiling_name"].partition(":")[2],
-            number=int(entry["collective_seq_id"]),
+            what=f"{entry['profiling_name'].partition(':')[2]}, collective {number} of its group",
+            number=number,
             limit_seconds=limit_seconds,
             timed_out=written - entry["time_created_ns"] / 1e9 >= limit_seconds,
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
+
+
+def describe_meeting(rank: int, num_ranks: int, limit_seconds: float) -> Wait:
+    """Return the wait of a rank for all others at the start, when a group of ranks is made. No trace has it."""
+    what = "the meeting of all ranks at the start"
+    return Wait(rank, list(range(num_ranks)), what, number=0, limit_seconds=limit_seconds, timed_out=True)
 
 
 def find_pending_entry(entries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The launcher's records in the job's journal: the job at each attempt, its phases, its restarts and its end.
 
-The first training host's launcher writes them; the others send it what they measure (launcher/cluster.py).
+The first training host's launcher writes them; the others send it what they measure (launcher/hosts/cluster.py).
 """
 
 import os
@@ -12,7 +12,6 @@ from typing import Any
 import pynvml
 
 from llm_trainer import __version__
-from llm_trainer.common.errors import Failure
 from llm_trainer.common.versions import read_versions
 from llm_trainer.config.environment import Environment
 from llm_trainer.host.nvidia_driver import read_driver
@@ -20,8 +19,8 @@ from llm_trainer.journal.journal import FILE_NAME, Journal
 from llm_trainer.journal.manifest import ADAPTER, read_leftover_manifest
 from llm_trainer.journal.records import SCHEMA_VERSION, RecordKind
 from llm_trainer.journal.timeline import Timeline
-from llm_trainer.launcher.cluster import ClusterLink
-from llm_trainer.launcher.supervisor import Verdict
+from llm_trainer.launcher.hosts.cluster import ClusterLink
+from llm_trainer.launcher.supervisor import Attempts, Verdict
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class JobDescription:
     """The facts of a job that stay the same over its attempts."""
 
     started: float  # seconds since the epoch
-    world_size: int
+    num_processes: int  # on each host
     settings: dict[str, Any]
 
 
@@ -42,6 +41,7 @@ class JobEventWriter:
         self.link = link
         self.job = job
         self.journal = Journal(environment.output_dir / "data" / FILE_NAME)
+        self.has_begun = False  # an attempt has been written
 
     def write(self, kind: RecordKind, **fields: Any) -> None:
         """Append a record, here or by way of the first training host."""
@@ -50,50 +50,58 @@ class JobEventWriter:
         else:
             self.link.send_record(kind, **fields)
 
-    def write_start(self, timeline: Timeline, goes_on: bool) -> None:
-        """Write that the first attempt begins, after the phases so far, and accept other hosts' records from now on.
+    def write_attempt(self, attempts: Attempts, timeline: Timeline, goes_on: bool) -> None:
+        """Write that an attempt begins: the first under this first host, or one after the failure of another.
 
         `goes_on` tells whether there is a checkpoint to go on from: the journal of that run stays then.
         """
         if self.environment.node_rank > 0:
             return
+        if self.has_begun:
+            self.write_cause(attempts)
+            self.write_job(attempts)
+            return
         if not goes_on:
             self.journal.clear()
-        self.write_job(1)
+        self.write_job(attempts)  # every journal begins with one
+        self.write_phases(timeline)
+        self.write_cause(attempts)
+        self.link.accept_records(lambda record: self.write(**record))
+        self.has_begun = True
+
+    def write_cause(self, attempts: Attempts) -> None:
+        """Write why the attempt before failed, where there was one."""
+        if attempts.cause:
+            text = f"{attempts.cause.reason} {attempts.describe()}"
+            self.write("event", host=self.environment.current_host, level="warning", text=text)
+
+    def write_phases(self, timeline: Timeline) -> None:
+        """Write the phases so far."""
         ended_at = timeline.started
         for name, seconds in timeline.seconds.items():
             ended_at += seconds
             host = self.environment.current_host
             self.write("phase", time=round(ended_at, 3), name=name, seconds=seconds, host=host)
-        self.link.accept_records(lambda record: self.write(**record))
 
-    def write_restart(self, attempt: int, cause: Failure) -> None:
-        """Write that another attempt begins, after the failure of the one before."""
-        if self.environment.node_rank > 0:
-            return
-        text = f"{cause.reason} Attempt {attempt}: the workers start again from the newest checkpoint."
-        self.write("event", host=self.environment.current_host, level="warning", text=text)
-        self.write_job(attempt)
-
-    def write_job(self, attempt: int) -> None:
+    def write_job(self, attempts: Attempts) -> None:
         """Write what the job is, as it is at the start of an attempt."""
         self.write(
             "job",
             schema_version=SCHEMA_VERSION,
             name=os.environ.get("TRAINING_JOB_NAME"),
             arn=os.environ.get("TRAINING_JOB_ARN"),
-            attempt=attempt,
+            attempt=attempts.number,
             started=round(self.job.started, 3),
-            hosts=self.environment.hosts,
+            hosts=attempts.members,
             billed_hosts=self.environment.num_billed_hosts,
-            world_size=self.job.world_size,
+            world_size=self.job.num_processes * len(attempts.members),
             settings=self.job.settings,
             environment=describe_environment(self.environment),
         )
 
     def write_end(self, verdict: Verdict, model_dir: Path) -> None:
         """Write how the job ended. Nothing of this job comes after this record."""
-        if self.environment.node_rank > 0:
+        if self.environment.node_rank > 0 or verdict.what == "leaderless":
             return
         if verdict.failure:
             self.write("end", status="failed", reason=verdict.failure.reason)

@@ -18,8 +18,8 @@ from llm_trainer.common import log
 from llm_trainer.common.errors import Failure, UserError, write_failure
 from llm_trainer.common.files import hide_in_file, read_json_object
 from llm_trainer.common.processes import bind_command
-from llm_trainer.config.checks import count_processes
-from llm_trainer.config.environment import Environment, find_base_dir, find_placement, read_environment
+from llm_trainer.config.checks import count_processes, count_usable_hosts
+from llm_trainer.config.environment import MEMBERS, Environment, find_base_dir, read_environment
 from llm_trainer.config.placement import put_away, take_out
 from llm_trainer.config.schema import describe_settings, show_value
 from llm_trainer.config.secret_references import USED_FOR, Use, read_secret_variables, withhold_secrets
@@ -33,27 +33,28 @@ from llm_trainer.job import checkpoint_dir
 from llm_trainer.job.checkpoint_lock import lock_checkpoints
 from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
 from llm_trainer.job.inputs import find_warnings
-from llm_trainer.job.job import Job, check_job, collect_settings
-from llm_trainer.job.rank_traces import RankTraces, find_trace_prefix
+from llm_trainer.job.job import Job, check_job
+from llm_trainer.job.rank_traces import find_trace_prefix
 from llm_trainer.job.start_gate import StartGate
 from llm_trainer.journal.journal import FILE_NAME
 from llm_trainer.journal.timeline import Timeline
-from llm_trainer.launcher.cluster import ClusterLink, HostState
-from llm_trainer.launcher.greeting import derive_key
-from llm_trainer.launcher.job_events import JobDescription, JobEventWriter
-from llm_trainer.launcher.last_words import explain_crash
-from llm_trainer.launcher.reporter_process import ReporterOptions, ReporterProcess
-from llm_trainer.launcher.stand_by import Leader, stand_by
-from llm_trainer.launcher.stop_signal import StopSignal
-from llm_trainer.launcher.supervisor import (
-    INTRODUCTION_SECONDS,
-    AttemptSignals,
-    HostWorkers,
-    Supervisor,
-    Verdict,
+from llm_trainer.launcher.hosts.agreement import list_facts
+from llm_trainer.launcher.hosts.cluster import ClusterLink, HostState
+from llm_trainer.launcher.hosts.failover import find_successor, wait_for_hub
+from llm_trainer.launcher.hosts.greeting import derive_key
+from llm_trainer.launcher.hosts.meeting import (
+    Quorum,
+    advise_restart,
+    describe_loss,
     wait_for_all_hosts,
     wait_for_trainers,
 )
+from llm_trainer.launcher.job_events import JobDescription, JobEventWriter
+from llm_trainer.launcher.last_words import explain_crash
+from llm_trainer.launcher.reporter_process import ReporterOptions, ReporterProcess
+from llm_trainer.launcher.stand_by import run_once_a_node
+from llm_trainer.launcher.stop_signal import StopSignal, withhold_stops
+from llm_trainer.launcher.supervisor import Attempts, AttemptSignals, HostWorkers, Supervisor, Verdict
 from llm_trainer.launcher.user_script import names_a_script, run_script
 from llm_trainer.launcher.worker_processes import (
     MASTER_PORT,
@@ -62,6 +63,8 @@ from llm_trainer.launcher.worker_processes import (
     build_library_variables,
     reads_from_hub,
 )
+
+INTRODUCTION_SECONDS = 20.0  # containers of a job start within this of each other, when all is well
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -72,12 +75,7 @@ def launch(arguments: Sequence[str]) -> int:
     put_away(os.environ)
     started = time.time()
     try:
-        placement = find_placement()
-        if placement.local_rank > 0:
-            settings, _ = collect_settings(read_environment(), arguments)
-            return stand_by(placement, settings.parallelism.host_timeout_seconds)
-        with Leader(placement) as leader:
-            return leader.end(lead_node(arguments, is_first=placement.node_rank == 0, started=started))
+        return run_once_a_node(arguments, lambda place: lead_node(arguments, place.node_rank == 0, started))
     except UserError as error:
         return fail(Failure(str(error), "mistake", started))
 
@@ -141,7 +139,8 @@ def take_part(
         log_early_stop(job)
         return None
     log_job(job)
-    verdict = HostJob(job, link, stop.file.parent, stop.file, timeline).supervise(arguments)
+    attempts = Attempts(job.settings.parallelism.max_restarts)
+    verdict = HostJob(job, link, build_quorum(job), stop.file, timeline).run(arguments, attempts)
     if verdict.what == "stopped":
         log_early_stop(job)
     stop.log_end()
@@ -159,29 +158,43 @@ def prepare_host(
     try:
         job = check_job(environment, arguments)
         check_host(job)
+        link.facts = list_facts(describe_settings(job.settings), count_processes(job.settings.parallelism, environment))
     except UserError as error:
         failed = Failure(str(error), "mistake", timeline.started)
     except Exception as error:  # told to the other hosts like a mistake: they wait for this one
         failed = explain_crash(error, "launcher")
     timeline.mark("check")
     is_checked = job is not None and failed is None
-    timeout = job.settings.parallelism.host_timeout_seconds if job and is_checked else INTRODUCTION_SECONDS
-    failure = wait_for_all_hosts(link, failed, timeout, stop_file)
+    quorum = build_quorum(job) if job and is_checked else Quorum(environment.hosts, [], INTRODUCTION_SECONDS)
+    failure = wait_for_all_hosts(link, failed, quorum, stop_file)
     if failure and failure.kind == "lost":
         failure = replace(failure, reason=failure.reason + environment.placement.advise())
     timeline.mark("meeting")
     return job, failure
 
 
+def build_quorum(job: Job) -> Quorum:
+    """Return the hosts with which the job may train."""
+    settings, environment = job.settings.parallelism, job.environment
+    counts = count_usable_hosts(job.settings, environment)
+    return Quorum(environment.hosts, counts, settings.host_timeout_seconds, settings.min_hosts is not None)
+
+
 def check_host(job: Job) -> None:
     """Read the job's secrets, and check what this host offers. Raises UserError with every mistake there is."""
     os.environ.update(read_secret_variables(job.settings.secrets, os.environ))
     check_machine(job)
-    if job.environment.node_rank == 0 and len(job.environment.hosts) > 1:
+    if job.environment.node_rank == 0:
+        check_first_host(job)
+
+
+def check_first_host(job: Job) -> None:
+    """Take what only the first host uses: a port, the checkpoint folder, the Hub. Raises UserError where it cannot."""
+    if len(job.environment.hosts) > 1:
         open_port(MASTER_PORT).close()  # torchrun would tell of one in use by a traceback
-    if job.environment.node_rank == 0 and job.settings.training.use_checkpoints:
+    if job.settings.training.use_checkpoints:
         lock_checkpoints(job.inputs.checkpoint_dir, job.environment.current_host)
-    if job.environment.node_rank == 0 and job.settings.output.push_to_hub:
+    if job.settings.output.push_to_hub:
         from llm_trainer.export.publish import prepare_push  # the Hub's client takes half a second to import
 
         prepare_push(job.settings.output)
@@ -218,58 +231,98 @@ def find_worker_uses(job: Job) -> list[Use]:
 
 @dataclass(frozen=True)
 class HostJob:
-    """A checked job on one host, in touch with the other hosts."""
+    """A checked job on one host, in touch with the other hosts, while one of them is the first."""
 
     job: Job
     link: ClusterLink
-    scratch_dir: Path
+    quorum: Quorum
     stop_file: Path
     timeline: Timeline
 
     @property
-    def workers(self) -> WorkerProcesses:
-        """The workers of this host."""
-        settings, environment = self.job.settings.parallelism, self.job.environment
-        on_gpu = environment.num_gpus > 0 and not settings.use_cpu
-        return WorkerProcesses(environment, count_processes(settings, environment), on_gpu)
+    def scratch_dir(self) -> Path:
+        """The folder that the launcher and the workers of this host share."""
+        return self.stop_file.parent
 
-    def supervise(self, arguments: Sequence[str]) -> Verdict:
-        """Run the workers, and what starts them, to the end of the job on all hosts."""
+    def run(self, arguments: Sequence[str], attempts: Attempts) -> Verdict:
+        """Run this host's part to the end of the job on all hosts, under another first host where that one is lost."""
+        verdict = self.supervise(arguments, attempts)
+        if verdict.what != "leaderless":
+            return verdict
+        if wait_for_hub(self.link, attempts.number, self.quorum.timeout, self.stop_file):
+            return self.run(arguments, attempts)
+        cause = describe_loss(self.link.hub)
+        successor = find_successor(self.link, self.quorum)
+        if successor is None or self.stop_file.exists() or attempts.restarts_left < 1:
+            return Verdict("failed", advise_restart(cause))
+        attempts.note_loss(self.link.hub, cause)
+        self.link.close()
+        with successor.open_link(self.link) as link:
+            job = replace(self.job, environment=successor.place(self.job.environment))
+            host_job = replace(self, job=job, link=link, quorum=successor.quorum)
+            failure = host_job.meet(attempts.number)
+            return Verdict("failed", failure) if failure else host_job.run(arguments, attempts)
+
+    def meet(self, attempt: int) -> Failure | None:
+        """Meet the others under a new first host, after this attempt. Return the failure of this or another one."""
+        failed = None
+        if self.link.own == self.link.hub:
+            log.info(f"Host {self.link.own} takes the place of the first one.")
+            try:
+                check_first_host(self.job)
+            except UserError as error:
+                failed = Failure(str(error), "mistake", time.time())
+        return wait_for_all_hosts(self.link, failed, self.quorum, self.stop_file, attempt)
+
+    def supervise(self, arguments: Sequence[str], attempts: Attempts) -> Verdict:
+        """Run the workers, and what starts them, to the end of the job on all hosts or the loss of the first one."""
         environment, inputs, started = self.job.environment, self.job.inputs, self.timeline.started
         signals = AttemptSignals(self.scratch_dir / "failures", self.stop_file, StartGate(self.scratch_dir))
-        signals.failures_dir.mkdir()
-        variables = self.workers.build_variables(self.scratch_dir, started, find_library_variables(self.job))
-        # Not in the command, which every process of the machine may read: a setting can hold a secret.
-        own = withhold_secrets(variables, find_worker_uses(self.job)) | {"LLM_TRAINER_ARGUMENTS": json.dumps(arguments)}
-        num_ranks = self.workers.num_processes * len(environment.hosts)
-        description = JobDescription(started, num_ranks, describe_settings(self.job.settings))
+        signals.failures_dir.mkdir(exist_ok=True)
+        num_processes = count_processes(self.job.settings.parallelism, environment)
+        description = JobDescription(started, num_processes, describe_settings(self.job.settings))
         events = JobEventWriter(environment, self.link, description)
-        events.write_start(self.timeline, goes_on=bool(list_kept_checkpoints(self.job)))
-        command = self.workers.build_command()
+        variables = self.choose_workers(environment.hosts).build_variables(
+            self.scratch_dir, started, find_library_variables(self.job)
+        )
 
-        def start(attempt: int, earlier: Failure | None) -> "subprocess.Popen[bytes]":
-            if earlier:
-                self.timeline.mark(f"attempt_{attempt - 1}")
-                events.write_restart(attempt, earlier)
-            return self.start_workers(command, own)
+        def start(attempts: Attempts) -> "subprocess.Popen[bytes]":
+            if attempts.cause:
+                self.timeline.mark(f"attempt_{attempts.number - 1}")
+            events.write_attempt(attempts, self.timeline, goes_on=bool(list_kept_checkpoints(self.job)))
+            return self.start_workers(arguments, attempts.members)
 
         folders = {"checkpoints": inputs.checkpoint_dir, "temp": Path(tempfile.gettempdir())}
         with self.run_reporter(variables):
             with SystemMetrics(environment.current_host, folders, events.write, started) as metrics:
-                traces = RankTraces(find_trace_prefix(variables), environment.hosts, num_ranks)
-                workers = HostWorkers(start, metrics.find_recent_faults, traces)
-                max_restarts = self.job.settings.parallelism.max_restarts
-                verdict = Supervisor(self.link, environment.hosts, workers, signals, max_restarts).run()
+                workers = HostWorkers(start, metrics.find_recent_faults, find_trace_prefix(variables), num_processes)
+                verdict = Supervisor(self.link, self.quorum, workers, signals, attempts).run()
             events.write_end(verdict, inputs.model_dir)
         hide_in_records(environment.output_dir / "data")
         return verdict
 
-    def start_workers(self, command: Sequence[str], variables: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    def choose_workers(self, members: Sequence[str]) -> WorkerProcesses:
+        """Return the workers of this host in an attempt of these hosts."""
+        settings, own = self.job.settings.parallelism, self.job.environment
+        rest = [name for name in (*own.hosts, *own.other_hosts) if name not in members]
+        environment = replace(own, hosts=tuple(members), other_hosts=tuple(rest))
+        on_gpu = own.num_gpus > 0 and not settings.use_cpu
+        return WorkerProcesses(environment, count_processes(settings, own), on_gpu)
+
+    def start_workers(self, arguments: Sequence[str], members: Sequence[str]) -> "subprocess.Popen[bytes]":
         """Start an attempt, in a session of its own: a terminal's Ctrl-C is for the launcher, which stops in order."""
         if self.job.environment.node_rank == 0:  # the host that writes them; the folder may be one for all hosts
             checkpoint_dir.remove_partial_checkpoints(self.job.inputs.checkpoint_dir)
-        phases = {"LLM_TRAINER_PHASES": json.dumps(self.timeline.seconds)}
-        return subprocess.Popen(bind_command(command), env={**variables, **phases}, start_new_session=True)
+        workers, libraries = self.choose_workers(members), find_library_variables(self.job)
+        variables = workers.build_variables(self.scratch_dir, self.timeline.started, libraries)
+        # Not in the command, which every process of the machine may read: a setting can hold a secret.
+        own = withhold_secrets(variables, find_worker_uses(self.job)) | {
+            "LLM_TRAINER_ARGUMENTS": json.dumps(arguments),
+            "LLM_TRAINER_PHASES": json.dumps(self.timeline.seconds),
+            MEMBERS: json.dumps(members),
+        }
+        with withhold_stops():
+            return subprocess.Popen(bind_command(workers.build_command()), env=own, start_new_session=True)
 
     def run_reporter(self, variables: Mapping[str, str]) -> contextlib.AbstractContextManager[object]:
         """Return the reporter's process as a context, on the first training host; on the others an empty one."""

@@ -11,11 +11,14 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Self
 
 from llm_trainer.common.errors import UserError
+from llm_trainer.config.environment import find_placement, read_environment
 from llm_trainer.config.placement import Placement
+from llm_trainer.job.job import collect_settings
 from llm_trainer.launcher.stop_signal import find_early_stop
 
 POLL_SECONDS = 0.1
@@ -79,6 +82,19 @@ class Leader:
                 with suppress(OSError):
                     line.sendall(TWICE)
                 line.close()
+
+
+def run_once_a_node(arguments: Sequence[str], lead: Callable[[Placement], int]) -> int:
+    """Run a function in the first process of this node while the others wait, and return its exit code in all.
+
+    `arguments` are the command line's settings. Raises UserError where the processes of the node do not come together.
+    """
+    placement = find_placement()
+    if placement.local_rank > 0:
+        settings, _ = collect_settings(read_environment(), arguments)
+        return stand_by(placement, settings.parallelism.host_timeout_seconds)
+    with Leader(placement) as leader:
+        return leader.end(lead(placement))
 
 
 def stand_by(placement: Placement, timeout: float) -> int:

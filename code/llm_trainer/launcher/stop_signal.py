@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Self
@@ -48,6 +50,19 @@ def end_on_stops() -> None:
         signal.signal(signum, end)
     if early := find_early_stop():
         end(early, None)
+
+
+@contextmanager
+def withhold_stops() -> Iterator[None]:
+    """Start processes in this block that no stop signal reaches, nor what they start themselves.
+
+    Slurm sends its signal to every process of a job. It would end torchrun, and the processes that load data.
+    """
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which a new process takes over
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 class StopSignal:

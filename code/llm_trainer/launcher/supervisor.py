@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a job's worker processes to their end, in step with the other hosts, and again after a fault if allowed.
 
-The first training host knows how all others are, and decides: to go on, to begin another attempt, or that the job has
-failed. The others report and follow. A stop that reaches a host before its workers train ends the workers of all hosts
-at once. After that (job/start_gate.py) the workers obey a stop themselves.
+The first training host knows how all others are. It decides to go on, to begin another attempt and with whom, or that
+the job has failed. The others report and follow. A lost first host is a matter of hosts/failover.py. A stop that
+reaches a host before its workers train ends the workers of all hosts at once. After that (job/start_gate.py) they obey
+a stop themselves.
 """
 
 import subprocess
@@ -18,13 +19,13 @@ import psutil
 
 from llm_trainer.common import log
 from llm_trainer.common.errors import Failure, Wait, choose_cause, read_failures
-from llm_trainer.job.rank_traces import RankTraces
+from llm_trainer.job.rank_traces import REPORT_SECONDS, RankTraces
 from llm_trainer.job.start_gate import StartGate
-from llm_trainer.launcher.cluster import ClusterLink, HostState
+from llm_trainer.launcher.hosts.cluster import ClusterLink, HostState
+from llm_trainer.launcher.hosts.meeting import Quorum, advise_restart, describe_loss
 
 POLL_SECONDS = 0.1
-SETTLE_SECONDS = 10.0  # the cause of a failure may come after its echo
-INTRODUCTION_SECONDS = 20.0  # containers of a job start within this of each other, when all is well
+SETTLE_SECONDS = REPORT_SECONDS + 10.0  # the cause of a failure may come after its echo
 LEAVE_SECONDS = 120.0  # when all is written, the first host waits no longer than this for the others
 KILL_SECONDS = 10.0
 
@@ -33,18 +34,47 @@ KILL_SECONDS = 10.0
 class Verdict:
     """The end of an attempt, for all hosts."""
 
-    what: Literal["done", "stopped", "again", "failed"]  # stopped: before the training began
+    # stopped: before the training began; leaderless: the first host is lost, and the others may go on
+    what: Literal["done", "stopped", "again", "failed", "leaderless"]
     failure: Failure | None = None
+
+
+@dataclass
+class Attempts:
+    """The attempts of this host's workers so far, whichever host was the first one."""
+
+    restarts_left: int
+    number: int = 0  # of the last one
+    members: Sequence[str] = ()  # the hosts of it
+    cause: Failure | None = None  # why it failed
+
+    def note_failure(self, cause: Failure | None) -> None:
+        """Take the failure of the last attempt, after which another one is made."""
+        self.restarts_left -= 1
+        self.cause = cause
+
+    def note_loss(self, host: str, cause: Failure) -> None:
+        """Take the loss of a host that has no more part in the job."""
+        self.note_failure(cause)
+        self.members = [name for name in self.members if name != host]
+
+    def describe(self) -> str:
+        """Return the line for the log when an attempt begins after another."""
+        return f"Attempt {self.number}: the workers start again from the newest checkpoint."
 
 
 @dataclass(frozen=True)
 class HostWorkers:
     """The workers of this host, as the supervisor needs them."""
 
-    # Starts the nth attempt, after the failure of the one before, and returns the process that starts the workers.
-    start: Callable[[int, Failure | None], "subprocess.Popen[bytes]"]
+    start: Callable[[Attempts], "subprocess.Popen[bytes]"]  # returns the process that starts the workers
     find_gpu_faults: Callable[[], list[str]]  # sentences about what GPUs of this host reported lately
-    traces: RankTraces
+    trace_prefix: str
+    num_processes: int
+
+    def trace(self, members: Sequence[str]) -> RankTraces:
+        """Return the traces of an attempt's ranks."""
+        return RankTraces(self.trace_prefix, members, self.num_processes * len(members))
 
 
 @dataclass(frozen=True)
@@ -67,43 +97,103 @@ class AttemptSignals:
 
 
 class Supervisor:
-    """The life of this host's workers."""
+    """The life of this host's workers, while one host is the first."""
 
     def __init__(
-        self,
-        link: ClusterLink,
-        trainers: Sequence[str],
-        workers: HostWorkers,
-        signals: AttemptSignals,
-        max_restarts: int,
+        self, link: ClusterLink, quorum: Quorum, workers: HostWorkers, signals: AttemptSignals, attempts: Attempts
     ) -> None:
-        """Take the names of the hosts that train, and how often workers may be restarted."""
+        """Take the hosts that may train, and the attempts made so far."""
         self.link = link
-        self.others = [name for name in trainers if name != link.own]
+        self.quorum = quorum
         self.workers = workers
         self.signals = signals
-        self.restarts_left = max_restarts
+        self.attempts = attempts
         self.began = 0.0  # of the attempt, in seconds since the epoch
 
+    @property
+    def leads(self) -> bool:
+        """True on the first training host."""
+        return self.link.own == self.link.hub
+
     def run(self) -> Verdict:
-        """Run attempt after attempt, until the job is done, stopped, or has failed for good."""
-        attempt, earlier = 1, None
+        """Run attempt after attempt, until the job is done, stopped, has failed for good, or lost its first host."""
         while True:
-            self.signals.reset()
-            self.began = time.time()
-            self.link.publish(HostState("running", attempt))
-            child = self.workers.start(attempt, earlier)
-            try:
-                verdict = (self.lead if self.link.own == self.link.hub else self.follow)(child, attempt)
-            finally:
-                end_processes(child)
-            if verdict.what != "again":
-                self.link.publish(HostState(verdict.what, attempt, verdict.failure))
+            verdict = (self.call_hosts if self.leads else self.await_call)() or self.run_attempt()
+            if verdict.what == "again":
+                self.attempts.note_failure(verdict.failure)
+                continue
+            if verdict.what != "leaderless":
+                self.link.publish(HostState(verdict.what, self.attempts.number, verdict.failure))
+            return verdict
+
+    def run_attempt(self) -> Verdict:
+        """Run the workers of the attempt that was called."""
+        attempts = self.attempts
+        self.signals.reset()
+        self.began = time.time()
+        self.link.publish(HostState("running", attempts.number, members=tuple(attempts.members)))
+        if attempts.number > 1:
+            log.info(*([attempts.cause.reason] if attempts.cause else []), attempts.describe())
+        self.workers.trace(attempts.members).make_folder()
+        child = self.workers.start(attempts)
+        try:
+            return (self.lead if self.leads else self.follow)(child, attempts.number)
+        finally:
+            end_processes(child)
+
+    def call_hosts(self) -> Verdict | None:
+        """Choose the hosts of the next attempt, after waiting for those of the last one, or for others in their place.
+
+        Returns how the job ends where too few are there.
+        """
+        there = self.gather_hosts() if self.quorum.goes_on_without else self.quorum.trainers
+        if there is None:
+            return Verdict("failed", self.attempts.cause)
+        members = self.quorum.choose(there)
+        if not members:
+            return Verdict("failed", self.describe_shortage(there))
+        earlier = max(self.link.state(name).attempt for name in members)  # under another first host perhaps
+        self.attempts.number, self.attempts.members = 1 + max(self.attempts.number, earlier), members
+        if without := [name for name in self.quorum.trainers if name not in members]:
+            log.info(f"{len(members)} of {len(self.quorum.trainers)} hosts train, without {', '.join(without)}.")
+        return None
+
+    def gather_hosts(self) -> Sequence[str] | None:
+        """Wait for the hosts of the last attempt. Return all that are there in the end, None after a stop signal."""
+        attempts, began = self.attempts, time.monotonic()
+        since = began if attempts.members else 0.0  # at the start of the job they have just met
+        is_told = False
+        while True:
+            there = self.quorum.find_present(self.link, attempts.number, since)
+            missing = [name for name in attempts.members if name not in there]
+            if not missing or time.monotonic() - began > self.quorum.timeout:
+                return there
+            if self.signals.stop_file.exists() or any(state.is_stopping for state in self.read_states().values()):
+                return None
+            if not is_told and any(not self.link.answers(name) for name in missing):
+                is_told = True
+                text = f"Waiting {self.quorum.timeout:.0f} s at most for another host in the place of a lost one."
+                log.info(f"{attempts.cause.reason} {text}" if attempts.cause else text)
+            time.sleep(POLL_SECONDS)
+
+    def await_call(self) -> Verdict | None:
+        """Wait until the first host calls this one to an attempt. Returns how the job ends where it does not."""
+        is_spare = False
+        while True:
+            hub = self.link.state(self.link.hub)
+            if hub.phase == "running" and hub.attempt > self.attempts.number:
+                if self.link.own in hub.members:
+                    self.attempts.number, self.attempts.members = hub.attempt, hub.members
+                    return None
+                if not is_spare:
+                    log.info(f"The others train without this host, {self.link.own}: it waits for the next attempt.")
+                is_spare = True
+            elif verdict := self.obey(hub, None):
                 return verdict
-            attempt, earlier = attempt + 1, verdict.failure
-            self.restarts_left -= 1
-            cause = f"{verdict.failure.reason}\n" if verdict.failure else ""
-            log.info(f"{cause}Attempt {attempt}: the workers start again from the newest checkpoint.")
+            if self.signals.stop_file.exists() and is_spare:
+                return Verdict("stopped")
+            self.tell_stop()
+            time.sleep(POLL_SECONDS)
 
     def lead(self, child: "subprocess.Popen[bytes]", attempt: int) -> Verdict:
         """Watch all hosts from the first one, and decide how the attempt ends."""
@@ -114,6 +204,8 @@ class Supervisor:
             if self.signals.stops_early() or any(state.phase == "stopped" for state in states.values()):
                 return Verdict("stopped")
             exit_code = child.poll()
+            if exit_code == 0:  # all is written, whatever becomes of a host now
+                states = {name: state for name, state in states.items() if state.phase != "lost"}
             if exit_code or any(has_failed(state, attempt) for state in states.values()):
                 return self.judge(self.find_cause(child, attempt))
             if exit_code == 0:
@@ -139,10 +231,30 @@ class Supervisor:
                 own = self.explain_end(child)
                 self.link.publish(HostState("failed" if own else "done", attempt, own))
             self.tell_stop()
-            verdict = obey(hub, self.link.hub, attempt, own)
-            if verdict is not None:
+            if verdict := self.obey(hub, own):
                 return verdict
             time.sleep(POLL_SECONDS)
+
+    def obey(self, hub: HostState, own: Failure | None) -> Verdict | None:
+        """Return how the attempt ends by what the first host says; None while it says nothing final.
+
+        `own` is the failure of this host's workers, if they failed.
+        """
+        match hub.phase:
+            case "lost" if self.quorum.goes_on_without:
+                return Verdict("leaderless")
+            case "lost":
+                cause = choose_cause(filter(None, [own, advise_restart(describe_loss(self.link.hub))]))
+                return Verdict("failed", cause)
+            case "failed":
+                return Verdict("failed", hub.failure)
+            case "stopped":
+                return Verdict("stopped")
+            case "running" if hub.attempt > self.attempts.number:
+                return Verdict("again")
+            case "done":
+                return Verdict("failed", own) if own else Verdict("done")
+        return None
 
     def join_stop(self, states: Mapping[str, HostState]) -> None:
         """Stop this host too where another one got a signal: this one exports, when the others have no workers left."""
@@ -158,8 +270,9 @@ class Supervisor:
             self.link.publish(replace(state, is_stopping=True))
 
     def read_states(self) -> dict[str, HostState]:
-        """Return how the other training hosts are."""
-        return {name: self.link.state(name) for name in self.others}
+        """Return how the other hosts of the attempt are."""
+        attempts = self.attempts
+        return {name: self.link.state(name, attempts.number) for name in attempts.members if name != self.link.own}
 
     def find_cause(self, child: "subprocess.Popen[bytes]", attempt: int) -> Failure:
         """Return why the attempt failed. Echoes of a failure elsewhere come first: they get time to be explained."""
@@ -168,12 +281,15 @@ class Supervisor:
             states = self.read_states()
             known = [state.failure for state in states.values() if state.failure and state.attempt == attempt]
             known += [describe_loss(name) for name, state in states.items() if state.phase == "lost"]
-            if child.poll() is not None:
+            has_ended = child.poll() is not None
+            if has_ended:
                 known += filter(None, [self.explain_end(child)])
             cause = choose_cause(known)
-            if cause and (cause.kind != "peer" or not self.others or time.monotonic() > deadline):
+            all_told = has_ended and all(has_failed(state, attempt) for state in states.values())
+            if cause and (cause.kind != "peer" or all_told or time.monotonic() > deadline):
                 waits = [wait for failure in known for wait in failure.waits]
-                return self.workers.traces.blame_missing_ranks(cause, [*waits, *self.read_waits()])
+                traces = self.workers.trace(self.attempts.members)
+                return traces.blame_missing_ranks(cause, [*waits, *self.read_waits()])
             time.sleep(POLL_SECONDS)
 
     def explain_end(self, child: "subprocess.Popen[bytes]") -> Failure | None:
@@ -190,102 +306,34 @@ class Supervisor:
 
     def read_waits(self) -> list[Wait]:
         """Return what ranks of this host waited for when this attempt failed."""
-        return self.workers.traces.read_waits(self.began)
+        told = [wait for failure in read_failures(self.signals.failures_dir) for wait in failure.waits]
+        return [*told, *self.workers.trace(self.attempts.members).read_waits(self.began)]
 
     def judge(self, cause: Failure) -> Verdict:
         """Decide whether another attempt makes sense.
 
-        A mistake would be made again, a lost host does not come back, and who asked for a stop wants no restart.
+        A mistake would be made again, and who asked for a stop wants no restart. A lost host may not come back.
         """
-        is_repairable = cause.kind in ("fault", "peer") and not self.signals.stop_file.exists()
-        return Verdict("again" if is_repairable and self.restarts_left > 0 else "failed", cause)
+        kinds = ("fault", "peer", "lost") if self.quorum.goes_on_without else ("fault", "peer")
+        is_repairable = cause.kind in kinds and not self.signals.stop_file.exists()
+        if is_repairable and self.attempts.restarts_left > 0:
+            return Verdict("again", cause)
+        return Verdict("failed", advise_restart(cause) if cause.kind == "lost" else cause)
 
-
-def obey(hub: HostState, hub_name: str, attempt: int, own: Failure | None) -> Verdict | None:
-    """Return how the attempt ends by what the first host says; None while it says nothing final.
-
-    `own` is the failure of this host's workers, if they failed.
-    """
-    match hub.phase:
-        case "lost":
-            return Verdict("failed", choose_cause(filter(None, [own, describe_loss(hub_name)])))
-        case "failed":
-            return Verdict("failed", hub.failure)
-        case "stopped":
-            return Verdict("stopped")
-        case "running" if hub.attempt > attempt:
-            return Verdict("again")
-        case "done":
-            return Verdict("failed", own) if own else Verdict("done")
-    return None
+    def describe_shortage(self, there: Sequence[str]) -> Failure:
+        """Return the failure of a job with too few hosts left."""
+        gone = ", ".join(name for name in self.quorum.trainers if name not in there)
+        cause = self.attempts.cause or describe_loss(gone)
+        text = (
+            f"{cause.reason} No other came in its place within {self.quorum.timeout:.0f} s, and the job needs "
+            f"{min(self.quorum.counts)} hosts."
+        )
+        return advise_restart(replace(cause, reason=text))
 
 
 def has_failed(state: HostState, attempt: int) -> bool:
     """Tell whether a host failed in this attempt: one that has yet to hear of it still tells of the last one."""
     return state.phase == "lost" or (state.phase == "failed" and state.attempt == attempt)
-
-
-def wait_for_all_hosts(
-    link: ClusterLink, own_failure: Failure | None, timeout: float, stop_file: Path
-) -> Failure | None:
-    """Wait until every host is there, for `timeout` seconds at most.
-
-    Returns the failure of one of them, this one included, or of those that never came.
-    """
-    link.publish(HostState("failed", failure=own_failure) if own_failure else HostState("ready"))
-    failure = own_failure
-    deadline = time.monotonic() + timeout
-    while not stop_file.exists() and (absent := link.find_absent()) and time.monotonic() < deadline:
-        if link.is_double:
-            break
-        time.sleep(POLL_SECONDS)
-    if not stop_file.exists() and absent and failure is None:
-        failure = describe_absence(link, absent, timeout)
-    if link.own == link.hub:
-        states = [link.state(name) for name in link.names]
-        failure = choose_cause(filter(None, [failure, *(state.failure for state in states)]))
-        if failure:
-            link.publish(HostState("failed", failure=failure))
-    return failure
-
-
-def wait_for_trainers(link: ClusterLink, stop_file: Path) -> Failure | None:
-    """Keep a host that does not train until those that do are at their end. Return their failure, if they failed."""
-    link.publish(HostState("done"))
-    while True:
-        hub = link.state(link.hub)
-        if hub.phase == "lost":
-            return describe_loss(link.hub)
-        if hub.is_final:
-            return hub.failure
-        if stop_file.exists() and hub.phase in ("absent", "ready"):
-            return None
-        time.sleep(POLL_SECONDS)
-
-
-def describe_absence(link: ClusterLink, absent: list[str], timeout: float) -> Failure:
-    """Return the failure of a job whose hosts did not all come within `timeout` seconds."""
-    if link.is_double:
-        text = f"Two machines have called {link.hub} as {link.own}: give each machine of the job a rank of its own."
-        return Failure(text, "mistake", time.time())
-    why = f" ({link.error.strerror or link.error})" if link.error else ""
-    why += "".join(f" (and {host} is there twice, also as {address})" for host, address in link.doubles.items())
-    return Failure(
-        f"Host {', '.join(absent)} could not be reached from {link.own} within {timeout:.0f} s{why}: see its log; "
-        "and let the hosts reach each other on every port (the job's security groups).",
-        "lost",
-        time.time(),
-    )
-
-
-def describe_loss(host: str) -> Failure:
-    """Return the failure of a job that lost a host."""
-    return Failure(
-        f"Host {host} no longer answers: its container was killed or its machine failed. Start the job again; "
-        "it goes on from the newest checkpoint.",
-        "lost",
-        time.time(),
-    )
 
 
 def end_processes(child: "subprocess.Popen[bytes]") -> None:

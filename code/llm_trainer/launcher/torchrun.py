@@ -7,9 +7,10 @@ The command starts a worker, which dies with torchrun.
 """
 
 import os
+import signal
 import sys
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
@@ -21,6 +22,8 @@ def main() -> int:
     """Run torchrun with this process's arguments. Return 0 or 1, and report workers that died."""
     separator = sys.argv.index("--")
     options, command = sys.argv[1:separator], sys.argv[separator + 1 :]
+    # SIGTERM does not reach workers (stop_signal.withhold_stops): torchrun would wait 30 s, then kill them after all.
+    PContext.close.__defaults__ = (signal.SIGKILL, 0)
     try:
         run(parse_args([*options, "--no-python", *bind_command(command)]))
     except ChildFailedError as error:

@@ -7,6 +7,7 @@ from statistics import median
 from typing import NamedTuple
 
 from llm_trainer.common.units import show_count, show_duration, show_share
+from llm_trainer.config.global_batch import TOTALS
 from llm_trainer.report.history import History
 
 BUSY_GPU = 70.0  # percent of the time
@@ -131,7 +132,7 @@ def find_low_utilization(history: History) -> Iterator[Advice]:
         yield Advice(
             "GPUs wait",
             f"{evidence}, and no CPU was the reason.",
-            "Raise per_device_train_batch_size, or dataloader_num_workers if loading a batch takes long; on several "
+            f"{describe_larger_batch(history)}, or dataloader_num_workers if loading a batch takes long; on several "
             "hosts look at the network, and at a smaller number of GPUs.",
         )
 
@@ -148,10 +149,17 @@ def find_free_memory(history: History) -> Iterator[Advice]:
             "GPU memory is left unused",
             f"The fullest GPU, {fullest}, never used more than {gpus[fullest].high:.0f}% of its memory"
             + (f", at per_device_train_batch_size={batch}." if batch else "."),
-            "Raise per_device_train_batch_size (and lower gradient_accumulation_steps as much), or switch "
-            "gradient_checkpointing off, which takes a third more time, or half more with an adapter; or take smaller "
-            "GPUs.",
+            f"{describe_larger_batch(history)}, or switch gradient_checkpointing off, which takes a third more time, "
+            "or half more with an adapter; or take smaller GPUs.",
         )
+
+
+def describe_larger_batch(history: History) -> str:
+    """Return words for what has a GPU take more rows at once. With a global batch it is derived."""
+    for name in TOTALS:
+        if history.find_setting(name):
+            return f"Give a per_device_train_batch_size that takes more of {name} at once, or raise {name}"
+    return "Raise per_device_train_batch_size (and lower gradient_accumulation_steps as much)"
 
 
 def find_throttling(history: History) -> Iterator[Advice]:

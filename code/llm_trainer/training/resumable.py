@@ -30,7 +30,7 @@ from llm_trainer.model import lora_init
 from llm_trainer.training.filled_order import FilledOrder
 from llm_trainer.training.resume import make_gather, share_files
 from llm_trainer.training.sharding import checkpoint_kinds, fsdp
-from llm_trainer.training.step_start import RandomState, StepCounts
+from llm_trainer.training.step_start import RandomState, StepCounts, seed_rank
 from llm_trainer.training.stopping import StopConsensus
 
 CONVERSIONS = "_weight_conversions"  # a model's, between the names of its weights and those in its base's files
@@ -53,6 +53,7 @@ class RunContext:
     loraplus_lr_ratio: float | None = None  # the learning rate of the adapter's B divided by A's
     adapter_start: Path | None = None  # folder of the adapter's first values, where a checkpoint has to hold them
     goes_on: bool = False  # whether the adapter begins with the values of an earlier one
+    saved: Path | None = None  # is created when there is a checkpoint
 
 
 class ResumableMixin(Trainer):
@@ -110,7 +111,12 @@ class ResumableMixin(Trainer):
             self.random_state.restore(self.args.device)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Load the random state of a checkpoint, and keep it: it is the state after the last whole step."""
+        """Load the random state of a checkpoint, and keep it: it is the state after the last whole step.
+
+        A checkpoint of another number of ranks may have none for this rank, which then draws what no other one does.
+        """
+        if checkpoint is not None:
+            seed_rank(self.args.seed, self.state.global_step, self.args.process_index)
         super()._load_rng_state(checkpoint)
         self.note_step_end()
 
@@ -146,6 +152,8 @@ class ResumableMixin(Trainer):
             self.write_partial_checkpoint(partial, model, trial)
             self.barrier_if_sharded()
             self.complete_checkpoint(partial, self.describe_files(partial))
+        if self.run.saved:
+            self.run.saved.touch()
         self.checkpoint_seconds = time.monotonic() - started
         seconds = round(self.checkpoint_seconds, 2)
         self.run.journal.write("checkpoint", step=self.state.global_step, seconds=seconds)
@@ -255,8 +263,10 @@ class ResumableMixin(Trainer):
             raise UserError(
                 f"The best checkpoint, {best}, is gone: start the job again without load_best_model_at_end."
             )
-        if self.is_fsdp_enabled and self.run.consensus.group is not None:
-            share_files(best, self.run.consensus.group)
+        group = self.run.consensus.group
+        is_sharded = any(make_gather(group)(checkpoint_kinds.is_sharded(best)))  # a host may have none of its files
+        if group is not None and (self.is_fsdp_enabled or is_sharded):
+            share_files(best, group)
         if self.is_of_other_kind(best):
             checkpoint_kinds.load_weights(self.model, best)
         else:

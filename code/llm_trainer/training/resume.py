@@ -81,16 +81,31 @@ def identify_run(parts: RunParts, arguments: SFTConfig) -> dict[str, Any]:
     return json.loads(json.dumps(identity, default=str))
 
 
+def find_saved_note(scratch_dir: Path) -> Path:
+    """Return the file by which the next attempt on this host knows that the job has saved a checkpoint."""
+    return scratch_dir / "saved"
+
+
 def find_checkpoint(
-    settings: TrainingSettings, folder: Path, identity: dict[str, Any], group: dist.ProcessGroup | None
+    settings: TrainingSettings, folder: Path, identity: dict[str, Any], group: dist.ProcessGroup | None, saved: Path
 ) -> Path | None:
     """Return the checkpoint of the folder to go on from, whole on this host's disk, or None to start anew.
 
     It is judged by the files that all hosts have of it, and a host that lacks files gets them. Each host has only what
     its ranks wrote of a sharded one, and S3 sends nothing after a restart in place. Every rank must call this.
-    Raises UserError for a checkpoint that is broken and asked for by name, or belongs to another run.
+    `saved` is the note of the attempts before this one. Raises UserError where they saved and nothing whole is left.
+    The same for a checkpoint that is broken and asked for by name, or belongs to another run.
     """
-    checkpoint = choose_checkpoint(settings, folder, identity, make_gather(group))
+    gather = make_gather(group)
+    checkpoint = choose_checkpoint(settings, folder, identity, gather)
+    if checkpoint is None and goes_on(settings) and any(gather(saved.exists())):
+        raise UserError(
+            f"The checkpoints of this job are gone: no whole one is in {folder} of the hosts that are left. Set "
+            "checkpoint_dir to a folder that all hosts share, so that others can go on from it, and start the job "
+            "again."
+        )
+    if checkpoint is not None:
+        saved.touch()
     if checkpoint is not None and group is not None:
         share_files(checkpoint, group)
     return checkpoint

@@ -134,7 +134,8 @@ class SaveAndStop(TrainerCallback):
         log.warning(
             f"a stop may wait {batch_seconds:.0f} s for the end of a batch, and a checkpoint takes about "
             f"{checkpoint_seconds:.0f} s: SageMaker kills a job {GRACE_SECONDS:.0f} s after its signal. Lower "
-            "per_device_train_batch_size and raise gradient_accumulation_steps as much, or lower max_length."
+            "per_device_train_batch_size and, without global_batch_size, raise gradient_accumulation_steps as much, "
+            "or lower max_length."
         )
 
     def stop(self, control: TrainerControl, evaluation_due: bool) -> None:

@@ -10,7 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer
+from transformers import Trainer, set_seed
+
+
+def seed_rank(seed: int, step: int, rank: int) -> None:
+    """Have all random numbers depend on the run's seed, the step and the rank, and on nothing that was drawn before."""
+    set_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from trl import SFTConfig
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.ranks import world_size
+from llm_trainer.config.global_batch import PIECES
 from llm_trainer.config.sections import TrainingSettings
 from llm_trainer.config.sft_config_fields import read_snapshot
 from llm_trainer.model.config_file import drop_contradictions
@@ -71,6 +72,11 @@ class ArgumentSources:
     use_peft: bool
     has_validation: bool
     checkpoint_dir: Path
+
+    @property
+    def batch(self) -> dict[str, int]:
+        """The rows of a device and the accumulation, which a global batch derives."""
+        return {name: self.training.value(name) for name in PIECES}
 
 
 @dataclass(frozen=True)
@@ -201,7 +207,7 @@ def build_arguments(
     mistakes early. Raises UserError for values that Transformers refuses.
     """
     sharded = memory_plan is not None and memory_plan.sharded
-    values = {**choose_defaults(sources, device, dtype, memory_plan), **select_given(sources.given)}
+    values = {**choose_defaults(sources, device, dtype, memory_plan), **select_given(sources.given), **sources.batch}
     recomputes = values.pop("activation_checkpointing")
     try:
         arguments = method.config_class(

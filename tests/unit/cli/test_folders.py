@@ -7,6 +7,7 @@ import pytest
 
 from llm_trainer.cli import folders
 from llm_trainer.cli.folders import take_folders
+from llm_trainer.common.errors import UserError
 
 
 @pytest.fixture
@@ -28,6 +29,7 @@ def without_tree(tmp_path, monkeypatch):
 )
 def test_without_opt_ml_the_folders_stand_for_it(without_tree, monkeypatch, words):
     monkeypatch.chdir(without_tree)
+    (without_tree / "d").mkdir()
     assert take_folders(["--lora_r", "8", *words, "--checkpoint-dir", "c"]) == [
         "--lora_r",
         "8",
@@ -54,3 +56,17 @@ def test_the_file_of_hyperpods_agent_is_no_tree_of_sagemaker(without_tree):
 def test_an_option_without_a_folder_is_left_to_the_settings():
     assert take_folders(["--data-dir", "--lora_r", "8"]) == ["--data-dir", "--lora_r", "8"]
     assert "LLM_TRAINER_DATA_DIR" not in os.environ
+
+
+@pytest.mark.usefixtures("without_tree")
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--data-dir", "s3://bucket/data"], "--data-dir=s3://bucket/data is an address"),
+        (["--output-dir=s3://bucket/out"], "--output-dir=s3://bucket/out is an address"),
+        (["--data-dir=/nobody/has/this"], "--data-dir=/nobody/has/this is no folder on this machine: mount"),
+    ],
+)
+def test_what_is_no_folder_is_a_sentence(words, sentence):
+    with pytest.raises(UserError, match=sentence):
+        take_folders(words)

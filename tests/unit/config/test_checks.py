@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the settings ask for is compared with the machines of the job."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from llm_trainer.config.checks import (
     HARDWARE_RULES,
     count_processes,
+    count_usable_hosts,
     find_contradictions,
     find_missing_hardware,
     keep_valid,
@@ -86,3 +88,51 @@ def test_contradictions_are_told_in_the_order_of_the_table():
 def test_what_breaks_a_rule_alone_is_left_out_of_what_is_examined_next():
     settings = Settings(optim="lomo", model_init_kwargs="dtype", target_modules="(q", bf16=True, fp16=True, seed=7)
     assert keep_valid(settings).given == {"bf16": True, "fp16": True, "seed": 7}
+
+
+@pytest.fixture
+def four_hosts():
+    return replace(build_environment(), hosts=("algo-1", "algo-2", "algo-3", "algo-4"))
+
+
+def settings(**values):
+    return Settings(model_id="org/model", max_restarts=3, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "counts"),
+    [
+        ({}, [4]),
+        ({"global_batch_size": 48, "min_hosts": 4}, [4]),
+        ({"global_batch_size": 48, "min_hosts": 2}, [4, 3, 2]),
+        ({"global_batch_size": 48, "min_hosts": 1}, [4, 3, 2, 1]),
+        ({"global_batch_size": 64, "min_hosts": 2}, [4, 2]),  # three hosts cannot share it
+        ({"global_batch_size": 64, "min_hosts": 2, "per_device_train_batch_size": 16}, [4, 2]),
+    ],
+)
+def test_a_job_goes_on_with_as_many_hosts_as_can_share_its_batch(four_hosts, values, counts):
+    assert count_usable_hosts(settings(**values), four_hosts) == counts
+    assert list(find_missing_hardware(settings(**values), four_hosts)) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"global_batch_size": 40, "min_hosts": 5}, "min_hosts=5 is more than the hosts of the job, which are 4: "),
+        ({"min_hosts": 3}, "min_hosts=3 without global_batch_size: "),
+        ({"global_batch_size": 40, "min_hosts": 3}, "min_hosts=3: no smaller number of hosts than 4 can share "),
+        (
+            {"global_batch_size": 48, "min_hosts": 3, "streaming": True, "max_steps": 5},
+            "min_hosts=3 with streaming=true: ",
+        ),
+    ],
+)
+def test_what_fewer_hosts_cannot_go_on_with_is_refused(four_hosts, values, sentence):
+    (problem,) = find_missing_hardware(settings(**values), four_hosts)
+    assert problem.startswith(sentence)
+
+
+def test_shards_of_a_lost_host_would_be_missing(four_hosts):
+    environment = replace(four_hosts, sharded_channels=frozenset({"train"}))
+    (problem,) = find_missing_hardware(settings(global_batch_size=48, min_hosts=3), environment)
+    assert problem.startswith("min_hosts=3 with data that are ShardedByS3Key: the rows of a lost host")

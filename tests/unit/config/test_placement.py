@@ -74,6 +74,15 @@ def test_slurm_without_srun_trains_on_this_node_alone_and_says_so():
     assert placement.warning.startswith("Slurm gives this job 2 nodes, and only this one trains: start the job by srun")
 
 
+def test_the_shell_of_salloc_trains_on_its_node_alone_and_says_so():
+    """With use_interactive_step the shell is a step of its own, on the first node."""
+    step = {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_STEP_NODELIST": "n1"}
+    placement = read_placement(set_by_srun(0) | step, on_sagemaker=False)
+    assert placement.num_nodes == 1
+    assert placement.warning.startswith("Slurm gives this job 2 nodes, and only this one trains: start the job by srun")
+    assert read_placement(set_by_srun(0), on_sagemaker=False).warning is None
+
+
 @pytest.mark.parametrize(
     ("variables", "sentence"),
     [
@@ -91,6 +100,7 @@ def test_slurm_without_srun_trains_on_this_node_alone_and_says_so():
         ({"AWS_BATCH_JOB_NUM_NODES": "2"}, "set all of them, as AWS Batch does"),
         (set_by_srun(0, local_rank=1), "these contradict each other"),
         (set_by_srun(0) | {"SLURM_STEP_TASKS_PER_NODE": "?"}, "these contradict each other"),
+        (set_by_srun(0) | {"SLURM_STEP_TASKS_PER_NODE": "2,1"}, "each node must have as many tasks; give srun --ntask"),
     ],
 )
 def test_what_cannot_be_true_is_a_sentence(variables, sentence):

@@ -12,14 +12,16 @@ from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, Qwen3Confi
 
 from llm_trainer.aws.options import read_options
 from llm_trainer.common.units import GIB
-from llm_trainer.config.checks import find_missing_hardware
+from llm_trainer.config.checks import count_devices, find_missing_hardware
 from llm_trainer.config.environment import Environment
+from llm_trainer.config.global_batch import find_batch_problem
 from llm_trainer.config.load import JOB_SECTION, read_settings
 from llm_trainer.config.schema import Settings
 from llm_trainer.config.sections import ALIASES
 from llm_trainer.model.attention import choose_attention, read_needs
 from llm_trainer.model.device import Device
 from llm_trainer.model.memory.fit import add_fused_kernels, choose_memory_plan
+from llm_trainer.model.memory.global_batch import split_global_batch
 from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, Target
 from llm_trainer.model.precision import choose_precision
 from support.environments import build_environment
@@ -135,7 +137,10 @@ def test_there_are_recipes():
 
 def test_its_settings_are_valid_together_and_on_its_instance(recipe):
     settings, problems = recipe.read_settings()
-    assert [*problems, *find_missing_hardware(settings, recipe.build_environment())] == []
+    environment = recipe.build_environment()
+    num_devices = count_devices(settings.parallelism, environment)
+    problems += find_batch_problem(settings.training, settings.data, num_devices)
+    assert [*problems, *find_missing_hardware(settings, environment)] == []
     given = yaml.safe_load(recipe.path.read_text(encoding="utf-8"))
     assert {ALIASES.get(name, name) for name in given} == settings.given.keys() | {JOB_SECTION}
 
@@ -150,7 +155,7 @@ def test_its_model_fits_its_instance_in_the_way_that_it_says(recipe):
     needs, asked = read_needs(scenario.shape.skeleton), settings.model.attn_implementation
     compute = choose_precision(settings.model, settings.adapter, instance.device).compute
     attention = choose_attention(needs, asked, compute, instance.device, NOT_INSTALLED)
-    fit = choose_memory_plan(add_fused_kernels(replace(scenario, attention=attention.name)))
+    fit = choose_memory_plan(split_global_batch(add_fused_kernels(replace(scenario, attention=attention.name))))
     way = fit.parallelism.describe(target.world_size).partition(" with ")[2]
     size = f"{fit.estimate.total_bytes / GIB:.0f} GiB a {target.unit}"
     assert recipe.memory == (f"{size}, with {way}" if way else size)

@@ -57,6 +57,14 @@ def test_a_host_alone_and_hosts_without_gpus_miss_nothing(gpu_host):
         assert inspect_efa(host, is_required=True).verdict == "ok"
 
 
+@pytest.mark.parametrize("network", ["Socket", "AWS Libfabric"])
+def test_a_network_that_the_user_names_is_no_silent_loss(gpu_host, monkeypatch, network):
+    monkeypatch.setenv("NCCL_NET", network)
+    assert inspect_efa(gpu_host, is_required=True) == Finding(
+        "EFA", "ok", f"rdmap0; NCCL takes the network {network}, by NCCL_NET"
+    )
+
+
 def test_devices_that_the_container_may_not_open_stop_it_too(gpu_host, tmp_path):
     (tmp_path / "dev/uverbs0").unlink()
     finding = inspect_efa(gpu_host, is_required=True)
@@ -101,3 +109,12 @@ def test_the_plugin_is_the_library_that_nccl_would_load(tmp_path):
     assert find_plugin(variables) == "libnccl-net-ofi.so"
     (tmp_path / "libnccl-net.so").touch()
     assert find_plugin(variables) == "libnccl-net.so"
+
+
+@pytest.mark.parametrize("name", ["mine", "libnccl-net-mine.so", "{folder}/libnccl-net-mine.so", "none,mine"])
+def test_a_plugin_that_the_user_names_is_the_one(tmp_path, name):
+    chosen = {"NCCL_NET_PLUGIN": name.format(folder=tmp_path), "LD_LIBRARY_PATH": str(tmp_path)}
+    (tmp_path / "libnccl-net.so").touch()
+    assert find_plugin(chosen) is None
+    (tmp_path / "libnccl-net-mine.so").touch()
+    assert Path(find_plugin(chosen) or "").name == "libnccl-net-mine.so"

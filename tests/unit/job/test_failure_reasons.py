@@ -38,7 +38,7 @@ from llm_trainer.common.errors import (
     reserve_failure,
 )
 from llm_trainer.config.schema import Settings
-from llm_trainer.job.failure_reasons import JobFacts, explain, explain_death, write_traceback
+from llm_trainer.job.failure_reasons import JobFacts, explain, explain_death, is_absence, write_traceback
 from support.small_disk import small_disk, with_shared_memory
 from support.waiting import GUARD_SECONDS
 
@@ -319,12 +319,14 @@ def lose_the_other_ranks(what: str, rank: int) -> None:
     hasty = dist.new_group()
     dist.all_reduce(torch.ones(1), group=hasty)
     dist.distributed_c10d._set_pg_timeout(SECOND, hasty)
-    if rank == 1 and what == "hangs":
+    if rank == 1 and what in ("hangs", "is absent"):
         time.sleep(600)
     if rank == 1 and what != "store":
         os._exit(1)
+    store = dist.distributed_c10d._get_default_store()
+    if what == "is absent":
+        dist.distributed_c10d._store_based_barrier(rank, store, "a group", 2, SECOND)
     if what == "store":
-        store = dist.distributed_c10d._get_default_store()
         store.set_timeout(SECOND)
         store.get("nothing")
     dist.all_reduce(torch.ones(1), group=hasty)
@@ -336,7 +338,7 @@ def run_rank(what: str, rank: int, file: Path) -> None:
         lose_the_other_ranks(what, rank)
     except Exception as error:
         failure = explain(error, f"Rank {rank}", None)
-        file.write_text(f"{failure.kind} {failure.reason}")
+        file.write_text(f"{failure.kind} {failure.reason} Absence: {is_absence(error)}.")
     os._exit(1)
 
 
@@ -369,16 +371,25 @@ def run_ranks(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("what", "text"), [("dies", "by peer"), ("hangs", "Timed out waiting"), ("store", "wait timeout after")]
+    ("what", "text", "is_absent"),
+    [
+        ("dies", "by peer", False),
+        ("hangs", "Timed out waiting", False),  # told by the traces
+        ("store", "wait timeout after", True),
+        ("is absent", "store based barrier", True),
+    ],
 )
-def test_a_rank_that(run_ranks, what, text):
+def test_a_rank_that(run_ranks, what, text, is_absent):
     told_by_rank_0 = run_ranks(what)
     assert told_by_rank_0.startswith("peer Rank 0 lost the other ranks (")
     assert text in told_by_rank_0
+    assert told_by_rank_0.endswith(f"Absence: {is_absent}.")
 
 
 def test_a_rank_that_never_comes(run_ranks):
-    assert run_ranks("is alone", ranks=(0,)).startswith("peer Rank 0 lost the other ranks (")
+    told_by_rank_0 = run_ranks("is alone", ranks=(0,))
+    assert told_by_rank_0.startswith("peer Rank 0 lost the other ranks (")
+    assert told_by_rank_0.endswith("Absence: True.")
 
 
 @pytest.mark.parametrize("text", [NCCL_PEER, NCCL_TIMEOUT])

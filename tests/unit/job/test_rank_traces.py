@@ -19,6 +19,7 @@ from llm_trainer.job import rank_traces
 from llm_trainer.job.rank_traces import (
     RankTraces,
     build_trace_variables,
+    describe_meeting,
     find_missing_ranks,
     find_trace_prefix,
     write_trace,
@@ -109,6 +110,23 @@ def test_a_rank_that_waits_in_another_group_is_not_missing():
     assert find_missing_ranks(waits) == (waits[1], [2])
 
 
+def test_ranks_that_never_came_to_the_first_meeting_are_named(traces):
+    waits = [describe_meeting(rank, 4, LIMIT_SECONDS) for rank in (0, 2)]
+    failure = traces.blame_missing_ranks(PEER, waits)
+    assert failure.kind == "fault"
+    assert failure.reason == (
+        "Rank 1 on host algo-1, 3 on host algo-2 did not come to the meeting of all ranks at the start, for which rank "
+        "0 waited longer than ddp_timeout (now 1800 s): the log holds what it said last; if it is only slow, raise "
+        "ddp_timeout."
+    )
+
+
+def test_a_folder_for_traces_that_cannot_be_made_is_told(tmp_path, capsys):
+    (tmp_path / "data").touch()
+    RankTraces(str(tmp_path / "data/collectives-rank-"), ("algo-1",), 2).make_folder()
+    assert "a hang will leave no trace" in capsys.readouterr().out
+
+
 def test_what_waited_goes_to_the_other_hosts_as_json(traces, write_pickle):
     write_pickle(0, make_entry(57))
     (wait,) = traces.read_waits(since=0)
@@ -186,7 +204,7 @@ def test_the_traces_of_this_torch_are_read_in_both_forms(tmp_path, monkeypatch):
     ranks[1].kill()
     ranks[1].join()
     waits = traces.read_waits(since=0)
-    assert waits == [Wait(0, [0, 1], "all_reduce", 2, 1.0, True)] * 2
+    assert waits == [Wait(0, [0, 1], "all_reduce, collective 2 of its group", 2, 1.0, True)] * 2
     assert traces.blame_missing_ranks(PEER, waits).reason.startswith(
         "Rank 1 did not come to all_reduce, collective 2 of"
     )

@@ -2,7 +2,6 @@
 """What the launcher writes to the journal, and on hosts but the first hands over instead."""
 
 import json
-import time
 from dataclasses import replace
 
 import pytest
@@ -13,10 +12,12 @@ from llm_trainer.config.schema import Settings, describe_settings
 from llm_trainer.journal.journal import Journal, read_records
 from llm_trainer.journal.records import SCHEMA_VERSION
 from llm_trainer.journal.timeline import Timeline
-from llm_trainer.launcher.cluster import ClusterLink
+from llm_trainer.launcher.hosts.cluster import ClusterLink
 from llm_trainer.launcher.job_events import JobDescription, JobEventWriter
-from llm_trainer.launcher.supervisor import Verdict
+from llm_trainer.launcher.supervisor import Attempts, Verdict
 from support.journals import list_fields
+
+BROKE = Failure("Rank 0 broke.", "fault", 1.0)
 
 
 @pytest.fixture
@@ -38,7 +39,11 @@ def build_writer(environment=None, settings=None):
     environment = environment or read_environment()
     link = ClusterLink(environment.hosts, environment.current_host, b"key")
     redacted = describe_settings(settings or Settings())
-    return JobEventWriter(environment, link, JobDescription(1000.5, 8, redacted))
+    return JobEventWriter(environment, link, JobDescription(1000.5, 4, redacted))
+
+
+def attempt(number, cause=None, members=("algo-1", "algo-2")):
+    return Attempts(0, number, members, cause)
 
 
 def timeline(started):
@@ -52,8 +57,8 @@ def records(opt_ml):
 def test_a_job_is_told_at_every_attempt_without_its_secrets(opt_ml):
     settings = Settings(model_id="org/model", token="hf_secret", nproc_per_node=4, mlflow_uri="https://me:pass@host/")
     events = build_writer(replace(read_environment(), other_hosts=("algo-3",)), settings)
-    events.write_start(timeline(1000.5), goes_on=False)
-    events.write_restart(2, Failure("Rank 0 broke.", "fault", time.time()))
+    events.write_attempt(attempt(1), timeline(1000.5), goes_on=False)
+    events.write_attempt(attempt(2, BROKE, ["algo-1"]), timeline(1000.5), goes_on=True)
     job, event, again = records(opt_ml)
     assert (job["name"], job["arn"][:12]) == ("tune-1", "arn:aws:sage")
     assert (job["attempt"], again["attempt"]) == (1, 2)
@@ -61,6 +66,7 @@ def test_a_job_is_told_at_every_attempt_without_its_secrets(opt_ml):
     assert job["schema_version"] == SCHEMA_VERSION
     assert (job["started"], job["billed_hosts"]) == (again["started"], again["billed_hosts"]) == (1000.5, 3)
     assert (job["hosts"], job["world_size"]) == (["algo-1", "algo-2"], 8)
+    assert (again["hosts"], again["world_size"]) == (["algo-1"], 4)
     assert job["settings"]["model_id"] == "org/model"
     assert "hf_secret" not in str(job)
     assert "pass" not in job["settings"]["mlflow_uri"]
@@ -74,14 +80,20 @@ def test_a_job_is_told_at_every_attempt_without_its_secrets(opt_ml):
 @pytest.mark.parametrize(("goes_on", "attempts"), [(False, [1]), (True, [1, 1])])
 def test_an_earlier_jobs_journal_stays_for_a_job_that_goes_on_with_it(opt_ml, goes_on, attempts):
     for _ in range(2):
-        build_writer().write_start(timeline(1000.0), goes_on=goes_on)
+        build_writer().write_attempt(attempt(1), timeline(1000.0), goes_on=goes_on)
     assert [record["attempt"] for record in records(opt_ml)] == attempts
+
+
+def test_the_next_first_hosts_journal_begins_with_the_job_and_tells_of_the_lost_one(opt_ml):
+    build_writer().write_attempt(attempt(2, BROKE), timeline(1000.0), goes_on=False)
+    job, event = records(opt_ml)
+    assert (job["kind"], job["attempt"], event["text"][:13]) == ("job", 2, "Rank 0 broke.")
 
 
 def test_phases_stand_at_the_time_when_they_ended(opt_ml):
     begun = timeline(1000.0)
     begun.seconds = {"check": 1.5, "meeting": 2.0}
-    build_writer().write_start(begun, goes_on=False)
+    build_writer().write_attempt(attempt(1), begun, goes_on=False)
     _, *phases = records(opt_ml)
     told = [(record["name"], record["time"], record["seconds"], record["host"]) for record in phases]
     assert told == [("check", 1001.5, 1.5, "algo-1"), ("meeting", 1003.5, 2.0, "algo-1")]
@@ -111,8 +123,8 @@ def test_other_hosts_hand_over_what_they_measure_and_keep_no_journal(opt_ml):
     resources = {"current_host": "algo-2", "hosts": ["algo-1", "algo-2"]}
     (opt_ml / "input/config/resourceconfig.json").write_text(json.dumps(resources))
     events = build_writer()
-    events.write_start(timeline(1000.0), goes_on=False)
-    events.write_restart(2, Failure("Rank 0 broke.", "fault", time.time()))
+    events.write_attempt(attempt(1), timeline(1000.0), goes_on=False)
+    events.write_attempt(attempt(2, BROKE), timeline(1000.0), goes_on=False)
     events.write("system", host="algo-2", gpus={"power_watts": [1.5]})
     events.write_end(Verdict("done"), opt_ml / "model")
     assert [(record["kind"], record["gpus"]) for record in events.link.records] == [("system", {"power_watts": [1.5]})]
@@ -122,6 +134,6 @@ def test_other_hosts_hand_over_what_they_measure_and_keep_no_journal(opt_ml):
 def test_without_a_place_for_the_journal_the_job_goes_on(opt_ml, capsys):
     (opt_ml / "output").write_text("a file where the folder belongs")
     events = build_writer()
-    events.write_start(timeline(1000.0), goes_on=False)
+    events.write_attempt(attempt(1), timeline(1000.0), goes_on=False)
     events.write_end(Verdict("done"), opt_ml / "model")
     assert "metrics.jsonl cannot be written" in capsys.readouterr().err

@@ -34,17 +34,16 @@ class Job:
     lengths: dict[str, int] = field(default_factory=lambda: {"90": 500, "100": 500})
     packing: str = "off"
     attempts: int = 1
+    settings: dict[str, int] = field(default_factory=lambda: {"per_device_train_batch_size": 4, "max_length": 2048})
 
     def advise(self, folder: Path) -> list[str]:
         return [advice.title for advice in find_advice(read_history(self.write(folder / "metrics.jsonl")))]
 
     def write(self, file: Path) -> Path:
         journal = FakeJournal(file)
-        settings = {"per_device_train_batch_size": 4, "max_length": 2048}
         for attempt in range(self.attempts):
-            journal.add(
-                attempt, "job", name="trial", hosts=[HOST], world_size=2, settings=settings, attempt=attempt + 1
-            )
+            facts = {"hosts": [HOST], "world_size": 2, "settings": self.settings}
+            journal.add(attempt, "job", name="trial", attempt=attempt + 1, **facts)
         now = 0.0
         for name, seconds in self.start_seconds.items():
             now += seconds
@@ -131,6 +130,22 @@ def test_the_advice_names_what_takes_longest_at_the_start(tmp_path):
     (advice,) = find_advice(read_history(job.write(tmp_path / "metrics.jsonl")))
     assert "40 min of them with 'data'" in advice.evidence
     assert "pretokenized" in advice.change
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"per_device_train_batch_size": 4},
+            "Raise per_device_train_batch_size (and lower gradient",
+        ),
+        ({"global_batch_size": 64}, "Give a per_device_train_batch_size that takes more of global_batch_size at once"),
+    ],
+)
+def test_a_larger_batch_is_advised_by_the_settings_that_make_it(tmp_path, settings, words):
+    job = Job(memory=35, settings=settings)
+    (advice,) = find_advice(read_history(job.write(tmp_path / "metrics.jsonl")))
+    assert advice.change.startswith(words)
 
 
 def test_padding_is_expected_by_the_longest_row_of_a_random_batch():

@@ -103,6 +103,19 @@ def test_a_best_checkpoint_that_is_gone_does_not_pass_for_the_last_one(tiny_mode
         trainer._load_best_model()
 
 
+def test_a_rank_without_a_random_state_draws_by_seed_step_and_rank(tiny_model, tmp_path, monkeypatch):
+    drawn = []
+    for step, rank in ((3, 0), (3, 0), (3, 1), (4, 0)):
+        trainer = build(tiny_model, tmp_path)
+        trainer.state.global_step = step
+        monkeypatch.setattr(TrainingArguments, "process_index", rank)
+        torch.rand(len(drawn))  # as much as a start may draw, which differs from machine to machine
+        trainer._load_rng_state(str(tmp_path))
+        drawn.append(float(torch.rand(1)))
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) == 3
+
+
 def test_two_trainers_share_no_state(tiny_model, tmp_path):
     one, other = build(tiny_model, tmp_path / "one"), build(tiny_model, tmp_path / "other")
     assert one.row_order is not other.row_order

@@ -117,7 +117,7 @@ def write_shards(folder, name, own, contents=FILES):
 
 def find(folder, group):
     settings = Settings(resume_from_checkpoint=None, use_checkpoints=True)
-    found = resume.find_checkpoint(settings.training, folder, RUN, group)
+    found = resume.find_checkpoint(settings.training, folder, RUN, group, folder / "saved")
     return found and found.name, checkpoint_dir.find_fault(found) if found else None
 
 

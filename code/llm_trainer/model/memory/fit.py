@@ -92,12 +92,13 @@ class MemoryPlan:
 def choose_memory_plan(scenario: MemoryScenario, earlier: str | None = None) -> MemoryPlan:
     """Return the cheapest way that fits, out of those that the settings leave open.
 
-    `earlier` is the distribution of a run that this one goes on from. Where the settings leave it open, it stays.
+    `earlier` is the distribution of a run that this one goes on from. A run that was sharded stays so where the
+    settings leave it open. One that was not may have begun on larger devices.
     Raise UserError where no way fits, with the cheapest changes that make the job fit. With `check_memory=false` the
     way that takes the least memory is returned instead, with a warning.
     """
     settings, target = scenario.settings, scenario.target
-    if earlier and settings.parallelism.distribution == "auto" and target.world_size > 1:
+    if earlier == "fsdp" and settings.parallelism.distribution == "auto" and target.world_size > 1:
         scenario = replace(scenario, settings=settings.replace(distribution=earlier))
     free, refused = show_bytes(target.free_bytes), list[str]()
     try:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from llm_trainer.common.units import show_bytes
+from llm_trainer.config.global_batch import PIECES, TOTALS, find_batch_problem
 from llm_trainer.model.memory.estimate import CONTEXT_BYTES, Estimate
 from llm_trainer.model.memory.gpus import read_gpus
 from llm_trainer.model.memory.scenario import MemoryScenario, list_parallelism_plans
@@ -78,8 +79,11 @@ def shrink_batch(scenario: MemoryScenario) -> Iterator[Change]:
     while rows > 1:
         pieces = 2 if rows % 2 == 0 else rows
         rows, steps = rows // pieces, steps * pieces
-        text = f"per_device_train_batch_size={rows} with gradient_accumulation_steps={steps}"
-        yield text, scenario.replace_settings(per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
+        changed = dict(zip(PIECES, (rows, steps), strict=True))
+        # A global batch derives the piece that is not given.
+        told = [name for name in PIECES if training.is_given(name) or not training.is_given(*TOTALS)]
+        text = " with ".join(f"{name}={changed[name]}" for name in told or PIECES[:1])
+        yield text, scenario.replace_settings(**changed)
 
 
 def recompute_activations(scenario: MemoryScenario) -> Iterator[Change]:
@@ -131,9 +135,11 @@ def shorten_rows(scenario: MemoryScenario) -> Iterator[Change]:
 
 def add_gpus(scenario: MemoryScenario) -> Iterator[Change]:
     """Yield the job sharded over twice as many GPUs, again and again."""
-    num_gpus = scenario.target.world_size
-    while scenario.target.on_gpu and num_gpus < MAX_WORLD_SIZE and scenario.settings.can_shard:
+    num_gpus, settings = scenario.target.world_size, scenario.settings
+    while scenario.target.on_gpu and num_gpus < MAX_WORLD_SIZE and settings.can_shard:
         num_gpus *= 2
+        if any(find_batch_problem(settings.training, settings.data, num_gpus)):
+            return
         sharded = scenario.replace_settings(distribution="fsdp")
         yield f"{num_gpus} such GPUs with distribution=fsdp", sharded.replace_target(world_size=num_gpus)
 

@@ -151,6 +151,10 @@ def test_a_run_that_goes_on_stays_distributed_as_it_was():
     assert choose(gpus(1, 20), SMALL, 16, earlier="fsdp").distribution == "ddp"
 
 
+def test_a_run_that_was_not_sharded_is_where_it_would_not_fit():
+    assert choose(gpus(8, 23), earlier="ddp").distribution == "fsdp"
+
+
 def test_what_cannot_be_sharded_is_not():
     with pytest.raises(UserError) as refusal:
         choose(gpus(8, 1), MEDIUM, 512, load_in_8bit=True, gradient_checkpointing=True, activation_offloading=False)

@@ -4,10 +4,11 @@
 import pytest
 from transformers import LlamaConfig
 
+from llm_trainer.common.errors import UserError
 from llm_trainer.common.units import GIB
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.memory.fit import ELSEWHERE
-from llm_trainer.model.memory.global_batch import UNKNOWN_MODEL_ROWS, split_global_batch
+from llm_trainer.model.memory.global_batch import UNKNOWN_MODEL_ROWS, find_shortage, split_global_batch
 from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, ParallelismPlan, Target
 from llm_trainer.model.memory.shape import UnknownShapeError
 
@@ -40,8 +41,26 @@ def test_the_most_rows_that_fit_without_recomputation_are_taken(num_gpus, gib):
         assert not twice.can_hold(twice.estimate(WITHOUT_RECOMPUTATION))
 
 
+def test_rows_whose_step_takes_too_long_to_follow_are_too_many(monkeypatch):
+    estimate = MemoryScenario.estimate
+
+    def fail_on_many(self, plan):
+        if self.settings.training.per_device_train_batch_size > 4:
+            raise UnknownShapeError("it takes too long to follow")
+        return estimate(self, plan)
+
+    monkeypatch.setattr(MemoryScenario, "estimate", fail_on_many)
+    assert pieces_of(split_global_batch(build(1, 1000, global_batch_size=64))) == (4, 16)
+
+
 def test_rows_are_taken_one_by_one_where_nothing_fits():
     assert pieces_of(split_global_batch(build(2, 0.1, global_batch_size=24))) == (1, 12)
+
+
+def test_fewer_devices_may_be_too_few_for_a_sharded_model():
+    scenario = split_global_batch(build(8, 2.5, global_batch_size=64, use_peft=False, distribution="fsdp"))
+    assert find_shortage(scenario, 8) is None
+    assert "needs" in find_shortage(scenario, 2)
 
 
 def test_what_is_given_stays():
@@ -49,6 +68,18 @@ def test_what_is_given_stays():
     assert pieces_of(split_global_batch(build(2, 1000, global_batch_size=24, gradient_accumulation_steps=6))) == (2, 6)
     scenario = build(2, 1000)
     assert split_global_batch(scenario) is scenario
+
+
+def test_what_is_derived_does_not_count_as_given_and_outlasts_other_changes():
+    training = split_global_batch(build(2, 1000, global_batch_size=24)).settings.training
+    assert not training.is_given("per_device_train_batch_size", "gradient_accumulation_steps")
+    changed = training.replace(optim="adamw_8bit")
+    assert changed.per_device_train_batch_size == training.per_device_train_batch_size == 12
+
+
+def test_devices_that_cannot_share_the_batch_end_the_job():
+    with pytest.raises(UserError, match=r"cannot be shared by 5 devices: give 20 or 25\."):
+        split_global_batch(build(5, 1000, global_batch_size=24))
 
 
 def test_a_model_whose_memory_is_not_known_takes_few_rows(monkeypatch):

@@ -11,6 +11,7 @@ from llm_trainer.common.units import GIB
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device
 from llm_trainer.model.memory import remedies
+from llm_trainer.model.memory.global_batch import split_global_batch
 from llm_trainer.model.memory.remedies import count_usable_bytes, estimate_at_best, find_smallest_gpu, list_remedies
 from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, Target
 
@@ -37,6 +38,24 @@ def test_the_same_batch_comes_in_smaller_pieces():
         "per_device_train_batch_size=3 with gradient_accumulation_steps=4",
         "per_device_train_batch_size=1 with gradient_accumulation_steps=12",
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "texts"),
+    [
+        ({"per_device_train_batch_size": 4}, ["per_device_train_batch_size=2", "per_device_train_batch_size=1"]),
+        ({"gradient_accumulation_steps": 2}, ["gradient_accumulation_steps=4", "gradient_accumulation_steps=8"]),
+    ],
+)
+def test_a_global_batch_needs_one_of_the_pieces(given, texts):
+    split = split_global_batch(make_scenario(10**15, global_batch_size=8, **given))
+    assert [text for text, _ in remedies.shrink_batch(split)] == texts
+
+
+def test_more_gpus_are_proposed_as_long_as_they_can_share_the_global_batch():
+    split = split_global_batch(make_scenario(10**15, global_batch_size=12))
+    proposed = [text for text, _ in remedies.add_gpus(split)]
+    assert [text.partition(" ")[0] for text in proposed] == ["2", "4"]
 
 
 def test_what_is_proposed_fits_and_the_cheapest_comes_first():

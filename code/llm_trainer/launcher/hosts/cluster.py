@@ -14,13 +14,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from llm_trainer.common.errors import Failure, parse_failure
 from llm_trainer.common.retry import Backoff
 from llm_trainer.host.network import open_port
-from llm_trainer.launcher.greeting import RankTakenError, Visitor, admit, introduce
+from llm_trainer.launcher.hosts.greeting import RankTakenError, Visitor, admit, introduce
 
 PORT = 7778
 HEARTBEAT_SECONDS = 2.0
@@ -48,6 +48,8 @@ class HostState:
     attempt: int = 0
     failure: Failure | None = None
     is_stopping: bool = False  # its container got a stop signal
+    members: tuple[str, ...] = ()  # the hosts of the attempt, as the first one has chosen them
+    facts: dict[str, str] = field(default_factory=dict)  # of a host that is ready: digests of what all must have alike
 
     @property
     def is_final(self) -> bool:
@@ -55,16 +57,27 @@ class HostState:
         return self.phase in ("done", "stopped", "failed", "lost")
 
 
-def parse_message(text: str | bytes) -> tuple[str, HostState, list[str]]:
-    """Return who speaks, how it is, and which hosts it misses. Raises ValueError for what no launcher says."""
+@dataclass(frozen=True)
+class Overview:
+    """The hub's view of all hosts, which it tells them."""
+
+    absent: list[str] = field(default_factory=list)
+    addresses: dict[str, str] = field(default_factory=dict)  # of those that have called
+
+
+def parse_message(text: str | bytes) -> tuple[str, HostState, Overview]:
+    """Return who speaks, how it is, and what it sees of the others. Raises ValueError for what no launcher says."""
     try:
         words: dict[str, Any] = json.loads(text)
         state, failure = words["state"], words["state"]["failure"]
         failed = parse_failure(failure) if failure else None
-        told = HostState(state["phase"], int(state["attempt"]), failed, state.get("is_stopping") is True)
+        members = tuple(str(name) for name in state.get("members", ()))
+        facts = {str(name): str(value) for name, value in state.get("facts", {}).items()}
+        is_stopping = state.get("is_stopping") is True
+        told = HostState(state["phase"], int(state["attempt"]), failed, is_stopping, members, facts)
         if told.phase not in PHASES:
             raise ValueError(f"no phase of a host: {told.phase!r}")
-        return words["host"], told, words.get("absent", [])
+        return words["host"], told, Overview([*words.get("absent", [])], {**words.get("addresses", {})})
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a launcher's words: {text!r}") from error
 
@@ -90,17 +103,27 @@ class HostContact:
     state: HostState = field(default_factory=HostState)
     heard_at: float = 0.0  # time.monotonic()
     broken_at: float | None = None
+    facts: dict[str, str] = field(default_factory=dict)  # as it told when it was ready
 
     def update(self, state: HostState) -> None:
         """Note what the host has just said."""
         self.state, self.heard_at, self.broken_at = state, time.monotonic(), None
+        self.facts = state.facts or self.facts
 
-    def judge(self) -> HostState:
-        """Return its state, or `lost` where it was there, was not at its end, and no longer answers."""
+    @property
+    def answers(self) -> bool:
+        """True while its connection holds, and it speaks."""
         now = time.monotonic()
         is_cut = self.broken_at is not None and now - self.broken_at > RECONNECT_SECONDS
-        is_silent = now - self.heard_at > SILENCE_SECONDS
-        if self.state.phase == "absent" or self.state.is_final or not (is_cut or is_silent):
+        return self.state.phase != "absent" and not is_cut and now - self.heard_at <= SILENCE_SECONDS
+
+    def judge(self, attempt: int) -> HostState:
+        """Return its state, or `lost` where it was there, was not at its end, and no longer answers.
+
+        One that failed in an attempt before this one was not at its end: it was to begin this one.
+        """
+        is_over = self.state.is_final and not (self.state.phase == "failed" and self.state.attempt < attempt)
+        if self.state.phase == "absent" or is_over or self.answers:
             return self.state
         return HostState("lost", self.state.attempt)
 
@@ -117,6 +140,7 @@ class ClusterLink:
         `hub_address` is where the hub is reached, by default at its name.
         """
         self.key = key
+        self.facts: dict[str, str] = {}  # what this host has that all must have alike, once its job is checked
         self.hub_address = hub_address or names[0]
         self.visitor = Visitor(own)
         self.guests: dict[str, str] = {}  # host -> which of its processes is known, on the hub
@@ -127,7 +151,7 @@ class ClusterLink:
         self.own = own
         self.hub = names[0]
         self.contacts = {name: HostContact() for name in names}
-        self.absent: list[str] = [name for name in names if name != own]  # as the hub sees it
+        self.overview = Overview([name for name in names if name != own])
         self.error: OSError | None = None  # why the hub cannot be reached
         self.lines: dict[str, socket.socket] = {}
         self.changed = threading.Event()
@@ -151,9 +175,14 @@ class ClusterLink:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        """Close what is not closed yet."""
+        if not self.is_closing:
+            self.close()
+
+    def close(self) -> None:
         """Say the last word, and close the connections."""
+        self.is_closing = True
         if len(self.names) > 1:
-            self.is_closing = True
             self.changed.set()
             self.speaker.join(CONNECT_SECONDS)  # the last word is said
             if self.own != self.hub:
@@ -180,16 +209,24 @@ class ClusterLink:
         self.records.append({"time": round(time.time(), 3), "kind": kind, **fields})
         self.has_records.set()
 
-    def state(self, name: str) -> HostState:
-        """Return how a host is, by what this one has heard; the hub alone has heard all."""
+    def state(self, name: str, attempt: int = 0) -> HostState:
+        """Return how a host is in an attempt, by what this one has heard; the hub alone has heard all."""
         contact = self.contacts[name]
-        return contact.state if name == self.own else contact.judge()
+        return contact.state if name == self.own else contact.judge(attempt)
+
+    def answers(self, name: str) -> bool:
+        """Tell whether a host is in touch with this one, whatever it last said."""
+        return name == self.own or self.contacts[name].answers
+
+    def has_heard(self, name: str, since: float) -> bool:
+        """Tell whether another host is in touch with this one, and has spoken `since` then by `time.monotonic`."""
+        return self.answers(name) and self.contacts[name].heard_at >= since
 
     def find_absent(self) -> list[str]:
         """List the hosts that are not there yet."""
         if self.own == self.hub:
             return [name for name, contact in self.contacts.items() if contact.state.phase == "absent"]
-        return [self.hub] if self.contacts[self.hub].state.phase == "absent" else self.absent
+        return [self.hub] if self.contacts[self.hub].state.phase == "absent" else self.overview.absent
 
     def send_heartbeats(self) -> None:
         """Say how this host is, at every change and every heartbeat, and once more at the end."""
@@ -197,7 +234,7 @@ class ClusterLink:
             is_last = self.is_closing
             words = {"host": self.own, "state": asdict(self.contacts[self.own].state)}
             if self.own == self.hub:
-                words["absent"] = self.find_absent()
+                words |= asdict(replace(self.overview, absent=self.find_absent()))
             for line in list(self.lines.values()):
                 with suppress(OSError):  # its listener notes that it broke
                     line.sendall(json.dumps(words).encode() + b"\n")
@@ -221,10 +258,12 @@ class ClusterLink:
 
     def is_taken(self, visitor: Visitor, address: str) -> bool:
         """Tell whether the hub is in touch with another process of that host's name, and note the newcomer if so."""
-        if visitor.host in self.lines and self.guests.get(visitor.host) != visitor.process:
+        is_there = visitor.host in self.lines and self.contacts[visitor.host].answers
+        if is_there and self.guests.get(visitor.host) != visitor.process:
             self.doubles[visitor.host] = address
             return True
         self.guests[visitor.host] = visitor.process
+        self.overview.addresses[visitor.host] = address
         return False
 
     def read_messages(self, line: socket.socket, name: str) -> None:
@@ -242,10 +281,10 @@ class ClusterLink:
         if found := parse_record(text):
             self.receive_record(name, found[1])
             return
-        _, state, absent = parse_message(text)
+        _, state, overview = parse_message(text)
         self.lines[name] = line
         if name == self.hub:
-            self.absent = absent
+            self.overview = overview
         if state.phase != self.contacts[name].state.phase:
             self.changed.set()
         self.contacts[name].update(state)

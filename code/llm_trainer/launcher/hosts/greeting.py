@@ -88,7 +88,9 @@ def introduce(line: socket.socket, key: bytes, visitor: Visitor) -> None:
     if hmac.compare_digest(answer.encode(), prove(key, TAKEN, challenge).encode()):
         raise RankTakenError("another machine of the job has this one's rank")
     if not hmac.compare_digest(answer.encode(), prove(key, "hub", challenge).encode()):
-        raise ConnectionRefusedError("it takes this host for a stranger: give all hosts the same job name and secrets")
+        raise ConnectionRefusedError(
+            "it takes this host for one of another job: give all hosts the same number of hosts, job name and secrets"
+        )
     line.settimeout(None)
 
 

@@ -3,7 +3,7 @@
 
 import pytest
 
-from llm_trainer.launcher.greeting import derive_key
+from llm_trainer.launcher.hosts.greeting import derive_key
 
 HOSTS = ["algo-1", "algo-2"]
 JOB = {"TRAINING_JOB_NAME": "job", "TRAINING_JOB_ARN": "arn:aws:sagemaker:::job", "HF_TOKEN": "hf_secret"}

@@ -11,9 +11,9 @@ from contextlib import suppress
 import pytest
 
 from llm_trainer.common.errors import Failure, UserError
-from llm_trainer.launcher import cluster, greeting
-from llm_trainer.launcher.cluster import ClusterLink, HostState
-from llm_trainer.launcher.greeting import Visitor, introduce
+from llm_trainer.launcher.hosts import cluster, greeting
+from llm_trainer.launcher.hosts.cluster import ClusterLink, HostState
+from llm_trainer.launcher.hosts.greeting import Visitor, introduce
 from support.waiting import GUARD_SECONDS, wait_until
 
 NAMES = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
@@ -128,7 +128,9 @@ def test_whoever_gives_no_proof_is_not_heard(three, words):
 
 @pytest.mark.usefixtures("three")
 def test_a_host_with_another_key_is_refused_and_learns_it():
-    with pytest.raises(ConnectionRefusedError, match="it takes this host for a stranger: give all hosts the same job"):
+    with pytest.raises(
+        ConnectionRefusedError, match="it takes this host for one of another job: give all hosts the same number"
+    ):
         call(NAMES[1], b"of another job")
 
 
