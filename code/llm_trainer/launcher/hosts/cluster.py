@@ -12,15 +12,17 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
+from llm_trainer.common import log
 from llm_trainer.common.errors import Failure, parse_failure
 from llm_trainer.common.retry import Backoff
 from llm_trainer.host.network import open_port
-from llm_trainer.launcher.hosts.greeting import RankTakenError, Visitor, admit, introduce
+from llm_trainer.launcher.hosts.agreement import digest_facts, find_disagreement
+from llm_trainer.launcher.hosts.greeting import RankTakenError, StrangerError, Visitor, admit, introduce
 
 PORT = 7778
 HEARTBEAT_SECONDS = 2.0
@@ -49,7 +51,7 @@ class HostState:
     failure: Failure | None = None
     is_stopping: bool = False  # its container got a stop signal
     members: tuple[str, ...] = ()  # the hosts of the attempt, as the first one has chosen them
-    facts: dict[str, str] = field(default_factory=dict)  # of a host that is ready: digests of what all must have alike
+    facts: dict[str, str] = field(default_factory=dict)  # digests of what all hosts must have alike
 
     @property
     def is_final(self) -> bool:
@@ -103,12 +105,10 @@ class HostContact:
     state: HostState = field(default_factory=HostState)
     heard_at: float = 0.0  # time.monotonic()
     broken_at: float | None = None
-    facts: dict[str, str] = field(default_factory=dict)  # as it told when it was ready
 
     def update(self, state: HostState) -> None:
         """Note what the host has just said."""
         self.state, self.heard_at, self.broken_at = state, time.monotonic(), None
-        self.facts = state.facts or self.facts
 
     @property
     def answers(self) -> bool:
@@ -145,6 +145,7 @@ class ClusterLink:
         self.visitor = Visitor(own)
         self.guests: dict[str, str] = {}  # host -> which of its processes is known, on the hub
         self.doubles: dict[str, str] = {}  # host -> address of another machine that calls itself so, on the hub
+        self.foreign_call: str | None = None  # the last call on the hub that was taken for another job's
         self.is_double = False  # the hub knows another machine by this host's name
         self.strangers = threading.BoundedSemaphore(max(MIN_STRANGERS, 4 * len(names)))
         self.names = names
@@ -201,8 +202,12 @@ class ClusterLink:
 
     def publish(self, state: HostState) -> None:
         """Let the others know how this host is."""
-        self.contacts[self.own].update(state)
+        self.contacts[self.own].update(replace(state, facts=digest_facts(self.facts)))
         self.changed.set()
+
+    def compare_facts(self, names: Iterable[str]) -> str | None:
+        """Return a sentence about those of the hosts that have something else than this one, None where all agree."""
+        return find_disagreement(self.own, self.facts, {name: self.contacts[name].state.facts for name in names})
 
     def send_record(self, kind: str, **fields: object) -> None:
         """Have the hub write a record to the journal, without waiting for it."""
@@ -247,8 +252,11 @@ class ClusterLink:
         """Read what a host of the job says, and close the connection of a stranger."""
         name = None
         try:
-            with suppress(OSError):
-                name = admit(line, self.key, self.names, self.is_taken)
+            name = admit(line, self.key, self.names, self.is_taken)
+        except StrangerError as error:
+            self.foreign_call = str(error)
+        except OSError:
+            pass  # it has left, or says too little
         finally:
             self.strangers.release()
         if name is None:
@@ -285,9 +293,12 @@ class ClusterLink:
         self.lines[name] = line
         if name == self.hub:
             self.overview = overview
-        if state.phase != self.contacts[name].state.phase:
-            self.changed.set()
+        is_new = state.phase != self.contacts[name].state.phase
         self.contacts[name].update(state)
+        if is_new:
+            self.changed.set()
+            if self.contacts[self.own].state.attempt and (mismatch := self.compare_facts([name])):
+                log.warning(f"{mismatch} It has no part in this job.")
 
     def receive_record(self, sender: str, record: dict[str, Any]) -> None:
         """Hand a record of another host to whoever writes the journal."""
