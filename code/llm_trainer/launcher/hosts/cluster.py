@@ -7,11 +7,12 @@ the hub is: one JSON object a line. Nothing holds a launcher up: silence means t
 job's journal take a connection of their own, which may be slow or stuck without being taken for silence.
 """
 
+import functools
 import json
 import socket
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -144,6 +145,10 @@ class ClusterLink:
         self.hub_address = hub_address or names[0]
         self.visitor = Visitor(own)
         self.guests: dict[str, str] = {}  # host -> which of its processes is known, on the hub
+        self.callers: defaultdict[str, set[socket.socket]] = defaultdict(
+            set
+        )  # host -> its open connections, on the hub
+        self.greeting = threading.Lock()  # two machines of one name may call at once
         self.doubles: dict[str, str] = {}  # host -> address of another machine that calls itself so, on the hub
         self.foreign_call: str | None = None  # the last call on the hub that was taken for another job's
         self.is_double = False  # the hub knows another machine by this host's name
@@ -252,7 +257,7 @@ class ClusterLink:
         """Read what a host of the job says, and close the connection of a stranger."""
         name = None
         try:
-            name = admit(line, self.key, self.names, self.is_taken)
+            name = admit(line, self.key, self.names, functools.partial(self.is_taken, line))
         except StrangerError as error:
             self.foreign_call = str(error)
         except OSError:
@@ -263,14 +268,19 @@ class ClusterLink:
             line.close()
         else:
             self.read_messages(line, name)
+        for lines in list(self.callers.values()):
+            lines.discard(line)
 
-    def is_taken(self, visitor: Visitor, address: str) -> bool:
+    def is_taken(self, line: socket.socket, visitor: Visitor, address: str) -> bool:
         """Tell whether the hub is in touch with another process of that host's name, and note the newcomer if so."""
-        is_there = visitor.host in self.lines and self.contacts[visitor.host].answers
-        if is_there and self.guests.get(visitor.host) != visitor.process:
-            self.doubles[visitor.host] = address
-            return True
-        self.guests[visitor.host] = visitor.process
+        with self.greeting:
+            contact = self.contacts[visitor.host]
+            is_there = self.callers[visitor.host] and (contact.state.phase == "absent" or contact.answers)
+            if is_there and self.guests.get(visitor.host) != visitor.process:
+                self.doubles[visitor.host] = address
+                return True
+            self.guests[visitor.host] = visitor.process
+            self.callers[visitor.host].add(line)
         self.overview.addresses[visitor.host] = address
         return False
 
@@ -351,12 +361,15 @@ class ClusterLink:
     def stay_connected(self) -> None:
         """Keep a connection to the hub, whose name may take minutes to resolve."""
         backoff = Backoff(FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS)
+        answered_at = time.monotonic()  # by anything else than that this host's name is taken
         while not self.is_closing:
             try:
                 line = self.call_hub()
             except OSError as error:
                 self.error = error
-                self.is_double = isinstance(error, RankTakenError)
+                is_taken = isinstance(error, RankTakenError)  # perhaps by this host's process before this one
+                answered_at = answered_at if is_taken else time.monotonic()
+                self.is_double = is_taken and time.monotonic() - answered_at > RECONNECT_SECONDS
                 time.sleep(backoff.note_failure())
                 continue
             self.error = None
