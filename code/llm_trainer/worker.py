@@ -13,7 +13,7 @@ from pathlib import Path
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError, report_failure, reserve_failure
 from llm_trainer.common.library_noise import silence_libraries
-from llm_trainer.common.processes import exit_without_teardown
+from llm_trainer.common.processes import end_children_by_kill, exit_without_teardown
 from llm_trainer.common.ranks import POLL_SECONDS, describe_rank, local_rank, local_world_size, rank, world_size
 from llm_trainer.config.sft_config_fields import read_snapshot
 from llm_trainer.config.tracker_choice import configure_trackers
@@ -28,6 +28,7 @@ from llm_trainer.training.lost_batches import end_process_on_lost_batch
 
 def main() -> int:
     """Run the job of this worker. Return the process's exit code."""
+    end_children_by_kill()
     end_process_on_lost_batch()
     scratch_dir = Path(os.environ["LLM_TRAINER_SCRATCH"])
     log.escape_unprintable()

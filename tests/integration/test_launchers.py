@@ -145,6 +145,28 @@ def test_torchrun_itself_starts_a_process_a_device(make_nodes, start, stops):
     assert load_file(tree.base_dir / "model/adapter_model.safetensors")
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("num_local", [1, 2])
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_torchrun_itself_starts_two_nodes(make_nodes, start, rendezvous, num_local):
+    """By c10d the nodes come in any order, and learn the first one's address from each other."""
+    nodes = make_nodes({}, {}, per_device_train_batch_size=str(8 // num_local // 2))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={num_local}"]
+    torchrun += ["--local-addr=127.0.0.1", "--no-python", f"--rdzv-backend={rendezvous}"]
+    if rendezvous == "static":
+        places = [["--master-addr=127.0.0.1", "--master-port=29431", f"--node-rank={number}"] for number in range(2)]
+    else:
+        places = [["--rdzv-endpoint=127.0.0.1:29431", "--rdzv-id=7"]] * 2
+    jobs = [
+        start(node, command=[*torchrun, *place, str(LLM_TRAINER), "train"])
+        for node, place in zip(nodes, places, strict=True)
+    ]
+    assert [job.end() for job in jobs] == [0, 0], jobs[0].log + "OTHER NODE\n" + jobs[1].log
+    first = next(node for node in nodes if node.model_files)
+    assert first.read_journal()[0]["world_size"] == 2 * num_local
+    assert len([node for node in nodes if node.model_files]) == 1
+
+
 @pytest.mark.parametrize(
     ("variables", "sentence"),
     [
@@ -177,6 +199,21 @@ def test_a_port_in_use_ends_in_a_sentence(make_nodes):
     assert tree.failure.startswith("Port 7778 of this host, on which the job's hosts talk, cannot be opened (")
 
 
+def test_a_node_that_comes_too_late_is_told_and_so_is_the_one_that_waited(make_nodes):
+    nodes = make_nodes(set_by_torchrun(0), set_by_torchrun(1), host_timeout_seconds="2")
+    for own, node in enumerate(nodes):
+        assert node.run().returncode == 1
+        assert node.failure.startswith(f"Host node-{1 - own} could not be reached from node-{own} within 2 s")
+
+
+def test_an_address_that_drops_packets_ends_in_a_sentence(make_nodes):
+    """As a security group does. The kernel drops what comes to a listener whose queue is full."""
+    (tree,) = make_nodes(set_by_torchrun(1) | {"MASTER_ADDR": "127.0.0.9"}, host_timeout_seconds="2")
+    with socket.create_server(("127.0.0.9", 7778), backlog=0), socket.create_connection(("127.0.0.9", 7778)):
+        assert tree.run().returncode == 1
+    assert "Host node-0 could not be reached from node-1 within 2 s: see its log; and let the hosts" in tree.failure
+
+
 def test_a_rank_that_two_machines_have_is_told(make_nodes, start):
     nodes = make_nodes(*map(set_by_torchrun, (1, 1, 0), (0, 0, 0), (3, 3, 3)), host_timeout_seconds="20")
     jobs = [start(node) for node in nodes]
@@ -195,7 +232,7 @@ def test_a_rank_that_two_machines_have_is_told(make_nodes, start):
             set_by_torchrun(1, num_nodes=3),
             {},
             (
-                "Host node-1 could not be reached from node-0 within 2 s: ",
+                "Host node-1 could not be reached from node-0 within 2 s (127.0.0.1 calls as a host of another job: ",
                 "(it takes this host for one of another job: give all hosts the same number of hosts, job name and sec",
             ),
         ),

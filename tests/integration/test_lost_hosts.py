@@ -91,6 +91,26 @@ def test_a_first_host_that_comes_back_leads_again(make_three, start):
     assert [(job["attempt"], job["world_size"]) for job in job_records(trees[0])] == [(1, 3), (2, 3)]
 
 
+@pytest.mark.parametrize(("replaced", "differing"), [(0, 1), (2, 0)])
+def test_another_host_with_other_settings_is_refused_and_the_others_go_on(make_three, start, replaced, differing):
+    trees = make_three()
+    jobs = [start(tree) for tree in trees]
+    jobs[0].wait_for("step=2;")
+    jobs[replaced].process.kill()
+    jobs[1].wait_for(f"Host {HOSTS[replaced]} no longer answers") if replaced == 0 else jobs[0].wait_for("Waiting 20 s")
+    trees[replaced].change(learning_rate="0.5")
+    stranger = start(trees[replaced])
+    assert stranger.end() == 1
+    assert (
+        f"Host {HOSTS[differing]} differs from {HOSTS[replaced]} in learning_rate (0.5 on " in trees[replaced].failure
+    )
+    jobs.pop(replaced)
+    for job in jobs:
+        assert job.end() == 0, job.log
+    assert "differs from" in jobs[0].log
+    assert "It has no part in this job." in jobs[0].log
+
+
 def test_too_few_hosts_end_with_a_sentence(make_three, start):
     trees = make_three(min_hosts="3", host_timeout_seconds="5")
     jobs = [start(tree) for tree in trees]

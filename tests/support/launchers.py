@@ -32,7 +32,7 @@ def set_by_torchrun(node: int, local_rank: int = 0, num_nodes: int = 2, num_loca
 
 
 def set_by_hyperpodrun(node: int, local_rank: int = 0, num_local: int = 1) -> dict[str, str]:
-    """hyperpod-elastic-agent 1.1.3, as it was seen to: GROUP_WORLD_SIZE counts processes."""
+    """hyperpod-elastic-agent 1.1.3, hyperpod_elastic_agent.py: GROUP_WORLD_SIZE counts processes."""
     variables = set_by_torchrun(node, local_rank, num_local=num_local)
     return variables | {"GROUP_WORLD_SIZE": variables["WORLD_SIZE"], "TORCHELASTIC_USE_AGENT_STORE": "False"}
 

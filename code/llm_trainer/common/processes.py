@@ -42,6 +42,18 @@ def bind_to_parent(parent: int, signum: int = signal.SIGKILL) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def end_children_by_kill() -> None:
+    """Have `terminate` kill what this process starts, to which it hands on that it blocks stop signals.
+
+    Otherwise a DataLoader or a pool would wait for ever for a process that hangs, and which they ended in vain.
+    """
+    import subprocess  # here, because `bind_command` starts this file within a few milliseconds
+    from multiprocessing.popen_fork import Popen
+
+    Popen.terminate = Popen.kill  # type: ignore[method-assign]
+    subprocess.Popen.terminate = subprocess.Popen.kill  # type: ignore[method-assign]
+
+
 def exit_without_teardown(exit_code: int) -> NoReturn:
     """End this process after its exit handlers, without the rest of the interpreter's tear-down.
 

@@ -134,19 +134,22 @@ def judge_strays(told: Mapping[str, str]) -> str | None:
     Raises UserError where they tell of more than one process: a job of several machines must not become several jobs.
     """
     is_local = any(name in told for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    for names, launcher in ((WORLD_NAMES if is_local else PLAIN, "torchrun"), (PET, "Kubeflow"), (BATCH, "AWS Batch")):
+    sets = ((WORLD_NAMES if is_local else PLAIN, "torchrun"), (PET, "Kubeflow"), (BATCH, "AWS Batch"), (SLURM, "srun"))
+    warning = None
+    for names, launcher in sets:
         found = [name for name in names if name in told]
         missing = [name for name in names if name not in told]
         counted = [name for name in found if name in COUNTS]
-        if not counted:
-            continue
         if any(read_number(told, name) > COUNTS[name] for name in counted):
             raise UserError(
                 f"{list_values(told, found)} in the environment without {', '.join(missing)}: set all of them, as "
                 f"{launcher} does, or unset them all for a job of this machine alone."
             )
-        return f"{list_values(told, found)} in the environment without {', '.join(missing)}: passed over."
-    return None
+        if counted and names is not SLURM:  # every batch script has some of those
+            warning = (
+                warning or f"{list_values(told, found)} in the environment without {', '.join(missing)}: passed over."
+            )
+    return warning
 
 
 def judge_slurm(told: Mapping[str, str]) -> str | None:
@@ -280,6 +283,9 @@ DIALECTS = (
 )
 # The greatest number that a variable has in a job of one process.
 COUNTS = {
-    **dict.fromkeys(("RANK", "LOCAL_RANK", "PET_NODE_RANK", "AWS_BATCH_JOB_NODE_INDEX"), 0),
+    **dict.fromkeys(
+        ("RANK", "LOCAL_RANK", "PET_NODE_RANK", "AWS_BATCH_JOB_NODE_INDEX", "SLURM_NODEID", "SLURM_LOCALID"), 0
+    ),
     **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "PET_NNODES", "AWS_BATCH_JOB_NUM_NODES"), 1),
+    "SLURM_STEP_NUM_NODES": 1,
 }

@@ -5,6 +5,8 @@ The first training host's launcher writes them; the others send it what they mea
 """
 
 import os
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,13 +44,19 @@ class JobEventWriter:
         self.job = job
         self.journal = Journal(environment.output_dir / "data" / FILE_NAME)
         self.has_begun = False  # an attempt has been written
+        self.early: list[tuple[RecordKind, dict[str, Any]]] = []  # what came before that
+        self.lock = threading.Lock()
 
     def write(self, kind: RecordKind, **fields: Any) -> None:
-        """Append a record, here or by way of the first training host."""
-        if self.environment.node_rank == 0:
-            self.journal.write(kind, **fields)
-        else:
+        """Append a record, here or by way of the first training host. That begins with the job's own."""
+        if self.environment.node_rank > 0:
             self.link.send_record(kind, **fields)
+            return
+        with self.lock:
+            if not self.has_begun:
+                self.early.append((kind, {"time": round(time.time(), 3), **fields}))
+                return
+        self.journal.write(kind, **fields)
 
     def write_attempt(self, attempts: Attempts, timeline: Timeline, goes_on: bool) -> None:
         """Write that an attempt begins: the first under this first host, or one after the failure of another.
@@ -67,13 +75,16 @@ class JobEventWriter:
         self.write_phases(timeline)
         self.write_cause(attempts)
         self.link.accept_records(lambda record: self.write(**record))
-        self.has_begun = True
+        with self.lock:
+            self.has_begun = True
+        for kind, fields in self.early:
+            self.journal.write(kind, **fields)
 
     def write_cause(self, attempts: Attempts) -> None:
         """Write why the attempt before failed, where there was one."""
         if attempts.cause:
             text = f"{attempts.cause.reason} {attempts.describe()}"
-            self.write("event", host=self.environment.current_host, level="warning", text=text)
+            self.journal.write("event", host=self.environment.current_host, level="warning", text=text)
 
     def write_phases(self, timeline: Timeline) -> None:
         """Write the phases so far."""
@@ -81,11 +92,11 @@ class JobEventWriter:
         for name, seconds in timeline.seconds.items():
             ended_at += seconds
             host = self.environment.current_host
-            self.write("phase", time=round(ended_at, 3), name=name, seconds=seconds, host=host)
+            self.journal.write("phase", time=round(ended_at, 3), name=name, seconds=seconds, host=host)
 
     def write_job(self, attempts: Attempts) -> None:
         """Write what the job is, as it is at the start of an attempt."""
-        self.write(
+        self.journal.write(
             "job",
             schema_version=SCHEMA_VERSION,
             name=os.environ.get("TRAINING_JOB_NAME"),
@@ -104,12 +115,12 @@ class JobEventWriter:
         if self.environment.node_rank > 0 or verdict.what == "leaderless":
             return
         if verdict.failure:
-            self.write("end", status="failed", reason=verdict.failure.reason)
+            self.journal.write("end", status="failed", reason=verdict.failure.reason)
             return
         folders = (model_dir, model_dir / ADAPTER)  # a merge may have been left out
         cut_short = any(read_leftover_manifest(folder)[0].get("stopped") for folder in folders)
         is_stopped = verdict.what == "stopped" or cut_short
-        self.write("end", status="stopped" if is_stopped else "done", reason=None)
+        self.journal.write("end", status="stopped" if is_stopped else "done", reason=None)
 
 
 def describe_environment(environment: Environment) -> dict[str, Any]:

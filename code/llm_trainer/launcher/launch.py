@@ -307,7 +307,7 @@ class HostJob:
         rest = [name for name in (*own.hosts, *own.other_hosts) if name not in members]
         environment = replace(own, hosts=tuple(members), other_hosts=tuple(rest))
         on_gpu = own.num_gpus > 0 and not settings.use_cpu
-        return WorkerProcesses(environment, count_processes(settings, own), on_gpu)
+        return WorkerProcesses(environment, count_processes(settings, own), on_gpu, settings.host_timeout_seconds)
 
     def start_workers(self, arguments: Sequence[str], members: Sequence[str]) -> "subprocess.Popen[bytes]":
         """Start an attempt, in a session of its own: a terminal's Ctrl-C is for the launcher, which stops in order."""

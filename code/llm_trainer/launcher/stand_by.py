@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Self
 
+from llm_trainer.common import log
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.environment import find_placement, read_environment
 from llm_trainer.config.placement import Placement
@@ -57,6 +58,10 @@ class Leader:
         deadline = time.monotonic() + LATE_SECONDS
         while len(self.siblings) < self.placement.num_local - 1 and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
+        missing = set(range(1, self.placement.num_local)) - self.siblings.keys()
+        if missing:
+            ranks = ", ".join(map(str, sorted(missing)))
+            log.warning(f"no process with local rank {ranks} came: this one has started the workers of all devices.")
         for line in self.siblings.values():
             with suppress(OSError):  # it was killed
                 line.sendall(str(self.exit_code).encode())

@@ -9,12 +9,16 @@ The command starts a worker, which dies with torchrun.
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from llm_trainer.common import log
+from llm_trainer.common.errors import Failure, report_failure
 from llm_trainer.common.processes import bind_command
 
 
@@ -30,10 +34,25 @@ def main() -> int:
         if "LLM_TRAINER_SCRATCH" in os.environ:  # else no launcher reads it: the doctor reads the output
             report_deaths(error)
         return 1
+    except DistError as error:
+        report_separation(error)
+        return 1
     except SignalException as error:
         log.error(f"torchrun was ended by {error.sigval.name}")
         return 1
     return 0
+
+
+def report_separation(error: DistError) -> None:
+    """Leave for the launcher that the torchruns of the hosts do not reach each other, as by a firewall."""
+    log.error(str(error).splitlines()[0])  # the rest are frames of C++
+    if "LLM_TRAINER_SCRATCH" in os.environ:
+        reason = (
+            "The hosts do not reach each other on port 7777 of the first one, or lost it: let them reach each other on "
+            "every port (the job's security groups)."
+        )
+        folder = Path(os.environ["LLM_TRAINER_SCRATCH"]) / "failures"
+        report_failure(folder, "torchrun", Failure(reason, "peer", time.time()))
 
 
 def report_deaths(error: ChildFailedError) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command that starts a host's workers, and the environment variables that they get."""
 
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from llm_trainer.job.rank_traces import build_trace_variables
 from llm_trainer.readers.sources import HubSource
 
 MASTER_PORT = 7777  # what SageMaker's own toolkit uses between hosts
+IMPORT_SECONDS = 60  # beside the time for hosts to meet: torchrun imports torch first
 # On a CPU the tensors of every step come from malloc. By default it takes large ones from the kernel, page by page
 # filled with zeros, and gives them back after use: a fifth of a step's time (malloc(3), glibc's tunables).
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
@@ -34,6 +36,7 @@ class WorkerProcesses:
     environment: Environment
     num_processes: int
     on_gpu: bool
+    host_timeout_seconds: float
 
     def build_command(self) -> list[str]:
         """Return the command that starts the workers.
@@ -50,6 +53,7 @@ class WorkerProcesses:
                 f"--node-rank={environment.node_rank}",
                 f"--master-addr={environment.first_address}",
                 f"--master-port={MASTER_PORT}",
+                f"--rdzv-conf=timeout={math.ceil(self.host_timeout_seconds) + IMPORT_SECONDS}",
             ]
         # Told its own name, torchrun does not look it up, which takes minutes where nobody answers.
         command += [f"--local-addr={environment.current_host if len(environment.hosts) > 1 else '127.0.0.1'}"]

@@ -35,6 +35,25 @@ threading.Thread(target=time.sleep, args=[600]).start()
 atexit.register(print, "uploaded")
 exit_without_teardown(3)
 """
+# Ends children that hang, as DataLoaders and pools do, and tells whether a stop signal of somebody else reaches them.
+STOPPED = """
+import multiprocessing, os, signal, subprocess, time
+from llm_trainer.common.processes import end_children_by_kill
+from llm_trainer.launcher.stop_signal import withhold_stops
+end_children_by_kill()
+with withhold_stops():
+    forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=[600], daemon=True)
+    forked.start()
+    spawned = subprocess.Popen(["sleep", "600"])
+for pid in (forked.pid, spawned.pid):
+    os.kill(pid, signal.SIGTERM)
+forked.join(0.2)
+print(forked.exitcode, spawned.poll())
+forked.terminate()
+spawned.terminate()
+forked.join()
+print(forked.exitcode, spawned.wait())
+"""
 
 
 def run(program):
@@ -78,3 +97,7 @@ def test_every_process_is_started_by_a_command_that_is_bound():
     bound = {name for name in starting if "bind_command(" in starts[name] or "build_tree_command(" in starts[name]}
     assert starting
     assert starting - bound == set()
+
+
+def test_children_that_no_stop_signal_reaches_are_still_ended_by_their_parent():
+    assert run(STOPPED).stdout.splitlines() == ["None None", "-9 -9"]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The variables of each launcher give one place; strays and contradictions give a warning or a sentence."""
 
+import itertools
 import json
 
 import pytest
@@ -8,6 +9,30 @@ import pytest
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.placement import Placement, list_tasks, name_first_host, put_away, read_placement, take_out
 from support.launchers import LAUNCHERS, set_by_batch, set_by_hyperpodrun, set_by_srun, set_by_torchrun
+
+# What may be left in a shell, an image or by another job: a value that one process has, and one that several have.
+STRAYS = {
+    "RANK": ("0", "1"),
+    "WORLD_SIZE": ("1", "2"),
+    "LOCAL_RANK": ("0", "1"),
+    "LOCAL_WORLD_SIZE": ("1", "2"),
+    "MASTER_ADDR": ("10.0.0.1",),
+    "MASTER_PORT": ("29400",),
+    "PET_NNODES": ("1", "2"),
+    "PET_NODE_RANK": ("0", "1"),
+    "PET_MASTER_ADDR": ("10.0.0.1",),
+    "PET_NPROC_PER_NODE": ("8",),
+    "AWS_BATCH_JOB_NUM_NODES": ("1", "2"),
+    "AWS_BATCH_JOB_NODE_INDEX": ("0", "1"),
+    "AWS_BATCH_JOB_MAIN_NODE_INDEX": ("0",),
+    "SLURM_STEP_NUM_NODES": ("1", "2"),
+    "SLURM_STEP_NODELIST": ("n[1-2]",),
+    "SLURM_STEP_TASKS_PER_NODE": ("1(x2)",),
+    "SLURM_NODEID": ("0", "1"),
+    "SLURM_LOCALID": ("0", "1"),
+    "SLURM_JOB_NUM_NODES": ("1", "2"),
+}
+TELLING = {name for name, values in STRAYS.items() if len(values) == 2} - {"SLURM_JOB_NUM_NODES"}
 
 PLAIN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}
 
@@ -59,6 +84,23 @@ def test_strays_of_a_single_process_are_passed_over_with_a_warning(strays):
     placement = read_placement(strays, on_sagemaker=False)
     assert placement.num_nodes == placement.num_local == 1
     assert placement.warning.endswith(": passed over.")
+
+
+@pytest.mark.parametrize("names", list(itertools.combinations(STRAYS, 2)), ids="-".join)
+def test_two_strays_never_make_a_job_wait_for_others(names):
+    """Of one process they are passed over, of several they are a mistake: a job of them would be several jobs."""
+    for values in itertools.product(*(STRAYS[name] for name in names)):
+        strays = dict(zip(names, values, strict=True))
+        if any(value == STRAYS[name][-1] for name, value in strays.items() if name in TELLING):
+            with pytest.raises(UserError, match="in the environment"):
+                read_placement(strays, on_sagemaker=False)
+            continue
+        placement = read_placement(strays, on_sagemaker=False)
+        assert placement.num_nodes == placement.num_local == 1
+        is_told = bool(placement.warning)
+        assert is_told == any(
+            strays.get("SLURM_JOB_NUM_NODES") == "2" or (name in TELLING and "SLURM" not in name) for name in names
+        )
 
 
 def test_a_world_of_one_process_is_this_machine_alone():

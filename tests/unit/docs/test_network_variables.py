@@ -36,7 +36,9 @@ def test_workers_get_what_the_table_says_and_nothing_else(tmp_path, monkeypatch,
     environment = dataclasses.replace(
         read_environment(), hosts=("127.0.0.1", "localhost"), current_host="127.0.0.1", network_interface="lo"
     )
-    variables = WorkerProcesses(environment, 8, on_gpu=True).build_variables(tmp_path, 0.0, {})
+    variables = WorkerProcesses(environment, 8, on_gpu=True, host_timeout_seconds=900.0).build_variables(
+        tmp_path, 0.0, {}
+    )
     chosen = {None: {"NCCL_NET"}, "libnccl-net-ofi.so": {"NCCL_NET_PLUGIN"}}.get(plugin, set())
     set_here = {name for name in variables if re.fullmatch(VARIABLE, name)}
     assert set_here == set(DESCRIBED) - {"NCCL_NET", "NCCL_NET_PLUGIN"} | chosen

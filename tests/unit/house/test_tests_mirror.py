@@ -21,7 +21,6 @@ TESTED_ELSEWHERE = {
     "launcher/launch.py": "tests/integration/test_jobs.py",  # PID 1 of a job
     "launcher/reporter_process.py": "tests/integration/test_tracking.py",  # a process beside a job's
     "launcher/single_worker.py": "tests/integration/test_survival.py",  # a process that outlives no launcher
-    "launcher/torchrun.py": "tests/integration/test_survival.py",  # the same with several ranks
     "readers/rows.py": "tests/unit/readers/test_files.py",  # the records that all readers give
     "training/methods/training_method.py": "tests/unit/training/methods/test_sft.py",  # a record without behaviour
     "training/sharding/fsdp.py": "tests/integration/test_sharding.py",  # needs several ranks

@@ -90,6 +90,17 @@ def test_the_next_first_hosts_journal_begins_with_the_job_and_tells_of_the_lost_
     assert (job["kind"], job["attempt"], event["text"][:13]) == ("job", 2, "Rank 0 broke.")
 
 
+def test_what_a_host_measures_before_the_first_attempt_comes_after_the_jobs_own_record(opt_ml):
+    writer = build_writer()
+    writer.write("system", host="algo-1", values={"early": 1})
+    assert not records(opt_ml)
+    writer.write_attempt(attempt(1), timeline(1000.5), goes_on=False)
+    writer.write("system", host="algo-1", values={"late": 2})
+    job, *_, early, late = records(opt_ml)
+    assert (job["kind"], early["values"], late["values"]) == ("job", {"early": 1}, {"late": 2})
+    assert early["time"] <= job["time"]
+
+
 def test_phases_stand_at_the_time_when_they_ended(opt_ml):
     begun = timeline(1000.0)
     begun.seconds = {"check": 1.5, "meeting": 2.0}

@@ -71,6 +71,15 @@ def test_a_local_rank_given_twice_is_told(first, monkeypatch):
             stand_by(others(first)[0], GUARD_SECONDS)
 
 
+def test_a_process_that_never_came_is_told_at_the_end(first, monkeypatch, capfd):
+    """Its launcher has set what tells of it: the first one has started a worker for its device."""
+    monkeypatch.setattr(module, "LATE_SECONDS", 0.1)
+    with Leader(first) as leader:
+        leader.end(0)
+    text = "no process with local rank 1, 2 came: this one has started the workers of all devices.\n"
+    assert capfd.readouterr().out == f"Warning: {text}"
+
+
 def test_a_process_alone_waits_for_nobody():
     with Leader(Placement()) as leader:
         assert leader.server is None

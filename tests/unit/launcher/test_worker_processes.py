@@ -13,6 +13,8 @@ from llm_trainer.job.inputs import Inputs
 from llm_trainer.launcher import worker_processes
 from llm_trainer.launcher.worker_processes import WorkerProcesses, build_cache_variables, build_library_variables
 
+HOST_TIMEOUT = 900
+
 
 @pytest.fixture
 def make_workers(tmp_path, monkeypatch):
@@ -21,7 +23,7 @@ def make_workers(tmp_path, monkeypatch):
 
     def make(num_processes: int, hosts=("algo-1",), current_host="algo-1", on_gpu=False) -> WorkerProcesses:
         changes = {"hosts": list(hosts), "current_host": current_host, "num_cpus": 8}
-        return WorkerProcesses(dataclasses.replace(read_environment(), **changes), num_processes, on_gpu)
+        return WorkerProcesses(dataclasses.replace(read_environment(), **changes), num_processes, on_gpu, HOST_TIMEOUT)
 
     return make
 
@@ -42,6 +44,7 @@ def test_processes_of_one_host_talk_over_its_loopback(make_workers):
 def test_several_hosts_meet_at_the_first(make_workers):
     command = make_workers(1, ["algo-1", "algo-2"], "algo-2").build_command()
     options = {"--nnodes=2", "--node-rank=1", "--master-addr=algo-1", "--master-port=7777", "--local-addr=algo-2"}
+    options |= {f"--rdzv-conf=timeout={HOST_TIMEOUT + worker_processes.IMPORT_SECONDS}"}
     assert options <= set(command)
 
 

@@ -7,20 +7,23 @@ the hub is: one JSON object a line. Nothing holds a launcher up: silence means t
 job's journal take a connection of their own, which may be slow or stuck without being taken for silence.
 """
 
+import functools
 import json
 import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
+from llm_trainer.common import log
 from llm_trainer.common.errors import Failure, parse_failure
 from llm_trainer.common.retry import Backoff
 from llm_trainer.host.network import open_port
-from llm_trainer.launcher.hosts.greeting import RankTakenError, Visitor, admit, introduce
+from llm_trainer.launcher.hosts.agreement import digest_facts, find_disagreement
+from llm_trainer.launcher.hosts.greeting import RankTakenError, StrangerError, Visitor, admit, introduce
 
 PORT = 7778
 HEARTBEAT_SECONDS = 2.0
@@ -49,7 +52,7 @@ class HostState:
     failure: Failure | None = None
     is_stopping: bool = False  # its container got a stop signal
     members: tuple[str, ...] = ()  # the hosts of the attempt, as the first one has chosen them
-    facts: dict[str, str] = field(default_factory=dict)  # of a host that is ready: digests of what all must have alike
+    facts: dict[str, str] = field(default_factory=dict)  # digests of what all hosts must have alike
 
     @property
     def is_final(self) -> bool:
@@ -103,12 +106,10 @@ class HostContact:
     state: HostState = field(default_factory=HostState)
     heard_at: float = 0.0  # time.monotonic()
     broken_at: float | None = None
-    facts: dict[str, str] = field(default_factory=dict)  # as it told when it was ready
 
     def update(self, state: HostState) -> None:
         """Note what the host has just said."""
         self.state, self.heard_at, self.broken_at = state, time.monotonic(), None
-        self.facts = state.facts or self.facts
 
     @property
     def answers(self) -> bool:
@@ -144,7 +145,12 @@ class ClusterLink:
         self.hub_address = hub_address or names[0]
         self.visitor = Visitor(own)
         self.guests: dict[str, str] = {}  # host -> which of its processes is known, on the hub
+        self.callers: defaultdict[str, set[socket.socket]] = defaultdict(
+            set
+        )  # host -> its open connections, on the hub
+        self.greeting = threading.Lock()  # two machines of one name may call at once
         self.doubles: dict[str, str] = {}  # host -> address of another machine that calls itself so, on the hub
+        self.foreign_call: str | None = None  # the last call on the hub that was taken for another job's
         self.is_double = False  # the hub knows another machine by this host's name
         self.strangers = threading.BoundedSemaphore(max(MIN_STRANGERS, 4 * len(names)))
         self.names = names
@@ -201,8 +207,12 @@ class ClusterLink:
 
     def publish(self, state: HostState) -> None:
         """Let the others know how this host is."""
-        self.contacts[self.own].update(state)
+        self.contacts[self.own].update(replace(state, facts=digest_facts(self.facts)))
         self.changed.set()
+
+    def compare_facts(self, names: Iterable[str]) -> str | None:
+        """Return a sentence about those of the hosts that have something else than this one, None where all agree."""
+        return find_disagreement(self.own, self.facts, {name: self.contacts[name].state.facts for name in names})
 
     def send_record(self, kind: str, **fields: object) -> None:
         """Have the hub write a record to the journal, without waiting for it."""
@@ -247,22 +257,30 @@ class ClusterLink:
         """Read what a host of the job says, and close the connection of a stranger."""
         name = None
         try:
-            with suppress(OSError):
-                name = admit(line, self.key, self.names, self.is_taken)
+            name = admit(line, self.key, self.names, functools.partial(self.is_taken, line))
+        except StrangerError as error:
+            self.foreign_call = str(error)
+        except OSError:
+            pass  # it has left, or says too little
         finally:
             self.strangers.release()
         if name is None:
             line.close()
         else:
             self.read_messages(line, name)
+        for lines in list(self.callers.values()):
+            lines.discard(line)
 
-    def is_taken(self, visitor: Visitor, address: str) -> bool:
+    def is_taken(self, line: socket.socket, visitor: Visitor, address: str) -> bool:
         """Tell whether the hub is in touch with another process of that host's name, and note the newcomer if so."""
-        is_there = visitor.host in self.lines and self.contacts[visitor.host].answers
-        if is_there and self.guests.get(visitor.host) != visitor.process:
-            self.doubles[visitor.host] = address
-            return True
-        self.guests[visitor.host] = visitor.process
+        with self.greeting:
+            contact = self.contacts[visitor.host]
+            is_there = self.callers[visitor.host] and (contact.state.phase == "absent" or contact.answers)
+            if is_there and self.guests.get(visitor.host) != visitor.process:
+                self.doubles[visitor.host] = address
+                return True
+            self.guests[visitor.host] = visitor.process
+            self.callers[visitor.host].add(line)
         self.overview.addresses[visitor.host] = address
         return False
 
@@ -285,9 +303,12 @@ class ClusterLink:
         self.lines[name] = line
         if name == self.hub:
             self.overview = overview
-        if state.phase != self.contacts[name].state.phase:
-            self.changed.set()
+        is_new = state.phase != self.contacts[name].state.phase
         self.contacts[name].update(state)
+        if is_new:
+            self.changed.set()
+            if self.contacts[self.own].state.attempt and (mismatch := self.compare_facts([name])):
+                log.warning(f"{mismatch} It has no part in this job.")
 
     def receive_record(self, sender: str, record: dict[str, Any]) -> None:
         """Hand a record of another host to whoever writes the journal."""
@@ -340,12 +361,15 @@ class ClusterLink:
     def stay_connected(self) -> None:
         """Keep a connection to the hub, whose name may take minutes to resolve."""
         backoff = Backoff(FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS)
+        answered_at = time.monotonic()  # by anything else than that this host's name is taken
         while not self.is_closing:
             try:
                 line = self.call_hub()
             except OSError as error:
                 self.error = error
-                self.is_double = isinstance(error, RankTakenError)
+                is_taken = isinstance(error, RankTakenError)  # perhaps by this host's process before this one
+                answered_at = answered_at if is_taken else time.monotonic()
+                self.is_double = is_taken and time.monotonic() - answered_at > RECONNECT_SECONDS
                 time.sleep(backoff.note_failure())
                 continue
             self.error = None

@@ -25,10 +25,17 @@ def wait_for_hub(link: ClusterLink, attempt: int, timeout: float, stop_file: Pat
     log.info(f"{describe_loss(link.hub).reason} Waiting {timeout:.0f} s at most for another one in its place.")
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline and not stop_file.exists():
-        if link.answers(link.hub):
+        if can_lead(link, attempt):
             return True
         time.sleep(POLL_SECONDS)
     return False
+
+
+def can_lead(link: ClusterLink, attempt: int) -> bool:
+    """Tell whether the first host is there after this attempt, found no mistake, and has this job's settings."""
+    state = link.state(link.hub)
+    has_mistake = state.phase == "failed" and state.attempt < attempt
+    return link.answers(link.hub) and not has_mistake and not link.compare_facts([link.hub])
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,9 @@ class Successor:
 
     def open_link(self, old: ClusterLink) -> ClusterLink:
         """Return the link under the new first host, not yet open."""
-        return ClusterLink(self.names, old.own, old.key, self.address)
+        link = ClusterLink(self.names, old.own, old.key, self.address)
+        link.facts = old.facts
+        return link
 
     def place(self, environment: Environment) -> Environment:
         """Return the environment of this host without the lost one."""

@@ -20,6 +20,7 @@ from llm_trainer.config.secret_references import VARIABLES
 GREETING_SECONDS = 5.0  # for all of it: a peer that sends byte by byte gains nothing
 MAX_GREETING_BYTES = 1024
 JOB_VARIABLES = ("TRAINING_JOB_NAME", "TRAINING_JOB_ARN", "SLURM_JOB_ID")
+DIFFERENT_JOB = "give all hosts the same number of hosts, job name and secrets"
 TAKEN = "taken"  # the hub's answer to a second machine that calls itself by the same name
 
 
@@ -33,6 +34,10 @@ class Visitor:
 
 class RankTakenError(ConnectionRefusedError):
     """The hub is in touch with another process of this host's name."""
+
+
+class StrangerError(ConnectionRefusedError):
+    """A launcher calls that was given another job's facts, or other ones of this job."""
 
 
 def derive_key(hosts: Sequence[str], variables: Mapping[str, str]) -> bytes:
@@ -49,11 +54,14 @@ def prove(key: bytes, *texts: str) -> str:
 def admit(
     line: socket.socket, key: bytes, names: Sequence[str], is_taken: Callable[[Visitor, str], bool]
 ) -> str | None:
-    """Return the host of the job that calls, None for a stranger. Raises OSError where the connection breaks.
+    """Return the host of the job that calls, None for what is no launcher, or one that is turned away.
+
+    Raises StrangerError for a launcher of another job, and OSError where the connection breaks.
 
     `is_taken` tells whether another process has the visitor's name, who calls from an address: it is turned away.
     """
     challenge, deadline = secrets.token_hex(16), time.monotonic() + GREETING_SECONDS
+    address = str(line.getpeername()[0])
     line.settimeout(GREETING_SECONDS)
     line.sendall(f"{challenge}\n".encode())
     try:
@@ -65,8 +73,8 @@ def admit(
         return None
     expected = prove(key, "host", host, process, challenge)
     if host not in names or not hmac.compare_digest(expected.encode(), proof.encode()):
-        return None
-    if is_taken(Visitor(host, process), str(line.getpeername()[0])):
+        raise StrangerError(f"{address} calls as a host of another job: {DIFFERENT_JOB}")
+    if is_taken(Visitor(host, process), address):
         line.sendall(f"{prove(key, TAKEN, challenge_of_host)}\n".encode())
         return None
     line.sendall(f"{prove(key, 'hub', challenge_of_host)}\n".encode())
@@ -88,9 +96,7 @@ def introduce(line: socket.socket, key: bytes, visitor: Visitor) -> None:
     if hmac.compare_digest(answer.encode(), prove(key, TAKEN, challenge).encode()):
         raise RankTakenError("another machine of the job has this one's rank")
     if not hmac.compare_digest(answer.encode(), prove(key, "hub", challenge).encode()):
-        raise ConnectionRefusedError(
-            "it takes this host for one of another job: give all hosts the same number of hosts, job name and secrets"
-        )
+        raise ConnectionRefusedError(f"it takes this host for one of another job: {DIFFERENT_JOB}")
     line.settimeout(None)
 
 

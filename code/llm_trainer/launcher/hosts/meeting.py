@@ -12,7 +12,6 @@ from pathlib import Path
 
 from llm_trainer.common import log
 from llm_trainer.common.errors import Failure, choose_cause
-from llm_trainer.launcher.hosts.agreement import digest_facts, find_disagreement
 from llm_trainer.launcher.hosts.cluster import ClusterLink, HostState
 
 POLL_SECONDS = 0.1
@@ -44,10 +43,10 @@ class Quorum:
 
 
 def can_begin(link: ClusterLink, name: str, attempt: int) -> bool:
-    """Tell whether another host waits for an attempt, or has not left since the last one."""
+    """Tell whether another host waits for an attempt, or has not left since the last one, with this job's settings."""
     state = link.state(name, attempt)
     has_ended = state.phase in ("failed", "done") and state.attempt >= max(1, attempt)
-    return state.phase in ("ready", "running") or has_ended
+    return (state.phase in ("ready", "running") or has_ended) and not link.compare_facts([name])
 
 
 def wait_for_all_hosts(
@@ -58,8 +57,7 @@ def wait_for_all_hosts(
     `attempt` is the last one that this host has made, under another first host. Returns the failure of one of them,
     this one included, or of those that never came where too few are there.
     """
-    ready = HostState("ready", attempt, facts=digest_facts(link.facts))
-    link.publish(HostState("failed", failure=own_failure) if own_failure else ready)
+    link.publish(HostState("failed", failure=own_failure) if own_failure else HostState("ready", attempt))
     failure = own_failure
     deadline = time.monotonic() + quorum.timeout
     while not stop_file.exists() and (absent := link.find_absent()) and time.monotonic() < deadline:
@@ -68,19 +66,26 @@ def wait_for_all_hosts(
         time.sleep(POLL_SECONDS)
     if not stop_file.exists() and absent and failure is None:
         failure = judge_absence(link, absent, quorum)
+    states = [link.state(name) for name in link.names]
     if link.own == link.hub:
-        states = [link.state(name) for name in link.names]
         failures = [state.failure for state in states if state.attempt == 0]  # later ones are of an earlier first host
-        failure = choose_cause(filter(None, [failure, *failures])) or compare_facts(link)
-        if failure:
-            link.publish(HostState("failed", failure=failure))
+        failure = choose_cause(filter(None, [failure, *failures]))
+    failure = failure or compare_facts(link)
+    is_under_way = attempt == 0 and any(state.attempt for state in states)
+    if failure and link.own == link.hub and not is_under_way:  # then the others wait for a first host that can lead
+        link.publish(HostState("failed", failure=failure))
     return failure
 
 
 def compare_facts(link: ClusterLink) -> Failure | None:
-    """Return the failure of a job whose hosts do not have alike what they must, None where they do."""
-    others = {name: link.contacts[name].facts for name in link.names if name != link.own}
-    text = find_disagreement(link.own, link.facts, others)
+    """Return the failure of a host that does not have alike what all must, None where they agree.
+
+    The first host judges before the start, for all. One that comes later judges itself, and the others do without it.
+    """
+    others = [name for name in link.names if name != link.own]
+    if link.own != link.hub:
+        others = [link.hub] if link.state(link.hub).phase == "running" else []
+    text = link.compare_facts(others)
     return Failure(text, "mistake", time.time()) if text else None
 
 
@@ -115,6 +120,7 @@ def describe_absence(link: ClusterLink, absent: list[str], timeout: float) -> Fa
         return Failure(text, "mistake", time.time())
     why = f" ({link.error.strerror or link.error})" if link.error else ""
     why += "".join(f" (and {host} is there twice, also as {address})" for host, address in link.doubles.items())
+    why += f" ({link.foreign_call})" if link.foreign_call else ""
     return Failure(
         f"Host {', '.join(absent)} could not be reached from {link.own} within {timeout:.0f} s{why}: see its log; "
         "and let the hosts reach each other on every port (the job's security groups).",

@@ -283,3 +283,22 @@ def test_a_hub_that_takes_records_slowly_still_hears_that_their_host_lives(three
     second.publish(HostState("running", 7))
     wait_until(lambda: hub.state(NAMES[1]) == HostState("running", 7))
     stuck.set()
+
+
+def test_of_two_machines_with_one_name_that_call_at_once_the_second_is_turned_away():
+    """The first one has been let in, and has said nothing yet."""
+    link = ClusterLink(NAMES, NAMES[0], KEY)
+    with socket.socket() as first, socket.socket() as second, socket.socket() as third:
+        assert not link.is_taken(first, Visitor(NAMES[1], "one"), "10.0.0.1")
+        assert link.is_taken(second, Visitor(NAMES[1], "two"), "10.0.0.2")
+        assert not link.is_taken(third, Visitor(NAMES[1], "one"), "10.0.0.1")  # its second connection
+    assert link.doubles == {NAMES[1]: "10.0.0.2"}
+
+
+def test_another_machine_may_have_the_name_of_one_that_is_silent():
+    link = ClusterLink(NAMES, NAMES[0], KEY)
+    with socket.socket() as first, socket.socket() as second:
+        assert not link.is_taken(first, Visitor(NAMES[1], "one"), "10.0.0.1")
+        link.contacts[NAMES[1]].update(HostState("running", 1))
+        link.contacts[NAMES[1]].heard_at -= cluster.SILENCE_SECONDS + 1
+        assert not link.is_taken(second, Visitor(NAMES[1], "two"), "10.0.0.2")

@@ -6,8 +6,9 @@ import time
 import pytest
 
 from llm_trainer.common.errors import Failure
+from llm_trainer.launcher.hosts.agreement import digest_facts
 from llm_trainer.launcher.hosts.cluster import ClusterLink, HostState
-from llm_trainer.launcher.hosts.meeting import Quorum, judge_absence
+from llm_trainer.launcher.hosts.meeting import Quorum, compare_facts, judge_absence
 
 HOSTS = ("algo-1", "algo-2", "algo-3", "algo-4")
 
@@ -71,3 +72,23 @@ def test_hosts_that_never_came_are_missed_where_too_few_are_left_or_the_first_on
 
 def test_all_have_to_come_where_min_hosts_is_not_given(link):
     assert judge_absence(link, ["algo-4"], Quorum(HOSTS, [4], 5.0)).kind == "lost"
+
+
+OTHER = digest_facts({"seed": "2"})
+
+
+def test_a_host_that_comes_later_with_other_settings_is_no_member_of_an_attempt(link):
+    link.facts = {"seed": "1"}
+    link.contacts["algo-2"].update(HostState("ready", facts=digest_facts(link.facts)))
+    link.contacts["algo-3"].update(HostState("ready", facts=OTHER))
+    assert elastic(4, 3, 2, 1).find_present(link, 2, since=0.0) == ["algo-1", "algo-2"]
+
+
+@pytest.mark.parametrize(("phase", "refuses_itself"), [("running", True), ("ready", False)])
+def test_a_host_that_comes_later_refuses_itself_and_before_the_start_the_first_host_judges(phase, refuses_itself):
+    link = ClusterLink(HOSTS, "algo-2", b"")
+    link.facts = {"seed": "1"}
+    link.contacts["algo-1"].update(HostState(phase, facts=OTHER))
+    failure = compare_facts(link)
+    assert (failure is not None) == refuses_itself
+    assert not failure or failure.reason.startswith("Host algo-1 differs from algo-2 in seed (1 on algo-2): give all")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The peak of a CPU process is what the kernel saw, also of memory that was given back."""
 
+import mmap
 from types import SimpleNamespace
 
 import pytest
@@ -9,16 +10,17 @@ import torch
 from llm_trainer.model.memory import peak
 from llm_trainer.model.memory.peak import Peak, read_status
 
-CPU, MIB = torch.device("cpu"), 2**20
+CPU, MIB, PAGE = torch.device("cpu"), 2**20, mmap.PAGESIZE
 
 
 def test_memory_that_was_given_back_is_in_the_peak():
     watched = Peak(CPU)
     if watched.read_bytes() > 8 * MIB:
         pytest.skip("this machine does not let a process reset its high-water mark")
-    taken = torch.ones(64 * MIB // 4)
+    taken = mmap.mmap(-1, 64 * MIB)  # malloc may have as much left from before
+    taken[::PAGE] = b"1" * (64 * MIB // PAGE)
     assert watched.read_bytes() > 48 * MIB
-    del taken
+    taken.close()
     assert watched.read_bytes() > 48 * MIB
     assert read_status("VmHWM") >= read_status("VmRSS")
 
