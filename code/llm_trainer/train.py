@@ -45,7 +45,7 @@ from llm_trainer.model.layers import float8
 from llm_trainer.model.liger import apply_liger
 from llm_trainer.model.memory.fit import MemoryPlan, choose_memory_plan, describe_memory_plan, find_target
 from llm_trainer.model.memory.flops import find_peak_tokens_per_second, measure_row_tokens
-from llm_trainer.model.memory.global_batch import find_shortage, split_global_batch
+from llm_trainer.model.memory.global_batch import describe_fewer_hosts, split_global_batch
 from llm_trainer.model.memory.peak import Peak
 from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings
 from llm_trainer.model.plan import ModelPlan, PlanSettings, plan_model
@@ -222,19 +222,12 @@ def plan(context: Context, prepared: Prepared) -> Planned:
     scenario = split_global_batch(MemoryScenario(model_plan.config, sections, longest_row, target, *kernels, evaluates))
     memory = choose_memory_plan(scenario, earlier)
     log.info(*describe_memory_plan(memory))
-    warn_of_fewer_hosts(context.job, scenario)
+    if shortage := describe_fewer_hosts(scenario, count_usable_hosts(settings, context.job.environment)):
+        log.warning(shortage)
     job = replace(context.job, settings=settings.model_copy(update={"training": scenario.settings.training}))
     device, dtype = model_plan.device.torch, model_plan.precision.compute
     arguments = build_arguments(prepared.method, collect_argument_sources(job), device, dtype, memory)
     return Planned(job, scenario, memory, arguments)
-
-
-def warn_of_fewer_hosts(job: Job, scenario: MemoryScenario) -> None:
-    """Log that the job would not fit on the fewest hosts that `min_hosts` lets it go on with, where that is so."""
-    count, hosts = count_usable_hosts(job.settings, job.environment)[-1], job.environment.hosts
-    num_devices = count * scenario.target.world_size // len(hosts)
-    if count < len(hosts) and (shortage := find_shortage(scenario, num_devices)):
-        log.warning(f"With {count} hosts, which min_hosts allows, the job would not fit: {shortage}")
 
 
 def build(context: Context, prepared: Prepared, planned: Planned) -> Built:

@@ -91,7 +91,7 @@ def test_a_run_goes_on_with_other_devices_sharded_or_not(make_job, alone):
 
 @pytest.mark.parametrize("kinds", [("fsdp", "ddp"), ("ddp", "fsdp")], ids=" then ".join)
 def test_dropout_draws_by_rank_and_the_best_checkpoint_may_be_of_the_other_kind(make_job, kinds):
-    """The run goes on twice by four ranks, of which two drew nothing before. The loss falls, and the highest wins."""
+    """Four ranks go on twice; two of them drew nothing before. The loss falls, and the highest wins."""
     options = {"lora_dropout": "0.5", "load_best_model_at_end": "true", "greater_is_better": "true"}
     options |= {"eval_strategy": "steps", "eval_steps": "1"}
     tree = make_job(2, **options, distribution=kinds[0])

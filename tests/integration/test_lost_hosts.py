@@ -66,28 +66,21 @@ def test_two_hosts_go_on_without_the_third(make_three, start, alone, killed):
     assert not trees[left[1]].model_files
 
 
-def test_another_host_in_the_place_of_a_lost_one_trains_with_the_others(make_three, start):
+@pytest.mark.parametrize(
+    ("killed", "waiting", "words"),
+    [(2, 0, "another host in the place of a lost one."), (0, 1, "another one in its place.")],
+)
+def test_another_host_in_the_place_of_a_lost_one_trains_with_the_others(make_three, start, killed, waiting, words):
+    """One in the place of the first host leads again."""
     trees = make_three(host_timeout_seconds="100")
     jobs = [start(tree) for tree in trees]
     jobs[0].wait_for("step=2;")
-    jobs[2].process.kill()
-    jobs[0].wait_for("Waiting 100 s at most for another host in the place of a lost one.")
-    jobs[2] = start(trees[2])
+    jobs[killed].process.kill()
+    jobs[waiting].wait_for(f"Waiting 100 s at most for {words}")
+    jobs[killed] = start(trees[killed])
     for job in jobs:
         assert job.end() == 0, job.log
         assert "Attempt 2: the workers start again from the newest checkpoint." in job.log
-    assert [record["world_size"] for record in job_records(trees[0])] == [3, 3]
-
-
-def test_a_first_host_that_comes_back_leads_again(make_three, start):
-    trees = make_three(host_timeout_seconds="100")
-    jobs = [start(tree) for tree in trees]
-    jobs[0].wait_for("step=2;")
-    jobs[0].process.kill()
-    jobs[1].wait_for("Waiting 100 s at most for another one in its place.")
-    jobs[0] = start(trees[0])
-    for job in jobs:
-        assert job.end() == 0, job.log
     assert [(job["attempt"], job["world_size"]) for job in job_records(trees[0])] == [(1, 3), (2, 3)]
 
 

@@ -118,12 +118,10 @@ def build_elsewhere(
 
 def fit_fewer_hosts(scenario: "MemoryScenario", counts: list[int], validation: Validation) -> None:
     """Add what the job lacks on the fewest hosts that it may go on with. `counts` are those numbers, the most first."""
-    from llm_trainer.model.memory.global_batch import find_shortage
+    from llm_trainer.model.memory.global_batch import describe_fewer_hosts
 
-    num_devices = counts[-1] * scenario.target.world_size // counts[0]
-    if len(counts) > 1 and (shortage := find_shortage(scenario, num_devices)):
-        text = f"With {counts[-1]} hosts, which min_hosts allows, the job would not fit: {shortage}"
-        validation.add_findings("memory", "warning", [text])
+    if shortage := describe_fewer_hosts(scenario, counts):
+        validation.add_findings("memory", "warning", [shortage])
 
 
 def list_splits(settings: Settings, num_devices: int) -> Iterator[Settings]:

@@ -5,6 +5,7 @@ It stays free of torch: a mistake is reported within a second, before any proces
 """
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -282,15 +283,14 @@ class HostJob:
         num_processes = count_processes(self.job.settings.parallelism, environment)
         description = JobDescription(started, num_processes, describe_settings(self.job.settings))
         events = JobEventWriter(environment, self.link, description)
-        variables = self.choose_workers(environment.hosts).build_variables(
-            self.scratch_dir, started, find_library_variables(self.job)
-        )
+        build_variables = functools.cache(self.build_variables)  # most attempts have all hosts
+        variables = build_variables(environment.hosts)
 
         def start(attempts: Attempts) -> "subprocess.Popen[bytes]":
             if attempts.cause:
                 self.timeline.mark(f"attempt_{attempts.number - 1}")
             events.write_attempt(attempts, self.timeline, goes_on=bool(list_kept_checkpoints(self.job)))
-            return self.start_workers(arguments, attempts.members)
+            return self.start_workers(arguments, attempts.members, build_variables(attempts.members))
 
         folders = {"checkpoints": inputs.checkpoint_dir, "temp": Path(tempfile.gettempdir())}
         with self.run_reporter(variables):
@@ -301,20 +301,25 @@ class HostJob:
         hide_in_records(environment.output_dir / "data")
         return verdict
 
-    def choose_workers(self, members: Sequence[str]) -> WorkerProcesses:
+    def choose_workers(self, members: tuple[str, ...]) -> WorkerProcesses:
         """Return the workers of this host in an attempt of these hosts."""
         settings, own = self.job.settings.parallelism, self.job.environment
         rest = [name for name in (*own.hosts, *own.other_hosts) if name not in members]
-        environment = replace(own, hosts=tuple(members), other_hosts=tuple(rest))
+        environment = replace(own, hosts=members, other_hosts=tuple(rest))
         on_gpu = own.num_gpus > 0 and not settings.use_cpu
         return WorkerProcesses(environment, count_processes(settings, own), on_gpu, settings.host_timeout_seconds)
 
-    def start_workers(self, arguments: Sequence[str], members: Sequence[str]) -> "subprocess.Popen[bytes]":
+    def build_variables(self, members: tuple[str, ...]) -> dict[str, str]:
+        """Return the environment of this host's workers in an attempt of these hosts."""
+        libraries = find_library_variables(self.job)
+        return self.choose_workers(members).build_variables(self.scratch_dir, self.timeline.started, libraries)
+
+    def start_workers(
+        self, arguments: Sequence[str], members: tuple[str, ...], variables: Mapping[str, str]
+    ) -> "subprocess.Popen[bytes]":
         """Start an attempt, in a session of its own: a terminal's Ctrl-C is for the launcher, which stops in order."""
         if self.job.environment.node_rank == 0:  # the host that writes them; the folder may be one for all hosts
             checkpoint_dir.remove_partial_checkpoints(self.job.inputs.checkpoint_dir)
-        workers, libraries = self.choose_workers(members), find_library_variables(self.job)
-        variables = workers.build_variables(self.scratch_dir, self.timeline.started, libraries)
         # Not in the command, which every process of the machine may read: a setting can hold a secret.
         own = withhold_secrets(variables, find_worker_uses(self.job)) | {
             "LLM_TRAINER_ARGUMENTS": json.dumps(arguments),
@@ -322,7 +327,9 @@ class HostJob:
             MEMBERS: json.dumps(members),
         }
         with withhold_stops():
-            return subprocess.Popen(bind_command(workers.build_command()), env=own, start_new_session=True)
+            return subprocess.Popen(
+                bind_command(self.choose_workers(members).build_command()), env=own, start_new_session=True
+            )
 
     def run_reporter(self, variables: Mapping[str, str]) -> contextlib.AbstractContextManager[object]:
         """Return the reporter's process as a context, on the first training host; on the others an empty one."""

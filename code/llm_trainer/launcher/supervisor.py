@@ -22,9 +22,8 @@ from llm_trainer.common.errors import Failure, Wait, choose_cause, read_failures
 from llm_trainer.job.rank_traces import REPORT_SECONDS, RankTraces
 from llm_trainer.job.start_gate import StartGate
 from llm_trainer.launcher.hosts.cluster import ClusterLink, HostState
-from llm_trainer.launcher.hosts.meeting import Quorum, advise_restart, describe_loss
+from llm_trainer.launcher.hosts.meeting import POLL_SECONDS, Quorum, advise_restart, describe_loss
 
-POLL_SECONDS = 0.1
 SETTLE_SECONDS = REPORT_SECONDS + 10.0  # the cause of a failure may come after its echo
 LEAVE_SECONDS = 120.0  # when all is written, the first host waits no longer than this for the others
 KILL_SECONDS = 10.0
@@ -45,7 +44,7 @@ class Attempts:
 
     restarts_left: int
     number: int = 0  # of the last one
-    members: Sequence[str] = ()  # the hosts of it
+    members: tuple[str, ...] = ()  # the hosts of it
     cause: Failure | None = None  # why it failed
 
     def note_failure(self, cause: Failure | None) -> None:
@@ -56,7 +55,7 @@ class Attempts:
     def note_loss(self, host: str, cause: Failure) -> None:
         """Take the loss of a host that has no more part in the job."""
         self.note_failure(cause)
-        self.members = [name for name in self.members if name != host]
+        self.members = tuple(name for name in self.members if name != host)
 
     def describe(self) -> str:
         """Return the line for the log when an attempt begins after another."""
@@ -131,7 +130,7 @@ class Supervisor:
         attempts = self.attempts
         self.signals.reset()
         self.began = time.time()
-        self.link.publish(HostState("running", attempts.number, members=tuple(attempts.members)))
+        self.link.publish(HostState("running", attempts.number, members=attempts.members))
         if attempts.number > 1:
             log.info(*([attempts.cause.reason] if attempts.cause else []), attempts.describe())
         self.workers.trace(attempts.members).make_folder()

@@ -45,11 +45,13 @@ def main() -> int:
 
 def report_separation(error: DistError) -> None:
     """Leave for the launcher that the torchruns of the hosts do not reach each other, as by a firewall."""
+    from llm_trainer.launcher.worker_processes import MASTER_PORT  # only a failure needs it
+
     log.error(str(error).splitlines()[0])  # the rest are frames of C++
     if "LLM_TRAINER_SCRATCH" in os.environ:
         reason = (
-            "The hosts do not reach each other on port 7777 of the first one, or lost it: let them reach each other on "
-            "every port (the job's security groups)."
+            f"The hosts do not reach each other on port {MASTER_PORT} of the first one, or lost it: let them reach "
+            "each other on every port (the job's security groups)."
         )
         folder = Path(os.environ["LLM_TRAINER_SCRATCH"]) / "failures"
         report_failure(folder, "torchrun", Failure(reason, "peer", time.time()))

@@ -52,7 +52,7 @@ class HostState:
     failure: Failure | None = None
     is_stopping: bool = False  # its container got a stop signal
     members: tuple[str, ...] = ()  # the hosts of the attempt, as the first one has chosen them
-    facts: dict[str, str] = field(default_factory=dict)  # digests of what all hosts must have alike
+    facts: dict[str, str] = field(default_factory=dict)  # digests of its own (hosts/agreement.py)
 
     @property
     def is_final(self) -> bool:
@@ -141,13 +141,11 @@ class ClusterLink:
         `hub_address` is where the hub is reached, by default at its name.
         """
         self.key = key
-        self.facts: dict[str, str] = {}  # what this host has that all must have alike, once its job is checked
+        self.facts: dict[str, str] = {}  # of this host (hosts/agreement.py), once its job is checked
         self.hub_address = hub_address or names[0]
         self.visitor = Visitor(own)
         self.guests: dict[str, str] = {}  # host -> which of its processes is known, on the hub
-        self.callers: defaultdict[str, set[socket.socket]] = defaultdict(
-            set
-        )  # host -> its open connections, on the hub
+        self.callers: defaultdict[str, set[socket.socket]] = defaultdict(set)  # host -> its lines, open on the hub
         self.greeting = threading.Lock()  # two machines of one name may call at once
         self.doubles: dict[str, str] = {}  # host -> address of another machine that calls itself so, on the hub
         self.foreign_call: str | None = None  # the last call on the hub that was taken for another job's

@@ -36,9 +36,10 @@ class Quorum:
 
         They have said something `since` then, by `time.monotonic`.
         """
-        heard = [name for name in self.trainers if name != link.own and link.has_heard(name, since)]
         return [
-            name for name in self.trainers if name == link.own or (name in heard and can_begin(link, name, attempt))
+            name
+            for name in self.trainers
+            if name == link.own or (link.has_heard(name, since) and can_begin(link, name, attempt))
         ]
 
 

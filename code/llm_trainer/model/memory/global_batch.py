@@ -3,6 +3,7 @@
 
 import functools
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import replace
 
 from llm_trainer.common.errors import UserError
@@ -43,6 +44,17 @@ def find_shortage(scenario: MemoryScenario, num_devices: int) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def describe_fewer_hosts(scenario: MemoryScenario, counts: Sequence[int]) -> str | None:
+    """Return a sentence where the fewest hosts that the job may go on with lack memory; None where they do not.
+
+    `counts` are the numbers of hosts that may train, the most first.
+    """
+    most, fewest = counts[0], counts[-1]
+    if fewest == most or not (shortage := find_shortage(scenario, fewest * scenario.target.world_size // most)):
+        return None
+    return f"With {fewest} hosts, which min_hosts allows, the job would not fit: {shortage}"
 
 
 def choose_size(scenario: MemoryScenario, sizes: list[int]) -> int:
