@@ -4,7 +4,7 @@
 The doctor, the tests of this folder and whole jobs of a Llama of 1B random weights, several at a time, within four
 minutes and a half. Every check is tried, whatever came of those before. FOLDER gets correct.json, which is written anew
 after each check, and logs.tar.gz. `--size tiny` rehearses it all on a CPU, `--only NAME ...` takes some checks.
-`--size 8B --only packed-4k` shows the speed that a user gets.
+`--size 8B --at-a-time 1 --only packed-4k` shows the speed that a user gets, beside the planned one.
 
 The exit code is 0 where all demands are met, else 1.
 """
@@ -40,8 +40,7 @@ from whole_jobs import JOBS, WholeJob, build_base, run_job, write_rows  # noqa: 
 LIMITS = {"doctor": 90.0, "tests": 230.0, "job": 100.0, "job with a stop": 150.0}  # seconds, on a GPU
 INTERRUPTED_SECONDS = 8.0
 TIMES_ON_A_CPU = 10
-AT_A_TIME = 5
-COLUMNS = "{:14} {:>5} {:>6} {:>8} {:>8} {:>7} {:>7} {:>6} {:>9} {:>5}  {}"
+COLUMNS = "{:14} {:>5} {:>6} {:>8} {:>8} {:>7} {:>7} {:>6} {:>9} {:>5} {:>7} {:>7}  {}"
 
 
 class Report:
@@ -71,7 +70,7 @@ class Kit:
 
     def __init__(self, options: argparse.Namespace, work: Path) -> None:
         """Take the command's options and a folder for what need not be kept."""
-        self.size, self.only, self.work = options.size, options.only, work
+        self.size, self.only, self.work, self.at_a_time = options.size, options.only, work, options.at_a_time
         self.deadline = STARTED + options.seconds
         self.report = Report(options.out / "correct.json", options.size)
         self.on_gpu = self.report.found["device"] != "CPU"
@@ -153,7 +152,7 @@ class Kit:
     def run(self) -> bool:
         """Run all checks. Return whether all demands are met."""
         first = {"doctor": self.examine, "prepare": self.prepare, "tests": self.test}
-        with ThreadPoolExecutor(AT_A_TIME if self.on_gpu else 2) as pool:
+        with ThreadPoolExecutor(self.at_a_time) as pool:
             for name, work in first.items():
                 if self.wants(name):
                     pool.submit(self.attempt, "checks", name, work)
@@ -195,9 +194,14 @@ class Kit:
 
 def print_table(rows: dict[str, dict[str, Any]]) -> None:
     """Print a line for each check, and below it each demand that is not met."""
-    print(COLUMNS.format("check", "exit", "s", "loss", "to", "est.", "peak", "off", "tokens/s", "MFU", "not met"))
+    print(
+        COLUMNS.format(
+            "check", "exit", "s", "loss", "to", "est.", "peak", "off", "tokens/s", "MFU", "planned", "step", "not met"
+        )
+    )
     for name, result in rows.items():
         losses, memory = list((result.get("losses") or {}).values()), result.get("memory") or {}
+        plan = result.get("plan") or {}
         estimate = (memory.get("estimate") or {}).get("peak_bytes", 0) / 2**30
         missed = [f"{demand} ({found[:150]})" for demand, met, found in result["verdicts"] if not met]
         cells = [
@@ -209,6 +213,7 @@ def print_table(rows: dict[str, dict[str, Any]]) -> None:
             f"{100 * (find_deviation(result) or 0):+.1f}%" if memory else "",
             f"{result.get('tokens_per_second') or 0:,.0f}",
             f"{100 * (result.get('mfu') or 0):.0f}%",
+            *(f"{(plan.get(side) or {}).get('step_seconds') or 0:.3f}" for side in ("planned", "actual")),
         ]
         print(COLUMNS.format(name, *cells, "; ".join(missed)))
 
@@ -227,6 +232,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for correct.json and logs.tar.gz")
     parser.add_argument("--size", default="1B", choices=("1B", "8B", "tiny"), help="of the model")
     parser.add_argument("--seconds", type=float, default=265, help="for all checks together")
+    parser.add_argument("--at-a-time", type=int, default=5, help="checks that run beside each other; 1 to time jobs")
     parser.add_argument("--only", nargs="*", default=[], help="names of checks: doctor, tests, or jobs")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from support.tiny_model import build_tokenizer
 STEERED = Path(__file__).with_name("steered.py")
 NUM_ROWS, NUM_VALIDATION_ROWS, NUM_STEPS = 600, 16, 24
 NUM_CHARACTERS = 134  # of the longest answer: three rows fill a packed sequence
+NUM_LONG_CHARACTERS = 4050  # of the longest answer of the long rows: one fills a sequence of 4096 tokens
 COMMON = {
     "lora_r": "16",
     "lora_dropout": "0",  # jobs are compared with each other
@@ -49,6 +50,7 @@ class WholeJob:
     stop_at: int = 0  # the step at which SIGTERM comes; another start then goes on
     like: str = ""  # the job whose losses it has to have
     is_coarse: bool = False  # it rounds more than bfloat16 does
+    rows: str = "train"  # the folder of its rows
     needs_gpu: bool = False
 
 
@@ -66,6 +68,9 @@ JOBS = (
     WholeJob("packed", PACKED),
     WholeJob("packed-4k", PACKED_4K),
     WholeJob("fp8", {**PACKED_4K, "base_compute": "fp8"}, like="packed-4k", is_coarse=True, needs_gpu=True),
+    WholeJob("long-rows", PACKED_4K, rows="long"),
+    WholeJob("qlora-4k", {**PACKED_4K, "load_in_4bit": "true"}),
+    WholeJob("recomputed-4k", {**PACKED_4K, "gradient_checkpointing": "true"}, like="packed-4k"),
     WholeJob("packed-sdpa", {**PACKED, **SDPA}, like="packed"),
     WholeJob("lora-sdpa", {**SDPA, "use_liger_kernel": "false"}, like="lora"),
     WholeJob("fsdp-full", {**FULL, **FSDP}, ways="fsdp", like="full"),
@@ -104,11 +109,13 @@ def build_base(folder: Path, size: str) -> None:
 
 def write_rows(folder: Path) -> None:
     """Write chats that a model can learn, of nearly the same length, as the estimate counts on the longest row."""
-    numbers = {"train": range(NUM_ROWS), "validation": range(NUM_ROWS, NUM_ROWS + NUM_VALIDATION_ROWS)}
-    for name, firsts in numbers.items():
+    validation = range(NUM_ROWS, NUM_ROWS + NUM_VALIDATION_ROWS)
+    kinds = {"train": (range(NUM_ROWS), NUM_CHARACTERS), "validation": (validation, NUM_CHARACTERS)}
+    kinds["long"] = range(NUM_ROWS), NUM_LONG_CHARACTERS
+    for name, (firsts, length) in kinds.items():
         lines = []
         for first in firsts:
-            answer = " ".join(map(str, range(first, first + 60)))[: NUM_CHARACTERS - first % 7]
+            answer = " ".join(map(str, range(first, first + length)))[: length - first % 7]
             turns = {"user": f"Count from {first:03}.", "assistant": answer}
             lines.append(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns.items()]}))
         (folder / name).mkdir(parents=True)
@@ -123,8 +130,11 @@ def lay_tree(job: WholeJob, work: Path) -> SageMakerTree:
     tree.write_job({name: value for name, value in values.items() if value}, channels)
     data = tree.base_dir / "input/data"
     data.mkdir(parents=True)
+    names = {"train": job.rows}
     for channel in channels:
-        (data / channel).symlink_to(work / "base" if channel == "model" else work / "rows" / channel)
+        (data / channel).symlink_to(
+            work / "base" if channel == "model" else work / "rows" / names.get(channel, channel)
+        )
     return tree
 
 
@@ -189,6 +199,7 @@ def read_journal(tree: SageMakerTree) -> dict[str, Any]:
         "memory": manifest.get("memory"),
         "export": manifest.get("export"),
         "phases": manifest.get("phase_seconds"),
+        "plan": manifest.get("planned_and_actual"),
         "gpu_series": collect_series(records),
         "answers": sum(record["kind"] == "generation" for record in records),
     }
