@@ -5,8 +5,10 @@ They need torch and transformers, take models of random weights, no files and no
 needs a package that is not there. `python3 -m pytest -s tests/gpu` shows what they measure.
 """
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,12 @@ def device() -> torch.device:
     if not torch.cuda.is_available() and SIZE != "tiny":
         pytest.skip("no CUDA GPU here; LLM_TRAINER_GPU_TEST_SIZE=tiny tries the tests on the CPU")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def freed_memory() -> Iterator[None]:
+    """Free what a test leaves: a model's modules refer to each other, and would count into the next test's peak."""
+    yield
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

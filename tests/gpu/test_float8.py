@@ -45,7 +45,7 @@ def test_a_layer_computes_what_the_cpu_emulates(num_tokens, bias, gpu):
     results = []
     for place in (torch.device("cpu"), gpu):
         converted = float8.Float8Linear(layer.to(place))
-        given = x.to(place).requires_grad_()
+        given = x.detach().to(place).requires_grad_()  # a leaf of its own on either device
         out = converted(given)
         out.backward(gradient.to(place))
         results.append((out.detach().cpu(), given.grad.cpu()))
