@@ -24,6 +24,8 @@ PACKAGES = ("moto", "botocore")
 NO_CUDA = "its accelerators, {}, have no CUDA"
 NO_DATA = "EC2's data in moto does not list it"
 NO_KERNELS = "the image's torch has no kernels for its GPU, {}"
+OTHER_CODE = "the image is for x86-64, and its CPU is {}"
+PART_OF_GPU = "it has a part of a GPU, {}"
 # torch's builds for CUDA 13, which the image has, begin at compute capability 7.5.
 OLD_FAMILIES = {"ml.p2": "K80", "ml.p3": "V100", "ml.p3dn": "V100"}
 
@@ -94,6 +96,17 @@ def find_reason_against(name: str, facts: Mapping[str, Any] | None) -> str | Non
         return NO_DATA
     if devices := facts.get("NeuronInfo", {}).get("NeuronDevices"):
         return NO_CUDA.format(devices[0]["Name"])
+    return next((find_reason_against_gpu(gpu, facts) for gpu in facts.get("GpuInfo", {}).get("Gpus", [])), None)
+
+
+def find_reason_against_gpu(gpu: Mapping[str, Any], facts: Mapping[str, Any]) -> str | None:
+    """Return why nothing can be planned for a type with this GPU, else None."""
+    if gpu["Manufacturer"] != "NVIDIA":
+        return NO_CUDA.format(gpu["Name"])
+    if gpu.get("GpuPartitionSize", 1) < 1:  # as g6f's: EC2 gives its count as 0, and its memory as the part's
+        return PART_OF_GPU.format(gpu["Name"])
+    if "x86_64" not in facts["ProcessorInfo"]["SupportedArchitectures"]:
+        return OTHER_CODE.format(facts["ProcessorInfo"]["SupportedArchitectures"][0])
     return None
 
 

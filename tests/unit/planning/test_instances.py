@@ -43,9 +43,13 @@ def test_the_origin_is_told():
         ("ml.g7e.48xlarge", "RTX PRO 6000", 8, 192, 2048, 15200, 1600, 4),
         ("ml.p4d.24xlarge", "A100 40GB", 8, 96, 1152, 8000, 400, 4),
         ("ml.p4de.24xlarge", "A100 80GB", 8, 96, 1152, 8000, 400, 4),
+        ("ml.g7.48xlarge", "RTX PRO 4500", 8, 192, 768, 7600, 700, 2),
+        ("ml.p5.4xlarge", "H100", 1, 16, 256, 3800, 100, 1),
         ("ml.p5.48xlarge", "H100", 8, 192, 2048, 30400, 3200, 32),
+        ("ml.p5e.48xlarge", "H200", 8, 192, 2048, 30400, 3200, 32),
         ("ml.p5en.48xlarge", "H200", 8, 192, 2048, 30400, 3200, 16),
         ("ml.p6-b200.48xlarge", "B200", 8, 192, 2048, 30400, 3200, 8),
+        ("ml.p6-b300.48xlarge", "B300", 8, 192, 4096, 30400, 6400, 16),
     ],
 )
 def test_types_are_as_aws_tells(name, gpu, num_gpus, num_vcpus, memory_gib, disk_gb, network_gbits, num_efa):

@@ -30,3 +30,18 @@ def test_ratings_fit_each_other(gpu):
 
 def test_each_number_has_a_source():
     assert [name for name, facts in read_facts().items() if "https://" not in facts["source"]] == []
+
+
+# The least of what torch.OutOfMemoryError called the total capacity, on g5.12xlarge and on others' machines.
+@pytest.mark.parametrize(
+    ("name", "gib"), [("A10G", 21.98), ("L4", 21.96), ("H100", 79.1), ("B300", 267.69), ("GB200", 184.31)]
+)
+def test_the_memory_is_what_cuda_reports(name, gib):
+    assert read_gpus()[name].memory_bytes == int(gib * GIB)
+
+
+def test_operations_of_blackwell_cards_follow_from_their_float32():
+    for name in ("RTX PRO 6000", "RTX PRO 4500"):
+        gpu = read_gpus()[name]
+        assert (gpu.bf16_flops, gpu.fp8_flops) == (4 * gpu.fp32_flops, 8 * gpu.fp32_flops)
+    assert read_facts()["RTX PRO 4500"]["source"].startswith("not checked")
