@@ -88,8 +88,9 @@ def collect_prices(client: Any, region: str) -> Prices:
         raise UserError(f"AWS's price list has no training instances in region={region!r}: check the region's name.")
     currency = rates[0][1]  # a partition of AWS has one
     on_demand: dict[str, float] = {}
-    for name, _, price in rates:
-        on_demand[name] = max(price, on_demand.get(name, 0.0))  # where there are two, the plan is not too cheap
+    for name, unit, price in rates:
+        if unit == currency:
+            on_demand[name] = max(price, on_demand.get(name, 0.0))  # where there are two, the plan is not too cheap
     now = datetime.now(UTC).replace(microsecond=0)
     return Prices(region=region, asked_at=now, currency=currency, on_demand=dict(sorted(on_demand.items())))
 
@@ -101,11 +102,20 @@ def read_rates(products: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str
     """
     for product in products:
         attributes = product["product"]["attributes"]
-        name = attributes.get("instanceName", "")
-        if not re.search(TYPE_NAME, name) or attributes.get("component") != "Training":
+        name = find_type(attributes)
+        if name is None or attributes.get("component") != "Training":
             continue
         for term in product.get("terms", {}).get("OnDemand", {}).values():
             for dimension in term["priceDimensions"].values():
                 for currency, price in dimension["pricePerUnit"].items():
                     if dimension["unit"] == "Hrs" and float(price) > 0:
                         yield name, currency, float(price)
+
+
+def find_type(attributes: Mapping[str, str]) -> str | None:
+    """Return the instance type of a product by its attributes, None where it is of none.
+
+    Some products have no `instanceName`: their usage type ends in it, as in `USE1-Train:ml.g5.xlarge`.
+    """
+    names = (attributes.get("instanceName", ""), attributes.get("usagetype", "").rpartition(":")[2])
+    return next((name for name in names if re.search(TYPE_NAME, name)), None)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llm_trainer.planning.candidates import Candidate, Outline
 
 MAX_ROWS = 16  # instance types in the table
+MAX_NAMES = 4  # of instance types in a sentence
 TITLES = {"cheapest": "cheapest", "fastest": "fastest", "best_value": "best value (price x hours)"}
 
 
@@ -32,7 +33,16 @@ def format_plan(
     for name, title in TITLES.items():
         if name in chosen:
             yield from format_choice(title, chosen[name], outline)
+    missing = [candidate.host.name for candidate in fitting if not candidate.offered]
+    if missing and outline.prices:
+        yield f"No price in {outline.prices.region} (not offered there, or not in the file): {list_some(missing)}."
     yield from format_notes(outline)
+
+
+def list_some(names: list[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = len(names) - MAX_NAMES
+    return f"{', '.join(names[:MAX_NAMES])}{f' and {more} more' if more > 0 else ''}"
 
 
 def describe_row(candidate: "Candidate") -> dict[str, str]:
@@ -55,6 +65,8 @@ def describe_row(candidate: "Candidate") -> dict[str, str]:
         }
     if candidate.dollars is not None and candidate.spot_dollars is not None:
         cells |= {"on demand": f"{candidate.dollars:,.2f}", "spot": f"{candidate.spot_dollars:,.2f}"}
+    elif not candidate.offered:
+        cells |= {"on demand": "no price"}
     return cells
 
 

@@ -41,6 +41,7 @@ class Candidate:
     count: int
     fit: Fit | None = None
     refusal: str = ""  # why it cannot run there
+    offered: bool = True  # False where prices are known, and none for its type: AWS mostly does not offer it there
     step: StepTime | None = None
     steps: int | None = None
     tokens_per_second: float | None = None
@@ -75,10 +76,13 @@ class Candidate:
 
     @property
     def order(self) -> tuple[float, ...]:
-        """A key that sorts the cheapest first: by dollars, then by hours where no price is known, then by GPUs."""
+        """A key that sorts the cheapest first: by dollars, by hours where no price is known, or by GPUs.
+
+        Those that do not fit stand last, and before them those that are not offered.
+        """
         places = (self.dollars, self.instance_hours, float(self.num_gpus))
         place = next(place for place, value in enumerate(places) if value is not None)
-        return (0 if self.fits else 1, place, places[place] or 0.0, self.count)
+        return (not self.fits, not self.offered, place, places[place] or 0.0, self.count)
 
     def describe(self) -> dict[str, Any]:
         """Return the candidate as values of JSON."""
@@ -87,6 +91,7 @@ class Candidate:
             "instance_type": self.host.name,
             "count": self.count,
             "fits": self.fits,
+            "offered": self.offered,
             "how": self.how,
             "gib_per_gpu": round(self.fit.need.total_bytes / GIB, 2) if self.fit else None,
             "tokens_per_second": self.tokens_per_second and round(self.tokens_per_second),
@@ -116,16 +121,17 @@ def list_candidates(outline: Outline) -> list[Candidate]:
 
 def list_counts(outline: Outline, host: InstanceType, fits: dict[tuple[str, int], Fit | str]) -> Iterator[Candidate]:
     """Yield one to sixteen instances of a type. `fits` keeps what is known of a number of GPUs for other types."""
+    offered = outline.prices is None or host.name in outline.prices.on_demand
     for count in range(1, MAX_COUNT + 1):
         num_gpus = count * host.num_gpus
         key = host.gpu.name, num_gpus
         fit = fits[key] = fits[key] if key in fits else find_fit(outline.fitter, host, num_gpus)
         if isinstance(fit, str):
-            yield Candidate(host, count, refusal=fit)
+            yield Candidate(host, count, refusal=fit, offered=offered)
         elif refusal := fit.refusal or find_lack_of_memory(host, fit):
-            yield Candidate(host, count, fit, refusal)
+            yield Candidate(host, count, fit, refusal, offered)
         else:
-            yield plan_time(outline, Candidate(host, count, fit))
+            yield plan_time(outline, Candidate(host, count, fit, offered=offered))
 
 
 def find_fit(fitter: Fitter, host: InstanceType, num_gpus: int) -> Fit | str:

@@ -10,14 +10,15 @@ from llm_trainer.planning.candidates import Candidate
 def choose(candidates: Iterable[Candidate]) -> dict[str, Candidate]:
     """Return the cheapest candidate that fits, the fastest, and the best value, by these names.
 
-    The best value has the least product of price and hours: a job may cost twice as much where it takes half the time.
-    Without hours only the cheapest is known, and nothing comes back where no candidate fits.
+    Types that are not offered come into question only where no other fits. The best value has the least product of
+    price and hours: a job may cost twice as much where it takes half the time. Without hours only the cheapest is
+    known, and nothing comes back where no candidate fits.
     """
     fitting = [candidate for candidate in candidates if candidate.fits]
+    fitting = [candidate for candidate in fitting if candidate.offered] or fitting
     if not fitting:
         return {}
-    priced = [candidate for candidate in fitting if candidate.dollars is not None]
-    timed = [candidate for candidate in priced or fitting if candidate.run]
+    timed = [candidate for candidate in fitting if candidate.run]
     cheapest = min(fitting, key=lambda candidate: candidate.order)
     if not timed:
         return {"cheapest": cheapest}

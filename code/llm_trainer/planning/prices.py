@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
@@ -18,6 +18,7 @@ from llm_trainer.common.files import write_json
 
 FILE_NAME = "prices.json"
 MAX_AGE = timedelta(days=90)
+CLOCK_SKEW = timedelta(days=1)  # between the machine that asked and this one
 MAX_TOLD_FAULTS = 3  # a file of something else has many
 # SageMaker publishes no prices of spot instances, only that they save up to 90 %. This is assumed, and told as such.
 ASSUMED_SPOT_SAVING = 0.5
@@ -33,6 +34,7 @@ class Prices(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    version: Literal[1] = 1  # of what a price file holds
     region: str = Field(min_length=1)
     asked_at: AwareDatetime
     currency: str = Field(pattern="^[A-Z]{3}$")
@@ -88,7 +90,7 @@ def read_earlier_prices(file: Path) -> Prices | None:
 
     Raises UserError where it holds something else, which is not to be lost.
     """
-    if not file.exists():
+    if not os.path.exists(file):
         return None
     try:
         return read_prices(file)
@@ -105,12 +107,20 @@ def find_price_file(config_dir: Path | None) -> Path | None:
 
 
 def find_warnings(prices: Prices, region: str | None, now: datetime | None = None) -> Iterator[str]:
-    """Yield a sentence for prices of another region than the job's, and for old ones. None: the region is not known."""
+    """Yield a sentence for prices of another region than the job's, for old ones, and for those of the future.
+
+    None stands for a region that is not known.
+    """
     if region and region != prices.region:
         yield f"The prices are those of {prices.region}, and the job is for {region}: {say_ask_anew(region)}."
-    days = ((now or datetime.now(UTC)) - prices.asked_at).days
-    if days > MAX_AGE.days:
-        yield f"The prices of {prices.region} are {days} days old: {say_ask_anew(prices.region)}."
+    age = (now or datetime.now(UTC)) - prices.asked_at
+    if age > MAX_AGE:
+        yield f"The prices of {prices.region} are {age.days} days old: {say_ask_anew(prices.region)}."
+    if age < -CLOCK_SKEW:
+        yield (
+            f"The prices of {prices.region} are dated {prices.asked_at:%Y-%m-%d}, which is in the future: check this "
+            f"machine's clock, or {say_ask_anew(prices.region)}."
+        )
 
 
 def say_ask_anew(region: str = "") -> str:

@@ -76,6 +76,35 @@ def test_only_hours_of_training_instances_count():
     assert list(read_rates([*others, free, training])) == [("ml.g5.xlarge", "USD", 1.408)]
 
 
+def test_the_usage_type_names_what_has_no_other_name():
+    product = describe_product("ml.g5.xlarge", "1.408")
+    for name in ("", "NA"):
+        product["product"]["attributes"]["instanceName"] = name
+        assert list(read_rates([product])) == [("ml.g5.xlarge", "USD", 1.408)]
+
+
+def test_reserved_terms_and_other_components_cost_nothing_here(price_list):
+    reserved = describe_product("ml.p5.48xlarge", "40.0")
+    reserved["terms"]["Reserved"] = describe_product("ml.p5.48xlarge", "99.0")["terms"]["OnDemand"]
+    others = [
+        describe_product("ml.p5.48xlarge", "70.0", component) for component in ("Hosting", "Notebook", "SpotTraining")
+    ]
+    price_list.products = [*others, reserved, describe_product("ml.p4d.24xlarge", "180.0", currency="CNY")]
+    prices = ask_prices("us-east-1")
+    assert (prices.currency, prices.on_demand) == ("USD", {"ml.p5.48xlarge": 40.0})
+
+
+def test_a_product_may_have_several_price_dimensions():
+    product = describe_product("ml.g5.xlarge", "1.408")
+    ((_, term),) = product["terms"]["OnDemand"].items()
+    (hour,) = term["priceDimensions"].values()
+    term["priceDimensions"] |= {
+        "free": {**hour, "endRange": "50", "pricePerUnit": {"USD": "0.0000000000"}},
+        "fee": {**hour, "unit": "Quantity", "pricePerUnit": {"USD": "500"}},
+    }
+    assert list(read_rates([product])) == [("ml.g5.xlarge", "USD", 1.408)]
+
+
 def test_of_two_prices_the_higher_counts(price_list):
     price_list.products = [describe_product("ml.g5.xlarge", price) for price in ("1.2", "1.408", "1.3")]
     assert ask_prices("us-east-1").on_demand == {"ml.g5.xlarge": 1.408}

@@ -38,6 +38,9 @@ def test_a_plan_fills_one_screen_and_names_the_three_that_matter(outline, candid
         assert " USD (" in line
     assert any(f"{candidates[0].dollars:,.2f}" in line for line in text)
     assert any("prices of us-east-1 in USD, asked on 2026-11-26" in line for line in text)
+    (missing,) = [line for line in text if line.startswith("No price in us-east-1 (not offered there, or not in the ")]
+    assert re.search(r"\): (ml\.[a-z0-9.-]+, ){3}ml\.[a-z0-9.-]+ and 43 more\.$", missing)
+    assert sum("no price" in line for line in text) == 13  # of sixteen rows
 
 
 def test_what_is_missing_is_named(outline, candidates):

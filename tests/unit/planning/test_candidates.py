@@ -31,6 +31,7 @@ def test_each_type_comes_in_one_to_sixteen_and_the_cheapest_first(candidates):
     priced = [value for value in dollars if value is not None]
     assert priced == sorted(priced)
     assert dollars[: len(priced)] == priced  # what has no price comes behind
+    assert [candidate.offered for candidate in candidates] == [value is not None for value in dollars]
     assert {*candidates[0].describe()} >= FIXED
 
 
@@ -47,6 +48,7 @@ def test_more_instances_take_fewer_steps_and_more_dollars(candidates):
 
 def test_without_data_the_speed_is_known_and_no_hours():
     first = list_candidates(outline_job())[0].describe()
+    assert first["offered"]
     assert first["tokens_per_second"] > 0
     assert (first["steps"], first["hours"], first["dollars"]) == (None, None, None)
 

@@ -35,3 +35,10 @@ def test_without_data_only_the_cheapest_is_known():
     found = list_candidates(outline_job())
     assert [*choose(found)] == ["cheapest"]
     assert choose([]) == {}
+
+
+def test_what_is_not_offered_is_chosen_only_where_no_other_fits():
+    prices = PRICES.model_copy(update={"on_demand": {"ml.p4d.24xlarge": 25.0}})
+    assert choose(list_candidates(outline_job(prices=prices)))["cheapest"].host.name == "ml.p4d.24xlarge"
+    elsewhere = PRICES.model_copy(update={"on_demand": {"ml.m5.large": 0.1}})
+    assert not choose(list_candidates(outline_job(prices=elsewhere)))["cheapest"].offered

@@ -30,6 +30,7 @@ def file(tmp_path):
 def test_prices_are_kept(file):
     write_prices(PRICES, file)
     assert json.loads(file.read_text()) == {
+        "version": 1,
         "region": "eu-central-1",
         "asked_at": "2026-11-26T18:30:00Z",
         "currency": "USD",
@@ -74,6 +75,7 @@ def test_spot_is_what_the_user_knows_or_an_assumption():
         ({"on_demand": {"g5.xlarge": 1.76}}, "on_demand.g5.xlarge='g5.xlarge': string should match pattern"),
         ({"spot_savings": {"ml.g5.xlarge": 70}}, "spot_savings.ml.g5.xlarge=70: input should be less than 1"),
         ({"spot": {}}, "spot={}: extra inputs are not permitted"),
+        ({"version": 2}, "version=2: input should be 1"),
     ],
 )
 def test_a_damaged_file_is_refused_in_a_sentence(file, change, told):
@@ -117,7 +119,7 @@ def test_the_channel_config_may_hold_the_file(tmp_path, file):
     assert find_price_file(tmp_path) == file
 
 
-def test_other_regions_and_old_prices_are_warned_of():
+def test_other_regions_and_prices_of_the_past_and_the_future_are_warned_of():
     def warn(region, days):
         return list(find_warnings(PRICES, region, ASKED_AT + timedelta(days=days)))
 
@@ -128,3 +130,8 @@ def test_other_regions_and_old_prices_are_warned_of():
     ]
     (old,) = warn("eu-central-1", 91)
     assert old.startswith("The prices of eu-central-1 are 91 days old: ask AWS anew")
+    assert warn("eu-central-1", -1) == []
+    assert warn("eu-central-1", -2) == [
+        "The prices of eu-central-1 are dated 2026-11-26, which is in the future: check this machine's clock, or ask "
+        "AWS anew with `llm-trainer plan --prices --region eu-central-1`."
+    ]
