@@ -44,6 +44,14 @@ def test_a_job_is_validated_without_being_run(image, tree):
     assert not tree.model_files
 
 
+def test_a_job_is_planned_for_instances_without_a_network(image, tree):
+    result = image.run_job(tree.base_dir, "plan", options=["--network=none", RANDOM_USER, *READ_ONLY])
+    assert result.returncode == 0, result.stdout
+    assert "\ncheapest: 1 x ml." in result.stdout
+    assert "From instance facts of 20" in result.stdout
+    assert not tree.model_files
+
+
 def test_two_ranks_train_together_without_network_and_with_little_shared_memory(image, tree):
     tree.change(nproc_per_node="2", per_device_train_batch_size="4")
     result = image.run_job(tree.base_dir, "train", options=["--network=none", "--shm-size=64m"])
