@@ -7,9 +7,11 @@ import re
 import shutil
 import subprocess
 from contextlib import nullcontext
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +24,7 @@ from llm_trainer.config.environment import read_environment
 from llm_trainer.job.inputs import find_inputs
 from llm_trainer.job.job import Job, collect_settings
 from llm_trainer.launcher.launch import check_machine
+from llm_trainer.model.device import Device
 from support.fake_hub import MODEL, FakeHub
 from support.sagemaker_tree import LLM_TRAINER
 from support.waiting import GUARD_SECONDS
@@ -149,10 +152,41 @@ def test_a_model_is_planned_without_any_data(tiny_model, tmp_path):
         planned = examine_model(["--model_id", str(tiny_model), "--max_length", "64"])
         mistaken = examine_model(["--lora_rnak", "3"])
     assert planned.list_texts("error") == []
-    assert "Precision: float32 (auto: on a CPU)" in planned.list_texts("ok")
+    assert any(text.startswith("Precision: bfloat16 (auto: a GPU elsewhere (9.0)") for text in planned.list_texts("ok"))
     assert "for rows of 64 tokens, which data may stay below" in planned.list_texts("ok")
     assert planned.memory["training"]["total_bytes"] > 0
     assert [text.split()[0] for text in mistaken.list_texts("error")] == ["Hyperparameter", "model_id"]
+
+
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_a_plan_asks_the_gpus_of_instances_and_not_this_machine(tiny_model, tmp_path, monkeypatch, gpus):
+    if gpus:  # an old GPU, too small for the job, and so many that the batch cannot be shared
+        old = Device(torch.device("cuda"), "Tesla T4", (7, 5))
+        monkeypatch.setattr("llm_trainer.model.device.find_device", lambda use_cpu: old)
+        driver = SimpleNamespace(gpus=[SimpleNamespace(memory_bytes=2**20)] * gpus)
+        monkeypatch.setattr("llm_trainer.cli.gpu_memory.read_driver", lambda: driver)
+    monkeypatch.setattr("llm_trainer.config.environment.count_gpus", lambda: gpus)
+    words = ["--base_compute=fp8", "--attn_implementation=flash_attention_2", "--use_liger_kernel", "--max_length=64"]
+    with patch.dict(os.environ, {"SAGEMAKER_BASE_DIR": str(tmp_path)}):
+        planned = examine_model(["--model_id", str(tiny_model), *words, "--global_batch_size", "4"])
+    assert planned.list_texts("error") == []
+    fits = {entry["gpu"]: entry["fits"] for entry in planned.instances["instances"] if entry["gpus"] == 1}
+    assert fits == {"T4": False, "A10G": False} | dict.fromkeys(fits.keys() - {"T4", "A10G"}, True)
+    assert len(fits) > 4
+    told = {finding.text for finding in planned.findings if finding.subject == "here"}
+    assert any("Tesla T4 (7.5)" in text for text in told) == bool(gpus)
+
+
+def test_all_options_that_are_wrong_are_told_at_once_and_before_the_model_is_read(tmp_path):
+    words, price_file = ["--model_id", str(tmp_path / "none"), "--lora_rnak", "3"], str(tmp_path / "none.json")
+    options = PlanOptions(rows=-1, tokens_per_row=0, prices_file=price_file, learn_from=[str(tmp_path / "no")])
+    with patch.dict(os.environ, {"SAGEMAKER_BASE_DIR": str(tmp_path)}):
+        told = examine_model(words, options).list_texts("error")
+        asked = examine_model(words, PlanOptions(asks_prices=True, region="eu-nowhere-1")).list_texts("error")
+    starts = ("Hyperparameter 'lora_rnak'", f"model_id='{tmp_path}", "--rows and", f"--learn {tmp_path}", price_file)
+    assert len(told) == len(starts)
+    assert all(any(text.startswith(start) for text in told) for start in starts), told
+    assert len(asked) == 2  # nothing is asked of AWS for a job that is wrong
 
 
 def test_a_plan_needs_no_more_than_config_json(tiny_model, tmp_path):

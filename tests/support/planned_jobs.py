@@ -29,7 +29,8 @@ PRICES = Prices.model_validate(
 
 def outline_job(config=TINY, lengths=None, prices=None, learnt=None, **settings):
     """A job with an adapter, whose rows have these lengths; without any, nothing is known of them."""
-    given = Settings(**{"max_length": 128, "per_device_train_batch_size": 2, "lora_dropout": 0.0, **settings})
+    settings = {"max_length": 128, "per_device_train_batch_size": 2, "lora_dropout": 0.0, **settings}
+    given = Settings(**{name: value for name, value in settings.items() if value is not None})
     sections = MemorySettings(given.model, given.adapter, given.data, given.training, given.parallelism)
     target = Target(Device(torch.device("cuda"), "a GPU", (9, 0)), 1, 0)
     scenario = MemoryScenario(config, sections, 128, target, "flash_attention_2")

@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, Target
 
 
-def examine_batch(settings: Settings, environment: Environment, validation: Validation) -> None:
+def examine_batch(settings: Settings, environment: Environment, validation: Validation, runs_here: bool = True) -> None:
     """Add what keeps the job's devices from sharing its global batch.
 
-    The devices are known where they are here or the settings tell them.
+    The devices are known where they are here, unless the job runs elsewhere, or the settings tell them.
     """
     parallelism = settings.parallelism
-    is_known = environment.num_gpus or parallelism.use_cpu or parallelism.is_given("nproc_per_node")
+    is_here = runs_here and environment.num_gpus > 0
+    is_known = is_here or parallelism.use_cpu or parallelism.is_given("nproc_per_node")
     problems = find_batch_problem(settings.training, settings.data, count_devices(parallelism, environment))
     validation.add_findings("batch", "error" if is_known else "warning", problems)
 

@@ -13,8 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.gpu_memory import examine_batch, examine_memory
-from llm_trainer.cli.plan_instances import NO_OPTIONS, Lengths, PlanOptions, examine_instances
+from llm_trainer.cli.gpu_memory import build_elsewhere, examine_batch, examine_memory
+from llm_trainer.cli.plan_instances import (
+    NO_OPTIONS,
+    Lengths,
+    PlanOptions,
+    build_outline,
+    examine_instances,
+    read_basis,
+)
 from llm_trainer.cli.validate import prepare_data
 from llm_trainer.cli.validation import Validation, collect_findings, print_validation
 from llm_trainer.common.errors import UserError
@@ -24,11 +31,15 @@ from llm_trainer.job.earlier_adapter import find_adapter
 from llm_trainer.job.inputs import Inputs, find_inputs, find_model
 from llm_trainer.job.job import Job, collect_settings, fetch_earlier_adapter
 from llm_trainer.launcher.worker_processes import build_library_variables
-from llm_trainer.readers.sources import find_train_sources
+from llm_trainer.readers.sources import find_train_sources, find_validation_sources
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from llm_trainer.data.splits import Split
-    from llm_trainer.model.plan import ModelPlan
+    from llm_trainer.model.device import Device
+    from llm_trainer.model.memory.scenario import MemoryScenario
+    from llm_trainer.model.plan import ModelPlan, PlanSettings
 
 USUAL_ROW_TOKENS = 1024  # where max_length=null sets no limit
 
@@ -51,62 +62,111 @@ def examine_loading(words: Sequence[str], options: PlanOptions, validation: Vali
     except UserError as error:
         validation.add_findings("tree", "error", error.problems)
         return
-    examine_batch(settings, environment, validation)
+    examine_batch(settings, environment, validation, runs_here=False)
     name, missing = find_model(settings.model, environment, needs_tokenizer=False)
     adapter, faults = find_adapter(settings.adapter, environment)
-    if problems or missing or faults:
-        validation.add_findings("settings", "error", [*problems, *missing, *faults])
+    validation.add_findings("settings", "error", [*problems, *missing, *faults])
+    basis = read_basis(options, validation)
+    if basis is None or problems or missing or faults:
         return
     inputs = Inputs(name, [], [], environment.model_dir, environment.model_dir, adapter)
     try:
-        planned, settings = plan_loading(Job(environment, settings, inputs))
+        planned, settings = plan_loading(Job(environment, settings, inputs), validation)
     except UserError as error:
         validation.add_findings("model", "error", error.problems)
         return
     validation.add_findings("model", "ok", [name, *planned.reasons])
     job = Job(environment, settings, inputs)
     lengths = measure_lengths(job, options, validation)
-    longest_row = lengths.longest_row or settings.data.max_length or max(lengths.train, default=USUAL_ROW_TOKENS)
+    longest_row = choose_longest_row(lengths, settings.data.max_length, validation)
+    scenario = plan_memory(planned.config, job, longest_row, validation)
+    if scenario is not None and not validation.list_texts("error"):
+        outline = build_outline(scenario, lengths, settings.output.merge_weights, basis)
+        examine_instances(outline, validation, options.in_colour)
+
+
+def choose_longest_row(lengths: Lengths, max_length: int | None, validation: Validation) -> int:
+    """Return the tokens of the row that memory is planned for, after telling them where no data are there."""
+    longest_row = lengths.longest_row or max_length or max(lengths.train, default=USUAL_ROW_TOKENS)
     if lengths.longest_row is None:
         validation.add_findings("memory", "ok", [f"for rows of {longest_row} tokens, which data may stay below"])
-    scenario = examine_memory(planned.config, settings, environment, longest_row, validation)
-    if scenario is not None and not validation.list_texts("error"):
-        examine_instances(scenario, lengths, settings.output.merge_weights, options, validation)
+    return longest_row
 
 
-def plan_loading(job: Job) -> "tuple[ModelPlan, Settings]":
+def plan_loading(job: Job, validation: Validation) -> "tuple[ModelPlan, Settings]":
     """Return how the model of a job would be loaded, and the settings with what an earlier adapter tells.
 
-    Raises UserError where it cannot be loaded.
+    Add what this machine's own GPU cannot do. Raises UserError where no GPU could load it.
     """
     settings, inputs = job.settings, job.inputs
     os.environ.update(build_library_variables(inputs, settings.model.chat_template_path, settings.output.push_to_hub))
     from llm_trainer.model import loading  # Transformers has to find the variables set
-    from llm_trainer.model.device import find_device
-    from llm_trainer.model.plan import PlanSettings, plan_model
+    from llm_trainer.model.plan import PlanSettings
     from llm_trainer.model.positions import bound_length
-    from llm_trainer.model.precision import choose_precision
 
     with tempfile.TemporaryDirectory(prefix="llm-trainer-") as scratch_dir:
         settings = fetch_earlier_adapter(job, Path(scratch_dir)).settings
         folder = loading.fetch_model(inputs.model, settings.model, Path(scratch_dir), with_weights=False)
-        device = find_device(settings.parallelism.use_cpu)
-        precision = choose_precision(settings.model, settings.adapter, device)
         sections = PlanSettings(settings.model, settings.adapter, settings.parallelism, settings.output)
-        planned = plan_model(folder, sections, device, precision)
+        planned = plan_on_device(folder, sections, validation)
         data = bound_length(settings.data, planned.num_positions)
         return planned, settings.model_copy(update={"data": data})
 
 
+def plan_on_device(folder: str, sections: "PlanSettings", validation: Validation) -> "ModelPlan":
+    """Return the plan for this machine's device, else for a GPU elsewhere: instances have GPUs that are not here.
+
+    Raises UserError where neither can do what the settings ask for.
+    """
+    from llm_trainer.model.device import find_device
+    from llm_trainer.model.memory.fit import ELSEWHERE
+    from llm_trainer.model.plan import plan_model
+    from llm_trainer.model.precision import choose_precision
+
+    def plan_on(device: "Device") -> "ModelPlan":
+        return plan_model(folder, sections, device, choose_precision(sections.model, sections.adapter, device))
+
+    use_cpu = sections.parallelism.use_cpu
+    try:
+        device = find_device(use_cpu)
+        return plan_on(device if use_cpu or device.is_gpu else ELSEWHERE)
+    except UserError as error:
+        if use_cpu:
+            raise
+        planned = plan_on(ELSEWHERE)
+        validation.add_findings("here", "warning", error.problems)
+        return planned
+
+
+def plan_memory(
+    config: "PreTrainedConfig", job: Job, longest_row: int, validation: Validation
+) -> "MemoryScenario | None":
+    """Add what the job needs of GPUs, and return what was looked at, None where it is not known.
+
+    What this machine's own GPUs lack is a warning: instances have others.
+    """
+    settings, environment = job.settings, job.environment
+    here = Validation()
+    scenario = examine_memory(config, settings, environment, longest_row, here)
+    is_elsewhere = environment.num_gpus > 0 and not settings.parallelism.use_cpu
+    validation.memory |= here.memory
+    for finding in here.findings:
+        lacks = is_elsewhere and finding.verdict == "error"
+        validation.findings.append(replace(finding, subject="here", verdict="warning") if lacks else finding)
+    if scenario is not None or not is_elsewhere:
+        return scenario
+    try:
+        evaluates = bool(find_validation_sources(settings.data, environment)[0])
+        return build_elsewhere(config, settings, longest_row, evaluates)
+    except UserError as error:
+        validation.add_findings("memory", "error", error.problems)
+        return None
+
+
 def measure_lengths(job: Job, options: PlanOptions, validation: Validation) -> Lengths:
     """Return the lengths of the rows that the options name, else of the data of the job where they are there."""
-    given = [options.rows, options.tokens_per_row]
-    if any(number is not None for number in given):
-        if not all(number is not None and number > 0 for number in given):
-            text = "--rows and --tokens-per-row stand for data together: give both, as whole numbers above zero."
-            validation.add_findings("options", "error", [text])
-            return Lengths()
-        return Lengths(Counter({options.tokens_per_row or 0: options.rows or 0}))
+    if options.rows and options.tokens_per_row:
+        return Lengths(Counter({options.tokens_per_row: options.rows}))
     if not find_train_sources(job.settings.data, job.environment)[0]:
         return Lengths()
     inputs, problems = find_inputs(job.settings, job.environment)

@@ -2,6 +2,7 @@
 """The part of `llm-trainer plan` about instances: what a job takes on each type, in time and dollars."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from llm_trainer.config.environment import read_environment
 if TYPE_CHECKING:
     from llm_trainer.model.memory.scenario import MemoryScenario
     from llm_trainer.planning.candidates import Candidate, Outline
+    from llm_trainer.planning.learning import Learnt
     from llm_trainer.planning.prices import Prices
 
 
@@ -42,27 +44,56 @@ class Lengths:
     longest_row: int | None = None  # where data are there
 
 
-def examine_instances(
-    scenario: "MemoryScenario", lengths: Lengths, merges: bool, options: PlanOptions, validation: Validation
-) -> None:
-    """Add what the job takes on each instance type. `merges` tells whether the result has all weights."""
-    if scenario.settings.parallelism.use_cpu:
+@dataclass(frozen=True)
+class Basis:
+    """What a plan takes over from files and from AWS."""
+
+    prices: "Prices | None"
+    learnt: "Learnt"
+
+
+def read_basis(options: PlanOptions, validation: Validation) -> Basis | None:
+    """Return what the options name, None where something is wrong with them, after adding all of that.
+
+    AWS is asked for prices only where nothing else is wrong with the job.
+    """
+    from llm_trainer.planning.learning import Learnt, learn
+
+    validation.add_findings("options", "error", find_row_problems(options))
+    learnt, prices = Learnt(), None
+    try:
+        learnt = learn(options.learn_from)
+    except UserError as error:
+        validation.add_findings("options", "error", error.problems)
+    if options.asks_prices and validation.list_texts("error"):
+        return None
+    try:
+        prices = read_job_prices(options, validation)
+    except UserError as error:
+        validation.add_findings("options", "error", error.problems)
+    return None if validation.list_texts("error") else Basis(prices, learnt)
+
+
+def find_row_problems(options: PlanOptions) -> Iterator[str]:
+    """Yield a sentence where rows that stand for data are not whole."""
+    given = [options.rows, options.tokens_per_row]
+    if any(number is not None for number in given) and not all(number is not None and number > 0 for number in given):
+        yield "--rows and --tokens-per-row stand for data together: give both, as whole numbers above zero."
+
+
+def examine_instances(outline: "Outline", validation: Validation, in_colour: bool) -> None:
+    """Add what the job takes on each instance type."""
+    if outline.fitter.job.settings.parallelism.use_cpu:
         text = "use_cpu=true: what instance types without a GPU take is not known."
         validation.add_findings("instances", "warning", [text])
         return
-    try:
-        prices = read_job_prices(options, validation)
-        outline = build_outline(scenario, lengths, merges, options, prices)
-    except UserError as error:
-        validation.add_findings("options", "error", error.problems)
-        return
-    add_candidates(outline, validation, options.in_colour)
+    add_candidates(outline, validation, in_colour)
 
 
 def add_candidates(outline: "Outline", validation: Validation, in_colour: bool) -> None:
     """Add every instance type, one to sixteen of it, and the three that matter."""
     from llm_trainer.planning.candidates import list_candidates
-    from llm_trainer.planning.choice import choose, describe_choice
+    from llm_trainer.planning.choice import choose, describe_choice, find_unable_gpus
     from llm_trainer.planning.instances import read_instances
 
     candidates = list_candidates(outline)
@@ -75,6 +106,7 @@ def add_candidates(outline: "Outline", validation: Validation, in_colour: bool) 
     }
     if not chosen:
         validation.add_findings("instances", "error", [explain_lack(candidates)])
+        validation.add_findings("instances", "warning", find_unable_gpus(candidates))
         return
     validation.instance_lines = list(format_plan(candidates, chosen, outline, in_colour))
 
@@ -103,14 +135,11 @@ def read_job_prices(options: PlanOptions, validation: Validation) -> "Prices | N
     return prices
 
 
-def build_outline(
-    scenario: "MemoryScenario", lengths: Lengths, merges: bool, options: PlanOptions, prices: "Prices | None"
-) -> "Outline":
-    """Return the job as it is planned. Raises UserError for manifests that teach nothing."""
+def build_outline(scenario: "MemoryScenario", lengths: Lengths, merges: bool, basis: Basis) -> "Outline":
+    """Return the job as it is planned. `merges` tells whether the result has all weights."""
     from llm_trainer.planning.candidates import Outline
     from llm_trainer.planning.fitting import Fitter
-    from llm_trainer.planning.learning import learn
     from llm_trainer.planning.workload import measure_work
 
     work = measure_work(lengths.train, lengths.validation, scenario.settings.data) if lengths.train else None
-    return Outline(Fitter(scenario), work, merges, learn(options.learn_from), prices)
+    return Outline(Fitter(scenario), work, merges, basis.learnt, basis.prices)

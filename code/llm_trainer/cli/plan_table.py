@@ -3,6 +3,7 @@
 
 import io
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 16  # instance types in the table
 MAX_NAMES = 4  # of instance types in a sentence
+LEAST_FIRST = ("steps", "batch", "GiB a GPU", "range", "tokens/s", "instance-hours")  # what a narrow terminal lacks
 TITLES = {"cheapest": "cheapest", "fastest": "fastest", "best_value": "best value (price x hours)"}
 
 
@@ -21,14 +23,18 @@ def format_plan(
     candidates: "list[Candidate]", chosen: "Mapping[str, Candidate]", outline: "Outline", in_colour: bool
 ) -> Iterator[str]:
     """Yield lines: the cheapest number of each type, the three candidates that matter, and what the figures rest on."""
+    from llm_trainer.planning.choice import find_unable_gpus
+
     types: dict[str, Candidate] = {}
     for candidate in candidates:
         types.setdefault(candidate.host.name, candidate)
     fitting = [candidate for candidate in types.values() if candidate.fits]
     rows = {f"{each.count} x {each.host.name}": describe_row(each) for each in fitting[:MAX_ROWS]}
+    rows = leave_out_columns(rows, find_width())
     yield from format_in_colour(rows) if in_colour else format_table(rows, "instances")
     hidden, unfit = len(fitting) - len(rows), len(types) - len(fitting)
     yield f"Each type in its cheapest number; {hidden} more types fit, {unfit} do not: --json lists 1 to 16 of each."
+    yield from find_unable_gpus(candidates)
     yield ""
     for name, title in TITLES.items():
         if name in chosen:
@@ -36,7 +42,21 @@ def format_plan(
     missing = [candidate.host.name for candidate in fitting if not candidate.offered]
     if missing and outline.prices:
         yield f"No price in {outline.prices.region} (not offered there, or not in the file): {list_some(missing)}."
-    yield from format_notes(outline)
+    yield from format_notes(outline, any(candidate.by_formula for candidate in fitting))
+
+
+def find_width() -> int | None:
+    """Return the columns of the terminal; None where the text goes elsewhere, and may be as wide as it is."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def leave_out_columns(rows: dict[str, dict[str, str]], width: int | None) -> dict[str, dict[str, str]]:
+    """Return a table that is no wider than so many columns, as far as the least of its columns can be left out."""
+    for column in LEAST_FIRST:
+        if width is None or len(next(format_table(rows, "instances"))) <= width:
+            break
+        rows = {name: {title: cell for title, cell in cells.items() if title != column} for name, cells in rows.items()}
+    return rows
 
 
 def list_some(names: list[str]) -> str:
@@ -114,10 +134,12 @@ def format_choice(title: str, candidate: "Candidate", outline: "Outline") -> Ite
     yield f"  {' '.join(settings)}"
 
 
-def format_notes(outline: "Outline") -> Iterator[str]:
+def format_notes(outline: "Outline", by_formula: bool) -> Iterator[str]:
     """Yield lines on what the figures rest on, and on what is missing for more of them."""
     from llm_trainer.planning.instances import read_instances
 
+    if by_formula:
+        yield "The model's code cannot be followed without numbers: its memory and speed are by formula, and less sure."
     yield f"From {read_instances().origin}" + (f"; {outline.prices.origin}." if outline.prices else ".")
     if outline.work is None:
         yield "For hours give --rows and --tokens-per-row, or the channel train (--data-dir)."

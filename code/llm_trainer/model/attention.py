@@ -41,6 +41,7 @@ CAPABILITIES: dict[str, Callable[[tuple[int, int]], bool]] = {
     torch_flash.NAME: lambda capability: (8, 0) <= capability <= (12, 1),
     "flex_attention": lambda capability: capability >= (8, 0),
 }
+IN_IMAGE = ("flash_attention_2", "flex_attention")  # its GPU variant has their packages
 WITHOUT_SOFT_CAP = ("sdpa", torch_flash.NAME)
 WITHOUT_DROPOUT = ("flex_attention", torch_flash.NAME)
 HEADS_OF_EIGHTS = ("flash_attention_4", torch_flash.NAME)  # flash-attn pads others
@@ -185,15 +186,17 @@ def read_needs(model: PreTrainedModel) -> AttentionNeeds:
 def find_faults(device: Device) -> dict[str, str]:
     """Return the kernels whose packages cannot be used, each with the reason as the end of a sentence.
 
-    For a CPU no package is imported.
+    For a CPU no package is imported. For a GPU elsewhere the image's own packages count, which need not be here.
     """
     faults = {}
-    if device.is_gpu and not torch.backends.cuda.is_flash_attention_available():
+    if device.is_gpu and device.is_here and not torch.backends.cuda.is_flash_attention_available():
         faults[torch_flash.NAME] = "is not in this build of PyTorch"
     for kernel, (module, requirement) in PACKAGES.items():
+        if kernel in IN_IMAGE and not device.is_here:
+            continue
         try:
             require_version(requirement)
-            if device.is_gpu:
+            if device.is_gpu and device.is_here:
                 importlib.import_module(module)
         except PackageNotFoundError:
             faults[kernel] = "is not installed"

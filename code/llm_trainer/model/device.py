@@ -19,6 +19,7 @@ class Device:
     torch: torch.device
     name: str = "the CPU"
     capability: tuple[int, int] | None = None  # a CPU has none
+    is_here: bool = True  # False for a GPU of another machine, on which nothing can be tried
 
     @property
     def is_gpu(self) -> bool:

@@ -142,8 +142,11 @@ def find_obstacle(model_type: str, device: Device, known: frozenset[str] | None)
 def find_known_types(device: Device) -> frozenset[str] | None:
     """Return the model types that the installed Liger has kernels for.
 
-    None means that it is not installed, or that the device is no GPU and has no use for it.
+    For a GPU elsewhere those of the image's count. None means that it is not installed, or that the device is no GPU
+    and has no use for it.
     """
+    if not device.is_here:
+        return KNOWN_TYPES
     if not device.is_gpu or find_spec("liger_kernel") is None:
         return None
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN

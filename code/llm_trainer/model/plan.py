@@ -71,13 +71,13 @@ def plan_model(folder: str, settings: PlanSettings, device: Device, precision: P
     if problems := list(find_quantization_problems(folder, config, *sections)):
         raise UserError(*problems)
     left_out = check_fit(folder, config, model_settings)
-    quantization = build_quantization(config, model_settings, precision.compute, device.torch)
+    quantization = build_quantization(config, model_settings, precision.compute, device)
     skeleton = build_skeleton(folder, config, model_settings.trust_remote_code)
     asked, faults = model_settings.attn_implementation, find_faults(device)
     attention = choose_attention(read_needs(skeleton), asked, precision.compute, device, faults)
     liger = choose_liger(config, model_settings, device, find_known_types(device))
     liger = leave_out_experts(liger, model_settings, has_experts(skeleton))
-    liger = try_on(liger, model_settings, skeleton)
+    liger = try_on(liger, model_settings, skeleton) if device.is_here else liger
     lora = build_lora_config(model_settings, settings.adapter, skeleton) if settings.adapter.use_peft else None
     float8_layers = choose_float8_layers(model_settings, skeleton, device, precision)
     goes_on = lora is not None and settings.adapter.adapter_path

@@ -15,6 +15,7 @@ from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.safetensors_files import count_weights, list_weights
 from llm_trainer.common.units import show_bytes
 from llm_trainer.config.sections import AdapterSettings, ModelSettings, ParallelismSettings
+from llm_trainer.model.device import Device
 from llm_trainer.model.parameter_roles import measure_linear_share
 from llm_trainer.model.precision import show_dtype
 
@@ -22,7 +23,7 @@ Quantization: TypeAlias = BitsAndBytesConfig | Mxfp4Config
 
 
 def build_quantization(
-    config: PreTrainedConfig, settings: ModelSettings, compute_dtype: torch.dtype, device: torch.device
+    config: PreTrainedConfig, settings: ModelSettings, compute_dtype: torch.dtype, device: Device
 ) -> Quantization | None:
     """Return how Transformers quantizes or dequantizes the base while it loads.
 
@@ -32,8 +33,8 @@ def build_quantization(
     stored = find_stored_method(config)
     if stored == "mxfp4":
         return Mxfp4Config(dequantize=True)
-    if settings.load_in_4bit or settings.load_in_8bit or stored == "bitsandbytes":
-        try_bitsandbytes(settings, device)
+    if device.is_here and (settings.load_in_4bit or settings.load_in_8bit or stored == "bitsandbytes"):
+        try_bitsandbytes(settings, device.torch)
     if settings.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     if not settings.load_in_4bit:

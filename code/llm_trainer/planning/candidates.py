@@ -75,6 +75,11 @@ class Candidate:
         return f"{self.fit.plan.describe(self.num_gpus)}, batch {rows} x {self.num_gpus} x {pieces}"
 
     @property
+    def by_formula(self) -> bool:
+        """True where memory or time follow from a formula, as the model's code does not run without numbers."""
+        return bool(self.fit and self.fit.by_formula) or bool(self.step and not self.step.is_traced)
+
+    @property
     def order(self) -> tuple[float, ...]:
         """A key that sorts the cheapest first: by dollars, by hours where no price is known, or by GPUs.
 
@@ -108,14 +113,21 @@ class Candidate:
             "spot_dollars": self.spot_dollars and round(self.spot_dollars, 2),
             "spot_hours": self.spot and round(self.spot.hours, 3),
             "interruptions": self.spot and round(self.spot.interruptions, 4),
-            "by_formula": bool(self.fit and self.fit.by_formula),
+            "by_formula": self.by_formula,
         }
 
 
 def list_candidates(outline: Outline) -> list[Candidate]:
     """Return every instance type, one to sixteen of it, those that fit first and of them the cheapest."""
     fits: dict[tuple[str, int], Fit | str] = {}
-    found = [candidate for host in read_instances().types.values() for candidate in list_counts(outline, host, fits)]
+    asked = outline.fitter.job.settings.parallelism.nproc_per_node
+    found: list[Candidate] = []
+    for host in read_instances().types.values():
+        if asked and asked > host.num_gpus:
+            refusal = f"nproc_per_node={asked} is more than its GPUs"
+            found += [Candidate(host, count, refusal=refusal) for count in range(1, MAX_COUNT + 1)]
+        else:
+            found += list_counts(outline, replace(host, num_gpus=asked or host.num_gpus), fits)
     return sorted(found, key=lambda candidate: candidate.order)
 
 

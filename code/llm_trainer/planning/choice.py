@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The three candidates that matter, and the settings with which a job gets there what was planned."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from llm_trainer.planning.candidates import Candidate
+from llm_trainer.planning.instances import InstanceType
 
 
 def choose(candidates: Iterable[Candidate]) -> dict[str, Candidate]:
@@ -38,6 +39,21 @@ def weigh_value(candidate: Candidate) -> float:
 def find_price(candidate: Candidate) -> float | None:
     """Return the dollars of a candidate, or the hours of its instances where no price is known."""
     return candidate.instance_hours if candidate.dollars is None else candidate.dollars
+
+
+def find_unable_gpus(candidates: Iterable[Candidate]) -> Iterator[str]:
+    """Yield a sentence for each thing that the settings ask for and GPUs cannot do, with their instance types."""
+    refusals: dict[InstanceType, set[str]] = {}
+    for candidate in candidates:
+        refusals.setdefault(candidate.host, set()).add("" if candidate.fit else candidate.refusal)
+    unable: dict[str, list[InstanceType]] = {}
+    for host, texts in refusals.items():
+        if len(texts) == 1 and "" not in texts:  # whatever their number
+            unable.setdefault(texts.pop().rstrip("."), []).append(host)
+    for text, hosts in unable.items():
+        able = {host.family for host in refusals.keys() - {*hosts}}
+        names = {f"{host.name if host.family in able else host.family} ({host.gpu.name})": None for host in hosts}
+        yield f"Out for their GPUs: {', '.join(names)}: {text}."
 
 
 def describe_choice(candidate: Candidate) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from llm_trainer.common.units import show_bytes
 from llm_trainer.config.global_batch import find_batch_problem
 from llm_trainer.model.attention import CAPABILITIES
 from llm_trainer.model.device import Device
+from llm_trainer.model.layers import float8
 from llm_trainer.model.memory.estimate import CONTEXT_BYTES, Estimate
 from llm_trainer.model.memory.fit import ATTENTION_ELSEWHERE, add_fused_kernels, try_plans
 from llm_trainer.model.memory.global_batch import split_global_batch
@@ -24,8 +25,6 @@ from llm_trainer.model.memory.scenario import (
 )
 from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError, read_shape
 from llm_trainer.planning.formula import estimate_by_formula
-
-FLOAT8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,9 @@ class Fitter:
     def move_to(self, gpu: Gpu) -> MemoryScenario:
         """Return the job on one GPU. Raise UserError where it cannot do what the settings ask for."""
         settings = self.job.settings.model
-        if settings.base_compute == "fp8" and gpu.capability < FLOAT8_CAPABILITY:
+        if settings.base_compute == "fp8" and gpu.capability < float8.CAPABILITY:
             raise UserError("base_compute=fp8 needs a GPU of compute capability 8.9 or later")
-        target = Target(Device(torch.device("cuda"), gpu.name, gpu.capability), 1, count_free_bytes(gpu))
+        target = Target(Device(torch.device("cuda"), gpu.name, gpu.capability, is_here=False), 1, count_free_bytes(gpu))
         attention = choose_kernel(settings.attn_implementation, gpu)
         moved = replace(self.job, target=target, attention=attention, fused_kernels=frozenset(), known_shape=None)
         return add_fused_kernels(replace(moved, known_shape=self.find_shape(moved.dtypes[0])))
@@ -100,7 +99,7 @@ def choose_kernel(asked: str, gpu: Gpu) -> str:
     if asked == "auto":
         return ATTENTION_ELSEWHERE if CAPABILITIES[ATTENTION_ELSEWHERE](gpu.capability) else "sdpa"
     if asked in CAPABILITIES and not CAPABILITIES[asked](gpu.capability):
-        raise UserError(f"attn_implementation={asked} is not made for it")
+        raise UserError(f"attn_implementation={asked} is not made for this GPU")
     return asked
 
 

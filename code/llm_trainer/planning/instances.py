@@ -31,6 +31,11 @@ class InstanceType:
     num_efa: int  # network interfaces with EFA
 
     @property
+    def family(self) -> str:
+        """The name without its size, such as ml.p4d."""
+        return self.name.rpartition(".")[0]
+
+    @property
     def nvlink_bandwidth(self) -> float | None:
         """Bytes a second that a GPU sends to the others over NVLink; None where there is no such link."""
         return self.gpu.nvlink_bandwidth if self.num_gpus > 1 else None

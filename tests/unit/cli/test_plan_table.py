@@ -2,12 +2,13 @@
 """The plan of a job on instances, as a person reads it: one screen, and a remedy where nothing fits."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from transformers import LlamaConfig
 
 from llm_trainer.cli.plan_instances import add_candidates, explain_lack
-from llm_trainer.cli.plan_table import format_plan
+from llm_trainer.cli.plan_table import LEAST_FIRST, format_plan
 from llm_trainer.cli.validation import Validation
 from llm_trainer.planning.candidates import list_candidates
 from llm_trainer.planning.choice import choose
@@ -41,6 +42,26 @@ def test_a_plan_fills_one_screen_and_names_the_three_that_matter(outline, candid
     (missing,) = [line for line in text if line.startswith("No price in us-east-1 (not offered there, or not in the ")]
     assert re.search(r"\): (ml\.[a-z0-9.-]+, ){3}ml\.[a-z0-9.-]+ and 43 more\.$", missing)
     assert sum("no price" in line for line in text) == 13  # of sixteen rows
+
+
+@pytest.mark.parametrize(("columns", "left_out"), [(200, set()), (80, {"steps", "batch", "GiB a GPU", "range"})])
+def test_a_terminal_has_the_columns_that_it_is_wide_enough_for(outline, candidates, monkeypatch, columns, left_out):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    header, *rows = list(format_plan(candidates, {}, outline, in_colour=False))[:17]
+    assert all(len(row) <= columns for row in (header, *rows))
+    assert {title for title in LEAST_FIRST if title not in header} >= left_out
+    assert "on demand" in header
+    assert "steps" in next(format_plan(candidates, {}, outline, in_colour=False)) or left_out
+
+
+def test_a_model_that_is_planned_by_formula_is_told_so(outline, candidates):
+    first = candidates[0]
+    fit, step = replace(first.fit, by_formula=True), replace(first.step, is_traced=False)
+    for known in (replace(first, fit=fit), replace(first, step=step)):
+        (line,) = [line for line in format_plan([known], {}, outline, in_colour=False) if "by formula" in line]
+        assert line.startswith("The model's code cannot be followed")
+    assert not any("by formula" in line for line in format_plan(candidates, {}, outline, in_colour=False))
 
 
 def test_what_is_missing_is_named(outline, candidates):

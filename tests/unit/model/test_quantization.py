@@ -55,7 +55,7 @@ def gpt_oss(tmp_path_factory):
 
 def load(model, dtype=torch.float32, sharded=False, **settings):
     settings = Settings(**settings).model
-    quantization = build_quantization(read_config(model, settings), settings, dtype, CPU.torch)
+    quantization = build_quantization(read_config(model, settings), settings, dtype, CPU)
     if sharded:
         quantization.bnb_4bit_quant_storage = dtype  # as fsdp.store_as_float does
     return load_model(model, settings, LoadOptions(dtype, "eager", quantization), CPU.torch)
@@ -131,7 +131,7 @@ def test_a_checkpoint_of_bitsandbytes_is_trained_as_it_is(tiny_model, tmp_path):
     load(str(tiny_model), load_in_4bit=True).save_pretrained(stored)
     config = read_config(stored, ModelSettings())
     assert find_stored_method(config) == "bitsandbytes"
-    assert build_quantization(config, ModelSettings(), torch.float32, CPU.torch) is None
+    assert build_quantization(config, ModelSettings(), torch.float32, CPU) is None
     assert build_skeleton(stored, config, trust_remote_code=False).num_parameters() > 0
     trained = add_adapter(load(stored))
     assert trained.get_base_model().is_quantized
@@ -159,7 +159,7 @@ def test_a_base_on_the_cpu_is_quantized_on_the_gpu_one_matrix_at_a_time(monkeypa
 def test_a_rank_without_weights_has_the_layers_of_one_with_them(tiny_model, name):
     """Where it gets their scales and packed numbers, it computes the same."""
     settings = Settings(**BITSANDBYTES[name]).model
-    quantization = build_quantization(read_config(str(tiny_model), settings), settings, torch.float32, CPU.torch)
+    quantization = build_quantization(read_config(str(tiny_model), settings), settings, torch.float32, CPU)
     options = LoadOptions(torch.float32, "eager", quantization)
     with quantize_on(CPU.torch):
         loaded = load_model(str(tiny_model), settings, options, CPU.torch)
@@ -219,7 +219,7 @@ def test_an_mxfp4_checkpoint_is_loaded_as_the_numbers_that_it_holds(gpt_oss, ask
 
 def test_what_an_mxfp4_checkpoint_grows_to_is_said_before_it_is_loaded(gpt_oss):
     config = read_config(gpt_oss, ModelSettings())
-    quantization = build_quantization(config, ModelSettings(), torch.bfloat16, CPU.torch)
+    quantization = build_quantization(config, ModelSettings(), torch.bfloat16, CPU)
     skeleton = build_skeleton(gpt_oss, config, trust_remote_code=False)
     line = describe_quantization(gpt_oss, skeleton, quantization, torch.bfloat16)
     assert line.startswith(
@@ -245,7 +245,7 @@ def test_the_share_that_bitsandbytes_quantizes_is_told(tmp_path, config, expecte
     assert quantized == expected
     skeleton = build_skeleton("", config, trust_remote_code=False)
     assert measure_linear_share(skeleton) == pytest.approx(quantized / skeleton.num_parameters())
-    quantization = build_quantization(config, Settings(load_in_4bit=True).model, torch.float32, CPU.torch)
+    quantization = build_quantization(config, Settings(load_in_4bit=True).model, torch.float32, CPU)
     line = describe_quantization("", skeleton, quantization, torch.float32)
     assert line.startswith("Quantization: nf4, its scales too: ")
     assert line.endswith("% of the weights, as the others stay in float32")

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every instance type, one to sixteen of it: the cheapest first, and in each what the job takes there."""
 
+import re
+
 import pytest
 from transformers import LlamaConfig
 
 from llm_trainer.planning.candidates import list_candidates
+from llm_trainer.planning.choice import find_unable_gpus
 from llm_trainer.planning.instances import read_instances
 from support.planned_jobs import PRICES, outline_job
 
@@ -44,6 +47,36 @@ def test_more_instances_take_fewer_steps_and_more_dollars(candidates):
     assert four.spot.hours > four.run.hours
     assert four.spot_dollars == pytest.approx(0.5 * 4 * 1.4 * four.spot.hours)
     assert one.how == "training, batch 2 x 1 x 4"
+
+
+def test_as_many_gpus_of_a_host_count_as_the_settings_ask_for():
+    found = list_candidates(outline_job(nproc_per_node=2))
+    fits = {name: find(found, name, 2).fits for name in ("ml.g5.xlarge", "ml.g5.12xlarge", "ml.p5.48xlarge")}
+    assert fits == {"ml.g5.xlarge": False, "ml.g5.12xlarge": True, "ml.p5.48xlarge": True}
+    assert find(found, "ml.p5.48xlarge", 2).num_gpus == 4
+    (told,) = find_unable_gpus(found)
+    assert "ml.g5.xlarge (A10G)" in told
+    assert "ml.p5.48xlarge" not in told
+    assert told.endswith(": nproc_per_node=2 is more than its GPUs.")
+
+
+def test_all_numbers_of_devices_share_the_same_global_batch():
+    found = list_candidates(outline_job(per_device_train_batch_size=None, global_batch_size=48))
+    batches = {each.num_gpus: each.how for each in found if each.fits}
+    assert {*batches} == {1, 2, 3, 4, 6, 8, 12, 16, 24, 48}
+    for num_gpus, how in batches.items():
+        rows, devices, pieces = (int(number) for number in how.partition("batch ")[2].split(" x "))
+        assert rows * devices * pieces == 48, how
+        assert devices == num_gpus
+
+
+def test_what_gpus_cannot_do_is_told_with_their_types():
+    (told,) = find_unable_gpus(list_candidates(outline_job(base_compute="fp8")))
+    assert told.startswith("Out for their GPUs: ")
+    assert {"T4 (ml.g4dn)", "A10G (ml.g5)"} <= {f"{gpu} ({name})" for name, gpu in re.findall(r"(\S+) \((\w+)\)", told)}
+    assert "L4" not in told
+    assert told.endswith(": base_compute=fp8 needs a GPU of compute capability 8.9 or later.")
+    assert not list(find_unable_gpus(list_candidates(outline_job(global_batch_size=7, per_device_train_batch_size=7))))
 
 
 def test_without_data_the_speed_is_known_and_no_hours():

@@ -167,7 +167,7 @@ def check_float8(device: Device, dtype: torch.dtype) -> None:
     if dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         raise UserError(f"base_compute=fp8: such products come out in bfloat16, and the job computes in {name}.")
-    if fault := try_product(device.torch):
+    if device.is_here and (fault := try_product(device.torch)):
         raise UserError(f"base_compute=fp8: {device} cannot multiply in float8 here ({fault}): leave it out.")
 
 

@@ -27,7 +27,7 @@ from llm_trainer.model.memory.scenario import (
 )
 from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError
 
-ELSEWHERE = Device(torch.device("cuda"), "a GPU elsewhere", (9, 0))
+ELSEWHERE = Device(torch.device("cuda"), "a GPU elsewhere", (9, 0), is_here=False)
 ATTENTION_ELSEWHERE = "flash_attention_2"  # the image has it
 NUM_REMEDIES = 3
 # Layers that could be recomputed keep their activations up to this share of what is free: the estimate may be too low.
