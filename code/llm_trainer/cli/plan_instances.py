@@ -46,7 +46,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Basis:
-    """What a plan takes over from files and from AWS."""
+    """Prices and lessons that a plan takes over from files and from AWS."""
 
     prices: "Prices | None"
     learnt: "Learnt"
