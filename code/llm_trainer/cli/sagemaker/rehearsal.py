@@ -13,6 +13,7 @@ from typing import Any
 from llm_trainer.cli.folders import take_option
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError, cut_quote
+from llm_trainer.common.processes import bind_command
 from llm_trainer.config.environment import BASE_DIR, DATA_DIR, DEFAULT_BASE_DIR
 
 # Words that are handed on to `plan`.
@@ -49,7 +50,7 @@ def take_budget(words: Sequence[str]) -> tuple[Budget, list[str]]:
 def run_on_tree(tree: Path, *words: str) -> dict[str, Any]:
     """Return what a command of ours tells of the job of a tree, as JSON. Raises UserError where it tells nothing."""
     variables = {name: value for name, value in os.environ.items() if name != DATA_DIR} | {BASE_DIR: str(tree)}
-    command = [sys.executable, "-m", "llm_trainer", *words, "--json"]
+    command = bind_command([sys.executable, "-m", "llm_trainer", *words, "--json"])
     result = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     text = result.stdout.replace(str(tree), DEFAULT_BASE_DIR)
     try:

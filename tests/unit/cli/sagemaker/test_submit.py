@@ -160,8 +160,9 @@ def test_a_job_without_data(aws, tmp_path, capsys):
     (tmp_path / "data/.cache").mkdir()
     told = submit_wrongly(capsys, "--data-dir", str(tmp_path / "data"))
     assert "Channel 'my rows' is none for SageMaker" in told and ".cache" not in told
-    assert "is no folder" in submit_wrongly(capsys, "--data-dir", str(tmp_path / "nowhere"))
-
+    with pytest.raises(SystemExit):
+        run_command(["submit", *OPTIONS, "--data-dir", str(tmp_path / "nowhere")])
+    assert "is no folder on this machine" in capsys.readouterr().err
     assert aws.requests == []
 
 
