@@ -32,6 +32,8 @@ def price_list(monkeypatch):
 @pytest.fixture
 def no_waits(monkeypatch):
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *arguments: 0)
+    # What a throttled client waits for before it sends at all, in the adaptive mode.
+    monkeypatch.setattr("botocore.retries.adaptive.ClientRateLimiter.on_sending_request", lambda *_, **__: None)
 
 
 def refuse(region="us-east-1"):
