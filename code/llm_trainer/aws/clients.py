@@ -4,6 +4,7 @@
 boto3 takes a quarter of a second to import: it is imported where a command needs it.
 """
 
+import os
 from functools import cache
 from typing import Any
 
@@ -33,6 +34,17 @@ def find_region() -> str:
     if region is None:
         raise NoRegionError
     return region
+
+
+def find_known_region() -> str | None:
+    """Return the region of the SageMaker job here, else the one of the environment or the profile, None without one."""
+    import boto3
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        return os.environ.get("AWS_REGION") or boto3.Session().region_name
+    except BotoCoreError:  # a profile that is not there, or a broken file: nothing is asked of AWS
+        return None
 
 
 def find_role(role: str) -> str:

@@ -103,6 +103,7 @@ def add_candidates(outline: "Outline", validation: Validation, in_colour: bool) 
         **{name: describe_choice(candidate) for name, candidate in chosen.items()},
         "facts": read_instances().origin,
         "prices": prices.origin if prices else None,
+        "currency": prices.currency if prices else None,
     }
     if not chosen:
         validation.add_findings("instances", "error", [explain_lack(candidates)])
@@ -125,13 +126,14 @@ def explain_lack(candidates: "list[Candidate]") -> str:
 
 def read_job_prices(options: PlanOptions, validation: Validation) -> "Prices | None":
     """Return the prices to plan with, None where there are none, after warning of old ones and of other regions."""
+    from llm_trainer.aws.clients import find_known_region
     from llm_trainer.aws.price_list import choose_prices
     from llm_trainer.planning.prices import find_warnings
 
     file = Path(options.prices_file) if options.prices_file else None
     prices = choose_prices(options.asks_prices, file, options.region, read_environment().channels.get("config"))
-    if prices:
-        validation.add_findings("prices", "warning", find_warnings(prices, options.region))
+    if prices and not options.asks_prices:
+        validation.add_findings("prices", "warning", find_warnings(prices, options.region or find_known_region()))
     return prices
 
 

@@ -15,7 +15,7 @@ from llm_trainer.model.memory.shape import UnknownShapeError
 from llm_trainer.planning.candidates import Candidate, Outline, plan_time
 from llm_trainer.planning.fitting import Fit
 from llm_trainer.planning.instances import InstanceType, read_instances
-from llm_trainer.planning.prices import Prices, find_price_file, read_prices
+from llm_trainer.planning.prices import Prices, find_price_file, find_warnings, read_prices
 from llm_trainer.planning.run_time import PULL_SECONDS
 
 # A core's operations in float32 and all cores' bytes a second: rough, as a CPU's speed is to be learnt.
@@ -53,13 +53,19 @@ def describe_cpu(num_processes: int) -> Gpu:
 
 
 def read_prices_beside(config_dir: Path | None) -> Prices | None:
-    """Return the prices in the channel `config`. Files that are wrong are warned of: they must not cost a result."""
+    """Return the prices in the channel `config`, after warning of those of other regions and of old ones.
+
+    Files that are wrong are warned of, too: they must not cost a result.
+    """
     try:
         file = find_price_file(config_dir)
-        return read_prices(file) if file else None
+        prices = read_prices(file) if file else None
     except UserError as error:
         log.warning(str(error))
         return None
+    for text in find_warnings(prices, os.environ.get("AWS_REGION")) if prices else ():
+        log.warning(text)
+    return prices
 
 
 def compare_with_plan(outline: Outline, host: InstanceType, count: int, fit: Fit, actual: Figures) -> dict[str, Any]:

@@ -3,15 +3,17 @@
 
 import re
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 from transformers import LlamaConfig
 
-from llm_trainer.cli.plan_instances import add_candidates, explain_lack
+from llm_trainer.cli.plan_instances import PlanOptions, add_candidates, explain_lack, read_job_prices
 from llm_trainer.cli.plan_table import LEAST_FIRST, format_plan
 from llm_trainer.cli.validation import Validation
 from llm_trainer.planning.candidates import list_candidates
 from llm_trainer.planning.choice import choose
+from llm_trainer.planning.prices import write_prices
 from support.planned_jobs import PRICES, outline_job
 
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
@@ -62,6 +64,21 @@ def test_a_model_that_is_planned_by_formula_is_told_so(outline, candidates):
         (line,) = [line for line in format_plan([known], {}, outline, in_colour=False) if "by formula" in line]
         assert line.startswith("The model's code cannot be followed")
     assert not any("by formula" in line for line in format_plan(candidates, {}, outline, in_colour=False))
+
+
+@pytest.mark.parametrize(
+    ("known", "asked", "warned"),
+    [("eu-west-3", None, True), ("eu-west-3", "us-east-1", False), ("us-east-1", None, False)],
+)
+def test_prices_of_another_region_than_awss_settings_are_warned_of(tmp_path, monkeypatch, known, asked, warned):
+    monkeypatch.setenv("AWS_REGION", known)
+    file, validation = tmp_path / "prices.json", Validation()
+    write_prices(PRICES.model_copy(update={"asked_at": datetime.now(UTC)}), file)
+    assert read_job_prices(PlanOptions(prices_file=str(file), region=asked), validation).region == "us-east-1"
+    found = validation.list_texts("warning")
+    assert [text.startswith("The prices are those of us-east-1, and the job is for eu-west-3") for text in found] == (
+        [True] if warned else []
+    )
 
 
 def test_what_is_missing_is_named(outline, candidates):

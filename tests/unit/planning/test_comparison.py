@@ -45,10 +45,14 @@ def test_planned_and_actual_have_the_same_figures():
     assert "a step" not in describe_comparison(alone)
 
 
-def test_a_price_file_that_is_wrong_is_warned_of(tmp_path, capsys):
+def test_a_price_file_that_is_wrong_is_warned_of(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
     assert read_prices_beside(None) is None
     (tmp_path / "prices.json").write_text("[]")
     assert read_prices_beside(tmp_path) is None
     assert "is no price file" in capsys.readouterr().out
     (tmp_path / "prices.json").write_text(PRICES.model_dump_json())
     assert read_prices_beside(tmp_path) == PRICES
+    monkeypatch.setenv("AWS_REGION", "eu-west-3")
+    assert read_prices_beside(tmp_path) == PRICES
+    assert "The prices are those of us-east-1, and the job is for eu-west-3: " in capsys.readouterr().out
