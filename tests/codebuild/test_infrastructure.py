@@ -237,12 +237,12 @@ def test_who_submits_uploads_below_one_prefix_and_hands_on_two_roles(deploy, rea
     assert find_resources(statements, "kms:GenerateDataKey") == [f"arn:aws:kms:{REGION}:{ACCOUNT}:key/1"]
 
 
-def test_an_endpoint_reads_results_alone(deploy, read_statements):
+def test_an_endpoint_reads_results_and_bases_alone(deploy, read_statements):
     deploy("serving-role", BucketName="data")
     statements, (trust,) = read_statements("serving-role")
     assert_least_privilege(statements)
     assert trust["Principal"] == {"Service": "sagemaker.amazonaws.com"}
-    assert find_resources(statements, "s3:GetObject") == ["arn:aws:s3:::data/output/*"]
+    assert find_resources(statements, "s3:GetObject") == ["arn:aws:s3:::data/input/*", "arn:aws:s3:::data/output/*"]
     assert not find_resources(statements, "s3:PutObject")
 
 

@@ -8,10 +8,11 @@ import tarfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llm_trainer.aws.clients import open_client, split_uri
+from llm_trainer.aws.uploads import list_sizes
 from llm_trainer.aws.watching import find_result
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError
@@ -21,7 +22,7 @@ PAUSE_SECONDS = 15.0
 STARTUP_SECONDS, DOWNLOAD_SECONDS = 1800, 3600  # for a large model; SageMaker's limits are 3600 each
 MAX_ENVIRONMENT_BYTES = 1 << 16
 USES_ADAPTER = "OPTION_ENABLE_LORA"
-MODEL_ID = "OPTION_MODEL_ID"
+MODEL_ID, REVISION = "OPTION_MODEL_ID", "OPTION_REVISION"
 PARTS = (("endpoint", "EndpointName"), ("endpoint_config", "EndpointConfigName"), ("model", "ModelName"))
 
 
@@ -34,7 +35,8 @@ class Deployment:
     instance_count: int
     image: str  # a URI
     role: str  # an ARN
-    model_id: str | None = None  # of an adapter's base that no Hub knows: an S3 prefix
+    model_id: str | None = None  # of an adapter's base that LMI cannot have from the Hub: an S3 prefix
+    host: Mapping[str, str] = field(default_factory=dict)  # what the variant says of the hosts' driver
 
 
 def find_artefacts(job: Mapping[str, Any]) -> str:
@@ -88,6 +90,7 @@ def create_endpoint(deployment: Deployment, place: str, settings: Mapping[str, s
         "InitialInstanceCount": deployment.instance_count,
         "ContainerStartupHealthCheckTimeoutInSeconds": STARTUP_SECONDS,
         "ModelDataDownloadTimeoutInSeconds": DOWNLOAD_SECONDS,
+        **deployment.host,
     }
     container = build_container(deployment, place, settings)
     client.create_model(ModelName=name, ExecutionRoleArn=deployment.role, PrimaryContainer=container)
@@ -107,14 +110,37 @@ def undo(delete: Any, **arguments: str) -> Iterator[None]:
         raise
 
 
-def build_container(deployment: Deployment, place: str, settings: Mapping[str, str]) -> dict[str, Any]:
-    """Return the PrimaryContainer that serves a result. Raises UserError for an adapter whose base is unknown."""
-    base = {MODEL_ID: deployment.model_id} if deployment.model_id else {}
-    if MODEL_ID not in {**settings, **base}:
+def find_base(job: Mapping[str, Any], settings: Mapping[str, str]) -> str | None:
+    """Return the S3 prefix of an adapter's base where it came as a channel; None where the settings name a base.
+
+    Raises UserError where LMI cannot have the base.
+    """
+    from llm_trainer.common.hub import needs_token
+
+    model_id = settings.get(MODEL_ID)
+    if model_id is None:
+        channels = {each["ChannelName"]: each["DataSource"] for each in job.get("InputDataConfig", [])}
+        prefix = channels.get("model", {}).get("S3DataSource", {}).get("S3Uri", "").rstrip("/") + "/"
+        if prefix != "/" and "config.json" in list_sizes(open_client("s3"), prefix):
+            return prefix
         raise UserError(
-            "The base of this adapter came as a channel, which LMI cannot reach: give the S3 prefix of its files with "
-            "--model_id s3://BUCKET/PREFIX/."
+            "The base of this adapter came as a channel without a config.json in S3, which LMI cannot read: give the "
+            "S3 prefix of the base's files with --model_id s3://BUCKET/PREFIX/."
         )
+    if not model_id.startswith(("/", "s3://")) and needs_token(model_id):
+        raise UserError(
+            f"The base {model_id} is gated or private, and LMI takes a token only where everyone who may describe the "
+            "endpoint's model can read it: give the S3 prefix of the base's files with --model_id "
+            "s3://BUCKET/PREFIX/, or train with merge_weights=true."
+        )
+    return None
+
+
+def build_container(deployment: Deployment, place: str, settings: Mapping[str, str]) -> dict[str, Any]:
+    """Return the PrimaryContainer that serves a result."""
+    base = {MODEL_ID: deployment.model_id} if deployment.model_id else {}
+    if base:  # a revision is the Hub's
+        settings = {name: value for name, value in settings.items() if name != REVISION}
     is_prefix = place.endswith("/")
     source = {
         "S3Uri": place,

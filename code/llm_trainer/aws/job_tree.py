@@ -20,9 +20,16 @@ CONTAINER_DATA = f"{DEFAULT_BASE_DIR}/input/data"
 
 @contextmanager
 def lay_out_tree(
-    hyperparameters: Mapping[str, str], places: Mapping[str, Path | None], instance_type: str, num_hosts: int
+    hyperparameters: Mapping[str, str],
+    places: Mapping[str, Path | None],
+    inputs: Mapping[str, Mapping[str, str]],
+    instance_type: str,
+    num_hosts: int,
 ) -> Iterator[Path]:
-    """Give the folder of such a tree, which is removed after the block. `places` are the channels, None for S3."""
+    """Give the folder of such a tree, which is removed after the block.
+
+    `places` are the channels, None for S3, and `inputs` is what inputdataconfig.json says of them.
+    """
     with tempfile.TemporaryDirectory(prefix="llm-trainer-job-") as name:
         folder = Path(name)
         data, config = folder / "input/data", folder / "input/config"
@@ -32,7 +39,6 @@ def lay_out_tree(
             link_channel(data / channel, place)
         hosts = [f"algo-{number + 1}" for number in range(num_hosts)]
         resources = {"current_host": hosts[0], "hosts": hosts, "current_instance_type": instance_type}
-        inputs = {name: {"TrainingInputMode": "File", "S3DistributionType": "FullyReplicated"} for name in places}
         moved = {
             key: value.replace(CONTAINER_DATA, str(data)) if key in PATHS else value
             for key, value in hyperparameters.items()

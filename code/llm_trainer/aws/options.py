@@ -57,6 +57,12 @@ class JobOptions(BaseModel):
     channels: dict[str, str] = Field(
         default={}, description="Folders of this machine or S3 prefixes by channel: train, validation, model, adapter."
     )
+    fast_file: list[str] | None = Field(
+        None, description="Channels that are read from S3 as the job needs them (FastFile), and not copied before."
+    )
+    sharded: list[str] | None = Field(
+        None, description="Channels with data whose files are dealt out over the instances (ShardedByS3Key)."
+    )
     output: str | None = Field(None, description="S3 prefix of the results. Each job has a folder of its name there.")
     uploads: str | None = Field(
         None, description="S3 prefix of what is uploaded. Default: `input` in the bucket of `output`."

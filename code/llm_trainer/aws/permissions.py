@@ -32,7 +32,9 @@ PERMISSIONS = {
     "DeleteEndpoint": Permission("sagemaker:DeleteEndpoint", "delete", "ends the endpoint"),
     "InvokeEndpoint": Permission("sagemaker:InvokeEndpoint", "invoke", "asks the model"),
     "DescribeImages": Permission("ecr:DescribeImages", "submit", "finds the digest behind the image's tag"),
-    "ListObjectsV2": Permission("s3:ListBucket", "submit, fetch", "finds what is uploaded already, and the results"),
+    "ListObjectsV2": Permission(
+        "s3:ListBucket", "submit, fetch, deploy", "finds what is uploaded already, and the results"
+    ),
     "HeadObject": Permission("s3:GetObject", "fetch, deploy", "reads the results"),
     "GetObject": Permission("s3:GetObject", "fetch, deploy", "reads the results"),
     "PutObject": Permission("s3:PutObject", "submit", "uploads channels"),

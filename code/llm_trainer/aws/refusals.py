@@ -10,7 +10,9 @@ from llm_trainer.aws.permissions import find_action
 from llm_trainer.common.errors import UserError, cut_quote, quote_error
 
 DENIED = re.compile(r"AccessDenied|UnauthorizedOperation|AuthorizationError|NotAuthorized|^403$")
-EXPIRED = re.compile(r"ExpiredToken|TokenRefreshRequired|RequestExpired")
+EXPIRED = re.compile(r"ExpiredToken|TokenRefreshRequired")
+WRONG_CLOCK = re.compile(r"RequestTimeTooSkewed|RequestExpired|RequestInTheFuture|^InvalidSignature")
+BROKEN = re.compile(r"^5\d\d$|Internal(Server)?(Error|Failure)|ServiceUnavailable")
 UNKNOWN_KEYS = re.compile(r"InvalidClientTokenId|UnrecognizedClient|SignatureDoesNotMatch|InvalidAccessKeyId")
 THROTTLED = re.compile(r"Throttl|TooManyRequests|RequestLimitExceeded|SlowDown")
 NOT_THERE = re.compile(r"NoSuch|NotFound|^404$")
@@ -67,13 +69,15 @@ def explain_local(error: Any) -> str:
 def explain_answer(error: Any) -> str:
     """Return the sentence for an answer of AWS's that is an error."""
     code = error.response["Error"].get("Code", "")
-    message = cut_quote(error.response["Error"].get("Message", "").rstrip("."))
+    message = cut_quote(" ".join(error.response["Error"].get("Message", "").split()).rstrip("."))
     if DENIED.search(code):
         return explain_denial(error.operation_name, message)
     if EXPIRED.search(code):
         return f"The AWS credentials have expired: {LOG_IN}."
     if UNKNOWN_KEYS.search(code):
         return f"AWS does not know these credentials ({code}): check AWS_PROFILE and the keys, or {LOG_IN}."
+    if WRONG_CLOCK.search(code):
+        return f"AWS finds this machine's clock wrong ({message or code}): set it, as by `timedatectl set-ntp true`."
     if code == "ResourceLimitExceeded":
         return explain_quota(message)
     if THROTTLED.search(code):
@@ -83,6 +87,16 @@ def explain_answer(error: Any) -> str:
     if NOT_THERE.search(code) or message.startswith(("Could not find", "Requested resource not found")):
         return f"{find_action(error.operation_name)} found nothing ({message or code}): check name, account and region."
     return f"AWS refuses {error.operation_name} ({code}: {message})."
+
+
+def is_passing(error: BaseException) -> bool:
+    """Tell whether a request that was refused so may succeed a little later, as it is."""
+    from botocore import exceptions as kinds
+
+    if isinstance(error, kinds.ClientError):
+        code = error.response["Error"].get("Code", "")
+        return bool(THROTTLED.search(code) or BROKEN.search(code))
+    return isinstance(error, kinds.ConnectionError | kinds.HTTPClientError)
 
 
 def explain_denial(operation: str, message: str) -> str:

@@ -10,13 +10,12 @@ from typing import Any
 
 from llm_trainer import __version__
 from llm_trainer.aws.options import JobOptions
+from llm_trainer.aws.request_limits import MAX_SECONDS, find_breaches
 from llm_trainer.common.metric_definitions import define_metrics
 
 CHECKPOINT_DIR = "/opt/ml/checkpoints"
 DEFAULT_RUN_SECONDS = 24 * 60 * 60  # SageMaker's own default
 MLFLOW_RESOURCE = re.compile(r"arn:aws[a-z-]*:sagemaker:[a-z0-9-]*:\d{12}:mlflow-[a-zA-Z-]*/.*")
-# Limits of CreateTrainingJob that would otherwise be told one at a time, and in other words.
-MAX_HYPERPARAMETERS, MAX_VALUE_CHARACTERS, MAX_VARIABLE_CHARACTERS = 100, 2500, 512
 
 
 @dataclass(frozen=True)
@@ -39,33 +38,27 @@ def choose_name(stem: str) -> str:
 
 
 def encode_settings(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return settings as hyperparameters: texts as they are, and any other value as JSON."""
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
+    """Return settings as hyperparameters: texts of one line as they are, and any other value as JSON.
+
+    SageMaker takes no line breaks.
+    """
+    return {
+        name: value if isinstance(value, str) and "".join(value.splitlines()) == value else json.dumps(value)
+        for name, value in settings.items()
+    }
 
 
 def find_request_problems(submission: Submission) -> Iterator[str]:
     """Yield a sentence for everything in a submission that SageMaker would refuse."""
-    values = submission.hyperparameters
-    if len(values) > MAX_HYPERPARAMETERS:
-        yield f"SageMaker takes {MAX_HYPERPARAMETERS} hyperparameters, and these are {len(values)}: {IN_CHANNEL}."
-    for name, value in values.items():
-        if len(value) > MAX_VALUE_CHARACTERS:
-            yield f"{name} has {len(value)} characters, and SageMaker takes {MAX_VALUE_CHARACTERS}: {IN_CHANNEL}."
-    for name, value in submission.options.environment.items():
-        if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name) or max(len(name), len(value)) > MAX_VARIABLE_CHARACTERS:
-            yield (
-                f"environment has {name!r}, which is no variable for SageMaker: write a name of letters, digits and _, "
-                f"and at most {MAX_VARIABLE_CHARACTERS} characters."
-            )
+    role = str(submission.options.role)
+    arn = role if role.startswith("arn:") else f"arn:aws:iam::{'0' * 12}:role/{role}"
+    yield from find_breaches(build_request(submission, str(submission.options.image), arn))
     wait = submission.options.max_wait_seconds
     if wait and wait < submission.max_run_seconds:
         yield (
             f"max_wait_seconds={wait} is less than max_run_seconds={submission.max_run_seconds}: waiting and running "
             "together cannot be shorter; raise it."
         )
-
-
-IN_CHANNEL = "write them to a YAML file in a channel `config`"
 
 
 def build_request(submission: Submission, image: str, role: str) -> dict[str, Any]:
@@ -80,7 +73,7 @@ def build_request(submission: Submission, image: str, role: str) -> dict[str, An
             "MetricDefinitions": define_metrics(),
         },
         "RoleArn": role,
-        "InputDataConfig": [build_channel(name, uri) for name, uri in submission.channels.items()],
+        "InputDataConfig": [build_channel(name, uri, options) for name, uri in submission.channels.items()],
         "OutputDataConfig": build_output(options),
         "ResourceConfig": build_resources(options),
         "StoppingCondition": build_stopping_condition(submission),
@@ -96,10 +89,19 @@ def build_request(submission: Submission, image: str, role: str) -> dict[str, An
     return {name: value for name, value in request.items() if value not in ({}, [], False)}
 
 
-def build_channel(name: str, uri: str) -> dict[str, Any]:
-    """Return the member of InputDataConfig that copies a prefix to every instance before the job starts."""
-    source = {"S3DataType": "S3Prefix", "S3Uri": uri, "S3DataDistributionType": "FullyReplicated"}
-    return {"ChannelName": name, "InputMode": "File", "DataSource": {"S3DataSource": source}}
+def build_channel(name: str, uri: str, options: JobOptions) -> dict[str, Any]:
+    """Return the member of InputDataConfig that shows a prefix to the job as a folder."""
+    given = describe_channel(name, options)
+    source = {"S3DataType": "S3Prefix", "S3Uri": uri, "S3DataDistributionType": given["S3DistributionType"]}
+    return {"ChannelName": name, "InputMode": given["TrainingInputMode"], "DataSource": {"S3DataSource": source}}
+
+
+def describe_channel(name: str, options: JobOptions) -> dict[str, str]:
+    """Return what the job will read of a channel in its inputdataconfig.json."""
+    return {
+        "TrainingInputMode": "FastFile" if name in (options.fast_file or ()) else "File",
+        "S3DistributionType": "ShardedByS3Key" if name in (options.sharded or ()) else "FullyReplicated",
+    }
 
 
 def build_output(options: JobOptions) -> dict[str, str]:
@@ -131,7 +133,8 @@ def build_stopping_condition(submission: Submission) -> dict[str, int]:
     run = submission.max_run_seconds
     if not submission.options.spot:
         return {"MaxRuntimeInSeconds": run}
-    return {"MaxRuntimeInSeconds": run, "MaxWaitTimeInSeconds": submission.options.max_wait_seconds or 2 * run}
+    wait = submission.options.max_wait_seconds or max(run, min(2 * run, MAX_SECONDS))
+    return {"MaxRuntimeInSeconds": run, "MaxWaitTimeInSeconds": wait}
 
 
 def build_checkpoints(submission: Submission) -> dict[str, str]:

@@ -3,11 +3,14 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from llm_trainer.aws.clients import open_client
+from llm_trainer.aws.refusals import is_passing
 from llm_trainer.aws.screen import Screen
+from llm_trainer.common.errors import quote_error
 from llm_trainer.common.units import show_duration
 
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
@@ -58,24 +61,51 @@ def describe_job(name: str) -> dict[str, Any]:
     return open_client("sagemaker").describe_training_job(TrainingJobName=name)
 
 
-def follow_job(name: str) -> dict[str, Any]:
-    """Print a job's states and log as they come, until the job ends; return its description then."""
-    client, job_log, num_shown = open_client("sagemaker"), JobLog(name), 0
+def follow_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Print a job's states and log as they come, until the job ends; return its description then.
+
+    While AWS does not answer, it is asked again.
+    """
+    name, job_log, outage = job["TrainingJobName"], JobLog(job["TrainingJobName"]), Outage()
+    num_shown, is_last = 0, False
     with Screen() as screen:
         while True:
-            job = client.describe_training_job(TrainingJobName=name)
             states = job.get("SecondaryStatusTransitions", [])
             for state in states[num_shown:]:
                 screen.show(f"{state['Status']}: {state.get('StatusMessage', '')}".rstrip(": "))
             num_shown = len(states)
-            has_ended = job["TrainingJobStatus"] in ENDS
-            for line in job_log.read_new():
-                screen.show(line)
-            time.sleep(PAUSE_SECONDS)
-            if has_ended:
+            with outage.outlast(screen):
                 for line in job_log.read_new():
                     screen.show(line)
-                return job
+                if is_last:
+                    return job
+            time.sleep(PAUSE_SECONDS)
+            is_last = job["TrainingJobStatus"] in ENDS  # the last lines come a little later
+            if not is_last:
+                with outage.outlast(screen):
+                    job = describe_job(name)
+
+
+@dataclass
+class Outage:
+    """Requests that AWS does not answer for a while. Each kind is told once."""
+
+    told: set[str] = field(default_factory=set)
+
+    @contextmanager
+    def outlast(self, screen: Screen) -> Iterator[None]:
+        """Tell of a request within the block that is not answered, and go on behind the block."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            yield
+        except (BotoCoreError, ClientError) as error:
+            if not is_passing(error):
+                raise
+            reason = quote_error(error)
+            if reason not in self.told:
+                screen.show(f"AWS does not answer now, and is asked again ({reason}).")
+            self.told.add(reason)
 
 
 def describe_end(job: Mapping[str, Any]) -> Iterator[str]:

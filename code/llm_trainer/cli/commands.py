@@ -246,7 +246,9 @@ def add_submit(commands: "Commands[argparse.ArgumentParser]", lists_options: boo
         help="start the job on SageMaker, after checking it",
         description="Start a training job on SageMaker. FILE.yaml holds settings, and under `job:` the options below.\n"
         "The command line wins over both.\n\n--data-dir FOLDER holds a folder for each channel to upload.\n"
-        "--max-dollars N refuses a job that `plan` finds dearer, by the prices of --prices or --prices-file FILE.",
+        "--max-dollars N refuses a job that `plan` finds dearer, by the prices of --prices or --prices-file FILE.\n"
+        "It also lowers the job's limit of time to what N pays for.\n"
+        "--rows N and --tokens-per-row N tell `plan` of data that are in S3.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if lists_options:

@@ -208,6 +208,17 @@ def find_barrier(model: str, others_may_read: bool) -> str | None:
     return None
 
 
+def needs_token(model: str) -> bool:
+    """Tell whether a model on the Hub is gated or private. A Hub that is not reached tells nothing: then it is not."""
+    try:
+        HfApi(token=False).auth_check(model)
+    except (GatedRepoError, RepositoryNotFoundError):
+        return True
+    except (HfHubHTTPError, HFValidationError, httpx2.TransportError, OfflineModeIsEnabled):
+        return False
+    return False
+
+
 def retry_while_busy(action: Callable[[], Result], what: str, refuse: Callable[[BaseException], str]) -> Result:
     """Return the action's result. Repeat it while the Hub is busy or away; the log names each repetition by `what`.
 

@@ -109,6 +109,7 @@ class Candidate:
             "step_seconds": step and round(step.seconds, 4),
             "hours_at_least": run and round(run.low / 3600, 3),
             "hours_at_most": run and round(run.high / 3600, 3),
+            "dollars_an_hour": self.dollars and self.instance_hours and self.dollars / self.instance_hours,
             "instance_hours": self.instance_hours and round(self.instance_hours, 3),
             "spot_dollars": self.spot_dollars and round(self.spot_dollars, 2),
             "spot_hours": self.spot and round(self.spot.hours, 3),

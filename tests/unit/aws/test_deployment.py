@@ -16,6 +16,7 @@ from llm_trainer.aws.deployment import (
     create_endpoint,
     delete_endpoint,
     find_artefacts,
+    find_base,
     read_serving_settings,
 )
 from llm_trainer.aws.refusals import explain_refusals
@@ -72,10 +73,26 @@ def test_the_container_of_a_prefix_an_archive_and_an_adapter():
     assert source == {"S3Uri": PLACE, "S3DataType": "S3Prefix", "CompressionType": "None"}
     source = build_container(WANTED, "s3://b/model.tar.gz", SETTINGS)["ModelDataSource"]["S3DataSource"]
     assert source == {"S3Uri": "s3://b/model.tar.gz", "S3DataType": "S3Object", "CompressionType": "Gzip"}
-    with pytest.raises(UserError, match=r"--model_id s3://BUCKET/PREFIX/"):
-        build_container(WANTED, PLACE, {"OPTION_ENABLE_LORA": "true"})
     wanted = Deployment("served", "ml.m4.xlarge", 1, "image", ROLE, "s3://bucket/base/")
-    assert build_container(wanted, PLACE, {})["Environment"] == {"OPTION_MODEL_ID": "s3://bucket/base/"}
+    on_hub = {"OPTION_MODEL_ID": "org/base", "OPTION_REVISION": "abc"}
+    for settings in ({}, on_hub):
+        assert build_container(wanted, PLACE, settings)["Environment"] == {"OPTION_MODEL_ID": "s3://bucket/base/"}
+
+
+def test_the_base_of_an_adapter_is_the_one_of_the_jobs_channel(aws, monkeypatch):
+    aws.furnish()
+    source = {"S3DataSource": {"S3Uri": "s3://bucket/input/model/0a"}}
+    job = {**describe(), "InputDataConfig": [{"ChannelName": "model", "DataSource": source}]}
+    for without in (job, describe()):
+        with pytest.raises(UserError, match=r"without a config\.json in S3.*--model_id s3://BUCKET/PREFIX/"):
+            find_base(without, {})
+    aws.put_files("s3://bucket/input/model/0a", {"config.json": "{}"})
+    assert find_base(job, {}) == "s3://bucket/input/model/0a/"
+    assert find_base(job, SETTINGS) is None
+    monkeypatch.setattr("llm_trainer.common.hub.needs_token", lambda model: model == "org/gated")
+    assert find_base(job, {"OPTION_MODEL_ID": "org/open"}) is None
+    with pytest.raises(UserError, match=r"org/gated is gated or private, .*--model_id.*merge_weights=true"):
+        find_base(job, {"OPTION_MODEL_ID": "org/gated"})
 
 
 def test_an_endpoint_from_its_beginning_to_its_end(aws, monkeypatch, capsys):

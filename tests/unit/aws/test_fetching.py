@@ -2,6 +2,7 @@
 """Results come whole, once, and never outside of their folder."""
 
 import io
+import os
 import tarfile
 
 import pytest
@@ -42,12 +43,37 @@ def test_a_prefix_is_fetched_once(aws, folder):
         "model/adapter.safetensors",
     ]
     assert (folder / "model/adapter.safetensors").read_bytes() == b"weights"
-    (folder / "model/adapter.safetensors").write_bytes(b"cut")
+    (folder / "model/adapter.safetensors").unlink()
     aws.requests.clear()
     fetch_results(JOB, folder)
     assert [asked.path for asked in aws.requests if asked.method == "GET" and "list-type" not in asked.path] == [
         "/bucket/output/job-1/output/model/adapter.safetensors"
     ]
+
+
+def test_nothing_that_is_another_jobs_or_the_users_is_kept_or_overwritten(aws, folder):
+    aws.put_files(PLACE, {"adapter.safetensors": b"weights", "report.html": b"<html>"})
+    fetch_results(JOB, folder)
+    aws.put_files("s3://bucket/output/job-2/output", {"adapter.safetensors": b"WEIGHTS", "data/report.html": b"<html>"})
+    os.utime(folder / "adapter.safetensors", (0, 0))  # as the other job's would have another time
+    with pytest.raises(UserError, match=r"adapter\.safetensors is there, and is not the job's: remove it, or name"):
+        fetch_results({**JOB, "TrainingJobName": "job-2"}, folder)
+    assert (folder / "adapter.safetensors").read_bytes() == b"weights" and not (folder / "data").exists()
+    (folder / "adapter.safetensors").unlink()
+    (folder / "adapter.safetensors").symlink_to("nothing")
+    with pytest.raises(UserError, match="is there, and is not the job's"):
+        fetch_results(JOB, folder)
+
+
+def test_a_disk_that_is_too_small_or_closed_is_told_before_anything_comes(aws, folder, monkeypatch):
+    aws.put_files(PLACE, {"model/adapter.safetensors": b"weights"})
+    monkeypatch.setattr("llm_trainer.aws.fetching.find_free_bytes", lambda folder: 6)
+    with pytest.raises(UserError, match=r"The results have .*, and .* are free in"):
+        fetch_results(JOB, folder)
+    assert not list(folder.iterdir())
+    (folder.parent / "file").touch()
+    with pytest.raises(UserError, match="cannot be written to"):
+        fetch_results(JOB, folder.parent / "file")
 
 
 def test_archives_are_unpacked(aws, folder):
@@ -61,7 +87,27 @@ def test_archives_are_unpacked(aws, folder):
     assert fetch_results(JOB, folder) == [folder / "output/report.html"]
 
 
-@pytest.mark.parametrize("content", [pack(**{"..__..__out": b"x"}), pack(config=b"{}")[:-9]], ids=["out", "cut"])
+def link(target, kind):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        member = tarfile.TarInfo("link")
+        member.type, member.linkname = kind, target
+        tar.addfile(member)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pack(**{"..__..__out": b"x"}),
+        pack(**{"__out": b"x", "config/../..__out": b"x"}),
+        link("../../out", tarfile.SYMTYPE),
+        link("/etc/passwd", tarfile.LNKTYPE),
+        link("", tarfile.CHRTYPE),
+        pack(config=b"{}")[:-9],
+    ],
+    ids=["out", "absolute", "link", "hard link", "device", "cut"],
+)
 def test_an_archive_that_leads_out_or_is_cut_leaves_nothing(aws, folder, content):
     aws.put_files(PLACE, {"model.tar.gz": content})
     with pytest.raises(UserError, match=r"model\.tar\.gz is (refused|no whole tar archive)"):

@@ -7,6 +7,8 @@ from llm_trainer.aws.job_tree import lay_out_tree, stand_in
 from llm_trainer.config.environment import read_environment
 from support.aws_server import write_rows
 
+SHARDED = {"TrainingInputMode": "FastFile", "S3DistributionType": "ShardedByS3Key"}
+
 
 def test_the_tree_is_read_as_a_jobs(tmp_path, monkeypatch):
     folder = write_rows(tmp_path / "rows")
@@ -14,10 +16,11 @@ def test_the_tree_is_read_as_a_jobs(tmp_path, monkeypatch):
     monkeypatch.setenv("LLM_TRAINER_DATA_DIR", "/kept-too")
     hyperparameters = {"model_id": "/opt/ml/input/data/model", "run_name": "/opt/ml/input/data"}
     places = {"train": folder, "validation": folder / "rows.jsonl", "model": None}
-    with lay_out_tree(hyperparameters, places, "ml.g6.2xlarge", 2) as tree:
+    with lay_out_tree(hyperparameters, places, {"train": SHARDED, "model": {}}, "ml.g6.2xlarge", 2) as tree:
         with stand_in(tree):
             environment = read_environment()
         assert environment.hosts == ("algo-1", "algo-2")
+        assert environment.sharded_channels == {"train"}
         assert environment.instance_type == "ml.g6.2xlarge"
         assert set(environment.channels) == {"train", "validation", "model"}
         assert (environment.channels["train"] / "rows.jsonl").is_file()

@@ -32,12 +32,22 @@ def ask(aws, code, message, times=1):
         ("AccessDeniedException", DENIAL, (WHO, "sagemaker:DescribeTrainingJob", "training-job/x", "allow it")),
         ("AccessDeniedException", "Nope", ("arn:aws:sts::123456789012", "sagemaker:DescribeTrainingJob")),
         ("ExpiredTokenException", "The security token is expired", ("have expired", "aws sso login")),
+        (
+            "InvalidSignatureException",
+            "Signature expired: 1 is now earlier than 2",
+            ("machine's clock wrong", "set it"),
+        ),
+        ("RequestTimeTooSkewed", "The difference is too large", ("machine's clock wrong",)),
         ("UnrecognizedClientException", "Invalid token", ("does not know these credentials",)),
         ("ResourceLimitExceeded", QUOTA, ("'ml.p4d.24xlarge for training job usage'", "0 Instances", "Service Quotas")),
         ("ResourceLimitExceeded", "Too many", ("A quota of SageMaker is used up (Too many)",)),
         ("ResourceInUse", "Training job names must be unique", ("The name is taken",)),
         ("ResourceNotFound", "Requested resource not found.", ("found nothing", "region")),
-        ("ValidationException", "1 validation error", ("AWS refuses DescribeTrainingJob (ValidationException: 1 val",)),
+        (
+            "ValidationException",
+            "1 validation\nerror",
+            ("AWS refuses DescribeTrainingJob (ValidationException: 1 validation error).",),
+        ),
     ],
 )
 def test_an_answer_that_is_an_error(aws, code, message, words):

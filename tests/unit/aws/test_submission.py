@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """CreateTrainingJob's arguments, held against the API's own model."""
 
+import json
 import re
 
 import botocore.session
@@ -115,17 +116,18 @@ def test_a_name_is_one_that_sagemaker_takes(stem):
     assert re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}", choose_name(stem)) and len(choose_name(stem)) <= 63
 
 
-@pytest.mark.parametrize(
-    ("options", "hyperparameters", "words"),
-    [
-        ({}, {f"a{i}": "" for i in range(101)}, "takes 100 hyperparameters"),
-        ({}, {"chat_template": "x" * 2501}, "chat_template has 2501 characters"),
-        ({"environment": {"A-B": ""}}, {}, "environment has 'A-B'"),
-        ({"environment": {"A": "x" * 513}}, {}, "environment has 'A'"),
-        ({"spot": True, "max_wait_seconds": 60}, {}, "max_wait_seconds=60 is less than"),
-    ],
-)
-def test_what_sagemaker_would_refuse_is_told_before(options, hyperparameters, words):
-    submission = submit(options)
-    (problem,) = find_request_problems(Submission(submission.options, "job-1", hyperparameters, {}))
-    assert words in problem
+def test_a_wait_that_is_shorter_than_the_run_is_told():
+    (problem,) = find_request_problems(submit({"spot": True, "max_wait_seconds": 60}))
+    assert "max_wait_seconds=60 is less than" in problem
+
+
+def test_the_default_wait_stays_below_sagemakers_limit():
+    days = 24 * 3600
+    assert build({"spot": True}, max_run_seconds=20 * days)["StoppingCondition"]["MaxWaitTimeInSeconds"] == 28 * days
+    assert list(find_request_problems(submit({"spot": True}, max_run_seconds=20 * days))) == []
+
+
+@pytest.mark.parametrize("text", ["one\ntwo", "one\n", "\u2028"])
+def test_a_text_of_several_lines_is_one_that_sagemaker_takes(text):
+    (value,) = encode_settings({"system_prompt": text}).values()
+    assert value.isprintable() and json.loads(value) == text

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A channel is uploaded once, below the digest of its files, and without what is hidden."""
 
+import os
+
 import pytest
 
-from llm_trainer.aws.uploads import read_channel, upload_channel
+from llm_trainer.aws.uploads import check_region, list_sizes, read_channel, upload_channel
 from llm_trainer.common.errors import UserError
 from support.aws_server import write_rows
+from support.ordinary_user import call_as_user
 
 
 @pytest.fixture
@@ -59,3 +62,67 @@ def test_a_folder_that_holds_nothing_or_a_link(tmp_path, folder):
     (folder / "linked").symlink_to(tmp_path / "empty")
     with pytest.raises(UserError, match="linked is a link to a folder"):
         read_channel("train", folder, "s3://bucket/input")
+
+
+@pytest.mark.parametrize("name", ["gone", "pipe", b"not-utf8-\xff", "x" * 250])
+def test_what_s3_cannot_take_is_told(folder, name):
+    file = os.fsencode(folder / "/".join(["x" * 250] * 4)) + b"/" if name == "x" * 250 else os.fsencode(folder) + b"/"
+    os.makedirs(file, exist_ok=True)
+    file += os.fsencode(name)
+    if name == "gone":
+        os.symlink("nothing", file)
+    elif name == "pipe":
+        os.mkfifo(file)
+    else:
+        with open(file, "w"):
+            pass
+    with pytest.raises(UserError, match=r"is a link to nothing|is no file|is not UTF-8|has 1\d+ bytes with its prefix"):
+        read_channel("train", folder, "s3://bucket/input")
+
+
+def test_strange_names_and_empty_files_arrive_as_they_are(aws, folder):
+    aws.furnish()
+    names = ["a b+c%20.jsonl", "Größe 日本.jsonl", "empty.jsonl"]
+    (folder / "linked.jsonl").symlink_to(folder / "rows.jsonl")
+    for name in names:
+        (folder / name).write_text("" if name == "empty.jsonl" else name)
+    channel = read_channel("train", folder, "s3://bucket/input")
+    upload_channel(channel, None)
+    there = list_sizes(aws.client("s3"), channel.uri)
+    assert there == {name: (folder / name).stat().st_size for name in [*names, "linked.jsonl", "rows.jsonl"]}
+    aws.requests.clear()
+    upload_channel(channel, None)
+    assert aws.list_uploads() == []
+
+
+@pytest.mark.parametrize("change", [lambda file: file.write_text("{}\n" * 9), lambda file: file.unlink()])
+def test_a_file_that_changes_on_its_way_is_never_taken_for_the_one_before(aws, folder, change):
+    aws.furnish()
+    channel = read_channel("train", folder, "s3://bucket/input")
+    content = (folder / "rows.jsonl").read_text()
+    change(folder / "rows.jsonl")
+    with pytest.raises(UserError, match=r"rows\.jsonl changed while it was uploaded: submit the job again"):
+        upload_channel(channel, None)
+    assert list_sizes(aws.client("s3"), channel.uri) == {"rows.jsonl": 0}
+    (folder / "rows.jsonl").write_text(content)
+    again = read_channel("train", folder, "s3://bucket/input")
+    upload_channel(again, None)
+    assert list_sizes(aws.client("s3"), again.uri) == {"rows.jsonl": len(content)}
+
+
+def test_a_file_that_this_user_may_not_read(folder):
+    (folder / "rows.jsonl").chmod(0)
+    with pytest.raises(UserError, match=r"Channel train cannot be read \(.*Permission denied"):
+        call_as_user(lambda: read_channel("train", folder, "s3://bucket/input"))
+
+
+def test_a_bucket_of_another_region_is_told_before_anything_is_sent(aws, folder):
+    aws.furnish()
+    client = aws.client("s3")
+    client.meta.events.register("after-call.s3.ListObjectsV2", tell_region)
+    with pytest.raises(UserError, match=r"Bucket bucket is in eu-west-1, and the job in us-west-2: set AWS_DEFAULT"):
+        check_region(client, "s3://bucket/input/")
+
+
+def tell_region(parsed, **_):
+    parsed["ResponseMetadata"]["HTTPHeaders"]["x-amz-bucket-region"] = "eu-west-1"

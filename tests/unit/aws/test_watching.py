@@ -4,9 +4,10 @@
 import time
 
 import pytest
+from botocore.exceptions import ClientError
 
-from llm_trainer.aws import watching
-from llm_trainer.aws.watching import LOG_GROUP, JobLog, describe_end, find_result, follow_job
+from llm_trainer.aws import clients, watching
+from llm_trainer.aws.watching import LOG_GROUP, JobLog, describe_end, describe_job, find_result, follow_job
 
 STARTING = {"Status": "Starting", "StartTime": 1, "StatusMessage": "Preparing the instances for training"}
 TRAINING = {"Status": "Training", "StartTime": 2, "StatusMessage": "Training image download completed."}
@@ -66,7 +67,7 @@ def test_a_job_is_followed_to_its_end(aws, write_log, capsys):
         return {"TrainingJobName": "job-1", "TrainingJobStatus": status, "SecondaryStatusTransitions": states}
 
     aws.answers["DescribeTrainingJob"] = describe
-    assert follow_job("job-1")["TrainingJobStatus"] == "Failed"
+    assert follow_job(describe_job("job-1"))["TrainingJobStatus"] == "Failed"
     assert capsys.readouterr().out.splitlines() == [
         "Starting: Preparing the instances for training",
         "Training: Training image download completed.",
@@ -75,6 +76,21 @@ def test_a_job_is_followed_to_its_end(aws, write_log, capsys):
         "Failed: Training job failed",
         "the last line",
     ]
+
+
+def test_an_outage_is_told_once_and_outlasted(aws, write_log, monkeypatch, capsys):
+    monkeypatch.setattr(clients, "ATTEMPTS", 1)
+    job = {"TrainingJobName": "job-1", "TrainingJobStatus": "InProgress"}
+    aws.answers["DescribeTrainingJob"] = lambda asked: job | {"TrainingJobStatus": "Completed"}
+    write_log("job-1/algo-1-1", "a line")
+    aws.refuse("DescribeLogStreams", "ThrottlingException", "Rate exceeded", times=2)
+    assert follow_job(job)["TrainingJobStatus"] == "Completed"
+    told, *lines = capsys.readouterr().out.splitlines()
+    assert told.startswith("AWS does not answer now, and is asked again (An error occurred (ThrottlingException)")
+    assert lines == ["a line"]
+    aws.refuse("DescribeLogStreams", "ExpiredTokenException", "The security token is expired")
+    with pytest.raises(ClientError, match="expired"):
+        follow_job(job)
 
 
 def test_the_end_of_a_job_in_words():

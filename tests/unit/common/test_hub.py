@@ -276,10 +276,13 @@ def test_a_gated_model_bars_this_machine_and_not_a_job_with_a_token(fake_hub, st
     fake_hub.refuse(status, **headers)
     assert hub.find_barrier(MODEL, others_may_read=False) is None  # `validate` tells it
     assert "gated" in hub.find_barrier(MODEL, others_may_read=True)
+    assert hub.needs_token(MODEL)
 
 
 def test_a_hub_that_is_busy_or_out_of_reach_bars_this_machine(fake_hub, monkeypatch):
     fake_hub.refuse(503)
     assert "the Hub is busy" in hub.find_barrier(MODEL, others_may_read=False)
+    assert not hub.needs_token(MODEL)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert not hub.needs_token(MODEL)
     assert "the Hub cannot be reached" in hub.find_barrier(MODEL, others_may_read=False)

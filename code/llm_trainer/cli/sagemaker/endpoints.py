@@ -12,10 +12,11 @@ from llm_trainer.aws.deployment import (
     create_endpoint,
     delete_endpoint,
     find_artefacts,
+    find_base,
     read_serving_settings,
 )
 from llm_trainer.aws.image import resolve_image
-from llm_trainer.aws.lmi_image import find_lmi_image
+from llm_trainer.aws.lmi_image import choose_host, find_lmi_image
 from llm_trainer.aws.watching import describe_job
 from llm_trainer.cli.sagemaker.jobs import ask_aws
 from llm_trainer.common import log
@@ -41,15 +42,18 @@ def deploy(options: DeployOptions) -> int:
     def serve() -> int:
         job = describe_job(options.job)
         place = find_artefacts(job)
+        settings = read_serving_settings(place)
+        image = options.image or find_lmi_image(find_region())
         deployment = Deployment(
             name=options.name or options.job,
             instance_type=options.instance_type,
             instance_count=options.instance_count,
-            image=resolve_image(options.image) if options.image else find_lmi_image(find_region()),
+            image=resolve_image(image) if options.image else image,
             role=find_role(options.role or job["RoleArn"]),
-            model_id=options.model_id,
+            model_id=options.model_id or find_base(job, settings),
+            host=choose_host(image),
         )
-        create_endpoint(deployment, place, read_serving_settings(place))
+        create_endpoint(deployment, place, settings)
         log.info(f"It costs money until `llm-trainer delete {deployment.name}`.")
         await_endpoint(deployment.name)
         log.info(f'llm-trainer invoke {deployment.name} "QUESTION"')

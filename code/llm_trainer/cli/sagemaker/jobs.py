@@ -29,9 +29,10 @@ def watch(name: str) -> int:
     """Show a job's log until it ends, then its result; return the exit code, 0 for a job that was completed."""
 
     def follow() -> int:
+        job = describe_job(name)
         try:
-            job = follow_job(name)
-        except (KeyboardInterrupt, SystemExit):
+            job = follow_job(job)
+        except BaseException:  # also where AWS lets this process ask no more
             log.info(f"The job goes on. `llm-trainer stop {name}` ends it, `llm-trainer watch {name}` shows it again.")
             raise
         is_complete = job["TrainingJobStatus"] == "Completed"

@@ -28,6 +28,24 @@ class Budget:
     max_dollars: float | None
     plan_words: tuple[str, ...] = ()
 
+    @property
+    def is_asked(self) -> bool:
+        """Tell whether the user asks what the job costs."""
+        return self.max_dollars is not None or bool(self.plan_words)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A number of instances that a job may run on."""
+
+    kind: str
+    count: int
+    keep_alive_seconds: int = 0  # which are paid for after the job
+
+    def __str__(self) -> str:
+        """Show the place in a sentence."""
+        return f"{self.count} x {self.kind}"
+
 
 def take_budget(words: Sequence[str]) -> tuple[Budget, list[str]]:
     """Return the budget that the words set, and the other words. Raises UserError where it is no amount."""
@@ -70,20 +88,28 @@ def find_errors(tree: Path) -> list[str]:
     return problems
 
 
-def find_plan_refusals(tree: Path, kinds: Mapping[str, int], budget: Budget) -> Iterator[str]:
-    """Yield why the job of a tree cannot run on its instances, or may not by its budget, as `plan` tells.
+def plan_on_tree(tree: Path, budget: Budget) -> dict[str, Any]:
+    """Return what `plan` tells of the job of a tree, with the budget's words."""
+    return run_on_tree(tree, "plan", *budget.plan_words)
 
-    `kinds` are the types of instances, each with their number. SageMaker takes one of them.
+
+def find_plan_refusals(planned: Mapping[str, Any], places: Sequence[Place], budget: Budget) -> Iterator[str]:
+    """Yield why a job that was planned cannot run on its instances, or may not by its budget.
+
+    SageMaker takes one of the places.
     """
-    planned = run_on_tree(tree, "plan", *budget.plan_words).get("instances", [])
-    entries = {(entry["instance_type"], entry["count"]): entry for entry in planned}
-    for kind, count in kinds.items():
-        entry = entries.get((kind, count), {})
-        place, dollars = f"{count} x {kind}", entry.get("dollars")
+    if "instances" not in planned and budget.is_asked:
+        yield from (f"The cost of the job is not known: {text}" for text in planned["problems"])
+        return
+    for place in places:
+        entry = find_entry(planned, place)
+        dollars = add_warm_pool(entry, place)
         if entry.get("fits") is False:
             yield f"The job does not fit on {place} ({entry['how']}): `llm-trainer plan` names instances that hold it."
         elif budget.max_dollars is None:
             continue
+        elif not entry:
+            yield f"--max-dollars cannot be kept on {place}, which `llm-trainer plan` does not know: leave one of them."
         elif dollars is None:
             yield (
                 f"--max-dollars cannot be kept on {place}, since the cost is not known: give --prices, and --rows "
@@ -94,3 +120,28 @@ def find_plan_refusals(tree: Path, kinds: Mapping[str, int], budget: Budget) -> 
                 f"It costs about {dollars:.2f} dollars on {place}, more than --max-dollars={budget.max_dollars:g}: "
                 "raise that, or take what `llm-trainer plan` shows first."
             )
+
+
+def find_entry(planned: Mapping[str, Any], place: Place) -> Mapping[str, Any]:
+    """Return what was planned for a place, empty where nothing was."""
+    entries = {(entry["instance_type"], entry["count"]): entry for entry in planned.get("instances", [])}
+    return entries.get((place.kind, place.count), {})
+
+
+def add_warm_pool(entry: Mapping[str, Any], place: Place) -> float | None:
+    """Return the dollars of a job with those of the instances that wait for a next one; None where not known."""
+    dollars: float | None = entry.get("dollars")
+    if dollars is None:
+        return None
+    return dollars + entry["dollars_an_hour"] * place.count * place.keep_alive_seconds / 3600
+
+
+def find_affordable_seconds(planned: Mapping[str, Any], places: Sequence[Place], budget: Budget) -> int | None:
+    """Return the seconds that a budget lasts on the dearest of the places, on demand; None without a budget."""
+    rates = [(find_entry(planned, place).get("dollars_an_hour"), place) for place in places]
+    seconds = [
+        int(budget.max_dollars / (rate * place.count) * 3600) - place.keep_alive_seconds
+        for rate, place in rates
+        if rate and budget.max_dollars
+    ]
+    return min(seconds, default=None)

@@ -3,7 +3,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from llm_trainer.aws.submission import (
     Submission,
     build_request,
     choose_name,
+    describe_channel,
     encode_settings,
     find_bucket,
     find_request_problems,
@@ -28,9 +29,18 @@ from llm_trainer.aws.submission import (
 from llm_trainer.aws.uploads import LocalChannel, read_channel, upload_channel
 from llm_trainer.cli.folders import take_option
 from llm_trainer.cli.sagemaker.jobs import ask_aws
-from llm_trainer.cli.sagemaker.rehearsal import Budget, find_errors, find_plan_refusals, take_budget
+from llm_trainer.cli.sagemaker.rehearsal import (
+    Budget,
+    Place,
+    find_affordable_seconds,
+    find_errors,
+    find_plan_refusals,
+    plan_on_tree,
+    take_budget,
+)
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError
+from llm_trainer.common.units import show_duration
 from llm_trainer.config.environment import DATA_DIR, DEFAULT_BASE_DIR, read_environment
 from llm_trainer.config.load import JOB_SECTION, list_valid_names, read_yaml, resolve_names, suggest_name
 from llm_trainer.job.job import collect_settings, parse_arguments
@@ -56,6 +66,11 @@ class JobRequest:
     remote: Mapping[str, str]  # channels in S3
     budget: Budget
 
+    @property
+    def uploads(self) -> str:
+        """The S3 prefix of what is uploaded."""
+        return self.options.uploads or join_uri(find_bucket(self.options), "input")
+
 
 def submit(words: Sequence[str], dry_run: bool) -> int:
     """Start the job that the words describe, or print its request; return the exit code, 1 where it is refused."""
@@ -65,11 +80,10 @@ def submit(words: Sequence[str], dry_run: bool) -> int:
 def submit_job(words: Sequence[str], dry_run: bool) -> int:
     """Check a job and start it, or print its request. Raises UserError with every mistake."""
     request = read_request(words)
-    prefix = request.options.uploads or join_uri(find_bucket(request.options), "input")
     submission, refusals = check_request(request)
     if refusals and not dry_run:
         raise UserError(*refusals)
-    channels = [read_channel(name, place, prefix) for name, place in request.local.items()]
+    channels = [read_channel(name, place, request.uploads) for name, place in request.local.items()]
     submission = replace(submission, channels={**request.remote, **{each.name: each.uri for each in channels}})
     if dry_run:
         print(json.dumps(build_request(submission, *resolve_loosely(submission.options)), indent=2))
@@ -126,6 +140,7 @@ def read_request(words: Sequence[str]) -> JobRequest:
         settings = {**resolve_names(in_file, "YAML key", problems), **resolve_names(settings, "Option", [])}
     problems += find_secrets(encode_settings(settings), "hyperparameters")  # before anything is written
     local, remote = sort_channels({**folders, **options.channels}, problems)
+    problems += find_misread(options, local.keys(), remote)
     if problems:
         raise UserError(*problems)
     return JobRequest(file.stem if file else "llm-trainer", options, settings, local, remote, budget)
@@ -173,12 +188,25 @@ def sort_channels(places: Mapping[str, str], problems: list[str]) -> tuple[dict[
     return local, remote
 
 
+def find_misread(options: JobOptions, local: Collection[str], remote: Mapping[str, str]) -> Iterator[str]:
+    """Yield a sentence for each channel that fast_file or sharded name though SageMaker cannot give it so."""
+    for option, names in (("fast_file", options.fast_file), ("sharded", options.sharded)):
+        for name in names or ():
+            if name not in local and name not in remote:
+                known = ", ".join([*local, *remote]) or "none"
+                yield f"{option} names {name!r}, which is no channel of this job: its channels are {known}."
+    for name in options.fast_file or ():
+        if not remote.get(name, "/").endswith("/"):
+            yield f"fast_file names {name!r}, and {remote[name]} is no folder: end its prefix with a slash."
+
+
 def check_request(request: JobRequest) -> tuple[Submission, list[str]]:
     """Return what is to be submitted, and why the job would fail. Raises UserError with every wrong setting."""
     options, hyperparameters = request.options, encode_settings(request.settings)
-    kind, count = next(iter(list_instances(options).items()))
+    place = list_places(options)[0]
     places = {**request.local, **dict.fromkeys(request.remote)}
-    with lay_out_tree(hyperparameters, places, kind, count) as tree:
+    inputs = {name: describe_channel(name, options) for name in places}
+    with lay_out_tree(hyperparameters, places, inputs, place.kind, place.count) as tree:
         settings, problems = read_given(tree)
         run_seconds = settings.get("max_run_seconds") or DEFAULT_RUN_SECONDS
         # The job has to know it, too: it saves before SageMaker ends it.
@@ -187,7 +215,7 @@ def check_request(request: JobRequest) -> tuple[Submission, list[str]]:
             options,
             options.name or choose_name(request.stem),
             hyperparameters,
-            request.remote,
+            {**request.remote, **dict.fromkeys(request.local, request.uploads)},
             run_seconds,
             uses_checkpoints=settings.get("use_checkpoints", True),
             mlflow={name: settings.get(name) for name in ("mlflow_uri", "mlflow_experiment_name", "run_name")},
@@ -197,7 +225,17 @@ def check_request(request: JobRequest) -> tuple[Submission, list[str]]:
         problems += find_local_paths(settings)
         if problems:
             raise UserError(*problems)
-        return submission, list(find_refusals(tree, settings, request))
+        refusals, seconds = rehearse(tree, settings, request)
+        return limit_time(submission, seconds), refusals
+
+
+def limit_time(submission: Submission, seconds: int | None) -> Submission:
+    """Return a submission that runs no longer than so many seconds, None for as long as it was given."""
+    if seconds is None or seconds >= submission.max_run_seconds:
+        return submission
+    log.error(f"--max-dollars lasts for {show_duration(seconds)}: max_run_seconds={seconds} stops the job then.")
+    hyperparameters = {**submission.hyperparameters, "max_run_seconds": str(seconds)}
+    return replace(submission, max_run_seconds=seconds, hyperparameters=hyperparameters)
 
 
 def read_given(tree: Path) -> tuple[dict[str, Any], list[str]]:
@@ -222,28 +260,33 @@ def find_local_paths(settings: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def find_refusals(tree: Path, settings: Mapping[str, Any], request: JobRequest) -> Iterator[str]:
-    """Yield what `validate` and `plan` find wrong with the job of the tree, as far as its parts are readable here."""
+def rehearse(tree: Path, settings: Mapping[str, Any], request: JobRequest) -> tuple[list[str], int | None]:
+    """Return what `validate` and `plan` find wrong with the job of the tree, and the seconds that its budget lasts.
+
+    Only parts that are readable here are checked. The seconds are None without a budget.
+    """
     has_channel = "train" in {*request.local, *request.remote}
     if not has_channel and not settings.get("train_dataset_path"):
-        yield "The job has no training data: give channel train, as a folder of this machine or an S3 prefix."
-        return
-    reason = find_unreadable_model(settings, request)
-    if reason:
+        return ["The job has no training data: give channel train, as a folder of this machine or an S3 prefix."], None
+    budget, places = request.budget, list_places(request.options)
+    if reason := find_unreadable_model(settings, request):
         log.error(f"Not checked from here: model, data and memory, since {reason}. The job checks them first.")
-    elif request.remote:
+        unknown = (
+            f"--max-dollars cannot be kept, since {reason}, and the cost is unknown: give a folder of this machine."
+        )
+        return ([] if budget.max_dollars is None else [unknown]), None
+    if request.remote:
         log.error(f"Not checked from here: what S3 holds for {', '.join(request.remote)}. The job checks it first.")
-    else:
-        yield from find_errors(tree)
-    if not reason:
-        yield from find_plan_refusals(tree, list_instances(request.options), request.budget)
-    elif request.budget.max_dollars is not None:
-        yield f"--max-dollars cannot be kept, since {reason}, and the cost is unknown: give a folder of this machine."
+    errors = [] if request.remote else find_errors(tree)
+    planned = plan_on_tree(tree, budget)
+    refusals = [*errors, *find_plan_refusals(planned, places, budget)]
+    return refusals, find_affordable_seconds(planned, places, budget)
 
 
-def list_instances(options: JobOptions) -> dict[str, int]:
-    """Return the types of instances that the job may run on, each with their number, the first preference first."""
-    return options.instance_preferences or {str(options.instance_type): options.instance_count}
+def list_places(options: JobOptions) -> list[Place]:
+    """Return the instances that the job may run on, the first preference first."""
+    kinds = options.instance_preferences or {str(options.instance_type): options.instance_count}
+    return [Place(kind, count, options.keep_alive_seconds or 0) for kind, count in kinds.items()]
 
 
 def find_unreadable_model(settings: Mapping[str, Any], request: JobRequest) -> str | None:

@@ -29,6 +29,8 @@ def test_a_job_is_served_asked_and_deleted(job, capsys):
     (model,) = job.list_arguments("CreateModel")
     assert model["ExecutionRoleArn"] == DESCRIPTION["RoleArn"]
     assert model["PrimaryContainer"]["Image"].startswith("763104351884.dkr.ecr.us-west-2.amazonaws.com/djl-inference:")
+    (variant,) = job.list_arguments("CreateEndpointConfig")[0]["ProductionVariants"]
+    assert variant["InferenceAmiVersion"] == "al2023-ami-sagemaker-inference-gpu-4-1"
     told = capsys.readouterr().out
     assert "It costs money until `llm-trainer delete job-1`." in told
     assert 'llm-trainer invoke job-1 "QUESTION"' in told
@@ -54,4 +56,5 @@ def test_another_name_role_and_image(job):
     (model,) = job.list_arguments("CreateModel")
     assert (model["ModelName"], model["ExecutionRoleArn"]) == ("served", "arn:aws:iam::123456789012:role/Serving")
     assert model["PrimaryContainer"]["Image"].endswith(digest)
-    assert job.list_arguments("CreateEndpointConfig")[0]["ProductionVariants"][0]["InitialInstanceCount"] == 2
+    (variant,) = job.list_arguments("CreateEndpointConfig")[0]["ProductionVariants"]
+    assert variant["InitialInstanceCount"] == 2 and "InferenceAmiVersion" not in variant

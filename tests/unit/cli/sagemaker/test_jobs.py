@@ -47,6 +47,13 @@ def test_who_stops_to_watch_is_told_that_the_job_goes_on(job, monkeypatch, capsy
     assert "The job goes on. `llm-trainer stop job-1` ends it" in capsys.readouterr().out
 
 
+def test_credentials_that_expire_end_the_watch_and_not_the_job(aws, job, capsys):
+    aws.refuse("DescribeLogStreams", "ExpiredTokenException", "The security token included in the request is expired")
+    assert run_command(["watch", "job-1"]) == 1
+    printed = capsys.readouterr()
+    assert "The job goes on." in printed.out and "The AWS credentials have expired" in printed.err
+
+
 def test_fetch_names_the_report(aws, job, tmp_path, capsys):
     aws.put_files(PLACE, {"data/report.html": "<html>"})
     assert run_command(["fetch", "job-1", "--output", str(tmp_path / "here")]) == 0

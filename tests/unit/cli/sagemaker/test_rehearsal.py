@@ -1,10 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """`validate` and `plan` tell of a job's tree what they would tell of the job."""
 
+from dataclasses import replace
+
 import pytest
 
 from llm_trainer.aws.job_tree import lay_out_tree
-from llm_trainer.cli.sagemaker.rehearsal import Budget, find_errors, find_plan_refusals, run_on_tree, take_budget
+from llm_trainer.cli.sagemaker.rehearsal import (
+    Budget,
+    Place,
+    find_affordable_seconds,
+    find_errors,
+    find_plan_refusals,
+    run_on_tree,
+    take_budget,
+)
 from llm_trainer.common.errors import UserError
 
 
@@ -22,20 +32,47 @@ def test_a_budget_and_its_words(monkeypatch, tmp_path):
 
 def test_a_mistake_is_told_as_the_job_would(tmp_path):
     with lay_out_tree(
-        {"lora_r": "0", "model_id": "/opt/ml/input/data/model"}, {"model": None}, "ml.g6.2xlarge", 1
+        {"lora_r": "0", "model_id": "/opt/ml/input/data/model"}, {"model": None}, {}, "ml.g6.2xlarge", 1
     ) as tree:
         problems = find_errors(tree)
     assert any("lora_r='0' is not valid" in text for text in problems)
     assert not any(str(tree) in text for text in problems)
 
 
-def test_each_preference_has_to_hold_the_job(monkeypatch):
+def test_each_preference_has_to_hold_the_job():
     planned = {"instances": [{"instance_type": "ml.p5.48xlarge", "count": 1, "fits": False, "how": "FSDP2"}]}
-    monkeypatch.setattr("llm_trainer.cli.sagemaker.rehearsal.run_on_tree", lambda tree, *words: planned)
-    kinds = {"ml.c7i.4xlarge": 1, "ml.p5.48xlarge": 1}
-    (problem,) = find_plan_refusals(None, kinds, Budget(None))
+    places = [Place("ml.c7i.4xlarge", 1), Place("ml.p5.48xlarge", 1)]
+    (problem,) = find_plan_refusals(planned, places, Budget(None))
     assert "does not fit on 1 x ml.p5.48xlarge (FSDP2)" in problem
-    assert len(list(find_plan_refusals(None, kinds, Budget(5)))) == 2
+    unknown, _ = find_plan_refusals(planned, places, Budget(5))
+    assert unknown.startswith("--max-dollars cannot be kept on 1 x ml.c7i.4xlarge, which `llm-trainer plan` does not")
+
+
+def test_a_budget_bounds_the_time_on_the_dearest_place():
+    entry = {"fits": True, "dollars": 8.0, "dollars_an_hour": 2.0}
+    dear = {"fits": True, "dollars": 6.0, "dollars_an_hour": 12.0}
+    planned = {
+        "instances": [
+            {"instance_type": "ml.g6.2xlarge", "count": 2, **entry},
+            {"instance_type": "ml.p5.4xlarge", "count": 1, **dear},
+        ]
+    }
+    two, one = Place("ml.g6.2xlarge", 2), Place("ml.p5.4xlarge", 1)
+    assert find_affordable_seconds(planned, [two, one], Budget(12.0)) == 3600
+    assert find_affordable_seconds(planned, [two], Budget(12.0)) == 3 * 3600
+    assert find_affordable_seconds(planned, [two], Budget(None)) is None
+    assert list(find_plan_refusals(planned, [two, one], Budget(8.0))) == []
+    warm = replace(two, keep_alive_seconds=1800)  # two dollars more, after the job
+    assert find_affordable_seconds(planned, [warm], Budget(12.0)) == 2.5 * 3600
+    (refusal,) = find_plan_refusals(planned, [warm], Budget(9.0))
+    assert "It costs about 10.00 dollars on 2 x ml.g6.2xlarge" in refusal
+
+
+def test_why_plan_knows_no_prices_is_told():
+    planned = {"problems": ["prices.json was not found."], "warnings": []}
+    (problem,) = find_plan_refusals(planned, [Place("ml.g6.2xlarge", 1)], Budget(5.0, ("--prices-file", "prices.json")))
+    assert problem == "The cost of the job is not known: prices.json was not found."
+    assert list(find_plan_refusals(planned, [Place("ml.g6.2xlarge", 1)], Budget(None))) == []
 
 
 def test_a_command_that_tells_nothing_is_told(tmp_path):

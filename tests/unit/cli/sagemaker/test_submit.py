@@ -89,9 +89,17 @@ def test_a_job_that_would_fail_is_not_started(aws, channels, capsys):
     ("entry", "words", "told"),
     [
         ({"fits": False, "how": "DDP"}, [], "The job does not fit on 1 x ml.g6.2xlarge (DDP)"),
-        ({"fits": True, "dollars": 12.5}, ["--max-dollars", "10"], "It costs about 12.50 dollars on 1 x ml.g6.2xlarge"),
+        (
+            {"fits": True, "dollars": 12.5, "dollars_an_hour": 1.0},
+            ["--max-dollars", "10"],
+            "It costs about 12.50 dollars on 1 x ml.g6.2xlarge",
+        ),
         ({"fits": True, "dollars": None}, ["--max-dollars=10"], "the cost is not known: give --prices, and --rows"),
-        ({"fits": True, "dollars": 1.0}, ["--max-dollars", "ten"], "--max-dollars='ten' is no amount"),
+        (
+            {"fits": True, "dollars": 1.0, "dollars_an_hour": 1.0},
+            ["--max-dollars", "ten"],
+            "--max-dollars='ten' is no amount",
+        ),
     ],
 )
 def test_a_job_that_is_too_large_or_too_dear_is_not_started(aws, channels, monkeypatch, capsys, entry, words, told):
@@ -107,14 +115,33 @@ def test_a_budget_that_is_kept_asks_plan_in_the_users_words(aws, channels, monke
 
     def plan(tree, *words):
         asked.append(words)
-        return {"instances": [{"instance_type": "ml.g6.2xlarge", "count": 1, "fits": True, "dollars": 9.5}]} | NOTHING
+        entry = {"fits": True, "dollars": 9.5, "dollars_an_hour": 5.0}
+        return {"instances": [{"instance_type": "ml.g6.2xlarge", "count": 1, **entry}]} | NOTHING
 
     monkeypatch.setattr("llm_trainer.cli.sagemaker.rehearsal.run_on_tree", plan)
     words = ["--max-dollars", "10", "--prices-file", str(tmp_path / "prices.json"), "--rows", "100"]
     given = [*OPTIONS, "--instance_type", "ml.g6.2xlarge", "--data-dir", str(channels)]
     assert run_command(["submit", *given, *words]) == 0
     assert asked == [("validate",), ("plan", "--prices-file", str(tmp_path / "prices.json"), "--rows", "100")]
-    assert len(aws.list_arguments("CreateTrainingJob")) == 1
+    (request,) = aws.list_arguments("CreateTrainingJob")
+    assert request["StoppingCondition"] == {"MaxRuntimeInSeconds": 7200}
+    assert request["HyperParameters"]["max_run_seconds"] == "7200"
+
+
+def test_channels_are_read_as_asked(aws, capsys):
+    aws.furnish()
+    words = ["--instance_type", "ml.g6.2xlarge", "--instance_count", "2", "--dry-run"]
+    assert run_command(["submit", *OPTIONS, *IN_S3, *words, "--fast_file", "train", "--sharded", "train"]) == 0
+    request = json.loads(capsys.readouterr().out)
+    channels = {each["ChannelName"]: each for each in request["InputDataConfig"]}
+    assert [channels[name]["InputMode"] for name in ("train", "model")] == ["FastFile", "File"]
+    kinds = {name: each["DataSource"]["S3DataSource"]["S3DataDistributionType"] for name, each in channels.items()}
+    assert kinds == {"train": "ShardedByS3Key", "model": "FullyReplicated"}
+    told = submit_wrongly(capsys, *IN_S3, *words, "--sharded", "model")
+    assert "Channel model uses S3DistributionType=ShardedByS3Key, and every host needs all" in told
+    told = submit_wrongly(capsys, "--channels", '{"train": "s3://bucket/rows"}', "--fast_file", '["train", "test"]')
+    assert "fast_file names 'test', which is no channel of this job" in told
+    assert "fast_file names 'train', and s3://bucket/rows is no folder: end its prefix with a slash" in told
 
 
 def test_a_budget_needs_a_model_that_is_readable_here(aws, capsys):
