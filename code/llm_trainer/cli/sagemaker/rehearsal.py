@@ -98,7 +98,7 @@ def find_plan_refusals(planned: Mapping[str, Any], places: Sequence[Place], budg
 
     SageMaker takes one of the places.
     """
-    if "instances" not in planned and budget.is_asked:
+    if "instances" not in planned and planned["problems"] and budget.is_asked:
         yield from (f"The cost of the job is not known: {text}" for text in planned["problems"])
         return
     for place in places:
@@ -113,7 +113,7 @@ def find_plan_refusals(planned: Mapping[str, Any], places: Sequence[Place], budg
         elif dollars is None:
             yield (
                 f"--max-dollars cannot be kept on {place}, since the cost is not known: give --prices, and --rows "
-                "and --tokens-per-row where the data are in S3."
+                "and --tokens-per-row where the data are in S3, or take a type that has a price in this region."
             )
         elif dollars > budget.max_dollars:
             yield (

@@ -73,6 +73,9 @@ def test_why_plan_knows_no_prices_is_told():
     (problem,) = find_plan_refusals(planned, [Place("ml.g6.2xlarge", 1)], Budget(5.0, ("--prices-file", "prices.json")))
     assert problem == "The cost of the job is not known: prices.json was not found."
     assert list(find_plan_refusals(planned, [Place("ml.g6.2xlarge", 1)], Budget(None))) == []
+    silent = {"problems": [], "warnings": ["use_cpu=true: what types without a GPU take is not known."]}
+    (problem,) = find_plan_refusals(silent, [Place("ml.m5.xlarge", 1)], Budget(5.0))
+    assert "--max-dollars cannot be kept on 1 x ml.m5.xlarge" in problem
 
 
 def test_a_command_that_tells_nothing_is_told(tmp_path):
