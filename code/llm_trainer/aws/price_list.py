@@ -22,6 +22,7 @@ from llm_trainer.planning.prices import (
 )
 
 OTHERWISE = "or give prices that were asked elsewhere with --prices-file"
+OTHER_ACCOUNT = "GovCloud's prices are asked with credentials of a commercial account"
 
 
 def choose_prices(asks: bool, file: Path | None, region: str | None, config_dir: Path | None) -> Prices | None:
@@ -52,13 +53,14 @@ def ask_prices(region: str | None = None) -> Prices:
             region = region or find_region()
             return collect_prices(open_client("pricing", choose_endpoint(region)), region)
     except UserError as error:
-        raise UserError(*(f"{problem.removesuffix('.')}, {OTHERWISE}." for problem in error.problems)) from error
+        way = f"{OTHERWISE}; {OTHER_ACCOUNT}" if (region or "").startswith("us-gov-") else OTHERWISE
+        raise UserError(*(f"{problem.removesuffix('.')}, {way}." for problem in error.problems)) from error
 
 
 def choose_endpoint(region: str) -> str:
     """Return the region in which a region's prices are asked for: the price list is offered in few.
 
-    Raises UserError where none has them.
+    Raises UserError for a region that is none.
     """
     import boto3
     from botocore.exceptions import UnknownRegionError
@@ -68,10 +70,8 @@ def choose_endpoint(region: str) -> str:
         endpoints = session.get_available_regions("pricing", session.get_partition_for_region(region))
     except UnknownRegionError as error:
         raise UserError(f"region={region!r} is no region of AWS: give one such as eu-central-1.") from error
-    if not endpoints:
-        raise UserError(
-            f"AWS offers no price list for {region}: write a price file by hand, as docs/planning.md shows."
-        )
+    # A partition without a price list, which is GovCloud, stands in the one of the commercial regions.
+    endpoints = endpoints or session.get_available_regions("pricing")
     continent = region.partition("-")[0]
     return min(endpoints, key=lambda endpoint: (endpoint.partition("-")[0] != continent, endpoint != "us-east-1"))
 

@@ -13,7 +13,10 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.planning.prices import read_prices, write_prices
 from support.fake_price_list import FakePriceList, describe_product
 
-REGIONS = {"eu-west-3": "eu-central-1", "ap-south-1": "ap-south-1", "us-west-2": "us-east-1", "sa-east-1": "us-east-1"}
+REGIONS = {
+    "eu-west-3": "eu-central-1", "ap-south-1": "ap-south-1", "us-west-2": "us-east-1", "sa-east-1": "us-east-1",
+    "us-gov-west-1": "us-east-1",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -143,6 +146,15 @@ def test_a_refusal_names_the_action(price_list):
     assert refuse().startswith("arn:aws:iam::111122223333:user/me may not do pricing:GetProducts: allow it that action")
 
 
+def test_govcloud_is_asked_with_a_commercial_account(price_list):
+    assert ask_prices("us-gov-west-1").region == "us-gov-west-1"
+    price_list.refusals = ["UnrecognizedClientException"]
+    with pytest.raises(UserError) as caught:
+        ask_prices("us-gov-west-1")
+    assert str(caught.value).endswith("; GovCloud's prices are asked with credentials of a commercial account.")
+    assert price_list.regions == ["us-east-1", "us-east-1"]
+
+
 def test_an_ended_login_is_renewed(price_list):
     price_list.refusals = ["ExpiredTokenException"]
     assert refuse().startswith("The AWS credentials have expired: ")
@@ -171,7 +183,6 @@ def test_without_a_network_the_file_is_named(price_list, no_waits):
 
 def test_regions_that_have_no_prices(price_list):
     assert refuse("frankfurt") == "region='frankfurt' is no region of AWS: give one such as eu-central-1"
-    assert refuse("us-gov-west-1").startswith("AWS offers no price list for us-gov-west-1: write a price file by hand")
     price_list.products = []
     assert refuse("eu-central-9") == (
         "AWS's price list has no training instances in region='eu-central-9': check the region's name"
