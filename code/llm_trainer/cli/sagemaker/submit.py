@@ -3,7 +3,7 @@
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from llm_trainer.aws.submission import (
 )
 from llm_trainer.aws.uploads import LocalChannel, read_channel, upload_channel
 from llm_trainer.cli.folders import take_option
+from llm_trainer.cli.sagemaker.job_checks import find_local_paths, find_misread, find_unreachable
 from llm_trainer.cli.sagemaker.jobs import ask_aws
 from llm_trainer.cli.sagemaker.rehearsal import (
     Budget,
@@ -44,15 +45,6 @@ from llm_trainer.common.units import show_duration
 from llm_trainer.config.environment import DATA_DIR, DEFAULT_BASE_DIR, read_environment
 from llm_trainer.config.load import JOB_SECTION, list_valid_names, read_yaml, resolve_names, suggest_name
 from llm_trainer.job.job import collect_settings, parse_arguments
-
-# Settings that name an input, and the channel by which the job would see it.
-INPUT_PATHS = {
-    "model_id": "model",
-    "adapter_path": "adapter",
-    "train_dataset_path": "train",
-    "val_dataset_path": "validation",
-    "chat_template_path": "config",
-}
 
 
 @dataclass(frozen=True)
@@ -188,18 +180,6 @@ def sort_channels(places: Mapping[str, str], problems: list[str]) -> tuple[dict[
     return local, remote
 
 
-def find_misread(options: JobOptions, local: Collection[str], remote: Mapping[str, str]) -> Iterator[str]:
-    """Yield a sentence for each channel that fast_file or sharded name though SageMaker cannot give it so."""
-    for option, names in (("fast_file", options.fast_file), ("sharded", options.sharded)):
-        for name in names or ():
-            if name not in local and name not in remote:
-                known = ", ".join([*local, *remote]) or "none"
-                yield f"{option} names {name!r}, which is no channel of this job: its channels are {known}."
-    for name in options.fast_file or ():
-        if not remote.get(name, "/").endswith("/"):
-            yield f"fast_file names {name!r}, and {remote[name]} is no folder: end its prefix with a slash."
-
-
 def check_request(request: JobRequest) -> tuple[Submission, list[str]]:
     """Return what is to be submitted, and why the job would fail. Raises UserError with every wrong setting."""
     options, hyperparameters = request.options, encode_settings(request.settings)
@@ -223,8 +203,11 @@ def check_request(request: JobRequest) -> tuple[Submission, list[str]]:
         problems += find_request_problems(submission)
         problems += find_secrets({name: settings[name] for name in settings.keys() - hyperparameters}, "uploads")
         problems += find_local_paths(settings)
+        problems += find_unreachable(options, settings, places)
         if problems:
             raise UserError(*problems)
+        if options.spot and not submission.uses_checkpoints:
+            log.error("Warning: spot=true with use_checkpoints=false: a job that is interrupted begins anew.")
         refusals, seconds = rehearse(tree, settings, request)
         return limit_time(submission, seconds), refusals
 
@@ -247,17 +230,6 @@ def read_given(tree: Path) -> tuple[dict[str, Any], list[str]]:
         for name, value in settings.given.items()
     }
     return given, [text.replace(str(tree), DEFAULT_BASE_DIR) for text in problems]
-
-
-def find_local_paths(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each input that a setting names by a path of this machine, which the job will not see."""
-    for name, channel in INPUT_PATHS.items():
-        path = str(settings.get(name) or "")
-        if path and not path.startswith(DEFAULT_BASE_DIR) and (path[0] in "/.~" or os.path.exists(path)):
-            yield (
-                f"{name}={path!r} is on this machine, which the job cannot see: remove it, and give the folder as "
-                f"channel {channel}."
-            )
 
 
 def rehearse(tree: Path, settings: Mapping[str, Any], request: JobRequest) -> tuple[list[str], int | None]:

@@ -170,6 +170,15 @@ def test_all_mistakes_are_told_at_once_and_nothing_is_asked_of_aws(aws, tmp_path
     assert aws.requests == []
 
 
+def test_an_interruption_without_checkpoints_is_warned_of(aws, capsys):
+    aws.furnish()
+    words = ["--instance_type", "ml.g6.2xlarge", "--spot", "--use_checkpoints", "false", "--dry-run"]
+    assert run_command(["submit", *OPTIONS, *IN_S3, *words]) == 0
+    printed = capsys.readouterr()
+    assert "Warning: spot=true with use_checkpoints=false" in printed.err
+    assert "CheckpointConfig" not in json.loads(printed.out)
+
+
 def test_no_secret_reaches_the_request(aws, tmp_path, capsys):
     told = submit_wrongly(capsys, *IN_S3, "--token", HUB_TOKEN)
     assert "token holds a secret" in told and HUB_TOKEN not in told
