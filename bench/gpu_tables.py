@@ -5,8 +5,7 @@
     .venv/bin/python bench/gpu_tables.py             write the tables of bench/RESULTS.md anew
 
 A file of figures is for one kind of GPU. It keeps medians, and of each variant, job and trainer the newest; `call`
-tells which of the machine's calls gave it: a folder is one. They are also for what `llm-trainer plan` will tell of a
-job's speed: `tflops` over the device's peak is the share of the peak that a default job reaches.
+tells which of the machine's calls gave it: a folder is one. `steps` has `planned_ms` from bench/step_times.py.
 """
 
 import argparse
@@ -61,6 +60,18 @@ PEERS = {  # of bench/gpu_peers.py
     "trl-tuned": "TRL, Liger, without gradient checkpointing or dropout",
     "trl": "TRL, its defaults",
 }
+STEPS = {  # of tests/gpu/whole_jobs.py, where each ran alone: what it is, and whether the plan was fitted to it
+    "8B packed-4k": ("8B, LoRA, packed to 4,096 tokens", "the seconds between steps"),
+    "8B fp8": ("8B, the same, `base_compute=fp8`", ""),
+    "8B qlora-4k": ("8B, the same, `load_in_4bit`", ""),
+    "8B long-rows": ("8B, the same, rows of 4,086 tokens", ""),
+    "8B recomputed-4k": ("8B, the same, recomputed", ""),
+    "1B lora": ("1B, LoRA, 24 rows", "the seconds of a function"),
+    "1B full": ("1B, all weights, 24 rows", ""),
+    "1B packed-4k": ("1B, LoRA, packed to 4,096 tokens", ""),
+    "1B qlora-4k": ("1B, the same, `load_in_4bit`", ""),
+    "1B long-rows": ("1B, the same without it, rows of 4,086 tokens", ""),
+}
 PHASES = "ms: forward + backward + optimizer"
 Figures = dict[str, Any]
 
@@ -75,8 +86,8 @@ def take_in(folders: list[Path]) -> None:
                 continue
             name = f"gpu-{found['device'].split(',')[0].split()[-1].lower()}.json"  # "NVIDIA H200, torch 2.11.0+cu130"
             figures = devices.setdefault(name, read_figures(HERE / name))
-            key, read = READERS[part]
-            figures[key].update(read(found, figures["calls"]))
+            for key, read in READERS[part]:
+                figures.setdefault(key, {}).update(read(found, figures["calls"]))
         for name, figures in devices.items():
             figures["calls"] += 1
             (HERE / name).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
@@ -138,10 +149,23 @@ def read_peers(found: dict[str, Any], calls: int) -> Figures:
     }
 
 
+def read_steps(found: dict[str, Any], calls: int) -> Figures:
+    """Return the median step of correct.json's jobs, where each ran alone: others take from its speed."""
+    return {
+        f"{found['size']} {name}": {
+            "call": calls + 1,
+            "step_ms": round(1000 * job["plan"]["actual"]["step_seconds"], 1),
+            "tokens_per_second": round(job["tokens_per_second"]),
+        }
+        for name, job in found["jobs"].items()
+        if found.get("at_a_time") == 1 and job.get("plan")
+    }
+
+
 READERS = {  # by the name of a file that the kit leaves: where its figures go, and what reads it
-    "fast": ("variants", read_variants),
-    "correct": ("jobs", read_jobs),
-    "peers": ("peers", read_peers),
+    "fast": (("variants", read_variants),),
+    "correct": (("jobs", read_jobs), ("steps", read_steps)),
+    "peers": (("peers", read_peers),),
 }
 
 
@@ -178,16 +202,26 @@ def list_peers(figures: Figures) -> Iterator[list[str]]:
         yield [title, speed, str(each["step_ms"]), tokens, f"{each['peak_gib']:.1f}", versions, str(each["call"])]
 
 
-LISTERS = {"variants": list_variants, "jobs": list_jobs, "peers": list_peers}
+def list_steps(figures: Figures) -> Iterator[list[str]]:
+    """Yield the heading and the rows of the table of planned and actual steps."""
+    yield ["a step of a job that ran alone", "planned, s", "took, s", "off", "fitted to it", "tokens/s", "call"]
+    for (title, fitted), each in sort_by(STEPS, figures.get("steps", {})):
+        planned, took = each["planned_ms"], each["step_ms"]
+        off = f"{100 * (planned / took - 1):+.1f} %"
+        speed, call = f"{each['tokens_per_second']:,}", str(each["call"])
+        yield [title, f"{planned / 1000:.3f}", f"{took / 1000:.3f}", off, fitted or "nothing", speed, call]
 
 
-def sort_by(titles: dict[str, str], found: Figures) -> Iterator[tuple[str, Figures]]:
+LISTERS = {"variants": list_variants, "jobs": list_jobs, "peers": list_peers, "steps": list_steps}
+
+
+def sort_by(titles: dict[str, Any], found: Figures) -> Iterator[tuple[Any, Figures]]:
     """Yield what has a title, in the titles' order."""
     yield from ((title, found[name]) for name, title in titles.items() if name in found)
 
 
 def render(figures: Figures, part: str) -> str:
-    """Return a table in Markdown: of `variants`, `jobs` or `peers`."""
+    """Return a table in Markdown: of `variants`, `jobs`, `steps` or `peers`."""
     heading, *rows = LISTERS[part](figures)
     if not rows:
         return "Not measured yet.\n"

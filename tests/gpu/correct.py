@@ -46,10 +46,11 @@ COLUMNS = "{:14} {:>5} {:>6} {:>8} {:>8} {:>7} {:>7} {:>6} {:>9} {:>5} {:>7} {:>
 class Report:
     """What was found so far, in a file that is whole at any moment."""
 
-    def __init__(self, file: Path, size: str) -> None:
-        """Begin with the machine."""
+    def __init__(self, file: Path, size: str, at_a_time: int) -> None:
+        """Begin with the machine, and with how many checks run beside each other, which tells whether speed counts."""
         self.file, self.lock = file, threading.Lock()
-        self.found: dict[str, Any] = {**describe_machine(), "size": size, "checks": {}, "jobs": {}}
+        about = {"size": size, "at_a_time": at_a_time}
+        self.found: dict[str, Any] = {**describe_machine(), **about, "checks": {}, "jobs": {}}
 
     def add(self, part: str, name: str, result: dict[str, Any]) -> None:
         """Enter a result, and write the file."""
@@ -72,7 +73,7 @@ class Kit:
         """Take the command's options and a folder for what need not be kept."""
         self.size, self.only, self.work, self.at_a_time = options.size, options.only, work, options.at_a_time
         self.deadline = STARTED + options.seconds
-        self.report = Report(options.out / "correct.json", options.size)
+        self.report = Report(options.out / "correct.json", options.size, options.at_a_time)
         self.on_gpu = self.report.found["device"] != "CPU"
         self.is_ready = threading.Event()
 

@@ -15,19 +15,39 @@ class Efficiency:
     A step takes from `low` to `high` times the seconds that follow from them.
     """
 
-    products: float  # of its operations a second, in products of matrices
-    attention: float  # of the same, in attention, whose operations `flops` counts in full
+    products: float  # of its operations a second in the type of the product, float8 included
+    attention: float  # of the same, in attention of long rows, without what a causal mask hides
     bandwidth: float  # of its memory's bytes a second
-    float8: float  # how many times as fast a product in float8 is
     low: float
     high: float
     source: str
+
+
+@dataclass(frozen=True)
+class Host:
+    """Seconds that a CPU takes to keep a GPU busy. Others take from `low` to `high` times as long."""
+
+    launch_seconds: float  # of an operation that a pass starts
+    function_seconds: float  # of an autograd function in Python, with the modules around it
+    between_seconds: float  # from the end of a step to the next forward pass: update, logging, next batch
+    low: float
+    high: float
+    source: str
+
+
+NO_HOST = Host(0.0, 0.0, 0.0, 1.0, 1.0, "a CPU starts its operations in the time that they take")
 
 
 def find_efficiency(gpu: str) -> Efficiency:
     """Return what a GPU of gpus.json reaches, and the CPU under that name; else what a GPU that is not known might."""
     table = read_table()
     return Efficiency(**table["gpus"].get(gpu, table["other"]))
+
+
+@functools.cache
+def read_host() -> Host:
+    """Return what a host of GPUs takes."""
+    return Host(**read_table()["host"])
 
 
 @functools.cache

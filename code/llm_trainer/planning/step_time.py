@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The seconds of a training step by a roofline: each pass takes what its operations and bytes take at a GPU's speed.
 
-Products of matrices and attention are counted by `flops`. All that is read and written besides is counted by
-`step_trace`, or by a formula for a model whose code does not run without numbers. `traffic` adds what GPUs exchange.
+Products of matrices and attention are counted by `flops`. `step_trace` counts all that is read and written besides, and
+the operations that the host starts one by one. A formula does so for a model whose code does not run without numbers.
+`traffic` adds what GPUs exchange.
 """
 
 from dataclasses import dataclass, replace
@@ -13,16 +14,22 @@ from llm_trainer.model.memory.flops import count_attention, count_products
 from llm_trainer.model.memory.gpus import Gpu
 from llm_trainer.model.memory.scenario import MemoryScenario, ParallelismPlan
 from llm_trainer.model.memory.shape import UnknownShapeError
-from llm_trainer.model.memory.step_trace import StepTrace, trace_step
-from llm_trainer.planning.efficiency import Efficiency, find_efficiency
+from llm_trainer.model.memory.step_trace import Span, StepTrace, trace_step
+from llm_trainer.planning.efficiency import NO_HOST, Efficiency, find_efficiency, read_host
 from llm_trainer.planning.instances import InstanceType
-from llm_trainer.planning.traffic import Spread, count_traffic, time_waits
+from llm_trainer.planning.traffic import Spread, Traffic, count_traffic, time_waits
 
-UPDATE_BYTES = 28  # AdamW reads weight, gradient and two states of 4 bytes, and writes all but the gradient
-# Where no trace is: bytes for each number of a token's hidden state in a layer, forward and backward. A Llama of 8B
-# with an adapter moves so many (bench/RESULTS.md, GPU).
-FORMULA_BYTES = 100, 160
+# For each trained weight: AdamW reads weight, gradient and two states of 4 bytes, and writes all but the gradient. The
+# norm reads the gradient, and clipping reads and writes it.
+UPDATE_BYTES = 40
+# Where no trace is: bytes for each number of a token's hidden state in a layer, and a layer's launches and functions,
+# forward and backward. A Llama of 8B with an adapter has so many (bench/RESULTS.md, GPU).
+FORMULA_BYTES, FORMULA_LAUNCHES = (107, 202), ((51, 12), (73, 12))
 PCIE_BYTES = 25e9  # a second, of activations that wait in the host's memory: what PCIe 4.0 x16 reaches of 32
+# A row takes the time of so many tokens more in attention: tiles that a causal mask cuts, and the start of each. 8B in
+# rows of 1,024 shows it (bench/RESULTS.md, GPU). flash-attn's own figures say 530 (arXiv:2407.08608, figures 5 and 6).
+ROW_START = 650
+Others = tuple[float, float, int, int]  # the last fields of a Pass, from `moved` on
 
 
 @dataclass(frozen=True)
@@ -30,31 +37,59 @@ class Pass:
     """Work of a GPU in a pass over a batch."""
 
     products: float  # operations
+    float8_products: float  # operations in float8
     attention: float  # operations
     moved: float  # bytes of its own memory, besides those of products
     offloaded: float  # bytes to or from the host's memory
+    launches: int  # operations that the host starts
+    functions: int  # autograd functions in Python that it goes through
 
     def time(self, rates: "Rates") -> float:
-        """Return the seconds that it takes at these rates."""
-        computing = self.products / rates.products + self.attention / rates.attention + self.moved / rates.moved
-        return max(computing, self.offloaded / PCIE_BYTES)
+        """Return the seconds that it takes at these rates. The host starts operations while the GPU runs others."""
+        products = self.products / rates.products + self.float8_products / rates.float8_products
+        computing = products + self.attention / rates.attention + self.moved / rates.moved
+        starting = self.launches * rates.launch_seconds + self.functions * rates.function_seconds
+        return max(computing, self.offloaded / PCIE_BYTES, starting)
 
 
 @dataclass(frozen=True)
 class Rates:
-    """The work of a GPU in a second: operations of products and of attention, and bytes of its own memory."""
+    """The work of a GPU in a second, and the seconds that its host takes for what it does."""
 
-    products: float
+    products: float  # operations
+    float8_products: float
     attention: float
-    moved: float
+    moved: float  # bytes of its own memory
+    launch_seconds: float  # of an operation
+    function_seconds: float  # of an autograd function in Python, besides its operations
+    between_seconds: float  # from a step's last operation to the first of the next
+
+    def slow_down(self, gpu: float, host: float) -> "Rates":
+        """Return the rates of a GPU and a host that take so many times as long."""
+        return Rates(
+            self.products / gpu,
+            self.float8_products / gpu,
+            self.attention / gpu,
+            self.moved / gpu,
+            self.launch_seconds * host,
+            self.function_seconds * host,
+            self.between_seconds * host,
+        )
 
 
 def find_rates(gpu: Gpu, efficiency: Efficiency, scenario: MemoryScenario) -> Rates:
-    """Return what a GPU does in a second in the type that the job computes in."""
+    """Return what a GPU does in a second in the type that the job computes in. A CPU is its own host."""
     peak = gpu.fp32_flops if scenario.dtypes[1] == torch.float32 else gpu.peak_flops
-    speed_up = efficiency.float8 if scenario.shape.quantization == "fp8" else 1.0
-    moved = efficiency.bandwidth * gpu.memory_bandwidth
-    return Rates(speed_up * efficiency.products * peak, efficiency.attention * peak, moved)
+    host = read_host() if scenario.target.on_gpu else NO_HOST
+    return Rates(
+        products=efficiency.products * peak,
+        float8_products=efficiency.products * (gpu.fp8_flops or peak),
+        attention=efficiency.attention * peak,
+        moved=efficiency.bandwidth * gpu.memory_bandwidth,
+        launch_seconds=host.launch_seconds,
+        function_seconds=host.function_seconds,
+        between_seconds=host.between_seconds,
+    )
 
 
 @dataclass(frozen=True)
@@ -92,25 +127,43 @@ def time_step(
     A sharded model is spread over the scenario's `world_size`, and replicated over the others. `row_tokens` is the
     length of the row that a token stands in. Raise UnknownShapeError where not even the model's parts are known.
     """
-    efficiency, training = find_efficiency(host.gpu.name), scenario.settings.training
     trace = find_trace(scenario, plan)
     passes = count_passes(scenario, plan, trace, row_tokens)
     if passes is None:
         return None
+    efficiency = find_efficiency(host.gpu.name)
     rates = find_rates(host.gpu, efficiency, scenario)
-    forward, backward = (each.time(rates) for each in passes)
     shards = scenario.target.world_size if plan.sharded else 1
-    spread = Spread(gpus, shards, training.gradient_accumulation_steps)
+    spread = Spread(gpus, shards, scenario.settings.training.gradient_accumulation_steps)
     traffic = count_traffic(scenario.shape, scenario.dtypes[1], shards)
+    passes = add_copies(passes, traffic) if shards > 1 else passes
+    update = UPDATE_BYTES * scenario.shape.num_trained / shards
+    computing, low, high = (
+        time_computing(passes, spread.pieces, update, each) for each in list_rates(rates, efficiency)
+    )
+    forward, backward = (each.time(rates) for each in passes)
     waiting, everything = time_waits(host, traffic, spread, forward, backward) if gpus > 1 else (0.0, 0.0)
-    update = UPDATE_BYTES * scenario.shape.num_trained / shards / rates.moved
-    return StepTime(
-        compute_seconds=spread.pieces * (forward + backward) + update,
-        waiting_seconds=waiting,
-        traffic_seconds=everything,
-        low=efficiency.low,
-        high=efficiency.high,
-        is_traced=trace is not None,
+    return StepTime(computing, waiting, everything, low / computing, high / computing, is_traced=trace is not None)
+
+
+def list_rates(rates: Rates, efficiency: Efficiency) -> list[Rates]:
+    """List the likely rates, those of a GPU and a host at their fastest, and at their slowest."""
+    host = read_host()
+    return [rates, rates.slow_down(efficiency.low, host.low), rates.slow_down(efficiency.high, host.high)]
+
+
+def time_computing(passes: tuple[Pass, Pass], pieces: int, update: float, rates: Rates) -> float:
+    """Return the seconds of a step's batches, of an update that moves so many bytes, and of what lies between steps."""
+    return pieces * sum(each.time(rates) for each in passes) + update / rates.moved + rates.between_seconds
+
+
+def add_copies(passes: tuple[Pass, Pass], traffic: Traffic) -> tuple[Pass, Pass]:
+    """Return the passes with what FSDP2 reads and writes to lay gathered weights, and gradients to reduce, in place."""
+    forward, backward = passes
+    again = 2 * (traffic.gathered_again + traffic.reduced)
+    return (
+        replace(forward, moved=forward.moved + 2 * traffic.gathered),
+        replace(backward, moved=backward.moved + again),
     )
 
 
@@ -136,19 +189,32 @@ def count_passes(
     forward, both = (count_products(shape, config, *factors) for factors in ((2, 2), (4, 6)))
     if forward is None or both is None:
         return None
-    attention = count_attention(config.get_text_config(), row_tokens)
+    in_float8 = 2 * shape.count_weights("linear") if shape.quantization == "fp8" else 0
     recomputed = (shape.num_layers - plan.kept_layers) / shape.num_layers if plan.recompute_activations else 0.0
     tokens = scenario.settings.training.per_device_train_batch_size * scenario.length
-    moved, moved_back, offloaded = count_moved(scenario, plan, traces, tokens, recomputed)
+    attention = tokens * count_causal_attention(scenario, row_tokens)
+    moved = count_moved(scenario, plan, traces, tokens, recomputed)
     return (
-        Pass(tokens * forward, tokens * attention / 3, moved, offloaded),
+        Pass(tokens * (forward - in_float8), tokens * in_float8, attention / 3, *moved[0]),
         Pass(
-            tokens * (both - forward + recomputed * forward),
-            tokens * attention * (2 + recomputed) / 3,
-            moved_back,
-            offloaded,
+            tokens * (both - forward - in_float8 + recomputed * (forward - in_float8)),
+            tokens * (1 + recomputed) * in_float8,
+            attention * (2 + recomputed) / 3,
+            *moved[1],
         ),
     )
+
+
+def count_causal_attention(scenario: MemoryScenario, row_tokens: float) -> float:
+    """Return the operations of attention for a token, with those that the start of a row takes the time of.
+
+    A causal mask hides half of a row. A kernel that reads a mask computes what it hides, of the whole sequence.
+    """
+    config = scenario.config.get_text_config()
+    hidden = 1.0 if scenario.has_mask else 0.5
+    seen = count_attention(config, scenario.length if scenario.has_mask else row_tokens)
+    start = count_attention(config, ROW_START) if scenario.target.on_gpu else 0.0
+    return hidden * seen + start / 2
 
 
 def count_moved(
@@ -157,16 +223,27 @@ def count_moved(
     traces: tuple[StepTrace, StepTrace] | None,
     tokens: int,
     recomputed: float,
-) -> tuple[float, float, float]:
-    """Return the bytes that move in the forward pass, in the backward pass, and to the host's memory between them."""
+) -> tuple[Others, Others]:
+    """Return all work but operations in the forward and the backward pass."""
     shape = scenario.shape
     if traces is None:
         numbers = tokens * scenario.config.get_text_config().hidden_size * shape.num_layers
+        offloaded = 2 * numbers if plan.offload_activations else 0.0
         forward, backward = (numbers * each for each in FORMULA_BYTES)
-        return forward, backward + recomputed * forward, 2 * numbers if plan.offload_activations else 0.0
+        first, second = (tuple(shape.num_layers * number for number in each) for each in FORMULA_LAUNCHES)
+        again = [round(there + recomputed * number) for there, number in zip(second, first, strict=True)]
+        return (forward, offloaded, *first), (backward + recomputed * forward, offloaded, *again)
     trace, kept = traces
     sources = [kept if index >= shape.num_layers - plan.kept_layers else trace for index in range(shape.num_layers)]
     pairs = list(zip(sources, shape.kinds, strict=True))
-    forward = trace.embedding.moved + sum(source.forward[kind].moved for source, kind in pairs)
-    backward = trace.head.moved + trace.end.moved + sum(source.backward[kind].moved for source, kind in pairs)
-    return forward, backward, sum(trace.offloaded[kind] for kind in shape.kinds)
+    there = [trace.embedding, *(source.forward[kind] for source, kind in pairs)]
+    back = [trace.head, trace.end, *(source.backward[kind] for source, kind in pairs)]
+    offloaded = sum(trace.offloaded[kind] for kind in shape.kinds)
+    return sum_spans(there, offloaded), sum_spans(back, offloaded)
+
+
+def sum_spans(spans: list[Span], offloaded: float) -> Others:
+    """Return the work in these spans, which send so many bytes to the host's memory or back."""
+    counts = ((span.moved, span.launches, span.functions) for span in spans)
+    moved, launches, functions = (sum(each) for each in zip(*counts, strict=True))
+    return moved, offloaded, launches, functions

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each GPU of the instance types has an entry with its source, and what was not measured has the wider range."""
 
-from llm_trainer.planning.efficiency import find_efficiency, read_table
+from llm_trainer.planning.efficiency import find_efficiency, read_host, read_table
 from llm_trainer.planning.instances import read_instances
 
 
@@ -21,3 +21,10 @@ def test_what_was_not_measured_is_less_sure():
         return find_efficiency(name).high / find_efficiency(name).low
 
     assert width("H200") < width("H100") < width("L4") <= width("a GPU of next year")
+
+
+def test_a_host_is_described_with_its_source():
+    host = read_host()
+    assert 0 < host.launch_seconds < host.function_seconds < host.between_seconds < 0.1
+    assert host.low < 1 < host.high
+    assert host.source.startswith("measured ")

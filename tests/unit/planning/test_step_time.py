@@ -2,6 +2,7 @@
 """The seconds of a step beside those that one H200 took, and what must hold for any model."""
 
 import json
+import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,10 +17,16 @@ from llm_trainer.model.liger import KERNELS
 from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, ParallelismPlan, Target
 from llm_trainer.model.memory.shape import UnknownShapeError
 from llm_trainer.planning import step_time
+from llm_trainer.planning.efficiency import read_host
 from llm_trainer.planning.instances import read_instances
-from llm_trainer.planning.step_time import time_step
+from llm_trainer.planning.step_time import ROW_START, count_causal_attention, time_step
 
-VARIANTS = json.loads((Path(__file__).parents[3] / "bench/gpu-h200.json").read_text())["variants"]
+BENCH = Path(__file__).parents[3] / "bench"
+sys.path.append(str(BENCH))
+from step_times import JOBS, list_published, plan_step  # noqa: E402
+
+FIGURES = json.loads((BENCH / "gpu-h200.json").read_text())
+PUBLISHED = {f"{name} on {case.host}": (case, seconds) for name, case, seconds in list_published()}
 H200 = read_instances().types["ml.p5en.48xlarge"]
 LLAMA_8B = LlamaConfig(
     vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
@@ -44,21 +51,49 @@ def build_scenario(config="8B", gpus=1, **settings):
     return MemoryScenario(CONFIGS[config], sections, 1024, target, "flash_attention_2", frozenset(KERNELS))
 
 
-@pytest.mark.parametrize(
-    ("variant", "settings", "plan"),
-    [
-        ("fused adapters", {}, NO_SAVINGS),
-        ("first release", {"lora_dropout": 0.1}, RECOMPUTES),
-        ("nf4, fused", {"load_in_4bit": True}, NO_SAVINGS),
-        ("fp8, fused", {"base_compute": "fp8"}, NO_SAVINGS),
-    ],
-)
-def test_a_step_takes_what_one_h200_took(variant, settings, plan):
-    step = time_step(H200, build_scenario(**settings), plan, 1, 1024)
-    measured = VARIANTS[variant]["step_ms"] / 1000
-    assert step.seconds == pytest.approx(measured, rel=0.06)
+@pytest.mark.parametrize("name", JOBS)
+def test_a_jobs_step_takes_what_it_took_alone_on_one_h200(name):
+    step, measured = plan_step(JOBS[name]), FIGURES["steps"][name]["step_ms"] / 1000
+    assert step.seconds == pytest.approx(measured, rel=0.08)
+    assert round(1000 * step.seconds) == FIGURES["steps"][name]["planned_ms"]  # else run bench/step_times.py
     low, high = step.range_seconds
     assert low < measured < high
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings", "plan", "attention"),
+    [
+        ("first release", {"lora_dropout": 0.1}, RECOMPUTES, "flash_attention_2"),
+        ("sdpa", {"packing": True, "max_length": 4096, "per_device_train_batch_size": 2}, NO_SAVINGS, "sdpa"),
+        ("fp8, fused", {"base_compute": "fp8"}, NO_SAVINGS, "flash_attention_2"),
+    ],
+)
+def test_a_variant_of_the_step_takes_what_one_h200_took(variant, settings, plan, attention):
+    step = time_step(H200, replace(build_scenario(**settings), attention=attention), plan, 1, 1024)
+    assert step.seconds == pytest.approx(FIGURES["variants"][variant]["step_ms"] / 1000, rel=0.08)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_job_lies_within_the_range_of_its_plan(name):
+    case, seconds = PUBLISHED[name]
+    low, high = plan_step(case).range_seconds
+    assert low < seconds < high
+
+
+def test_a_step_of_few_tokens_takes_what_its_host_takes():
+    few, more = (
+        time_step(H200, build_scenario("tiny", max_length=length), NO_SAVINGS, 1, length) for length in (8, 64)
+    )
+    assert few.seconds == more.seconds
+    host = read_host()
+    assert few.range_seconds == pytest.approx((host.low * few.seconds, host.high * few.seconds), rel=1e-4)
+    assert few.seconds > host.between_seconds
+
+
+def test_short_rows_take_longer_in_attention_than_their_operations_do():
+    short, long = (count_causal_attention(build_scenario(), tokens) for tokens in (128, 4096))
+    assert long / short == pytest.approx((4096 + ROW_START) / (128 + ROW_START))
 
 
 @pytest.mark.parametrize("kept_layers", [0, 1, 2])
@@ -76,7 +111,8 @@ def test_accumulated_batches_take_their_time_and_gpus_wait_for_each_other():
         for pieces in (1, 2)
     )
     assert one.waiting_seconds == 0
-    assert 1.9 < two.compute_seconds / one.compute_seconds <= 2
+    between = read_host().between_seconds
+    assert 1.9 < (two.compute_seconds - between) / (one.compute_seconds - between) <= 2
     sharded = replace(NO_SAVINGS, sharded=True)
     within = time_step(H200, build_scenario("tiny", gpus=8), sharded, 8, 1024)
     between = time_step(H200, build_scenario("tiny", gpus=16), sharded, 16, 1024)
@@ -99,7 +135,6 @@ def test_a_model_that_cannot_be_traced_is_timed_by_formula(monkeypatch):
 def test_a_t4_computes_float32_without_tensor_cores():
     t4 = read_instances().types["ml.g4dn.xlarge"]
     half, whole = (
-        time_step(t4, build_scenario("tiny", torch_dtype=dtype), NO_SAVINGS, 1, 1024)
-        for dtype in ("float16", "float32")
+        time_step(t4, build_scenario(torch_dtype=dtype), NO_SAVINGS, 1, 1024) for dtype in ("float16", "float32")
     )
     assert whole.compute_seconds > 1.5 * half.compute_seconds

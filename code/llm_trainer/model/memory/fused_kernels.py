@@ -50,12 +50,14 @@ class FusedGate(torch.autograd.Function):
         """Return the product of two tensors of one shape."""
         gate, values = gate.contiguous(), values.contiguous()
         ctx.save_for_backward(gate, values)
-        return torch.empty_like(gate)
+        return gate * values
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        """Return the gradients of gate and values."""
+        """Return the gradients of gate and values, for which all three are read and both are written over."""
         gate, values = ctx.saved_tensors
+        gate.mul_(gradient)
+        values.copy_(gate)
         return gate.view_as(gate), values.view_as(values)
 
 

@@ -19,6 +19,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import BackwardCFunction, Function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -31,14 +32,15 @@ from trl.trainer.utils import add_fused_lm_head
 from llm_trainer.common.errors import quote_error
 from llm_trainer.model.memory import fused_kernels
 from llm_trainer.model.memory.offloading import Offload
-from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError
+from llm_trainer.model.memory.shape import BLOCK_SIZE, ModelShape, UnknownShapeError
 
 FUSED = "fused"  # our attention kernel, for models that have no SDPA
 MAX_OPERATIONS = 20_000  # a few seconds; a layer of attention takes about a hundred, forward and backward
 ATEN = torch.ops.aten
 PRODUCTS = frozenset({ATEN.mm, ATEN.addmm, ATEN.addmm_, ATEN.bmm, ATEN.baddbmm, ATEN._grouped_mm})
-LOOK_UPS = frozenset({ATEN.embedding, ATEN.index, ATEN.index_select, ATEN.gather})
-EMPTY = frozenset({ATEN.empty, ATEN.empty_like, ATEN.new_empty, ATEN.empty_strided, ATEN.new_empty_strided})
+COPIES = frozenset({ATEN.copy_, ATEN.embedding, ATEN.index, ATEN.index_select, ATEN.gather})
+EMPTY = frozenset({ATEN.empty, ATEN.empty_like, ATEN.empty_strided})
+UNFILLED = frozenset({ATEN.new_empty, ATEN.new_empty_strided})
 # Operations a byte below which a product takes as long as its bytes. An adapter's have about its rank, and others
 # thousands. GPUs are as fast at both at 60 to 400.
 BOUND_OPERATIONS = 100
@@ -51,11 +53,15 @@ class Span:
 
     The peak is counted above what was held when it began. The net is what it left behind at its end. `moved` is read
     and written by all operations but the products that take as long as their arithmetic, which `flops` counts.
+    `launches` counts operations that the host has to start on a GPU. `functions` counts its passes through autograd
+    functions in Python.
     """
 
     peak: int
     net: int
     moved: int = 0
+    launches: int = 0
+    functions: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,8 @@ class HeldBytes(TorchDispatchMode):
     def __init__(self, known: list[torch.Tensor], first_span: Hashable, offload: Offload | None = None) -> None:
         super().__init__()
         self.offload, self.leaving = offload, 0
-        self.held = self.highest = self.began = self.moved = self.num_operations = 0
+        self.held = self.highest = self.began = self.num_operations = 0
+        self.moved = self.launches = self.functions = 0
         self.seen = WeakIdKeyDictionary()  # a storage is counted once, however many tensors look at it
         for tensor in known:
             self.seen[tensor.untyped_storage()] = None
@@ -92,8 +99,10 @@ class HeldBytes(TorchDispatchMode):
         if self.num_operations > MAX_OPERATIONS and func.namespace == "aten":
             raise UnknownShapeError("its code goes through a row token by token, which takes too long to follow")
         out = func(*args, **(kwargs or {}))
-        tensors = list_tensors(out)
-        self.moved += count_moved_bytes(func, list_tensors((args, kwargs)), tensors)
+        inputs, tensors = list_tensors((args, kwargs)), list_tensors(out)
+        if not is_view(func, inputs, tensors):
+            self.launches += 1
+            self.moved += count_moved_bytes(func, inputs, tensors)
         for tensor in tensors:
             self.count_storage(tensor.untyped_storage())
         return out
@@ -116,10 +125,31 @@ class HeldBytes(TorchDispatchMode):
         """End the span that is under way, and begin the one of this name."""
         before, self.leaving = self.leaving, self.offload.count_leaving() if self.offload else 0
         net = self.held - self.began - (self.leaving - before)
-        self.spans[self.name] = Span(self.highest - self.began + before, net, self.moved)
+        counts = self.moved, self.launches, self.functions
+        self.spans[self.name] = Span(self.highest - self.began + before, net, *counts)
         self.name = name
         self.began = self.highest = self.held
-        self.moved = 0
+        self.moved = self.launches = self.functions = 0
+
+
+@contextmanager
+def count_functions(held: HeldBytes) -> Iterator[None]:
+    """Count, within the block, each pass through an autograd function that is written in Python."""
+    forward, backward = Function.apply.__func__, BackwardCFunction.apply
+
+    def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+        held.functions += 1
+        return forward(cls, *args, **kwargs)
+
+    def apply_back(node: BackwardCFunction, *args: Any) -> Any:
+        held.functions += 1
+        return backward(node, *args)
+
+    Function.apply, BackwardCFunction.apply = classmethod(apply), apply_back
+    try:
+        yield
+    finally:
+        Function.apply, BackwardCFunction.apply = classmethod(forward), backward
 
 
 def list_tensors(values: Any) -> list[torch.Tensor]:
@@ -127,16 +157,22 @@ def list_tensors(values: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
-def count_moved_bytes(func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
-    """Return the bytes that an operation reads and writes. Views count none, and neither do products of large matrices.
-
-    What is made empty stands for a kernel's result, for which it reads about as much. A look-up reads what it returns.
-    """
+def is_view(func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> bool:
+    """Tell whether an operation only looks at what is there, for which nothing runs on a device."""
     known = {tensor.untyped_storage()._cdata for tensor in inputs}
-    if not func._schema.is_mutable and all(each.untyped_storage()._cdata in known for each in outputs):
-        return 0
+    return not func._schema.is_mutable and all(each.untyped_storage()._cdata in known for each in outputs)
+
+
+def count_moved_bytes(func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
+    """Return the bytes that an operation reads and writes. Products of large matrices count none.
+
+    What is made empty stands for a kernel's result, for which it reads about as much. `new_empty` makes place for the
+    product that comes next. A copy or a look-up reads what it writes.
+    """
     written, operation = sum(each.nbytes for each in outputs), func.overloadpacket
-    if operation in LOOK_UPS or operation in EMPTY:
+    if operation in UNFILLED:
+        return 0
+    if operation in COPIES or operation in EMPTY:
         return 2 * written
     moved = written + sum(each.nbytes for each in inputs)
     if operation in PRODUCTS:
@@ -180,8 +216,7 @@ def trace_step(shape: ModelShape, step: Step) -> StepTrace:
 
 def run_fake_step(shape: ModelShape, step: Step) -> StepTrace:
     """Run the step on a copy of the skeleton whose tensors have no numbers, and return what was counted."""
-    mode = FakeTensorMode()
-    model = copy.deepcopy(shape.skeleton)
+    mode, model = FakeTensorMode(), copy.deepcopy(shape.skeleton)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     with mode:
         make_computable(model, base, step)
@@ -196,6 +231,7 @@ def run_fake_step(shape: ModelShape, step: Step) -> StepTrace:
             tracer.trace_layer(layer, index, hooks)
         hooks.enter_context(offload or nullcontext())
         hooks.enter_context(replace_kernels(step.on_gpu))
+        hooks.enter_context(count_functions(held))
         hooks.enter_context(fused_kernels.replace_rope(base, step.fused_kernels))
         hooks.enter_context(torch.set_grad_enabled(step.trains))
         with torch.autocast("cpu", step.compute_dtype, enabled=step.compute_dtype != torch.float32):
@@ -262,7 +298,7 @@ def build_batch(step: Step) -> dict[str, torch.Tensor]:
     return {**batch, "attention_mask": torch.ones(mask_shape, dtype=torch.bool)} if step.has_mask else batch
 
 
-class QuantizedProduct(torch.autograd.Function):
+class QuantizedProduct(Function):
     """Product with a quantized matrix, which in LLM.int8() keeps the input."""
 
     @staticmethod
@@ -280,16 +316,20 @@ class QuantizedProduct(torch.autograd.Function):
 def make_product(x: torch.Tensor, module: nn.Linear, width: int) -> torch.Tensor:
     """Return a product (..., width) with a quantized matrix, beside what there is while it is computed.
 
-    bitsandbytes unpacks the matrix. A product in float8 rounds the other side.
+    A product in float8 rounds the other side. bitsandbytes unpacks the matrix, whose scales it unpacks before.
     """
-    in_float8 = module.quantization == "fp8"
-    operand = torch.empty(x.shape, dtype=torch.uint8) if in_float8 else torch.empty(module.weight.shape, dtype=x.dtype)
+    if module.quantization == "fp8":
+        operand, scales = x.to(torch.uint8), None
+    else:
+        scales = torch.empty(module.weight.numel() // BLOCK_SIZE, dtype=torch.float32)
+        scales.add_(0)
+        operand = torch.empty(module.weight.shape, dtype=x.dtype)
     product = x.new_empty(*x.shape[:-1], width)
-    del operand
+    del operand, scales
     return product
 
 
-class FusedAttention(torch.autograd.Function):
+class FusedAttention(Function):
     """Fused attention, which holds for the backward pass: queries, keys, values, result, normalizers and mask.
 
     So does flash attention 2 (Dao 2023, arXiv:2307.08691), and so do torch's kernels (derivatives.yaml).

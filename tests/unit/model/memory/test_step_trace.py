@@ -9,12 +9,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.autograd import Function
 from transformers import LlamaConfig
 
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.memory import step_trace
 from llm_trainer.model.memory.shape import UnknownShapeError, read_shape
-from llm_trainer.model.memory.step_trace import HeldBytes, Span, Step, make_flash_buffers, trace_step
+from llm_trainer.model.memory.step_trace import (
+    HeldBytes,
+    Span,
+    Step,
+    count_functions,
+    make_flash_buffers,
+    trace_step,
+)
 from support.packed_models import KEEP_APART, LEAK
 
 WIDTH, LENGTH = 128, 256
@@ -55,8 +63,33 @@ def test_storages_are_counted_once_and_while_they_live():
         assert held.held == 0
         held.begin("over")
     assert view.numel() == 10
-    # A sum and a product each read a tensor and write one, and views move nothing.
-    assert held.spans == {"first": Span(4000, 4000, moved=8000), "second": Span(4000, -4000, moved=8000)}
+    # A sum and a product each read a tensor and write one, and views neither move nor start anything.
+    assert held.spans == {"first": Span(4000, 4000, 8000, launches=1), "second": Span(4000, -4000, 8000, launches=1)}
+
+
+class Doubled(Function):
+    """A function in Python, which fills a place that it made."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.new_empty(x.shape).copy_(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+def test_functions_in_python_are_counted_in_both_passes_and_places_do_not_move():
+    given = torch.ones(1000, requires_grad=True)
+    with HeldBytes([given], "forward") as held, count_functions(held):
+        made = Doubled.apply(given)
+        held.begin("backward")
+        made.backward(torch.ones(1000))
+        held.begin("over")
+    assert held.spans["forward"].functions == held.spans["backward"].functions == 1
+    assert held.spans["forward"].moved == 8000  # what is copied is read, and its place is written
+    Doubled.apply(given)
+    assert held.functions == 0
 
 
 def test_a_layer_leaves_activations_and_its_backward_pass_takes_them_away(shape):
