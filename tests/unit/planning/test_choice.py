@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The three candidates that matter, and the settings with which a job gets there what was planned."""
 
+from dataclasses import replace
+
 import pytest
 
 from llm_trainer.planning.candidates import list_candidates
@@ -37,8 +39,8 @@ def test_without_data_only_the_cheapest_is_known():
     assert choose([]) == {}
 
 
-def test_what_is_not_offered_is_chosen_only_where_no_other_fits():
-    prices = PRICES.model_copy(update={"on_demand": {"ml.p4d.24xlarge": 25.0}})
-    assert choose(list_candidates(outline_job(prices=prices)))["cheapest"].host.name == "ml.p4d.24xlarge"
-    elsewhere = PRICES.model_copy(update={"on_demand": {"ml.m5.large": 0.1}})
-    assert not choose(list_candidates(outline_job(prices=elsewhere)))["cheapest"].offered
+def test_what_is_not_offered_is_chosen_only_where_no_other_fits(candidates):
+    one = [replace(each, offered=each.host.name == "ml.p4d.24xlarge") for each in candidates]
+    assert {each.host.name for each in choose(one).values()} == {"ml.p4d.24xlarge"}
+    none = [replace(each, offered=False) for each in candidates]
+    assert not any(each.offered for each in choose(none).values())
