@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A channel is uploaded once, below the digest of its files, and without what is hidden."""
 
+import io
 import os
 
 import pytest
+from botocore.awsrequest import AWSResponse
 
+from llm_trainer.aws import clients
+from llm_trainer.aws.clients import open_client
+from llm_trainer.aws.refusals import explain_refusals
 from llm_trainer.aws.uploads import check_region, list_sizes, read_channel, upload_channel
 from llm_trainer.common.errors import UserError
 from support.aws_server import write_rows
@@ -126,3 +131,34 @@ def test_a_bucket_of_another_region_is_told_before_anything_is_sent(aws, folder)
 
 def tell_region(parsed, **_):
     parsed["ResponseMetadata"]["HTTPHeaders"]["x-amz-bucket-region"] = "eu-west-1"
+
+
+SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+
+
+def throttle(times):
+    """Have S3 answer so many requests to put an object as it does where too many come."""
+    left = [times]
+
+    def answer(request, **_):
+        left[0] -= 1
+        raw = io.BytesIO(SLOW_DOWN)
+        raw.stream = lambda: iter([SLOW_DOWN])
+        return AWSResponse(request.url, 503, {}, raw) if left[0] >= 0 else None
+
+    open_client("s3").meta.events.register("before-send.s3.PutObject", answer)
+
+
+def test_an_upload_outlasts_throttling_and_tells_it_where_it_does_not_end(aws, folder, monkeypatch):
+    aws.furnish()
+    channel = read_channel("train", folder, "s3://bucket/input")
+    throttle(1)
+    upload_channel(channel, None)
+    assert list_sizes(aws.client("s3"), channel.uri) == {"rows.jsonl": (folder / "rows.jsonl").stat().st_size}
+    (folder / "rows.jsonl").write_text("{}\n")
+    open_client.cache_clear()
+    monkeypatch.setattr(clients, "ATTEMPTS", 1)
+    throttle(1)
+    told = r"AWS throttles PutObject and went on so .*: try again in a minute"
+    with pytest.raises(UserError, match=told), explain_refusals():
+        upload_channel(read_channel("train", folder, "s3://bucket/input"), None)
