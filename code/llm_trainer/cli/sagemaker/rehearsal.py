@@ -101,6 +101,9 @@ def find_plan_refusals(planned: Mapping[str, Any], places: Sequence[Place], budg
     if "instances" not in planned and planned["problems"] and budget.is_asked:
         yield from (f"The cost of the job is not known: {text}" for text in planned["problems"])
         return
+    if budget.max_dollars and (currency := planned.get("currency") or "USD") != "USD":
+        yield f"--max-dollars cannot be kept, since the prices are in {currency}: give prices in USD, or leave it out."
+        return
     for place in places:
         entry = find_entry(planned, place)
         dollars = add_warm_pool(entry, place)

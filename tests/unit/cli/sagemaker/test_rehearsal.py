@@ -68,6 +68,14 @@ def test_a_budget_bounds_the_time_on_the_dearest_place():
     assert "It costs about 10.00 dollars on 2 x ml.g6.2xlarge" in refusal
 
 
+def test_prices_in_another_currency_keep_no_budget():
+    entry = {"instance_type": "ml.g6.2xlarge", "count": 1, "fits": True, "dollars": 4.0, "dollars_an_hour": 8.0}
+    planned = {"instances": [entry], "currency": "CNY"}
+    (problem,) = find_plan_refusals(planned, [Place("ml.g6.2xlarge", 1)], Budget(9.0))
+    assert "since the prices are in CNY" in problem
+    assert list(find_plan_refusals({**planned, "currency": "USD"}, [Place("ml.g6.2xlarge", 1)], Budget(9.0))) == []
+
+
 def test_why_plan_knows_no_prices_is_told():
     planned = {"problems": ["prices.json was not found."], "warnings": []}
     (problem,) = find_plan_refusals(planned, [Place("ml.g6.2xlarge", 1)], Budget(5.0, ("--prices-file", "prices.json")))
