@@ -61,6 +61,7 @@ from llm_trainer.planning.comparison import (
 )
 from llm_trainer.planning.fitting import Fit, Fitter
 from llm_trainer.planning.learning import Learnt
+from llm_trainer.planning.other_instances import add_other_instances
 from llm_trainer.planning.workload import measure_work
 from llm_trainer.training.loss_check import check_loss
 from llm_trainer.training.methods import TrainingMethod, choose_method
@@ -292,7 +293,11 @@ def export(context: Context, prepared: Prepared, built: Built, outcome: Outcome)
     with StopWatch(prepared.stop_request.file, trainer.stopped) as watch:
         result = collect_result(context, prepared, built, outcome, watch)
         placed = place_result(result)
-        manifest = build_manifest(trainer, describe_trained_run(context, prepared, built, outcome))
+        outline = outline_run(context, prepared, built)
+        compared = compare_run(context, prepared, built, outcome, outline)
+        manifest = build_manifest(trainer, describe_trained_run(context, prepared, built, outcome, compared))
+        with warn_of_failure("The plan on other instances", placed.path):
+            watch.attempt("the plan on other instances", lambda: add_other_instances(outline, manifest))
         if outcome.answers.prompts:
             with warn_of_failure("The answers after the training", placed.path):
                 watch.attempt("the answers after the training", outcome.answers.after_training)
@@ -481,7 +486,9 @@ def compute_expected(
     return None, None
 
 
-def describe_trained_run(context: Context, prepared: Prepared, built: Built, outcome: Outcome) -> TrainedRun:
+def describe_trained_run(
+    context: Context, prepared: Prepared, built: Built, outcome: Outcome, compared: dict[str, Any]
+) -> TrainedRun:
     """Return the run as its manifest describes it."""
     return TrainedRun(
         model=context.job.inputs.model,
@@ -492,23 +499,20 @@ def describe_trained_run(context: Context, prepared: Prepared, built: Built, out
         packing=built.packing,
         memory=outcome.memory,
         totals=outcome.totals,
-        planned_and_actual=compare_run(context, prepared, built, outcome),
+        planned_and_actual=compared,
         phase_seconds=context.timeline.seconds,
     )
 
 
-def compare_run(context: Context, prepared: Prepared, built: Built, outcome: Outcome) -> dict[str, Any]:
+def compare_run(
+    context: Context, prepared: Prepared, built: Built, outcome: Outcome, outline: Outline
+) -> dict[str, Any]:
     """Return what was planned beside what the job took up to its export, after telling it in the log."""
     timeline, environment, estimate = context.timeline, context.job.environment, built.memory.estimate
-    count, reports = len(environment.hosts), prepared.data.reports
+    count = len(environment.hosts)
     host = find_host(environment.instance_type, prepared.model_plan.device, world_size() // count)
     if host is None or estimate is None:
         return {}
-    eval_lengths = reports["validation"].lengths if "validation" in reports else {}
-    work = measure_work(reports["train"].lengths, eval_lengths, context.settings.data)
-    prices = read_prices_beside(environment.channels.get("config"))
-    merges = context.settings.output.merge_weights
-    outline = Outline(Fitter(built.scenario), work, merges, Learnt(), prices)
     start = sum(seconds for phase, seconds in timeline.seconds.items() if phase != "training")
     hours = sum(timeline.seconds.values()) / 3600
     actual = Figures(outcome.memory["measured_peak_bytes"], outcome.progress.step_seconds, start, hours)
@@ -517,6 +521,16 @@ def compare_run(context: Context, prepared: Prepared, built: Built, outcome: Out
     if compared:
         log.info(describe_comparison(compared))
     return compared
+
+
+def outline_run(context: Context, prepared: Prepared, built: Built) -> Outline:
+    """Return the job as it is planned."""
+    reports, channels = prepared.data.reports, context.job.environment.channels
+    eval_lengths = reports["validation"].lengths if "validation" in reports else {}
+    lengths = reports["train"].lengths  # empty where rows are streamed and none has come
+    work = measure_work(lengths, eval_lengths, context.settings.data) if lengths else None
+    prices = read_prices_beside(channels.get("config"))
+    return Outline(Fitter(built.scenario), work, context.settings.output.merge_weights, Learnt(), prices)
 
 
 def describe_origin(job: Job, base_folder: str) -> Origin:

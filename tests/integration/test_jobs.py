@@ -47,6 +47,8 @@ def lora_job(make_tree):
     tree.change(token="hf_secret", per_device_train_batch_size='"4"', use_peft="True", report_to="None")
     tree.change(gradient_accumulation_steps="2")
     tree.write("sitecustomize.py", RECORD_IMPORTS)
+    resources = tree.base_dir / "input/config/resourceconfig.json"
+    resources.write_text(resources.read_text().replace("ml.c5.xlarge", "ml.g5.2xlarge"))  # whose GPUs are planned
     tree.environment["PYTHONPATH"] = os.pathsep.join([str(tree.base_dir), os.environ.get("PYTHONPATH", "")])
     tree.result = tree.run()
     return tree
@@ -66,6 +68,17 @@ def test_what_was_planned_stands_beside_what_the_job_took(lora_job):
     assert "A step, planned and actual" in (lora_job.base_dir / "output/data/report.html").read_text()
     lesson = read_lesson(lora_job.base_dir / "model")
     assert lesson.step_share == actual["step_seconds"] / planned["step_seconds"]
+
+
+def test_a_job_on_a_gpu_instance_tells_what_others_would_take(lora_job):
+    manifest = json.loads((lora_job.base_dir / "model/training_manifest.json").read_text())
+    chosen = manifest["planned_and_actual"]["instances"]
+    assert {*chosen} == {"cheapest", "fastest", "best_value"}
+    assert chosen["fastest"]["hours"] <= chosen["cheapest"]["hours"]
+    assert chosen["cheapest"]["settings"]["per_device_train_batch_size"] == 4
+    page = (lora_job.base_dir / "output/data/report.html").read_text()
+    assert "On other instances" in page
+    assert chosen["best_value"]["instance_type"] in page
 
 
 def test_a_job_ends_with_an_adapter_and_nothing_else(lora_job):

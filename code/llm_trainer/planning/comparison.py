@@ -20,7 +20,7 @@ from llm_trainer.planning.run_time import PULL_SECONDS
 
 # A core's operations in float32 and all cores' bytes a second: rough, as a CPU's speed is to be learnt.
 CORE_FLOPS, CPU_BYTES = 50e9, 20e9
-HERE = "this machine"
+HERE, CPU = "this machine", "CPU"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def describe_cpu(num_processes: int) -> Gpu:
     """Return the share of this host's CPU that each of its processes has, as a device that can be planned."""
     cores = (os.cpu_count() or 1) / num_processes
     peak = CORE_FLOPS * cores
-    return Gpu("CPU", 0, 0, (0, 0), None, peak, None, peak, CPU_BYTES / num_processes, None, CPU_BYTES)
+    return Gpu(CPU, 0, 0, (0, 0), None, peak, None, peak, CPU_BYTES / num_processes, None, CPU_BYTES)
 
 
 def read_prices_beside(config_dir: Path | None) -> Prices | None:

@@ -5,9 +5,13 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Any
 
+from pydantic import BaseModel, Field, ValidationError
+
+from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
 from llm_trainer.common.errors import UserError
-from llm_trainer.journal.manifest import Manifest, read_manifest
+from llm_trainer.journal.manifest import MANIFEST
 from llm_trainer.model.memory.shape import ModelShape
 from llm_trainer.planning.instances import InstanceType
 from llm_trainer.planning.run_time import PULL_SECONDS, RunTime
@@ -15,6 +19,33 @@ from llm_trainer.planning.step_time import StepTime
 
 SAME_JOB = 0.95, 1.05  # a step beside another job's on the same instance type and model
 SAME_GPU = 0.8, 1.25  # and on the same GPU with another model
+
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Times(BaseModel):
+    """Seconds of a job in its manifest, planned or actual."""
+
+    step_seconds: Seconds
+    start_seconds: Seconds
+
+
+class Compared(BaseModel):
+    """A manifest's `planned_and_actual`, as far as it is learnt from."""
+
+    instance_type: str | None
+    gpu: str
+    planned: Times
+    actual: Times
+
+
+class TaughtJob(BaseModel):
+    """A manifest, as far as it is learnt from."""
+
+    parameters: int
+    trainable_parameters: int
+    planned_and_actual: Compared
 
 
 @dataclass(frozen=True)
@@ -75,21 +106,26 @@ def learn(files: Iterable[str]) -> Learnt:
 
 
 def read_lesson(place: Path) -> Lesson | str:
-    """Return what a job's manifest teaches, or a sentence on why it teaches nothing."""
-    folder = place if place.is_dir() else place.parent
+    """Return what a job's manifest teaches, or a sentence on why it teaches nothing. A folder stands for its own."""
+    file = place / MANIFEST if place.is_dir() else place
     try:
-        manifest: Manifest = read_manifest(folder)
-    except (OSError, UserError) as error:
-        return f"it cannot be read ({error}): give training_manifest.json of a job that has ended."
-    compared = manifest.get("planned_and_actual")
-    if not compared or not compared["actual"].get("step_seconds"):
-        return "it tells no time of a step: give training_manifest.json of a job that took at least two steps."
-    planned, actual = compared["planned"], compared["actual"]
+        return find_lesson(read_json(file))
+    except UnreadableTextError as error:
+        return f"it {error.reason}: give {MANIFEST} of a job that has ended."
+
+
+def find_lesson(manifest: Any) -> Lesson | str:
+    """Return what the content of a manifest teaches, or a sentence on why it teaches nothing."""
+    try:
+        job = TaughtJob.model_validate(manifest)
+    except ValidationError:
+        return f"it tells no time of a step: give {MANIFEST} of a job that took at least two steps."
+    planned, actual = job.planned_and_actual.planned, job.planned_and_actual.actual
     return Lesson(
-        compared["instance_type"],
-        compared["gpu"],
-        manifest["parameters"],
-        manifest["trainable_parameters"],
-        actual["step_seconds"] / planned["step_seconds"],
-        actual["start_seconds"] / planned["start_seconds"],
+        job.planned_and_actual.instance_type,
+        job.planned_and_actual.gpu,
+        job.parameters,
+        job.trainable_parameters,
+        actual.step_seconds / planned.step_seconds,
+        actual.start_seconds / planned.start_seconds,
     )

@@ -78,6 +78,7 @@ def render_page(history: History, clock: Clock, curves: list[Chart]) -> str:
         clock=clock,
         outcome=OUTCOMES.get(history.end.get("status", ""), "Unfinished"),
         facts=list(list_facts(history)),
+        instances=list(list_instances(history.manifest.get("planned_and_actual") or {})),
         advice=find_advice(history),
         groups=groups,
         drawings={chart.name: chart.describe_drawing() for charts in groups.values() for chart in charts},
@@ -142,6 +143,34 @@ def list_comparison(compared: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, (title, show) in shown.items():
         if planned.get(name) is not None and actual.get(name) is not None:
             yield f"{title}, planned and actual", f"{show(planned[name])}, {show(actual[name])}"
+
+
+def list_instances(compared: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each group of instances: what the job took on its own, and would take on those that matter.
+
+    The cells are why it is told, the instances, hours, their range, and the cost where prices are known.
+    """
+    actual, chosen = compared.get("actual") or {}, compared.get("instances") or {}
+    if not chosen:
+        return
+    own = f"{compared.get('count')} x {compared.get('instance_type')}"
+    yield "This job", own, show_hours(actual.get("hours")), "", show_dollars(actual.get("dollars"))
+    for name, title in {"cheapest": "Cheapest", "fastest": "Fastest", "best_value": "Best value"}.items():
+        each = chosen.get(name) or {}
+        if each:
+            ends = (show_hours(each.get(end)) for end in ("hours_at_least", "hours_at_most"))
+            place = f"{each.get('count')} x {each.get('instance_type')}"
+            yield title, place, show_hours(each.get("hours")), " to ".join(ends), show_dollars(each.get("dollars"))
+
+
+def show_hours(hours: float | None) -> str:
+    """Return hours as a text, empty where they are not known."""
+    return "" if hours is None else f"{hours:.2f}"
+
+
+def show_dollars(dollars: float | None) -> str:
+    """Return an amount as a text, empty where no price is known."""
+    return "" if dollars is None else f"{dollars:,.2f}"
 
 
 def list_settings(history: History) -> list[tuple[str, str]]:

@@ -2,6 +2,8 @@
 """What jobs took counts for their instance type and model, less surely for their GPU, and for no other."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -62,12 +64,23 @@ def test_a_start_is_learnt_for_its_own_type(tmp_path, shape):
     assert learnt.correct_start(run, TYPES["ml.g5.12xlarge"]) is run
 
 
+def test_manifests_may_lie_under_other_names_in_one_folder(tmp_path, shape):
+    files = [Path(write_manifest(tmp_path / str(seconds), shape, seconds=seconds)) for seconds in (1.1, 2.2)]
+    kept = [shutil.copy(file, tmp_path / f"job-{number}.json") for number, file in enumerate(files)]
+    assert [lesson.step_share for lesson in learn(map(str, kept)).lessons] == pytest.approx([1.0, 2.0])
+
+
 def test_manifests_that_teach_nothing_are_told_at_once(tmp_path, shape):
     files = [
         str(tmp_path / "nowhere/training_manifest.json"),
         write_manifest(tmp_path / "old", shape, planned_and_actual=None),
         write_manifest(tmp_path / "short", shape, seconds=None),
+        write_manifest(tmp_path / "damaged", shape, parameters="many"),
+        write_manifest(tmp_path / "odd", shape, seconds=-1.0),
     ]
+    cut = tmp_path / "cut.json"
+    cut.write_text('{"planned')
+    files.append(str(cut))
     with pytest.raises(UserError) as raised:
         learn(files)
     assert [problem.partition(": ")[0] for problem in raised.value.problems] == [f"--learn {file}" for file in files]
