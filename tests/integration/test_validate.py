@@ -177,6 +177,34 @@ def test_a_plan_asks_the_gpus_of_instances_and_not_this_machine(tiny_model, tmp_
     assert any("Tesla T4 (7.5)" in text for text in told) == bool(gpus)
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"region": "us-east-1"}, "is no price file"),
+        ("{", "is not valid JSON"),
+        (
+            {
+                "region": "us-east-1",
+                "asked_at": "2020-01-01T00:00:00Z",
+                "currency": "USD",
+                "on_demand": {"ml.g5.xlarge": 1.4},
+            },
+            "days old",
+        ),
+    ],
+)
+def test_prices_of_a_job_that_are_damaged_or_old_are_told_by_both_commands(tree, examine_tree, content, told):
+    tree.write("input/data/config/prices.json", content)
+    channels = {name: {} for name in ("model", "train", "validation", "config")}
+    tree.write("input/config/inputdataconfig.json", channels)
+    (warning,) = [text for text in examine_tree().list_texts("warning") if "price" in text]
+    assert told in warning
+    with patch.dict(os.environ, {"SAGEMAKER_BASE_DIR": str(tree.base_dir), **tree.environment}):
+        planned = examine_model([], PlanOptions(rows=10, tokens_per_row=10))
+    assert warning in [*planned.list_texts("error"), *planned.list_texts("warning")]
+    assert bool(planned.instances) == (told == "days old")
+
+
 def test_all_options_that_are_wrong_are_told_at_once_and_before_the_model_is_read(tmp_path):
     words, price_file = ["--model_id", str(tmp_path / "none"), "--lora_rnak", "3"], str(tmp_path / "none.json")
     options = PlanOptions(rows=-1, tokens_per_row=0, prices_file=price_file, learn_from=[str(tmp_path / "no")])

@@ -29,6 +29,8 @@ from llm_trainer.job.kept_checkpoints import find_damaged_checkpoint
 from llm_trainer.job.model_objects import find_broken_objects
 from llm_trainer.launcher.user_script import names_a_script
 from llm_trainer.launcher.worker_processes import build_library_variables
+from llm_trainer.planning.prices import find_price_file, read_prices
+from llm_trainer.planning.prices import find_warnings as find_price_warnings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -86,6 +88,7 @@ def examine_tree(words: Sequence[str], in_colour: bool, validation: Validation) 
     settings = job.settings
     examine_machine(settings, environment, validation)
     validation.add_findings("job", "warning", find_warnings(settings, environment, inputs))
+    examine_prices(environment, validation)
     set_variables(settings, inputs, validation)
     sections = WriteSettings(settings.adapter, settings.training, settings.output)
     if not reads_base_from_hub(inputs):
@@ -102,6 +105,15 @@ def examine_machine(settings: Settings, environment: Environment, validation: Va
     efa = inspect_efa(environment, settings.parallelism.require_efa and not settings.parallelism.use_cpu)
     if efa.verdict != "ok":
         validation.findings.append(efa)
+
+
+def examine_prices(environment: Environment, validation: Validation) -> None:
+    """Add what is wrong with the prices of the channel `config`. A job trains without, and tells no cost."""
+    try:
+        file = find_price_file(environment.channels.get("config"))
+        validation.add_findings("prices", "warning", find_price_warnings(read_prices(file), None) if file else [])
+    except UserError as error:
+        validation.add_findings("prices", "warning", error.problems)
 
 
 def examine_settings(environment: Environment, words: Sequence[str], validation: Validation) -> Settings:

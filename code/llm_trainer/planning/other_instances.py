@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a job that has ended would take on other instances: the cheapest, the fastest and the best value."""
+"""Other instances for a job that has ended: the cheapest, the fastest and the best value."""
 
 from dataclasses import replace
 

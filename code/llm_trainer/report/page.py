@@ -62,9 +62,6 @@ def write_report(journal: Path, data_dir: Path) -> None:
 
 def render_page(history: History, clock: Clock, curves: list[Chart]) -> str:
     """Return the page as HTML."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    environment.filters |= {"count": show_count, "large": show_large, "duration": show_duration, "elapsed": clock.read}
     groups = {
         "curves": curves,
         "gpus": list(draw_devices(history, clock, GPU_CHARTS)),
@@ -73,24 +70,36 @@ def render_page(history: History, clock: Clock, curves: list[Chart]) -> str:
         "timeline": list(draw_timeline(history, clock)),
     }
     scripts = [read_asset("echarts.min.js"), read_asset("report.js")]
-    return environment.from_string(read_asset("report.html")).render(
-        history=history,
-        clock=clock,
-        outcome=OUTCOMES.get(history.end.get("status", ""), "Unfinished"),
-        facts=list(list_facts(history)),
-        instances=list(list_instances(history.manifest.get("planned_and_actual") or {})),
-        advice=find_advice(history),
-        groups=groups,
-        drawings={chart.name: chart.describe_drawing() for charts in groups.values() for chart in charts},
-        supervision=describe_supervision(history),
-        generations=[shorten_texts(record) for record in history.generations[:MAX_GENERATIONS]],
-        settings=list_settings(history),
-        unset=sorted(name for name, value in history.settings.items() if value is None),
-        versions=list_versions(history),
-        style=read_asset("report.css"),
-        scripts=scripts,
-        script_hashes=[compute_script_hash(script) for script in scripts],
+    return (
+        build_environment(clock)
+        .from_string(read_asset("report.html"))
+        .render(
+            history=history,
+            clock=clock,
+            outcome=OUTCOMES.get(history.end.get("status", ""), "Unfinished"),
+            facts=list(list_facts(history)),
+            instances=list(list_instances(history.manifest.get("planned_and_actual") or {})),
+            advice=find_advice(history),
+            groups=groups,
+            drawings={chart.name: chart.describe_drawing() for charts in groups.values() for chart in charts},
+            supervision=describe_supervision(history),
+            generations=[shorten_texts(record) for record in history.generations[:MAX_GENERATIONS]],
+            settings=list_settings(history),
+            unset=sorted(name for name, value in history.settings.items() if value is None),
+            versions=list_versions(history),
+            style=read_asset("report.css"),
+            scripts=scripts,
+            script_hashes=[compute_script_hash(script) for script in scripts],
+        )
     )
+
+
+def build_environment(clock: Clock) -> Environment:
+    """Return the templates' environment, with the filters that show numbers."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    environment.filters |= {"count": show_count, "large": show_large, "duration": show_duration, "elapsed": clock.read}
+    return environment
 
 
 def read_asset(name: str) -> str:
