@@ -16,7 +16,7 @@ from llm_trainer.common.errors import cut_quote
 from llm_trainer.common.files import find_denial
 from llm_trainer.common.redaction import note_secrets
 from llm_trainer.config.checks import find_contradictions
-from llm_trainer.config.environment import Environment
+from llm_trainer.config.environment import PRICE_FILE, Environment
 from llm_trainer.config.hyperparameter_decoding import decode_value
 from llm_trainer.config.plain_values import PATHS, find_path_fault, find_unusable_part
 from llm_trainer.config.schema import FIELDS, Settings, list_plain_types, show_value, split_union
@@ -73,6 +73,19 @@ def find_config_file(environment: Environment, given: Mapping[str, Any]) -> Path
     return environment.channels.get("config")
 
 
+def find_yaml_file(folder: Path, problems: list[str]) -> Path | None:
+    """Return the only YAML file of a folder, None for one with prices alone. Another number adds to `problems`."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".yaml", ".yml"))
+    if len(files) == 1:
+        return files[0]
+    if files or not (folder / PRICE_FILE).exists():
+        names = ", ".join(file.name for file in files) or "none"
+        problems.append(
+            f"config: {folder} must hold exactly one .yaml file but has {names}: name one with config=PATH."
+        )
+    return None
+
+
 def read_yaml(path: Path | None, problems: list[str]) -> dict[str, Any]:
     """Return the settings in a YAML file, or in the only YAML file of a folder. Mistakes are added to `problems`."""
     if path is None:
@@ -81,14 +94,10 @@ def read_yaml(path: Path | None, problems: list[str]) -> dict[str, Any]:
         problems += denied
         return {}
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (".yaml", ".yml"))
-        if len(files) != 1:
-            names = ", ".join(file.name for file in files) or "none"
-            problems.append(
-                f"config: {path} must hold exactly one .yaml file but has {names}: name one with config=PATH."
-            )
+        found = find_yaml_file(path, problems)
+        if found is None:
             return {}
-        path = files[0]
+        path = found
     if not path.exists():
         problems.append(f"config={str(path)!r} does not exist: give the path of a YAML file in a channel.")
         return {}

@@ -15,8 +15,9 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
 from llm_trainer.common.errors import UserError, cut_quote
 from llm_trainer.common.files import write_json
+from llm_trainer.config.environment import PRICE_FILE
 
-FILE_NAME = "prices.json"
+FILE_NAME = PRICE_FILE
 MAX_AGE = timedelta(days=90)
 CLOCK_SKEW = timedelta(days=1)  # between the machine that asked and this one
 MAX_TOLD_FAULTS = 3  # a file of something else has many

@@ -70,27 +70,24 @@ def render_page(history: History, clock: Clock, curves: list[Chart]) -> str:
         "timeline": list(draw_timeline(history, clock)),
     }
     scripts = [read_asset("echarts.min.js"), read_asset("report.js")]
-    return (
-        build_environment(clock)
-        .from_string(read_asset("report.html"))
-        .render(
-            history=history,
-            clock=clock,
-            outcome=OUTCOMES.get(history.end.get("status", ""), "Unfinished"),
-            facts=list(list_facts(history)),
-            instances=list(list_instances(history.manifest.get("planned_and_actual") or {})),
-            advice=find_advice(history),
-            groups=groups,
-            drawings={chart.name: chart.describe_drawing() for charts in groups.values() for chart in charts},
-            supervision=describe_supervision(history),
-            generations=[shorten_texts(record) for record in history.generations[:MAX_GENERATIONS]],
-            settings=list_settings(history),
-            unset=sorted(name for name, value in history.settings.items() if value is None),
-            versions=list_versions(history),
-            style=read_asset("report.css"),
-            scripts=scripts,
-            script_hashes=[compute_script_hash(script) for script in scripts],
-        )
+    page = build_environment(clock).from_string(read_asset("report.html"))
+    return page.render(
+        history=history,
+        clock=clock,
+        outcome=OUTCOMES.get(history.end.get("status", ""), "Unfinished"),
+        facts=list(list_facts(history)),
+        instances=list(list_instances(history.manifest.get("planned_and_actual") or {})),
+        advice=find_advice(history),
+        groups=groups,
+        drawings={chart.name: chart.describe_drawing() for charts in groups.values() for chart in charts},
+        supervision=describe_supervision(history),
+        generations=[shorten_texts(record) for record in history.generations[:MAX_GENERATIONS]],
+        settings=list_settings(history),
+        unset=sorted(name for name, value in history.settings.items() if value is None),
+        versions=list_versions(history),
+        style=read_asset("report.css"),
+        scripts=scripts,
+        script_hashes=[compute_script_hash(script) for script in scripts],
     )
 
 

@@ -230,6 +230,10 @@ def test_a_missing_yaml_file_is_told():
 def test_a_config_channel_needs_one_yaml_file(tmp_path):
     _, problems = read_settings(build_environment(channels={"config": tmp_path}), {})
     assert "must hold exactly one .yaml file but has none" in problems[0]
+    (tmp_path / "prices.json").touch()  # which the channel may be there for
+    assert not any(
+        "yaml" in problem for problem in read_settings(build_environment(channels={"config": tmp_path}), {})[1]
+    )
 
 
 def test_a_password_in_a_url_is_not_shown():
