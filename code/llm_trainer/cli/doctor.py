@@ -24,7 +24,7 @@ from llm_trainer.common.processes import PYTHON, SAFE_PATH, bind_command
 from llm_trainer.config.environment import Environment, read_environment
 from llm_trainer.config.sections import TrackingSettings
 from llm_trainer.config.tracker_choice import choose_trackers, find_mlflow_uri
-from llm_trainer.host.findings import Finding, format_finding
+from llm_trainer.host.findings import Finding, format_finding, wants_colours
 from llm_trainer.host.machine import inspect_machine
 from llm_trainer.host.network import build_network_variables
 from llm_trainer.host.nvidia_driver import build_driver_variables, find_torch_cuda
@@ -47,7 +47,7 @@ def diagnose(words: Sequence[str]) -> int:
         return 1
     verdicts = []
     for finding in examine_machine(environment, words):
-        print(format_finding(finding, in_colour=sys.stdout.isatty()), flush=True)
+        print(format_finding(finding, in_colour=wants_colours()), flush=True)
         verdicts.append(finding.verdict)
     errors, warnings = verdicts.count("error"), verdicts.count("warning")
     print(f"errors: {errors}, warnings: {warnings}; a job would {'fail' if errors else 'run'} here.")

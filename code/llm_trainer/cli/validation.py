@@ -12,7 +12,7 @@ from llm_trainer.common.errors import MAX_LISTED_PROBLEMS
 from llm_trainer.common.library_noise import silence_libraries
 from llm_trainer.common.units import GIB, MIB
 from llm_trainer.data.report import DataReport
-from llm_trainer.host.findings import Finding, Verdict, format_finding
+from llm_trainer.host.findings import Finding, Verdict, format_finding, wants_colours
 from llm_trainer.launcher.last_words import explain_crash
 
 
@@ -53,7 +53,7 @@ def print_validation(examine: Callable[[bool], Validation], as_json: bool) -> in
     The function is told whether its texts may have colours.
     """
     silence_libraries()
-    in_colour = not as_json and sys.stdout.isatty()
+    in_colour = not as_json and wants_colours()
     # A library, or a wait for the Hub, may print too, and must not break the JSON.
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         validation = examine(in_colour)

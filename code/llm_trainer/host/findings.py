@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Facts that `doctor`, `validate` or the launcher tells, each with its verdict and its form on a line."""
 
+import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +24,11 @@ class Finding:
     subject: str
     verdict: Verdict
     text: str
+
+
+def wants_colours() -> bool:
+    """Tell whether standard output is a terminal whose user has not refused colours (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def format_finding(finding: Finding, in_colour: bool) -> str:

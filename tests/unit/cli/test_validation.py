@@ -86,5 +86,9 @@ def test_text_has_colours_only_on_a_terminal(capsys, monkeypatch):
     assert print_validation(lambda in_colour: build_validation(), as_json=False) == 0
     assert "\033" not in capsys.readouterr().out
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
     print_validation(lambda in_colour: build_validation(), as_json=False)
     assert "\033[33mwarning" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    print_validation(lambda in_colour: build_validation(), as_json=False)
+    assert "\033" not in capsys.readouterr().out
