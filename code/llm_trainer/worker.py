@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process that is started once a device. It trains, and tells the launcher why when it fails."""
 
-import gc
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +13,6 @@ from llm_trainer.common.errors import UserError, report_failure, reserve_failure
 from llm_trainer.common.library_noise import silence_libraries
 from llm_trainer.common.processes import end_children_by_kill, exit_without_teardown
 from llm_trainer.common.ranks import POLL_SECONDS, describe_rank, local_rank, local_world_size, rank, world_size
-from llm_trainer.config.sft_config_fields import read_snapshot
 from llm_trainer.config.tracker_choice import configure_trackers
 from llm_trainer.job import checkpoint_dir
 from llm_trainer.job.failure_reasons import JobFacts, explain, is_absence, write_traceback
@@ -23,6 +20,7 @@ from llm_trainer.job.job import Job, read_job
 from llm_trainer.job.rank_traces import REPORT_SECONDS, describe_meeting, find_trace_prefix, write_trace
 from llm_trainer.journal.journal import FILE_NAME, Journal
 from llm_trainer.journal.timeline import Timeline
+from llm_trainer.launcher.quick_imports import hide_package, import_quickly, may_need_bitsandbytes
 from llm_trainer.training.lost_batches import end_process_on_lost_batch
 
 
@@ -39,10 +37,10 @@ def main() -> int:
     timeline = Timeline.continue_from_launcher(journal, environment.current_host)
     try:
         configure_trackers(job.settings.tracking, job.settings.output)
-        if not may_need_bitsandbytes(job):
-            hide_package("bitsandbytes")  # PEFT would import it, for seconds
+        if not may_need_bitsandbytes(job.settings.model, job.settings.training.optim, job.inputs.model):
+            hide_package("bitsandbytes")  # nor does the training import it
         timeline.mark("launch")
-        train = import_train(job.settings.model.trust_remote_code)
+        train = import_train(job)
         timeline.mark("imports")
         train(job, scratch_dir, timeline)
     except (Exception, SystemExit) as error:  # the last frame: whatever it was, even a library's exit, is told of
@@ -51,19 +49,10 @@ def main() -> int:
     return 0
 
 
-def import_train(runs_own_code: bool) -> Callable[[Job, Path, Timeline], None]:
-    """Return what trains a job. Torch and the rest take seconds to import, and mistakes were told before.
-
-    `runs_own_code` tells whether a model brings code of its own, which may ask Transformers for any package.
-    """
-    gc.disable()  # what imports make stays: to search it for garbage would take a sixth of their time
-    if not runs_own_code:
-        hide_package("scipy")  # Transformers would import it, for what finds things in pictures
-    from llm_trainer.train import train
-
-    show_package("scipy")
-    gc.freeze()  # nor is it searched later
-    gc.enable()
+def import_train(job: Job) -> Callable[[Job, Path, Timeline], None]:
+    """Return what trains a job. Torch and the rest take seconds to import, and mistakes were told before."""
+    with import_quickly(job.settings.model, job.settings.training.optim, job.inputs.model):
+        from llm_trainer.train import train
     return train
 
 
@@ -75,30 +64,6 @@ def read_own_job(failures_dir: Path) -> Job:
     except Exception as error:
         report_failure(failures_dir, f"rank-{rank()}", explain(error, describe_rank(rank()), None))
         raise
-
-
-def may_need_bitsandbytes(job: Job) -> bool:
-    """Tell whether the job quantizes, has an optimizer that torch lacks, or a model that may be quantized already."""
-    config = Path(job.inputs.model) / "config.json"
-    return (
-        job.settings.model.load_in_4bit
-        or job.settings.model.load_in_8bit
-        or job.settings.training.optim in read_snapshot()["optim"].packages
-        or not config.is_file()
-        or "quantization_config" in config.read_text(encoding="utf-8")
-    )
-
-
-def hide_package(name: str) -> None:
-    """Have this process find no such package when it is imported. One that is imported already stays."""
-    if name not in sys.modules:
-        sys.modules[name] = None  # type: ignore[assignment] # as Python's documentation of sys.modules describes
-
-
-def show_package(name: str) -> None:
-    """Have this process find a package again that was hidden."""
-    if name in sys.modules and sys.modules[name] is None:
-        del sys.modules[name]
 
 
 def report_worker_failure(error: BaseException, job: Job, scratch_dir: Path) -> None:

@@ -25,6 +25,7 @@ from llm_trainer.job.inputs import find_inputs
 from llm_trainer.job.job import Job, collect_settings
 from llm_trainer.launcher.launch import check_machine
 from llm_trainer.model.device import Device
+from llm_trainer.model.memory import shape, step_trace
 from support.fake_hub import MODEL, FakeHub
 from support.sagemaker_tree import LLM_TRAINER
 from support.waiting import GUARD_SECONDS
@@ -203,6 +204,19 @@ def test_prices_of_a_job_that_are_damaged_or_old_are_told_by_both_commands(tree,
         planned = examine_model([], PlanOptions(rows=10, tokens_per_row=10))
     assert warning in [*planned.list_texts("error"), *planned.list_texts("warning")]
     assert bool(planned.instances) == (told == "days old")
+
+
+def test_a_plan_reads_the_model_once_and_traces_each_step_once(tiny_model, tmp_path, monkeypatch):
+    read, traced = [], []
+    run, build = step_trace.run_fake_step, shape.build_on_meta
+    monkeypatch.setattr(step_trace, "run_fake_step", lambda of, step: traced.append((of, step)) or run(of, step))
+    monkeypatch.setattr(shape, "build_on_meta", lambda *given: read.append(given) or build(*given))
+    words = ["--model_id", str(tiny_model), "--max_length=64", "--global_batch_size=8"]
+    with patch.dict(os.environ, {"SAGEMAKER_BASE_DIR": str(tmp_path)}):
+        planned = examine_model(words)
+    assert len(planned.instances["instances"]) > 500
+    assert len(read) == 1
+    assert len(traced) == len({(of.weights_dtype, step) for of, step in traced})
 
 
 def test_all_options_that_are_wrong_are_told_at_once_and_before_the_model_is_read(tmp_path):

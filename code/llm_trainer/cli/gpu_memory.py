@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.validation import Validation
@@ -54,9 +55,9 @@ def examine_memory(
         target = find_gpus(settings, environment)
         evaluates = bool(find_validation_sources(settings.data, environment)[0])
         if target is None:
-            for split in list_splits(settings, num_devices):
-                fit_elsewhere(build_elsewhere(config, split, longest_row, evaluates), validation)
-            return build_elsewhere(config, settings, longest_row, evaluates)
+            scenario = build_elsewhere(config, settings, longest_row, evaluates)
+            fit_elsewhere(scenario, list_splits(settings, num_devices), validation)
+            return scenario
         if any(find_batch_problem(settings.training, settings.data, num_devices)):
             return None  # told already
         scenario = build_scenario(config, settings, longest_row, target, evaluates)
@@ -142,7 +143,13 @@ def list_splits(settings: Settings, num_devices: int) -> Iterator[Settings]:
             yield settings.model_copy(update={"training": training.fill_in(**split)})
 
 
-def fit_elsewhere(scenario: "MemoryScenario", validation: Validation) -> None:
+def fit_elsewhere(scenario: "MemoryScenario", splits: Iterator[Settings], validation: Validation) -> None:
+    """Add what the job needs in each split of its batch. Raise UnknownShapeError."""
+    for split in splits:
+        fit_split(replace(scenario, settings=collect_sections(split), known_shape=scenario.shape), validation)
+
+
+def fit_split(scenario: "MemoryScenario", validation: Validation) -> None:
     """Add the global batch, what each way of training needs, and the smallest GPU that holds it."""
     from llm_trainer.model.memory.fit import estimate_ways
     from llm_trainer.model.memory.remedies import find_smallest_gpu

@@ -30,6 +30,7 @@ from llm_trainer.config.schema import Settings
 from llm_trainer.job.earlier_adapter import find_adapter
 from llm_trainer.job.inputs import Inputs, find_inputs, find_model
 from llm_trainer.job.job import Job, collect_settings, fetch_earlier_adapter
+from llm_trainer.launcher.quick_imports import import_quickly
 from llm_trainer.launcher.worker_processes import build_library_variables
 from llm_trainer.readers.sources import find_train_sources, find_validation_sources
 
@@ -100,9 +101,10 @@ def plan_loading(job: Job, validation: Validation) -> "tuple[ModelPlan, Settings
     """
     settings, inputs = job.settings, job.inputs
     os.environ.update(build_library_variables(inputs, settings.model.chat_template_path, settings.output.push_to_hub))
-    from llm_trainer.model import loading  # Transformers has to find the variables set
-    from llm_trainer.model.plan import PlanSettings
-    from llm_trainer.model.positions import bound_length
+    with import_quickly(settings.model, settings.training.optim, inputs.model):
+        from llm_trainer.model import loading  # Transformers has to find the variables set
+        from llm_trainer.model.plan import PlanSettings
+        from llm_trainer.model.positions import bound_length
 
     with tempfile.TemporaryDirectory(prefix="llm-trainer-") as scratch_dir:
         settings = fetch_earlier_adapter(job, Path(scratch_dir)).settings

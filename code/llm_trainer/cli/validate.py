@@ -27,6 +27,7 @@ from llm_trainer.job.inputs import Inputs, check_model, find_inputs, find_missin
 from llm_trainer.job.job import Job, collect_settings, fetch_earlier_adapter, take_over_adapter
 from llm_trainer.job.kept_checkpoints import find_damaged_checkpoint
 from llm_trainer.job.model_objects import find_broken_objects
+from llm_trainer.launcher.quick_imports import import_quickly
 from llm_trainer.launcher.user_script import names_a_script
 from llm_trainer.launcher.worker_processes import build_library_variables
 from llm_trainer.planning.prices import find_price_file, read_prices
@@ -200,12 +201,13 @@ def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: V
 
     Raises UserError for a model or a tokenizer that cannot be used, and OSError for files that cannot be written.
     """
-    from llm_trainer.data.splits import prepare_splits
-    from llm_trainer.model import loading  # Transformers takes seconds to import, and has to find the variables set
-    from llm_trainer.model.positions import count_positions
-    from llm_trainer.model.quantization import find_quantization_problems
-
     settings, inputs = job.settings, job.inputs
+    with import_quickly(settings.model, settings.training.optim, inputs.model):
+        from llm_trainer.data.splits import prepare_splits
+        from llm_trainer.model import loading  # Transformers has to find the variables set
+        from llm_trainer.model.positions import count_positions
+        from llm_trainer.model.quantization import find_quantization_problems
+
     folder = loading.fetch_model(inputs.model, settings.model, scratch_dir, with_weights=False)
     config = loading.read_config(folder, settings.model)
     sections = (settings.model, settings.adapter, settings.parallelism)
@@ -233,13 +235,14 @@ def bound_rows(num_positions: int | None, settings: Settings, validation: Valida
 
 def examine_arguments(job: Job, validation: Validation) -> None:
     """Add what keeps the training's arguments from being taken. Those of a GPU are left out where there is none."""
-    import torch
-
-    from llm_trainer.training.methods import choose_method
-    from llm_trainer.training.rehearsal import rehearse_step
-    from llm_trainer.training.trainer_config import ArgumentSources, build_arguments
-
     settings, inputs = job.settings, job.inputs
+    with import_quickly(settings.model, settings.training.optim, inputs.model):
+        import torch
+
+        from llm_trainer.training.methods import choose_method
+        from llm_trainer.training.rehearsal import rehearse_step
+        from llm_trainer.training.trainer_config import ArgumentSources, build_arguments
+
     given = {name: value for name, value in settings.given.items() if name not in GPU_ARGUMENTS}
     use_peft, has_validation = settings.adapter.use_peft, bool(inputs.validation)
     sources = ArgumentSources(given, settings.training, use_peft, has_validation, inputs.checkpoint_dir)

@@ -44,6 +44,7 @@ UNFILLED = frozenset({ATEN.new_empty, ATEN.new_empty_strided})
 # Operations a byte below which a product takes as long as its bytes. An adapter's have about its rank, and others
 # thousands. GPUs are as fast at both at 60 to 400.
 BOUND_OPERATIONS = 100
+COUNTERS = ("moved", "launches", "functions", "num_operations")  # of HeldBytes, over its operations
 LARGE_HEAD = 128  # in numbers; flash attention rounds the sizes of larger heads further
 
 
@@ -130,6 +131,21 @@ class HeldBytes(TorchDispatchMode):
         self.name = name
         self.began = self.highest = self.held
         self.moved = self.launches = self.functions = 0
+
+    def skip_alike(self, *bounds: int) -> Iterator[int]:
+        """Yield the numbers of a range for a loop whose rounds are alike: the first two, and the last.
+
+        The first finds nothing of another round, the second does, and the last may be smaller. Those that are left out
+        hold and move what the second does.
+        """
+        numbers = range(*bounds)
+        yield from numbers[:1]
+        before = {name: getattr(self, name) for name in COUNTERS}
+        yield from numbers[1:2]
+        left_out = max(0, len(numbers) - 3)
+        for name, count in before.items():
+            setattr(self, name, count + (1 + left_out) * (getattr(self, name) - count))
+        yield from numbers[2:][-1:]
 
 
 @contextmanager
@@ -230,7 +246,7 @@ def run_fake_step(shape: ModelShape, step: Step) -> StepTrace:
         for index, layer in enumerate(layers):
             tracer.trace_layer(layer, index, hooks)
         hooks.enter_context(offload or nullcontext())
-        hooks.enter_context(replace_kernels(step.on_gpu))
+        hooks.enter_context(replace_kernels(held, step.on_gpu))
         hooks.enter_context(count_functions(held))
         hooks.enter_context(fused_kernels.replace_rope(base, step.fused_kernels))
         hooks.enter_context(torch.set_grad_enabled(step.trains))
@@ -465,10 +481,11 @@ def drop_numbers(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace
 
 
 @contextmanager
-def replace_kernels(on_gpu: bool) -> Iterator[None]:
+def replace_kernels(held: HeldBytes, on_gpu: bool) -> Iterator[None]:
     """Replace, within the block, functions that a device computes otherwise than tensors without numbers do.
 
     - Attention: a fused kernel stores no scores.
+    - TRL's loss goes through tokens and vocabulary in pieces of one size. Its loops take three of them.
     - On a GPU, TRL's loss: a kernel works on the logits in place, and products add up in float32.
     - On a GPU, dropout: its mask takes a byte for each number.
     """
@@ -479,6 +496,7 @@ def replace_kernels(on_gpu: bool) -> Iterator[None]:
             (masking_utils, "find_packed_sequence_indices", nothing),  # it asks for the positions' numbers
             (moe, "_can_use_grouped_mm", can_group),
             (trl_utils, "_use_triton", nothing),  # the LM head scores all positions, as each may have a label
+            (chunked_logprob, "range", held.skip_alike),
             (trl_utils, "_ChunkedLogProbFunction", chunked_logprob.ChunkedLogProbFunction),  # and these are many
         )
         only_on_gpu = (
@@ -488,6 +506,6 @@ def replace_kernels(on_gpu: bool) -> Iterator[None]:
             (nn.functional, "dropout", drop_numbers),
         )
         for owner, name, stand_in in (*on_both, *(only_on_gpu if on_gpu else ())):
-            originals.callback(setattr, owner, name, getattr(owner, name))
+            originals.callback(setattr, owner, name, getattr(owner, name, range))
             setattr(owner, name, stand_in)
         yield

@@ -176,3 +176,19 @@ def test_a_model_that_goes_through_a_row_token_by_token_is_not_followed_for_minu
     shape = read_shape(copy.deepcopy(LEAK["mamba"]), settings.model, settings.adapter, torch.float32)
     with pytest.raises(UnknownShapeError, match="token by token"):
         trace_step(shape, replace(STEP, length=4096))
+
+
+def test_pieces_of_the_loss_that_are_alike_are_counted_and_not_traced(shape, monkeypatch):
+    def trace_counting(rows, skips):
+        operations = []
+        count = HeldBytes.__torch_dispatch__
+        with monkeypatch.context() as patches:
+            patches.setattr(HeldBytes, "__torch_dispatch__", lambda *each: operations.append(1) or count(*each))
+            if not skips:
+                patches.setattr(HeldBytes, "skip_alike", lambda held, *bounds: range(*bounds))
+            step = replace(STEP, num_sequences=rows, length=4 * LENGTH, on_gpu=True)
+            return step_trace.run_fake_step(shape, step), len(operations)
+
+    few, whole = trace_counting(13, skips=True), trace_counting(13, skips=False)  # the last of four pieces is smaller
+    assert few[0] == whole[0]
+    assert few[1] == trace_counting(40, skips=True)[1] < whole[1]

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports of torch, Transformers and the rest, without what takes seconds of them and is not needed."""
+
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llm_trainer.config.sections import ModelSettings
+from llm_trainer.config.sft_config_fields import read_snapshot
+
+
+@contextmanager
+def import_quickly(model: ModelSettings, optim: str, folder: str) -> Iterator[None]:
+    """Import, within the block, without searching for garbage and without packages that this job has no use for.
+
+    `folder` is where the model lies, or its name on the Hub.
+    """
+    # Transformers would import scipy, for what finds things in pictures; a model's own code may ask for any package.
+    needless = [] if model.trust_remote_code else ["scipy"]
+    needless += [] if may_need_bitsandbytes(model, optim, folder) else ["bitsandbytes"]
+    hidden = [name for name in needless if hide_package(name)]
+    gc.disable()  # what imports make stays: to search it for garbage would take a sixth of their time
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+        gc.freeze()  # nor is it searched later
+        gc.enable()
+
+
+def may_need_bitsandbytes(model: ModelSettings, optim: str, folder: str) -> bool:
+    """Tell whether a job quantizes, has an optimizer that torch lacks, or a model that may be quantized already.
+
+    PEFT would import bitsandbytes, for seconds.
+    """
+    config = Path(folder) / "config.json"
+    return (
+        model.load_in_4bit
+        or model.load_in_8bit
+        or optim in read_snapshot()["optim"].packages
+        or not config.is_file()
+        or "quantization_config" in config.read_text(encoding="utf-8")
+    )
+
+
+def hide_package(name: str) -> bool:
+    """Have this process find no such package, and return True. One that was imported or hidden before stays so."""
+    if name in sys.modules:
+        return False
+    sys.modules[name] = None  # type: ignore[assignment] # as Python's documentation of sys.modules describes
+    return True

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packages that a job has no use for are not imported with the rest, and can be imported later."""
+
+import subprocess
+import sys
+
+import pytest
+
+# In a process of its own, as a package that was imported before stays.
+PROGRAM = """
+import gc, importlib.util, sys
+from llm_trainer.config.sections import ModelSettings
+from llm_trainer.launcher.quick_imports import hide_package, import_quickly
+
+def find(): return [name for name in ("scipy", "bitsandbytes") if importlib.util.find_spec(name)]
+before = find()
+hide_package("wave")  # stays hidden, as nothing below hid it
+with import_quickly(ModelSettings(**{settings}), {optim!r}, {folder!r}):
+    print([name for name in before if name not in find()], gc.isenabled())
+assert find() == before and gc.isenabled() and gc.get_freeze_count() and sys.modules["wave"] is None
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+def list_hidden(folder, optim="adamw_torch", **settings):
+    program = PROGRAM.format(settings=settings, optim=optim, folder=str(folder))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_needless_packages_are_hidden_while_nothing_is_searched_for_garbage(folder):
+    pytest.importorskip("bitsandbytes")
+    assert list_hidden(folder) == "['scipy', 'bitsandbytes'] False"
+
+
+def test_a_package_that_may_be_needed_is_there(folder):
+    pytest.importorskip("bitsandbytes")
+    assert list_hidden(folder, load_in_4bit=True) == "['scipy'] False"
+    assert list_hidden(folder, optim="paged_adamw_8bit") == "['scipy'] False"
+    assert list_hidden(folder / "elsewhere", trust_remote_code=True) == "[] False"
+    (folder / "config.json").write_text('{"quantization_config": {}}')
+    assert list_hidden(folder) == "['scipy'] False"
