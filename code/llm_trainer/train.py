@@ -33,6 +33,7 @@ from llm_trainer.export.result import ExportPlaces, ExportSettings, TrainingResu
 from llm_trainer.export.side_files import KnownParts, find_side_file_problems
 from llm_trainer.export.stop_watch import StopWatch
 from llm_trainer.host.findings import log_findings
+from llm_trainer.job.checkpoint_dir import parse_step
 from llm_trainer.job.disk_budget import WriteSettings, inspect_disk_need
 from llm_trainer.job.earlier_adapter import describe_lineage
 from llm_trainer.job.inputs import Inputs
@@ -43,6 +44,7 @@ from llm_trainer.model import adapter_file, loading, lora, lora_init
 from llm_trainer.model.device import find_device
 from llm_trainer.model.layers import float8
 from llm_trainer.model.liger import apply_liger
+from llm_trainer.model.memory.estimate import Estimate
 from llm_trainer.model.memory.fit import MemoryPlan, choose_memory_plan, describe_memory_plan, find_target
 from llm_trainer.model.memory.flops import find_peak_tokens_per_second, measure_row_tokens
 from llm_trainer.model.memory.global_batch import describe_fewer_hosts, split_global_batch
@@ -65,6 +67,7 @@ from llm_trainer.planning.other_instances import add_other_instances
 from llm_trainer.planning.workload import measure_work
 from llm_trainer.training.loss_check import check_loss
 from llm_trainer.training.methods import TrainingMethod, choose_method
+from llm_trainer.training.methods.run_batches import RunBatches, find_run_batches
 from llm_trainer.training.metric_lines import MetricLines
 from llm_trainer.training.packing import Packing, choose_packing
 from llm_trainer.training.packing_check import build_proxy_model
@@ -140,6 +143,11 @@ class Built:
     checkpoint: Path | None  # to go on from; None for a new run
     peak: Peak
 
+    @property
+    def first_step(self) -> int:
+        """The step after which this run begins."""
+        return parse_step(self.checkpoint) if self.checkpoint else 0
+
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
@@ -147,6 +155,8 @@ class Outcome:
 
     totals: dict[str, float]  # Transformers' metrics of the whole run
     memory: dict[str, Any]  # the estimate beside the measured peak
+    expected: Estimate | None  # for the batches that came; None where it is not known
+    batches: RunBatches | None  # None where they are not known
     answers: SampleAnswers
     progress: Progress
     weights: dict[str, torch.Tensor] | None  # on rank 0, where the model holds only shards
@@ -277,14 +287,17 @@ def run(context: Context, prepared: Prepared, planned: Planned, built: Built) ->
     prepared.consensus.finish()
     timeline.mark("training")
 
-    memory = planned.memory.compare(built.peak.read_bytes(), prepared.model_plan.device.is_gpu)
+    measured_bytes = built.peak.read_bytes()
+    batches = find_run_batches(trainer, built.first_step, prepared.data.reports["train"].supervised_share)
+    expected = planned.memory.expect_peak(built.scenario, batches.largest if batches else ())
+    memory = planned.memory.compare(expected, measured_bytes)
     log.info(f"Memory: {memory['comparison']}")
     check_rows = choose_check_rows(prepared.data.sample)
     logits, unproven = compute_expected(trainer, check_rows, prepared.model_plan.device.torch, planned.memory.sharded)
     weights = fsdp.gather_weights(trainer.model) if planned.memory.sharded else None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # the other ranks leave while rank 0 exports, however long it takes
-    return Outcome(totals, memory, answers, progress, weights, check_rows, logits, unproven)
+    return Outcome(totals, memory, expected, batches, answers, progress, weights, check_rows, logits, unproven)
 
 
 def export(context: Context, prepared: Prepared, built: Built, outcome: Outcome) -> None:
@@ -508,15 +521,16 @@ def compare_run(
     context: Context, prepared: Prepared, built: Built, outcome: Outcome, outline: Outline
 ) -> dict[str, Any]:
     """Return what was planned beside what the job took up to its export, after telling it in the log."""
-    timeline, environment, estimate = context.timeline, context.job.environment, built.memory.estimate
-    count = len(environment.hosts)
+    timeline, environment, expected = context.timeline, context.job.environment, outcome.expected
+    count, step_seconds = len(environment.hosts), outcome.progress.step_seconds
     host = find_host(environment.instance_type, prepared.model_plan.device, world_size() // count)
-    if host is None or estimate is None:
+    if host is None or expected is None:
         return {}
     start = sum(seconds for phase, seconds in timeline.seconds.items() if phase != "training")
     hours = sum(timeline.seconds.values()) / 3600
-    actual = Figures(outcome.memory["measured_peak_bytes"], outcome.progress.step_seconds, start, hours)
-    fit = Fit(built.scenario, built.memory.parallelism, estimate, fits=True)
+    actual = Figures(outcome.memory["measured_peak_bytes"], step_seconds, start - (step_seconds or 0.0), hours)
+    scenario = replace(built.scenario, known_batch=outcome.batches.typical if outcome.batches else None)
+    fit = Fit(scenario, built.memory.parallelism, expected, fits=True)
     compared = compare_with_plan(outline, host, count, fit, actual)
     if compared:
         log.info(describe_comparison(compared))
@@ -527,8 +541,9 @@ def outline_run(context: Context, prepared: Prepared, built: Built) -> Outline:
     """Return the job as it is planned."""
     reports, channels = prepared.data.reports, context.job.environment.channels
     eval_lengths = reports["validation"].lengths if "validation" in reports else {}
-    lengths = reports["train"].lengths  # empty where rows are streamed and none has come
-    work = measure_work(lengths, eval_lengths, context.settings.data) if lengths else None
+    lengths, share = reports["train"].lengths, reports["train"].supervised_share
+    # Lengths are empty where rows are streamed and none has come.
+    work = measure_work(lengths, eval_lengths, context.settings.data, share) if lengths else None
     prices = read_prices_beside(channels.get("config"))
     return Outline(Fitter(built.scenario), work, context.settings.output.merge_weights, Learnt(), prices)
 

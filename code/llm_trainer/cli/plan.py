@@ -181,7 +181,8 @@ def measure_lengths(job: Job, options: PlanOptions, validation: Validation) -> L
         validation.add_findings(name, "ok", [f"{split.report.num_rows:,} rows, {split.report.num_tokens:,} tokens"])
     validated = splits["validation"].report.lengths if "validation" in splits else Counter[int]()
     longest_row = max(split.report.longest_row_tokens for split in splits.values())
-    return Lengths(splits["train"].report.lengths, validated, longest_row)
+    report = splits["train"].report
+    return Lengths(report.lengths, validated, longest_row, report.supervised_share)
 
 
 def tokenize_data(job: Job, validation: Validation) -> "Mapping[str, Split]":

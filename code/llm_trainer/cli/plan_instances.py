@@ -42,6 +42,7 @@ class Lengths:
     train: Counter[int] = field(default_factory=Counter)
     validation: Counter[int] = field(default_factory=Counter)
     longest_row: int | None = None  # where data are there
+    scored_share: float = 1.0  # of all tokens, those that predict a label
 
 
 @dataclass(frozen=True)
@@ -143,5 +144,6 @@ def build_outline(scenario: "MemoryScenario", lengths: Lengths, merges: bool, ba
     from llm_trainer.planning.fitting import Fitter
     from llm_trainer.planning.workload import measure_work
 
-    work = measure_work(lengths.train, lengths.validation, scenario.settings.data) if lengths.train else None
+    counted = lengths.train, lengths.validation, scenario.settings.data, lengths.scored_share
+    work = measure_work(*counted) if lengths.train else None
     return Outline(Fitter(scenario), work, merges, basis.learnt, basis.prices)

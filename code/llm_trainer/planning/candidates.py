@@ -167,16 +167,16 @@ def plan_time(outline: Outline, candidate: Candidate) -> Candidate:
     host, fit, work = candidate.host, candidate.fit, outline.work
     scenario = fit.scenario
     row_tokens = work.row_tokens if work else scenario.length
-    if work:  # a step takes the time of rows of the mean length, and the memory of the longest
-        mean = math.ceil(min(work.sequence_tokens, scenario.length))
-        scenario = replace(scenario, longest_row=mean, known_shape=scenario.shape)
+    if work and not scenario.known_batch:  # a step takes the time of rows of the mean length, and the longest's memory
+        scenario = work.fill_batch(scenario)
     step = time_step(host, scenario, fit.plan, candidate.num_gpus, row_tokens)
     if step is None:
         return candidate
     step = outline.learnt.correct_step(step, host, scenario.shape)
     training = scenario.settings.training
-    rows = training.per_device_train_batch_size * candidate.num_gpus * training.gradient_accumulation_steps
-    tokens_a_second = rows * scenario.length / step.seconds
+    batches = candidate.num_gpus * training.gradient_accumulation_steps
+    rows = training.per_device_train_batch_size * batches
+    tokens_a_second = batches * scenario.batch.num_tokens / step.seconds
     timed = replace(candidate, step=step, tokens_per_second=tokens_a_second)
     return plan_run(outline, timed, rows, work) if work else timed
 

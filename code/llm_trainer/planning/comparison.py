@@ -19,7 +19,7 @@ from llm_trainer.planning.prices import Prices, find_price_file, find_warnings, 
 from llm_trainer.planning.run_time import PULL_SECONDS
 
 # A core's operations in float32 and all cores' bytes a second: rough, as a CPU's speed is to be learnt.
-CORE_FLOPS, CPU_BYTES = 50e9, 20e9
+CORE_FLOPS, CPU_BYTES = 100e9, 20e9
 HERE, CPU = "this machine", "CPU"
 
 
@@ -27,9 +27,9 @@ HERE, CPU = "this machine", "CPU"
 class Figures:
     """The figures of a job up to its export, as planned or as they were."""
 
-    memory_bytes: int  # the peak that a process took for the training
-    step_seconds: float | None  # the median; None where there was only one
-    start_seconds: float  # from the start of the container to the first step
+    memory_bytes: int  # of tensors at the peak of the training, in a process
+    step_seconds: float | None  # the mean; None where there was only one
+    start_seconds: float  # from the start of the container to the first step, which takes longer than others
     hours: float
 
 
@@ -79,7 +79,7 @@ def compare_with_plan(outline: Outline, host: InstanceType, count: int, fit: Fit
         return {}
     price = outline.prices.on_demand.get(host.name) if outline.prices else None
     planned = Figures(
-        memory_bytes=fit.need.peak_bytes if fit.scenario.target.on_gpu else fit.need.total_bytes,
+        memory_bytes=fit.need.peak_bytes,
         step_seconds=step.seconds,
         start_seconds=run.start - PULL_SECONDS,
         hours=(run.seconds - run.export - PULL_SECONDS) / 3600,

@@ -15,7 +15,7 @@ def estimate_by_formula(scenario: MemoryScenario, plan: ParallelismPlan) -> Esti
     shape, training, target = scenario.shape, scenario.settings.training, scenario.target
     shards = target.world_size if plan.sharded else 1
     units = [count_gathered_bytes(layer, scenario.dtypes[1], shards) for layer in shape.list_layers()]
-    numbers = training.per_device_train_batch_size * scenario.length * scenario.config.get_text_config().hidden_size
+    numbers = scenario.batch.num_tokens * scenario.config.get_text_config().hidden_size
     kept = INPUT_BYTES if plan.recompute_activations else LAYER_BYTES
     parts = {
         "weights": shape.count_bytes() // shards,

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llm_trainer.model.memory.flops import count_attention, count_products
+from llm_trainer.model.memory.flops import count_attention, count_head_products, count_products
 from llm_trainer.model.memory.gpus import Gpu
 from llm_trainer.model.memory.scenario import MemoryScenario, ParallelismPlan
-from llm_trainer.model.memory.shape import UnknownShapeError
+from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError
 from llm_trainer.model.memory.step_trace import Span, StepTrace, trace_step
 from llm_trainer.planning.efficiency import NO_HOST, Efficiency, find_efficiency, read_host
 from llm_trainer.planning.instances import InstanceType
@@ -131,6 +131,8 @@ def time_step(
     passes = count_passes(scenario, plan, trace, row_tokens)
     if passes is None:
         return None
+    if not scenario.target.on_gpu:
+        passes = add_weight_bytes(passes, scenario.shape, plan.recompute_activations)
     efficiency = find_efficiency(host.gpu.name)
     rates = find_rates(host.gpu, efficiency, scenario)
     shards = scenario.target.world_size if plan.sharded else 1
@@ -185,24 +187,36 @@ def count_passes(
 
     That adds a forward pass: to three where all weights are trained, and to two where the base is frozen.
     """
-    shape, config = scenario.shape, scenario.config
+    shape, batch, config = scenario.shape, scenario.batch, scenario.config
     forward, both = (count_products(shape, config, *factors) for factors in ((2, 2), (4, 6)))
     if forward is None or both is None:
         return None
     in_float8 = 2 * shape.count_weights("linear") if shape.quantization == "fp8" else 0
     recomputed = (shape.num_layers - plan.kept_layers) / shape.num_layers if plan.recompute_activations else 0.0
-    tokens = scenario.settings.training.per_device_train_batch_size * scenario.length
+    tokens, unscored = batch.num_tokens, batch.num_tokens - batch.find_num_scored()
+    head, head_both = (count_head_products(shape, *factors) for factors in ((2, 2), (4, 6)))
     attention = tokens * count_causal_attention(scenario, row_tokens)
     moved = count_moved(scenario, plan, traces, tokens, recomputed)
     return (
-        Pass(tokens * (forward - in_float8), tokens * in_float8, attention / 3, *moved[0]),
+        Pass(tokens * (forward - in_float8) - unscored * head, tokens * in_float8, attention / 3, *moved[0]),
         Pass(
-            tokens * (both - forward - in_float8 + recomputed * (forward - in_float8)),
+            tokens * (both - forward - in_float8 + recomputed * (forward - head - in_float8))
+            - unscored * (head_both - head),
             tokens * (1 + recomputed) * in_float8,
             attention * (2 + recomputed) / 3,
             *moved[1],
         ),
     )
+
+
+def add_weight_bytes(passes: tuple[Pass, Pass], shape: ModelShape, recomputes: bool) -> tuple[Pass, Pass]:
+    """Return the passes with the weights that products read in each, and the gradients that they write.
+
+    On a CPU that takes as long as the arithmetic of a short row. On a GPU a batch has thousands of tokens.
+    """
+    (forward, backward), weights = passes, shape.count_bytes()
+    again = (2 if recomputes else 1) * weights + shape.trained_bytes
+    return replace(forward, moved=forward.moved + weights), replace(backward, moved=backward.moved + again)
 
 
 def count_causal_attention(scenario: MemoryScenario, row_tokens: float) -> float:
@@ -212,7 +226,7 @@ def count_causal_attention(scenario: MemoryScenario, row_tokens: float) -> float
     """
     config = scenario.config.get_text_config()
     hidden = 1.0 if scenario.has_mask else 0.5
-    seen = count_attention(config, scenario.length if scenario.has_mask else row_tokens)
+    seen = count_attention(config, scenario.batch.length if scenario.has_mask else row_tokens)
     start = count_attention(config, ROW_START) if scenario.target.on_gpu else 0.0
     return hidden * seen + start / 2
 

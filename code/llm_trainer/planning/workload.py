@@ -3,10 +3,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llm_trainer.config.sections import DataSettings, TrainingSettings
 from llm_trainer.model.memory.flops import measure_row_tokens
+from llm_trainer.model.memory.scenario import MemoryScenario
 
 FILLED_SHARE = 0.999  # of packed sequences (bench/RESULTS.md, Data)
 
@@ -20,11 +21,19 @@ class Workload:
     row_tokens: float  # length of the row that a token stands in, on average over all tokens
     longest_row: int  # in tokens, before it is cut
     eval_tokens: int = 0  # of an evaluation
+    scored_share: float = 1.0  # of all tokens, those that predict a label
 
     @property
     def sequence_tokens(self) -> float:
         """The mean length of a sequence in tokens."""
         return self.num_tokens / self.num_sequences
+
+    def fill_batch(self, scenario: MemoryScenario) -> MemoryScenario:
+        """Return the scenario with a batch of rows of the mean length."""
+        mean = math.ceil(min(self.sequence_tokens, scenario.length))
+        batch = replace(scenario, longest_row=mean, known_shape=scenario.shape).batch
+        scored = round(self.scored_share * batch.num_tokens)
+        return replace(scenario, known_batch=replace(batch, num_scored=scored), known_shape=scenario.shape)
 
     def count_steps(self, rows_a_step: int, training: TrainingSettings) -> int:
         """Return the steps of the whole training: `max_steps` where it is given, else those of all epochs."""
@@ -33,8 +42,10 @@ class Workload:
         return max(1, math.ceil(training.num_train_epochs * max(1, self.num_sequences // rows_a_step)))
 
 
-def measure_work(lengths: Mapping[int, int], eval_lengths: Mapping[int, int], data: DataSettings) -> Workload:
-    """Return the work in data with so many rows of each length in tokens."""
+def measure_work(
+    lengths: Mapping[int, int], eval_lengths: Mapping[int, int], data: DataSettings, scored_share: float = 1.0
+) -> Workload:
+    """Return the work in data with so many rows of each length in tokens. `scored_share` of the tokens have a label."""
     num_rows, num_tokens = sum(lengths.values()), count_tokens(lengths, data.max_length)
     packed_tokens = data.max_length if data.packing else None
     return Workload(
@@ -43,6 +54,7 @@ def measure_work(lengths: Mapping[int, int], eval_lengths: Mapping[int, int], da
         row_tokens=measure_row_tokens(lengths, data.max_length),
         longest_row=max(lengths),
         eval_tokens=count_tokens(eval_lengths, data.max_length),
+        scored_share=scored_share,
     )
 
 

@@ -59,6 +59,14 @@ class Progress(TrainerCallback):
             self.shown_at = now
             self.show(state)
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Have the next step begin here."""
+        self.step_at = time.monotonic() if self.step_at else 0.0
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Have the next step begin here."""
+        self.step_at = time.monotonic() if self.step_at else 0.0
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -78,8 +86,11 @@ class Progress(TrainerCallback):
 
     @property
     def step_seconds(self) -> float | None:
-        """The median seconds from step to step, in which evaluations and checkpoints do not count. None: one step."""
-        return statistics.median(self.step_intervals) if self.step_intervals else None
+        """The mean seconds of a step, without the first, evaluations and checkpoints. None: there was one step.
+
+        Steps differ with the tokens of their batches, so that their median tells nothing about their sum.
+        """
+        return statistics.mean(self.step_intervals) if self.step_intervals else None
 
     def describe(self, state: TrainerState, is_over: bool) -> Iterator[str]:
         """Yield the time of a step, the time that is left, and the cost, as far as they are known."""

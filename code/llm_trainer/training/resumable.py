@@ -7,6 +7,7 @@ with an underscore are Transformers' own, of the pinned version.
 
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -333,12 +334,21 @@ class ResumableMixin(Trainer):
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """Train an epoch whose order of rows depends on seed and epoch alone."""
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.row_order.manual_seed(seed + kwargs["epoch"])
+        self.seed_order(kwargs["epoch"])
         names = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
         self.make_up_evaluation(*(kwargs[name] for name in names))
         if not self.control.should_training_stop:
             super()._run_epoch(**kwargs)
+
+    def seed_order(self, epoch: int) -> None:
+        """Have the next sampler give the order of an epoch, counted from 0."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.row_order.manual_seed(seed + epoch)
+
+    def order_rows(self, epoch: int) -> Iterator[int]:
+        """Return the places of an epoch's rows in their order. Do not call this while it is trained on."""
+        self.seed_order(epoch)
+        return iter(self._get_train_sampler())
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         """Make up for an evaluation that was due after the last step."""

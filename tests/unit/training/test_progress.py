@@ -190,13 +190,17 @@ def test_seconds(seconds, text):
     assert show_seconds(seconds) == text
 
 
-def test_a_step_takes_the_median_of_what_lies_between_two(monkeypatch):
-    moments = iter([0.0, 10.0, 12.0, 14.0, 99.0, 101.0])  # an evaluation lies before the fifth step
+@pytest.mark.parametrize("pause", ["on_evaluate", "on_save"])
+def test_a_step_takes_the_mean_of_all_but_the_first_without_what_lies_between(monkeypatch, pause):
+    moments = iter([0.0, 10.0, 12.0, 16.0, 99.0, 102.0])  # an evaluation or a checkpoint ends at 99
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(moments), time=time.time))
     callback = Progress(0.0, 1)
     monkeypatch.setattr(callback, "find_interval", lambda now: 1e9)
     state = TrainerState(max_steps=5, is_world_process_zero=True)
+    getattr(callback, pause)(None, state, None)  # before the first step
     assert callback.step_seconds is None
-    for step in range(1, 6):
+    for step in range(1, 5):
+        if step == 4:
+            getattr(callback, pause)(None, state, None)
         step_to(callback, state, step)
-    assert callback.step_seconds == 2.0
+    assert callback.step_seconds == 3.0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llm_trainer.common.units import GIB, MIB
+from llm_trainer.model.memory.batch import Batch
 from llm_trainer.model.memory.passes import Pass, Peak, Unit, find_peak, list_passes
 from llm_trainer.model.memory.shape import ModelShape
 from llm_trainer.model.memory.step_trace import Step, trace_step
@@ -35,7 +36,7 @@ class Setup:
     optimizer: str  # one of transformers' OptimizerNames
     accumulates: bool  # whether gradients of earlier batches are there when a step begins
     kept_layers: int = 0  # the last so many layers keep their activations where others are recomputed
-    eval_sequences: int = 0  # of a batch of the evaluations between steps; 0 where there are none
+    evaluated: Batch | None = None  # the batch of evaluations between steps; None where there are none
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,11 @@ def find_evaluation_peak(shape: ModelShape, setup: Setup) -> Peak:
 
     A layer leaves nothing but weights that autocast has cast.
     """
-    if not setup.eval_sequences:
+    batch = setup.evaluated
+    if batch is None:
         return Peak()
-    step = replace(setup.step, num_sequences=setup.eval_sequences, trains=False, recompute_activations=False)
+    step = replace(setup.step, num_sequences=batch.num_sequences, length=batch.length, num_scored=batch.num_scored)
+    step = replace(step, trains=False, recompute_activations=False)
     trace = trace_step(shape, replace(step, offload_activations=False))
     passes = list_passes(shape, step, setup.world_size, (trace, trace), 0)
     until_head = [replace(each, unit=Unit()) for each in passes[: shape.num_layers + 2]]

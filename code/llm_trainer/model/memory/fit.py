@@ -2,7 +2,7 @@
 """The choice of how a job fits its devices: the cheapest way whose estimate is below what is free."""
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from llm_trainer.common.ranks import local_world_size, world_size
 from llm_trainer.common.units import show_bytes
 from llm_trainer.model.device import Device, find_free_memory
 from llm_trainer.model.liger import KNOWN_TYPES, choose_liger, leave_out_experts
+from llm_trainer.model.memory.batch import Batch
 from llm_trainer.model.memory.estimate import Estimate
 from llm_trainer.model.memory.remedies import list_remedies
 from llm_trainer.model.memory.scenario import (
@@ -80,13 +81,25 @@ class MemoryPlan:
             "estimate": self.estimate.describe() if self.estimate else None,
         }
 
-    def compare(self, measured_bytes: int, on_gpu: bool) -> dict[str, Any]:
-        """Return the plan as values of JSON, with the measured peak beside the estimate of it."""
+    def expect_peak(self, scenario: MemoryScenario, batches: Iterable[Batch]) -> Estimate | None:
+        """Return what a step of the batch among these takes that takes the most. None: it is not known.
+
+        Where the batches are not known, that is the largest that may come.
+        """
+        scenarios = [replace(scenario, known_batch=batch, known_shape=self.shape) for batch in batches]
+        if self.estimate is None or not scenarios:
+            return self.estimate
+        needs = [each.estimate(self.parallelism) for each in scenarios]
+        return max(needs, key=lambda need: need.total_bytes)
+
+    def compare(self, expected: Estimate | None, measured_bytes: int) -> dict[str, Any]:
+        """Return the plan as values of JSON, with the measured peak beside what was expected of the batches."""
+        values = {**self.describe(), "measured_peak_bytes": measured_bytes}
         comparison = f"measured peak {show_bytes(measured_bytes)}"
-        if self.estimate:  # a CPU's resident set shows what the allocator holds too
-            estimated_bytes = self.estimate.peak_bytes if on_gpu else self.estimate.total_bytes
-            comparison = f"estimated {show_bytes(estimated_bytes)}, {comparison}"
-        return {**self.describe(), "measured_peak_bytes": measured_bytes, "comparison": comparison}
+        if expected:
+            values["expected_peak_bytes"] = expected.peak_bytes
+            comparison = f"expected of its batches {show_bytes(expected.peak_bytes)}, {comparison}"
+        return {**values, "comparison": comparison}
 
 
 def choose_memory_plan(scenario: MemoryScenario, earlier: str | None = None) -> MemoryPlan:

@@ -76,9 +76,15 @@ def sum_products(shape: ModelShape, experts_share: float, for_frozen: int, for_t
             active = part.num_weights * (experts_share if part.role == "experts" else 1.0)
             total += active * (for_trained if part.trained_bytes else for_frozen)
     if not shape.count_weights("output"):  # the embeddings are the output's weights, too
-        table = max((part for part in shape.parts if part.role == "embeddings"), key=lambda part: part.num_weights)
-        total += table.num_weights * (for_trained if table.trained_bytes else for_frozen)
+        total += count_head_products(shape, for_frozen, for_trained)
     return total
+
+
+def count_head_products(shape: ModelShape, for_frozen: int, for_trained: int) -> float:
+    """Return the operations of a token in the output layer, for so many a frozen and a trained weight."""
+    role = "output" if shape.count_weights("output") else "embeddings"
+    table = max((part for part in shape.parts if part.role == role), key=lambda part: part.num_weights)
+    return table.num_weights * (for_trained if table.trained_bytes else for_frozen)
 
 
 def count_attention(config: PreTrainedConfig, row_tokens: float) -> float:

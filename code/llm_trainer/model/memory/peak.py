@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The peak memory of a process from a moment on: torch's allocations on a GPU, the resident set on a CPU."""
+"""The peak memory that tensors take in a process from a moment on: torch's allocations on a GPU, malloc's on a CPU.
 
-import contextlib
+A CPU's resident set is no measure of it. malloc keeps what has been freed, in gaps that the next batch may not fit.
+"""
+
+import ctypes
+import threading
+import time
+import weakref
 from pathlib import Path
 
 import torch
+
+WATCH_SECONDS = 0.02  # between two readings, at least
+IDLE_TIMES = 50  # so many times as long as a reading, at least: malloc goes through all its gaps, locked
 
 
 class Peak:
@@ -12,27 +21,60 @@ class Peak:
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
-        self.before_bytes = 0
+        self.before_bytes = self.highest_bytes = 0
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         else:
-            self.before_bytes = read_status("VmRSS")
-            reset_high_water_mark()
+            self.before_bytes = self.highest_bytes = count_used_bytes()
+            threading.Thread(target=watch, args=(weakref.ref(self),), daemon=True).start()
 
     def read_bytes(self) -> int:
-        """Return the peak so far in bytes. On a CPU it is counted above the resident set at the beginning."""
+        """Return the peak so far in bytes. On a CPU it is counted above what was used at the beginning."""
         if self.on_gpu:
             return torch.cuda.max_memory_allocated()
-        return read_status("VmHWM") - self.before_bytes
+        self.note_use()
+        return self.highest_bytes - self.before_bytes
+
+    def note_use(self) -> None:
+        """Note what is used now."""
+        self.highest_bytes = max(self.highest_bytes, count_used_bytes())
+
+
+def watch(peak: "weakref.ref[Peak]") -> None:
+    """Have a peak note what is used, again and again, for as long as somebody has it."""
+    while (alive := peak()) is not None:
+        began = time.monotonic()
+        alive.note_use()
+        del alive
+        time.sleep(max(WATCH_SECONDS, IDLE_TIMES * (time.monotonic() - began)))
+
+
+class MallocInfo(ctypes.Structure):
+    """glibc's struct mallinfo2 (malloc.h)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks")
+    ] + [("keepcost", ctypes.c_size_t)]
+
+
+LIBC = ctypes.CDLL(None)
+if hasattr(LIBC, "mallinfo2"):  # glibc 2.33 and later
+    LIBC.mallinfo2.restype = MallocInfo
+
+
+def count_used_bytes() -> int:
+    """Return what malloc has given out and not got back, and the resident part of mapped files, such as weights.
+
+    Where malloc does not tell, the resident set comes back.
+    """
+    if not hasattr(LIBC, "mallinfo2"):
+        return read_status("VmRSS")
+    info = LIBC.mallinfo2()
+    return info.uordblks + info.hblkhd + read_status("RssFile") + read_status("RssShmem")
 
 
 def read_status(name: str) -> int:
-    """Return a size of this process that the kernel reports, in bytes, such as `VmRSS`."""
+    """Return a size of this process that the kernel reports, in bytes, such as `VmRSS`; 0 where it does not."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
-def reset_high_water_mark() -> None:
-    """Have VmHWM begin again at VmRSS (Linux, Documentation/filesystems/proc.rst)."""
-    with contextlib.suppress(OSError):  # a sandbox may forbid it; then the mark stays the whole process's
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)

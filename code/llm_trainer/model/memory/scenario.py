@@ -19,6 +19,7 @@ from llm_trainer.config.sections import (
     TrainingSettings,
 )
 from llm_trainer.model.device import Device
+from llm_trainer.model.memory.batch import Batch
 from llm_trainer.model.memory.estimate import Estimate, Setup, estimate_memory
 from llm_trainer.model.memory.shape import ModelShape, read_shape
 from llm_trainer.model.memory.step_trace import Step
@@ -131,6 +132,8 @@ class MemoryScenario:
     fused_kernels: frozenset[str] = frozenset()  # Liger's, by the names of its options
     evaluates: bool = False  # whether there are rows to evaluate between steps
     known_shape: ModelShape | None = None  # handed on to copies of the same model, as it takes long to read
+    known_batch: Batch | None = None  # None: the largest that may come
+    known_eval_batch: Batch | None = None  # likewise of an evaluation
 
     @functools.cached_property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
@@ -161,17 +164,24 @@ class MemoryScenario:
         return length + -length % (int(multiple) if str(multiple).isdigit() else 1)
 
     @property
+    def batch(self) -> Batch:
+        """The batch whose step is planned: one that is known, else the largest that may come."""
+        num_sequences = self.settings.training.per_device_train_batch_size
+        is_shared = num_sequences > 1 or bool(self.settings.data.packing)
+        return self.known_batch or Batch(num_sequences, self.length, shares_sequences=is_shared)
+
+    @property
     def has_mask(self) -> bool:
         """True where the kernel reads an attention mask. Flash and flex attention read lengths instead."""
         reads_lengths = self.attention.startswith(("flash", "flex"))
-        shares = self.settings.training.per_device_train_batch_size > 1 or bool(self.settings.data.packing)
-        return shares and not reads_lengths
+        return self.batch.shares_sequences and not reads_lengths
 
     def build_step(self, plan: ParallelismPlan) -> Step:
         """Return a step in this way."""
+        batch = self.batch
         return Step(
-            num_sequences=self.settings.training.per_device_train_batch_size,
-            length=max(2, self.length),
+            num_sequences=batch.num_sequences,
+            length=max(2, batch.length),
             has_mask=self.has_mask,
             stores_scores=self.attention == "eager",
             compute_dtype=self.dtypes[1],
@@ -180,14 +190,22 @@ class MemoryScenario:
             sharded=plan.sharded,
             on_gpu=self.target.on_gpu,
             fused_kernels=self.fused_kernels,
+            num_scored=batch.num_scored,
         )
 
     def estimate(self, plan: ParallelismPlan) -> Estimate:
         """Return what each device needs for a step in this way. Raise UnknownShapeError."""
         training, step = self.settings.training, self.build_step(plan)
         accumulates = training.gradient_accumulation_steps > 1
-        evaluated = training.per_device_eval_batch_size if self.evaluates else 0
-        setup = Setup(step, self.target.world_size, training.optim, accumulates, plan.kept_layers, evaluated)
+        evaluated = self.known_eval_batch or Batch(training.per_device_eval_batch_size, step.length)
+        setup = Setup(
+            step,
+            self.target.world_size,
+            training.optim,
+            accumulates,
+            plan.kept_layers,
+            evaluated if self.evaluates else None,
+        )
         return estimate_memory(self.shape, setup)
 
     def can_hold(self, need: Estimate, share: float = 1.0) -> bool:

@@ -30,6 +30,7 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
 from llm_trainer.common.errors import quote_error
+from llm_trainer.model.layers.kept_logits import KeptLogits
 from llm_trainer.model.memory import fused_kernels
 from llm_trainer.model.memory.offloading import Offload
 from llm_trainer.model.memory.shape import BLOCK_SIZE, ModelShape, UnknownShapeError
@@ -212,6 +213,7 @@ class Step:
     on_gpu: bool
     fused_kernels: frozenset[str] = frozenset()  # of Liger's, by the names of its options
     trains: bool = True  # an evaluation has a forward pass alone, and keeps nothing for another
+    num_scored: int | None = None  # tokens that predict a label; None: all, as each may
 
 
 @functools.lru_cache(maxsize=256)
@@ -303,15 +305,35 @@ def make_computable(model: nn.Module, base: PreTrainedModel, step: Step) -> None
     if base._can_set_experts_implementation():
         base.set_experts_implementation("grouped_mm")  # the plain loop asks for numbers
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    base.base_model.register_forward_hook(ScoredPlaces(step.num_scored))
     model.train(step.trains)
 
 
 def build_batch(step: Step) -> dict[str, torch.Tensor]:
-    """Return the model's inputs: tokens and labels (sequences, length), and a mask where the step has one."""
+    """Return the model's inputs: tokens (sequences, length), labels, and a mask where the step has one.
+
+    Labels are those of all tokens (sequences, length), or (1, scored) of the tokens that predict one.
+    """
     tokens = torch.zeros(step.num_sequences, step.length, dtype=torch.long)
-    batch = {"input_ids": tokens, "labels": tokens.clone()}
+    labels = tokens.clone() if step.num_scored is None else tokens.new_zeros(1, step.num_scored)
+    batch = {"input_ids": tokens, "labels" if step.num_scored is None else "shift_labels": labels}
     mask_shape = step.num_sequences, 1, step.length, step.length
     return {**batch, "attention_mask": torch.ones(mask_shape, dtype=torch.bool)} if step.has_mask else batch
+
+
+class ScoredPlaces:
+    """A hook that leaves the output layer the tokens that predict a label, as `training.methods.batch_facts` does."""
+
+    def __init__(self, number: int | None) -> None:
+        self.number = number  # None: all, and the output stays as it is
+
+    def __call__(self, backbone: nn.Module, inputs: Any, output: Any) -> Any:
+        """Return the output with the last hidden states of as many tokens, as one sequence."""
+        if self.number is None:
+            return output
+        places = torch.zeros(self.number, dtype=torch.long)
+        output.last_hidden_state = output.last_hidden_state.flatten(0, 1).index_select(0, places)[None]
+        return output
 
 
 class QuantizedProduct(Function):
@@ -487,6 +509,7 @@ def replace_kernels(held: HeldBytes, on_gpu: bool) -> Iterator[None]:
     - Attention: a fused kernel stores no scores.
     - TRL's loss goes through tokens and vocabulary in pieces of one size. Its loops take three of them.
     - On a GPU, TRL's loss: a kernel works on the logits in place, and products add up in float32.
+    - On a CPU, TRL's loss keeps few logits, as in a training.
     - On a GPU, dropout: its mask takes a byte for each number.
     """
     attention = functools.partial(apply_attention, FlashAttention if on_gpu else FusedAttention)
@@ -495,9 +518,9 @@ def replace_kernels(held: HeldBytes, on_gpu: bool) -> Iterator[None]:
             (nn.functional, "scaled_dot_product_attention", attention),
             (masking_utils, "find_packed_sequence_indices", nothing),  # it asks for the positions' numbers
             (moe, "_can_use_grouped_mm", can_group),
-            (trl_utils, "_use_triton", nothing),  # the LM head scores all positions, as each may have a label
             (chunked_logprob, "range", held.skip_alike),
-            (trl_utils, "_ChunkedLogProbFunction", chunked_logprob.ChunkedLogProbFunction),  # and these are many
+            (trl_utils, "_use_triton", nothing),  # the LM head scores all positions that it gets
+            (trl_utils, "_ChunkedLogProbFunction", chunked_logprob.ChunkedLogProbFunction if on_gpu else KeptLogits),
         )
         only_on_gpu = (
             (chunked_logprob, "_forward_tile", nothing),

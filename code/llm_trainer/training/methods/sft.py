@@ -15,8 +15,8 @@ from trl import SFTConfig, SFTTrainer
 from llm_trainer.common import log
 from llm_trainer.common.metric_definitions import RENAMED
 from llm_trainer.data.formats import IGNORED
+from llm_trainer.model.layers.kept_logits import keep_few_logits
 from llm_trainer.training.methods.batch_facts import BatchFacts, FindFacts, known, shift_labels, use_facts
-from llm_trainer.training.methods.kept_logits import keep_few_logits
 from llm_trainer.training.methods.token_sums import begin_sums, compute_means, fill_batches, sum_batch
 from llm_trainer.training.methods.training_method import TrainingMethod
 from llm_trainer.training.resumable import ResumableMixin, RunContext

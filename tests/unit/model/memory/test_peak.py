@@ -1,43 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The peak of a CPU process is what the kernel saw, also of memory that was given back."""
+"""The peak of a CPU process is what tensors took, also those that were given back, and nothing that malloc keeps."""
 
-import mmap
+import time
 from types import SimpleNamespace
 
-import pytest
 import torch
 
 from llm_trainer.model.memory import peak
-from llm_trainer.model.memory.peak import Peak, read_status
+from llm_trainer.model.memory.peak import Peak, count_used_bytes, read_status
 
-CPU, MIB, PAGE = torch.device("cpu"), 2**20, mmap.PAGESIZE
-
-
-def test_memory_that_was_given_back_is_in_the_peak():
-    watched = Peak(CPU)
-    if watched.read_bytes() > 8 * MIB:
-        pytest.skip("this machine does not let a process reset its high-water mark")
-    taken = mmap.mmap(-1, 64 * MIB)  # malloc may have as much left from before
-    taken[::PAGE] = b"1" * (64 * MIB // PAGE)
-    assert watched.read_bytes() > 48 * MIB
-    taken.close()
-    assert watched.read_bytes() > 48 * MIB
-    assert read_status("VmHWM") >= read_status("VmRSS")
+CPU, MIB = torch.device("cpu"), 2**20
 
 
-def test_where_the_mark_cannot_be_reset_it_is_that_of_the_whole_process(monkeypatch):
-    def refuse(*arguments, **options):
-        raise PermissionError
+def test_tensors_that_were_given_back_are_in_the_peak():
+    watched, deadline = Peak(CPU), time.monotonic() + 60
+    taken = torch.ones(64 * MIB // 4)
+    while watched.highest_bytes - watched.before_bytes < 60 * MIB and time.monotonic() < deadline:
+        time.sleep(0.01)  # its own thread sees it
+    del taken
+    before = count_used_bytes()
+    assert 60 * MIB < watched.read_bytes() < 90 * MIB
+    again = torch.ones(8 * MIB // 4)
+    assert count_used_bytes() - before > 7 * MIB
+    assert again.sum() == 8 * MIB // 4
 
-    monkeypatch.setattr(peak.Path, "write_text", refuse)
-    assert Peak(CPU).read_bytes() >= 0
+
+def test_what_malloc_keeps_does_not_count(monkeypatch):
+    info = SimpleNamespace(uordblks=100, hblkhd=20, fordblks=5000)
+    monkeypatch.setattr(peak, "LIBC", SimpleNamespace(mallinfo2=lambda: info))
+    monkeypatch.setattr(peak, "read_status", {"RssFile": 3, "RssShmem": 4, "VmRSS": 9999}.get)
+    assert count_used_bytes() == 127
+    monkeypatch.setattr(peak, "LIBC", SimpleNamespace())
+    assert count_used_bytes() == 9999
 
 
 def test_sizes_are_read_in_bytes(tmp_path, monkeypatch):
     status = tmp_path / "status"
-    status.write_text("Name:\tpython\nVmHWM:\t    2048 kB\nVmRSS:\t    1024 kB\n")
+    status.write_text("Name:\tpython\nRssFile:\t    2048 kB\nVmRSS:\t    1024 kB\n")
     monkeypatch.setattr(peak, "Path", lambda path: status)
-    assert (read_status("VmHWM"), read_status("VmRSS")) == (2048 * 1024, 1024 * 1024)
+    assert (read_status("RssFile"), read_status("VmRSS")) == (2048 * 1024, 1024 * 1024)
 
 
 def test_a_gpu_counts_by_torch(monkeypatch):
