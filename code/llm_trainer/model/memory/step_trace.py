@@ -45,7 +45,7 @@ UNFILLED = frozenset({ATEN.new_empty, ATEN.new_empty_strided})
 # Operations a byte below which a product takes as long as its bytes. An adapter's have about its rank, and others
 # thousands. GPUs are as fast at both at 60 to 400.
 BOUND_OPERATIONS = 100
-COUNTERS = ("moved", "launches", "functions", "num_operations")  # of HeldBytes, over its operations
+COUNTERS = ("moved", "launches", "functions")  # of a span
 LARGE_HEAD = 128  # in numbers; flash attention rounds the sizes of larger heads further
 
 
