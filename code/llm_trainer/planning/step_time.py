@@ -200,8 +200,7 @@ def count_passes(
     return (
         Pass(tokens * (forward - in_float8) - unscored * head, tokens * in_float8, attention / 3, *moved[0]),
         Pass(
-            tokens * (both - forward - in_float8 + recomputed * (forward - head - in_float8))
-            - unscored * (head_both - head),
+            tokens * (both - forward - in_float8 + recomputed * (forward - in_float8)) - unscored * (head_both - head),
             tokens * (1 + recomputed) * in_float8,
             attention * (2 + recomputed) / 3,
             *moved[1],
