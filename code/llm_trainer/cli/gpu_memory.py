@@ -90,11 +90,11 @@ def build_scenario(
     config: "PreTrainedConfig", settings: Settings, longest_row: int, target: "Target", evaluates: bool
 ) -> "MemoryScenario":
     """Return the job on these GPUs, with the kernels that the image has for them."""
-    from llm_trainer.model.memory.fit import add_fused_kernels
+    from llm_trainer.model.memory.fit import ATTENTION_ELSEWHERE, choose_kernels
     from llm_trainer.model.memory.scenario import MemoryScenario
 
-    sections, attention = collect_sections(settings), choose_attention(settings)
-    return add_fused_kernels(MemoryScenario(config, sections, longest_row, target, attention, evaluates=evaluates))
+    sections, attention = collect_sections(settings), ATTENTION_ELSEWHERE
+    return choose_kernels(MemoryScenario(config, sections, longest_row, target, attention, evaluates=evaluates))
 
 
 def fit_here(scenario: "MemoryScenario", validation: Validation) -> None:
@@ -115,7 +115,7 @@ def build_elsewhere(
     """Return the job on one current GPU, which need not be here."""
     from llm_trainer.model.memory.fit import move_elsewhere
 
-    return move_elsewhere(config, collect_sections(settings), longest_row, choose_attention(settings), evaluates)
+    return move_elsewhere(config, collect_sections(settings), longest_row, evaluates)
 
 
 def fit_fewer_hosts(scenario: "MemoryScenario", counts: list[int], validation: Validation) -> None:
@@ -180,11 +180,3 @@ def collect_sections(settings: Settings) -> "MemorySettings":
     from llm_trainer.model.memory.scenario import MemorySettings
 
     return MemorySettings(settings.model, settings.adapter, settings.data, settings.training, settings.parallelism)
-
-
-def choose_attention(settings: Settings) -> str:
-    """Return the attention kernel that the user asks for, else the one that a GPU would get."""
-    from llm_trainer.model.memory.fit import ATTENTION_ELSEWHERE
-
-    asked = settings.model.attn_implementation
-    return ATTENTION_ELSEWHERE if asked == "auto" else asked

@@ -10,11 +10,10 @@ import torch
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.units import show_bytes
 from llm_trainer.config.global_batch import find_batch_problem
-from llm_trainer.model.attention import CAPABILITIES
 from llm_trainer.model.device import Device
 from llm_trainer.model.layers import float8
 from llm_trainer.model.memory.estimate import CONTEXT_BYTES, Estimate
-from llm_trainer.model.memory.fit import ATTENTION_ELSEWHERE, add_fused_kernels, try_plans
+from llm_trainer.model.memory.fit import choose_kernels, try_plans
 from llm_trainer.model.memory.global_batch import split_global_batch
 from llm_trainer.model.memory.gpus import Gpu
 from llm_trainer.model.memory.scenario import (
@@ -70,9 +69,8 @@ class Fitter:
         if settings.base_compute == "fp8" and gpu.capability < float8.CAPABILITY:
             raise UserError("base_compute=fp8 needs a GPU of compute capability 8.9 or later")
         target = Target(Device(torch.device("cuda"), gpu.name, gpu.capability, is_here=False), 1, count_free_bytes(gpu))
-        attention = choose_kernel(settings.attn_implementation, gpu)
-        moved = replace(self.job, target=target, attention=attention, fused_kernels=frozenset(), known_shape=None)
-        return add_fused_kernels(replace(moved, known_shape=self.find_shape(moved.dtypes[0])))
+        moved = replace(self.job, target=target, known_shape=None)
+        return choose_kernels(replace(moved, known_shape=self.find_shape(moved.dtypes[0])))
 
     def find_shape(self, dtype: torch.dtype) -> ModelShape:
         """Return the shape with weights of a type, from one of the same size where there is one."""
@@ -92,15 +90,6 @@ class Fitter:
 def count_free_bytes(gpu: Gpu) -> int:
     """Return what is free on a GPU when CUDA's context is there."""
     return gpu.memory_bytes - CONTEXT_BYTES
-
-
-def choose_kernel(asked: str, gpu: Gpu) -> str:
-    """Return the attention kernel that a job would get. Raise UserError where the GPU cannot run the one asked for."""
-    if asked == "auto":
-        return ATTENTION_ELSEWHERE if CAPABILITIES[ATTENTION_ELSEWHERE](gpu.capability) else "sdpa"
-    if asked in CAPABILITIES and not CAPABILITIES[asked](gpu.capability):
-        raise UserError(f"attn_implementation={asked} is not made for this GPU")
-    return asked
 
 
 def change_type(shape: ModelShape, dtype: torch.dtype) -> ModelShape:

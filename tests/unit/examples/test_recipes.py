@@ -2,7 +2,7 @@
 """Every recipe of examples/recipes/ is free of mistakes, and its model fits the instance that it names, as it says."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,22 +18,19 @@ from llm_trainer.config.global_batch import find_batch_problem
 from llm_trainer.config.load import JOB_SECTION, read_settings
 from llm_trainer.config.schema import Settings
 from llm_trainer.config.sections import ALIASES
-from llm_trainer.model.attention import choose_attention, read_needs
 from llm_trainer.model.device import Device
-from llm_trainer.model.memory.fit import add_fused_kernels, choose_memory_plan
+from llm_trainer.model.memory.fit import choose_kernels, choose_memory_plan
 from llm_trainer.model.memory.global_batch import split_global_batch
 from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, Target
-from llm_trainer.model.precision import choose_precision
 from support.environments import build_environment
 
 RECIPES = sorted((Path(__file__).parents[3] / "examples/recipes").glob("*.yaml"))
 CPU = Device(torch.device("cpu"))
 OF_AN_ACCOUNT = {"image": "trainer:cuda", "role": "Trainer", "output": "s3://bucket/output"}
-NOT_INSTALLED = dict.fromkeys(("flash_attention_3", "flash_attention_4"), "is not in the image")
 
 
 def gpu(name: str, capability: tuple[int, int]) -> Device:
-    return Device(torch.device("cuda"), name, capability)
+    return Device(torch.device("cuda"), name, capability, is_here=False)
 
 
 @dataclass(frozen=True)
@@ -152,10 +149,7 @@ def test_its_model_fits_its_instance_in_the_way_that_it_says(recipe):
     config = CONFIGS[settings.model.model_id]
     sections = MemorySettings(settings.model, settings.adapter, settings.data, settings.training, settings.parallelism)
     scenario = MemoryScenario(config, sections, settings.data.max_length, target, "eager")
-    needs, asked = read_needs(scenario.shape.skeleton), settings.model.attn_implementation
-    compute = choose_precision(settings.model, settings.adapter, instance.device).compute
-    attention = choose_attention(needs, asked, compute, instance.device, NOT_INSTALLED)
-    fit = choose_memory_plan(split_global_batch(add_fused_kernels(replace(scenario, attention=attention.name))))
+    fit = choose_memory_plan(split_global_batch(choose_kernels(scenario)))
     way = fit.parallelism.describe(target.world_size).partition(" with ")[2]
     size = f"{fit.estimate.total_bytes / GIB:.0f} GiB a {target.unit}"
     assert recipe.memory == (f"{size}, with {way}" if way else size)

@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from transformers import PreTrainedConfig
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.ranks import local_world_size, world_size
 from llm_trainer.common.units import show_bytes
+from llm_trainer.model.attention import choose_attention, find_faults, read_needs
 from llm_trainer.model.device import Device, find_free_memory
 from llm_trainer.model.liger import KNOWN_TYPES, choose_liger, leave_out_experts
 from llm_trainer.model.memory.batch import Batch
@@ -29,7 +31,7 @@ from llm_trainer.model.memory.scenario import (
 from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError
 
 ELSEWHERE = Device(torch.device("cuda"), "a GPU elsewhere", (9, 0), is_here=False)
-ATTENTION_ELSEWHERE = "flash_attention_2"  # the image has it
+ATTENTION_ELSEWHERE = "flash_attention_2"  # of a model whose shape is not known, which no estimate asks for
 NUM_REMEDIES = 3
 # Layers that could be recomputed keep their activations up to this share of what is free: the estimate may be too low.
 KEPT_SHARE = 0.97
@@ -190,14 +192,15 @@ def choose_without_estimate(plans: list[ParallelismPlan], target: Target, reason
 
 
 def move_elsewhere(
-    config: PreTrainedConfig, settings: MemorySettings, longest_row: int, attention: str, evaluates: bool = False
+    config: PreTrainedConfig, settings: MemorySettings, longest_row: int, evaluates: bool = False
 ) -> MemoryScenario:
     """Return a job on one current GPU, which need not be here. The longest row is in tokens.
 
     Raise UserError where the settings ask for kernels that the model cannot get.
     """
     target = Target(ELSEWHERE, world_size=1, free_bytes=0)
-    return add_fused_kernels(MemoryScenario(config, settings, longest_row, target, attention, evaluates=evaluates))
+    scenario = MemoryScenario(config, settings, longest_row, target, ATTENTION_ELSEWHERE, evaluates=evaluates)
+    return choose_kernels(scenario)
 
 
 def estimate_ways(scenario: MemoryScenario) -> dict[str, Estimate]:
@@ -214,21 +217,24 @@ def estimate_ways(scenario: MemoryScenario) -> dict[str, Estimate]:
     }
 
 
-def add_fused_kernels(scenario: MemoryScenario) -> MemoryScenario:
-    """Return a scenario with the Liger kernels that the image has for its model and devices. Liger need not be here.
+def choose_kernels(scenario: MemoryScenario) -> MemoryScenario:
+    """Return a scenario with the kernels that the image has for its model and devices: attention's, and Liger's.
 
-    Raise UserError where the settings ask for kernels that the model cannot get.
+    The packages of a GPU elsewhere need not be here. Raise UserError where the settings ask for kernels that the model
+    cannot get.
     """
-    settings = scenario.settings.model
-    choice = choose_liger(scenario.config, settings, scenario.target.device, KNOWN_TYPES)
-    if not choice.is_on:
-        return scenario
+    settings, device = scenario.settings.model, scenario.target.device
+    liger = choose_liger(scenario.config, settings, device, KNOWN_TYPES)
     try:
         shape = scenario.shape
     except UnknownShapeError:  # told where the estimate is made
         return scenario
-    kernels = leave_out_experts(choice, settings, bool(shape.count_weights("experts"))).kernels
-    return replace(scenario, fused_kernels=kernels, known_shape=shape)
+    model = shape.skeleton
+    needs = read_needs(model.get_base_model() if isinstance(model, PeftModel) else model)
+    asked, compute = settings.attn_implementation, scenario.dtypes[1]
+    attention = choose_attention(needs, asked, compute, device, find_faults(device))
+    liger = leave_out_experts(liger, settings, bool(shape.count_weights("experts")))
+    return replace(scenario, attention=attention.name, fused_kernels=liger.kernels, known_shape=shape)
 
 
 def find_target(device: Device, group: dist.ProcessGroup | None) -> Target:

@@ -16,7 +16,7 @@ from llm_trainer.model.device import Device
 from llm_trainer.model.memory.fit import (
     ELSEWHERE,
     KEPT_SHARE,
-    add_fused_kernels,
+    choose_kernels,
     choose_memory_plan,
     estimate_ways,
     find_target,
@@ -109,7 +109,7 @@ def test_layers_keep_nothing_where_activations_go_to_the_host():
 
 def test_what_a_gpu_elsewhere_needs_counts_ligers_kernels():
     fused, plain = (
-        estimate_ways(move_elsewhere(SMALL, sections(use_liger_kernel=uses), 2048, "flash_attention_2"))["training"]
+        estimate_ways(move_elsewhere(SMALL, sections(use_liger_kernel=uses), 2048))["training"]
         for uses in (None, False)
     )
     assert fused.parts["activations"] < 0.9 * plain.parts["activations"]
@@ -204,11 +204,11 @@ def test_a_cpu_is_asked_for_its_memory():
 )
 def test_an_estimate_counts_the_liger_kernels_that_a_job_gets(config, options, kernels):
     scenario = MemoryScenario(config, sections(**options), 64, gpus(1, 79), "sdpa")
-    assert add_fused_kernels(scenario).fused_kernels == kernels
+    assert choose_kernels(scenario).fused_kernels == kernels
 
 
 def test_needs_of_one_gpu_anywhere():
-    needs = estimate_ways(move_elsewhere(LLAMA_8B, sections(), 2048, "flash_attention_2"))
+    needs = estimate_ways(move_elsewhere(LLAMA_8B, sections(), 2048))
     assert list(needs) == ["training", "training with gradient checkpointing"]
     plain, checkpointed = (need.total_bytes for need in needs.values())
     assert checkpointed < plain / 3
