@@ -39,12 +39,12 @@ from llm_trainer.job.earlier_adapter import describe_lineage
 from llm_trainer.job.inputs import Inputs
 from llm_trainer.job.job import Job, fetch_earlier_adapter
 from llm_trainer.job.start_gate import StartGate
+from llm_trainer.journal.manifest import Manifest
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.model import adapter_file, loading, lora, lora_init
 from llm_trainer.model.device import find_device
 from llm_trainer.model.layers import float8
 from llm_trainer.model.liger import apply_liger
-from llm_trainer.model.memory.estimate import Estimate
 from llm_trainer.model.memory.fit import MemoryPlan, choose_memory_plan, describe_memory_plan, find_target
 from llm_trainer.model.memory.flops import find_peak_tokens_per_second, measure_row_tokens
 from llm_trainer.model.memory.global_batch import describe_fewer_hosts, split_global_batch
@@ -67,7 +67,7 @@ from llm_trainer.planning.other_instances import add_other_instances
 from llm_trainer.planning.workload import measure_work
 from llm_trainer.training.loss_check import check_loss
 from llm_trainer.training.methods import TrainingMethod, choose_method
-from llm_trainer.training.methods.run_batches import RunBatches, find_run_batches
+from llm_trainer.training.methods.run_batches import find_run_batches
 from llm_trainer.training.metric_lines import MetricLines
 from llm_trainer.training.packing import Packing, choose_packing
 from llm_trainer.training.packing_check import build_proxy_model
@@ -92,6 +92,8 @@ from llm_trainer.training.trainer_config import (
     build_trainer,
     join_cpu_ranks,
 )
+
+PLAN_BESIDE = "the plan beside what the job took"
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,7 @@ class Outcome:
     """The result of the fourth phase: a trained model, and what was measured."""
 
     totals: dict[str, float]  # Transformers' metrics of the whole run
-    memory: dict[str, Any]  # the estimate beside the measured peak
-    expected: Estimate | None  # for the batches that came; None where it is not known
-    batches: RunBatches | None  # None where they are not known
+    measured_bytes: int  # the peak of the training
     answers: SampleAnswers
     progress: Progress
     weights: dict[str, torch.Tensor] | None  # on rank 0, where the model holds only shards
@@ -288,16 +288,12 @@ def run(context: Context, prepared: Prepared, planned: Planned, built: Built) ->
     timeline.mark("training")
 
     measured_bytes = built.peak.read_bytes()
-    batches = find_run_batches(trainer, built.first_step, prepared.data.reports["train"].supervised_share)
-    expected = planned.memory.expect_peak(built.scenario, batches.largest if batches else ())
-    memory = planned.memory.compare(expected, measured_bytes)
-    log.info(f"Memory: {memory['comparison']}")
     check_rows = choose_check_rows(prepared.data.sample)
     logits, unproven = compute_expected(trainer, check_rows, prepared.model_plan.device.torch, planned.memory.sharded)
     weights = fsdp.gather_weights(trainer.model) if planned.memory.sharded else None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # the other ranks leave while rank 0 exports, however long it takes
-    return Outcome(totals, memory, expected, batches, answers, progress, weights, check_rows, logits, unproven)
+    return Outcome(totals, measured_bytes, answers, progress, weights, check_rows, logits, unproven)
 
 
 def export(context: Context, prepared: Prepared, built: Built, outcome: Outcome) -> None:
@@ -306,11 +302,9 @@ def export(context: Context, prepared: Prepared, built: Built, outcome: Outcome)
     with StopWatch(prepared.stop_request.file, trainer.stopped) as watch:
         result = collect_result(context, prepared, built, outcome, watch)
         placed = place_result(result)
-        outline = outline_run(context, prepared, built)
-        compared = compare_run(context, prepared, built, outcome, outline)
-        manifest = build_manifest(trainer, describe_trained_run(context, prepared, built, outcome, compared))
-        with warn_of_failure("The plan on other instances", placed.path):
-            watch.attempt("the plan on other instances", lambda: add_other_instances(outline, manifest))
+        manifest = build_manifest(trainer, describe_trained_run(context, prepared, built, outcome))
+        with warn_of_failure(PLAN_BESIDE, placed.path):
+            watch.attempt(PLAN_BESIDE, lambda: compare_run(context, prepared, built, outcome, manifest))
         if outcome.answers.prompts:
             with warn_of_failure("The answers after the training", placed.path):
                 watch.attempt("the answers after the training", outcome.answers.after_training)
@@ -499,9 +493,7 @@ def compute_expected(
     return None, None
 
 
-def describe_trained_run(
-    context: Context, prepared: Prepared, built: Built, outcome: Outcome, compared: dict[str, Any]
-) -> TrainedRun:
+def describe_trained_run(context: Context, prepared: Prepared, built: Built, outcome: Outcome) -> TrainedRun:
     """Return the run as its manifest describes it."""
     return TrainedRun(
         model=context.job.inputs.model,
@@ -510,31 +502,33 @@ def describe_trained_run(
         streaming=context.settings.data.streaming,
         reports=prepared.data.reports,
         packing=built.packing,
-        memory=outcome.memory,
+        memory=built.memory.compare(built.memory.estimate, outcome.measured_bytes),
         totals=outcome.totals,
-        planned_and_actual=compared,
         phase_seconds=context.timeline.seconds,
     )
 
 
-def compare_run(
-    context: Context, prepared: Prepared, built: Built, outcome: Outcome, outline: Outline
-) -> dict[str, Any]:
-    """Return what was planned beside what the job took up to its export, after telling it in the log."""
-    timeline, environment, expected = context.timeline, context.job.environment, outcome.expected
-    count, step_seconds = len(environment.hosts), outcome.progress.step_seconds
+def compare_run(context: Context, prepared: Prepared, built: Built, outcome: Outcome, manifest: Manifest) -> None:
+    """Add what was planned beside what the job took up to its export to its manifest, after telling it in the log."""
+    batches = find_run_batches(built.trainer, built.first_step, prepared.data.reports["train"].supervised_share)
+    expected = built.memory.expect_peak(built.scenario, batches.largest if batches else ())
+    manifest["memory"] = built.memory.compare(expected, outcome.measured_bytes)
+    log.info(f"Memory: {manifest['memory']['comparison']}")
+    timeline, environment, step_seconds = context.timeline, context.job.environment, outcome.progress.step_seconds
+    count = len(environment.hosts)
     host = find_host(environment.instance_type, prepared.model_plan.device, world_size() // count)
     if host is None or expected is None:
-        return {}
+        return
     start = sum(seconds for phase, seconds in timeline.seconds.items() if phase != "training")
     hours = sum(timeline.seconds.values()) / 3600
-    actual = Figures(outcome.memory["measured_peak_bytes"], step_seconds, start - (step_seconds or 0.0), hours)
-    scenario = replace(built.scenario, known_batch=outcome.batches.typical if outcome.batches else None)
+    actual = Figures(outcome.measured_bytes, step_seconds, start - (step_seconds or 0.0), hours)
+    scenario = replace(built.scenario, known_batch=batches.typical if batches else None)
     fit = Fit(scenario, built.memory.parallelism, expected, fits=True)
-    compared = compare_with_plan(outline, host, count, fit, actual)
+    outline = outline_run(context, prepared, built)
+    compared = manifest["planned_and_actual"] = compare_with_plan(outline, host, count, fit, actual)
     if compared:
         log.info(describe_comparison(compared))
-    return compared
+        add_other_instances(outline, manifest)
 
 
 def outline_run(context: Context, prepared: Prepared, built: Built) -> Outline:

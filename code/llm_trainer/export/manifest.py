@@ -40,7 +40,6 @@ class TrainedRun:
     packing: Packing
     memory: dict[str, Any]  # the estimate beside the measured peak
     totals: dict[str, float]  # Transformers' metrics of the whole run
-    planned_and_actual: dict[str, Any]  # empty where the job could not be planned
     phase_seconds: dict[str, float]  # the timeline's own, so that phases still to come are added
 
 
@@ -76,7 +75,7 @@ def build_manifest(trainer: ResumableMixin, run: TrainedRun) -> Manifest:
         "total_steps": trainer.state.max_steps,
         "stopped": trainer.stopped,
         "world_size": world_size(),
-        "planned_and_actual": run.planned_and_actual,
+        "planned_and_actual": {},  # stays so where the job could not be planned
         "phase_seconds": run.phase_seconds,
     }
 
