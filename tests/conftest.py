@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
@@ -54,7 +55,15 @@ def make_tree(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path):
 
 
 @pytest.fixture
-def fake_hub(tiny_model, tmp_path, monkeypatch):
+def impatient_hub(monkeypatch):
+    """huggingface_hub asks a Hub that does not answer five times, and waits half a minute in all."""
+    from huggingface_hub.utils import _http
+
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
+
+
+@pytest.fixture
+def fake_hub(impatient_hub, tiny_model, tmp_path, monkeypatch):
     """A Hub that huggingface_hub, which read its environment when it was imported, takes for its own."""
     from huggingface_hub import constants  # few tests need it, and it takes half a second to import
 

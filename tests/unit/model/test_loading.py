@@ -113,7 +113,7 @@ def test_a_tokenizer_with_code_of_its_own_is_refused(change):
         load_tokenizer(model, Settings().model, 259)
 
 
-def test_a_model_that_is_not_there_is_refused_offline():
+def test_a_model_that_is_not_there_is_refused_offline(impatient_hub):
     with pytest.raises(UserError, match=r"^The config of nobody/nothing could not be loaded"):
         read_config("nobody/nothing", Settings().model)
 
