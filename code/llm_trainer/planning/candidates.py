@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every instance type, one to sixteen of it: whether a job fits, how, and what it takes in time and dollars."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,7 @@ from llm_trainer.planning.fitting import Fit, Fitter
 from llm_trainer.planning.instances import InstanceType, read_instances
 from llm_trainer.planning.learning import Learnt
 from llm_trainer.planning.prices import Prices
-from llm_trainer.planning.run_time import CHECKPOINTS_A_RUN, SECONDS_BETWEEN, RunTime, Sizes, Steps, time_run
+from llm_trainer.planning.run_time import RunTime, Sizes, Steps, count_checkpoints, count_evaluations, time_run
 from llm_trainer.planning.step_time import StepTime, time_step
 from llm_trainer.planning.workload import Workload
 
@@ -187,13 +186,19 @@ def plan_run(outline: Outline, candidate: Candidate, rows_a_step: int, work: Wor
     host, count, step, fit = candidate.host, candidate.count, candidate.step, candidate.fit
     training = fit.scenario.settings.training
     number = work.count_steps(rows_a_step, training)
-    evaluations = math.ceil(training.num_train_epochs) if work.eval_tokens else 0
     low, high = step.range_seconds
     steps = Steps(
-        number, step.seconds, low, high, work.num_tokens, evaluations * work.eval_tokens, candidate.tokens_per_second
+        number,
+        step.seconds,
+        low,
+        high,
+        tokens=work.num_tokens,
+        eval_tokens=count_evaluations(training, number) * work.eval_tokens,
+        tokens_per_second=candidate.tokens_per_second,
+        checkpoints=count_checkpoints(training, number, number * step.seconds),
     )
     run = outline.learnt.correct_start(time_run(host, count, steps, measure_sizes(fit, outline.merges)), host)
-    between = min(SECONDS_BETWEEN, run.steps / CHECKPOINTS_A_RUN)
+    between = run.steps / max(1, steps.checkpoints)
     spot = expect_interruptions(run.hours, run.start / 3600, between / 3600, count)
     prices = outline.prices
     price, spot_price = (prices.on_demand.get(host.name), prices.spot.get(host.name)) if prices else (None, None)

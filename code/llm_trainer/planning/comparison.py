@@ -19,7 +19,7 @@ from llm_trainer.planning.prices import Prices, find_price_file, find_warnings, 
 from llm_trainer.planning.run_time import PULL_SECONDS
 
 # A core's operations in float32 and all cores' bytes a second: rough, as a CPU's speed is to be learnt.
-CORE_FLOPS, CPU_BYTES = 100e9, 20e9
+CORE_FLOPS, CPU_BYTES = 100e9, 40e9
 HERE, CPU = "this machine", "CPU"
 
 

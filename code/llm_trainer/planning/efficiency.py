@@ -25,7 +25,7 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Host:
-    """Seconds that a CPU takes to keep a GPU busy. Others take from `low` to `high` times as long."""
+    """Seconds that a CPU takes to keep a GPU busy, or itself. Others take from `low` to `high` times as long."""
 
     launch_seconds: float  # of an operation that a pass starts
     function_seconds: float  # of an autograd function in Python, with the modules around it
@@ -35,9 +35,6 @@ class Host:
     source: str
 
 
-NO_HOST = Host(0.0, 0.0, 0.0, 1.0, 1.0, "a CPU starts its operations in the time that they take")
-
-
 def find_efficiency(gpu: str) -> Efficiency:
     """Return what a GPU of gpus.json reaches, and the CPU under that name; else what a GPU that is not known might."""
     table = read_table()
@@ -45,9 +42,9 @@ def find_efficiency(gpu: str) -> Efficiency:
 
 
 @functools.cache
-def read_host() -> Host:
-    """Return what a host of GPUs takes."""
-    return Host(**read_table()["host"])
+def read_host(of_gpus: bool) -> Host:
+    """Return what a host of GPUs takes, or a CPU that trains."""
+    return Host(**read_table()["host" if of_gpus else "cpu_host"])
 
 
 @functools.cache

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The hours that a job is billed for: its start, its steps, evaluations, checkpoints and the export."""
 
+import math
 from dataclasses import dataclass
 
+from llm_trainer.config.sections import TrainingSettings
 from llm_trainer.planning.instances import InstanceType
 
 IMAGE_BYTES = 6.6e9  # unpacked, without CUDA's own of the host (bench/RESULTS.md, Image)
@@ -63,14 +65,14 @@ class Steps:
     tokens: int  # of an epoch
     eval_tokens: int  # of all evaluations
     tokens_per_second: float
+    checkpoints: int
 
 
 def time_run(host: InstanceType, count: int, steps: Steps, sizes: Sizes) -> RunTime:
     """Return the time of a job on so many hosts."""
     training = steps.number * steps.seconds
     evaluations = EVALUATION_SHARE * steps.eval_tokens / steps.tokens_per_second
-    saved = max(CHECKPOINTS_A_RUN, training / SECONDS_BETWEEN)
-    checkpoints = min(saved, steps.number) * sizes.checkpoint / DISK_BYTES
+    checkpoints = steps.checkpoints * sizes.checkpoint / DISK_BYTES
     start = time_start(host, count, sizes.base, steps.tokens + steps.eval_tokens)
     export = sizes.base / DISK_BYTES + sizes.result / find_download_rate(host)
     other = start + export
@@ -83,6 +85,31 @@ def time_run(host: InstanceType, count: int, steps: Steps, sizes: Sizes) -> RunT
         low=START_LOW * other + (training + evaluations) * steps.low_seconds / steps.seconds + checkpoints,
         high=START_HIGH * (other + checkpoints) + (training + evaluations) * steps.high_seconds / steps.seconds,
     )
+
+
+def count_checkpoints(training: TrainingSettings, number: int, seconds: float) -> int:
+    """Return the checkpoints of a training of so many steps that takes so many seconds, as its settings ask for."""
+    if not training.use_checkpoints or training.save_strategy == "no":
+        return 0
+    if training.is_given("save_steps"):
+        return math.ceil(number / find_interval(training.save_steps, number))
+    if training.is_given("save_strategy") and training.save_strategy == "epoch":
+        return max(1, math.ceil(training.num_train_epochs))
+    return min(number, max(CHECKPOINTS_A_RUN, math.ceil(seconds / SECONDS_BETWEEN)))
+
+
+def count_evaluations(training: TrainingSettings, number: int) -> int:
+    """Return the evaluations of a training of so many steps with rows to evaluate, as its settings ask for."""
+    if training.is_given("eval_strategy") and training.eval_strategy == "no":
+        return 0
+    if training.eval_steps:
+        return math.floor(number / find_interval(training.eval_steps, number))
+    return math.ceil(training.num_train_epochs)
+
+
+def find_interval(steps: float, number: int) -> float:
+    """Return an interval in steps. Below 1 it is a share of the whole training."""
+    return max(1.0, steps * number if steps < 1 else steps)
 
 
 def time_start(host: InstanceType, count: int, base_bytes: int, tokens: int) -> float:

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from llm_trainer.model.layers.kept_logits import MAX_LOGITS_BYTES
 from llm_trainer.model.memory.flops import count_attention, count_head_products, count_products
 from llm_trainer.model.memory.gpus import Gpu
 from llm_trainer.model.memory.scenario import MemoryScenario, ParallelismPlan
-from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError
+from llm_trainer.model.memory.shape import UnknownShapeError
 from llm_trainer.model.memory.step_trace import Span, StepTrace, trace_step
-from llm_trainer.planning.efficiency import NO_HOST, Efficiency, find_efficiency, read_host
+from llm_trainer.planning.efficiency import Efficiency, find_efficiency, read_host
 from llm_trainer.planning.instances import InstanceType
 from llm_trainer.planning.traffic import Spread, Traffic, count_traffic, time_waits
 
@@ -45,10 +46,12 @@ class Pass:
     functions: int  # autograd functions in Python that it goes through
 
     def time(self, rates: "Rates") -> float:
-        """Return the seconds that it takes at these rates. The host starts operations while the GPU runs others."""
+        """Return the seconds that it takes at these rates. A host starts operations while a GPU runs others."""
         products = self.products / rates.products + self.float8_products / rates.float8_products
         computing = products + self.attention / rates.attention + self.moved / rates.moved
         starting = self.launches * rates.launch_seconds + self.functions * rates.function_seconds
+        if rates.is_own_host:
+            return computing + starting
         return max(computing, self.offloaded / PCIE_BYTES, starting)
 
 
@@ -63,6 +66,7 @@ class Rates:
     launch_seconds: float  # of an operation
     function_seconds: float  # of an autograd function in Python, besides its operations
     between_seconds: float  # from a step's last operation to the first of the next
+    is_own_host: bool  # as a CPU is
 
     def slow_down(self, gpu: float, host: float) -> "Rates":
         """Return the rates of a GPU and a host that take so many times as long."""
@@ -74,13 +78,14 @@ class Rates:
             self.launch_seconds * host,
             self.function_seconds * host,
             self.between_seconds * host,
+            self.is_own_host,
         )
 
 
 def find_rates(gpu: Gpu, efficiency: Efficiency, scenario: MemoryScenario) -> Rates:
-    """Return what a GPU does in a second in the type that the job computes in. A CPU is its own host."""
+    """Return what a GPU or a CPU does in a second in the type that the job computes in."""
     peak = gpu.fp32_flops if scenario.dtypes[1] == torch.float32 else gpu.peak_flops
-    host = read_host() if scenario.target.on_gpu else NO_HOST
+    host = read_host(scenario.target.on_gpu)
     return Rates(
         products=efficiency.products * peak,
         float8_products=efficiency.products * (gpu.fp8_flops or peak),
@@ -89,6 +94,7 @@ def find_rates(gpu: Gpu, efficiency: Efficiency, scenario: MemoryScenario) -> Ra
         launch_seconds=host.launch_seconds,
         function_seconds=host.function_seconds,
         between_seconds=host.between_seconds,
+        is_own_host=not scenario.target.on_gpu,
     )
 
 
@@ -131,8 +137,6 @@ def time_step(
     passes = count_passes(scenario, plan, trace, row_tokens)
     if passes is None:
         return None
-    if not scenario.target.on_gpu:
-        passes = add_weight_bytes(passes, scenario.shape, plan.recompute_activations)
     efficiency = find_efficiency(host.gpu.name)
     rates = find_rates(host.gpu, efficiency, scenario)
     shards = scenario.target.world_size if plan.sharded else 1
@@ -150,7 +154,7 @@ def time_step(
 
 def list_rates(rates: Rates, efficiency: Efficiency) -> list[Rates]:
     """List the likely rates, those of a GPU and a host at their fastest, and at their slowest."""
-    host = read_host()
+    host = read_host(not rates.is_own_host)
     return [rates, rates.slow_down(efficiency.low, host.low), rates.slow_down(efficiency.high, host.high)]
 
 
@@ -195,12 +199,15 @@ def count_passes(
     recomputed = (shape.num_layers - plan.kept_layers) / shape.num_layers if plan.recompute_activations else 0.0
     tokens, unscored = batch.num_tokens, batch.num_tokens - batch.find_num_scored()
     head, head_both = (count_head_products(shape, *factors) for factors in ((2, 2), (4, 6)))
+    again = head * batch.find_num_scored() if computes_logits_again(scenario) else 0.0
     attention = tokens * count_causal_attention(scenario, row_tokens)
     moved = count_moved(scenario, plan, traces, tokens, recomputed)
     return (
         Pass(tokens * (forward - in_float8) - unscored * head, tokens * in_float8, attention / 3, *moved[0]),
         Pass(
-            tokens * (both - forward - in_float8 + recomputed * (forward - in_float8)) - unscored * (head_both - head),
+            tokens * (both - forward - in_float8 + recomputed * (forward - in_float8))
+            - unscored * (head_both - head)
+            + again,
             tokens * (1 + recomputed) * in_float8,
             attention * (2 + recomputed) / 3,
             *moved[1],
@@ -208,14 +215,14 @@ def count_passes(
     )
 
 
-def add_weight_bytes(passes: tuple[Pass, Pass], shape: ModelShape, recomputes: bool) -> tuple[Pass, Pass]:
-    """Return the passes with the weights that products read in each, and the gradients that they write.
+def computes_logits_again(scenario: MemoryScenario) -> bool:
+    """Tell whether a CPU computes logits once more for their gradients, as it keeps only few.
 
-    On a CPU that takes as long as the arithmetic of a short row. On a GPU a batch has thousands of tokens.
+    A GPU always does so, within the share of its peak that products are known to reach.
     """
-    (forward, backward), weights = passes, shape.count_bytes()
-    again = (2 if recomputes else 1) * weights + shape.trained_bytes
-    return replace(forward, moved=forward.moved + weights), replace(backward, moved=backward.moved + again)
+    width = scenario.config.get_text_config().vocab_size
+    num_bytes = scenario.dtypes[1].itemsize * scenario.batch.find_num_scored() * width
+    return not scenario.target.on_gpu and num_bytes > MAX_LOGITS_BYTES
 
 
 def count_causal_attention(scenario: MemoryScenario, row_tokens: float) -> float:

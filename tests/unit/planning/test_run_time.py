@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 
+from llm_trainer.config.schema import Settings
 from llm_trainer.planning.instances import read_instances
-from llm_trainer.planning.run_time import Sizes, Steps, time_run
+from llm_trainer.planning.run_time import Sizes, Steps, count_checkpoints, count_evaluations, time_run
 
 P4D = read_instances().types["ml.p4d.24xlarge"]
-STEPS = Steps(1000, 2.0, 1.8, 2.6, 10**7, 0, 5e4)
+STEPS = Steps(1000, 2.0, 1.8, 2.6, 10**7, 0, 5e4, checkpoints=10)
 SIZES = Sizes(base=16 * 10**9, checkpoint=10**9, result=10**8)
 
 
@@ -22,9 +23,28 @@ def test_the_parts_make_the_whole_and_lie_within_the_range():
     assert run.hours == run.seconds / 3600
 
 
-def test_a_long_job_saves_every_quarter_of_an_hour():
-    run = time_run(P4D, 1, replace(STEPS, number=50_000), SIZES)
-    assert run.checkpoints == pytest.approx(100_000 / 900 * 0.5)
+@pytest.mark.parametrize(
+    ("settings", "seconds", "number"),
+    [
+        ({}, 2000, 10),
+        ({}, 100_000, 112),  # every quarter of an hour
+        ({"save_steps": 300}, 2000, 4),
+        ({"save_steps": 0.5}, 2000, 2),
+        ({"save_strategy": "epoch", "num_train_epochs": 2}, 2000, 2),
+        ({"save_strategy": "no"}, 2000, 0),
+        ({"use_checkpoints": False}, 2000, 0),
+    ],
+)
+def test_checkpoints_are_counted_as_the_settings_ask_for_them(settings, seconds, number):
+    assert count_checkpoints(Settings(**settings).training, 1000, seconds) == number
+
+
+@pytest.mark.parametrize(
+    ("settings", "number"),
+    [({}, 3), ({"eval_strategy": "no"}, 0), ({"eval_steps": 100}, 10), ({"eval_steps": 0.25}, 4)],
+)
+def test_evaluations_are_counted_as_the_settings_ask_for_them(settings, number):
+    assert count_evaluations(Settings(num_train_epochs=3, **settings).training, 1000) == number
 
 
 def test_evaluations_and_larger_models_take_longer_and_more_hosts_tokenize_sooner():

@@ -14,12 +14,20 @@ from transformers import LlamaConfig
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device
 from llm_trainer.model.liger import KERNELS
+from llm_trainer.model.memory.batch import Batch
 from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, ParallelismPlan, Target
 from llm_trainer.model.memory.shape import UnknownShapeError
 from llm_trainer.planning import step_time
 from llm_trainer.planning.efficiency import read_host
 from llm_trainer.planning.instances import read_instances
-from llm_trainer.planning.step_time import ROW_START, count_causal_attention, time_step
+from llm_trainer.planning.step_time import (
+    ROW_START,
+    Pass,
+    Rates,
+    computes_logits_again,
+    count_causal_attention,
+    time_step,
+)
 
 BENCH = Path(__file__).parents[3] / "bench"
 sys.path.append(str(BENCH))
@@ -86,9 +94,23 @@ def test_a_step_of_few_tokens_takes_what_its_host_takes():
         time_step(H200, build_scenario("tiny", max_length=length), NO_SAVINGS, 1, length) for length in (8, 64)
     )
     assert few.seconds == more.seconds
-    host = read_host()
+    host = read_host(of_gpus=True)
     assert few.range_seconds == pytest.approx((host.low * few.seconds, host.high * few.seconds), rel=1e-4)
     assert few.seconds > host.between_seconds
+
+
+@pytest.mark.parametrize(("is_own_host", "seconds"), [(False, 2.0), (True, 3.0)])
+def test_a_cpu_starts_its_operations_itself(is_own_host, seconds):
+    rates = Rates(1e9, 1e9, 1e9, 1e9, 0.1, 0.0, 0.0, is_own_host)
+    work = Pass(products=2e9, float8_products=0, attention=0, moved=0, offloaded=0, launches=10, functions=0)
+    assert work.time(rates) == pytest.approx(seconds)
+
+
+def test_many_logits_are_computed_again_on_a_cpu_alone():
+    on_gpu = build_scenario()
+    on_cpu = on_gpu.replace_target(device=Device(torch.device("cpu")))
+    few = replace(on_cpu, known_batch=Batch(1, 1024, num_scored=10))
+    assert [computes_logits_again(each) for each in (on_gpu, on_cpu, few)] == [False, True, False]
 
 
 def test_short_rows_take_longer_in_attention_than_their_operations_do():
@@ -111,7 +133,7 @@ def test_accumulated_batches_take_their_time_and_gpus_wait_for_each_other():
         for pieces in (1, 2)
     )
     assert one.waiting_seconds == 0
-    between = read_host().between_seconds
+    between = read_host(of_gpus=True).between_seconds
     assert 1.9 < (two.compute_seconds - between) / (one.compute_seconds - between) <= 2
     sharded = replace(NO_SAVINGS, sharded=True)
     within = time_step(H200, build_scenario("tiny", gpus=8), sharded, 8, 1024)

@@ -16,7 +16,7 @@ from trl.trainer import utils as trl_utils
 from llm_trainer.common.units import MIB
 
 # Of logits. Beside them are as many logarithms and gradients, and TRL's pieces would take about as much.
-MAX_BYTES = 64 * MIB
+MAX_LOGITS_BYTES = 64 * MIB
 
 
 def keep_few_logits() -> None:
@@ -35,7 +35,7 @@ class KeptLogits:
         """
         num_bytes = hidden.element_size() * len(hidden) * len(weight)
         is_plain = hidden.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
-        if hidden.device.type != "cpu" or num_bytes > MAX_BYTES or not is_plain:
+        if hidden.device.type != "cpu" or num_bytes > MAX_LOGITS_BYTES or not is_plain:
             return ChunkedLogProbFunction.apply(hidden, weight, *arguments)
         return score_tokens(hidden, weight, *arguments)
 

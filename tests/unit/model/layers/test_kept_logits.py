@@ -41,6 +41,6 @@ def test_only_few_logits_of_float32_are_kept(monkeypatch):
     score(KeptLogits, *SCALINGS["plain"], dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         score(KeptLogits, *SCALINGS["plain"])
-    monkeypatch.setattr(kept_logits, "MAX_BYTES", 4 * 11 * 300 - 1)
+    monkeypatch.setattr(kept_logits, "MAX_LOGITS_BYTES", 4 * 11 * 300 - 1)
     score(KeptLogits, *SCALINGS["plain"])
     assert kept == [1]
