@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The way in which a job fits a number of GPUs of a kind. They need not be here. Whatever takes long is shared."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -73,16 +72,14 @@ class Fitter:
         return choose_kernels(replace(moved, known_shape=self.find_shape(moved.dtypes[0])))
 
     def find_shape(self, dtype: torch.dtype) -> ModelShape:
-        """Return the shape with weights of a type, from one of the same size where there is one."""
+        """Return the shape with weights of a type, or of one of the same size, which holds and moves as much."""
         if not self.shapes:
             self.shapes[self.job.dtypes[0]] = self.job.shape
         if dtype not in self.shapes:
-            like = next((shape for known, shape in self.shapes.items() if known.itemsize == dtype.itemsize), None)
+            alike = (shape for known, shape in self.shapes.items() if known.itemsize == dtype.itemsize)
             settings = self.job.settings
-            self.shapes[dtype] = (
-                change_type(like, dtype)
-                if like
-                else read_shape(self.job.config, settings.model, settings.adapter, weights_dtype=dtype)
+            self.shapes[dtype] = next(alike, None) or read_shape(
+                self.job.config, settings.model, settings.adapter, weights_dtype=dtype
             )
         return self.shapes[dtype]
 
@@ -90,15 +87,6 @@ class Fitter:
 def count_free_bytes(gpu: Gpu) -> int:
     """Return what is free on a GPU when CUDA's context is there."""
     return gpu.memory_bytes - CONTEXT_BYTES
-
-
-def change_type(shape: ModelShape, dtype: torch.dtype) -> ModelShape:
-    """Return the shape with weights in another type of the same size, which takes no time, as reading one does."""
-    skeleton = copy.deepcopy(shape.skeleton)
-    for parameter in skeleton.parameters():
-        if parameter.dtype == shape.weights_dtype:
-            parameter.data = parameter.data.to(dtype)
-    return replace(shape, skeleton=skeleton, weights_dtype=dtype)
 
 
 def fit_target(scenario: MemoryScenario) -> Fit:

@@ -9,7 +9,6 @@ from llm_trainer.model.memory.fit import choose_memory_plan
 from llm_trainer.model.memory.gpus import read_gpus
 from llm_trainer.model.memory.shape import UnknownShapeError
 from llm_trainer.planning import fitting
-from llm_trainer.planning.fitting import change_type
 from support.planned_jobs import outline_job
 
 GPUS = read_gpus()
@@ -36,14 +35,13 @@ def test_what_a_gpu_cannot_do_is_refused():
         outline_job(global_batch_size=6, per_device_train_batch_size=1).fitter.fit(GPUS["A10G"], 4)
 
 
-def test_a_gpu_without_bfloat16_computes_in_float16_on_a_shape_of_its_own():
+def test_a_gpu_without_bfloat16_computes_in_float16_and_shares_the_shape():
     fitter = outline_job().fitter
     new, old = (fitter.fit(GPUS[name], 1).scenario for name in ("A10G", "T4"))
     assert (new.dtypes[1], old.dtypes[1]) == (torch.bfloat16, torch.float16)
     assert (new.attention, old.attention) == ("flash_attention_2", "sdpa")
-    types = {parameter.dtype for parameter in old.shape.skeleton.parameters()}
-    assert types == {torch.float16, torch.float32}  # the base, and the adapter
-    assert change_type(old.shape, torch.bfloat16).parts == new.shape.parts
+    assert old.shape is new.shape
+    assert old.traced_dtype == new.traced_dtype == torch.bfloat16
 
 
 def test_a_model_that_cannot_be_traced_is_planned_by_formula(monkeypatch):

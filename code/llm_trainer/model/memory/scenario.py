@@ -146,6 +146,15 @@ class MemoryScenario:
             return precision.weights, torch.bfloat16
         return precision.weights, torch.float16 if training.fp16 else precision.weights
 
+    @property
+    def traced_dtype(self) -> torch.dtype:
+        """The type that stands for the computation's in a trace: the shape's own, where weights need no cast.
+
+        The shape may be that for a type of the same size, so that GPUs with and without bfloat16 share traces.
+        """
+        weights, compute = self.dtypes
+        return self.shape.weights_dtype if weights == compute else compute
+
     @functools.cached_property
     def shape(self) -> ModelShape:
         """The shape of the model with its adapter. Raises UnknownShapeError."""
@@ -184,7 +193,7 @@ class MemoryScenario:
             length=max(2, batch.length),
             has_mask=self.has_mask,
             stores_scores=self.attention == "eager",
-            compute_dtype=self.dtypes[1],
+            compute_dtype=self.traced_dtype,
             recompute_activations=plan.recompute_activations,
             offload_activations=plan.offload_activations,
             sharded=plan.sharded,
