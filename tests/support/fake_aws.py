@@ -1,40 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small HTTP server that plays Secrets Manager and the Parameter Store, for the real boto3."""
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from support.fake_json_service import FakeJSONService
 
-class FakeAWS:
+
+class FakeAWS(FakeJSONService):
     """Answers GetSecretValue and GetParameter from `values`, by ARN; `refusals` names an error code for an ARN."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}  # a dictionary is a whole answer
         self.refusals: dict[str, str] = {}
         self.requests: list[str] = []  # the ARNs asked for
-        self.regions: list[str] = []
-        aws = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                status, answer = aws.answer(self.headers["X-Amz-Target"], asked)
-                aws.regions.append(self.headers["Authorization"].split("/")[2])
-                body = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/x-amz-json-1.1")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        super().__init__()
 
     @property
     def variables(self) -> dict[str, str]:

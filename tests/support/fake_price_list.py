@@ -2,9 +2,9 @@
 """A small HTTP server that plays AWS's price list, for the real boto3; its products have the real ones' shape."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from support.fake_json_service import FakeJSONService
 
 PAGE_SIZE = 2
 DENIED = (
@@ -59,39 +59,20 @@ def describe_product(
     }
 
 
-class FakePriceList:
+class FakePriceList(FakeJSONService):
     """Answers GetProducts with `products`, two a page, whatever the filters. First it gives the `refusals`, by code."""
 
     def __init__(self) -> None:
         self.products = [describe_product("ml.g5.2xlarge", "1.5150000000")]
         self.refusals: list[str] = []
         self.requests: list[dict[str, Any]] = []
-        self.regions: list[str] = []  # of the endpoints that were asked
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                fake.regions.append(self.headers["Authorization"].split("/")[2])
-                status, answer = fake.answer(asked)
-                body = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/x-amz-json-1.1")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        super().__init__()
 
     @property
     def variables(self) -> dict[str, str]:
         """The environment in which boto3 asks this server alone."""
         return {
-            "AWS_ENDPOINT_URL_PRICING": f"http://127.0.0.1:{self.server.server_port}",
+            "AWS_ENDPOINT_URL_PRICING": self.endpoint,
             "AWS_ACCESS_KEY_ID": "AKIATEST",
             "AWS_SECRET_ACCESS_KEY": "of-the-test",
             "AWS_EC2_METADATA_DISABLED": "true",
@@ -99,7 +80,7 @@ class FakePriceList:
             "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
         }
 
-    def answer(self, asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def answer(self, target: str, asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         self.requests.append(asked)
         if self.refusals:
             return 400, {"__type": self.refusals.pop(0), "message": DENIED}
@@ -107,7 +88,3 @@ class FakePriceList:
         page = self.products[first : first + PAGE_SIZE]
         more = {"NextToken": str(first + PAGE_SIZE)} if self.products[first + PAGE_SIZE :] else {}
         return 200, {"FormatVersion": "aws_v1", "PriceList": [json.dumps(product) for product in page], **more}
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
