@@ -4,6 +4,7 @@
 Model, configuration and endpoint have one name, so that one name deletes them.
 """
 
+import json
 import tarfile
 import time
 from collections.abc import Iterator, Mapping
@@ -175,8 +176,6 @@ def await_endpoint(name: str) -> None:
 
 def ask_endpoint(name: str, question: str, max_tokens: int) -> dict[str, Any]:
     """Return an endpoint's answer to a question, in OpenAI's words. Asks the adapter where the endpoint has one."""
-    import json
-
     model = open_client("sagemaker").describe_model(ModelName=name)
     variables = (model.get("PrimaryContainer") or {}).get("Environment") or {}
     adapter = {"adapters": ADAPTER_NAME} if variables.get(USES_ADAPTER) == "true" else {}

@@ -111,13 +111,13 @@ def read_options(given: Mapping[str, Any], problems: list[str]) -> JobOptions:
 def find_fault(name: str, value: Any, raw: Any) -> str | None:
     """Return a sentence where the value breaks the rule of its option, else None."""
     field = OPTIONS[name]
-    is_stray_bool = isinstance(value, bool) and field.annotation is not bool
+    is_wrong = isinstance(value, bool) and field.annotation is not bool  # pydantic takes it for a number
     try:
         adapter = TypeAdapter[Any](Annotated[field.annotation, field], config=JobOptions.model_config)  # type: ignore[arg-type]
         adapter.validate_python(value)
     except ValidationError:
-        is_stray_bool = True
-    if is_stray_bool:
+        is_wrong = True
+    if is_wrong:
         return f"{name}={cut_quote(repr(raw))} is not valid: it must be {describe_rule(field)}."
     return None
 
