@@ -31,15 +31,12 @@ from llm_trainer.planning.step_time import (
 
 BENCH = Path(__file__).parents[3] / "bench"
 sys.path.append(str(BENCH))
+from scaling import LLAMA_8B  # noqa: E402
 from step_times import JOBS, list_published, plan_step  # noqa: E402
 
 FIGURES = json.loads((BENCH / "gpu-h200.json").read_text())
 PUBLISHED = {f"{name} on {case.host}": (case, seconds) for name, case, seconds in list_published()}
 H200 = read_instances().types["ml.p5en.48xlarge"]
-LLAMA_8B = LlamaConfig(
-    vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8,
-)  # fmt: skip
 TINY = LlamaConfig(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2,
