@@ -13,8 +13,8 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from llm_trainer.config.rules import find_missing_package, updates_shards
-from llm_trainer.config.sft_config_fields import read_snapshot
+from llm_trainer.config.rules.table import find_missing_package, updates_shards
+from llm_trainer.config.trl_config_fields import read_snapshot
 from support import reduced_gradients, sharded_base, sharded_optimizers
 from support.sagemaker_tree import ROWS, metrics_of
 

@@ -12,8 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import Trainer
 from trl import SFTConfig
 
-from llm_trainer.config.rules import find_missing_package
-from llm_trainer.config.sft_config_fields import read_snapshot
+from llm_trainer.config.rules.table import find_missing_package
+from llm_trainer.config.trl_config_fields import read_snapshot
 
 WORLD_SIZE, WIDTH = 2, 128  # bitsandbytes keeps the state of small layers in 32 bit
 

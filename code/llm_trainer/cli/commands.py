@@ -50,7 +50,7 @@ def parse_command(words: Sequence[str]) -> argparse.Namespace:
     Raises SystemExit after --help and --version, and with code 2 where the words are wrong.
     """
     name, rest = words[0], words[1:]
-    parser = build_parser(helped=name if not HELP.isdisjoint(rest) else "")
+    parser = build_parser(helped=name if not HELP.isdisjoint(rest) else "", method=find_method(rest))
     if name not in OWN_OPTIONS:
         return parser.parse_args(words)
     own, others = split_options(rest, OWN_OPTIONS[name])
@@ -63,6 +63,15 @@ def parse_command(words: Sequence[str]) -> argparse.Namespace:
     except UserError as error:
         parser.error(str(error))
     return asked
+
+
+def find_method(words: Sequence[str]) -> str:
+    """Return the training method that the words about settings name, for the help on it; sft where they name none."""
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        name, separator, value = word.partition("=")
+        if name == "--method":
+            return value if separator else following
+    return "sft"
 
 
 def split_options(words: Sequence[str], options: frozenset[str]) -> tuple[list[str], list[str]]:
@@ -83,15 +92,16 @@ def split_options(words: Sequence[str], options: frozenset[str]) -> tuple[list[s
     return own, others
 
 
-def build_parser(helped: str = "") -> argparse.ArgumentParser:
+def build_parser(helped: str = "", method: str = "sft") -> argparse.ArgumentParser:
     """Return the parser of `llm-trainer`, with a subparser for each command.
 
-    The help of the command `helped` has a paragraph for each setting or option, which takes longer to make.
+    The help of the command `helped` has a paragraph for each setting of the method, or option, which takes longer to
+    make.
     """
     parser = argparse.ArgumentParser("llm-trainer", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__, help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    add_train(commands, helped == "train")
+    add_train(commands, method if helped == "train" else None)
     add_validate(commands)
     add_plan(commands)
     add_doctor(commands)
@@ -108,8 +118,8 @@ def list_commands() -> tuple[str, ...]:
     return (*OWN_OPTIONS, "merge", "metrics", *ON_AWS, *ON_ENDPOINTS)
 
 
-def add_train(commands: "Commands[argparse.ArgumentParser]", lists_settings: bool) -> None:
-    """Add the command that SageMaker starts."""
+def add_train(commands: "Commands[argparse.ArgumentParser]", listed_method: str | None) -> None:
+    """Add the command that SageMaker starts. Its help lists the settings of this method."""
     parser = commands.add_parser(
         "train",
         usage="llm-trainer train [--SETTING VALUE ...]",
@@ -118,10 +128,13 @@ def add_train(commands: "Commands[argparse.ArgumentParser]", lists_settings: boo
         + WHERE_SETTINGS_COME_FROM,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    if lists_settings:
+    if listed_method is not None:
         from llm_trainer.cli.settings_docs import format_settings
+        from llm_trainer.config.trl_config_fields import CONFIG_CLASSES
 
-        parser.epilog = format_settings()
+        if listed_method not in CONFIG_CLASSES:
+            parser.error(f"--method={listed_method} is none: take one of {', '.join(CONFIG_CLASSES)}.")
+        parser.epilog = format_settings(listed_method)
     parser.set_defaults(run=run_train)
 
 

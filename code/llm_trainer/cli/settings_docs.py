@@ -15,10 +15,12 @@ from llm_trainer.aws.permissions import IMPLIED, PERMISSIONS
 from llm_trainer.common.files import write_verbatim
 from llm_trainer.config.checks import HARDWARE_RULES
 from llm_trainer.config.load import describe_default, describe_rule
-from llm_trainer.config.rule import HardwareRule, Rule
-from llm_trainer.config.rules import RULES
-from llm_trainer.config.schema import FIELDS, OWN_NAMES, SECTIONS
-from llm_trainer.config.sections import ALIASES, OWN_DEFAULTS
+from llm_trainer.config.rules.methods import is_of_method
+from llm_trainer.config.rules.rule import HardwareRule, Rule
+from llm_trainer.config.rules.table import RULES
+from llm_trainer.config.schema import FIELDS, OWN_NAMES, SECTIONS, show_value
+from llm_trainer.config.sections import ALIASES, METHOD_FIELDS, OWN_DEFAULTS
+from llm_trainer.config.trl_config_fields import CONFIG_CLASSES
 
 PLACEHOLDER = re.compile(r"\{[^{}]*\}")
 
@@ -29,18 +31,23 @@ def list_own_names(section: str) -> list[str]:
 
 
 def list_training_arguments() -> list[str]:
-    """Return the names of the settings that are fields of trl.SFTConfig."""
-    return [name for name in FIELDS if name not in OWN_NAMES]
+    """Return the names of the settings that are fields of trl.SFTConfig, and mean the same in every method."""
+    return [name for name in FIELDS if name not in OWN_NAMES and name not in METHOD_FIELDS]
 
 
-def format_settings() -> str:
-    """Return a paragraph for each setting, as plain text for a terminal."""
+def format_settings(method: str = "sft") -> str:
+    """Return a paragraph for each setting of a training method, as plain text for a terminal."""
     parts = ["Settings:", format_setting("config")]
     for section in SECTIONS:
-        parts += [f"\n{section.capitalize()}:", *map(format_setting, list_own_names(section))]
+        if names := list_own_names(section):
+            parts += [f"\n{section.capitalize()}:", *map(format_setting, names)]
+    own = [name for name, methods in METHOD_FIELDS.items() if method in methods]
+    others = ", ".join(name for name in CONFIG_CLASSES if name != method)
     parts += [
-        "\nFields of trl.SFTConfig and transformers.TrainingArguments:",
-        *map(format_setting, list_training_arguments()),
+        f"\nSettings of method={method} (`llm-trainer train --help --method NAME` lists those of {others}):",
+        *(format_method_setting(name, method) for name in own),
+        "\nFields of TRL's configs and transformers.TrainingArguments:",
+        *(format_setting(name) for name in list_training_arguments() if is_of_method(name, method)),
         "\nOther spellings: " + ", ".join(f"{alias} = {name}" for alias, name in ALIASES.items()),
     ]
     return "\n".join(parts)
@@ -53,11 +60,30 @@ def format_setting(name: str) -> str:
     return f"  --{name}  ({describe_rule(field)}; default {default})\n      {field.description}"
 
 
+def format_method_setting(name: str, method: str) -> str:
+    """Return two lines on a setting that methods share by name alone, as one of them has it."""
+    argument = METHOD_FIELDS[name][method]
+    takes = f"one of {', '.join(argument.choices)}" if argument.choices else describe_rule(FIELDS[name])
+    return f"  --{name}  ({takes}; default {show_value(argument.default)})\n      {argument.help}"
+
+
+def format_method_settings() -> str:
+    """Return a Markdown table with a row for each setting of a method, where methods do not have it alike."""
+    rows = []
+    for name, methods in METHOD_FIELDS.items():
+        for method, argument in methods.items():
+            takes = f"one of {', '.join(argument.choices)}" if argument.choices else describe_rule(FIELDS[name])
+            rows.append((f"`{name}`", method, takes, f"`{show_value(argument.default)}`", argument.help))
+    return format_table(("setting", "method", "takes", "default", "meaning"), rows)
+
+
 def format_own_settings() -> str:
     """Return a Markdown table of the project's own settings for each section, below a heading."""
     tables = [format_settings_table(["config"])]
     tables += [
-        f"### {section.capitalize()}\n\n{format_settings_table(list_own_names(section))}" for section in SECTIONS
+        f"### {section.capitalize()}\n\n{format_settings_table(list_own_names(section))}"
+        for section in SECTIONS
+        if list_own_names(section)
     ]
     return "\n".join(tables)
 
@@ -123,6 +149,7 @@ def renew_tables(text: str) -> str:
             "<!-- end of settings -->",
             format_settings_table(list_training_arguments()),
         ),
+        ("<!-- settings:methods -->\n", "<!-- end of settings -->", format_method_settings()),
         ("<!-- rules -->\n", "<!-- end of rules -->", format_rules(RULES)),
         ("<!-- options -->\n", "<!-- end of options -->", format_options()),
         ("<!-- permissions -->\n", "<!-- end of permissions -->", format_permissions()),

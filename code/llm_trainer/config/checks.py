@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.global_batch import find_global_batch, list_host_counts
-from llm_trainer.config.rule import HardwareRule
-from llm_trainer.config.rules import RULES, uses_fsdp
+from llm_trainer.config.rules.rule import HardwareRule
+from llm_trainer.config.rules.table import RULES, uses_fsdp
 from llm_trainer.config.schema import Settings, show_value
 from llm_trainer.config.sections import ParallelismSettings
 

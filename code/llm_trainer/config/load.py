@@ -195,6 +195,8 @@ def describe_rule(field: FieldInfo) -> str:
             kinds.append("one of " + ", ".join(typing.get_args(part)))
         elif part is type(None):
             kinds.append("null")
+        elif origin is list and typing.get_origin(typing.get_args(part)[0]) is Literal:
+            kinds.append("a list of these")
         else:
             kinds.append("a text" if origin is SecretStr else words[origin.__name__])
     comparisons = {"ge": "at least", "gt": "above", "lt": "below", "min_length": "of a length of at least"}

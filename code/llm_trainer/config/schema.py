@@ -13,6 +13,7 @@ from llm_trainer.config.sections import (
     SECRETS,
     AdapterSettings,
     DataSettings,
+    MethodSettings,
     ModelSettings,
     OutputSettings,
     ParallelismSettings,
@@ -25,6 +26,7 @@ SECTIONS: dict[str, type[Section]] = {
     "model": ModelSettings,
     "adapter": AdapterSettings,
     "data": DataSettings,
+    "methods": MethodSettings,
     "training": TrainingSettings,
     "parallelism": ParallelismSettings,
     "tracking": TrackingSettings,
@@ -43,6 +45,7 @@ class Settings(BaseModel):
     model: ModelSettings = ModelSettings()
     adapter: AdapterSettings = AdapterSettings()
     data: DataSettings = DataSettings()
+    methods: MethodSettings = MethodSettings()
     training: TrainingSettings = TrainingSettings()
     parallelism: ParallelismSettings = ParallelismSettings()
     tracking: TrackingSettings = TrackingSettings()
@@ -99,10 +102,10 @@ FIELDS: dict[str, FieldInfo] = {
 }
 
 
-# The settings that are this project's own. All others are fields of SFTConfig.
+# The settings that are this project's own. All others are fields of TRL's configs.
 OWN_NAMES = (
     "config",
-    *(name for section in SECTIONS.values() for name in section.model_fields if name not in section.sft_config_fields),
+    *(name for section in SECTIONS.values() for name in section.model_fields if name not in section.trl_config_fields),
 )
 
 

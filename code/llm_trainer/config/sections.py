@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sections of the settings: frozen models, one for each part of the code that reads settings.
 
-A section holds settings of this project's own, and the fields of `trl.SFTConfig` that belong to the same concern.
+A section holds settings of this project's own, and the fields of TRL's configs that belong to the same concern.
 """
 
 import re
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, create_model
 
-from llm_trainer.config.sft_config_fields import Argument, read_snapshot
+from llm_trainer.config.trl_config_fields import CONFIG_CLASSES, Argument, read_snapshot
 
+Method = Literal["sft", "dpo"]  # the training methods, as in CONFIG_CLASSES
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 DatasetFormat = Literal["auto", "pretokenized", "messages", "sharegpt", "prompt_completion", "alpaca", "text"]
 Attention = Literal[
@@ -47,7 +48,7 @@ ALIASES = {
 }
 
 
-# SFTConfig states no ranges. Without these, a wrong value would fail late, or never.
+# TRL states no ranges. Without these, a wrong value would fail late, or never.
 RANGES: dict[str, dict[str, Any]] = {
     "learning_rate": {"gt": 0},
     "num_train_epochs": {"gt": 0},
@@ -68,11 +69,18 @@ RANGES: dict[str, dict[str, Any]] = {
     "dataloader_num_workers": {"ge": 0},
     "ddp_timeout": {"ge": 1},
     "seed": {"ge": 0, "lt": 2**32},  # NumPy takes no larger one
+    "beta": {"ge": 0},
+    "label_smoothing": {"ge": 0, "lt": 1},
+    "ld_alpha": {"ge": 0},
+    "discopop_tau": {"gt": 0},
+    "precompute_ref_batch_size": {"ge": 1},
+    "ref_model_mixup_alpha": {"ge": 0},
+    "ref_model_sync_steps": {"ge": 1},
 }
 
 # Fields of SFTConfig whose default is this project's: what it is, in words.
 OWN_DEFAULTS = {
-    "learning_rate": "2e-4 for an adapter, 2e-5 for all weights",
+    "learning_rate": "2e-4 for an adapter, 2e-5 for all weights; other methods take less",
     "bf16": "as torch_dtype says",
     "fp16": "as torch_dtype says",
     "logging_steps": "10, or a tenth of a run that is shorter than 100 steps",
@@ -104,7 +112,8 @@ METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # of the learning rate: t
 SECRETS = ("token", "wandb_token", "hub_token")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # the beginning of one, such as s3://, where a path is asked for
-PLAIN_TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str, "dict": dict, "list": list[str]}
+PLAIN_TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str, "dict": dict}
+PLAIN_TYPES |= {"list": list[str], "list[float]": list[float]}
 
 
 class Section(BaseModel):
@@ -112,7 +121,7 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), coerce_numbers_to_str=True)
 
-    sft_config_fields: ClassVar[tuple[str, ...]] = ()  # the fields that are those of trl.SFTConfig
+    trl_config_fields: ClassVar[tuple[str, ...]] = ()  # the fields that are those of TRL's configs
 
     if TYPE_CHECKING:
 
@@ -139,27 +148,62 @@ class Section(BaseModel):
         return changed.fill_in(**{name: value for name, value in self if name not in changed.model_fields_set})
 
 
+SHARED_NAMES = ("loss_type",)  # fields of SFTConfig that are another thing in every method's config
+
+
 SectionType = TypeVar("SectionType", bound=type[Section])
 
 
-def with_sft_config_fields(*names: str) -> Callable[[SectionType], SectionType]:
+def with_trl_config_fields(*names: str) -> Callable[[SectionType], SectionType]:
     """Return a class decorator that adds these fields of SFTConfig to a section, with their own names and types."""
 
     def extend(section: SectionType) -> SectionType:
-        fields: dict[str, Any] = {name: build_field(name) for name in names}
-        model = create_model(section.__name__, __base__=section, __module__=__name__, **fields)
-        extended = cast(SectionType, model)
-        extended.__doc__ = section.__doc__
-        extended.sft_config_fields = names
-        return extended
+        return add_fields(section, {name: build_field(name) for name in names})
 
     return extend
+
+
+def with_method_fields(section: SectionType) -> SectionType:
+    """Return the section with the settings that differ between methods, as a class decorator."""
+    return add_fields(section, {name: build_method_field(name) for name in METHOD_FIELDS})
+
+
+def add_fields(section: SectionType, fields: dict[str, Any]) -> SectionType:
+    """Return the section with further fields of TRL's configs, as pydantic's `create_model` takes them."""
+    model = create_model(section.__name__, __base__=section, __module__=__name__, **fields)
+    extended = cast(SectionType, model)
+    extended.__doc__ = section.__doc__
+    extended.trl_config_fields = tuple(fields)
+    return extended
 
 
 def list_remaining_fields(*sections: type[Section]) -> list[str]:
     """Return the fields of SFTConfig that no section has, and that no alias stands for."""
     taken = {name for section in sections for name in section.model_fields}
     return [name for name in read_snapshot() if name not in taken and name not in ALIASES]
+
+
+def find_method_fields() -> dict[str, dict[str, Argument]]:
+    """Return the settings that only methods other than sft have, or that mean another thing there.
+
+    Name -> method -> the field of its config.
+    """
+    fields: dict[str, dict[str, Argument]] = {}
+    for method in CONFIG_CLASSES:
+        for name, argument in read_snapshot(method).items():
+            fields.setdefault(name, {})[method] = argument
+    return {name: methods for name, methods in fields.items() if "sft" not in methods or name in SHARED_NAMES}
+
+
+METHOD_FIELDS = find_method_fields()
+
+
+def build_method_field(name: str) -> tuple[Any, Any]:
+    """Return type and definition of a setting of methods, as `create_model` takes them. None: the method's default."""
+    arguments = METHOD_FIELDS[name].values()
+    kinds = [build_field_type(name, argument) for argument in arguments]
+    definition = Field(None, description=next(iter(arguments)).help, **RANGES.get(name, {}))
+    return typing.Union[(*kinds, None)], definition
 
 
 def build_field(name: str) -> tuple[Any, Any]:
@@ -174,7 +218,8 @@ def build_field_type(name: str, argument: Argument) -> Any:
     if name in SECRETS:
         return SecretStr | None
     if argument.choices:
-        kinds: list[Any] = [Literal[tuple(argument.choices)]]
+        choice: Any = Literal[tuple(argument.choices)]
+        kinds: list[Any] = [choice, list[choice]] if "list" in argument.types else [choice]
     else:
         kinds = [PLAIN_TYPES[kind] for kind in argument.types]
     if argument.nullable:
@@ -182,7 +227,7 @@ def build_field_type(name: str, argument: Argument) -> Any:
     return typing.Union[tuple(kinds)]  # noqa: UP007 - built from a list
 
 
-@with_sft_config_fields(
+@with_trl_config_fields(
     "trust_remote_code",
     "model_init_kwargs",
     "chat_template_path",
@@ -273,7 +318,7 @@ class AdapterSettings(Section):
     )
 
 
-@with_sft_config_fields(
+@with_trl_config_fields(
     "completion_only_loss",
     "truncation_mode",
     "packing_strategy",
@@ -286,6 +331,10 @@ class AdapterSettings(Section):
 class DataSettings(Section):
     """The rows that are trained and evaluated on, and how they become sequences."""
 
+    method: Method = Field(
+        "sft",
+        description="Training method. sft: rows to imitate. dpo: pairs of a preferred and a rejected answer.",
+    )
     train_dataset_path: str | None = Field(
         None,
         description="File, folder or Hub data set to train on. Default: channel `train`, or all channels named "
@@ -346,7 +395,7 @@ class DataSettings(Section):
     )
 
 
-@with_sft_config_fields(
+@with_trl_config_fields(
     "use_cpu",
     "fsdp",
     "fsdp_config",
@@ -404,7 +453,7 @@ class ParallelismSettings(Section):
     )
 
 
-@with_sft_config_fields(
+@with_trl_config_fields(
     "report_to",
     "run_name",
     "project",
@@ -432,7 +481,7 @@ class TrackingSettings(Section):
     )
 
 
-@with_sft_config_fields(
+@with_trl_config_fields(
     "push_to_hub",
     "hub_token",
     "hub_private_repo",
@@ -463,9 +512,15 @@ class OutputSettings(Section):
     )
 
 
-@with_sft_config_fields(
+@with_method_fields
+class MethodSettings(Section):
+    """The settings that not all training methods have, or that differ between them. None: the method's default."""
+
+
+@with_trl_config_fields(
     *list_remaining_fields(
-        *(ModelSettings, AdapterSettings, DataSettings, ParallelismSettings, TrackingSettings, OutputSettings)
+        *(ModelSettings, AdapterSettings, DataSettings, MethodSettings, ParallelismSettings, TrackingSettings),
+        OutputSettings,
     )
 )
 class TrainingSettings(Section):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llm_trainer.config.sections import ModelSettings
-from llm_trainer.config.sft_config_fields import read_snapshot
+from llm_trainer.config.trl_config_fields import read_snapshot
 
 
 @contextmanager

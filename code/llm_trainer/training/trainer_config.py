@@ -29,8 +29,8 @@ from llm_trainer.common import log
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.ranks import world_size
 from llm_trainer.config.global_batch import PIECES
-from llm_trainer.config.sections import TrainingSettings
-from llm_trainer.config.sft_config_fields import read_snapshot
+from llm_trainer.config.sections import METHOD_FIELDS, TrainingSettings
+from llm_trainer.config.trl_config_fields import read_snapshot
 from llm_trainer.model.config_file import drop_contradictions
 from llm_trainer.model.layers.fused_adapters import fuse_adapters
 from llm_trainer.model.memory.fit import MemoryPlan
@@ -41,7 +41,7 @@ from llm_trainer.training.packing import PackingCollator
 from llm_trainer.training.resumable import ResumableMixin, RunContext
 from llm_trainer.training.sharding import fsdp
 
-# Fields of SFTConfig that other modules act on. The trainer does not get them.
+# Fields of TRL's configs that other modules act on. The trainer does not get them.
 ACTED_ON = frozenset(
     {"output_dir", "max_length", "truncation_mode", "dataset_text_field", "assistant_only_loss"}
     | {"completion_only_loss", "model_init_kwargs", "chat_template_path", "pad_token", "trust_remote_code"}
@@ -59,8 +59,7 @@ ACTED_ON = frozenset(
     | {"packing", "packing_strategy", "padding_free", "eval_packing", "dataset_kwargs"}
 )
 RECOMPUTATION = {"use_reentrant": False}  # the other kind loses gradients of frozen inputs
-LORA_LEARNING_RATE = 2e-4  # ten times full fine-tuning's, as TRL's documentation advises for adapters
-FULL_LEARNING_RATE = 2e-5
+ADAPTER_FACTOR = 10  # by which an adapter learns faster than all weights, as TRL's documentation advises
 
 
 @dataclass(frozen=True)
@@ -201,21 +200,21 @@ def build_arguments(
     dtype: torch.dtype,
     memory_plan: MemoryPlan | None = None,
 ) -> SFTConfig:
-    """Return the method's arguments from our defaults and every field of SFTConfig that the user set, which wins.
+    """Return the method's arguments from our defaults and every field of its config that the user set, which wins.
 
     The computation runs in `dtype`. The memory plan is known once the data are. Without it the arguments serve to find
     mistakes early. Raises UserError for values that Transformers refuses.
     """
-    sharded = memory_plan is not None and memory_plan.sharded
-    values = {**choose_defaults(sources, device, dtype, memory_plan), **select_given(sources.given), **sources.batch}
+    defaults = choose_defaults(sources, device, dtype, memory_plan)
+    defaults["learning_rate"] = method.learning_rate * (ADAPTER_FACTOR if sources.use_peft else 1)
+    values = defaults | select_given(method.name, sources.given) | sources.batch
     recomputes = values.pop("activation_checkpointing")
     try:
         arguments = method.config_class(
             output_dir=str(sources.checkpoint_dir),
             report_to="none",  # the reporter does it
-            max_length=None,
-            dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenized, cut and labelled already
-            activation_checkpointing=recomputes and not sharded,
+            activation_checkpointing=recomputes and not (memory_plan is not None and memory_plan.sharded),
+            **method.fixed_arguments,
             **values,
         )
     except (ValueError, TypeError, ImportError) as error:
@@ -226,10 +225,13 @@ def build_arguments(
     return arguments
 
 
-def select_given(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings among those that the user gave which the trainer's arguments take, as it takes them."""
-    names = (name for name in read_snapshot() if name in given and name not in ACTED_ON)
-    selected = {name: reveal_secret(given[name]) for name in names}
+def select_given(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings among those that the user gave which the method's arguments take, as it takes them."""
+    fields = {name: field for name, field in read_snapshot(method).items() if name in given and name not in ACTED_ON}
+    selected = {name: reveal_secret(given[name]) for name in fields}
+    for name in METHOD_FIELDS.keys() & selected.keys():
+        if selected[name] is None and not fields[name].nullable:  # null asks for the default
+            del selected[name]
     if isinstance(recomputation := selected.get("activation_checkpointing_kwargs"), dict):
         selected["activation_checkpointing_kwargs"] = RECOMPUTATION | recomputation
     if world_size() == 1:  # Accelerate would ask a group of processes that a single one has not
@@ -244,7 +246,6 @@ def choose_defaults(
     on_cpu = device.type == "cpu"
     leaves_precision = not {"bf16", "fp16"} & sources.given.keys()
     defaults: dict[str, Any] = {
-        "learning_rate": LORA_LEARNING_RATE if sources.use_peft else FULL_LEARNING_RATE,
         "bf16": leaves_precision and dtype == torch.bfloat16,
         "fp16": leaves_precision and dtype == torch.float16,
         "use_cpu": on_cpu,

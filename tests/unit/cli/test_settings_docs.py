@@ -16,17 +16,19 @@ from llm_trainer.cli.settings_docs import (
     renew_tables,
 )
 from llm_trainer.config.checks import HARDWARE_RULES
-from llm_trainer.config.rules import RULES
+from llm_trainer.config.rules.table import RULES
 from llm_trainer.config.schema import FIELDS, SECTIONS
-from llm_trainer.config.sections import ALIASES
+from llm_trainer.config.sections import ALIASES, METHOD_FIELDS
+from llm_trainer.config.trl_config_fields import CONFIG_CLASSES
 
 DOCS = Path(__file__).parents[3] / "docs"
 DOCUMENT = DOCS / "settings.md"
 
 
 def test_help_names_every_setting():
-    text = format_settings()
-    assert all(f"  --{name}  (" in text for name in FIELDS)
+    texts = [format_settings(method) for method in CONFIG_CLASSES]
+    assert all(any(f"  --{name}  (" in text for text in texts) for name in FIELDS)
+    text = texts[0]
     assert all(f"{alias} = {name}" in text for alias, name in ALIASES.items())
 
 
@@ -37,7 +39,16 @@ def test_help_names_every_option_of_a_submission():
 
 def test_each_setting_stands_in_one_table():
     own = [name for section in SECTIONS for name in list_own_names(section)]
-    assert sorted(["config", *own, *list_training_arguments()]) == sorted(FIELDS)
+    assert sorted(["config", *own, *METHOD_FIELDS, *list_training_arguments()]) == sorted(FIELDS)
+
+
+def test_help_on_a_method_lists_what_it_has():
+    sft, dpo = format_settings("sft"), format_settings("dpo")
+    assert "  --loss_type  (one of nll, dft, chunked_nll; default 'nll')" in sft
+    assert "  --beta  (a number or null, at least 0; default 0.1)" in dpo
+    assert "--beta" not in sft
+    assert "--assistant_only_loss" in sft
+    assert "--completion_only_loss" not in dpo
 
 
 def test_own_settings_stand_below_the_headings_of_their_sections():

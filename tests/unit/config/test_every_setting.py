@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from llm_trainer.config.load import read_settings
 from llm_trainer.config.plain_values import find_unusable_part
-from llm_trainer.config.rules import BEST_METRICS
+from llm_trainer.config.rules.table import BEST_METRICS
 from llm_trainer.config.schema import FIELDS, list_plain_types, split_union
 from llm_trainer.config.tracker_choice import TRACKERS
 from support.environments import build_environment
@@ -68,6 +68,10 @@ def values_of_type(kind: Any, bounds: dict[str, float]) -> SearchStrategy[Any]:
     if origin is float:
         options = {"exclude_min": "gt" in bounds, "exclude_max": highest is not None}
         return st.floats(lowest, highest, allow_nan=False, allow_infinity=False, **options)
+    if origin is list:
+        (element,) = typing.get_args(kind)
+        elements = NAMES if element is str else values_of_type(element, {})
+        return st.lists(elements, min_size=1, max_size=3)
     if origin is dict:
         _, values = typing.get_args(kind) or (str, None)
         return st.dictionaries(NAMES, values_of_type(values, {"gt": 0}) if values else JSON, max_size=3)
@@ -76,14 +80,13 @@ def values_of_type(kind: Any, bounds: dict[str, float]) -> SearchStrategy[Any]:
         str: TEXTS,
         SecretStr: TEXTS,
         type(None): st.none(),
-        list: st.lists(NAMES, min_size=1, max_size=3),
     }[origin]
 
 
 def as_typed(value: Any) -> str:
     """What a person types at a command line or in a console."""
     if isinstance(value, list) and len(value) > 1:
-        return ",".join(value)
+        return ",".join(map(str, value))
     return value if isinstance(value, str) else json.dumps(value)
 
 

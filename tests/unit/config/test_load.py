@@ -110,7 +110,7 @@ def test_every_mistake_is_told_in_one_go():
         "torch_dtype='bf16' is not valid: it must be one of auto, bfloat16, float16, float32; "
         "the nearest is 'bfloat16'.",
         "learning_rate='fast' is not valid: it must be a number, above 0; its default is 2e-4 for an adapter, 2e-5 "
-        "for all weights.",
+        "for all weights; other methods take less.",
         "packing='maybe' is not valid: it must be true or false or null; leave it out for none.",
         problems[6],
         "lora_dropout='1.5' is not valid: it must be a number, at least 0 and below 1; its default is 0.0.",
@@ -188,7 +188,9 @@ def test_other_settings_do_not_take_a_bare_no():
 
 
 def test_a_wrong_value_is_told_the_default_that_the_job_has():
-    assert problems_of({"learning_rate": "0"})[0].endswith("its default is 2e-4 for an adapter, 2e-5 for all weights.")
+    assert problems_of({"learning_rate": "0"})[0].endswith(
+        "its default is 2e-4 for an adapter, 2e-5 for all weights; other methods take less."
+    )
     assert problems_of({"lora_r": "0"})[0].endswith("its default is 8.")
 
 

@@ -7,6 +7,7 @@ from pydantic import SecretStr, ValidationError
 from llm_trainer.config.schema import SECTIONS
 from llm_trainer.config.sections import (
     ALIASES,
+    METHOD_FIELDS,
     AdapterSettings,
     DataSettings,
     OutputSettings,
@@ -14,7 +15,7 @@ from llm_trainer.config.sections import (
     build_field,
     list_remaining_fields,
 )
-from llm_trainer.config.sft_config_fields import read_snapshot
+from llm_trainer.config.trl_config_fields import CONFIG_CLASSES, read_snapshot
 
 
 def test_a_section_knows_what_the_user_gave():
@@ -33,19 +34,20 @@ def test_a_section_is_frozen_and_takes_no_other_name():
 
 
 def test_fields_of_sftconfig_follow_the_sections_own():
-    assert DataSettings.sft_config_fields[0] == "completion_only_loss"
-    assert next(iter(DataSettings.model_fields)) == "train_dataset_path"
+    assert DataSettings.trl_config_fields[0] == "completion_only_loss"
+    assert next(iter(DataSettings.model_fields)) == "method"
     assert list(DataSettings.model_fields)[-1] == "dataset_kwargs"
-    assert AdapterSettings.sft_config_fields == ()
+    assert AdapterSettings.trl_config_fields == ()
     assert DataSettings.__doc__.startswith("The rows")
 
 
 def test_every_field_of_sftconfig_is_in_one_section_or_replaced_by_a_setting():
-    taken = [name for section in SECTIONS.values() for name in section.sft_config_fields]
+    taken = [name for section in SECTIONS.values() for name in section.trl_config_fields]
     assert len(set(taken)) == len(taken)
     own = {name for section in SECTIONS.values() for name in section.model_fields} - set(taken)
-    assert set(read_snapshot()) <= set(taken) | own | set(ALIASES)
-    assert set(taken) <= set(read_snapshot())
+    for method in CONFIG_CLASSES:
+        assert set(read_snapshot(method)) <= set(taken) | own | set(ALIASES)
+    assert set(taken) == {*read_snapshot(), *METHOD_FIELDS} & set(taken)
     assert list_remaining_fields(*SECTIONS.values()) == []
 
 
@@ -58,7 +60,7 @@ def test_ranges_and_secrets_are_ours():
 
 def test_descriptions_are_whole_sentences():
     for section in SECTIONS.values():
-        for name in set(section.model_fields) - set(section.sft_config_fields):
+        for name in set(section.model_fields) - set(section.trl_config_fields):
             description = section.model_fields[name].description
             assert description[0].isupper(), name
             assert description.endswith("."), name

@@ -16,13 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import OWN_NAMES, Settings
 from llm_trainer.config.sections import ALIASES, OWN_DEFAULTS
-from llm_trainer.config.sft_config_fields import read_snapshot
+from llm_trainer.config.trl_config_fields import read_snapshot
 from llm_trainer.model.memory.fit import MemoryPlan
 from llm_trainer.model.memory.scenario import ParallelismPlan
 from llm_trainer.training.methods import choose_method
 from llm_trainer.training.trainer_config import (
-    FULL_LEARNING_RATE,
-    LORA_LEARNING_RATE,
     TrainerParts,
     build_arguments,
     build_trainer,
@@ -39,8 +37,8 @@ def build(tmp_path, has_validation=False, **settings):
 
 
 def test_the_learning_rate_depends_on_what_is_trained_unless_it_is_given(tmp_path):
-    assert build(tmp_path).learning_rate == LORA_LEARNING_RATE
-    assert build(tmp_path, use_peft=False).learning_rate == FULL_LEARNING_RATE
+    assert build(tmp_path).learning_rate == 2e-4
+    assert build(tmp_path, use_peft=False).learning_rate == 2e-5
     assert build(tmp_path, learning_rate=0.5).learning_rate == 0.5
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from llm_trainer.config.rules import supports_fsdp
+from llm_trainer.config.rules.table import supports_fsdp
 from llm_trainer.config.sections import (
     AdapterSettings,
     DataSettings,

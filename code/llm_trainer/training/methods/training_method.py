@@ -15,6 +15,8 @@ class TrainingMethod:
     name: str
     trainer_class: type[ResumableMixin]
     config_class: type[Any]  # of the trainer's arguments, a subclass of Transformers' TrainingArguments
+    fixed_arguments: Mapping[str, Any]  # arguments that no user sets, since rows are tokenized and cut already
+    learning_rate: float  # the default for all weights
     columns: tuple[str, ...]  # of a tokenized row, without those that only samplers read
     metric_names: Mapping[str, str]  # the trainer's names -> those of common/metric_definitions.py, where they differ
     hidden_metrics: tuple[str, ...]  # the trainer's metrics that no line and no tracker shows

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fields of `trl.SFTConfig`, from a snapshot: the launcher checks them without importing torch.
+"""The fields of TRL's configs, one a training method, from a snapshot: the launcher reads them without torch.
 
-`python -m llm_trainer.config.sft_config_fields` writes the snapshot anew; a test fails when it is stale.
+`python -m llm_trainer.config.trl_config_fields` writes the snapshot anew; a test fails when it is stale.
 """
 
 import ast
@@ -21,12 +21,25 @@ from llm_trainer.common.files import write_verbatim
 
 SNAPSHOT = Path(__file__).with_suffix(".json")
 
+# The training methods, and TRL's config of each.
+CONFIG_CLASSES = {
+    "sft": "SFTConfig",
+    "dpo": "DPOConfig",
+}
 # Fields that torchrun sets, and never a user.
 NOT_SETTINGS = ("local_rank",)
+# Texts that TRL compares in its code alone, so that a wrong one would end the first step.
+CHOICES = {
+    "dpo loss_type": (
+        *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot"),
+        *("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+    ),
+    "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+}
 
 
 class Argument(typing.NamedTuple):
-    """A field of SFTConfig: the names of its plain types, such as "bool" or "list", its default and its choices.
+    """A field of a config: the names of its plain types, such as "bool" or "list", its default and its choices.
 
     `packages` names what a choice imports when it is used, beside torch.
     """
@@ -40,23 +53,45 @@ class Argument(typing.NamedTuple):
 
 
 @functools.cache
-def read_snapshot() -> dict[str, Argument]:
-    """Return all fields of SFTConfig by name, as the snapshot has them."""
-    return {name: Argument(**fields) for name, fields in json.loads(SNAPSHOT.read_text(encoding="utf-8")).items()}
+def read_snapshot(method: str = "sft") -> dict[str, Argument]:
+    """Return all fields of a method's config by name, as the snapshot has them."""
+    snapshot = json.loads(SNAPSHOT.read_text(encoding="utf-8"))
+    own, shared = snapshot[method]["own"], snapshot[method]["shared"]
+    fields = {**{name: snapshot["sft"]["own"][name] for name in shared}, **own}
+    return {name: Argument(**field) for name, field in fields.items()}
 
 
 def take_snapshot() -> dict[str, Any]:
-    """Return the fields of the installed SFTConfig, ready for JSON."""
-    from trl import SFTConfig
+    """Return the fields of the installed configs by method, ready for JSON: its own, and those that are SFT's."""
+    sft = describe_config("sft")
+    sft["optim"]["packages"] = find_optimizer_packages()
+    snapshot: dict[str, Any] = {"sft": {"shared": [], "own": sft}}
+    for method in [name for name in CONFIG_CLASSES if name != "sft"]:
+        fields = describe_config(method)
+        shared = [name for name, field in fields.items() if name in sft and is_same(field, sft[name])]
+        snapshot[method] = {"shared": shared, "own": {name: fields[name] for name in fields if name not in shared}}
+    return snapshot
 
-    hints = typing.get_type_hints(SFTConfig)
-    found = {
+
+def describe_config(method: str) -> dict[str, dict[str, Any]]:
+    """Return what the snapshot holds of each field of a method's config."""
+    import trl
+
+    config = getattr(trl, CONFIG_CLASSES[method])
+    hints = typing.get_type_hints(config)
+    fields = {
         field.name: describe_field(field, hints[field.name])
-        for field in dataclasses.fields(SFTConfig)
+        for field in dataclasses.fields(config)
         if field.name not in NOT_SETTINGS
     }
-    found["optim"]["packages"] = find_optimizer_packages()
-    return found
+    for name, field in fields.items():
+        field["choices"] = field["choices"] or CHOICES.get(f"{method} {name}") or CHOICES.get(name)
+    return fields
+
+
+def is_same(field: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Tell whether two fields of one name take the same and have the same default. Their help may differ."""
+    return all(field[key] == other[key] for key in field if key != "help")
 
 
 def find_optimizer_packages() -> dict[str, str]:
@@ -96,10 +131,12 @@ def is_union(hint: Any) -> bool:
 def find_plain_type(hint: Any) -> str:
     """Return the name of the plain type that a user gives for a type annotation."""
     origin = typing.get_origin(hint) or hint
+    if origin in (list, tuple) and typing.get_args(hint)[:1] == (float,):
+        return "list[float]"
     if origin in (bool, int, float, str, list, dict):
         return str(origin.__name__)
     if origin is typing.Literal:
-        return "bool"  # SFTConfig has no other literal than `Literal[False]`
+        return "bool"  # no config has another literal than `Literal[False]`
     return "str" if issubclass(origin, enum.Enum) else "dict"  # e.g. accelerate's ParallelismConfig, from its fields
 
 

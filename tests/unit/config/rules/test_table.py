@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from llm_trainer.config import rules
-from llm_trainer.config.rules import RULES, supports_fsdp
+from llm_trainer.config.rules import table
+from llm_trainer.config.rules.table import RULES, supports_fsdp
 from llm_trainer.config.schema import FIELDS, Settings
 
 
@@ -40,6 +40,7 @@ def test_messages_name_only_settings_and_what_the_rule_fills_in():
     for rule in RULES:
         places = {name for _, name, _, _ in string.Formatter().parse(rule.message) if name}
         filled = {"uri", "key", "value", "tracker", "fix", "option", "package", "choices", "fault", "nearest"}
+        filled |= {"foreign", "methods", "loss", "losses"}
         assert places <= set(FIELDS) | filled, rule
 
 
@@ -177,7 +178,7 @@ def test_an_optimizer_whose_package_is_missing_is_refused_with_those_that_run():
 
 
 def test_an_optimizer_with_groups_of_its_own_excludes_loraplus(monkeypatch):
-    monkeypatch.setattr(rules, "find_missing_package", lambda optim: None)
+    monkeypatch.setattr(table, "find_missing_package", lambda optim: None)
     (problem,) = find_broken(optim="apollo_adamw", optim_target_modules="all-linear", loraplus_lr_ratio=2.5)
     assert problem.startswith("loraplus_lr_ratio=2.5 with optim=apollo_adamw")
     (problem,) = find_broken(optim="galore_adamw")

@@ -8,7 +8,7 @@ from trl import SFTConfig
 
 from llm_trainer.config.schema import FIELDS
 from llm_trainer.config.sections import ALIASES
-from llm_trainer.config.sft_config_fields import NOT_SETTINGS, SNAPSHOT, take_snapshot
+from llm_trainer.config.trl_config_fields import NOT_SETTINGS, SNAPSHOT, take_snapshot
 
 
 def test_the_snapshot_is_that_of_the_pinned_trl():

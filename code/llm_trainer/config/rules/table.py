@@ -13,11 +13,11 @@ from typing import Any
 from llm_trainer.common.metric_definitions import OBJECTIVES
 from llm_trainer.common.redaction import hide_secrets
 from llm_trainer.config.global_batch import TOTALS, show_nearest
-from llm_trainer.config.rule import Rule
+from llm_trainer.config.rules.methods import METHOD_RULES
+from llm_trainer.config.rules.rule import Rule
 from llm_trainer.config.schema import FIELDS, Settings
 from llm_trainer.config.secret_references import USED_FOR
 from llm_trainer.config.sections import ADDRESS, HUB_ID, MOVING_STARTS, AdapterSettings, ModelSettings
-from llm_trainer.config.sft_config_fields import read_snapshot
 from llm_trainer.config.tracker_choice import (
     TRACKERS,
     choose_trackers,
@@ -27,6 +27,7 @@ from llm_trainer.config.tracker_choice import (
     list_named_trackers,
 )
 from llm_trainer.config.tracker_names import find_refused_names
+from llm_trainer.config.trl_config_fields import read_snapshot
 
 # These settings ask for an adapter of a certain kind. Sizes such as lora_r do not: a recipe may hold them and switch
 # the adapter off.
@@ -761,4 +762,5 @@ RULES: tuple[Rule, ...] = (
     *PARALLELISM_RULES,
     *BATCH_RULES,
     *DATA_RULES,
+    *METHOD_RULES,
 )

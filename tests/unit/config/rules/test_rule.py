@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A rule says what is wrong with the values that the user gave."""
 
-from llm_trainer.config.rule import Rule, format_message
+from llm_trainer.config.rules.rule import Rule, format_message
 from llm_trainer.config.schema import Settings
 
 

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules about the settings of training methods: what belongs to another method, and what TRL would refuse late."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from llm_trainer.config.rules.rule import Rule
+from llm_trainer.config.sections import METHOD_FIELDS
+from llm_trainer.config.trl_config_fields import read_snapshot
+
+# Settings that this project acts on itself, whether or not TRL's config of the method has them.
+FOR_ALL_METHODS = frozenset(
+    {"max_length", "truncation_mode", "packing", "padding_free", "shuffle_dataset", "dataset_num_proc", "pad_token"}
+    | {"activation_offloading", "chat_template_path", "eos_token"}
+)
+# Losses of DPO that are made of the difference between the two answers' rewards alone.
+DIFFERENCE_LOSSES = frozenset(
+    {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"},
+)
+SORTING_LOSSES = frozenset({"aot", "aot_unpaired"})  # these lose which answer belongs to which prompt
+
+
+def list_losses(method: str, loss_type: str | list[str] | None) -> list[str]:
+    """Return the names of the losses that `loss_type` asks for; the method's own where it is None."""
+    losses = loss_type or METHOD_FIELDS["loss_type"][method].default
+    return [losses] if isinstance(losses, str) else list(losses)
+
+
+def is_of_method(name: str, method: str) -> bool:
+    """Tell whether a method has this setting: a field of its config, or one that is this project's own."""
+    is_field = name in METHOD_FIELDS or name in read_snapshot()
+    return not is_field or name in FOR_ALL_METHODS or name in read_snapshot(method)
+
+
+def find_foreign(method: str, given: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Yield each given setting that the method does not have, with the methods that have it."""
+    for name, value in given.items():
+        if value is not None and not is_of_method(name, method):
+            yield {"foreign": name, "methods": " or ".join(METHOD_FIELDS.get(name, ["sft"]))}
+
+
+def find_unknown_losses(method: str, loss_type: str | list[str] | None) -> Iterator[dict[str, str]]:
+    """Yield each loss that the method does not have, with those that it has."""
+    choices = METHOD_FIELDS["loss_type"][method].choices or []
+    for loss in list_losses(method, loss_type):
+        if loss not in choices:
+            yield {"loss": loss, "choices": ", ".join(choices)}
+
+
+def refuse_losses(names: tuple[str, ...], when: Callable[[list[str], Any], bool], message: str) -> Rule:
+    """Return a rule about the losses of a job and the settings of its method, which `when` takes."""
+    return Rule(
+        names,
+        lambda s: when(list_losses(s.data.method, s.methods.loss_type), s.methods),
+        message,
+        lambda s: [{"losses": ", ".join(list_losses(s.data.method, s.methods.loss_type))}],
+    )
+
+
+def refuse_reference_sync(name: str) -> Rule:
+    """Return the rule that the reference does not follow the training, which this setting is about."""
+    return Rule(
+        (name,),
+        lambda s: bool(s.value(name)),
+        f"{name}={{{name}}}: the reference is the model that the job starts from, and no second model is kept that "
+        "could follow the training; remove it.",
+    )
+
+
+METHOD_RULES = (
+    Rule(
+        ("method",),
+        lambda s: any(find_foreign(s.data.method, s.given)),
+        "{foreign} is a setting of method={methods} and this job has method={method}: remove it, or set method.",
+        lambda s: find_foreign(s.data.method, s.given),
+    ),
+    Rule(
+        ("loss_type", "method"),
+        lambda s: any(find_unknown_losses(s.data.method, s.methods.loss_type)),
+        "loss_type={loss} with method={method}, which has {choices}: take one of these.",
+        lambda s: find_unknown_losses(s.data.method, s.methods.loss_type),
+    ),
+    Rule(
+        ("packing", "method"),
+        lambda s: s.data.method != "sft" and bool(s.data.packing),
+        "packing=true with method={method}: only rows of method=sft fill sequences of max_length; leave it out, and "
+        "the answers of a batch share sequences.",
+    ),
+    Rule(
+        ("streaming", "method"),
+        lambda s: s.data.method != "sft" and s.data.streaming,
+        "streaming=true with method={method}: only method=sft streams; remove it.",
+    ),
+    refuse_losses(
+        ("loss_weights", "loss_type"),
+        lambda losses, methods: methods.loss_weights is not None and len(methods.loss_weights) != len(losses),
+        "loss_weights={loss_weights!r} with loss_type={losses}: each loss has one weight; give as many.",
+    ),
+    refuse_losses(
+        ("loss_type", "label_smoothing"),
+        lambda losses, methods: "exo_pair" in losses and not methods.label_smoothing,
+        "loss_type=exo_pair without label_smoothing: this loss is infinite without it; set it, to 0.001 for example.",
+    ),
+    refuse_losses(
+        ("loss_type", "label_smoothing"),
+        lambda losses, methods: "robust" in losses and (methods.label_smoothing or 0) >= 0.5,
+        "loss_type=robust with label_smoothing={label_smoothing}: the share of wrong labels has to be below 0.5; lower "
+        "it.",
+    ),
+    refuse_losses(
+        ("f_divergence_type", "loss_type"),
+        lambda losses, methods: (
+            methods.f_divergence_type not in (None, "reverse_kl") and not DIFFERENCE_LOSSES.issuperset(losses)
+        ),
+        "f_divergence_type={f_divergence_type} with loss_type={losses}: only "
+        f"{', '.join(sorted(DIFFERENCE_LOSSES))} have other divergences; leave it out, or take one of them.",
+    ),
+    refuse_losses(
+        ("use_weighting", "loss_type"),
+        lambda losses, methods: bool(methods.use_weighting) and not SORTING_LOSSES.isdisjoint(losses),
+        "use_weighting=true with loss_type={losses}: aot and aot_unpaired sort the answers of a batch, so that no "
+        "weight would find its pair; remove one of them.",
+    ),
+    *(refuse_reference_sync(name) for name in ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")),
+)

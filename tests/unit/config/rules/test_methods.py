@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A job's settings are those of its method, and combinations that TRL would refuse late are told first."""
+
+import pytest
+
+from llm_trainer.config.checks import find_contradictions
+from llm_trainer.config.rules.methods import is_of_method, list_losses
+from llm_trainer.config.schema import Settings
+
+
+def problems_of(**values):
+    return list(find_contradictions(Settings(**values)))
+
+
+def test_a_setting_of_another_method_is_told_with_its_method():
+    (problem,) = problems_of(beta=0.2)
+    assert problem == "beta is a setting of method=dpo and this job has method=sft: remove it, or set method."
+    (problem,) = problems_of(method="dpo", completion_only_loss=True)
+    assert problem.startswith("completion_only_loss is a setting of method=sft and this job has method=dpo")
+
+
+def test_null_asks_for_the_default_in_every_method():
+    assert problems_of(beta=None) == []
+
+
+def test_what_all_methods_have_belongs_to_each():
+    assert all(is_of_method(name, "dpo") for name in ("max_length", "lora_r", "learning_rate", "beta", "loss_type"))
+    assert not is_of_method("packing_strategy", "dpo")
+
+
+def test_losses_are_the_methods_own():
+    assert list_losses("sft", None) == ["nll"]
+    assert list_losses("dpo", None) == ["sigmoid"]
+    assert list_losses("dpo", ["sigmoid", "sft"]) == ["sigmoid", "sft"]
+    (problem,) = problems_of(method="dpo", loss_type="nll")
+    assert problem.startswith("loss_type=nll with method=dpo, which has sigmoid, hinge")
+
+
+@pytest.mark.parametrize(
+    ("values", "begin"),
+    [
+        ({"packing": True}, "packing=true with method=dpo"),
+        ({"streaming": True, "max_steps": 1}, "streaming=true with method=dpo"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights=[1.0] with loss_type=sigmoid, sft"),
+        ({"loss_type": "exo_pair"}, "loss_type=exo_pair without label_smoothing"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, "loss_type=robust with label_smoothing=0.5"),
+        ({"loss_type": "aot", "f_divergence_type": "forward_kl"}, "f_divergence_type=forward_kl with loss_type=aot"),
+        ({"loss_type": "aot", "use_weighting": True}, "use_weighting=true with loss_type=aot"),
+        ({"sync_ref_model": True}, "sync_ref_model=true"),
+    ],
+)
+def test_what_trl_would_refuse_late_is_refused_first(values, begin):
+    (problem,) = problems_of(method="dpo", **values)
+    assert problem.startswith(begin)
