@@ -50,7 +50,7 @@ class StepCounts:
     num_tokens: int
     flos: float
     metrics: dict[str, list[Any]]  # of TRL's trainers, since the last line of metrics
-    token_sums: torch.Tensor | None  # of trainers that sum over tokens, since the last line of metrics
+    line_sums: Any  # of trainers that sum up by themselves, since the last line of metrics; None for others
 
     @classmethod
     def read(cls, trainer: Trainer) -> "StepCounts":
@@ -61,15 +61,15 @@ class StepCounts:
             trainer._total_train_tokens,
             trainer.current_flos,
             metrics,
-            getattr(trainer, "token_sums", None),
+            getattr(trainer, "line_sums", None),
         )
 
     def restore(self, trainer: Trainer) -> None:
         """Give the trainer these sums back."""
         trainer._tr_loss, trainer._total_train_tokens = self.loss, self.num_tokens
         trainer.current_flos = self.flos
-        if self.token_sums is not None:
-            trainer.token_sums = self.token_sums
+        if self.line_sums is not None:
+            trainer.line_sums = self.line_sums
         if hasattr(trainer, "_metrics"):
             trainer._metrics["train"].clear()
             trainer._metrics["train"].update(self.metrics)

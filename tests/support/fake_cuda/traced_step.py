@@ -174,7 +174,7 @@ def put_on_gpu(trainer, batch, mode):
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = fill(buffer)
-    trainer.token_sums, trainer.run_sums, trainer.eval_sums = (sft.begin_sums(CUDA) for _ in range(3))
+    trainer.line_sums, trainer.run_sums, trainer.eval_sums = (sft.begin_sums(CUDA) for _ in range(3))
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     copied = {name: mode.from_tensor(value).to(CUDA, non_blocking=True) for name, value in tensors.items()}
     return {**batch, **copied}

@@ -43,7 +43,7 @@ class KeptLogits:
 def score_tokens(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, *scaling: Any
 ) -> tuple[torch.Tensor | None, ...]:
-    """Return log-probability, entropy, and whether the target is the likeliest, each [tokens], at TRL's places.
+    """Return what TRL's output layer does of each token, each [tokens], and None where `outputs` does not name it.
 
     `scaling` is TRL's: temperature, size of a piece, soft cap of the logits, scale of the logits, and names of outputs.
     """
@@ -54,5 +54,7 @@ def score_tokens(
     logs = log_softmax(logits, -1)
     with torch.no_grad():
         entropy = -(logs.exp() * logs).sum(-1) if "entropy" in outputs else None
+        sum_squares = (2 * logs).logsumexp(-1) if "log_sum_sq_probs" in outputs else None
+        mean_logits = logits.mean(-1) if "mean_logits" in outputs else None
         is_top1 = logits.argmax(-1) == targets if "is_top1" in outputs else None
-    return logs.gather(-1, targets[:, None]).squeeze(-1), entropy, None, None, is_top1
+    return logs.gather(-1, targets[:, None]).squeeze(-1), entropy, sum_squares, mean_logits, is_top1

@@ -4,12 +4,13 @@
 docs/architecture.md tells how to add one. `choose_method` is the only place that chooses one.
 """
 
+from llm_trainer.training.methods.dpo import DPO
 from llm_trainer.training.methods.sft import SFT
 from llm_trainer.training.methods.training_method import TrainingMethod
 
 __all__ = ["METHODS", "TrainingMethod", "choose_method"]
 
-METHODS = {method.name: method for method in (SFT,)}
+METHODS = {method.name: method for method in (SFT, DPO)}
 
 
 def choose_method(name: str = SFT.name) -> TrainingMethod:

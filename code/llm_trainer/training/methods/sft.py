@@ -17,12 +17,13 @@ from llm_trainer.common.metric_definitions import RENAMED
 from llm_trainer.data.formats import IGNORED
 from llm_trainer.model.layers.kept_logits import keep_few_logits
 from llm_trainer.training.methods.batch_facts import BatchFacts, FindFacts, known, shift_labels, use_facts
-from llm_trainer.training.methods.token_sums import begin_sums, compute_means, fill_batches, sum_batch
+from llm_trainer.training.methods.token_sums import begin_sums, compute_means, sum_batch
 from llm_trainer.training.methods.training_method import TrainingMethod
+from llm_trainer.training.methods.whole_batches import WholeBatches
 from llm_trainer.training.resumable import ResumableMixin, RunContext
 
 
-class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
+class ResumableSFTTrainer(ResumableMixin, WholeBatches, SFTTrainer):
     """TRL's SFTTrainer that survives stops and kills, and whose metrics are means over supervised tokens.
 
     Between two lines it waits for no GPU, and ranks talk for gradients and once a step for the number of its tokens.
@@ -42,7 +43,7 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
         # would keep the GPU waiting. The sums below are read once a line.
         self.accelerator.gather_for_metrics = gather_nothing
         self.skips_nan, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
-        self.token_sums = begin_sums(self.args.device)  # since the last line of the training
+        self.line_sums = begin_sums(self.args.device)  # since the last line of the training
         self.run_sums = begin_sums(self.args.device)  # up to the last line
         self.eval_sums = begin_sums(self.args.device)
 
@@ -64,7 +65,7 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
                 del inputs["attention_mask"]
             outputs = compute_with_facts(model, inputs, facts)
             if "fused_lm_head" in inputs:
-                self.token_sums = self.token_sums + sum_batch(outputs, all_tokens, self.skips_nan)
+                self.line_sums = self.line_sums + sum_batch(outputs, all_tokens, self.skips_nan)
             return outputs
 
         return super().compute_loss(compute_outputs, inputs, *args, **kwargs)
@@ -79,14 +80,14 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
 
     def count_tokens(self) -> int:
         """Return the tokens trained on so far, also since the last line. Every rank must call this."""
-        return self.num_tokens + compute_means(self.accelerator, self.token_sums).all_tokens
+        return self.num_tokens + compute_means(self.accelerator, self.line_sums).all_tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log. A line of the training gets its means over all tokens since the last one, and the totals the run's."""
         metrics = self._metrics["train"]
         if "loss" in logs:
-            since = compute_means(self.accelerator, self.token_sums)
-            self.run_sums, self.token_sums = self.run_sums + self.token_sums, begin_sums(self.args.device)
+            since = compute_means(self.accelerator, self.line_sums)
+            self.run_sums, self.line_sums = self.run_sums + self.line_sums, begin_sums(self.args.device)
             self._total_train_tokens += since.all_tokens
             logs["loss"] = since.means["loss"]
             metrics["mean_token_accuracy"] = [since.means["mean_token_accuracy"]]
@@ -96,7 +97,7 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
             self.warn_of_lost_batches(since.lost_batches)
         elif "train_loss" in logs:
             metrics.clear()
-            train_loss = compute_means(self.accelerator, self.run_sums + self.token_sums).means["loss"]
+            train_loss = compute_means(self.accelerator, self.run_sums + self.line_sums).means["loss"]
             if not math.isnan(train_loss):  # as it is of a run without a step
                 logs["train_loss"] = train_loss
         super().log(logs, start_time)
@@ -109,21 +110,6 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
                 f"The loss of {num_batches} batches up to step {self.state.global_step} is no finite number{counted}: "
                 "where this goes on, the training has diverged; lower learning_rate."
             )
-
-    def get_train_dataloader(self) -> Any:
-        """Return the batches of an epoch: all rows, each of them once, on any number of ranks."""
-        rows = self.train_dataset
-        if isinstance(rows, Dataset) and self.args.world_size > 1 and not self.args.dataloader_drop_last:
-            rows = fill_batches(rows, self.args.train_batch_size * self.args.world_size)
-        sampler = self._get_train_sampler
-        return self._get_dataloader(rows, "Training", self._train_batch_size, sampler, is_training=True)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return the batches of an evaluation: all rows, each of them once, on any number of ranks."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        if self.args.world_size > 1 or self.args.dataloader_drop_last:
-            rows = fill_batches(rows, self.args.eval_batch_size * self.args.world_size)
-        return super().get_eval_dataloader(rows)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[None, None, None]:
         """Sum up over the tokens of a batch. Return no loss, which Transformers would gather from all ranks."""

@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, concatenate_datasets
-
-from llm_trainer.data.formats import IGNORED
 
 MEANS = ("loss", "mean_token_accuracy", "aux_loss")  # as TRL's trainers name them
 
@@ -51,17 +48,3 @@ def compute_means(accelerator: Accelerator, sums: torch.Tensor) -> TokenMeans:
     num_tokens, *totals, all_tokens, lost_batches = accelerator.reduce(sums).tolist()
     means = (total / num_tokens if num_tokens else float("nan") for total in totals)
     return TokenMeans(dict(zip(MEANS, means, strict=True)), int(all_tokens), int(lost_batches))
-
-
-def fill_batches(rows: Dataset, batch_rows: int) -> Dataset:
-    """Return the rows, and after them as many without a label as fill the last batch of `batch_rows` rows.
-
-    Accelerate would fill the ranks' last batch with the first rows, which would count twice. Each of ours has a token,
-    as attention over none is no number.
-    """
-    num_missing = -len(rows) % batch_rows
-    if not num_missing:
-        return rows
-    blank = {"input_ids": rows[0]["input_ids"][:1], "labels": [IGNORED], "length": 1, "seq_lengths": [1]}
-    blank = {name: blank[name] for name in rows.column_names}
-    return concatenate_datasets([rows, Dataset.from_list([blank] * num_missing, features=rows.features)])

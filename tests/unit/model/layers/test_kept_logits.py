@@ -8,7 +8,7 @@ from trl.kernels import ChunkedLogProbFunction
 from llm_trainer.model.layers import kept_logits
 from llm_trainer.model.layers.kept_logits import KeptLogits
 
-OUTPUTS = ("log_probs", "entropy", "is_top1")
+OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 SCALINGS = {"plain": (1.0, None, 1.0), "soft cap": (1.0, 5.0, 1.0), "all": (0.7, 5.0, 0.25)}
 
 

@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, MixtralConfig
 
 from llm_trainer.data.formats import IGNORED
-from llm_trainer.training.methods.token_sums import begin_sums, fill_batches, sum_batch
+from llm_trainer.training.methods.token_sums import begin_sums, sum_batch
+from llm_trainer.training.methods.whole_batches import fill_batches
 from llm_trainer.training.packing import PackingCollator
 from support.trainers import build_full_trainer, spawn_ranks
 from support.waits import count_waits
@@ -249,11 +250,11 @@ def test_a_stop_within_a_step_takes_its_tokens_back(tiny_model, tmp_path):
     trainer.model.train()
     trainer.compute_loss(trainer.model, trainer.data_collator(batches[0]))
     trainer.note_step_begin()
-    before = trainer.token_sums.tolist()
+    before = trainer.line_sums.tolist()
     trainer.compute_loss(trainer.model, trainer.data_collator(batches[1]))
-    assert trainer.token_sums[0] > before[0] > 0
+    assert trainer.line_sums[0] > before[0] > 0
     trainer.return_to_last_step()
-    assert trainer.token_sums.tolist() == before
+    assert trainer.line_sums.tolist() == before
 
 
 SHARDED = SimpleNamespace(sharded=True, gradient_checkpointing=False, activation_offloading=False)
