@@ -5,10 +5,9 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,16 @@ import transformers
 import trl
 
 import llm_trainer
-from llm_trainer.common import log
-from llm_trainer.common.activity_notes import note_activity
-from llm_trainer.common.files import remove_path, write_verbatim
+from llm_trainer.common.files import write_verbatim
 from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.encoding import Encoder, Vocabulary
 from llm_trainer.data.report import REJECTED_ROWS, DataReport
 from llm_trainer.data.streaming import SourceHead
 from llm_trainer.data.tokenize import CHUNK_ROWS, Preparer, find_format, prepare_chunks, write_chunks
-from llm_trainer.host.sealed_folders import (
-    find_damage,
-    hold_folder,
-    make_private_folder,
-    remove_oldest,
-    seal_folder,
-    sync,
-)
+from llm_trainer.host.kept_folders import find_folder, write_folder
 from llm_trainer.readers.rows import Chunk, DamagedFile
 from llm_trainer.readers.sources import FileSource, Source
 
-MAX_SHARE_OF_DISK = 0.2  # what all kept tokens may take; the oldest go first
 ROWS, REPORT = "rows.arrow", "report.json"
 # Files of this package that decide what tokens a row becomes. A test compares them with what the cache imports.
 CODE_THAT_DECIDES_TOKENS = (
@@ -59,9 +48,10 @@ def prepare_source(
     Raises UserError where no row of such data could be used.
     """
     files = source.identify_files()
-    folder = find_folder(build_key(files, vocabulary, settings))
+    folder = find_folder("data", build_key(files, vocabulary, settings), "The tokens")
     if not folder.is_dir():
-        folder = write_folder(source, vocabulary, settings, folder)
+        write = partial(write_source, source, vocabulary, settings)
+        folder = write_folder(folder, write, "writing tokenized rows")
     report = DataReport.from_json(json.loads((folder / REPORT).read_text(encoding="utf-8")))
     report.files = files
     report.unread_fields = Counter({f"{name} of {source.name}": rows for name, rows in report.unread_fields.items()})
@@ -69,48 +59,6 @@ def prepare_source(
         report.formats = {source.name: report.formats["rows"]}
         report.loss_on = {source.name: report.loss_on["rows"]}
     return folder, report
-
-
-def find_folder(key: str) -> Path:
-    """Return the folder of a key, held until this process ends; it is not there where the cache has nothing sound."""
-    folder = make_private_folder(find_cache_dir() / "data") / key
-    hold_folder(folder)
-    if folder.is_symlink() or folder.exists():
-        if damage := find_damage(folder, key):
-            log.warning(f"The tokens kept in {folder} are made anew: the folder {damage}.", every_rank=True)
-            remove_path(folder)
-        else:
-            os.utime(folder)  # the time of its last use
-    return folder
-
-
-def write_folder(source: Source | SourceHead, vocabulary: Vocabulary, settings: DataSettings, folder: Path) -> Path:
-    """Tokenize a source into the folder, which is whole once it has its name, and return it."""
-    remove_oldest(folder.parent, int(shutil.disk_usage(folder.parent).total * MAX_SHARE_OF_DISK))
-    unfinished = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
-    hold_folder(unfinished)
-    try:
-        with note_activity("writing tokenized rows", find_cache_dir().parent):
-            write_source(source, vocabulary, settings, unfinished)
-            seal_folder(unfinished, folder.name)
-        publish_folder(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
-
-
-def publish_folder(unfinished: Path, folder: Path) -> None:
-    """Give a finished folder its name.
-
-    Where another job or host with the same disk was first, its folder stays: it has the same rows.
-    """
-    try:
-        unfinished.rename(folder)
-        sync(folder.parent)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        hold_folder(folder)
 
 
 def write_source(source: Source | SourceHead, vocabulary: Vocabulary, settings: DataSettings, folder: Path) -> None:
@@ -162,8 +110,3 @@ def build_key(files: list[dict[str, Any]], vocabulary: Vocabulary, settings: Dat
     chosen = {name: settings.value(name) for name in SETTINGS_THAT_DECIDE_TOKENS}
     parts = (files, vocabulary.fingerprint, chosen, transformers.__version__, trl.__version__)
     return hashlib.sha256(repr(parts).encode() + b"".join(code)).hexdigest()[:32]
-
-
-def find_cache_dir() -> Path:
-    """Return the folder for all caches of this package, which the launcher chooses."""
-    return Path(os.environ["LLM_TRAINER_CACHE"])

@@ -27,6 +27,7 @@ class Pairs:
     """
 
     places: torch.Tensor  # [trained tokens], in the order in which the model computes them
+    rows: torch.Tensor  # [pairs], the numbers of the rows in their split
     num_answers: int
     num_slots: int
     num_tokens: int  # read by the model, with those of prompts
@@ -39,11 +40,11 @@ class Pairs:
 
     def to(self, device: torch.device, **options: Any) -> "Pairs":
         """Return the pairs with their places on a device. Accelerate moves batches so."""
-        return replace(self, places=self.places.to(device, **options))
+        return replace(self, places=self.places.to(device, **options), rows=self.rows.to(device, **options))
 
     def pin_memory(self) -> "Pairs":
         """Return the pairs with their places in pinned memory. PyTorch's loaders pin batches so."""
-        return replace(self, places=self.places.pin_memory())
+        return replace(self, places=self.places.pin_memory(), rows=self.rows.pin_memory())
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """Return the trained tokens' values [trained tokens] at their places [answers, slots], zero elsewhere."""
@@ -69,7 +70,8 @@ class PairCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the batch of the other collator, and its pairs. Rows that only fill the batch are left out."""
         trained = [example for example in examples if any(label != IGNORED for label in example["labels"])]
-        answers = list_answers(trained or examples[:1])
+        kept = trained or examples[:1]
+        answers = list_answers(kept)
         num_slots = max(len(ids) for ids, _ in answers) - 1
         # In place of labels stand numbers, by which each token is found again wherever the other collator puts it.
         numbered = [
@@ -80,7 +82,8 @@ class PairCollator:
         numbers = batch["labels"]
         batch["labels"] = torch.where(numbers == IGNORED, IGNORED, batch["input_ids"])
         places, num_tokens = numbers[numbers != IGNORED], sum(len(ids) for ids, _ in answers)
-        batch[PAIRS] = Pairs(places, len(answers), num_slots, num_tokens if trained else 0, not trained)
+        rows = torch.tensor([example.get("row", 0) for example in kept])
+        batch[PAIRS] = Pairs(places, rows, len(answers), num_slots, num_tokens if trained else 0, not trained)
         return batch
 
 

@@ -1,22 +1,111 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference of preference losses: the model as the training begins, which no second model in memory has to be.
 
-It is the base without the adapter. An adapter that does not begin at zero has a frozen copy of its first values.
+It is the base without the adapter. An adapter that does not begin at zero has a frozen copy of its first values. Where
+all weights are trained, what the reference says of all rows is computed before the first step.
 """
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
-from torch import nn
+from torch.utils.data import SequentialSampler
 
+from llm_trainer.common import log
 from llm_trainer.model.lora_init import ADAPTER
+from llm_trainer.training.methods.pairs import PAIRS
+from llm_trainer.training.methods.reference_values import build_key, compute_values, keep_values, load_values
+from llm_trainer.training.methods.whole_batches import WholeBatches, fill_batches
+from llm_trainer.training.resumable import ResumableMixin
+from llm_trainer.training.resume import OWN_SETTINGS
 
 REFERENCE = "ref"  # the name by which TRL's trainers look for the copy
+
+
+class ReferenceMixin(ResumableMixin, WholeBatches):
+    """A resumable trainer whose loss compares with a reference. It goes before TRL's trainer among the bases."""
+
+    ld_alpha: float | None = None  # TRL's, which decides what is summed up
+
+    def begin_reference(self, computes_first: bool) -> None:
+        """Take the model before its first step for the reference, and ask it first of all where nothing else can be."""
+        self.computes_first = computes_first or not isinstance(self.model, PeftModel)
+        self.reference: dict[str, torch.Tensor] = {}  # what it says of the rows of a split, where it is asked first
+
+    def ask_reference(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Return the log-probabilities [rows, 2] that the reference gives the two answers of a batch's rows."""
+        raise NotImplementedError
+
+    def find_reference(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Return the same, of what was asked before the first step where it was."""
+        if not self.reference:
+            return self.ask_reference(batch)
+        return self.reference["train" if self.model.training else "eval"][batch[PAIRS].rows]
+
+    def prepare_reference(self) -> None:
+        """Ask the reference about all rows where it has to come first. Later the model has other weights."""
+        if self.reference or not self.computes_first:
+            return
+        was_training = self.model.training
+        self.model.eval()
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            splits = {"train": self.train_dataset, "eval": self.eval_dataset}
+            self.reference = {name: self.load_or_ask(rows) for name, rows in splits.items() if rows is not None}
+        self.model.train(was_training)
+
+    def load_or_ask(self, rows: Dataset) -> torch.Tensor:
+        """Return what the reference says of a split's rows, [rows, 2], out of the cache or asked now."""
+        group, arguments = self.run.consensus.group, self.args
+        key = build_key(self.describe_reference(), rows)
+        values = load_values(key, len(rows), group)
+        if values is None:
+            log.info(f"Computing the reference's log-probabilities of {len(rows)} rows")
+            size = arguments.precompute_ref_batch_size or arguments.eval_batch_size
+            filled = fill_batches(rows, size * arguments.world_size, self.sequences_a_row)
+            batches = map(self._prepare_inputs, self._get_dataloader(filled, "Reference", size, SequentialSampler))
+            values = compute_values(batches, max(rows["row"]) + 1, self.accelerator, self.ask_reference)
+            keep_values(key, values, group)
+        return values.to(arguments.device)
+
+    def describe_reference(self) -> dict[str, Any]:
+        """Return what decides what the reference says of a row, by names."""
+        names = (*OWN_SETTINGS, "model", "earlier adapter", "packing")
+        autocast = [self.args.bf16, self.args.fp16]
+        own = {"base": self.run.base_digest, "ld_alpha": self.ld_alpha, "autocast": autocast}
+        return {name: self.run.identity.get(name) for name in names} | own
+
+    def train_from(self, checkpoint: Path | None) -> Any:
+        """Train from the checkpoint on, or from the start, with the model as it is now for the reference."""
+        if self.run.adapter_start or self.run.goes_on:
+            copy_adapter(self.model)
+        return super().train_from(checkpoint)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Load the weights of a checkpoint, once nobody needs the first ones."""
+        self.prepare_reference()
+        super()._load_from_checkpoint(*args, **kwargs)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Train an epoch, once the reference is known."""
+        self.prepare_reference()
+        super()._run_epoch(**kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, once the reference is known."""
+        self.prepare_reference()
+        return super().evaluate(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Write the weights that are trained, and not the reference's."""
+        with hide_copy(self.model):
+            super()._save(output_dir, state_dict)
 
 
 def keep_own_reference(trl_module: ModuleType) -> None:
@@ -37,15 +126,9 @@ def copy_adapter(model: PeftModel) -> None:
     model.add_adapter(REFERENCE, config)
     for name, parameter in model.named_parameters():
         if f".{ADAPTER}." in name:
-            model.get_parameter(name.replace(f".{ADAPTER}.", f".{REFERENCE}.")).copy_(parameter)
-    freeze(model)
-
-
-def freeze(model: nn.Module) -> None:
-    """Have no optimizer and no rank's gradients see the copy."""
-    for name, parameter in model.named_parameters():
-        if f".{REFERENCE}." in name:
-            parameter.requires_grad_(False)
+            kept = model.get_parameter(name.replace(f".{ADAPTER}.", f".{REFERENCE}."))
+            kept.data = parameter.detach().clone()
+            kept.requires_grad_(False)
 
 
 @contextmanager

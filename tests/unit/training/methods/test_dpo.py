@@ -44,6 +44,7 @@ def join_pair(pair):
         "labels": [*labels, *chosen, *labels, *rejected],
         "length": len(ids),
         "seq_lengths": lengths,
+        "row": 0,
     }
 
 
