@@ -185,7 +185,7 @@ def train(job: Job, scratch_dir: Path, timeline: Timeline) -> None:
 def prepare(context: Context) -> Prepared:
     """Choose device and number types, fetch the model's files, and read tokenizer and data."""
     job, settings, timeline = context.job, context.settings, context.timeline
-    method = choose_method()  # a setting `method` plugs in here
+    method = choose_method(settings.data.method)
     device = find_device(settings.parallelism.use_cpu)
     precision = choose_precision(settings.model, settings.adapter, device)
     # Built again when the data are known; here mistakes in them are told before all work, and the ranks meet.
@@ -257,7 +257,7 @@ def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
 
     model, kept_layers = (base, prepared.tokenizer, planned.arguments), planned.memory.kept_layers
     parts = TrainerParts(*model, splits, packing.collator, model_plan.lora, kept_layers)
-    run_context = build_run_context(context, consensus, identity)
+    run_context = build_run_context(context, prepared, identity)
     patience = settings.training.early_stopping_patience if settings.training.early_stopping else None
     trainer = build_trainer(prepared.method, parts, run_context, patience)
     give_first_values(trainer, settings.adapter, model_plan.folder)
@@ -447,12 +447,12 @@ def check_trained_loss(context: Context, prepared: Prepared, planned: Planned, t
     check_loss(trainer.model, vocabulary_size, plan.device.torch, plan.precision.compute)
 
 
-def build_run_context(context: Context, consensus: StopConsensus, identity: dict[str, Any]) -> RunContext:
+def build_run_context(context: Context, prepared: Prepared, identity: dict[str, Any]) -> RunContext:
     """Return what the trainer needs to know of the job."""
     training, adapter = context.settings.training, context.settings.adapter
     init = adapter.init_lora_weights
     return RunContext(
-        consensus=consensus,
+        consensus=prepared.consensus,
         identity=identity,
         journal=context.timeline.journal,
         saves_checkpoints=training.use_checkpoints,
@@ -460,6 +460,7 @@ def build_run_context(context: Context, consensus: StopConsensus, identity: dict
         loraplus_lr_ratio=adapter.loraplus_lr_ratio,
         adapter_start=lora_init.find_adapter_start(init, context.scratch_dir) if adapter.use_peft else None,
         goes_on=bool(adapter.adapter_path),
+        base_digest=prepared.origin.base_digest,
         saved=find_saved_note(context.scratch_dir),
     )
 

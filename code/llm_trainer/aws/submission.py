@@ -70,7 +70,7 @@ def build_request(submission: Submission, image: str, role: str) -> dict[str, An
         "AlgorithmSpecification": {
             "TrainingImage": image,
             "TrainingInputMode": "File",
-            "MetricDefinitions": define_metrics(),
+            "MetricDefinitions": define_metrics(submission.hyperparameters.get("method", "sft")),
         },
         "RoleArn": role,
         "InputDataConfig": [build_channel(name, uri, options) for name, uri in submission.channels.items()],

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from llm_trainer import __version__
+from llm_trainer.common.metric_definitions import METHOD_METRICS
 
 DESCRIPTION = "Fine-tune language models, in a SageMaker training job or on any machine that runs the image."
 WHERE_SETTINGS_COME_FROM = """\
@@ -248,6 +249,9 @@ def add_metrics(commands: "Commands[argparse.ArgumentParser]") -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print the list that CreateTrainingJob takes")
+    parser.add_argument(
+        "--method", default="sft", choices=("sft", *METHOD_METRICS), help="training method; default: sft"
+    )
     parser.set_defaults(run=run_metrics)
 
 
@@ -432,4 +436,4 @@ def run_metrics(asked: argparse.Namespace) -> int:
     """Print the metric definitions, and return the exit code."""
     from llm_trainer.cli.metrics import print_definitions
 
-    return print_definitions(asked.json)
+    return print_definitions(asked.method, asked.json)

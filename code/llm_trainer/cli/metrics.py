@@ -3,15 +3,16 @@
 
 import json
 
-from llm_trainer.common.metric_definitions import METRICS, OBJECTIVES, define_metrics
+from llm_trainer.common.metric_definitions import define_metrics, list_metrics, list_objectives
 
 
-def print_definitions(as_json: bool) -> int:
-    """Print a line for each metric, or with `as_json` the list that CreateTrainingJob takes; return exit code 0."""
+def print_definitions(method: str, as_json: bool) -> int:
+    """Print a line for each metric of a method, or with `as_json` the list that CreateTrainingJob takes; return 0."""
     if as_json:
-        print(json.dumps(define_metrics(), indent=2))
+        print(json.dumps(define_metrics(method), indent=2))
         return 0
-    for definition in define_metrics():
-        print(f"{definition['Name']:30}{METRICS[definition['Name']]:80}{definition['Regex']}")
-    print(f"Objectives of automatic model tuning: {', '.join(OBJECTIVES)}")
+    meanings = list_metrics(method)
+    for definition in define_metrics(method):
+        print(f"{definition['Name']:30}{meanings[definition['Name']]:80}{definition['Regex']}")
+    print(f"Objectives of automatic model tuning: {', '.join(list_objectives(method))}")
     return 0

@@ -248,7 +248,7 @@ def examine_arguments(job: Job, validation: Validation) -> None:
     sources = ArgumentSources(given, settings.training, use_peft, has_validation, inputs.checkpoint_dir)
     try:
         cpu = torch.device("cpu")
-        rehearse_step(build_arguments(choose_method(), sources, cpu, torch.float32), cpu)
+        rehearse_step(build_arguments(choose_method(settings.data.method), sources, cpu, torch.float32), cpu)
     except UserError as error:
         validation.add_findings("arguments", "error", error.problems)
 

@@ -13,7 +13,7 @@ import threading
 from contextlib import suppress
 from typing import TextIO
 
-from llm_trainer.common.metric_definitions import METRICS
+from llm_trainer.common.metric_definitions import list_all_names
 from llm_trainer.common.ranks import rank
 from llm_trainer.common.redaction import hide_secrets
 
@@ -21,7 +21,7 @@ from llm_trainer.common.redaction import hide_secrets
 CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 CONTROL = re.compile(f"[{CONTROLS}]")
 CONTROL_BUT_COLOURS = re.compile(rf"(?!\x1b\[[0-9;]*m)[{CONTROLS}]")  # on a terminal, whose reader wants ours
-METRIC = re.compile(rf"(^|; )({'|'.join(METRICS)})=(?=-?[0-9.])", re.MULTILINE)  # as SageMaker reads it
+METRIC = re.compile(rf"(^|; )({'|'.join(list_all_names())})=(?=-?[0-9.])", re.MULTILINE)  # as SageMaker reads it
 MAX_HELD_CHARACTERS = 1 << 16  # of a line that does not end
 
 

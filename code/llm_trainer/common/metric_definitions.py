@@ -29,8 +29,20 @@ CONDITIONAL_METRICS = {
     "eval_aux_loss": "for a mixture of experts",
     "mfu": "on a GPU whose peak is known, in 16 bit",
 }
+# Metrics of one training method alone, in training and, with the prefix eval_, in evaluations.
+METHOD_METRICS = {
+    "dpo": {
+        "rewards/accuracies": "share of pairs whose chosen answer has the higher reward",
+        "rewards/margins": "reward of the chosen answer less the rejected one's",
+        "rewards/chosen": "reward of the chosen answer: beta times its logarithm over the reference's",
+        "rewards/rejected": "reward of the rejected answer",
+        "logps/chosen": "logarithm of the chosen answer's probability",
+        "logps/rejected": "logarithm of the rejected answer's probability",
+    },
+}
 # What automatic model tuning may be told to minimize, or, of an accuracy, to maximize.
 OBJECTIVES = ("eval_loss", "train_loss", "eval_mean_token_accuracy")
+METHOD_OBJECTIVES = {"dpo": ("eval_rewards/accuracies", "eval_rewards/margins")}
 # Transformers' names -> ours. The others keep their name.
 RENAMED = {"loss": "train_loss", "mean_token_accuracy": "train_token_accuracy", "num_tokens": "tokens"}
 # A finite number, since CloudWatch takes neither nan nor inf.
@@ -47,10 +59,26 @@ def format_number(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.6g}"
 
 
-def define_metrics() -> list[dict[str, str]]:
+def list_metrics(method: str) -> dict[str, str]:
+    """Return the metrics of a training method, with their meanings."""
+    own = METHOD_METRICS.get(method, {})
+    return METRICS | own | {f"eval_{name}": f"{name} of the validation data" for name in own}
+
+
+def list_all_names() -> list[str]:
+    """Return the names of all metrics of all methods."""
+    return list(dict.fromkeys(name for method in ("sft", *METHOD_METRICS) for name in list_metrics(method)))
+
+
+def list_objectives(method: str) -> tuple[str, ...]:
+    """Return the metrics of a training method that automatic model tuning may be told to improve."""
+    return OBJECTIVES + METHOD_OBJECTIVES.get(method, ())
+
+
+def define_metrics(method: str = "sft") -> list[dict[str, str]]:
     """Return MetricDefinitions as CreateTrainingJob takes them: at most 40, of one capture group each.
 
     A key counts at the beginning of a line or after a semicolon: `Setting learning_rate=0.1` is no metric, and
     eval_loss is not read as train_loss.
     """
-    return [{"Name": key, "Regex": f"(?:^|; ){key}={NUMBER}"} for key in METRICS]
+    return [{"Name": key, "Regex": f"(?:^|; ){key}={NUMBER}"} for key in list_metrics(method)]

@@ -148,6 +148,7 @@ class Section(BaseModel):
         return changed.fill_in(**{name: value for name, value in self if name not in changed.model_fields_set})
 
 
+PAIR_METHODS = ("dpo",)  # a row of these holds two answers to a prompt
 SHARED_NAMES = ("loss_type",)  # fields of SFTConfig that are another thing in every method's config
 
 
@@ -393,6 +394,11 @@ class DataSettings(Section):
         "where the model keeps them apart. true: rows of the whole data set, and a batch counts "
         "sequences of `max_length` tokens.",
     )
+
+    @property
+    def sequences_a_row(self) -> int:
+        """The sequences that the model computes for a row: two answers of a pair."""
+        return 2 if self.method in PAIR_METHODS else 1
 
 
 @with_trl_config_fields(

@@ -73,7 +73,9 @@ def find_inputs(settings: Settings, environment: Environment, has_mistakes: bool
     adapter, adapter_problems = find_adapter(settings.adapter, environment, unpacks)
     problems += adapter_problems + missing
     problems += check_evaluation(settings.training, has_validation=bool(validation))
-    problems += find_objective_problems(read_objective(environment), settings.training, has_validation=bool(validation))
+    problems += find_objective_problems(
+        read_objective(environment), settings.data.method, settings.training, has_validation=bool(validation)
+    )
     inputs = Inputs(
         model=model,
         train=train,

@@ -3,7 +3,7 @@
 
 from collections.abc import Iterator
 
-from llm_trainer.common.metric_definitions import CONDITIONAL_METRICS, METRICS
+from llm_trainer.common.metric_definitions import CONDITIONAL_METRICS, list_all_names, list_metrics
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.hyperparameter_decoding import decode_value
 from llm_trainer.config.sections import TrainingSettings
@@ -17,14 +17,18 @@ def read_objective(environment: Environment) -> str | None:
     return str(decode_value(str(value), frozenset({"str"}), nullable=True)) if value else None
 
 
-def find_objective_problems(name: str | None, settings: TrainingSettings, has_validation: bool) -> Iterator[str]:
+def find_objective_problems(
+    name: str | None, method: str, settings: TrainingSettings, has_validation: bool
+) -> Iterator[str]:
     """Yield a sentence where one of our metrics is the objective, and this job will never log it.
 
     A tuning job would fail for the want of it, after all its jobs have been paid for.
     """
-    if name not in METRICS:
+    if name not in list_all_names():
         return
-    if not name.startswith("eval_"):
+    if name not in list_metrics(method):
+        yield f"{OBJECTIVE}={name!r} with method={method}: it is never logged; `llm-trainer metrics` lists what is."
+    elif not name.startswith("eval_"):
         if settings.logging_strategy == "no":
             yield f"{OBJECTIVE}={name!r} with logging_strategy=no: it is never logged; remove logging_strategy."
     elif not has_validation:
@@ -35,7 +39,7 @@ def find_objective_problems(name: str | None, settings: TrainingSettings, has_va
 
 def find_objective_warnings(name: str | None) -> Iterator[str]:
     """Yield a sentence where it depends on more than the settings whether the objective is logged."""
-    if name is not None and name not in METRICS:
+    if name is not None and name not in list_all_names():
         yield (
             f"{OBJECTIVE}={name!r} is none of the metrics that `llm-trainer metrics` lists: a regular expression of "
             "yours has to find it in the log."

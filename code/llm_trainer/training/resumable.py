@@ -54,7 +54,7 @@ class RunContext:
     loraplus_lr_ratio: float | None = None  # the learning rate of the adapter's B divided by A's
     adapter_start: Path | None = None  # folder of the adapter's first values, where a checkpoint has to hold them
     goes_on: bool = False  # whether the adapter begins with the values of an earlier one
-    base_digest: str = ""  # of the model's files that the training begins with
+    base_digest: str | None = None  # of the weights in the files that the training begins with
     saved: Path | None = None  # is created when there is a checkpoint
 
 

@@ -13,7 +13,13 @@ from trl import SFTConfig
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.ranks import local_rank, local_world_size, rank, world_size
-from llm_trainer.config.sections import AdapterSettings, DataSettings, ModelSettings, TrainingSettings
+from llm_trainer.config.sections import (
+    METHOD_FIELDS,
+    AdapterSettings,
+    DataSettings,
+    ModelSettings,
+    TrainingSettings,
+)
 from llm_trainer.data.report import DataReport
 from llm_trainer.data.shard_exchange import send_file
 from llm_trainer.job import checkpoint_dir
@@ -65,6 +71,9 @@ def identify_run(parts: RunParts, arguments: SFTConfig) -> dict[str, Any]:
     names = OWN_SETTINGS + DATA_SETTINGS + (ADAPTER_SETTINGS if parts.adapter.use_peft else ())
     identity = {name: parts.value(name) for name in names}
     identity |= {name: getattr(arguments, name) for name in TRAINING_ARGUMENTS}
+    if parts.data.method != "sft":  # checkpoints of earlier versions know no method
+        own = [name for name, methods in METHOD_FIELDS.items() if parts.data.method in methods]
+        identity |= {"method": parts.data.method, **{name: getattr(arguments, name) for name in own}}
     identity |= {"packing": parts.packing.mode, "packing_strategy": parts.data.packing_strategy}
     identity["distribution"] = "fsdp" if parts.sharded else "ddp"
     identity["rows a step"] = (

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from llm_trainer.config.load import read_settings
 from llm_trainer.config.plain_values import find_unusable_part
-from llm_trainer.config.rules.table import BEST_METRICS
+from llm_trainer.config.rules.table import list_best_metrics
 from llm_trainer.config.schema import FIELDS, list_plain_types, split_union
 from llm_trainer.config.tracker_choice import TRACKERS
 from support.environments import build_environment
@@ -50,7 +50,7 @@ def values_of(name: str) -> SearchStrategy[Any]:
     if name == "report_to":
         return st.sampled_from([*TRACKERS, None, ["mlflow", "wandb"]])
     if name == "metric_for_best_model":
-        return st.sampled_from(BEST_METRICS)
+        return st.sampled_from(list_best_metrics("sft"))
     field = FIELDS[name]
     bounds = {key: getattr(rule, key) for rule in field.metadata for key in ("ge", "gt", "lt") if hasattr(rule, key)}
     values = st.one_of([values_of_type(part, bounds) for part in split_union(field.annotation)])

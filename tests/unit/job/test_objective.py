@@ -10,7 +10,7 @@ from support.environments import build_environment
 
 
 def find_problems(name, has_validation=True, **values):
-    return list(find_objective_problems(name, Settings(**values).training, has_validation))
+    return list(find_objective_problems(name, "sft", Settings(**values).training, has_validation))
 
 
 @pytest.mark.parametrize("text", ["eval_loss", '"eval_loss"'])

@@ -57,6 +57,12 @@ def refuse_losses(names: tuple[str, ...], when: Callable[[list[str], Any], bool]
     )
 
 
+def switches_dropout_off(method: str, disable_dropout: bool | None) -> bool:
+    """Tell whether the method trains without dropout, as it does by its own default where `disable_dropout` is None."""
+    own = METHOD_FIELDS["disable_dropout"].get(method)
+    return own is not None and bool(own.default if disable_dropout is None else disable_dropout)
+
+
 def refuse_reference_sync(name: str) -> Rule:
     """Return the rule that the reference does not follow the training, which this setting is about."""
     return Rule(
@@ -120,6 +126,12 @@ METHOD_RULES = (
         lambda losses, methods: bool(methods.use_weighting) and not SORTING_LOSSES.isdisjoint(losses),
         "use_weighting=true with loss_type={losses}: aot and aot_unpaired sort the answers of a batch, so that no "
         "weight would find its pair; remove one of them.",
+    ),
+    Rule(
+        ("lora_dropout", "disable_dropout"),
+        lambda s: bool(s.adapter.lora_dropout) and switches_dropout_off(s.data.method, s.methods.disable_dropout),
+        "lora_dropout={lora_dropout} with method={method}: it would do nothing, since this method trains without "
+        "dropout; remove it, or set disable_dropout=false.",
     ),
     *(refuse_reference_sync(name) for name in ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")),
 )

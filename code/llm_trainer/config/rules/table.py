@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from llm_trainer.common.metric_definitions import OBJECTIVES
+from llm_trainer.common.metric_definitions import list_objectives
 from llm_trainer.common.redaction import hide_secrets
 from llm_trainer.config.global_batch import TOTALS, show_nearest
 from llm_trainer.config.rules.methods import METHOD_RULES
@@ -69,7 +69,6 @@ OTHER_WAYS = {
     "version": "FSDP2, which is always used",
     "state_dict_type": "sharded checkpoints, which are always written",
 }
-BEST_METRICS = tuple(name for name in OBJECTIVES if name.startswith("eval_"))
 HUB_NAMES = tuple(name for name in FIELDS if name.startswith("hub_") and name != "hub_token")
 
 
@@ -196,6 +195,11 @@ def delays_by_steps(settings: Settings) -> bool:
     """Tell whether `eval_delay` counts steps, as it does where evaluations do. Else it counts epochs."""
     training = settings.training
     return training.eval_strategy == "steps" if training.is_given("eval_strategy") else training.is_given("eval_steps")
+
+
+def list_best_metrics(method: str) -> list[str]:
+    """Return the metrics of a training method by which the best weights can be told."""
+    return [name for name in list_objectives(method) if name.startswith("eval_")]
 
 
 def name_best_metric(name: str | None) -> str:
@@ -501,9 +505,10 @@ TRAINING_RULES = (
     *(refuse_without_evaluation(name) for name in ("early_stopping", "load_best_model_at_end")),
     Rule(
         ("metric_for_best_model",),
-        lambda s: name_best_metric(s.training.metric_for_best_model) not in BEST_METRICS,
-        f"metric_for_best_model={{metric_for_best_model!r}} is not valid: it must be among {', '.join(BEST_METRICS)}; "
-        "leave it out for eval_loss.",
+        lambda s: name_best_metric(s.training.metric_for_best_model) not in list_best_metrics(s.data.method),
+        "metric_for_best_model={metric_for_best_model!r} is not valid: it must be among {choices}; leave it out for "
+        "eval_loss.",
+        lambda s: [{"choices": ", ".join(list_best_metrics(s.data.method))}],
     ),
     Rule(
         ("eval_delay", "max_steps"),

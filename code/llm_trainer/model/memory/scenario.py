@@ -175,8 +175,9 @@ class MemoryScenario:
     @property
     def batch(self) -> Batch:
         """The batch whose step is planned: one that is known, else the largest that may come."""
-        num_sequences = self.settings.training.per_device_train_batch_size
-        is_shared = num_sequences > 1 or bool(self.settings.data.packing)
+        data, training = self.settings.data, self.settings.training
+        num_sequences = training.per_device_train_batch_size * data.sequences_a_row
+        is_shared = num_sequences > 1 or bool(data.packing)
         return self.known_batch or Batch(num_sequences, self.length, shares_sequences=is_shared)
 
     @property
@@ -206,7 +207,8 @@ class MemoryScenario:
         """Return what each device needs for a step in this way. Raise UnknownShapeError."""
         training, step = self.settings.training, self.build_step(plan)
         accumulates = training.gradient_accumulation_steps > 1
-        evaluated = self.known_eval_batch or Batch(training.per_device_eval_batch_size, step.length)
+        num_evaluated = training.per_device_eval_batch_size * self.settings.data.sequences_a_row
+        evaluated = self.known_eval_batch or Batch(num_evaluated, step.length)
         setup = Setup(
             step,
             self.target.world_size,

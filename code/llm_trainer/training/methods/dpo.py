@@ -42,12 +42,14 @@ class ResumableDPOTrainer(BatchMeans, ReferenceMixin, DPOTrainer):
     def __init__(self, *args: Any, run: RunContext, data_collator: Any = None, **kwargs: Any) -> None:
         """Take DPOTrainer's arguments, and what a resumable trainer needs to know of its job."""
         keep_own_reference(dpo_trainer)
+        arguments = kwargs["args"]
+        asks_first, arguments.precompute_ref_log_probs = arguments.precompute_ref_log_probs, False  # TRL's own way
         pad = DataCollatorForLanguageModeling(kwargs["processing_class"].pad_token_id)
         super().__init__(*args, run=run, data_collator=PairCollator(data_collator or pad), **kwargs)
         self.use_batch_facts()
         keep_few_logits()
         self.begin_sums()
-        self.begin_reference(self.args.precompute_ref_log_probs)
+        self.begin_reference(asks_first)
         self.precompute_ref_logps = True  # TRL's loss finds the reference's log-probabilities among its inputs
         self.loss_is_scaled_for_ga = True  # by the pairs of a step, where TRL takes means of batches' means
 
@@ -117,5 +119,8 @@ DPO = TrainingMethod(
     learning_rate=1e-6,
     columns=COLUMNS,
     metric_names=RENAMED,
-    hidden_metrics=("total_flos", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second"),
+    hidden_metrics=(
+        *("total_flos", "entropy", "logits/chosen", "logits/rejected"),
+        *("num_input_tokens_seen", "train_runtime", "train_tokens_per_second"),
+    ),
 )

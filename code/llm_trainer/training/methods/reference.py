@@ -33,9 +33,9 @@ class ReferenceMixin(ResumableMixin, WholeBatches):
 
     ld_alpha: float | None = None  # TRL's, which decides what is summed up
 
-    def begin_reference(self, computes_first: bool) -> None:
+    def begin_reference(self, asks_first: bool) -> None:
         """Take the model before its first step for the reference, and ask it first of all where nothing else can be."""
-        self.computes_first = computes_first or not isinstance(self.model, PeftModel)
+        self.asks_first = asks_first or not isinstance(self.model, PeftModel)
         self.reference: dict[str, torch.Tensor] = {}  # what it says of the rows of a split, where it is asked first
 
     def ask_reference(self, batch: dict[str, Any]) -> torch.Tensor:
@@ -50,7 +50,7 @@ class ReferenceMixin(ResumableMixin, WholeBatches):
 
     def prepare_reference(self) -> None:
         """Ask the reference about all rows where it has to come first. Later the model has other weights."""
-        if self.reference or not self.computes_first:
+        if self.reference or not self.asks_first:
             return
         was_training = self.model.training
         self.model.eval()
@@ -64,14 +64,16 @@ class ReferenceMixin(ResumableMixin, WholeBatches):
         """Return what the reference says of a split's rows, [rows, 2], out of the cache or asked now."""
         group, arguments = self.run.consensus.group, self.args
         key = build_key(self.describe_reference(), rows)
-        values = load_values(key, len(rows), group)
+        is_known = self.run.base_digest is not None  # else the key would not tell the model
+        values = load_values(key, len(rows), group) if is_known else None
         if values is None:
             log.info(f"Computing the reference's log-probabilities of {len(rows)} rows")
             size = arguments.precompute_ref_batch_size or arguments.eval_batch_size
             filled = fill_batches(rows, size * arguments.world_size, self.sequences_a_row)
             batches = map(self._prepare_inputs, self._get_dataloader(filled, "Reference", size, SequentialSampler))
             values = compute_values(batches, max(rows["row"]) + 1, self.accelerator, self.ask_reference)
-            keep_values(key, values, group)
+            if is_known:
+                keep_values(key, values, group)
         return values.to(arguments.device)
 
     def describe_reference(self) -> dict[str, Any]:

@@ -1,55 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """DPO: the loss of packed and padded pairs is that of TRL's own trainer, for every loss that it has."""
 
-import random
+import copy
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from llm_trainer.config.schema import Settings
+from llm_trainer.common.metric_definitions import list_metrics
 from llm_trainer.config.sections import METHOD_FIELDS
-from llm_trainer.data.formats import IGNORED
-from llm_trainer.training.methods import choose_method
+from llm_trainer.training.methods.dpo import DPO, ResumableDPOTrainer
 from llm_trainer.training.packing import PackingCollator
-from llm_trainer.training.trainer_config import TrainerParts, build_arguments, build_trainer
-from support.trainers import build_run_context, collect_sources
+from support.preference_pairs import build_lora, build_pair_trainer, build_pairs, build_rows
 
-LOSSES = METHOD_FIELDS["loss_type"]["dpo"].choices
-OPTIONS = {"exo_pair": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.1}}
+LOSSES = {
+    **{name: {"loss_type": [name]} for name in METHOD_FIELDS["loss_type"]["dpo"].choices},
+    "exo_pair": {"loss_type": ["exo_pair"], "label_smoothing": 0.1},
+    "robust": {"loss_type": ["robust"], "label_smoothing": 0.1},
+    "several": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "length": {"ld_alpha": 0.5},
+    "weighted": {"use_weighting": True},
+    "divergence": {"f_divergence_type": "js_divergence"},
+}
 NUM_PAIRS = 6
-
-
-def build_pairs():
-    """Return pairs of ids as TRL takes them."""
-    draw = random.Random(0)
-    lengths = [(draw.randint(1, 9), draw.randint(1, 12), draw.randint(1, 12)) for _ in range(NUM_PAIRS)]
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return [
-        {name: [draw.randrange(5, 90) for _ in range(n)] for name, n in zip(names, row, strict=True)} for row in lengths
-    ]
-
-
-def join_pair(pair):
-    """Return a pair as a row of ours."""
-    prompt, chosen, rejected = pair.values()
-    labels = [IGNORED] * len(prompt)
-    ids = [*prompt, *chosen, *prompt, *rejected]
-    lengths = [len(prompt) + len(chosen), len(prompt) + len(rejected)]
-    return {
-        "input_ids": ids,
-        "labels": [*labels, *chosen, *labels, *rejected],
-        "length": len(ids),
-        "seq_lengths": lengths,
-        "row": 0,
-    }
-
-
-def build_lora():
-    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+PACKINGS = {"stacked": PackingCollator(0, None, flattens=False), "padded": None}
 
 
 class TokenizedDPOTrainer(DPOTrainer):
@@ -57,54 +33,75 @@ class TokenizedDPOTrainer(DPOTrainer):
         return dataset
 
 
-def build_trls(model, pairs, folder, **options):
+def build_trls(model, folder, lora, **options):
     arguments = DPOConfig(str(folder), per_device_train_batch_size=NUM_PAIRS, report_to="none", bf16=False, **options)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(model)
     return TokenizedDPOTrainer(
-        AutoModelForCausalLM.from_pretrained(model),
+        base,
+        ref_model=copy.deepcopy(base) if lora is None else None,
         args=arguments,
-        train_dataset=Dataset.from_list(pairs),
-        processing_class=tokenizer,
-        peft_config=build_lora(),
+        train_dataset=Dataset.from_list(build_pairs(NUM_PAIRS)),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        peft_config=lora,
     )
 
 
-def build_ours(model, pairs, folder, collator, **settings):
-    method = choose_method("dpo")
-    sources = collect_sources(Settings(method="dpo", **settings), folder)
-    arguments = build_arguments(method, sources, torch.device("cpu"), torch.float32)
-    rows = Dataset.from_list([join_pair(pair) for pair in pairs])
-    tokenizer, base = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
-    parts = TrainerParts(base, tokenizer, arguments, {"train": rows}, collator, build_lora())
-    return build_trainer(method, parts, build_run_context(), patience=None)
-
-
-def compute_step(trainer, rows):
-    """Return the loss of a batch, its gradients, and the metrics."""
-    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+def compute_step(trainer):
+    """Return the loss of all rows, its gradients, and TRL's metrics."""
+    batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
-    trained = {name: each.grad for name, each in trainer.model.named_parameters() if each.requires_grad}
-    return loss.detach(), trained
-
-
-PACKINGS = {
-    "stacked": PackingCollator(0, None, flattens=False),
-    "padded": None,
-}
+    return loss.detach(), {name: each.grad for name, each in trainer.model.named_parameters() if each.requires_grad}
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_the_loss_is_that_of_trls_own_trainer(tiny_model, tmp_path, loss_type, packing):
-    pairs, options = build_pairs(), OPTIONS.get(loss_type, {})
-    theirs = build_trls(tiny_model, pairs, tmp_path, loss_type=[loss_type], **options)
-    ours = build_ours(tiny_model, pairs, tmp_path, PACKINGS[packing], loss_type=[loss_type], **options)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_loss_is_that_of_trls_own_trainer(tiny_model, tmp_path, loss, packing):
+    theirs = build_trls(tiny_model, tmp_path, build_lora(), **LOSSES[loss])
+    ours = build_pair_trainer(
+        tiny_model, build_rows(NUM_PAIRS), tmp_path, PACKINGS[packing], build_lora(), **LOSSES[loss]
+    )
     adapter = {name: value for name, value in theirs.model.state_dict().items() if "lora_" in name}
     ours.model.load_state_dict(adapter, strict=False)
-    loss, gradients = compute_step(ours, list(ours.train_dataset))
-    expected, expected_gradients = compute_step(theirs, list(theirs.train_dataset))
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    (found, gradients), (expected, expected_gradients) = compute_step(ours), compute_step(theirs)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-5)
+    trls = {name: values[-1] for name, values in theirs._metrics["train"].items() if name in ours.metric_names}
+    means = {name: mean for name, mean in ours.line_sums.means.items() if name != "loss"}
+    assert means == pytest.approx(trls, rel=1e-4, abs=1e-4)
+
+
+def test_all_weights_have_the_loss_of_a_second_model(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_TRAINER_CACHE", str(tmp_path / "cache"))
+    theirs = build_trls(tiny_model, tmp_path, None)
+    ours = build_pair_trainer(tiny_model, build_rows(NUM_PAIRS), tmp_path, PACKINGS["stacked"])
+    assert ours.ref_model is None
+    ours.prepare_reference()
+    for trainer in (ours, theirs):  # away from the reference
+        with torch.no_grad():
+            for weight in trainer.model.parameters():
+                weight.mul_(1.01)
+    (found, gradients), (expected, expected_gradients) = compute_step(ours), compute_step(theirs)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_step_is_the_mean_over_its_pairs_however_they_are_cut(tiny_model, tmp_path, size):
+    """Six pairs in one batch, or in batches of which the last may be smaller."""
+    options = {"lora": build_lora(), "max_steps": 1, "learning_rate": 1e-3, "optim": "sgd", "seed": 3}
+    batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": -(-NUM_PAIRS // size)}
+    trainers = [
+        build_pair_trainer(tiny_model, build_rows(NUM_PAIRS), tmp_path / str(n), PACKINGS["stacked"], **options, **more)
+        for n, more in enumerate(({"per_device_train_batch_size": NUM_PAIRS}, batches))
+    ]
+    losses = [trainer.train().metrics["train_loss"] for trainer in trainers]
+    whole, cut = ({n: w for n, w in each.model.named_parameters() if w.requires_grad} for each in trainers)
+    torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-6)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_its_metrics_are_defined():
+    logged = {*ResumableDPOTrainer.metric_names} - {*DPO.hidden_metrics}
+    assert {DPO.metric_names.get(name, name) for name in logged} <= list_metrics("dpo").keys()

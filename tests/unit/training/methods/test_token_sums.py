@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from llm_trainer.data.formats import IGNORED
 from llm_trainer.training.methods.token_sums import begin_sums, sum_batch
-from llm_trainer.training.methods.whole_batches import fill_batches
 from llm_trainer.training.packing import PackingCollator
 from support.trainers import build_full_trainer, spawn_ranks
 from support.waits import count_waits
@@ -219,19 +218,6 @@ def test_a_batch_that_is_no_number_counts_unless_the_filter_is_on():
     assert sum_batch(good, tokens, skips_nan=True).tolist() == [2, 3, 2, 0, 5, 0]
     assert sum_batch(bad, tokens, skips_nan=True).tolist() == [0, 0, 0, 0, 5, 1]
     assert sum_batch(bad, tokens, skips_nan=False)[:4].isnan().any()
-
-
-def test_rows_that_fill_a_batch_have_no_label():
-    filled = fill_batches(ROWS.select([3, 1, 0]), 4)
-    assert filled["length"][:] == [*(ROWS[place]["length"] for place in (3, 1, 0)), 1]
-    assert filled[3] == {
-        **dict.fromkeys(ROWS.column_names),
-        "input_ids": ROWS[3]["input_ids"][:1],
-        "labels": [IGNORED],
-        "length": 1,
-    }
-    assert filled[2] == ROWS[0]
-    assert fill_batches(ROWS, 7) is ROWS
 
 
 def test_a_line_of_an_epoch_has_all_its_metrics_after_an_evaluation_which_chooses_the_best(tiny_model, tmp_path):
