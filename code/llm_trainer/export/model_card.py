@@ -68,7 +68,7 @@ def build_metadata(manifest: Manifest, base: BaseSource, is_adapter: bool, licen
         base_model_relation=("adapter" if is_adapter else "finetune") if base.hub_id else None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=[REPOSITORY, *(["lora"] if "adapter" in manifest else []), "sft"],
+        tags=[REPOSITORY, *(["lora"] if "adapter" in manifest else []), manifest["settings"]["method"]],
         datasets=list_hub_data(manifest) or None,
         **{name: show_line(value) for name, value in licence.items()},
     )
