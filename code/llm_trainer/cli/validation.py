@@ -36,6 +36,20 @@ class Validation:
         """Return the texts of the findings with this verdict."""
         return [finding.text for finding in self.findings if finding.verdict == verdict]
 
+    def describe(self) -> dict[str, Any]:
+        """Return all that is known as values of JSON."""
+        problems = self.list_texts("error")
+        return {
+            "ok": not problems,
+            "problems": problems,
+            "warnings": self.list_texts("warning"),
+            "data": {name: report.summary() for name, report in self.reports.items()},
+            "memory": self.memory,
+            "sample": self.sample,
+            "settings": self.settings,
+            **self.instances,
+        }
+
 
 def collect_findings(examine: Callable[[Validation], None]) -> Validation:
     """Return what the function finds out. Where it fails in a way nobody foresaw, that is the last finding."""
@@ -57,24 +71,13 @@ def print_validation(examine: Callable[[bool], Validation], as_json: bool) -> in
     # A library, or a wait for the Hub, may print too, and must not break the JSON.
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         validation = examine(in_colour)
-    lines = [format_json(validation)] if as_json else format_text(validation, in_colour)
+    lines = [show_json(validation.describe())] if as_json else format_text(validation, in_colour)
     print(*lines, sep="\n")
     return 1 if validation.list_texts("error") else 0
 
 
-def format_json(validation: Validation) -> str:
-    """Return all that is known as one JSON object."""
-    problems = validation.list_texts("error")
-    values = {
-        "ok": not problems,
-        "problems": problems,
-        "warnings": validation.list_texts("warning"),
-        "data": {name: report.summary() for name, report in validation.reports.items()},
-        "memory": validation.memory,
-        "sample": validation.sample,
-        "settings": validation.settings,
-        **validation.instances,
-    }
+def show_json(values: dict[str, Any]) -> str:
+    """Return values as one JSON object; those that JSON has no words for, such as paths, as texts."""
     return json.dumps(values, default=str)
 
 
