@@ -103,7 +103,7 @@ def format_text(validation: Validation, in_colour: bool) -> Iterator[str]:
         yield from ("", f"The first training row ({describe_marks(in_colour)}):", validation.sample)
     num_warnings = len(validation.list_texts("warning"))
     is_plan = validation.memory and not validation.reports
-    verdict = "fail" if errors else "start, as far as is known without its data" if is_plan else "start"
+    verdict = "fail" if errors else "start by its plan (`validate` checks its data)" if is_plan else "start"
     yield f"errors: {len(errors)}, warnings: {num_warnings}; this job would {verdict}."
 
 

@@ -2,7 +2,7 @@
 """The speed that jobs have shown of instance types: actual seconds over planned ones, from their manifests."""
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
 from llm_trainer.common.errors import UserError
 from llm_trainer.journal.manifest import MANIFEST
 from llm_trainer.model.memory.shape import ModelShape
-from llm_trainer.planning.instances import InstanceType
+from llm_trainer.planning.instances import InstanceType, read_instances
 from llm_trainer.planning.run_time import PULL_SECONDS, RunTime
 from llm_trainer.planning.step_time import StepTime
 
@@ -89,6 +89,23 @@ class Learnt:
             return run
         start = PULL_SECONDS + statistics.median(shares) * (run.start - PULL_SECONDS)
         return replace(run, start=start, low=run.low + start - run.start, high=run.high + start - run.start)
+
+    def describe(self) -> Iterator[str]:
+        """Yield a sentence on each GPU whose plans count what jobs on it took."""
+        for gpu in self.list_gpus(are_planned=True):
+            shares = [lesson.step_share for lesson in self.lessons if lesson.gpu == gpu]
+            jobs = "a job" if len(shares) == 1 else f"{len(shares)} jobs"
+            yield f"--learn: {jobs} on {gpu} took {statistics.median(shares):.2f} of the planned time of a step."
+
+    def find_warnings(self) -> Iterator[str]:
+        """Yield a sentence on each device of a job that no instance type has."""
+        for gpu in self.list_gpus(are_planned=False):
+            yield f"--learn: a job ran on {gpu}, which no planned instance type has: its times do not count here."
+
+    def list_gpus(self, are_planned: bool) -> list[str]:
+        """List the devices of jobs that instance types have, or those that none has."""
+        planned = {host.gpu.name for host in read_instances().types.values()}
+        return sorted({lesson.gpu for lesson in self.lessons if (lesson.gpu in planned) == are_planned})
 
 
 def learn(files: Iterable[str]) -> Learnt:
