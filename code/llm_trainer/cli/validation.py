@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llm_trainer.common.errors import MAX_LISTED_PROBLEMS
+from llm_trainer.common.hub import expect_network
 from llm_trainer.common.library_noise import silence_libraries
 from llm_trainer.common.units import GIB, MIB
 from llm_trainer.data.report import DataReport
@@ -55,7 +56,8 @@ def collect_findings(examine: Callable[[Validation], None]) -> Validation:
     """Return what the function finds out. Where it fails in a way nobody foresaw, that is the last finding."""
     validation = Validation()
     try:
-        examine(validation)
+        with expect_network():  # a person waits for the findings
+            examine(validation)
     except Exception as error:  # whatever it is, the user must learn what was found before
         validation.add_findings("check", "error", [explain_crash(error, "check").reason])
     return validation
