@@ -5,17 +5,19 @@ import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
 from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
 from llm_trainer.common.errors import UserError
 from llm_trainer.journal.manifest import MANIFEST
-from llm_trainer.model.memory.shape import ModelShape
 from llm_trainer.planning.instances import InstanceType, read_instances
 from llm_trainer.planning.run_time import PULL_SECONDS, RunTime
-from llm_trainer.planning.step_time import StepTime
+
+if TYPE_CHECKING:  # they import torch, which takes seconds where a plan's options are read
+    from llm_trainer.model.memory.shape import ModelShape
+    from llm_trainer.planning.step_time import StepTime
 
 SAME_JOB = 0.95, 1.05  # a step beside another job's on the same instance type and model
 SAME_GPU = 0.8, 1.25  # and on the same GPU with another model
@@ -71,7 +73,7 @@ class Learnt:
 
     lessons: tuple[Lesson, ...] = ()
 
-    def correct_step(self, step: StepTime, host: InstanceType, shape: ModelShape) -> StepTime:
+    def correct_step(self, step: "StepTime", host: InstanceType, shape: "ModelShape") -> "StepTime":
         """Return the time of a step as jobs of its instance type and model had it, else as jobs of its GPU had."""
         on_gpu = [lesson for lesson in self.lessons if lesson.gpu == host.gpu.name]
         model = shape.count_weights(), shape.num_trained
