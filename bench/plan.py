@@ -5,7 +5,8 @@
 
 One job on the tree's model and rows of this program's own calibrates, as `llm-trainer plan --learn` takes it over. Then
 come jobs of other shapes, or those whose name holds one of the words. Wanted: memory within 5 %, time within 10 %.
-Memory is the peak of tensors, planned for the batches that data and seed make. Time is counted up to the export.
+Memory is the peak of tensors, planned for the batches that data and seed make. A run of its own reads it every 5 ms,
+which slows its steps. Time is counted up to the export.
 """
 
 import json
@@ -29,6 +30,21 @@ JOBS: dict[str, Mapping[str, Any]] = {
     "two batches a step, rank 64": {**CALIBRATION, "gradient_accumulation_steps": 2, "lora_r": 64, "max_steps": 6},
 }
 NUM_ROWS = 200
+# Found by every Python process of the job, of which the worker is meant.
+DENSE = """
+import sys
+
+if "llm_trainer.worker" in sys.orig_argv:
+
+    class Finder:
+        def find_spec(self, fullname, path=None, target=None):
+            if fullname == "llm_trainer.train":
+                sys.meta_path.remove(self)
+                from llm_trainer.model.memory import peak
+                peak.WATCH_SECONDS, peak.IDLE_TIMES = 0.005, 1
+
+    sys.meta_path.insert(0, Finder())
+"""
 FIXED = {"use_checkpoints": False, "sample_prompts": 0, "eval_strategy": "no", "use_cpu": True}
 
 
@@ -39,18 +55,23 @@ def main(tree: Path, words: list[str]) -> None:
     print("| job | memory, MiB | off | a step, s | off | until the export, s | off |", "|---|" + "---|" * 6, sep="\n")
     for name, settings in JOBS.items():
         if not words or any(word in name for word in words):
-            print(describe(name, run_job(tree, settings), lesson), flush=True)
+            dense, timed = (read_compared(run_job(tree, settings, hooks)) for hooks in (DENSE, ""))
+            print(describe(name, dense["actual"]["memory_bytes"], timed, lesson), flush=True)
 
 
-def run_job(tree: Path, settings: Mapping[str, Any]) -> Path:
-    """Run a job on the model and the data of a tree, and return the folder with its manifest."""
+def run_job(tree: Path, settings: Mapping[str, Any], hooks: str = "") -> Path:
+    """Run a job on the model of a tree, in processes that begin with these hooks. Return the folder of its manifest."""
     base = Path(tempfile.mkdtemp(prefix="bench-plan-"))
     (base / "input/data/train").mkdir(parents=True)
     (base / "input/data/model").symlink_to((tree / "input/data/model").resolve())
     write_rows(base / "input/data/train/train.jsonl")
     words = [f"--{name}={value}" for name, value in {**FIXED, **settings}.items()]
     command = [sys.executable, "-m", "llm_trainer", "train", *words]
-    run = subprocess.run(command, env={**os.environ, "SAGEMAKER_BASE_DIR": str(base)}, capture_output=True, text=True)
+    (base / "hooks").mkdir()
+    (base / "hooks/sitecustomize.py").write_text(hooks)
+    paths = os.pathsep.join(filter(None, (str(base / "hooks"), os.environ.get("PYTHONPATH"))))
+    variables = {**os.environ, "SAGEMAKER_BASE_DIR": str(base), "PYTHONPATH": paths}
+    run = subprocess.run(command, env=variables, capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(run.stdout[-3000:] + run.stderr[-1000:])
     return base / "model"
@@ -64,15 +85,19 @@ def write_rows(file: Path) -> None:
     file.write_text("".join(json.dumps({"prompt": one, "completion": two}) + "\n" for one, two in rows))
 
 
-def describe(name: str, folder: Path, lesson: Lesson) -> str:
+def read_compared(folder: Path) -> dict[str, Any]:
+    """Return what a job's manifest says of its plan and of what it took."""
+    return json.loads((folder / "training_manifest.json").read_text(encoding="utf-8"))["planned_and_actual"]
+
+
+def describe(name: str, memory_bytes: int, compared: dict[str, Any], lesson: Lesson) -> str:
     """Return a row of the table, with what was planned after the calibration."""
-    compared = json.loads((folder / "training_manifest.json").read_text(encoding="utf-8"))["planned_and_actual"]
     planned, actual = compared["planned"], compared["actual"]
     step = planned["step_seconds"] * lesson.step_share
     rest = 3600 * planned["hours"] - planned["steps"] * planned["step_seconds"] - planned["start_seconds"]
     whole = planned["start_seconds"] * lesson.start_share + planned["steps"] * step + rest
     figures = (
-        (planned["memory_bytes"] / 2**20, actual["memory_bytes"] / 2**20, ".0f"),
+        (planned["memory_bytes"] / 2**20, memory_bytes / 2**20, ".0f"),
         (step, actual["step_seconds"], ".2f"),
         (whole, 3600 * actual["hours"], ".1f"),
     )

@@ -52,7 +52,7 @@ from llm_trainer.model.memory.peak import Peak
 from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings
 from llm_trainer.model.plan import ModelPlan, PlanSettings, plan_model
 from llm_trainer.model.positions import bound_length, find_length_warnings
-from llm_trainer.model.precision import choose_precision
+from llm_trainer.model.precision import check_arguments, choose_precision
 from llm_trainer.planning.candidates import Outline
 from llm_trainer.planning.comparison import (
     Figures,
@@ -188,10 +188,10 @@ def prepare(context: Context) -> Prepared:
     method = choose_method(settings.data.method)
     device = find_device(settings.parallelism.use_cpu)
     precision = choose_precision(settings.model, settings.adapter, device)
+    check_arguments(settings.training, device)
     # Built again when the data are known; here mistakes in them are told before all work, and the ranks meet.
     join_cpu_ranks(device.torch, settings.parallelism.ddp_timeout)
-    arguments = build_arguments(method, collect_argument_sources(job), device.torch, precision.compute)
-    rehearse_step(arguments, device.torch)
+    rehearse_step(build_arguments(method, collect_argument_sources(job), device.torch, precision.compute), device.torch)
     stop_request = StopRequest(context.scratch_dir / "stop", timeline.started, settings.training.max_run_seconds)
     consensus = StopConsensus(settings.parallelism.ddp_timeout)
 

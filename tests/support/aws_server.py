@@ -5,7 +5,7 @@ import io
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class AwsServer:
     requests: list[Asked] = field(default_factory=list)
     refusals: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # by operation, in their order
     answers: dict[str, Any] = field(default_factory=dict)  # a function of the arguments, by operation
+    held: dict[str, threading.Event] = field(default_factory=dict)  # by operation, or HTTP's method: until when to wait
 
     def __post_init__(self) -> None:
         self.moto = DomainDispatcherApplication(create_backend_app)
@@ -72,6 +73,8 @@ class AwsServer:
     def serve(self, environ: dict[str, Any], start_response: Any) -> Any:
         """Record a request, and answer it as planned, or as moto does."""
         asked = self.record(environ)
+        if held := self.held.get(asked.operation or asked.method):
+            held.wait()
         if self.refusals.get(asked.operation):
             refusal = self.refusals[asked.operation].pop(0)
             start_response("400 Bad Request", JSON)
@@ -102,6 +105,14 @@ class AwsServer:
     def refuse(self, operation: str, code: str, message: str, times: int = 1) -> None:
         """Answer the next requests of an operation with an error."""
         self.refusals.setdefault(operation, []).extend([{"__type": code, "message": message}] * times)
+
+    def hold(self, operation: str) -> threading.Event:
+        """Answer an operation, or the requests of HTTP's method, only when the event is set."""
+        return self.held.setdefault(operation, threading.Event())
+
+    def has_been_asked(self, operation: str) -> bool:
+        """Tell whether a request of an operation, or of HTTP's method, has come."""
+        return any((asked.operation or asked.method) == operation for asked in self.requests)
 
     def list_arguments(self, operation: str) -> list[dict[str, Any]]:
         """The arguments of each request of an operation, in their order."""
@@ -167,6 +178,6 @@ def write_rows(folder: Path) -> Path:
     return folder
 
 
-def rehearse_well(tree: Path, *words: str) -> dict[str, Any]:
+def rehearse_well(tree: Path, commands: Sequence[str], plan_words: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Find nothing wrong with a job, in the place of `validate` and `plan`, which take a while."""
-    return {"problems": [], "warnings": [], "instances": []}
+    return {name: {"problems": [], "warnings": [], "instances": []} for name in commands}

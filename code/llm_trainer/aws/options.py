@@ -65,7 +65,7 @@ class JobOptions(BaseModel):
     )
     output: str | None = Field(None, description="S3 prefix of the results. Each job has a folder of its name there.")
     uploads: str | None = Field(
-        None, description="S3 prefix of what is uploaded. Default: `input` in the bucket of `output`."
+        None, description="S3 prefix of the uploads. Default: `input` in the bucket of `output`."
     )
     checkpoints: str | None = Field(
         None,

@@ -13,6 +13,8 @@ class Permission:
     reason: str
 
 
+READS = Permission("s3:GetObject", "fetch, deploy", "reads the results")
+UPLOADS = Permission("s3:PutObject", "submit", "uploads channels")
 # By boto3's operation, as an error names it.
 PERMISSIONS = {
     "CreateTrainingJob": Permission("sagemaker:CreateTrainingJob", "submit", "starts the job"),
@@ -32,15 +34,13 @@ PERMISSIONS = {
     "DeleteEndpoint": Permission("sagemaker:DeleteEndpoint", "delete", "ends the endpoint"),
     "InvokeEndpoint": Permission("sagemaker:InvokeEndpoint", "invoke", "asks the model"),
     "DescribeImages": Permission("ecr:DescribeImages", "submit", "finds the digest behind the image's tag"),
-    "ListObjectsV2": Permission(
-        "s3:ListBucket", "submit, fetch, deploy", "finds what is uploaded already, and the results"
-    ),
-    "HeadObject": Permission("s3:GetObject", "fetch, deploy", "reads the results"),
-    "GetObject": Permission("s3:GetObject", "fetch, deploy", "reads the results"),
-    "PutObject": Permission("s3:PutObject", "submit", "uploads channels"),
-    "CreateMultipartUpload": Permission("s3:PutObject", "submit", "uploads channels"),
-    "UploadPart": Permission("s3:PutObject", "submit", "uploads channels"),
-    "CompleteMultipartUpload": Permission("s3:PutObject", "submit", "uploads channels"),
+    "ListObjectsV2": Permission("s3:ListBucket", "submit, fetch, deploy", "finds earlier uploads, and the results"),
+    "HeadObject": READS,
+    "GetObject": READS,
+    "PutObject": UPLOADS,
+    "CreateMultipartUpload": UPLOADS,
+    "UploadPart": UPLOADS,
+    "CompleteMultipartUpload": UPLOADS,
     "AbortMultipartUpload": Permission("s3:AbortMultipartUpload", "submit", "clears away what was broken off"),
     "DescribeLogStreams": Permission("logs:DescribeLogStreams", "watch", "finds the log of each instance"),
     "GetLogEvents": Permission("logs:GetLogEvents", "watch", "reads the log"),

@@ -7,9 +7,13 @@ A command's own modules are imported only when it runs: those of all commands to
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from llm_trainer import __version__
 from llm_trainer.common.metric_definitions import METHOD_METRICS
+
+if TYPE_CHECKING:
+    from llm_trainer.cli.plan_instances import PlanOptions
 
 DESCRIPTION = "Fine-tune language models, in a SageMaker training job or on any machine that runs the image."
 WHERE_SETTINGS_COME_FROM = """\
@@ -355,9 +359,16 @@ def run_validate(asked: argparse.Namespace) -> int:
 def run_plan(asked: argparse.Namespace) -> int:
     """Plan how a model is loaded, and return the exit code."""
     from llm_trainer.cli.plan import plan
+
+    options = read_plan_options(asked)
+    return run_on_first_process(asked.settings, lambda: plan(asked.settings, asked.json, options))
+
+
+def read_plan_options(asked: argparse.Namespace) -> "PlanOptions":
+    """Return the options of `plan` that are no settings."""
     from llm_trainer.cli.plan_instances import PlanOptions
 
-    options = PlanOptions(
+    return PlanOptions(
         rows=asked.rows,
         tokens_per_row=asked.tokens_per_row,
         asks_prices=asked.prices,
@@ -365,7 +376,6 @@ def run_plan(asked: argparse.Namespace) -> int:
         region=asked.region,
         learn_from=asked.learn,
     )
-    return run_on_first_process(asked.settings, lambda: plan(asked.settings, asked.json, options))
 
 
 def run_submit(asked: argparse.Namespace) -> int:

@@ -90,11 +90,11 @@ def build_scenario(
     config: "PreTrainedConfig", settings: Settings, longest_row: int, target: "Target", evaluates: bool
 ) -> "MemoryScenario":
     """Return the job on these GPUs, with the kernels that the image has for them."""
-    from llm_trainer.model.memory.fit import ATTENTION_ELSEWHERE, choose_kernels
+    from llm_trainer.model.memory.fit import choose_kernels
     from llm_trainer.model.memory.scenario import MemoryScenario
 
-    sections, attention = collect_sections(settings), ATTENTION_ELSEWHERE
-    return choose_kernels(MemoryScenario(config, sections, longest_row, target, attention, evaluates=evaluates))
+    sections = collect_sections(settings)
+    return choose_kernels(MemoryScenario(config, sections, longest_row, target, evaluates=evaluates))
 
 
 def fit_here(scenario: "MemoryScenario", validation: Validation) -> None:

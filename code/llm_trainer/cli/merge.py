@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.files import read_json_object
-from llm_trainer.common.hub import download_model
+from llm_trainer.common.hub import download_model, expect_network
 from llm_trainer.common.library_noise import silence_libraries
 from llm_trainer.common.units import show_bytes
 from llm_trainer.config.sections import ModelSettings
@@ -102,7 +102,8 @@ def find_base(name: str, revision: str | None) -> Path:
         return Path(name)
     if name.startswith((".", "/")):
         raise UserError(f"The base {name} is no folder here: give its folder or Hub id with --base.")
-    return Path(download_model(name, revision, with_weights=True))
+    with expect_network():  # a person waits for the model
+        return Path(download_model(name, revision, with_weights=True))
 
 
 def build_quantization(manifest: Manifest) -> "BitsAndBytesConfig":

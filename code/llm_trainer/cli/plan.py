@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from llm_trainer.cli.gpu_memory import build_elsewhere, examine_batch, examine_memory
 from llm_trainer.cli.plan_instances import (
     NO_OPTIONS,
+    Basis,
     Lengths,
     PlanOptions,
     build_outline,
@@ -71,13 +72,21 @@ def examine_loading(words: Sequence[str], options: PlanOptions, validation: Vali
     if basis is None or problems or missing or faults:
         return
     inputs = Inputs(name, [], [], environment.model_dir, environment.model_dir, adapter)
+    job = Job(environment, settings, inputs)
+    # All of it, as PEFT imports bitsandbytes where it makes an adapter, and a model's many parts are no garbage.
+    with import_quickly(settings.model, settings.training.optim, name):
+        examine_job(job, options, basis, validation)
+
+
+def examine_job(job: Job, options: PlanOptions, basis: Basis, validation: Validation) -> None:
+    """Add how the model of a job would be loaded, and what it takes on instances. Sets environment variables."""
     try:
-        planned, settings = plan_loading(Job(environment, settings, inputs), validation)
+        planned, settings = plan_loading(job, validation)
     except UserError as error:
         validation.add_findings("model", "error", error.problems)
         return
-    validation.add_findings("model", "ok", [name, *planned.reasons])
-    job = Job(environment, settings, inputs)
+    validation.add_findings("model", "ok", [job.inputs.model, *planned.reasons])
+    job = Job(job.environment, settings, job.inputs)
     lengths = measure_lengths(job, options, validation)
     longest_row = choose_longest_row(lengths, settings.data.max_length, validation)
     scenario = plan_memory(planned.config, job, longest_row, validation)
@@ -101,10 +110,9 @@ def plan_loading(job: Job, validation: Validation) -> "tuple[ModelPlan, Settings
     """
     settings, inputs = job.settings, job.inputs
     os.environ.update(build_library_variables(inputs, settings.model.chat_template_path, settings.output.push_to_hub))
-    with import_quickly(settings.model, settings.training.optim, inputs.model):
-        from llm_trainer.model import loading  # Transformers has to find the variables set
-        from llm_trainer.model.plan import PlanSettings
-        from llm_trainer.model.positions import bound_length
+    from llm_trainer.model import loading  # Transformers has to find the variables set
+    from llm_trainer.model.plan import PlanSettings
+    from llm_trainer.model.positions import bound_length
 
     with tempfile.TemporaryDirectory(prefix="llm-trainer-") as scratch_dir:
         settings = fetch_earlier_adapter(job, Path(scratch_dir)).settings

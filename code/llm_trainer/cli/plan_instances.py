@@ -64,6 +64,8 @@ def read_basis(options: PlanOptions, validation: Validation) -> Basis | None:
     learnt, prices = Learnt(), None
     try:
         learnt = learn(options.learn_from)
+        validation.add_findings("options", "ok", learnt.describe())
+        validation.add_findings("options", "warning", learnt.find_warnings())
     except UserError as error:
         validation.add_findings("options", "error", error.problems)
     if options.asks_prices and validation.list_texts("error"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llm_trainer.common.errors import MAX_LISTED_PROBLEMS
+from llm_trainer.common.hub import expect_network
 from llm_trainer.common.library_noise import silence_libraries
 from llm_trainer.common.units import GIB, MIB
 from llm_trainer.data.report import DataReport
@@ -36,12 +37,27 @@ class Validation:
         """Return the texts of the findings with this verdict."""
         return [finding.text for finding in self.findings if finding.verdict == verdict]
 
+    def describe(self) -> dict[str, Any]:
+        """Return all that is known as values of JSON."""
+        problems = self.list_texts("error")
+        return {
+            "ok": not problems,
+            "problems": problems,
+            "warnings": self.list_texts("warning"),
+            "data": {name: report.summary() for name, report in self.reports.items()},
+            "memory": self.memory,
+            "sample": self.sample,
+            "settings": self.settings,
+            **self.instances,
+        }
+
 
 def collect_findings(examine: Callable[[Validation], None]) -> Validation:
     """Return what the function finds out. Where it fails in a way nobody foresaw, that is the last finding."""
     validation = Validation()
     try:
-        examine(validation)
+        with expect_network():  # a person waits for the findings
+            examine(validation)
     except Exception as error:  # whatever it is, the user must learn what was found before
         validation.add_findings("check", "error", [explain_crash(error, "check").reason])
     return validation
@@ -57,24 +73,13 @@ def print_validation(examine: Callable[[bool], Validation], as_json: bool) -> in
     # A library, or a wait for the Hub, may print too, and must not break the JSON.
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         validation = examine(in_colour)
-    lines = [format_json(validation)] if as_json else format_text(validation, in_colour)
+    lines = [show_json(validation.describe())] if as_json else format_text(validation, in_colour)
     print(*lines, sep="\n")
     return 1 if validation.list_texts("error") else 0
 
 
-def format_json(validation: Validation) -> str:
-    """Return all that is known as one JSON object."""
-    problems = validation.list_texts("error")
-    values = {
-        "ok": not problems,
-        "problems": problems,
-        "warnings": validation.list_texts("warning"),
-        "data": {name: report.summary() for name, report in validation.reports.items()},
-        "memory": validation.memory,
-        "sample": validation.sample,
-        "settings": validation.settings,
-        **validation.instances,
-    }
+def show_json(values: dict[str, Any]) -> str:
+    """Return values as one JSON object; those that JSON has no words for, such as paths, as texts."""
     return json.dumps(values, default=str)
 
 
@@ -100,7 +105,7 @@ def format_text(validation: Validation, in_colour: bool) -> Iterator[str]:
         yield from ("", f"The first training row ({describe_marks(in_colour)}):", validation.sample)
     num_warnings = len(validation.list_texts("warning"))
     is_plan = validation.memory and not validation.reports
-    verdict = "fail" if errors else "start, as far as is known without its data" if is_plan else "start"
+    verdict = "fail" if errors else "start by its plan (`validate` checks its data)" if is_plan else "start"
     yield f"errors: {len(errors)}, warnings: {num_warnings}; this job would {verdict}."
 
 

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Hugging Face Hub: files of models and adapters, patience with a busy Hub, and a sentence where it refuses."""
 
+import errno
 import glob
 import random
 import shutil
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -45,6 +49,9 @@ FIRST_WAIT_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 60.0
 PATIENCE_SECONDS = 180.0  # no attempt begins later than this after the first
 BUSY = (408, 429, 500, 502, 503, 504)
+NO_ROUTE = (errno.ENETUNREACH, errno.EHOSTUNREACH)
+# A job waits for a network, as names may be resolved a little later where hundreds of workers ask at once.
+WAITS_FOR_NETWORK = ContextVar("waits for a network", default=True)
 Result = TypeVar("Result")
 
 
@@ -219,6 +226,16 @@ def needs_token(model: str) -> bool:
     return False
 
 
+@contextmanager
+def expect_network() -> Iterator[None]:
+    """Give up at once, within the block, where there is no network. A busy Hub is waited for nevertheless."""
+    token = WAITS_FOR_NETWORK.set(False)
+    try:
+        yield
+    finally:
+        WAITS_FOR_NETWORK.reset(token)
+
+
 def retry_while_busy(action: Callable[[], Result], what: str, refuse: Callable[[BaseException], str]) -> Result:
     """Return the action's result. Repeat it while the Hub is busy or away; the log names each repetition by `what`.
 
@@ -257,7 +274,15 @@ def is_passing(answer: BaseException) -> bool:
     """Tell whether the same request may succeed a little later."""
     if isinstance(answer, HfHubHTTPError):
         return answer.response.status_code in BUSY
-    return isinstance(answer, httpx2.TransportError)
+    return isinstance(answer, httpx2.TransportError) and (WAITS_FOR_NETWORK.get() or not lacks_network(answer))
+
+
+def lacks_network(answer: BaseException) -> bool:
+    """Tell whether no name server answers, or no route leads to the Hub, as on a machine without a network."""
+    return any(
+        isinstance(link, socket.gaierror) or (isinstance(link, OSError) and link.errno in NO_ROUTE)
+        for link in walk_causes(answer)
+    )
 
 
 def read_asked_wait(answer: BaseException) -> float:

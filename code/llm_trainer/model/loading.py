@@ -307,7 +307,7 @@ def load_model(
         }
         if options.quantization is not None:  # None would hide how the checkpoint is stored
             arguments["quantization_config"] = options.quantization
-        with show_loading():
+        with replace_bars(choose_bar):
             loaded, _ = load_whole(model, arguments)
         return keep_trainable(loaded)
     except LOADING_ERRORS as error:
@@ -315,9 +315,9 @@ def load_model(
 
 
 @contextmanager
-def show_loading() -> Iterator[None]:
-    """Log now and then how many tensors are loaded, and quantized. Transformers' own bar would spoil a log."""
-    previous = transformers.utils.logging.set_tqdm_hook(choose_bar)
+def replace_bars(choose: Callable[..., Any]) -> Iterator[None]:
+    """Have Transformers show what `choose` returns in place of its own bars, which would spoil a log."""
+    previous = transformers.utils.logging.set_tqdm_hook(choose)
     try:
         yield
     finally:
@@ -325,7 +325,7 @@ def show_loading() -> Iterator[None]:
 
 
 def choose_bar(make_bar: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """Return lines in place of the bar of weights that load. Any other bar is as Transformers makes it."""
+    """Return lines in place of the bar of weights that load, and any other bar as Transformers makes it."""
     return log_tensors(*arguments) if options.get("desc") == LOADING_BAR else make_bar(*arguments, **options)
 
 
@@ -371,7 +371,8 @@ def check_fit(model: str, config: PreTrainedConfig, settings: ModelSettings) -> 
         return []
     options = {**build_source_options(settings), **(settings.model_init_kwargs or {})}
     try:
-        skeleton, unexpected = load_whole(model, {**options, "device_map": {"": "meta"}, "use_safetensors": True})
+        with replace_bars(lambda make_bar, arguments, options: iter(*arguments)):  # nothing is loaded
+            skeleton, unexpected = load_whole(model, {**options, "device_map": {"": "meta"}, "use_safetensors": True})
     except META_ERRORS as error:
         raise UserError(explain_failure(error, model, "weights")) from error
     ignored = re.compile("|".join(skeleton._keys_to_ignore_on_load_unexpected or ["(?!)"]))

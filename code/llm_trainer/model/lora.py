@@ -9,6 +9,8 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType
@@ -16,7 +18,7 @@ from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.pytorch_utils import Conv1D
 
 from llm_trainer.common.errors import UserError, cut_quote, quote_error
@@ -30,7 +32,7 @@ ADAPTABLE = (*LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # PEFT has
 DECOMPOSING = (*MOVING_STARTS, "loftq")  # these begin with a part of each matrix, or of its quantization error
 PROBED_ROWS, PROBED_TOKENS = 2, 8
 OTHER_TARGETS = "leave it out, or use target_modules=auto."  # what to do about a target that is refused
-# The layers that a text trains, by the class and the config of a model: a job asks several times, a second each.
+# The layers that a text trains, by the class and the config of a model: a job asks several times.
 PROBED: dict[tuple[type[PreTrainedModel], str], set[str] | None] = {}
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -153,15 +155,17 @@ def find_trained_layers(model: PreTrainedModel) -> set[str] | None:
     """
     key = type(model), model.config.to_json_string(use_diff=False)
     if key not in PROBED:
-        PROBED[key] = probe_layers(copy.deepcopy(model))
+        found = probe_layers(copy.deepcopy(model), torch.device("meta"))
+        # Where code asks whether its tensors have numbers, those of this mode say no; it takes ten times as long.
+        PROBED[key] = probe_layers(copy.deepcopy(model), FakeTensorMode()) if found is None else found
     return PROBED[key]
 
 
-def probe_layers(probe: PreTrainedModel) -> set[str] | None:
+def probe_layers(probe: PreTrainedModel, numberless: AbstractContextManager[Any]) -> set[str] | None:
     """Return what `find_trained_layers` does. Each layer's output gets a zero added, as a new adapter adds it.
 
-    The zeros that autograd would go back to belong to trained layers. It need not go, which takes twice as long as the
-    forward pass.
+    Tensors that are made within `numberless` have no numbers. The zeros that autograd would go back to belong to
+    trained layers. It need not go, which takes twice as long as the forward pass.
     """
     zeros: dict[str, torch.Tensor] = {}
     for name, module in probe.named_modules():
@@ -174,13 +178,24 @@ def probe_layers(probe: PreTrainedModel) -> set[str] | None:
     try:
         if probe._can_set_experts_implementation():
             probe.set_experts_implementation("batched_mm")  # the plain loop asks for numbers
-        with FakeTensorMode(), torch.enable_grad():
+        with numberless, torch.enable_grad(), take_rows_as_whole():
             probe._apply(lambda tensor: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype))
             rows = torch.zeros(PROBED_ROWS, PROBED_TOKENS, dtype=torch.long)
             reached = list_leaves(probe(input_ids=rows, use_cache=False).logits)
     except Exception:  # the code of any model runs here, which may ask for numbers
         return None
     return {name for name, zero in zeros.items() if id(zero) in reached}
+
+
+@contextmanager
+def take_rows_as_whole() -> Iterator[None]:
+    """Have Transformers, within the block, not ask the numbers of positions whether sequences share a row."""
+    original = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
 
 
 def list_leaves(result: torch.Tensor) -> set[int]:

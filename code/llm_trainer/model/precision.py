@@ -14,13 +14,14 @@ from transformers import PreTrainedConfig
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.safetensors_files import list_weights, read_header
-from llm_trainer.config.sections import AdapterSettings, ModelSettings
+from llm_trainer.config.sections import AdapterSettings, ModelSettings, TrainingSettings
 from llm_trainer.model.device import Device
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # by their safetensors codes
-# Ampere's. On an older GPU PyTorch emulates bfloat16, and says that it is supported.
+# Ampere's. On an older GPU PyTorch emulates bfloat16, and says that it is supported: Transformers refuses TF32 alone.
 BFLOAT16_CAPABILITY = (8, 0)
+AMPERE_ARGUMENTS = {"bf16": "bfloat16", "bf16_full_eval": "bfloat16", "tf32": "TF32"}  # of the trainer
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,18 @@ def check_dtype(name: str, device: Device) -> None:
         )
     if name == "float16" and not device.is_gpu:
         raise UserError("torch_dtype=float16: training in it needs an NVIDIA GPU and this runs on a CPU: leave it out.")
+
+
+def check_arguments(training: TrainingSettings, device: Device) -> None:
+    """Raise UserError where the trainer is told to compute in a type that a GPU lacks."""
+    is_old = device.is_gpu and not has_bfloat16(device)
+    problems = [
+        f"{name}=true: {device} has no {kind}, which takes compute capability 8.0: leave it out."
+        for name, kind in AMPERE_ARGUMENTS.items()
+        if is_old and training.is_given(name) and training.value(name)
+    ]
+    if problems:
+        raise UserError(*problems)
 
 
 def find_stored_dtype(folder: str, config: PreTrainedConfig) -> torch.dtype | None:

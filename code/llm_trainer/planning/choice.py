@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from llm_trainer.planning.candidates import Candidate
+from llm_trainer.planning.fitting import find_elsewhere
 from llm_trainer.planning.instances import InstanceType
 
 
@@ -45,7 +46,8 @@ def find_unable_gpus(candidates: Iterable[Candidate]) -> Iterator[str]:
     """Yield a sentence for each thing that the settings ask for and GPUs cannot do, with their instance types."""
     refusals: dict[InstanceType, set[str]] = {}
     for candidate in candidates:
-        refusals.setdefault(candidate.host, set()).add("" if candidate.fit else candidate.refusal)
+        told = candidate.refusal.replace(str(find_elsewhere(candidate.host.gpu)), "such a GPU")  # the same of all
+        refusals.setdefault(candidate.host, set()).add("" if candidate.fit else told)
     unable: dict[str, list[InstanceType]] = {}
     for host, texts in refusals.items():
         if len(texts) == 1 and "" not in texts:  # whatever their number

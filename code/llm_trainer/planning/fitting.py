@@ -10,7 +10,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.common.units import show_bytes
 from llm_trainer.config.global_batch import find_batch_problem
 from llm_trainer.model.device import Device
-from llm_trainer.model.layers import float8
+from llm_trainer.model.layers.float8 import check_float8
 from llm_trainer.model.memory.estimate import CONTEXT_BYTES, Estimate
 from llm_trainer.model.memory.fit import choose_kernels, try_plans
 from llm_trainer.model.memory.global_batch import split_global_batch
@@ -22,6 +22,7 @@ from llm_trainer.model.memory.scenario import (
     list_parallelism_plans,
 )
 from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError, read_shape
+from llm_trainer.model.precision import choose_precision
 from llm_trainer.planning.formula import estimate_by_formula
 
 
@@ -64,11 +65,10 @@ class Fitter:
 
     def move_to(self, gpu: Gpu) -> MemoryScenario:
         """Return the job on one GPU. Raise UserError where it cannot do what the settings ask for."""
-        settings = self.job.settings.model
-        if settings.base_compute == "fp8" and gpu.capability < float8.CAPABILITY:
-            raise UserError("base_compute=fp8 needs a GPU of compute capability 8.9 or later")
-        target = Target(Device(torch.device("cuda"), gpu.name, gpu.capability, is_here=False), 1, count_free_bytes(gpu))
-        moved = replace(self.job, target=target, known_shape=None)
+        settings, device = self.job.settings, find_elsewhere(gpu)
+        if settings.model.base_compute == "fp8":
+            check_float8(device, choose_precision(settings.model, settings.adapter, device).compute)
+        moved = replace(self.job, target=Target(device, 1, count_free_bytes(gpu)), known_shape=None)
         return choose_kernels(replace(moved, known_shape=self.find_shape(moved.dtypes[0])))
 
     def find_shape(self, dtype: torch.dtype) -> ModelShape:
@@ -82,6 +82,11 @@ class Fitter:
                 self.job.config, settings.model, settings.adapter, weights_dtype=dtype
             )
         return self.shapes[dtype]
+
+
+def find_elsewhere(gpu: Gpu) -> Device:
+    """Return a GPU as the device of another machine."""
+    return Device(torch.device("cuda"), gpu.name, gpu.capability, is_here=False)
 
 
 def count_free_bytes(gpu: Gpu) -> int:

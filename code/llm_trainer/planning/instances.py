@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The instance types of SageMaker training, from instances.json, which `make instance-facts` writes.
 
-The file is a dated copy of what EC2 says of its instance types and of SageMaker's own list. Nothing is asked of AWS.
+The file is a dated copy of EC2's list of instance types and of SageMaker's. Nothing is asked of AWS.
 """
 
 import functools

@@ -2,20 +2,22 @@
 """The speed that jobs have shown of instance types: actual seconds over planned ones, from their manifests."""
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
 from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
 from llm_trainer.common.errors import UserError
 from llm_trainer.journal.manifest import MANIFEST
-from llm_trainer.model.memory.shape import ModelShape
-from llm_trainer.planning.instances import InstanceType
+from llm_trainer.planning.instances import InstanceType, read_instances
 from llm_trainer.planning.run_time import PULL_SECONDS, RunTime
-from llm_trainer.planning.step_time import StepTime
+
+if TYPE_CHECKING:  # they import torch, which takes seconds where a plan's options are read
+    from llm_trainer.model.memory.shape import ModelShape
+    from llm_trainer.planning.step_time import StepTime
 
 SAME_JOB = 0.95, 1.05  # a step beside another job's on the same instance type and model
 SAME_GPU = 0.8, 1.25  # and on the same GPU with another model
@@ -71,7 +73,7 @@ class Learnt:
 
     lessons: tuple[Lesson, ...] = ()
 
-    def correct_step(self, step: StepTime, host: InstanceType, shape: ModelShape) -> StepTime:
+    def correct_step(self, step: "StepTime", host: InstanceType, shape: "ModelShape") -> "StepTime":
         """Return the time of a step as jobs of its instance type and model had it, else as jobs of its GPU had."""
         on_gpu = [lesson for lesson in self.lessons if lesson.gpu == host.gpu.name]
         model = shape.count_weights(), shape.num_trained
@@ -89,6 +91,23 @@ class Learnt:
             return run
         start = PULL_SECONDS + statistics.median(shares) * (run.start - PULL_SECONDS)
         return replace(run, start=start, low=run.low + start - run.start, high=run.high + start - run.start)
+
+    def describe(self) -> Iterator[str]:
+        """Yield a sentence on each GPU whose plans count what jobs on it took."""
+        for gpu in self.list_gpus(are_planned=True):
+            shares = [lesson.step_share for lesson in self.lessons if lesson.gpu == gpu]
+            jobs = "a job" if len(shares) == 1 else f"{len(shares)} jobs"
+            yield f"--learn: {jobs} on {gpu} took {statistics.median(shares):.2f} of the planned time of a step."
+
+    def find_warnings(self) -> Iterator[str]:
+        """Yield a sentence on each device of a job that no instance type has."""
+        for gpu in self.list_gpus(are_planned=False):
+            yield f"--learn: a job ran on {gpu}, which no planned instance type has: its times do not count here."
+
+    def list_gpus(self, are_planned: bool) -> list[str]:
+        """List the devices of jobs that instance types have, or those that none has."""
+        planned = {host.gpu.name for host in read_instances().types.values()}
+        return sorted({lesson.gpu for lesson in self.lessons if (lesson.gpu in planned) == are_planned})
 
 
 def learn(files: Iterable[str]) -> Learnt:

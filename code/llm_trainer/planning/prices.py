@@ -35,7 +35,7 @@ class Prices(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: Literal[1] = 1  # of what a price file holds
+    version: Literal[1] = 1  # of the file's format
     region: str = Field(min_length=1)
     asked_at: AwareDatetime
     currency: str = Field(pattern="^[A-Z]{3}$")

@@ -159,7 +159,7 @@ def list_rates(rates: Rates, efficiency: Efficiency) -> list[Rates]:
 
 
 def time_computing(passes: tuple[Pass, Pass], pieces: int, update: float, rates: Rates) -> float:
-    """Return the seconds of a step's batches, of an update that moves so many bytes, and of what lies between steps."""
+    """Return the seconds of a step's batches, of an update that moves so many bytes, and of the pause between steps."""
     return pieces * sum(each.time(rates) for each in passes) + update / rates.moved + rates.between_seconds
 
 

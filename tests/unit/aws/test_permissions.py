@@ -73,7 +73,7 @@ def test_all_commands_together_make_these_requests_and_none_else(aws, tmp_path, 
     monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", note)
     monkeypatch.setattr(watching, "PAUSE_SECONDS", 0)
     monkeypatch.setattr(deployment, "PAUSE_SECONDS", 0)
-    monkeypatch.setattr("llm_trainer.cli.sagemaker.rehearsal.run_on_tree", rehearse_well)
+    monkeypatch.setattr("llm_trainer.cli.sagemaker.submit.check_tree", rehearse_well)
     monkeypatch.setenv("LLM_TRAINER_DATA_DIR", "")
     channels = f'{{"train": "{write_rows(tmp_path / "train")}", "model": "{write_rows(tmp_path / "model")}"}}'
     words = [*OPTIONS, "--name", "job-1", "--instance_type", "ml.g6.2xlarge", "--channels", channels]

@@ -33,11 +33,11 @@ def test_many_errors_are_counted():
     assert "and 3 more errors, which --json lists." in lines
 
 
-def test_a_plan_says_that_the_data_are_unknown():
+def test_a_plan_says_who_checks_the_data():
     validation = build_validation()
     validation.memory = {"training": {"parts": {"base weights": 2**30}, "total_bytes": 2**31}}
     lines = list(format_text(validation, in_colour=False))
-    assert lines[-1].endswith("this job would start, as far as is known without its data.")
+    assert lines[-1].endswith("this job would start by its plan (`validate` checks its data).")
     assert [line.split() for line in lines[3:6]] == [
         ["GiB", "a", "GPU", "training"],
         ["base", "weights", "1.00"],

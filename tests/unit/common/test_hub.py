@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What becomes of the Hub's answers, given by a real server: a model, a clear refusal, or patience."""
 
+import errno
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -196,6 +198,36 @@ def test_no_network(fake_hub, tmp_path, monkeypatch):
     fake_hub.close()
     sentence = refuse(loading.fetch_model, MODEL, Settings().model, tmp_path)
     assert "Connection refused): give the container a network, or give the model's files" in sentence
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
+        OSError(errno.ENETUNREACH, "Network is unreachable"),
+    ],
+)
+def test_a_job_waits_for_a_network_and_a_person_does_not(fake_hub, tmp_path, monkeypatch, fault):
+    def fail(*arguments, **options):
+        raise fault
+
+    waits: list[float] = []
+    monkeypatch.setattr(hub, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(hub.time, "sleep", waits.append)
+    monkeypatch.setattr(socket, "create_connection", fail)
+    with hub.expect_network():
+        told = refuse(loading.fetch_model, MODEL, Settings().model, tmp_path)
+    assert waits == []
+    assert f"{fault.strerror}): give the container a network, or give the model's files" in told
+    assert refuse(loading.fetch_model, MODEL, Settings().model, tmp_path) == told
+    assert waits
+
+
+def test_a_person_waits_for_a_busy_hub(fake_hub, tmp_path, capsys):
+    fake_hub.refuse(503, times=2)
+    with hub.expect_network():
+        assert Path(loading.fetch_model(MODEL, Settings().model, tmp_path)).is_dir()
+    assert capsys.readouterr().out.count("next try in") == 2
 
 
 @pytest.mark.parametrize(

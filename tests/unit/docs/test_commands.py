@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every block of commands in the documents is run by a test, or says what it needs. CONTRIBUTING.md has the marks."""
 
+import ast
+import builtins
 import os
 import re
 import shutil
@@ -19,6 +21,7 @@ from support.measures import ROOT
 SHELL = ("bash", "console", "sh", "shell")
 NEEDS = {"aws", "gpu", "docker", "network"}
 BLOCKS = [block for document in DOCUMENTS for block in read_blocks(document)]
+PYTHON = [block for block in BLOCKS if block.language == "python"]
 COMMANDS = [block for block in BLOCKS if block.language in SHELL]
 HERE = [block for block in COMMANDS if (block.mark, block.value) == ("run", "here")]
 RULE = re.compile(r"^([a-z-]+):(?!=).*\n(?:(?:\t|ifeq|else|endif).*\n)*", re.MULTILINE)
@@ -112,10 +115,13 @@ def test_a_block_that_is_run_here_succeeds(block: Block, place: Path):
     assert result.returncode == 0, result.stdout
 
 
-def test_python_blocks_are_python():
-    for block in BLOCKS:
-        if block.language == "python":
-            compile(block.text, block.place, "exec")
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.place)
+def test_a_python_block_says_where_its_names_come_from(block: Block):
+    nodes = list(ast.walk(ast.parse(block.text)))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    bound = {node.id for node in names if isinstance(node.ctx, ast.Store)} | set(dir(builtins))
+    bound |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
+    assert [node.id for node in names if node.id not in bound] == []
 
 
 def test_every_make_target_is_there():

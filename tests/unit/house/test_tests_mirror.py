@@ -12,8 +12,8 @@ TESTED_ELSEWHERE = {
     "cli/all_reduce.py": "tests/integration/test_doctor.py",  # the program of processes that the doctor starts
     "cli/doctor.py": "tests/integration/test_doctor.py",  # judges a machine by real processes and addresses
     "cli/gpu_memory.py": "tests/integration/test_validate.py",  # a part of the commands below
-    "cli/plan.py": "tests/integration/test_validate.py",  # a command over a whole tree
     "cli/plan_instances.py": "tests/unit/cli/test_plan_table.py",  # its text, and whole commands
+    "cli/tree_checks.py": "tests/unit/cli/sagemaker/test_rehearsal.py",  # the program of a process that submit starts
     "cli/validate.py": "tests/integration/test_validate.py",  # a command over a whole tree
     "export/base_source.py": "tests/unit/export/test_model_card.py",  # two fields, which the card tells
     "export/manifest.py": "tests/integration/test_jobs.py",  # tells what a whole job has made

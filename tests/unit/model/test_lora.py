@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters on tiny models of many kinds: what they sit on, that they learn, and that PEFT alone loads what is saved."""
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -184,11 +187,22 @@ def test_a_layer_whose_output_is_changed_in_place_is_trained():
     assert "roc_bert.embeddings.map_inputs_layer" in lora.find_trained_layers(model)
 
 
+def test_a_model_that_asks_for_numbers_is_probed_the_slower_way():
+    """The other finds the same where it can be followed."""
+    asking, other = (build_skeleton("", each, trust_remote_code=False) for each in (build_tiny_config("gpt2"), LLAMA))
+    assert lora.probe_layers(copy.deepcopy(asking), torch.device("meta")) is None
+    assert lora.find_trained_layers(asking)
+    by_meta, by_fake = (
+        lora.probe_layers(copy.deepcopy(other), mode) for mode in (torch.device("meta"), FakeTensorMode())
+    )
+    assert by_meta and by_meta == by_fake
+
+
 def test_the_trained_layers_of_a_model_are_found_once(monkeypatch):
-    """A plan, a validation and each estimate of memory ask for them: a second each for 30 layers."""
+    """A plan, a validation and each estimate of memory ask for them."""
     probed = []
     monkeypatch.setattr(lora, "PROBED", {})
-    monkeypatch.setattr(lora, "probe_layers", lambda model: probed.append(model) or {"model.layers.0.mlp.up_proj"})
+    monkeypatch.setattr(lora, "probe_layers", lambda model, _: probed.append(model) or {"model.layers.0.mlp.up_proj"})
     assert plan_adapter(LLAMA).target_modules == plan_adapter(LLAMA).target_modules == {"model.layers.0.mlp.up_proj"}
     plan_adapter(MIXTRAL)
     assert [type(model).__name__ for model in probed] == ["LlamaForCausalLM", "MixtralForCausalLM"]

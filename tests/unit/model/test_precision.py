@@ -17,7 +17,7 @@ from transformers import (
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.model.device import Device, find_device
-from llm_trainer.model.precision import choose_precision, find_stored_dtype, set_adapter_types
+from llm_trainer.model.precision import check_arguments, choose_precision, find_stored_dtype, set_adapter_types
 from support.adapted_models import GPT2, LLAMA, SIZES, TOKENS
 
 GPU = torch.device("cuda", 0)
@@ -52,6 +52,20 @@ def choose(device, **options):
 def test_types_fit_the_device(device, settings, compute, weights):
     precision = choose(device, **settings)
     assert (precision.compute, precision.weights) == (compute, weights)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("bf16", "bfloat16"), ("bf16_full_eval", "bfloat16"), ("tf32", "TF32")])
+def test_a_type_that_the_trainer_is_told_and_the_gpu_lacks_is_refused(name, kind):
+    t4, a10g = (Device(torch.device("cuda"), gpu, version) for gpu, version in (("T4", (7, 5)), ("A10G", (8, 6))))
+    asked = Settings(**{name: True}).training
+    with pytest.raises(
+        UserError, match=rf"{name}=true: T4 \(7\.5\) has no {kind}, which takes compute capability 8\.0"
+    ):
+        check_arguments(asked, t4)
+    check_arguments(asked, a10g)
+    check_arguments(asked, find_device(use_cpu=True))
+    check_arguments(Settings(**{name: False}).training, t4)
+    check_arguments(Settings().training, t4)
 
 
 def test_a_type_that_the_device_cannot_compute_in_is_refused():

@@ -25,12 +25,18 @@ def test_the_way_is_the_one_that_the_job_will_choose():
 
 
 def test_what_a_gpu_cannot_do_is_refused():
-    with pytest.raises(UserError, match=r"base_compute=fp8 needs a GPU of compute capability 8\.9"):
+    with pytest.raises(UserError, match=r"base_compute=fp8: A10G \(8\.6\) cannot multiply in float8"):
         outline_job(base_compute="fp8").fitter.fit(GPUS["A10G"], 1)
     with pytest.raises(UserError, match="flash_attention_2 is not made for T4"):
         outline_job(attn_implementation="flash_attention_2").fitter.fit(GPUS["T4"], 1)
     with pytest.raises(UserError, match="torch_dtype=bfloat16"):
         outline_job(torch_dtype="bfloat16").fitter.fit(GPUS["T4"], 1)
+    for name, kind in (("bf16", "bfloat16"), ("bf16_full_eval", "bfloat16"), ("tf32", "TF32")):
+        asked = outline_job(**{name: True}).fitter
+        with pytest.raises(UserError, match=rf"{name}=true: T4 \(7\.5\) has no {kind}"):
+            asked.fit(GPUS["T4"], 1)
+        assert asked.fit(GPUS["A10G"], 1).fits
+        assert outline_job(**{name: False}).fitter.fit(GPUS["T4"], 1).fits
     with pytest.raises(UserError, match="global_batch_size=6 cannot be shared by 4 devices"):
         outline_job(global_batch_size=6, per_device_train_batch_size=1).fitter.fit(GPUS["A10G"], 4)
 

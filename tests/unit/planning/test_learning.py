@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,18 @@ def test_a_job_teaches_its_own_type_most(tmp_path, shape):
     assert STEP.high > like.high / like.low > same.high / same.low
     assert learnt.correct_step(STEP, TYPES["ml.p4d.24xlarge"], shape) is STEP
     assert Learnt().correct_step(STEP, TYPES["ml.g5.xlarge"], shape) is STEP
+
+
+def test_what_counts_and_what_does_not_is_told(tmp_path, shape):
+    files = [write_manifest(tmp_path / str(seconds), shape, seconds=seconds) for seconds in (1.1, 3.3)]
+    assert list(learn(files[:1]).describe()) == ["--learn: a job on A10G took 1.00 of the planned time of a step."]
+    learnt = learn(files)
+    assert list(learnt.describe()) == ["--learn: 2 jobs on A10G took 2.00 of the planned time of a step."]
+    assert list(learnt.find_warnings()) == []
+    on_cpu = Learnt((replace(learnt.lessons[0], instance_type="this machine", gpu="CPU"),))
+    assert list(on_cpu.describe()) == []
+    (told,) = on_cpu.find_warnings()
+    assert told == "--learn: a job ran on CPU, which no planned instance type has: its times do not count here."
 
 
 def test_of_several_jobs_the_middle_one_counts(tmp_path, shape):

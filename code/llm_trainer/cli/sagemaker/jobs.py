@@ -2,6 +2,7 @@
 """`llm-trainer watch`, `fetch`, `stop` and `list`: training jobs that were submitted."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,16 @@ def ask_aws(action: Callable[[], int]) -> int:
     except UserError as error:
         log.error(str(error))
         return 1
+
+
+@contextmanager
+def tell_stop(text: str) -> Iterator[None]:
+    """Print what stays, where a stop signal such as Ctrl-C ends this process within the block."""
+    try:
+        yield
+    except SystemExit:
+        log.error(text)
+        raise
 
 
 def watch(name: str) -> int:
@@ -51,7 +62,8 @@ def fetch(name: str, folder: str | None) -> int:
             raise UserError(
                 f"{name} is {job['TrainingJobStatus']}: its results come when it ends; watch it until then."
             )
-        reports = fetch_results(job, target)
+        with tell_stop("Stopped: what was fetched stays, and the same command fetches the rest."):
+            reports = fetch_results(job, target)
         log.info(*describe_end(job), f"Files: {target}", *(f"Report: {report}" for report in reports))
         return 0
 

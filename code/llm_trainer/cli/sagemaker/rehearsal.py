@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rehearsal of a job that is to be submitted: `validate` and `plan` run on its tree, each as a process of its own."""
+"""A rehearsal of a job that is to be submitted: `validate` and `plan` run on its tree, in a process of their own."""
 
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ from typing import Any
 from llm_trainer.cli.folders import take_option
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError, cut_quote
-from llm_trainer.common.processes import bind_command
+from llm_trainer.common.processes import PYTHON, SAFE_PATH, bind_command
 from llm_trainer.config.environment import BASE_DIR, DATA_DIR, DEFAULT_BASE_DIR
 
 # Words that are handed on to `plan`.
 ASKS_PRICES = "--prices"
-PLAN_OPTIONS = ("prices-file", "rows", "tokens-per-row")
+PRICES_FILE = "prices-file"
+NUMBERS = ("rows", "tokens-per-row")
+STOP_SECONDS = 5.0  # for the checks to clear away what they have begun
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,16 @@ class Place:
 
 
 def take_budget(words: Sequence[str]) -> tuple[Budget, list[str]]:
-    """Return the budget that the words set, and the other words. Raises UserError where it is no amount."""
+    """Return the budget that the words set, and the other words. Raises UserError where a number is none."""
     amount, rest = take_option(words, "max-dollars")
     plan_words = [word for word in rest if word == ASKS_PRICES]
     rest = [word for word in rest if word != ASKS_PRICES]
-    for name in PLAN_OPTIONS:
+    for name in (PRICES_FILE, *NUMBERS):
         value, rest = take_option(rest, name)
+        if name in NUMBERS and value is not None and not value.isdecimal():
+            raise UserError(f"--{name}={value!r} is no whole number: write one above 0.")
         if value is not None:
-            plan_words += [f"--{name}", os.path.abspath(value) if name == "prices-file" else value]
+            plan_words += [f"--{name}", os.path.abspath(value) if name == PRICES_FILE else value]
     try:
         dollars = None if amount is None else float(amount)
     except ValueError:
@@ -65,32 +69,43 @@ def take_budget(words: Sequence[str]) -> tuple[Budget, list[str]]:
     return Budget(dollars, tuple(plan_words)), rest
 
 
-def run_on_tree(tree: Path, *words: str) -> dict[str, Any]:
-    """Return what a command of ours tells of the job of a tree, as JSON. Raises UserError where it tells nothing."""
-    variables = {name: value for name, value in os.environ.items() if name != DATA_DIR} | {BASE_DIR: str(tree)}
-    command = bind_command([sys.executable, "-m", "llm_trainer", *words, "--json"])
-    result = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
-    text = result.stdout.replace(str(tree), DEFAULT_BASE_DIR)
+def check_tree(tree: Path, commands: Sequence[str], plan_words: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Return what `validate` and `plan`, those that are named, tell of the job of a tree, as JSON by their names.
+
+    They run in one process of their own, which has torch. Raises UserError where it tells nothing.
+    """
+    variables = {name: value for name, value in os.environ.items() if name != DATA_DIR}
+    words = ["-m", "llm_trainer.cli.tree_checks", ",".join(commands), *plan_words]
+    output, errors = run_to_the_end(bind_command([*PYTHON, *words]), variables | SAFE_PATH | {BASE_DIR: str(tree)})
+    text = output.replace(str(tree), DEFAULT_BASE_DIR)
     try:
-        found: dict[str, Any] = json.loads(text[max(text.find("\n{"), 0) :])
+        found: dict[str, dict[str, Any]] = json.loads(text)
     except ValueError as error:
-        reason = cut_quote(" ".join(result.stderr.split()[-40:]))
-        raise UserError(f"`llm-trainer {words[0]}` could not check the job ({reason}).") from error
+        reason = cut_quote(" ".join(errors.split()[-40:]))
+        raise UserError(f"The job could not be checked by {' and '.join(commands)} ({reason}).") from error
     return found
 
 
-def find_errors(tree: Path) -> list[str]:
-    """Return the errors that `validate` finds in a tree. Its warnings are printed."""
-    found = run_on_tree(tree, "validate")
+def run_to_the_end(command: Sequence[str], variables: Mapping[str, str]) -> tuple[str, str]:
+    """Return what a command prints on its two streams. Where this process is stopped, so is the command."""
+    # In a session of its own, as a terminal's Ctrl-C would reach it twice: while it clears away what it has begun.
+    with subprocess.Popen(
+        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            return process.communicate()
+        except BaseException:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+            process.kill()
+            raise
+
+
+def tell_warnings(found: Mapping[str, Any]) -> None:
+    """Print the warnings of a command."""
     for text in found["warnings"]:
         log.error(f"Warning: {text}")
-    problems: list[str] = found["problems"]
-    return problems
-
-
-def plan_on_tree(tree: Path, budget: Budget) -> dict[str, Any]:
-    """Return what `plan` tells of the job of a tree, with the budget's words."""
-    return run_on_tree(tree, "plan", *budget.plan_words)
 
 
 def find_plan_refusals(planned: Mapping[str, Any], places: Sequence[Place], budget: Budget) -> Iterator[str]:

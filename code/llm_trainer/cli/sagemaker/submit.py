@@ -29,15 +29,15 @@ from llm_trainer.aws.submission import (
 from llm_trainer.aws.uploads import LocalChannel, read_channel, upload_channel
 from llm_trainer.cli.folders import take_option
 from llm_trainer.cli.sagemaker.job_checks import find_local_paths, find_misread, find_unreachable
-from llm_trainer.cli.sagemaker.jobs import ask_aws
+from llm_trainer.cli.sagemaker.jobs import ask_aws, tell_stop
 from llm_trainer.cli.sagemaker.rehearsal import (
     Budget,
     Place,
+    check_tree,
     find_affordable_seconds,
-    find_errors,
     find_plan_refusals,
-    plan_on_tree,
     take_budget,
+    tell_warnings,
 )
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError
@@ -45,6 +45,7 @@ from llm_trainer.common.units import show_duration
 from llm_trainer.config.environment import DATA_DIR, DEFAULT_BASE_DIR, read_environment
 from llm_trainer.config.load import JOB_SECTION, list_valid_names, read_yaml, resolve_names, suggest_name
 from llm_trainer.job.job import collect_settings, parse_arguments
+from llm_trainer.launcher.stop_signal import withhold_stops
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class JobRequest:
 
     @property
     def uploads(self) -> str:
-        """The S3 prefix of what is uploaded."""
+        """The S3 prefix of the uploads."""
         return self.options.uploads or join_uri(find_bucket(self.options), "input")
 
 
@@ -71,11 +72,12 @@ def submit(words: Sequence[str], dry_run: bool) -> int:
 
 def submit_job(words: Sequence[str], dry_run: bool) -> int:
     """Check a job and start it, or print its request. Raises UserError with every mistake."""
-    request = read_request(words)
-    submission, refusals = check_request(request)
-    if refusals and not dry_run:
-        raise UserError(*refusals)
-    channels = [read_channel(name, place, request.uploads) for name, place in request.local.items()]
+    with tell_stop("Stopped: nothing was uploaded, and no job was started."):
+        request = read_request(words)
+        submission, refusals = check_request(request)
+        if refusals and not dry_run:
+            raise UserError(*refusals)
+        channels = [read_channel(name, place, request.uploads) for name, place in request.local.items()]
     submission = replace(submission, channels={**request.remote, **{each.name: each.uri for each in channels}})
     if dry_run:
         print(json.dumps(build_request(submission, *resolve_loosely(submission.options)), indent=2))
@@ -89,11 +91,14 @@ def submit_job(words: Sequence[str], dry_run: bool) -> int:
 def start_job(submission: Submission, channels: Sequence[LocalChannel]) -> None:
     """Upload the channels of this machine and create the training job. Prints what to do next."""
     options = submission.options
-    request = build_request(submission, resolve_image(str(options.image)), find_role(str(options.role)))
-    for channel in channels:
-        upload_channel(channel, options.output_kms_key)
-    answer = open_client("sagemaker").create_training_job(**request)
-    log.info(f"Started {answer['TrainingJobArn']}", f"llm-trainer watch {submission.name}")
+    with tell_stop("Stopped: no job was started. The same command goes on with what is not in S3 yet."):
+        request = build_request(submission, resolve_image(str(options.image)), find_role(str(options.role)))
+        for channel in channels:
+            upload_channel(channel, options.output_kms_key)
+        client = open_client("sagemaker")
+    with withhold_stops():  # nobody would know whether the job was started
+        answer = client.create_training_job(**request)
+        log.info(f"Started {answer['TrainingJobArn']}", f"llm-trainer watch {submission.name}")
 
 
 def resolve_loosely(options: JobOptions) -> tuple[str, str]:
@@ -249,9 +254,13 @@ def rehearse(tree: Path, settings: Mapping[str, Any], request: JobRequest) -> tu
         return ([] if budget.max_dollars is None else [unknown]), None
     if request.remote:
         log.error(f"Not checked from here: what S3 holds for {', '.join(request.remote)}. The job checks it first.")
-    errors = [] if request.remote else find_errors(tree)
-    planned = plan_on_tree(tree, budget)
-    refusals = [*errors, *find_plan_refusals(planned, places, budget)]
+    commands = ("plan",) if request.remote else ("validate", "plan")
+    found = check_tree(tree, commands, budget.plan_words)
+    planned, problems = found["plan"], []
+    if "validate" in found:
+        tell_warnings(found["validate"])
+        problems = found["validate"]["problems"]
+    refusals = [*problems, *find_plan_refusals(planned, places, budget)]
     return refusals, find_affordable_seconds(planned, places, budget)
 
 

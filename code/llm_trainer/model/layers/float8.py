@@ -161,8 +161,8 @@ def check_float8(device: Device, dtype: torch.dtype) -> None:
     """Raise UserError where a device, or a job that computes in this type, cannot multiply in float8."""
     if device.capability is None or device.capability < CAPABILITY:
         raise UserError(
-            "base_compute=fp8 needs an NVIDIA GPU of compute capability 8.9 or later (L4, L40S, H100 and newer), and "
-            f"this is {device}: leave it out."
+            f"base_compute=fp8: {device} cannot multiply in float8, which takes an NVIDIA GPU of compute capability "
+            "8.9 or later (L4, L40S, H100 and newer): leave it out."
         )
     if dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")

@@ -29,9 +29,9 @@ from llm_trainer.model.memory.scenario import (
     list_parallelism_plans,
 )
 from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError
+from llm_trainer.model.precision import check_arguments
 
 ELSEWHERE = Device(torch.device("cuda"), "a GPU elsewhere", (9, 0), is_here=False)
-ATTENTION_ELSEWHERE = "flash_attention_2"  # of a model whose shape is not known, which no estimate asks for
 NUM_REMEDIES = 3
 # Layers that could be recomputed keep their activations up to this share of what is free: the estimate may be too low.
 KEPT_SHARE = 0.97
@@ -199,8 +199,7 @@ def move_elsewhere(
     Raise UserError where the settings ask for kernels that the model cannot get.
     """
     target = Target(ELSEWHERE, world_size=1, free_bytes=0)
-    scenario = MemoryScenario(config, settings, longest_row, target, ATTENTION_ELSEWHERE, evaluates=evaluates)
-    return choose_kernels(scenario)
+    return choose_kernels(MemoryScenario(config, settings, longest_row, target, evaluates=evaluates))
 
 
 def estimate_ways(scenario: MemoryScenario) -> dict[str, Estimate]:
@@ -221,9 +220,10 @@ def choose_kernels(scenario: MemoryScenario) -> MemoryScenario:
     """Return a scenario with the kernels that the image has for its model and devices: attention's, and Liger's.
 
     The packages of a GPU elsewhere need not be here. Raise UserError where the settings ask for kernels that the model
-    cannot get.
+    cannot get, or for number types that the devices lack.
     """
     settings, device = scenario.settings.model, scenario.target.device
+    check_arguments(scenario.settings.training, device)
     liger = choose_liger(scenario.config, settings, device, KNOWN_TYPES)
     try:
         shape = scenario.shape

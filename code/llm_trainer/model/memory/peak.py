@@ -64,14 +64,25 @@ if hasattr(LIBC, "mallinfo2"):  # glibc 2.33 and later
 
 
 def count_used_bytes() -> int:
-    """Return what malloc has given out and not got back, and the resident part of mapped files, such as weights.
+    """Return what malloc has given out and not got back, mapped files, such as weights, and shared memory.
 
     Where malloc does not tell, the resident set comes back.
     """
     if not hasattr(LIBC, "mallinfo2"):
         return read_status("VmRSS")
     info = LIBC.mallinfo2()
-    return info.uordblks + info.hblkhd + read_status("RssFile") + read_status("RssShmem")
+    return info.uordblks + info.hblkhd + count_mapped_bytes() + read_status("RssShmem")
+
+
+def count_mapped_bytes() -> int:
+    """Return the size of files that are mapped to be changed in memory alone, as weights are.
+
+    Their resident part would lose each page that a training writes: the kernel makes a copy that is no file's.
+    """
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    mappings = (line.split(maxsplit=5) for line in lines if " rw-p " in line)
+    spans = (addresses.split("-") for addresses, _, _, _, inode, *_ in mappings if inode != "0")
+    return sum(int(end, 16) - int(start, 16) for start, end in spans)
 
 
 def read_status(name: str) -> int:

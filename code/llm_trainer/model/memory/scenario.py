@@ -128,12 +128,11 @@ class MemoryScenario:
     settings: MemorySettings
     longest_row: int  # in tokens, before rows are cut to `max_length`
     target: Target
-    attention: str  # the kernel, by Transformers' name
+    attention: str = "sdpa"  # the kernel, by Transformers' name; `fit.choose_kernels` puts the model's own here
     fused_kernels: frozenset[str] = frozenset()  # Liger's, by the names of its options
     evaluates: bool = False  # whether there are rows to evaluate between steps
     known_shape: ModelShape | None = None  # handed on to copies of the same model, as it takes long to read
     known_batch: Batch | None = None  # None: the largest that may come
-    known_eval_batch: Batch | None = None  # likewise of an evaluation
 
     @functools.cached_property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
@@ -208,7 +207,7 @@ class MemoryScenario:
         training, step = self.settings.training, self.build_step(plan)
         accumulates = training.gradient_accumulation_steps > 1
         num_evaluated = training.per_device_eval_batch_size * self.settings.data.sequences_a_row
-        evaluated = self.known_eval_batch or Batch(num_evaluated, step.length)
+        evaluated = Batch(num_evaluated, step.length)
         setup = Setup(
             step,
             self.target.world_size,

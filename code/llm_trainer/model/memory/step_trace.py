@@ -21,7 +21,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import BackwardCFunction, Function
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.integrations import moe
@@ -38,6 +37,7 @@ from llm_trainer.model.memory.shape import BLOCK_SIZE, ModelShape, UnknownShapeE
 FUSED = "fused"  # our attention kernel, for models that have no SDPA
 MAX_OPERATIONS = 20_000  # a few seconds; a layer of attention takes about a hundred, forward and backward
 ATEN = torch.ops.aten
+DEVICE = torch.ops.prim.device.default
 PRODUCTS = frozenset({ATEN.mm, ATEN.addmm, ATEN.addmm_, ATEN.bmm, ATEN.baddbmm, ATEN._grouped_mm})
 COPIES = frozenset({ATEN.copy_, ATEN.embedding, ATEN.index, ATEN.index_select, ATEN.gather})
 EMPTY = frozenset({ATEN.empty, ATEN.empty_like, ATEN.empty_strided})
@@ -100,6 +100,8 @@ class HeldBytes(TorchDispatchMode):
         # Where torch's C++ asks for a device (prim), an error would end the process.
         if self.num_operations > MAX_OPERATIONS and func.namespace == "aten":
             raise UnknownShapeError("its code goes through a row token by token, which takes too long to follow")
+        if func is DEVICE:  # two calls of three, in which nothing runs
+            return args[0].device
         out = func(*args, **(kwargs or {}))
         inputs, tensors = list_tensors((args, kwargs)), list_tensors(out)
         if not is_view(func, inputs, tensors):
@@ -170,8 +172,14 @@ def count_functions(held: HeldBytes) -> Iterator[None]:
 
 
 def list_tensors(values: Any) -> list[torch.Tensor]:
-    """List the tensors among an operation's arguments or results."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    """List the tensors among an operation's arguments or results, which may lie in lists and dicts."""
+    if isinstance(values, torch.Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, (list, tuple)):
+        return []
+    return [tensor for each in values for tensor in list_tensors(each)]
 
 
 def is_view(func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> bool:

@@ -9,10 +9,9 @@ from llm_trainer.aws.job_tree import lay_out_tree
 from llm_trainer.cli.sagemaker.rehearsal import (
     Budget,
     Place,
+    check_tree,
     find_affordable_seconds,
-    find_errors,
     find_plan_refusals,
-    run_on_tree,
     take_budget,
 )
 from llm_trainer.common.errors import UserError
@@ -28,15 +27,20 @@ def test_a_budget_and_its_words(monkeypatch, tmp_path):
     for amount in ("0", "-1", "nan", "inf", "x"):
         with pytest.raises(UserError, match="is no amount: write a number above 0"):
             take_budget([f"--max-dollars={amount}"])
+    with pytest.raises(UserError, match="--tokens-per-row='many' is no whole number"):
+        take_budget(["--rows", "9", "--tokens-per-row", "many"])
 
 
 def test_a_mistake_is_told_as_the_job_would(tmp_path):
     with lay_out_tree(
         {"lora_r": "0", "model_id": "/opt/ml/input/data/model"}, {"model": None}, {}, "ml.g6.2xlarge", 1
     ) as tree:
-        problems = find_errors(tree)
-    assert any("lora_r='0' is not valid" in text for text in problems)
-    assert not any(str(tree) in text for text in problems)
+        found = check_tree(tree, ("validate", "plan"), ("--rows", "9"))
+    assert [*found] == ["validate", "plan"]
+    for each in found.values():
+        assert any("lora_r='0' is not valid" in text for text in each["problems"])
+        assert not any(str(tree) in text for text in each["problems"])
+    assert any("--rows and --tokens-per-row" in text for text in found["plan"]["problems"])
 
 
 def test_each_preference_has_to_hold_the_job():
@@ -86,6 +90,6 @@ def test_why_plan_knows_no_prices_is_told():
     assert "--max-dollars cannot be kept on 1 x ml.m5.xlarge" in problem
 
 
-def test_a_command_that_tells_nothing_is_told(tmp_path):
-    with pytest.raises(UserError, match="`llm-trainer nothing` could not check the job"):
-        run_on_tree(tmp_path, "nothing")
+def test_checks_that_tell_nothing_are_told(tmp_path):
+    with pytest.raises(UserError, match=r"^The job could not be checked by nothing \(.*\)\.$"):
+        check_tree(tmp_path, ("nothing",))

@@ -16,6 +16,7 @@ OPTIONS = ["--image", "sagemaker-llm-trainer:cuda", "--role", "Trainer", "--outp
 ROLE = "arn:aws:iam::123456789012:role/Trainer"
 IN_S3 = ["--channels", '{"train": "s3://bucket/rows/", "model": "s3://bucket/model/"}']
 NOTHING = {"problems": [], "warnings": []}
+CHECK_TREE = "llm_trainer.cli.sagemaker.submit.check_tree"
 HUB_TOKEN = "hf_" + "aB3" * 12
 
 
@@ -59,7 +60,7 @@ def test_a_dry_run_needs_no_aws(monkeypatch, capsys):
 
 
 def test_a_job_is_uploaded_and_started(aws, channels, monkeypatch, capsys):
-    monkeypatch.setattr("llm_trainer.cli.sagemaker.rehearsal.run_on_tree", rehearse_well)
+    monkeypatch.setattr(CHECK_TREE, rehearse_well)
     digest = aws.furnish()
     words = [*OPTIONS, "--data-dir", str(channels), "--instance_type", "ml.g6.2xlarge", "--name", "job-1"]
     assert run_command(["submit", *words, "--max_length", "64", "--learning-rate", "1e-4"]) == 0
@@ -104,7 +105,7 @@ def test_a_job_that_would_fail_is_not_started(aws, channels, capsys):
 )
 def test_a_job_that_is_too_large_or_too_dear_is_not_started(aws, channels, monkeypatch, capsys, entry, words, told):
     planned = {"instances": [{"instance_type": "ml.g6.2xlarge", "count": 1, **entry}], "problems": [], "warnings": []}
-    monkeypatch.setattr("llm_trainer.cli.sagemaker.rehearsal.run_on_tree", lambda tree, *words: planned)
+    monkeypatch.setattr(CHECK_TREE, lambda tree, commands, words: {"validate": NOTHING, "plan": planned})
     assert told in submit_wrongly(capsys, "--data-dir", str(channels), *words)
     assert aws.requests == []
 
@@ -113,16 +114,18 @@ def test_a_budget_that_is_kept_asks_plan_in_the_users_words(aws, channels, monke
     aws.furnish()
     asked = []
 
-    def plan(tree, *words):
-        asked.append(words)
+    def check(tree, commands, words):
+        asked.append((commands, words))
         entry = {"fits": True, "dollars": 9.5, "dollars_an_hour": 5.0}
-        return {"instances": [{"instance_type": "ml.g6.2xlarge", "count": 1, **entry}]} | NOTHING
+        instances = [{"instance_type": "ml.g6.2xlarge", "count": 1, **entry}]
+        return {"validate": NOTHING, "plan": {"instances": instances} | NOTHING}
 
-    monkeypatch.setattr("llm_trainer.cli.sagemaker.rehearsal.run_on_tree", plan)
+    monkeypatch.setattr(CHECK_TREE, check)
     words = ["--max-dollars", "10", "--prices-file", str(tmp_path / "prices.json"), "--rows", "100"]
     given = [*OPTIONS, "--instance_type", "ml.g6.2xlarge", "--data-dir", str(channels)]
     assert run_command(["submit", *given, *words]) == 0
-    assert asked == [("validate",), ("plan", "--prices-file", str(tmp_path / "prices.json"), "--rows", "100")]
+    plan_words = ("--prices-file", str(tmp_path / "prices.json"), "--rows", "100")
+    assert asked == [(("validate", "plan"), plan_words)]
     (request,) = aws.list_arguments("CreateTrainingJob")
     assert request["StoppingCondition"] == {"MaxRuntimeInSeconds": 7200}
     assert request["HyperParameters"]["max_run_seconds"] == "7200"

@@ -28,17 +28,30 @@ def test_tensors_that_were_given_back_are_in_the_peak():
 def test_what_malloc_keeps_does_not_count(monkeypatch):
     info = SimpleNamespace(uordblks=100, hblkhd=20, fordblks=5000)
     monkeypatch.setattr(peak, "LIBC", SimpleNamespace(mallinfo2=lambda: info))
-    monkeypatch.setattr(peak, "read_status", {"RssFile": 3, "RssShmem": 4, "VmRSS": 9999}.get)
+    monkeypatch.setattr(peak, "count_mapped_bytes", lambda: 3)
+    monkeypatch.setattr(peak, "read_status", {"RssShmem": 4, "VmRSS": 9999}.get)
     assert count_used_bytes() == 127
     monkeypatch.setattr(peak, "LIBC", SimpleNamespace())
     assert count_used_bytes() == 9999
 
 
+def test_mapped_weights_count_also_after_a_training_has_written_them(tmp_path):
+    file = tmp_path / "weights with spaces"
+    file.write_bytes(bytes(64 * MIB))
+    before = count_used_bytes()
+    weights = torch.from_file(str(file), shared=False, size=64 * MIB // 4)
+    assert 63 * MIB < count_used_bytes() - before < 65 * MIB
+    weights.add_(1)  # each page becomes a copy in the process's own memory
+    assert 63 * MIB < count_used_bytes() - before < 65 * MIB
+    del weights
+    assert count_used_bytes() - before < MIB
+
+
 def test_sizes_are_read_in_bytes(tmp_path, monkeypatch):
     status = tmp_path / "status"
-    status.write_text("Name:\tpython\nRssFile:\t    2048 kB\nVmRSS:\t    1024 kB\n")
+    status.write_text("Name:\tpython\nRssShmem:\t    2048 kB\nVmRSS:\t    1024 kB\n")
     monkeypatch.setattr(peak, "Path", lambda path: status)
-    assert (read_status("RssFile"), read_status("VmRSS")) == (2048 * 1024, 1024 * 1024)
+    assert (read_status("RssShmem"), read_status("VmRSS")) == (2048 * 1024, 1024 * 1024)
 
 
 def test_a_gpu_counts_by_torch(monkeypatch):
