@@ -97,7 +97,8 @@ def format_text(validation: Validation, in_colour: bool) -> Iterator[str]:
     if validation.sample:
         from llm_trainer.data.preview import describe_marks
 
-        yield from ("", f"The first training row ({describe_marks(in_colour)}):", validation.sample)
+        marks = describe_marks(in_colour, validation.reports["train"].has_pairs)
+        yield from ("", f"The first training row ({marks}):", validation.sample)
     num_warnings = len(validation.list_texts("warning"))
     is_plan = validation.memory and not validation.reports
     verdict = "fail" if errors else "start, as far as is known without its data" if is_plan else "start"
@@ -112,12 +113,22 @@ def format_counts(report: DataReport) -> dict[str, str]:
         "trained on": f"{report.supervised_share:.1%}",
         **report.length_percentiles(),
         "cut": report.num_truncated_rows,
-        "left out": report.num_dropped_rows + report.num_unsupervised_rows,
+        "left out": report.num_left_out,
         "bad": report.num_bad_rows,
         "duplicates": report.num_duplicate_rows,
         "in validation": report.num_rows_in_validation,
+        **format_pairs(report),
     }
     return {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in counts.items()}
+
+
+def format_pairs(report: DataReport) -> dict[str, int]:
+    """Return the figures of a split that only pairs have, by the names of their columns."""
+    if not report.has_pairs:
+        return {}
+    pairs = report.describe_pairs()
+    sides = {f"{side} mean": round(pairs[f"{side}_tokens"]["mean"]) for side in ("chosen", "rejected")}
+    return {**{name.replace("_", " "): pairs[name] for name in ("equal", "swapped", "cut_answers")}, **sides}
 
 
 def format_memory(memory: dict[str, Any]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.encoding import Encoder, Vocabulary
-from llm_trainer.data.formats import IGNORED, Conversation, RowError, Text, Tokens
+from llm_trainer.data.formats.examples import IGNORED, Conversation, RowError, Text, Tokens
 from support.tiny_model import build_tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]

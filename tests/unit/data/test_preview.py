@@ -10,7 +10,7 @@ from datasets import Dataset
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.datasets import Data
 from llm_trainer.data.encoding import Encoder, Vocabulary
-from llm_trainer.data.formats import IGNORED, Conversation
+from llm_trainer.data.formats.examples import IGNORED, Conversation
 from llm_trainer.data.preview import find_data_warnings, log_data, mark_sample
 from llm_trainer.data.report import DataReport
 from support.tiny_model import build_tokenizer

@@ -15,7 +15,7 @@ from datasets import Dataset
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.encoding import EncodedRow, Encoder, Vocabulary
-from llm_trainer.data.formats import IGNORED, RowError
+from llm_trainer.data.formats.examples import IGNORED, RowError
 from llm_trainer.data.report import DataReport
 from llm_trainer.data.streaming import SourceHead
 from llm_trainer.data.tokenize import (
@@ -64,39 +64,11 @@ def test_rows_keep_their_order_and_bad_ones_are_listed_with_place_and_content():
     }
 
 
-@pytest.mark.parametrize(
-    ("settings", "ids", "labels", "counts"),
-    [
-        ({}, [5, 6, 7, 2], [IGNORED, 6, 7, 2], (1, 4, 3, 1, 0)),
-        ({"max_length": 2}, [5, 6], [IGNORED, 6], (1, 2, 1, 0, 1)),
-        ({"max_length": 2, "truncation_mode": "keep_end"}, [7, 2], [7, 2], (1, 2, 1, 1, 1)),
-    ],
-)
-def test_a_row_is_cut_at_one_end_and_counted_as_it_is_trained_on(settings, ids, labels, counts):
-    row = EncodedRow(np.array([5, 6, 7, 2], np.int32), np.array([IGNORED, 6, 7, 2], np.int32))
-    report = DataReport()
-    fitted = build_preparer("pretokenized", **settings).fit_row(row, report)
-    assert (fitted.input_ids.tolist(), fitted.labels.tolist()) == (ids, labels)
-    assert counts == (
-        *(report.num_rows, report.num_tokens, report.num_supervised_tokens),
-        *(report.num_supervised_eos, report.num_truncated_rows),
-    )
-    assert report.lengths == {4: 1}
-
-
-def test_a_row_that_is_left_out_is_counted_by_its_reason():
-    row = EncodedRow(np.array([5, 6, 7, 2], np.int32), np.array([IGNORED, IGNORED, 7, 2], np.int32))
-    report = DataReport()
-    assert build_preparer("pretokenized", max_length=2).fit_row(row, report) is None
-    assert build_preparer("pretokenized", max_length=2, apply_truncation=False).fit_row(row, report) is None
-    assert (report.num_unsupervised_rows, report.num_dropped_rows, report.num_rows) == (1, 1, 0)
-
-
 def test_equal_rows_have_equal_digests():
-    rows = [EncodedRow(np.array(ids, np.int32), np.array(ids, np.int32)) for ids in ([1, 2], [2, 1], [1, 2])]
-    first, second, third = build_table(rows).column("digest").to_pylist()
+    rows = [(EncodedRow(np.array(ids, np.int32), np.array(ids, np.int32)),) for ids in ([1, 2], [2, 1], [1, 2])]
+    first, second, third = build_table(rows, has_pairs=False).column("digest").to_pylist()
     assert first == third != second
-    assert build_table([]).num_rows == 0
+    assert build_table([], has_pairs=False).num_rows == build_table([], has_pairs=True).num_rows == 0
 
 
 def test_the_format_is_that_of_the_first_row_that_tells_it():

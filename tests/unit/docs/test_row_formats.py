@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.encoding import Vocabulary
-from llm_trainer.data.formats import IGNORED
+from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.data.report import REJECTED_ROWS
 from llm_trainer.data.token_cache import REPORT, ROWS, write_source
 from llm_trainer.readers.sources import FileSource
