@@ -320,3 +320,42 @@ def test_values_that_json_does_not_have_make_bad_rows(value):
 def decode_trained(prepared):
     (labels,) = prepared.table.column("labels").to_pylist()
     return TOKENIZER.decode([one for one in labels if one != IGNORED])
+
+
+PREFERENCES = [{"prompt": "Q ", "chosen": "a", "rejected": "bc"}, {"prompt": "Q ", "chosen": "a", "rejected": "a"}]
+
+
+def prepare_pairs(rows):
+    settings = Settings(method="dpo").data
+    encoder = Encoder(VOCABULARY, settings, "preference")
+    preparer = Preparer(encoder, settings, "preference", "a.jsonl row 1")
+    return preparer.prepare_chunk(Chunk("a.jsonl", list(range(1, len(rows) + 1)), rows))
+
+
+def test_a_pair_is_a_row_with_its_sequences_end_to_end():
+    bad = [{"prompt": "Q ", "chosen": "a", "rejected": ""}, {"text": "a"}]
+    swapped = {"prompt": "Q ", "chosen": "d", "rejected": "e", "score_chosen": 1, "score_rejected": 2, "note": "x"}
+    prepared = prepare_pairs([*PREFERENCES, *bad, swapped])
+    first, second = prepared.table.to_pylist()
+    assert first["seq_lengths"] == [4, 5]
+    assert TOKENIZER.decode(first["input_ids"]) == "Q a<|im_end|>Q bc<|im_end|>"
+    assert [label != IGNORED for label in first["labels"]] == [False] * 2 + [True] * 2 + [False] * 2 + [True] * 3
+    assert (first["length"], second["length"]) == (9, 8)
+    report = prepared.report
+    assert (report.num_rows, report.num_equal_pairs, report.num_swapped_pairs, report.num_bad_rows) == (2, 1, 1, 2)
+    assert report.unread_fields == {"note": 1}
+    assert report.bad_rows[0] == (
+        "a.jsonl row 3 field 'rejected' is an empty text and not a text with something in it: fill or remove the row."
+    )
+    assert report.bad_rows[1].startswith("a.jsonl row 4 is a text row, which method=dpo does not take: set method=sft")
+
+
+def test_rows_of_another_method_are_told_once():
+    chunk = Chunk("a.jsonl", [1, 2, 3], [b"oops", *PREFERENCES])
+    with pytest.raises(
+        UserError, match=r"^a\.jsonl row 2 is a preference row, which method=sft does not take"
+    ) as caught:
+        find_format(iter([chunk, chunk]), Settings().data)
+    assert len(caught.value.problems) == 1
+    mixed = Chunk("a.jsonl", [1, 2], [PREFERENCES[0], {"text": "a"}])
+    assert find_format(iter([mixed]), Settings().data)[1] == "text"
