@@ -348,6 +348,7 @@ def test_preferences_are_counted_as_pairs_and_shown_with_both_sides(tree, examin
     assert (data["pairs"]["equal"], data["pairs"]["swapped"]) == (1, 2)
     assert data["pairs"]["chosen_tokens"]["mean"] > 1.2 * data["pairs"]["rejected_tokens"]["mean"]
     text = "\n".join(format_text(validation, in_colour=False))
+    assert "train 1 2 0 12 12 12 8 12 12" in [" ".join(line.split()) for line in text.splitlines()]
     assert "between ⟦ and ⟧: chosen, between ⟪ and ⟫: rejected" in text
     assert "Is it?<|im_end|>\n<|im_start|>assistant\n\n⟦Yes, it is.<|im_end|>⟧\n\n⟪No.<|im_end|>⟫\n" in text
     warnings = validation.list_texts("warning")

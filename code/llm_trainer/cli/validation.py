@@ -90,6 +90,9 @@ def format_text(validation: Validation, in_colour: bool) -> Iterator[str]:
     if validation.reports:
         rows = {name: format_counts(report) for name, report in validation.reports.items()}
         yield from ("", *format_table(rows, "data"))
+    pairs = {name: format_pairs(report) for name, report in validation.reports.items() if report.has_pairs}
+    if pairs:
+        yield from ("", *format_table(pairs, "pairs"))
     if validation.instance_lines:
         yield from ("", *validation.instance_lines)
     elif validation.memory:
@@ -117,18 +120,19 @@ def format_counts(report: DataReport) -> dict[str, str]:
         "bad": report.num_bad_rows,
         "duplicates": report.num_duplicate_rows,
         "in validation": report.num_rows_in_validation,
-        **format_pairs(report),
     }
     return {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in counts.items()}
 
 
-def format_pairs(report: DataReport) -> dict[str, int]:
-    """Return the figures of a split that only pairs have, by the names of their columns."""
-    if not report.has_pairs:
-        return {}
+def format_pairs(report: DataReport) -> dict[str, str]:
+    """Return the figures of a split that only pairs have, by the names of their columns. Tokens are the answers'."""
     pairs = report.describe_pairs()
-    sides = {f"{side} mean": round(pairs[f"{side}_tokens"]["mean"]) for side in ("chosen", "rejected")}
-    return {**{name.replace("_", " "): pairs[name] for name in ("equal", "swapped", "cut_answers")}, **sides}
+    counts = {name.replace("_", " "): pairs[name] for name in ("equal", "swapped", "cut_answers")}
+    for side in ("chosen", "rejected"):
+        tokens = pairs[f"{side}_tokens"]
+        figures = {"mean": round(tokens["mean"]), "p95": tokens.get("p95", 0), "longest": tokens["longest"]}
+        counts |= {f"{side} {name}": value for name, value in figures.items()}
+    return {name: f"{value:,}" for name, value in counts.items()}
 
 
 def format_memory(memory: dict[str, Any]) -> Iterator[str]:
