@@ -94,3 +94,11 @@ def test_a_source_of_another_method_is_told_once(make_source, tmp_path):
         "train.jsonl row 1 is a text row, which method=dpo does not take: set method=sft, or give rows with 'chosen' "
         "with 'rejected'."
     ]
+
+
+def test_a_shard_without_files_has_the_columns_of_the_other_hosts(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_TRAINER_CACHE", str(tmp_path / "cache"))
+    splits, _ = prepare(tmp_path, [FileSource("train", tmp_path, ())], method="dpo")
+    (rows,) = splits["train"].open_datasets().values()
+    assert rows.column_names == ["input_ids", "labels", "length", "seq_lengths"]
+    assert splits["train"].report.sequences_a_row == 2
