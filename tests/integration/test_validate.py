@@ -334,6 +334,35 @@ def test_rows_that_cannot_be_trained_on_are_told(tree, examine_tree, row, proble
     assert problem in told
 
 
+def test_preferences_are_counted_as_pairs_and_shown_with_both_sides(tree, examine_tree):
+    question = {"role": "user", "content": "Is it?"}
+    chosen, rejected = ([question, {"role": "assistant", "content": text}] for text in ("Yes, it is.", "No."))
+    row = {"prompt": "Is it?", "chosen": chosen, "rejected": rejected, "score_chosen": 1, "score_rejected": 2}
+    write_rows(tree, row, {**row, "rejected": chosen})
+    tree.write(
+        "input/data/validation/validation.json", json.dumps({**row, "prompt": "?", "chosen": "a", "rejected": "b"})
+    )
+    validation = examine_tree("--method", "dpo")
+    data = json.loads(format_json(validation))["data"]["train"]
+    assert (data["num_rows"], data["formats"]) == (1, {"train": "preference"})
+    assert (data["pairs"]["equal"], data["pairs"]["swapped"]) == (1, 2)
+    assert data["pairs"]["chosen_tokens"]["mean"] > 1.2 * data["pairs"]["rejected_tokens"]["mean"]
+    text = "\n".join(format_text(validation, in_colour=False))
+    assert "train 1 2 0 12 12 12 8 12 12" in [" ".join(line.split()) for line in text.splitlines()]
+    assert "between ⟦ and ⟧: chosen, between ⟪ and ⟫: rejected" in text
+    assert "Is it?<|im_end|>\n<|im_start|>assistant\n\n⟦Yes, it is.<|im_end|>⟧\n\n⟪No.<|im_end|>⟫\n" in text
+    warnings = validation.list_texts("warning")
+    assert any("longer than the rejected ones, 12 tokens on average to 8" in one for one in warnings)
+    assert any(one.startswith("2 pairs of the train data have a lower score") for one in warnings)
+
+
+def test_rows_of_another_method_are_told_once_with_the_method_to_set(examine_tree):
+    problems = examine_tree("--method", "dpo").list_texts("error")
+    told = [problem for problem in problems if "is a messages row, which method=dpo does not take" in problem]
+    assert len(told) == 2  # of the training data and of the validation data
+    assert all("set method=sft, or give rows with 'chosen' with 'rejected'" in problem for problem in told)
+
+
 def test_a_template_that_leaves_the_end_of_a_turn_out_is_told(tree, examine_tree):
     template = tree.write("template.jinja", FORGETFUL_TEMPLATE)
     problems = examine_tree("--chat_template_path", str(template)).list_texts("error")

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_trainer.config.schema import Settings
-from llm_trainer.data.formats import IGNORED
+from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.training.methods import choose_method
 from llm_trainer.training.resumable import ResumableMixin
 from llm_trainer.training.trainer_config import TrainerParts, build_arguments, build_trainer

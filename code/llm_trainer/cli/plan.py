@@ -176,7 +176,8 @@ def plan_memory(
 def measure_lengths(job: Job, options: PlanOptions, validation: Validation) -> Lengths:
     """Return the lengths of the rows that the options name, else of the data of the job where they are there."""
     if options.rows and options.tokens_per_row:
-        return Lengths(Counter({options.tokens_per_row: options.rows}))
+        num_sequences = options.rows * job.settings.data.sequences_a_row
+        return Lengths(Counter({options.tokens_per_row: num_sequences}))
     if not find_train_sources(job.settings.data, job.environment)[0]:
         return Lengths()
     inputs, problems = find_inputs(job.settings, job.environment)

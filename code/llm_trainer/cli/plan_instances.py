@@ -37,7 +37,7 @@ NO_OPTIONS = PlanOptions()
 
 @dataclass(frozen=True)
 class Lengths:
-    """The number of rows of each length in tokens. Empty: nothing is known of them."""
+    """The number of sequences of each length in tokens; a pair has two. Empty: nothing is known of them."""
 
     train: Counter[int] = field(default_factory=Counter)
     validation: Counter[int] = field(default_factory=Counter)

@@ -95,6 +95,9 @@ def format_text(validation: Validation, in_colour: bool) -> Iterator[str]:
     if validation.reports:
         rows = {name: format_counts(report) for name, report in validation.reports.items()}
         yield from ("", *format_table(rows, "data"))
+    pairs = {name: format_pairs(report) for name, report in validation.reports.items() if report.has_pairs}
+    if pairs:
+        yield from ("", *format_table(pairs, "pairs"))
     if validation.instance_lines:
         yield from ("", *validation.instance_lines)
     elif validation.memory:
@@ -102,7 +105,8 @@ def format_text(validation: Validation, in_colour: bool) -> Iterator[str]:
     if validation.sample:
         from llm_trainer.data.preview import describe_marks
 
-        yield from ("", f"The first training row ({describe_marks(in_colour)}):", validation.sample)
+        marks = describe_marks(in_colour, validation.reports["train"].has_pairs)
+        yield from ("", f"The first training row ({marks}):", validation.sample)
     num_warnings = len(validation.list_texts("warning"))
     is_plan = validation.memory and not validation.reports
     verdict = "fail" if errors else "start by its plan (`validate` checks its data)" if is_plan else "start"
@@ -117,12 +121,23 @@ def format_counts(report: DataReport) -> dict[str, str]:
         "trained on": f"{report.supervised_share:.1%}",
         **report.length_percentiles(),
         "cut": report.num_truncated_rows,
-        "left out": report.num_dropped_rows + report.num_unsupervised_rows,
+        "left out": report.num_left_out,
         "bad": report.num_bad_rows,
         "duplicates": report.num_duplicate_rows,
         "in validation": report.num_rows_in_validation,
     }
     return {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in counts.items()}
+
+
+def format_pairs(report: DataReport) -> dict[str, str]:
+    """Return the figures of a split that only pairs have, by the names of their columns. Tokens are the answers'."""
+    pairs = report.describe_pairs()
+    counts = {name.replace("_", " "): pairs[name] for name in ("equal", "swapped", "cut_answers")}
+    for side in ("chosen", "rejected"):
+        tokens = pairs[f"{side}_tokens"]
+        figures = {"mean": round(tokens["mean"]), "p95": tokens.get("p95", 0), "longest": tokens["longest"]}
+        counts |= {f"{side} {name}": value for name, value in figures.items()}
+    return {name: f"{value:,}" for name, value in counts.items()}
 
 
 def format_memory(memory: dict[str, Any]) -> Iterator[str]:

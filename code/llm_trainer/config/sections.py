@@ -15,7 +15,14 @@ from llm_trainer.config.trl_config_fields import CONFIG_CLASSES, Argument, read_
 
 Method = Literal["sft", "dpo"]  # the training methods, as in CONFIG_CLASSES
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-DatasetFormat = Literal["auto", "pretokenized", "messages", "sharegpt", "prompt_completion", "alpaca", "text"]
+DatasetFormat = Literal[
+    "auto", "pretokenized", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "preference"
+]
+# method -> the formats of its rows. A row is of the first one whose fields it has.
+METHOD_FORMATS: dict[str, tuple[str, ...]] = {
+    "sft": ("pretokenized", "messages", "sharegpt", "prompt_completion", "alpaca", "text"),
+    "dpo": ("preference",),
+}
 Attention = Literal[
     "auto",
     "flash_attention_2",

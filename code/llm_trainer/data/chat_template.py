@@ -19,7 +19,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from llm_trainer.common.errors import UserError, cut_quote, quote_error
-from llm_trainer.data.formats import SHAREGPT_CALL, SHAREGPT_ROLES, Conversation, Fields, RowError
+from llm_trainer.data.formats.examples import Conversation, Fields, RowError
+from llm_trainer.data.formats.turns import SHAREGPT_CALL, SHAREGPT_ROLES
 from llm_trainer.data.messages import (
     HIDDEN_END,
     THOUGHTS_END,
@@ -205,7 +206,9 @@ class ChatTemplate:
             conversation = replace(conversation, messages=messages)
         text, spans = self.render_turns(conversation)
         check_parts(conversation, text, join_texts(text, spans), partial(self.render_changed, conversation))
-        return text, None if spans is None else self.pick_turns(conversation, spans)
+        if spans is None:
+            return text, [(self.find_answer(conversation, text), len(text))] if conversation.finds_answer else None
+        return text, self.pick_turns(conversation, spans)
 
     def render_turns(self, conversation: Conversation) -> tuple[str, list[Span] | None]:
         """Return the text and the spans of all the assistant's turns; None where they are not told. Raises RowError."""
@@ -317,6 +320,16 @@ class ChatTemplate:
             "its turn cannot be found: give a template with {% generation %} marks by chat_template_path, or set "
             "assistant_only_loss=false."
         )
+
+    def find_answer(self, conversation: Conversation, text: str) -> int:
+        """Return where a conversation's prompt ends. Raises RowError where the text does not begin with it."""
+        try:
+            return self.find_start(conversation, conversation.num_prompt_messages or 0, text)
+        except RowError as error:
+            raise RowError(
+                "has a prompt that the model's chat template writes otherwise where an answer follows, so that the "
+                "answer cannot be found: give a template with {% generation %} marks by chat_template_path."
+            ) from error
 
     def pick_turns(self, conversation: Conversation, spans: list[Span]) -> list[Span]:
         """Return the spans to train on, without those of the prompt and of turns that are not to be trained on.

@@ -8,7 +8,7 @@ rendered text the marks change sides, and are tokenized by a tokenizer that know
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from llm_trainer.data.formats import IGNORED, Conversation, RowError
+from llm_trainer.data.formats.examples import IGNORED, Conversation, RowError
 from llm_trainer.data.labels import Ids, Labeller
 
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters, which Unicode keeps out of texts
@@ -85,7 +85,7 @@ class ControlTokens:
     def mark_conversation(self, conversation: Conversation) -> Conversation:
         """Return a conversation whose control tokens are marked."""
         messages, tools = self.mark(conversation.messages), self.mark(conversation.tools)
-        return Conversation(messages, tools, conversation.num_prompt_messages)
+        return replace(conversation, messages=messages, tools=tools)
 
     def mark(self, value: Any) -> Any:
         """Return a value with marked control tokens in its texts."""

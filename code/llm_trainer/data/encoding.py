@@ -17,7 +17,7 @@ from llm_trainer.common.errors import UserError, cut_quote, quote_error
 from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.chat_template import MAX_SECONDS, ChatTemplate, Span, limit_rows
 from llm_trainer.data.control_tokens import ControlTokens, EscapingTokenizer
-from llm_trainer.data.formats import IGNORED, Conversation, Example, RowError, Text, Tokens
+from llm_trainer.data.formats.examples import IGNORED, Conversation, Pair, RowError, Text, Tokens
 from llm_trainer.data.labels import Ids, Labeller, read_ids
 
 
@@ -95,8 +95,9 @@ class Encoder:
 
     def describe_loss(self, row_format: str, has_template: bool) -> str:
         """Say for the log which tokens are trained on."""
-        if row_format in ("text", "pretokenized"):
-            return "all tokens" if row_format == "text" else "labels"
+        fixed = {"text": "all tokens", "pretokenized": "labels", "preference": "chosen and rejected answers"}
+        if row_format in fixed:
+            return fixed[row_format]
         if row_format == "prompt_completion" or not has_template:
             if self.settings.completion_only_loss is False:
                 return "all tokens"
@@ -105,8 +106,26 @@ class Encoder:
             return "assistant turns"
         return "all tokens" if self.finds_turns is False else "all tokens, since the chat template does not tell turns"
 
-    def encode(self, examples: list[Example]) -> list[EncodedRow | RowError]:
-        """Return each example's row, which ends in a stop token, or the error that says why there is none."""
+    def encode_pairs(self, pairs: list[Pair]) -> list[tuple[EncodedRow, EncodedRow] | RowError]:
+        """Return each pair's two sides, which have the same prompt, or the error that says why there are none.
+
+        A prompt's tokens may depend on how the answer begins. Then both sides have the prompt tokenized by itself. It
+        still differs where a chat template writes earlier turns otherwise, by what follows: as a server would.
+        """
+        sides = self.encode([side for pair in pairs for side in (pair.chosen, pair.rejected)])
+        encoded = [join_sides(*both) for both in zip(sides[::2], sides[1::2], strict=True)]
+        for place, row in enumerate(encoded):
+            if not isinstance(row, RowError) and not have_same_prompt(*row):
+                encoded[place] = join_sides(*self.encode([pairs[place].chosen, pairs[place].rejected], apart=True))
+        return encoded
+
+    def encode(
+        self, examples: Sequence[Conversation | Text | Tokens], apart: bool = False
+    ) -> list[EncodedRow | RowError]:
+        """Return each example's row, which ends in a stop token, or the error that says why there is none.
+
+        `apart` tokenizes each prompt by itself.
+        """
         rows: list[EncodedRow | RowError | None] = [None] * len(examples)
         batches: dict[tuple[bool, EscapingTokenizer | None], list[Rendered]] = {}
         with limit_rows(MAX_SECONDS) as clock:
@@ -124,7 +143,7 @@ class Encoder:
             encoded = self.tokenize([rendered.text for rendered in batch], has_specials, escaping)
             for rendered, tokens in zip(batch, encoded, strict=True):
                 try:
-                    row = self.label(rendered, tokens)
+                    row = self.label(rendered, tokens, apart)
                     rows[rendered.place] = self.end_row(row, rendered.ends_trained)
                 except RowError as error:
                     rows[rendered.place] = error
@@ -196,8 +215,11 @@ class Encoder:
         backend.no_padding()
         return backend
 
-    def label(self, rendered: Rendered, tokens: Encoding | list[int]) -> EncodedRow:
-        """Return the tokens of a text, labelled where it is trained on. Raises RowError where a span has no token."""
+    def label(self, rendered: Rendered, tokens: Encoding | list[int], apart: bool = False) -> EncodedRow:
+        """Return the tokens of a text, labelled where it is trained on. Raises RowError where a span has no token.
+
+        `apart` tokenizes what comes before the first span by itself.
+        """
         escaping, is_in_pieces = rendered.escaping, False
         if isinstance(tokens, list):  # spans are looked for only where there is an encoding
             input_ids = labels = np.array(tokens, dtype=np.int32)
@@ -205,7 +227,7 @@ class Encoder:
             input_ids = labels = read_ids(tokens)
         else:
             labeller = escaping.labeller if escaping else self.labeller
-            found = labeller.label(rendered.text, tokens, rendered.spans, rendered.has_specials)
+            found = labeller.label(rendered.text, tokens, rendered.spans, rendered.has_specials, apart)
             input_ids, labels, is_in_pieces = found
         if escaping:
             input_ids, labels = escaping.restore(input_ids, labels)
@@ -287,6 +309,21 @@ class Encoder:
         return is_stop
 
 
+def join_sides(
+    chosen: EncodedRow | RowError, rejected: EncodedRow | RowError
+) -> tuple[EncodedRow, EncodedRow] | RowError:
+    """Return both sides of a pair, or the error of the first that has one, with the side's name."""
+    if isinstance(chosen, RowError):
+        return RowError(f"(chosen) {chosen}")
+    return RowError(f"(rejected) {rejected}") if isinstance(rejected, RowError) else (chosen, rejected)
+
+
+def have_same_prompt(chosen: EncodedRow, rejected: EncodedRow) -> bool:
+    """Tell whether two sides have the same tokens before the first that is trained on."""
+    one, other = (row.input_ids[: int(np.argmax(row.labels != IGNORED))] for row in (chosen, rejected))
+    return np.array_equal(one, other)
+
+
 @contextmanager
 def explain_panic() -> Iterator[None]:
     """Turn a panic of the tokenizers library into a UserError. Its class is no Exception, and has no name to import."""
@@ -311,6 +348,11 @@ def refuse_contradiction(row_format: str, settings: DataSettings, finds_tokens: 
         raise UserError(
             f"completion_only_loss=true needs rows with prompt and completion and the data has {row_format} rows: "
             "remove the setting."
+        )
+    if row_format == "preference" and not finds_tokens:
+        raise UserError(
+            f"method={settings.method} needs a tokenizer that tells which characters a token has, and the model has no "
+            "tokenizer.json: add the file."
         )
     if settings.escape_control_tokens and row_format == "pretokenized":
         raise UserError(

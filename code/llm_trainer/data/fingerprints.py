@@ -23,6 +23,7 @@ def describe_split(split: str, report: DataReport, sources: Sequence[Source]) ->
         "tokens": report.num_tokens,
         "supervised_tokens": report.num_supervised_tokens,
         "lengths": bin_lengths(report.lengths),
+        "sequences_a_row": report.sequences_a_row,
         "sources": [{**file, "uri": places.get(file["name"])} for file in report.files],
         "digest": combine_digests(report.files),
         "summary": report.summary(),
@@ -50,7 +51,7 @@ def combine_digests(files: Sequence[Mapping[str, Any]]) -> str:
 
 
 def bin_lengths(lengths: Mapping[int, int]) -> dict[int, int]:
-    """Return the number of rows by length in tokens, in at most MAX_LENGTHS bins.
+    """Return the number of sequences by length in tokens, in at most MAX_LENGTHS bins.
 
     Each bin is named by its largest length. The bins are equally wide, and the last ends at the longest row.
     """

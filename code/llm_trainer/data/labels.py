@@ -14,7 +14,7 @@ from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from llm_trainer.data.chat_template import Span
-from llm_trainer.data.formats import IGNORED, RowError
+from llm_trainer.data.formats.examples import IGNORED, RowError
 
 Ids = npt.NDArray[np.int32]
 
@@ -30,18 +30,21 @@ class Labeller:
         self.backend = backend
         self.num_leading_spaces: dict[int, int] = {}  # token -> characters of white space that begin it
 
-    def label(self, text: str, encoding: Encoding, spans: list[Span], has_specials: bool) -> tuple[Ids, Ids, bool]:
+    def label(
+        self, text: str, encoding: Encoding, spans: list[Span], has_specials: bool, apart: bool = False
+    ) -> tuple[Ids, Ids, bool]:
         """Return the ids [length] and labels [length] of a text, and whether it had to be tokenized in pieces.
 
-        `encoding` is the whole text's, with the tokenizer's special tokens where `has_specials`. Raises RowError where
-        a span leaves no token.
+        `encoding` is the whole text's, with the tokenizer's special tokens where `has_specials`. `apart` has what comes
+        before the first span tokenized by itself in any case. Raises RowError where a span leaves no token.
         """
         ids = read_ids(encoding)
         ranges = [find_tokens(encoding, span) for span in spans]
         edges = [
             start
             for (start, _), (first, _) in zip(spans, ranges, strict=True)
-            if self.begins_before(text, encoding.token_to_chars(first), ids[first], start)
+            if (apart and start == spans[0][0])
+            or self.begins_before(text, encoding.token_to_chars(first), ids[first], start)
         ]
         if edges:
             return *self.label_in_pieces(text, spans, edges, has_specials), True

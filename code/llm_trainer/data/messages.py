@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llm_trainer.common.errors import cut_quote
-from llm_trainer.data.formats import Conversation, Fields, RowError
+from llm_trainer.data.formats.examples import Conversation, Fields, RowError
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 # Marks of turns that are trained on or not: Axolotl's, ms-swift's and OpenAI's.

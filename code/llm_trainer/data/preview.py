@@ -1,31 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preview of the data before the first step: counts, warnings, and one row as it is trained on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from transformers import PreTrainedTokenizerBase
 
 from llm_trainer.common import log
 from llm_trainer.data.datasets import Data
-from llm_trainer.data.formats import IGNORED
-from llm_trainer.data.report import DataReport, list_names
+from llm_trainer.data.formats.examples import IGNORED
+from llm_trainer.data.report import DataReport, compute_mean, list_names
 
 MAX_SAMPLE_TOKENS = 200
+MAX_LENGTH_RATIO = 1.2  # of the mean lengths of chosen and rejected answers
 COLOURED = ("\x1b[32m", "\x1b[0m")  # green
 PLAIN = ("⟦", "⟧")
+REJECTED_COLOURED = ("\x1b[31m", "\x1b[0m")  # red
+REJECTED_PLAIN = ("⟪", "⟫")
 
 
 def log_data(data: Data, tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> None:
     """Log what is trained on: counts, formats, warnings, and the first row."""
     for name, report in data.reports.items():
-        lengths = ", ".join(f"{key} {tokens}" for key, tokens in report.length_percentiles().items())
-        log.info(f"Data {name}: {report}; lengths: {lengths}")
+        log.info(f"Data {name}: {report}; lengths: {list_figures(report.length_percentiles())}")
+        if report.has_pairs:
+            pairs = report.describe_pairs()
+            chosen, rejected = (list_figures(pairs[f"{side}_tokens"]) for side in ("chosen", "rejected"))
+            log.info(f"Data {name}: tokens of the answers: chosen {chosen}; rejected {rejected}")
         for source, row_format in report.formats.items():
             log.info(f"Data {name}: {source} has {row_format} rows; trained on: {report.loss_on[source]}")
         for text in find_data_warnings(name, report):
             log.warning(text)
     sample = mark_sample(data.sample[0], tokenizer, in_colour)
-    log.info(f"Data train, the first row ({describe_marks(in_colour)}):\n{sample}")
+    marks = describe_marks(in_colour, data.reports["train"].has_pairs)
+    log.info(f"Data train, the first row ({marks}):\n{sample}")
+
+
+def list_figures(figures: Mapping[str, float]) -> str:
+    """Return figures with their names, for a sentence."""
+    return ", ".join(f"{name} {value}" for name, value in figures.items())
 
 
 def find_data_warnings(name: str, report: DataReport) -> Iterator[str]:
@@ -42,6 +54,7 @@ def find_data_warnings(name: str, report: DataReport) -> Iterator[str]:
             "answer are tokenized apart, as a server does. Put white space at the answer's start, not the prompt's end."
         )
     yield from find_content_warnings(name, report)
+    yield from find_pair_warnings(name, report)
     if report.num_truncated_rows:
         yield f"{report.num_truncated_rows} rows of the {name} data are longer than max_length and cut."
     if report.num_dropped_rows:
@@ -65,6 +78,29 @@ def find_content_warnings(name: str, report: DataReport) -> Iterator[str]:
         yield explain_unread_fields(name, report)
 
 
+def find_pair_warnings(name: str, report: DataReport) -> Iterator[str]:
+    """Yield sentences about pairs that teach nothing, the reverse of what is meant, or mostly to write long answers."""
+    if report.num_equal_pairs:
+        yield (
+            f"{report.num_equal_pairs} pairs of the {name} data are left out, since chosen and rejected are the same "
+            "within max_length."
+        )
+    if report.num_swapped_pairs:
+        yield (
+            f"{report.num_swapped_pairs} pairs of the {name} data have a lower score for the chosen answer than for "
+            "the rejected one: are the two swapped?"
+        )
+    if report.num_cut_answers:
+        yield f"{report.num_cut_answers} answers of the {name} data lose tokens to max_length."
+    chosen, rejected = compute_mean(report.chosen_lengths), compute_mean(report.rejected_lengths)
+    if max(chosen, rejected) > MAX_LENGTH_RATIO * min(chosen, rejected):
+        longer = "longer" if chosen > rejected else "shorter"
+        yield (
+            f"the chosen answers of the {name} data are {longer} than the rejected ones, {chosen:.0f} tokens on "
+            f"average to {rejected:.0f}: the model may learn length instead of what is preferred."
+        )
+
+
 def describe_control_tokens(name: str, report: DataReport) -> str:
     """Return a sentence on the control tokens in the messages of a split."""
     found = list_names([f"{token} in {rows}" for token, rows in report.control_tokens.most_common()])
@@ -84,20 +120,52 @@ def explain_unread_fields(name: str, report: DataReport) -> str:
     )
 
 
-def describe_marks(in_colour: bool) -> str:
+def describe_marks(in_colour: bool, has_pairs: bool = False) -> str:
     """Return the legend of the marks in a sample."""
-    return "green: trained on" if in_colour else f"between {' and '.join(PLAIN)}: trained on"
+    if has_pairs:
+        chosen, rejected = ("green", "red") if in_colour else map(name_marks, (PLAIN, REJECTED_PLAIN))
+        return f"{chosen}: chosen, {rejected}: rejected"
+    return f"{'green' if in_colour else name_marks(PLAIN)}: trained on"
+
+
+def name_marks(marks: tuple[str, str]) -> str:
+    """Return words for the text between two marks."""
+    return f"between {' and '.join(marks)}"
 
 
 def mark_sample(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> str:
     """Return a row's text with the parts that are trained on in colour or between marks.
 
-    A long row is shown by its first and last MAX_SAMPLE_TOKENS / 2 tokens.
+    A long text is shown by its first and last MAX_SAMPLE_TOKENS / 2 tokens. Of a pair, the beginning that both sides
+    share is shown once.
     """
     marks = COLOURED if in_colour else PLAIN
-    pairs = list(zip(row["input_ids"], row["labels"], strict=True))
+    tokens = list(zip(row["input_ids"], row["labels"], strict=True))
+    if "seq_lengths" not in row:
+        return mark_ends(tokens, tokenizer, marks)
+    end, _ = row["seq_lengths"]
+    chosen, rejected = tokens[:end], tokens[end:]
+    num_shared = count_shared_prompt(chosen, rejected)
+    return "\n".join(
+        (
+            mark_ends(chosen[:num_shared], tokenizer, marks),
+            mark_ends(chosen[num_shared:], tokenizer, marks),
+            mark_ends(rejected[num_shared:], tokenizer, REJECTED_COLOURED if in_colour else REJECTED_PLAIN),
+        )
+    )
+
+
+def count_shared_prompt(chosen: list[tuple[int, int]], rejected: list[tuple[int, int]]) -> int:
+    """Return how many tokens, given with their labels, begin both sides of a pair and are not trained on."""
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    differing = (place for place, (one, other) in pairs if one != other or one[1] != IGNORED)
+    return next(differing, min(len(chosen), len(rejected)))
+
+
+def mark_ends(tokens: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, marks: tuple[str, str]) -> str:
+    """Return the marked text of tokens, given with their labels, without the middle of many."""
     half = MAX_SAMPLE_TOKENS // 2
-    parts = [pairs[:half], pairs[-half:]] if len(pairs) > MAX_SAMPLE_TOKENS else [pairs]
+    parts = [tokens[:half], tokens[-half:]] if len(tokens) > MAX_SAMPLE_TOKENS else [tokens]
     return "\n[...]\n".join(mark_trained_tokens(part, tokenizer, marks) for part in parts)
 
 

@@ -11,6 +11,9 @@ from llm_trainer.common.errors import MAX_LISTED_PROBLEMS
 MAX_NAMED_FILES = 10
 MAX_COUNTED_FIELDS = 100
 PERCENTILES = (50, 90, 95, 99)
+PAIR_COUNTS = ("sequences_a_row", "num_equal_pairs", "num_swapped_pairs", "num_cut_answers")
+# Fields that a summary has in another form, or not at all.
+UNLISTED = frozenset({"lengths", "bad_rows", "damage", "chosen_lengths", "rejected_lengths", *PAIR_COUNTS})
 REJECTED_ROWS = "rejected_rows.jsonl"  # the file that lists bad rows
 
 
@@ -18,7 +21,7 @@ REJECTED_ROWS = "rejected_rows.jsonl"  # the file that lists bad rows
 class DataReport:
     """Counts of one data set, or of several that are trained on together.
 
-    Lengths are in tokens, before truncation.
+    Lengths are in tokens, before truncation. A pair of answers is a row of two sequences.
     """
 
     files: list[dict[str, Any]] = field(default_factory=list)  # name, bytes, sha256
@@ -40,8 +43,15 @@ class DataReport:
     bad_rows: list[str] = field(default_factory=list)  # sentences about the first of them
     damage: list[str] = field(default_factory=list)  # a sentence for each file that could not be read to its end
     empty_files: list[str] = field(default_factory=list)  # files without a row
-    lengths: Counter[int] = field(default_factory=Counter)  # length -> rows
+    lengths: Counter[int] = field(default_factory=Counter)  # length -> rows, or sequences where rows are pairs
     unread_fields: Counter[str] = field(default_factory=Counter)  # field of a row that nothing reads -> rows with it
+    # Of pairs of a chosen and a rejected answer:
+    sequences_a_row: int = 1  # 2 where rows are pairs
+    num_equal_pairs: int = 0  # left out, because both answers are the same within max_length
+    num_swapped_pairs: int = 0  # whose own scores prefer the rejected answer
+    num_cut_answers: int = 0  # that lose tokens to max_length
+    chosen_lengths: Counter[int] = field(default_factory=Counter)  # tokens of the answer -> pairs
+    rejected_lengths: Counter[int] = field(default_factory=Counter)
 
     def note_bad_row(self, problem: str) -> None:
         """Count a bad row, and keep its sentence unless there are many."""
@@ -63,15 +73,20 @@ class DataReport:
                 own.update(value)  # a Counter adds up
             elif name == "bad_rows":
                 own.extend(value[: MAX_LISTED_PROBLEMS - len(own)])
+            elif name == "sequences_a_row":
+                self.sequences_a_row = max(own, value)
             else:
                 setattr(self, name, own + value)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "DataReport":
         """Build a report from the parsed JSON of its fields, in which lengths are texts."""
-        lengths = Counter({int(length): rows for length, rows in values["lengths"].items()})
+        lengths = {
+            name: Counter({int(length): rows for length, rows in values[name].items()})
+            for name in ("lengths", "chosen_lengths", "rejected_lengths")
+        }
         counts = {name: Counter(values[name]) for name in ("control_tokens", "unread_fields")}
-        return cls(**{**values, "lengths": lengths, **counts})
+        return cls(**{**values, **lengths, **counts})
 
     @property
     def supervised_share(self) -> float:
@@ -83,34 +98,54 @@ class DataReport:
         """The tokens of the longest row, before truncation; 0 without rows."""
         return max(self.lengths, default=0)
 
+    @property
+    def has_pairs(self) -> bool:
+        """True where a row is a pair of answers to one prompt."""
+        return self.sequences_a_row > 1
+
+    @property
+    def num_left_out(self) -> int:
+        """The rows that are left out, though nothing is wrong with their form."""
+        return self.num_dropped_rows + self.num_unsupervised_rows + self.num_equal_pairs
+
     def length_percentiles(self) -> dict[str, int]:
-        """Return the percentiles of the rows' lengths in tokens, and the longest length."""
-        total, seen, found = self.lengths.total(), 0, {}
-        wanted = list(PERCENTILES)
-        for length in sorted(self.lengths):
-            seen += self.lengths[length]
-            while wanted and seen * 100 >= wanted[0] * total:
-                found[f"p{wanted.pop(0)}"] = length
-        return {**found, "longest": self.longest_row_tokens}
+        """Return the percentiles of the sequences' lengths in tokens, and the longest length."""
+        return find_percentiles(self.lengths)
 
     def summary(self) -> dict[str, Any]:
         """Return the counts, ready for JSON, for the manifest and `validate --json`."""
-        values = {name: value for name, value in vars(self).items() if name not in ("lengths", "bad_rows", "damage")}
+        values = {name: value for name, value in vars(self).items() if name not in UNLISTED}
         shares = {"supervised_share": round(self.supervised_share, 4), "longest_row_tokens": self.longest_row_tokens}
-        return {**values, **shares, "length_percentiles": self.length_percentiles()}
+        pairs = {"pairs": self.describe_pairs()} if self.has_pairs else {}
+        return {**values, **shares, "length_percentiles": self.length_percentiles(), **pairs}
+
+    def describe_pairs(self) -> dict[str, Any]:
+        """Return the counts that only pairs have; lengths are those of the answers, without the prompt."""
+        lengths = {"chosen": self.chosen_lengths, "rejected": self.rejected_lengths}
+        return {
+            "sequences_a_row": self.sequences_a_row,
+            "equal": self.num_equal_pairs,
+            "swapped": self.num_swapped_pairs,
+            "cut_answers": self.num_cut_answers,
+            **{
+                f"{side}_tokens": {"mean": round(compute_mean(own), 1), **find_percentiles(own)}
+                for side, own in lengths.items()
+            },
+        }
 
     def __str__(self) -> str:
         """Return the counts as one line for the log."""
+        rows, sequence = ("pairs", "sequence") if self.has_pairs else ("rows", "row")
         return (
-            f"{self.num_rows} rows, {self.num_tokens} tokens ({self.supervised_share:.1%} trained on), longest row "
-            f"{self.longest_row_tokens} tokens, {self.num_truncated_rows} rows cut, "
-            f"{self.num_dropped_rows + self.num_unsupervised_rows} left out, {self.num_bad_rows} bad"
+            f"{self.num_rows} {rows}, {self.num_tokens} tokens ({self.supervised_share:.1%} trained on), longest "
+            f"{sequence} {self.longest_row_tokens} tokens, {self.num_truncated_rows} {rows} cut, "
+            f"{self.num_left_out} left out, {self.num_bad_rows} bad"
         )
 
     def find_bad_rows(self, name: str, max_bad_rows_fraction: float) -> Iterator[str]:
         """Yield a sentence for each damaged file, and for bad rows unless that many may be left out."""
         yield from self.damage
-        num_read = self.lengths.total() + self.num_bad_rows
+        num_read = self.lengths.total() // self.sequences_a_row + self.num_bad_rows
         if self.num_bad_rows > max_bad_rows_fraction * num_read:
             yield from self.bad_rows
             if self.num_bad_rows > len(self.bad_rows) or max_bad_rows_fraction > 0:
@@ -120,16 +155,27 @@ class DataReport:
                     f"{int(max_bad_rows_fraction * num_read)}: mend them, or allow more."
                 )
 
-    def find_flaws(self, name: str) -> Iterator[str]:
-        """Yield a sentence where training on the usable rows would fail, or teach the wrong thing."""
+    def explain_lack_of_rows(self) -> str:
+        """Return the rest of a sentence about why there is nothing to train on; empty where there is."""
         if not self.lengths:
             found = f"empty: {list_names(self.empty_files)}" if self.empty_files else "no file was read"
-            yield f"The {name} data has no rows ({found}): put rows there."
-        elif not self.num_rows and self.num_dropped_rows:
-            yield (
-                f"The {name} data has no rows left ({self.num_dropped_rows} were longer than max_length): "
-                "raise max_length or set apply_truncation=true."
+            return f"rows ({found}): put rows there."
+        if not self.num_rows and self.num_dropped_rows:
+            return (
+                f"rows left ({self.num_dropped_rows} were longer than max_length): raise max_length or set "
+                "apply_truncation=true."
             )
+        if not self.num_rows and self.num_equal_pairs:
+            return (
+                f"pairs left ({self.num_equal_pairs} have the same chosen and rejected answer within max_length): give "
+                "pairs of two answers, and raise max_length where these begin alike."
+            )
+        return ""
+
+    def find_flaws(self, name: str) -> Iterator[str]:
+        """Yield a sentence where training on the usable rows would fail, or teach the wrong thing."""
+        if reason := self.explain_lack_of_rows():
+            yield f"The {name} data has no {reason}"
         elif not self.num_supervised_tokens:
             yield (
                 f"No token of the {name} data is trained on: every row needs an assistant message, a completion or a "
@@ -146,6 +192,22 @@ class DataReport:
                 f"No row of the {name} data trains the end-of-sequence token, so the model would never learn to stop: "
                 "give a chat template whose assistant turns include it, or rows that end in it."
             )
+
+
+def find_percentiles(lengths: Counter[int]) -> dict[str, int]:
+    """Return the percentiles of lengths, given with their counts, and the longest length."""
+    total, seen, found = lengths.total(), 0, {}
+    wanted = list(PERCENTILES)
+    for length in sorted(lengths):
+        seen += lengths[length]
+        while wanted and seen * 100 >= wanted[0] * total:
+            found[f"p{wanted.pop(0)}"] = length
+    return {**found, "longest": max(lengths, default=0)}
+
+
+def compute_mean(lengths: Counter[int]) -> float:
+    """Return the mean of lengths, given with their counts; 0 without any."""
+    return sum(length * number for length, number in lengths.items()) / max(1, lengths.total())
 
 
 def list_names(files: list[str]) -> str:

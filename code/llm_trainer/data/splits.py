@@ -22,8 +22,6 @@ from llm_trainer.data.token_cache import ROWS, prepare_source
 from llm_trainer.job.inputs import Inputs
 from llm_trainer.readers.sources import Source
 
-COLUMNS = ["input_ids", "labels", "length"]
-
 
 @dataclass
 class Split:
@@ -35,7 +33,7 @@ class Split:
     def open_datasets(self) -> dict[str, Dataset]:
         """Return each source's rows, memory-mapped, by the source's name."""
         return {
-            name: concatenate_datasets([Dataset.from_file(file).select_columns(COLUMNS) for file in files])
+            name: concatenate_datasets([Dataset.from_file(file).remove_columns("digest") for file in files])
             for name, files in self.files.items()
         }
 

@@ -16,7 +16,7 @@ import trl
 
 import llm_trainer
 from llm_trainer.common.files import write_verbatim
-from llm_trainer.config.sections import DataSettings
+from llm_trainer.config.sections import METHOD_FORMATS, DataSettings
 from llm_trainer.data.encoding import Encoder, Vocabulary
 from llm_trainer.data.report import REJECTED_ROWS, DataReport
 from llm_trainer.data.streaming import SourceHead
@@ -29,13 +29,15 @@ ROWS, REPORT = "rows.arrow", "report.json"
 # Files of this package that decide what tokens a row becomes. A test compares them with what the cache imports.
 CODE_THAT_DECIDES_TOKENS = (
     *("readers/rows.py", "readers/json.py", "readers/tables.py", "readers/files.py", "readers/discovery.py"),
-    *("readers/sources.py", "data/formats.py", "data/chat_template.py", "data/encoding.py", "data/labels.py"),
+    *("readers/sources.py", "data/chat_template.py", "data/encoding.py", "data/labels.py", "data/fitting.py"),
+    *("data/formats/detection.py", "data/formats/examples.py", "data/formats/imitation.py"),
+    *("data/formats/preferences.py", "data/formats/turns.py", "data/formats/values.py"),
     *("data/messages.py", "data/control_tokens.py"),
     *("data/tokenize.py", "data/token_cache.py", "data/report.py", "data/streaming.py"),
 )
 # Settings that decide how a row is read and tokenized.
 SETTINGS_THAT_DECIDE_TOKENS = (
-    *("dataset_format", "text_field", "messages_field", "max_length", "apply_truncation", "truncation_mode"),
+    *("method", "dataset_format", "text_field", "messages_field", "max_length", "apply_truncation", "truncation_mode"),
     *("assistant_only_loss", "completion_only_loss", "escape_control_tokens"),
 )
 
@@ -66,13 +68,13 @@ def write_source(source: Source | SourceHead, vocabulary: Vocabulary, settings: 
 
     Raises UserError where no row of such data could be used.
     """
-    report = DataReport()
+    report = DataReport(sequences_a_row=settings.sequences_a_row)
     chunks = read_undamaged(source, report)
     seen, row_format, first_place = find_format(chunks, settings)
     preparer = None
     if seen:  # a host's shard may be empty
         # Without a row that tells its format every row is bad, and any format finds out why.
-        known_format = row_format or "messages"
+        known_format = row_format or ("messages" if settings.method == "sft" else METHOD_FORMATS[settings.method][0])
         encoder = Encoder(vocabulary, settings, known_format)
         report.formats["rows"], report.loss_on["rows"] = known_format, encoder.loss_on
         preparer = Preparer(encoder, settings, known_format, first_place)

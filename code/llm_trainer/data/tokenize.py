@@ -14,12 +14,11 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 from datasets import Features, List, Value
@@ -30,17 +29,10 @@ from llm_trainer.common.files import append_rows
 from llm_trainer.common.processes import bind_to_parent
 from llm_trainer.common.redaction import hide_known
 from llm_trainer.config.sections import DataSettings
-from llm_trainer.data.encoding import EncodedRow, Encoder
-from llm_trainer.data.formats import (
-    IGNORED,
-    Conversation,
-    Example,
-    Fields,
-    RowError,
-    detect_format,
-    list_read_fields,
-    parse_example,
-)
+from llm_trainer.data.encoding import Encoder
+from llm_trainer.data.fitting import Fitter, Sequences
+from llm_trainer.data.formats.detection import OtherMethodError, detect_format, list_read_fields, parse_example
+from llm_trainer.data.formats.examples import Conversation, Example, Fields, Pair, RowError
 from llm_trainer.data.labels import Ids
 from llm_trainer.data.report import DataReport
 from llm_trainer.readers.json import TooDeep, parse_json
@@ -57,6 +49,8 @@ FEATURES = Features(
         "digest": Value("uint64"),  # hash of the input_ids, to find duplicates
     }
 )
+# Of rows that hold several sequences, one behind the other: how long each is.
+PAIR_FEATURES = Features({**FEATURES, "seq_lengths": List(Value("int32"))})
 
 
 @dataclass
@@ -78,6 +72,7 @@ class Preparer:
         self.first_place = first_place  # the row that told the format, for messages
         self.has_chat_template = encoder.tokenizer.chat_template is not None
         self.read_fields = list_read_fields(row_format, settings, self.has_chat_template)
+        self.fitter = Fitter(encoder, settings)
 
     def prepare_chunk(self, chunk: Chunk) -> PreparedChunk:
         """Return the tokens and labels of a chunk's rows, the counts, and the rows that are bad."""
@@ -95,18 +90,30 @@ class Preparer:
         examples: list[tuple[int, Example]] = []
         for index, raw in enumerate(chunk.rows):
             try:
-                fields = parse_fields(raw, chunk.numbers[index])
-                examples.append((index, example := self.parse_fields_as_example(fields)))
-                report.note_unread_fields(self.list_unread_fields(fields, example))
+                examples.append((index, self.read_example(parse_fields(raw, chunk.numbers[index]), report)))
             except RowError as error:
                 reject(index, str(error))
         kept = []
-        for (index, _), row in zip(examples, self.encoder.encode([example for _, example in examples]), strict=True):
+        for (index, _), row in zip(examples, self.encode([example for _, example in examples]), strict=True):
             if isinstance(row, RowError):
                 reject(index, str(row))
-            elif fitting := self.fit_row(row, report):
+            elif fitting := self.fitter.fit_row(row, report):
                 kept.append(fitting)
-        return PreparedChunk(build_table(kept), report, rejected)
+        return PreparedChunk(build_table(kept, self.settings.sequences_a_row > 1), report, rejected)
+
+    def encode(self, examples: list[Any]) -> Iterator[Sequences | RowError]:
+        """Yield the sequences of each example, or the error that says why there are none."""
+        if self.settings.sequences_a_row > 1:
+            yield from self.encoder.encode_pairs(examples)
+        else:
+            yield from (row if isinstance(row, RowError) else (row,) for row in self.encoder.encode(examples))
+
+    def read_example(self, fields: Fields, report: DataReport) -> Example:
+        """Parse a row's fields, and count what is odd about them. Raises RowError where the row is bad."""
+        example = self.parse_fields_as_example(fields)
+        report.note_unread_fields(self.list_unread_fields(fields, example))
+        report.num_swapped_pairs += isinstance(example, Pair) and example.is_swapped
+        return example
 
     def parse_fields_as_example(self, fields: Fields) -> Example:
         """Parse a row's fields. Raises RowError where the row is bad or has another format than the source."""
@@ -121,41 +128,10 @@ class Preparer:
     def list_unread_fields(self, fields: Fields, example: Example) -> set[str]:
         """Name the fields of a row and of its messages that nothing reads."""
         unread = {name for name in fields.keys() - self.read_fields if fields[name]}
-        if isinstance(example, Conversation):
-            unread |= self.encoder.template.list_unread_fields(example)
+        for side in (example.chosen, example.rejected) if isinstance(example, Pair) else (example,):
+            if isinstance(side, Conversation):
+                unread |= self.encoder.template.list_unread_fields(side)
         return unread
-
-    def fit_row(self, row: EncodedRow, report: DataReport) -> EncodedRow | None:
-        """Return the row, cut to `max_length`, and count it; None where it is left out."""
-        limit, length = self.settings.max_length, len(row.input_ids)
-        report.lengths[length] += 1
-        if limit is not None and length > limit:
-            if not self.settings.apply_truncation:
-                report.num_dropped_rows += 1
-                return None
-            report.num_truncated_rows += 1
-            kept = slice(-limit, None) if self.settings.truncation_mode == "keep_end" else slice(limit)
-            row = replace(row, input_ids=row.input_ids[kept], labels=row.labels[kept])
-        is_trained = row.labels != IGNORED
-        is_trained[0] = False  # nothing predicts a row's first token
-        if not is_trained.any():
-            report.num_unsupervised_rows += 1
-            return None
-        self.count_row(row, is_trained, report)
-        return row
-
-    def count_row(self, row: EncodedRow, is_trained: npt.NDArray[np.bool_], report: DataReport) -> None:
-        """Count a row that is kept; `is_trained` [length] is true at tokens that are trained on."""
-        is_stop = self.encoder.find_stops(row.input_ids)
-        # The last token of a turn that is trained on, where the stop token after it is not.
-        misses_stop = is_stop[1:] & ~is_trained[1:] & is_trained[:-1] & ~is_stop[:-1]
-        report.num_rows += 1
-        report.num_tokens += len(row.input_ids)
-        report.num_supervised_tokens += int(np.count_nonzero(is_trained))
-        report.num_supervised_eos += bool((is_stop & is_trained).any())
-        report.num_missed_stops += bool(misses_stop.any())
-        report.num_rows_in_pieces += row.is_in_pieces
-        report.control_tokens.update(row.control_tokens)
 
 
 def parse_fields(raw: Any, number: int) -> Fields:
@@ -200,18 +176,24 @@ def make_writable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def build_table(rows: list[EncodedRow]) -> pa.Table:
-    """Return the rows as Arrow columns in the order of FEATURES, without a Python object for each token."""
-    lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int32)
+def build_table(rows: list[Sequences], has_pairs: bool) -> pa.Table:
+    """Return the rows as Arrow columns in the order of the features, without a Python object for each token."""
+    ids = [np.concatenate([sequence.input_ids for sequence in row]) for row in rows]
+    lengths = np.array([len(row) for row in ids], dtype=np.int32)
+    digests = np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in ids], dtype=np.uint64)
+    labels = [sequence.labels for row in rows for sequence in row]
+    columns = [build_lists(ids, lengths), build_lists(labels, lengths), lengths, digests]
+    if has_pairs:
+        own = [np.array([len(sequence.input_ids) for sequence in row], dtype=np.int32) for row in rows]
+        columns.append(build_lists(own, np.array([len(row) for row in rows], dtype=np.int32)))
+    return pa.table(dict(zip(PAIR_FEATURES if has_pairs else FEATURES, columns, strict=True)))
+
+
+def build_lists(parts: list[Ids], lengths: Ids) -> pa.Array:
+    """Return a column of lists with these lengths, filled from the parts one behind the other."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    digests = np.array([xxhash.xxh3_64_intdigest(row.input_ids.tobytes()) for row in rows], dtype=np.uint64)
-
-    def join(columns: list[Ids]) -> pa.Array:
-        values = np.concatenate(columns) if columns else np.zeros(0, dtype=np.int32)
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=pa.int32()))
-
-    columns = [join([row.input_ids for row in rows]), join([row.labels for row in rows]), lengths, digests]
-    return pa.table(dict(zip(FEATURES, columns, strict=True)))
+    values = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=pa.int32()))
 
 
 def write_chunks(
@@ -219,8 +201,9 @@ def write_chunks(
 ) -> None:
     """Write rows to an Arrow file and bad rows to a JSON Lines file, and count them in the report."""
     rejected_rows.touch()
+    features = PAIR_FEATURES if report.sequences_a_row > 1 else FEATURES
     with (
-        ArrowWriter(path=str(arrow), features=FEATURES) as writer,
+        ArrowWriter(path=str(arrow), features=features) as writer,
         # Closed in any case, because processes that wait for more chunks would keep this one from ending.
         closing(prepared_chunks),
     ):
@@ -235,17 +218,23 @@ def write_chunks(
 def find_format(chunks: Iterator[Chunk], settings: DataSettings) -> tuple[list[Chunk], str | None, str]:
     """Return the chunks up to the first row that tells its format, the format, and the row's place.
 
-    Without such a row the chunks are all there are, the format is None and the place is empty.
+    Without such a row the chunks are all there are, the format is None and the place is empty. Raises UserError for a
+    chunk whose rows are all of another method.
     """
     seen = []
     for chunk in chunks:
         seen.append(chunk)
+        foreign = []
         for index, raw in enumerate(chunk.rows):
             try:
                 row_format = detect_format(parse_fields(raw, chunk.numbers[index]), settings)
                 return seen, row_format, describe_place(chunk, index)
+            except OtherMethodError as error:
+                foreign.append(describe_place(chunk, index, str(error)))
             except RowError:  # a bad row, which is counted when its turn comes
                 continue
+        if foreign:
+            raise UserError(make_writable(foreign[0]))
     return seen, None, ""
 
 

@@ -281,7 +281,7 @@ def find_warnings(settings: Settings, environment: Environment, inputs: Inputs) 
             more = f" and {len(unread) - MAX_NAMED_FILES} more" if len(unread) > MAX_NAMED_FILES else ""
             yield f"{source.name} holds files that are not read: {', '.join(unread[:MAX_NAMED_FILES])}{more}"
     if unused := find_unused_channels(environment):
-        names = "train, train_..., validation or val, model, adapter and config"
+        names = "train, train_..., validation or val, model, adapter, rewards and config"
         yield f"nothing reads channel {', '.join(unused)}: a job reads {names}."
     for name in SECRETS:
         secret = settings.value(name)

@@ -56,7 +56,8 @@ class DataRecord(TypedDict, total=False):
     rows: int
     tokens: int
     supervised_tokens: int
-    lengths: dict[str, int]  # number of rows by their length in tokens
+    lengths: dict[str, int]  # number of sequences by their length in tokens
+    sequences_a_row: int  # 2 where rows are pairs
     sources: list[dict[str, Any]]  # files with name, uri and digest
     digest: str  # of the content of all files
     summary: dict[str, Any]  # as DataReport.summary() gives it

@@ -23,7 +23,7 @@ TRAIN_CHANNEL = re.compile(r"train(ing)?([._-].+)?")
 VALIDATION_CHANNEL = re.compile(r"val(idation)?([._-].+)?")
 HUB_DATA_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SDK_CHANNELS = ("code", "sm_drivers", "sourcecode")  # SageMaker's SDKs make them
-OTHER_CHANNELS = ("model", "adapter", "config", *SDK_CHANNELS)
+OTHER_CHANNELS = ("model", "adapter", "config", "rewards", *SDK_CHANNELS)
 KINDS = ".json, .jsonl, .csv, .tsv, .parquet, .arrow or .feather"
 
 

@@ -212,7 +212,8 @@ def find_padding(history: History) -> Iterator[Advice]:
     limit = history.find_setting("max_length") or float("inf")
     train = history.data.get("train")
     lengths = (train.get("lengths") if train else None) or {}
-    share = expect_padding({min(int(length), limit): rows for length, rows in lengths.items()}, batch)
+    num_sequences = batch * (train.get("sequences_a_row", 1) if train else 1)
+    share = expect_padding({min(int(length), limit): rows for length, rows in lengths.items()}, num_sequences)
     if share > PADDING_SHARE:
         yield Advice(
             "Much of a batch is padding",

@@ -10,11 +10,12 @@ A chart's `data` has these fields, by the chart's kind:
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from llm_trainer.common.units import GIB, show_count, show_duration, show_number, show_share
+from llm_trainer.journal.records import DataRecord
 from llm_trainer.journal.series import Series
 from llm_trainer.report.history import History
 
@@ -287,7 +288,10 @@ def draw_heat(devices: dict[str, Series], clock: Clock) -> dict[str, Any]:
 
 
 def draw_lengths(history: History) -> Iterator[Chart]:
-    """Yield a histogram of the rows' lengths, in percent of each split's rows, as splits differ in size."""
+    """Yield a histogram of the rows' lengths, in percent of each split's rows, as splits differ in size.
+
+    A pair of answers is two sequences.
+    """
     splits = {
         name: {int(length): rows for length, rows in record["lengths"].items()}
         for name, record in history.data.items()
@@ -298,23 +302,44 @@ def draw_lengths(history: History) -> Iterator[Chart]:
     width = choose_bin_width(max(splits.values(), key=max))
     num_bins = max(find_bin(max(lengths), width) for lengths in splits.values()) + 1
     shares = {name: count_bins(lengths, width, num_bins) for name, lengths in splits.items()}
-    parts = [
-        f"{name}: {show_count(sum(lengths.values()))} rows, at most {show_count(max(lengths))} tokens"
-        for name, lengths in splits.items()
-    ]
+    noun = name_sequences(history.data)
     labels = label_bins(width, num_bins)
     rows = [[label, *(f"{each[place]:.2f} %" for each in shares.values())] for place, label in enumerate(labels)]
     yield Chart(
         "lengths",
-        "Length of the rows",
+        f"Length of the {noun}",
         "bars",
-        "Lengths of the rows in tokens. " + "; ".join(parts) + ".",
+        f"Lengths of the {noun} in tokens. {list_totals(splits, noun)}.{describe_answers(history.data)}",
         Table(["Tokens", *splits], rows),
         {"labels": labels, "series": [{"name": name, "values": each} for name, each in shares.items()]},
         x="tokens",
-        unit="% of rows",
+        unit=f"% of {noun}",
         is_wide=True,
     )
+
+
+def name_sequences(data: Mapping[str, DataRecord]) -> str:
+    """Return the word for what a split's lengths are of."""
+    return "sequences" if any(record.get("sequences_a_row", 1) > 1 for record in data.values()) else "rows"
+
+
+def list_totals(splits: Mapping[str, dict[int, int]], noun: str) -> str:
+    """Return the number and the longest length of each split, given with its counts by length."""
+    return "; ".join(
+        f"{name}: {show_count(sum(lengths.values()))} {noun}, at most {show_count(max(lengths))} tokens"
+        for name, lengths in splits.items()
+    )
+
+
+def describe_answers(data: Mapping[str, DataRecord]) -> str:
+    """Return a sentence on the lengths of chosen and rejected answers in each split of pairs; empty without pairs."""
+    pairs = {name: record.get("summary", {}).get("pairs") for name, record in data.items()}
+    parts = [
+        f"{name}: chosen {own['chosen_tokens']['mean']:.0f}, rejected {own['rejected_tokens']['mean']:.0f}"
+        for name, own in pairs.items()
+        if own
+    ]
+    return f" Mean tokens of the answers alone, {'; '.join(parts)}." if parts else ""
 
 
 def count_bins(lengths: dict[int, int], width: int, num_bins: int) -> list[float]:

@@ -17,7 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.ranks import run_on_local_rank_zero
 from llm_trainer.config.sections import DataSettings
-from llm_trainer.data.formats import IGNORED
+from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.training.packing_check import find_cross_row_attention
 
 # So much padding a batch may have, as a share of its tokens: shorter sequences make attention cheaper.

@@ -18,7 +18,7 @@ from llm_trainer.common.errors import quote_error
 from llm_trainer.common.ranks import rank
 from llm_trainer.data.chat_template import find_turn_end
 from llm_trainer.data.datasets import Data
-from llm_trainer.data.formats import IGNORED
+from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.model.positions import count_positions
 from llm_trainer.training.resumable import ResumableMixin

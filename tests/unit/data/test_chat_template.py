@@ -9,7 +9,7 @@ import trl
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.data.chat_template import ChatTemplate, find_turn_end, limit_rows
-from llm_trainer.data.formats import Conversation, RowError
+from llm_trainer.data.formats.examples import Conversation, RowError
 from support.tiny_model import CHAT_TEMPLATE, build_tokenizer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

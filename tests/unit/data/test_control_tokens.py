@@ -10,7 +10,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.control_tokens import ControlTokens
 from llm_trainer.data.encoding import Encoder, Vocabulary
-from llm_trainer.data.formats import IGNORED, Conversation, RowError, Text
+from llm_trainer.data.formats.examples import IGNORED, Conversation, RowError, Text
 from support.tiny_model import SPECIAL_TOKENS, build_tokenizer
 from support.tokenizer_kinds import BUILDERS, EOS, build_byte_level, build_unigram, build_word_piece, wrap
 

@@ -11,7 +11,7 @@ from llm_trainer.common.errors import MAX_FAILURE_CHARACTERS, UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.datasets import DataPlaces, load_data
 from llm_trainer.data.encoding import Vocabulary
-from llm_trainer.data.formats import IGNORED
+from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.data.preview import find_data_warnings
 from llm_trainer.readers.discovery import find_files
 from llm_trainer.readers.sources import FileSource

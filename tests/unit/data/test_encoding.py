@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token ids and labels of whole rows: what is trained on, where a row ends and begins."""
 
+from importlib.resources import files
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from tokenizers import Regex
-from tokenizers.pre_tokenizers import Split
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+from trl import DPOTrainer
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.encoding import Encoder, Vocabulary
-from llm_trainer.data.formats import IGNORED, Conversation, RowError, Text, Tokens
+from llm_trainer.data.formats.examples import IGNORED, Conversation, Pair, RowError, Text, Tokens
+from support.row_parsing import parse
 from support.tiny_model import build_tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -203,3 +211,115 @@ def test_nothing_untrained_stands_between_the_turns_end_and_an_eos_that_is_anoth
     _, _, [whole] = encode(Conversation(CHAT), tokenizer=tokenizer, assistant_only_loss=False)
     assert tokenizer.decode(whole.input_ids) == f"{RENDERED}<|endoftext|>"
     assert (whole.labels == whole.input_ids).all()
+
+
+TEMPLATES = files("trl").joinpath("chat_templates")
+TEXTS = {"prompt": "Is it? ", "chosen": "Yes, it is.", "rejected": "No."}
+TOLD = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": [{"role": "assistant", "content": "no"}]}
+WHOLE = {name: [*TOLD["prompt"], *TOLD[name]] for name in ("chosen", "rejected")}
+
+
+def encode_pair(row, tokenizer=None, **settings):
+    """Return the tokenizer, and the two sides of a preference row."""
+    tokenizer = tokenizer or build_tokenizer()
+    vocabulary = Vocabulary(tokenizer, frozenset({tokenizer.eos_token_id}), len(tokenizer))
+    encoder = Encoder(vocabulary, Settings(method="dpo", **settings).data, "preference")
+    [pair] = encoder.encode_pairs([parse(row, method="dpo") if isinstance(row, dict) else row])
+    return tokenizer, pair
+
+
+def prepare_as_trl(row, tokenizer):
+    """Return what TRL's own trainer makes of a row: prompt, chosen and rejected ids."""
+    arguments = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
+    trainer = SimpleNamespace(_tokenizer=tokenizer, _is_vision_dataset=False)
+    rows = Dataset.from_list([row])
+    [prepared] = DPOTrainer._prepare_dataset(trainer, rows, tokenizer, arguments, "train")
+    return [prepared[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+
+
+@pytest.mark.parametrize("template", [None, "qwen3_instruct_2507.jinja", "qwen3.jinja"])
+@pytest.mark.parametrize("row", [TEXTS, TOLD, WHOLE], ids=["texts", "messages", "implicit prompt"])
+def test_a_pair_has_the_tokens_of_trl(row, template):
+    tokenizer = build_tokenizer()
+    if template:
+        tokenizer.chat_template = TEMPLATES.joinpath(template).read_text(encoding="utf-8")
+    _, pair = encode_pair(row, tokenizer)
+    prompt, *answers = prepare_as_trl(row, tokenizer)
+    for side, answer in zip(pair, answers, strict=True):
+        assert side.input_ids.tolist() == prompt + answer
+        assert (side.labels[: len(prompt)] == IGNORED).all()
+        trained = side.labels[len(prompt) :].tolist()
+        # What a template writes behind the end of a turn is trained on where its marks say so.
+        assert trained == answer or (trained[:-1] == answer[:-1] and tokenizer.decode(answer[-1]) == "\n")
+
+
+@given(st.text(), st.text(min_size=1), st.text(min_size=1), st.booleans())
+def test_a_side_is_what_its_prompt_and_completion_would_be(prompt, chosen, rejected, is_chat):
+    chosen, rejected = f"a{chosen}", f"b{rejected}"
+    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    rows = [{"prompt": prompt, "completion": answer} for answer in (chosen, rejected)]
+    if is_chat:
+        question = [{"role": "user", "content": f"?{prompt}"}]
+        pair["prompt"] = question
+        turns = [[{"role": "assistant", "content": answer}] for answer in (chosen, rejected)]
+        rows = [{"prompt": question, "completion": turn} for turn in turns]
+    _, sides = encode_pair(pair)
+    _, _, imitated = encode(*map(parse, rows), row_format="prompt_completion")
+    if isinstance(sides, RowError):
+        assert any(isinstance(row, RowError) for row in imitated)
+        return
+    for side, row in zip(sides, imitated, strict=True):
+        assert side.input_ids.tolist() == row.input_ids.tolist()
+        assert side.labels.tolist() == row.labels.tolist()
+
+
+def build_merging_tokenizer():
+    """One in which a space joins the word that follows it, and a digit stands alone, as in Qwen's."""
+    tokens = ["<eos>", "q", "x", "1", "Ġ", "ĠĠ", "Ġx"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ġ", "x"), ("Ġ", "Ġ")]))
+    words = Split(Regex(r" ?[a-z]+|\d|\s+(?!\S)|\s+"), "isolated")
+    backend.pre_tokenizer = Sequence([words, ByteLevel(add_prefix_space=False, use_regex=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+def test_a_prompt_has_the_same_tokens_on_both_sides_whatever_follows():
+    tokenizer = build_merging_tokenizer()
+    [prompt] = tokenizer(["q  "])["input_ids"]
+    alone = [tokenizer(f"q  {answer}")["input_ids"] for answer in ("x", "1")]
+    assert all(ids[: len(prompt)] != prompt for ids in alone)  # neither side alone has the prompt of a server
+    _, pair = encode_pair({"prompt": "q  ", "chosen": "x", "rejected": "1"}, tokenizer)
+    for side in pair:
+        assert side.input_ids[: len(prompt)].tolist() == prompt
+        assert np.flatnonzero(side.labels != IGNORED)[0] == len(prompt)
+        assert side.is_in_pieces
+
+
+def test_only_what_is_behind_the_prompt_is_trained_on_where_the_template_tells_no_turns():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    _, pair = encode_pair(TOLD, tokenizer)
+    assert [trained(tokenizer, side) for side in pair] == ["yo\n<|im_end|>", "no\n<|im_end|>"]
+    tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
+    _, problem = encode_pair(TOLD, tokenizer)
+    assert "(chosen) has a prompt that the model's chat template writes otherwise" in str(problem)
+
+
+def test_only_assistant_turns_of_an_answer_are_trained_on():
+    more = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "end"}]
+    tokenizer, (chosen, rejected) = encode_pair({**TOLD, "chosen": [*CHAT[1:], *more]})
+    assert trained(tokenizer, chosen) == "yo<|im_end|>end<|im_end|>"
+    assert trained(tokenizer, rejected) == "no<|im_end|>"
+
+
+def test_a_side_that_cannot_be_used_is_named():
+    bad = Conversation([{"role": "usr", "content": "a"}, CHAT[1]], num_prompt_messages=1, finds_answer=True)
+    _, problem = encode_pair(Pair(Conversation(CHAT, None, 1), bad))
+    assert str(problem).startswith("(rejected) has a message 1 with the role 'usr'")
+
+
+def test_a_pair_needs_a_tokenizer_that_tells_where_the_answer_begins():
+    tokenizer = build_tokenizer()
+    slow = SimpleNamespace(is_fast=False, chat_template=None)
+    with pytest.raises(UserError, match=r"^method=dpo needs a tokenizer that tells which characters a token has"):
+        Encoder(Vocabulary(slow, frozenset(), len(tokenizer)), Settings(method="dpo").data, "preference")

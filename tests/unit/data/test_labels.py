@@ -5,7 +5,8 @@ import pytest
 
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.encoding import Encoder, Vocabulary
-from llm_trainer.data.formats import IGNORED, parse_example
+from llm_trainer.data.formats.detection import parse_example
+from llm_trainer.data.formats.examples import IGNORED
 from support.tiny_model import CHAT_TEMPLATE
 from support.tokenizer_kinds import BUILDERS, EOS, LETTERS, build_byte_level, build_trimming, build_word_piece, wrap
 

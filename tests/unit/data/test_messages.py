@@ -14,7 +14,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.chat_template import ChatTemplate
-from llm_trainer.data.formats import Conversation, RowError, parse_example
+from llm_trainer.data.formats.detection import parse_example
+from llm_trainer.data.formats.examples import Conversation, RowError
 from llm_trainer.data.messages import (
     HIDDEN_END,
     THOUGHTS_END,

@@ -5,13 +5,14 @@ import json
 from collections import Counter
 
 import numpy as np
+import pytest
 from datasets import Dataset
 
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.datasets import Data
 from llm_trainer.data.encoding import Encoder, Vocabulary
-from llm_trainer.data.formats import IGNORED, Conversation
-from llm_trainer.data.preview import find_data_warnings, log_data, mark_sample
+from llm_trainer.data.formats.examples import IGNORED, Conversation
+from llm_trainer.data.preview import describe_marks, find_data_warnings, log_data, mark_sample
 from llm_trainer.data.report import DataReport
 from support.tiny_model import build_tokenizer
 
@@ -86,3 +87,46 @@ def test_control_tokens_in_messages_are_told_with_their_rows():
     read = DataReport.from_json(json.loads(json.dumps(vars(report))))
     (warning,) = find_data_warnings("train", read)
     assert "(<|im_end|> in 4, </s> in 2), which the model reads as such. escape_control_tokens=true" in warning
+
+
+TOKENIZER = build_tokenizer()
+PAIR = {
+    "input_ids": TOKENIZER("Q? yes")["input_ids"] + TOKENIZER("Q? no")["input_ids"],
+    "labels": [IGNORED] * 3 + [1] * 3 + [IGNORED] * 3 + [1] * 2,
+    "seq_lengths": [6, 5],
+}
+
+
+def test_the_prompt_of_a_pair_is_shown_once_and_each_side_with_marks_of_its_own():
+    assert mark_sample(PAIR, TOKENIZER, in_colour=False) == "Q? \n⟦yes⟧\n⟪no⟫"
+    assert mark_sample(PAIR, TOKENIZER, in_colour=True) == "Q? \n\x1b[32myes\x1b[0m\n\x1b[31mno\x1b[0m"
+    assert describe_marks(False, has_pairs=True) == "between ⟦ and ⟧: chosen, between ⟪ and ⟫: rejected"
+    assert describe_marks(True, has_pairs=True) == "green: chosen, red: rejected"
+
+
+def build_pair_report(chosen, rejected, **counts):
+    lengths = Counter([*chosen, *rejected])
+    sides = {"chosen_lengths": Counter(chosen), "rejected_lengths": Counter(rejected)}
+    return DataReport(sequences_a_row=2, lengths=lengths, num_rows=len(chosen), num_supervised_eos=1, **sides, **counts)
+
+
+def test_what_is_odd_about_pairs_is_told_with_its_count():
+    report = build_pair_report([10], [11], num_equal_pairs=2, num_swapped_pairs=3, num_cut_answers=4)
+    equal, swapped, cut = find_data_warnings("train", report)
+    assert equal.startswith("2 pairs of the train data are left out, since chosen and rejected are the same")
+    assert swapped.startswith("3 pairs of the train data have a lower score for the chosen answer")
+    assert cut == "4 answers of the train data lose tokens to max_length."
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "told"),
+    [
+        ([12], [10], []),
+        ([13], [10], ["longer than the rejected ones, 13 tokens on average to 10:"]),
+        ([10, 10], [10, 20], ["shorter than the rejected ones, 10 tokens on average to 15:"]),
+    ],
+)
+def test_a_length_bias_is_told_with_both_numbers(chosen, rejected, told):
+    warnings = list(find_data_warnings("train", build_pair_report(chosen, rejected)))
+    assert len(warnings) == len(told)
+    assert all(text in warning for text, warning in zip(told, warnings, strict=True))

@@ -71,3 +71,34 @@ def test_bad_rows_are_told_unless_that_many_are_allowed(fraction, num_sentences)
 def test_what_would_teach_nothing_or_the_wrong_thing_is_told(counts, sentence):
     flaws = list(DataReport(lengths=Counter({4: 2} if counts else {}), **counts).find_flaws("train"))
     assert [flaw.startswith(sentence) for flaw in flaws] == ([True] if sentence else [])
+
+
+def test_pairs_are_rows_of_two_sequences():
+    report = DataReport(sequences_a_row=2, num_bad_rows=1, bad_rows=["a"], num_equal_pairs=1, num_rows=2)
+    report.lengths = Counter({4: 5, 9: 1})
+    report.chosen_lengths, report.rejected_lengths = Counter({1: 3}), Counter({2: 3})
+    assert "1 bad rows among 4" in list(report.find_bad_rows("train", 0.1))[1]
+    assert str(report).startswith("2 pairs, 0 tokens (0.0% trained on), longest sequence 9 tokens, 0 pairs cut, 1 left")
+    percentiles = {"p50": 2, "p90": 2, "p95": 2, "p99": 2, "longest": 2}
+    pairs = report.summary()["pairs"]
+    assert pairs["rejected_tokens"] == {"mean": 2.0, **percentiles}
+    assert (pairs["sequences_a_row"], pairs["equal"], pairs["swapped"], pairs["cut_answers"]) == (2, 1, 0, 0)
+    assert "pairs" not in DataReport().summary()
+    assert DataReport.from_json(json.loads(json.dumps(vars(report)))) == report
+
+
+def test_reports_of_pairs_add_up():
+    report = DataReport(sequences_a_row=2)
+    for length in (3, 4):
+        own = {"chosen_lengths": Counter([length]), "rejected_lengths": Counter([1])}
+        report.add_report(DataReport(lengths=Counter([length, 1]), num_swapped_pairs=1, **own))
+    assert (report.sequences_a_row, report.num_swapped_pairs) == (2, 2)
+    assert (report.chosen_lengths, report.rejected_lengths) == (Counter([3, 4]), Counter([1, 1]))
+
+
+def test_pairs_that_are_all_equal_leave_nothing_to_learn():
+    report = DataReport(sequences_a_row=2, lengths=Counter({4: 6}), num_equal_pairs=3)
+    assert list(report.find_flaws("train")) == [
+        "The train data has no pairs left (3 have the same chosen and rejected answer within max_length): give pairs "
+        "of two answers, and raise max_length where these begin alike."
+    ]

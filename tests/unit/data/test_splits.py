@@ -21,9 +21,9 @@ VOCABULARY = Vocabulary(TOKENIZER, frozenset({TOKENIZER.eos_token_id}), len(TOKE
 def make_source(tmp_path, monkeypatch):
     monkeypatch.setenv("LLM_TRAINER_CACHE", str(tmp_path / "cache"))
 
-    def make(name, *texts):
+    def make(name, *texts, rows=()):
         file = tmp_path / f"{name}.jsonl"
-        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        file.write_text("".join(json.dumps(row) + "\n" for row in [*({"text": text} for text in texts), *rows]))
         return FileSource(name, tmp_path, (file,))
 
     return make
@@ -69,3 +69,36 @@ def test_problems_of_all_splits_are_told_together_and_bad_rows_listed_anew(make_
 
 def test_a_split_without_rows_has_no_first_row():
     assert Split().find_first_row() is None
+
+
+def test_pairs_come_back_with_their_sequences_and_duplicates_are_whole_pairs(make_source, tmp_path):
+    first, second = ({"prompt": "a", "chosen": "b", "rejected": rejected} for rejected in ("c", "d"))
+    train, validation = make_source("train", rows=[first, second, first]), make_source("validation", rows=[second])
+    splits, problems = prepare(tmp_path, [train], [validation], method="dpo")
+    assert problems == []
+    (rows,) = Split.from_json(splits["train"].to_json()).open_datasets().values()
+    assert rows.column_names == ["input_ids", "labels", "length", "seq_lengths"]
+    assert rows["seq_lengths"][:] == [[3, 3]] * 3
+    report = splits["train"].report
+    assert (report.num_rows, report.lengths, report.num_duplicate_rows, report.num_rows_in_validation) == (
+        3,
+        {3: 6},
+        1,
+        1,
+    )
+
+
+def test_a_source_of_another_method_is_told_once(make_source, tmp_path):
+    _, problems = prepare(tmp_path, [make_source("train", "a", "b")], method="dpo")
+    assert problems == [
+        "train.jsonl row 1 is a text row, which method=dpo does not take: set method=sft, or give rows with 'chosen' "
+        "with 'rejected'."
+    ]
+
+
+def test_a_shard_without_files_has_the_columns_of_the_other_hosts(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_TRAINER_CACHE", str(tmp_path / "cache"))
+    splits, _ = prepare(tmp_path, [FileSource("train", tmp_path, ())], method="dpo")
+    (rows,) = splits["train"].open_datasets().values()
+    assert rows.column_names == ["input_ids", "labels", "length", "seq_lengths"]
+    assert splits["train"].report.sequences_a_row == 2

@@ -79,6 +79,7 @@ def test_the_key_holds_all_code_that_decides_tokens():
 
 
 OTHER_VALUES = {
+    "method": "dpo",
     "dataset_format": "text",
     "text_field": "body",
     "messages_field": "chat",

@@ -15,7 +15,7 @@ from datasets import Dataset
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.encoding import EncodedRow, Encoder, Vocabulary
-from llm_trainer.data.formats import IGNORED, RowError
+from llm_trainer.data.formats.examples import IGNORED, RowError
 from llm_trainer.data.report import DataReport
 from llm_trainer.data.streaming import SourceHead
 from llm_trainer.data.tokenize import (
@@ -64,39 +64,11 @@ def test_rows_keep_their_order_and_bad_ones_are_listed_with_place_and_content():
     }
 
 
-@pytest.mark.parametrize(
-    ("settings", "ids", "labels", "counts"),
-    [
-        ({}, [5, 6, 7, 2], [IGNORED, 6, 7, 2], (1, 4, 3, 1, 0)),
-        ({"max_length": 2}, [5, 6], [IGNORED, 6], (1, 2, 1, 0, 1)),
-        ({"max_length": 2, "truncation_mode": "keep_end"}, [7, 2], [7, 2], (1, 2, 1, 1, 1)),
-    ],
-)
-def test_a_row_is_cut_at_one_end_and_counted_as_it_is_trained_on(settings, ids, labels, counts):
-    row = EncodedRow(np.array([5, 6, 7, 2], np.int32), np.array([IGNORED, 6, 7, 2], np.int32))
-    report = DataReport()
-    fitted = build_preparer("pretokenized", **settings).fit_row(row, report)
-    assert (fitted.input_ids.tolist(), fitted.labels.tolist()) == (ids, labels)
-    assert counts == (
-        *(report.num_rows, report.num_tokens, report.num_supervised_tokens),
-        *(report.num_supervised_eos, report.num_truncated_rows),
-    )
-    assert report.lengths == {4: 1}
-
-
-def test_a_row_that_is_left_out_is_counted_by_its_reason():
-    row = EncodedRow(np.array([5, 6, 7, 2], np.int32), np.array([IGNORED, IGNORED, 7, 2], np.int32))
-    report = DataReport()
-    assert build_preparer("pretokenized", max_length=2).fit_row(row, report) is None
-    assert build_preparer("pretokenized", max_length=2, apply_truncation=False).fit_row(row, report) is None
-    assert (report.num_unsupervised_rows, report.num_dropped_rows, report.num_rows) == (1, 1, 0)
-
-
 def test_equal_rows_have_equal_digests():
-    rows = [EncodedRow(np.array(ids, np.int32), np.array(ids, np.int32)) for ids in ([1, 2], [2, 1], [1, 2])]
-    first, second, third = build_table(rows).column("digest").to_pylist()
+    rows = [(EncodedRow(np.array(ids, np.int32), np.array(ids, np.int32)),) for ids in ([1, 2], [2, 1], [1, 2])]
+    first, second, third = build_table(rows, has_pairs=False).column("digest").to_pylist()
     assert first == third != second
-    assert build_table([]).num_rows == 0
+    assert build_table([], has_pairs=False).num_rows == build_table([], has_pairs=True).num_rows == 0
 
 
 def test_the_format_is_that_of_the_first_row_that_tells_it():
@@ -348,3 +320,42 @@ def test_values_that_json_does_not_have_make_bad_rows(value):
 def decode_trained(prepared):
     (labels,) = prepared.table.column("labels").to_pylist()
     return TOKENIZER.decode([one for one in labels if one != IGNORED])
+
+
+PREFERENCES = [{"prompt": "Q ", "chosen": "a", "rejected": "bc"}, {"prompt": "Q ", "chosen": "a", "rejected": "a"}]
+
+
+def prepare_pairs(rows):
+    settings = Settings(method="dpo").data
+    encoder = Encoder(VOCABULARY, settings, "preference")
+    preparer = Preparer(encoder, settings, "preference", "a.jsonl row 1")
+    return preparer.prepare_chunk(Chunk("a.jsonl", list(range(1, len(rows) + 1)), rows))
+
+
+def test_a_pair_is_a_row_with_its_sequences_end_to_end():
+    bad = [{"prompt": "Q ", "chosen": "a", "rejected": ""}, {"text": "a"}]
+    swapped = {"prompt": "Q ", "chosen": "d", "rejected": "e", "score_chosen": 1, "score_rejected": 2, "note": "x"}
+    prepared = prepare_pairs([*PREFERENCES, *bad, swapped])
+    first, second = prepared.table.to_pylist()
+    assert first["seq_lengths"] == [4, 5]
+    assert TOKENIZER.decode(first["input_ids"]) == "Q a<|im_end|>Q bc<|im_end|>"
+    assert [label != IGNORED for label in first["labels"]] == [False] * 2 + [True] * 2 + [False] * 2 + [True] * 3
+    assert (first["length"], second["length"]) == (9, 8)
+    report = prepared.report
+    assert (report.num_rows, report.num_equal_pairs, report.num_swapped_pairs, report.num_bad_rows) == (2, 1, 1, 2)
+    assert report.unread_fields == {"note": 1}
+    assert report.bad_rows[0] == (
+        "a.jsonl row 3 field 'rejected' is an empty text and not a text with something in it: fill or remove the row."
+    )
+    assert report.bad_rows[1].startswith("a.jsonl row 4 is a text row, which method=dpo does not take: set method=sft")
+
+
+def test_rows_of_another_method_are_told_once():
+    chunk = Chunk("a.jsonl", [1, 2, 3], [b"oops", *PREFERENCES])
+    with pytest.raises(
+        UserError, match=r"^a\.jsonl row 2 is a preference row, which method=sft does not take"
+    ) as caught:
+        find_format(iter([chunk, chunk]), Settings().data)
+    assert len(caught.value.problems) == 1
+    mixed = Chunk("a.jsonl", [1, 2], [PREFERENCES[0], {"text": "a"}])
+    assert find_format(iter([mixed]), Settings().data)[1] == "text"

@@ -15,7 +15,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
-from llm_trainer.data.formats import IGNORED
+from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.model.device import Device
 from llm_trainer.model.liger import (
     KNOWN_TYPES,

@@ -28,3 +28,10 @@ def test_packed_rows_share_sequences():
 def test_epochs_make_steps_unless_these_are_given(settings, steps):
     given = Settings(**{"num_train_epochs": 3, **settings})
     assert measure_work(LENGTHS, {}, given.data).count_steps(8, given.training) == steps
+
+
+def test_a_step_takes_pairs_and_work_counts_their_sequences():
+    given = Settings(method="dpo", num_train_epochs=1)
+    work = measure_work(LENGTHS, {}, given.data)
+    assert work.num_sequences == 40
+    assert work.count_steps(4, given.training) == 5  # 20 pairs

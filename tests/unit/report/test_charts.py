@@ -12,6 +12,7 @@ from llm_trainer.report.charts import (
     Span,
     draw_curves,
     draw_devices,
+    draw_lengths,
     draw_timeline,
     join_spans,
     tabulate_series,
@@ -96,3 +97,16 @@ def test_a_table_is_thinned_and_loses_no_extreme():
     assert table.columns == ["Curve", "Step", "Mean", "Lowest", "Highest"]
     assert len(table.rows) <= TABLE_ROWS
     assert max(float(row[4]) for row in table.rows) == 9
+
+
+def test_lengths_are_those_of_sequences_where_rows_are_pairs():
+    history = History()
+    history.data = {"train": {"lengths": {"10": 3, "20": 1}}}
+    (rows,) = draw_lengths(history)
+    assert (rows.title, rows.unit) == ("Length of the rows", "% of rows")
+    assert rows.summary == "Lengths of the rows in tokens. train: 4 rows, at most 20 tokens."
+    sides = {f"{side}_tokens": {"mean": mean} for side, mean in (("chosen", 8.4), ("rejected", 5.0))}
+    history.data["train"] |= {"sequences_a_row": 2, "summary": {"pairs": sides}}
+    (pairs,) = draw_lengths(history)
+    assert (pairs.title, pairs.unit) == ("Length of the sequences", "% of sequences")
+    assert pairs.summary.endswith(" Mean tokens of the answers alone, train: chosen 8, rejected 5.")

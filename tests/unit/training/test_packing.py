@@ -18,7 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
-from llm_trainer.data.formats import IGNORED
+from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.data.tokenize import FEATURES
 from llm_trainer.training.packing import SPARE_SHARE, Packing, choose_packing, plan_batch_bins
 from llm_trainer.training.packing_check import find_cross_row_attention

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from trl import SFTConfig
 
 from llm_trainer.data.datasets import Data
-from llm_trainer.data.formats import IGNORED
+from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.journal.journal import Journal
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.training import sample_answers

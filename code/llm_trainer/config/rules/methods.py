@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llm_trainer.config.rules.rule import Rule
-from llm_trainer.config.sections import METHOD_FIELDS
+from llm_trainer.config.sections import METHOD_FIELDS, METHOD_FORMATS
 from llm_trainer.config.trl_config_fields import read_snapshot
 
 # Settings that this project acts on itself, whether or not TRL's config of the method has them.
@@ -96,6 +96,12 @@ METHOD_RULES = (
         ("streaming", "method"),
         lambda s: s.data.method != "sft" and s.data.streaming,
         "streaming=true with method={method}: only method=sft streams; remove it.",
+    ),
+    Rule(
+        ("dataset_format", "method"),
+        lambda s: s.data.dataset_format not in ("auto", *METHOD_FORMATS[s.data.method]),
+        "dataset_format={dataset_format} with method={method}, whose rows are {choices}: leave it out, or set method.",
+        lambda s: [{"choices": " or ".join(METHOD_FORMATS[s.data.method])}],
     ),
     refuse_losses(
         ("loss_weights", "loss_type"),

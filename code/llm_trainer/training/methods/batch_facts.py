@@ -15,7 +15,7 @@ from torch import nn
 from transformers import masking_utils
 from trl.trainer import utils as trl_utils
 
-from llm_trainer.data.formats import IGNORED
+from llm_trainer.data.formats.examples import IGNORED
 
 PLACES, SHARED, PADDED = "label_places", "shares_sequences", "is_padded"
 find_packed_rows, are_all_true = masking_utils.find_packed_sequence_indices, masking_utils.fast_all

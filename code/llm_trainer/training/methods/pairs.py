@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llm_trainer.data.formats import IGNORED
+from llm_trainer.data.formats.examples import IGNORED
 
 PAIRS = "pairs"  # the key of a batch's `Pairs`
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")  # of the output layer, one a token

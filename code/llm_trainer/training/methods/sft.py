@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from llm_trainer.common import log
 from llm_trainer.common.metric_definitions import RENAMED
-from llm_trainer.data.formats import IGNORED
+from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.model.layers.kept_logits import keep_few_logits
 from llm_trainer.training.methods.batch_facts import BatchFacts, FindFacts, known, shift_labels, use_facts
 from llm_trainer.training.methods.token_sums import begin_sums, compute_means, sum_batch

@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 from transformers import Trainer
 
-from llm_trainer.data.formats import IGNORED
+from llm_trainer.data.formats.examples import IGNORED
 
 
 class WholeBatches(Trainer):

@@ -19,6 +19,12 @@ def test_a_setting_of_another_method_is_told_with_its_method():
     assert problem.startswith("completion_only_loss is a setting of method=sft and this job has method=dpo")
 
 
+def test_a_format_of_another_method_is_refused():
+    (problem,) = problems_of(dataset_format="preference")
+    assert problem.startswith("dataset_format=preference with method=sft, whose rows are pretokenized or messages or")
+    assert problems_of(method="dpo", dataset_format="preference") == []
+
+
 def test_null_asks_for_the_default_in_every_method():
     assert problems_of(beta=None) == []
 
@@ -40,6 +46,7 @@ def test_losses_are_the_methods_own():
     ("values", "begin"),
     [
         ({"packing": True}, "packing=true with method=dpo"),
+        ({"dataset_format": "text"}, "dataset_format=text with method=dpo, whose rows are preference: leave it out"),
         ({"streaming": True, "max_steps": 1}, "streaming=true with method=dpo"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights=[1.0] with loss_type=sigmoid, sft"),
         ({"loss_type": "exo_pair"}, "loss_type=exo_pair without label_smoothing"),

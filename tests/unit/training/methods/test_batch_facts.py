@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, masking_utils
 
-from llm_trainer.data.formats import IGNORED
+from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.training.methods import sft
 from llm_trainer.training.methods.batch_facts import BatchFacts, FindFacts, find_shared_sequences, known
 from llm_trainer.training.packing import PackingCollator

@@ -7,7 +7,7 @@ import pytest
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from llm_trainer.data.formats import IGNORED
+from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.training.methods.pairs import PAIRS, PairCollator, list_answers, number_labels
 from llm_trainer.training.packing import PackingCollator
 

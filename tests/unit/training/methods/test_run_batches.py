@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import RandomSampler
 
-from llm_trainer.data.formats import IGNORED
+from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.model.memory.batch import Batch
 from llm_trainer.training.methods.run_batches import find_run_batches, list_steps
 from llm_trainer.training.packing import PackingCollator

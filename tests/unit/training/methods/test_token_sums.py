@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, MixtralConfig
 
-from llm_trainer.data.formats import IGNORED
+from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.training.methods.token_sums import begin_sums, sum_batch
 from llm_trainer.training.packing import PackingCollator
 from support.trainers import build_full_trainer, spawn_ranks

@@ -4,7 +4,7 @@
 import pytest
 from datasets import Dataset
 
-from llm_trainer.data.formats import IGNORED
+from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.training.methods.whole_batches import fill_batches
 
 ROWS = Dataset.from_list(

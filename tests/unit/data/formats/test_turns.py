@@ -1,63 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A row's fields become an example whatever habit they follow, or a sentence that says what to mend."""
+"""Messages, calls and tools of each habit get the form that chat templates know."""
 
 import json
 
 import pytest
 
-from llm_trainer.config.schema import Settings
-from llm_trainer.data.formats import Conversation, RowError, Text, Tokens, detect_format, parse_example
-
-ASK = {"role": "user", "content": "a"}
-ANSWER = {"role": "assistant", "content": "b"}
-CHAT = [ASK, ANSWER]
-
-
-def parse(fields, has_chat_template=True, **settings):
-    chosen = Settings(**settings).data
-    return parse_example(fields, detect_format(fields, chosen), chosen, has_chat_template)
-
-
-def problem_of(fields, **settings):
-    with pytest.raises(RowError) as caught:
-        parse(fields, **settings)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"text": "c"}, "text"),
-        ({"messages": CHAT}, "messages"),
-        ({"messages": CHAT, "text": "c", "prompt": "c"}, "messages"),
-        ({"messages": None, "text": "c"}, "text"),
-        ({"conversations": []}, "sharegpt"),
-        ({"prompt": "a", "completion": "b"}, "prompt_completion"),
-        ({"instruction": "a", "input": "", "output": "b"}, "alpaca"),
-        ({"input_ids": [1], "text": "c"}, "pretokenized"),
-    ],
-)
-def test_the_format_is_told_by_the_fields(fields, expected):
-    assert detect_format(fields, Settings().data) == expected
-
-
-def test_a_format_can_be_forced():
-    assert parse({"messages": CHAT, "text": "c"}, dataset_format="text") == Text("c")
-    assert "has no field 'messages' (found: text)" in problem_of({"text": "c"}, dataset_format="messages")
-
-
-def test_fields_may_have_other_names():
-    assert parse({"chat": CHAT}, messages_field="chat") == Conversation(CHAT)
-    assert parse({"body": "c"}, text_field="body") == Text("c")
-
-
-def test_a_row_of_no_format_is_told_with_its_fields():
-    assert problem_of({"question": "a", "answer": None}) == (
-        "has no field 'input_ids' or 'messages' or 'conversations' or 'prompt' with 'completion' or 'instruction' with "
-        "'output' or 'text' (found: question, answer (null)): rename the field, or name it with messages_field or "
-        "text_field."
-    )
-    assert "(found: none)" in problem_of({})
+from llm_trainer.data.formats.examples import Conversation
+from support.row_parsing import ANSWER, ASK, CHAT, parse, problem_of
 
 
 def test_messages_may_be_json_text_with_tools():
@@ -189,70 +138,3 @@ def test_content_in_parts_is_joined():
     assert "message 1 whose 'content' has a part of type 'image_url'" in problem_of(
         {"messages": [{"role": "user", "content": image}]}
     )
-
-
-def test_prompt_and_completion_are_two_texts_or_two_lists():
-    assert parse({"prompt": "a ", "completion": "b"}) == Text("a b", 2)
-    assert parse({"prompt": "", "completion": "b"}) == Text("b", 0)
-    assert parse({"prompt": [ASK], "completion": [ANSWER]}) == Conversation(CHAT, None, 1)
-    assert "field 'completion' has no assistant message" in problem_of({"prompt": [ASK], "completion": [ASK]})
-    assert "field 'prompt' is a number" in problem_of({"prompt": 3, "completion": "b"})
-    assert "field 'completion' is white space" in problem_of({"prompt": "a", "completion": " "})
-
-
-def test_alpaca_is_a_conversation_where_there_is_a_template_and_its_authors_text_elsewhere():
-    row = {"instruction": "Add.", "input": "1 2", "output": "3", "system": "be kind"}
-    assert [message["content"] for message in parse(row).messages] == ["be kind", "Add.\n\n1 2", "3"]
-    text = parse(row, has_chat_template=False)
-    assert text.text.startswith("Below is an instruction that describes a task, paired with an input")
-    assert text.text[text.num_prompt_characters :] == "3"
-    short = parse({"instruction": "Go.", "input": "", "output": "3"}, has_chat_template=False)
-    assert "### Input" not in short.text
-
-
-def test_masks_of_trl_tell_what_is_trained_on_where_there_are_no_labels():
-    masks = {"completion_mask": [0, 1, 1], "assistant_masks": [1, 1, 0]}
-    assert parse({"input_ids": [1, 2, 3], **masks}) == Tokens([1, 2, 3], [-100, 2, -100])
-    assert parse({"input_ids": [1, 2, 3], **masks, "labels": [1, 2, -100]}) == Tokens([1, 2, 3], [1, 2, -100])
-    assert "has input_ids of 3, completion_mask of 1" in problem_of({"input_ids": [1, 2, 3], "completion_mask": [1]})
-
-
-def test_tokenized_rows_lose_their_padding_and_keep_their_labels():
-    assert parse({"input_ids": [1, 2]}) == Tokens([1, 2], [1, 2])
-    row = {"input_ids": [1, 2, 0], "labels": [-100, 2, -100], "attention_mask": [1, 1, 0]}
-    assert parse(row) == Tokens([1, 2], [-100, 2])
-    assert "has input_ids of 2, labels of 1: they" in problem_of({"input_ids": [1, 2], "labels": [1]})
-    assert "has no input_ids" in problem_of({"input_ids": []})
-    for wrong in (["1"], "1", [[1]], [1.5], [True], 7):
-        assert "field 'input_ids' is not a list of whole numbers" in problem_of({"input_ids": wrong})
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"text": ""}, "field 'text' is an empty text"),
-        ({"text": " \n"}, "field 'text' is white space"),
-        ({"text": 3}, "field 'text' is a number"),
-        ({"text": [["c"]]}, "field 'text' is a list"),
-        ({"text": {"c": 1}}, "field 'text' is an object"),
-        ({"messages": []}, "field 'messages' is an empty list and not a list of at least one message"),
-        ({"messages": "hello"}, "field 'messages' is a text and not a list"),
-        ({"messages": "[1"}, "holds JSON text that is not valid"),
-        ({"messages": [{"content": "a"}]}, "field 'messages' has a message 1 without a 'role'"),
-        ({"messages": [["a"]]}, "field 'messages' has a message 1 without a 'role'"),
-        ({"messages": [ASK, {"role": "user", "content": None}]}, "a message 2 whose 'content' is null"),
-        ({"messages": [{"role": "user", "content": 4}]}, "a message 1 whose 'content' is a number"),
-        ({"messages": [{"role": "user", "content": ""}]}, "a message 1 whose 'content' is an empty text"),
-        ({"messages": [ASK, {"role": "assistant", "content": " "}]}, "a message 2 whose 'content' is white space"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "a tool call that has no function name"),
-        ({"messages": [{"role": "assistant", "tool_calls": 3}]}, "'tool_calls' is a number"),
-        ({"messages": CHAT, "tools": "f"}, "field 'tools' is 'f' and not a list of JSON schemas"),
-        ({"instruction": "a", "output": ""}, "field 'output' is an empty text"),
-    ],
-)
-def test_what_cannot_be_used_is_told_with_its_place_and_kind(fields, expected):
-    assert expected in problem_of(fields)
-
-
-def test_an_empty_system_prompt_is_no_mistake():
-    assert parse({"messages": [{"role": "system", "content": ""}, *CHAT]}).messages[0]["content"] == ""

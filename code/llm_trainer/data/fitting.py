@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fitting of tokenized rows into `max_length`: what is cut, what is left out, and the counts of both.
+
+A row is one sequence, or a pair of them: the prompt with the chosen answer, and the prompt with the rejected one.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_trainer.config.sections import DataSettings
+from llm_trainer.data.encoding import EncodedRow, Encoder
+from llm_trainer.data.formats.examples import IGNORED
+from llm_trainer.data.report import DataReport
+
+Sequences = tuple[EncodedRow, ...]  # of one row
+
+
+class Fitter:
+    """Fits rows into `max_length`, and counts them in a report."""
+
+    def __init__(self, encoder: Encoder, settings: DataSettings) -> None:
+        self.encoder = encoder
+        self.settings = settings
+
+    def fit_row(self, row: Sequences, report: DataReport) -> Sequences | None:
+        """Return the row, each sequence cut to `max_length`, and count it; None where it is left out."""
+        limit = self.settings.max_length
+        for sequence in row:
+            report.lengths[len(sequence.input_ids)] += 1
+        if len(row) > 1:
+            count_answers(row, report)
+        if limit is not None and any(len(sequence.input_ids) > limit for sequence in row):
+            if not self.settings.apply_truncation:
+                report.num_dropped_rows += 1
+                return None
+            report.num_truncated_rows += 1
+            row = self.cut_row(row, limit, report)
+        trained = [find_trained(sequence) for sequence in row]
+        if not all(is_trained.any() for is_trained in trained):
+            report.num_unsupervised_rows += 1
+            return None
+        if len(row) > 1 and are_equal(row):
+            report.num_equal_pairs += 1
+            return None
+        report.num_rows += 1
+        self.count_row(row, trained, report)
+        return row
+
+    def cut_row(self, row: Sequences, limit: int, report: DataReport) -> Sequences:
+        """Return the row with each sequence cut, and count the answers of a pair that lose tokens by it."""
+        kept = slice(-limit, None) if self.settings.truncation_mode == "keep_end" else slice(limit)
+        cut = tuple(
+            replace(sequence, input_ids=sequence.input_ids[kept], labels=sequence.labels[kept]) for sequence in row
+        )
+        if len(row) > 1:
+            lost = (count_trained(whole) > count_trained(part) for whole, part in zip(row, cut, strict=True))
+            report.num_cut_answers += sum(lost)
+        return cut
+
+    def count_row(self, row: Sequences, trained: list[npt.NDArray[np.bool_]], report: DataReport) -> None:
+        """Count a row that is kept; `trained` has an array [length] a sequence, true at tokens that are trained on."""
+        trains_stop = misses_stop = False
+        for sequence, is_trained in zip(row, trained, strict=True):
+            is_stop = self.encoder.find_stops(sequence.input_ids)
+            # The last token of a turn that is trained on, where the stop token after it is not.
+            missed = is_stop[1:] & ~is_trained[1:] & is_trained[:-1] & ~is_stop[:-1]
+            trains_stop |= bool((is_stop & is_trained).any())
+            misses_stop |= bool(missed.any())
+            report.num_tokens += len(sequence.input_ids)
+            report.num_supervised_tokens += int(np.count_nonzero(is_trained))
+        report.num_supervised_eos += trains_stop
+        report.num_missed_stops += misses_stop
+        report.num_rows_in_pieces += any(sequence.is_in_pieces for sequence in row)
+        report.control_tokens.update(frozenset().union(*(sequence.control_tokens for sequence in row)))
+
+
+def find_trained(sequence: EncodedRow) -> npt.NDArray[np.bool_]:
+    """Return a mask [length] that is true at tokens that are trained on: nothing predicts the first one."""
+    is_trained = sequence.labels != IGNORED
+    is_trained[0] = False
+    return is_trained
+
+
+def count_trained(sequence: EncodedRow) -> int:
+    """Return the number of tokens with a label."""
+    return int(np.count_nonzero(sequence.labels != IGNORED))
+
+
+def count_answers(pair: Sequences, report: DataReport) -> None:
+    """Count the tokens of both answers of a pair, before they are cut."""
+    chosen, rejected = pair
+    report.chosen_lengths[count_trained(chosen)] += 1
+    report.rejected_lengths[count_trained(rejected)] += 1
+
+
+def are_equal(pair: Sequences) -> bool:
+    """Tell whether both sides of a pair are the same tokens, from which nothing is learned."""
+    chosen, rejected = pair
+    return np.array_equal(chosen.input_ids, rejected.input_ids)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detection of a row's format by its fields, and the choice of what parses it."""
+
+from collections.abc import Callable
+
+from llm_trainer.common.errors import cut_quote
+from llm_trainer.config.sections import METHOD_FORMATS, DataSettings
+from llm_trainer.data.formats.examples import Example, Fields, RowError, Text
+from llm_trainer.data.formats.imitation import (
+    TOKEN_FIELDS,
+    parse_alpaca,
+    parse_conversation,
+    parse_prompt_completion,
+    parse_tokens,
+)
+from llm_trainer.data.formats.preferences import list_preference_fields, parse_preference
+from llm_trainer.data.formats.values import parse_text
+
+
+class OtherMethodError(RowError):
+    """A reason why a row cannot be used: it is of a format that another training method takes."""
+
+
+def detect_format(fields: Fields, settings: DataSettings) -> str:
+    """Return the format whose fields the row has, or the one that `dataset_format` forces.
+
+    Raises RowError where the row has the fields of no format, and OtherMethodError where another method takes it.
+    """
+    needs = list_needed_fields(settings)
+    given = {name for name, value in fields.items() if value is not None}
+    own = METHOD_FORMATS[settings.method] if settings.dataset_format == "auto" else (settings.dataset_format,)
+    for name in own:
+        if given.issuperset(needs[name]):
+            return name
+    wanted = " or ".join(" with ".join(map(repr, needs[name])) for name in own)
+    for name, methods in list_foreign_formats(settings.method).items():
+        if given.issuperset(needs[name]):
+            raise OtherMethodError(
+                f"is a {name} row, which method={settings.method} does not take: set method={' or '.join(methods)}, "
+                f"or give rows with {wanted}."
+            )
+    found = ", ".join(f"{name} (null)" if value is None else name for name, value in fields.items())
+    fix = ", or name it with messages_field or text_field" if settings.method == "sft" else ""
+    raise RowError(f"has no field {wanted} (found: {cut_quote(found) or 'none'}): rename the field{fix}.")
+
+
+def list_needed_fields(settings: DataSettings) -> dict[str, tuple[str, ...]]:
+    """Return the fields that tell each format."""
+    return {
+        "pretokenized": ("input_ids",),
+        "messages": (settings.messages_field,),
+        "sharegpt": ("conversations",),
+        "prompt_completion": ("prompt", "completion"),
+        "alpaca": ("instruction", "output"),
+        "text": (settings.text_field,),
+        "preference": ("chosen", "rejected"),
+    }
+
+
+def list_foreign_formats(method: str) -> dict[str, list[str]]:
+    """Return each format that the method does not take, with the methods that do."""
+    foreign: dict[str, list[str]] = {}
+    for other, formats in METHOD_FORMATS.items():
+        for name in formats:
+            if name not in METHOD_FORMATS[method]:
+                foreign.setdefault(name, []).append(other)
+    return foreign
+
+
+def parse_example(fields: Fields, row_format: str, settings: DataSettings, has_chat_template: bool) -> Example:
+    """Parse a row of that format into an example. Raises RowError where the row cannot be used."""
+    parsers: dict[str, Callable[[], Example]] = {
+        "pretokenized": lambda: parse_tokens(fields),
+        "messages": lambda: parse_conversation(fields, settings.messages_field),
+        "sharegpt": lambda: parse_conversation(fields, "conversations"),
+        "prompt_completion": lambda: parse_prompt_completion(fields),
+        "alpaca": lambda: parse_alpaca(fields, has_chat_template),
+        "text": lambda: Text(parse_text(fields, settings.text_field)),
+        "preference": lambda: parse_preference(fields, settings.messages_field, has_chat_template),
+    }
+    return parsers[row_format]()
+
+
+def list_read_fields(row_format: str, settings: DataSettings, has_chat_template: bool) -> frozenset[str]:
+    """Return the names of the fields that are read in rows of a format."""
+    alpaca = ("instruction", "input", "output")
+    read = {
+        "pretokenized": TOKEN_FIELDS,
+        "messages": (settings.messages_field, "tools", "system"),
+        "sharegpt": ("conversations", "tools", "system"),
+        "prompt_completion": ("prompt", "completion", "tools"),
+        "alpaca": (*alpaca, "system", "history") if has_chat_template else alpaca,
+        "text": (settings.text_field,),
+        "preference": list_preference_fields(settings.messages_field),
+    }
+    return frozenset(read[row_format])

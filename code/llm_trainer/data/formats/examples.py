@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examples: what a row says in its own form, before it is tokenized."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+IGNORED = -100  # the label of a token that is not trained on, PyTorch's cross_entropy default
+
+Fields = dict[str, Any]
+
+
+class RowError(ValueError):
+    """A reason why a row cannot be used, and how to mend it.
+
+    Its text is the rest of a sentence that begins with the row's place.
+    """
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A list of messages for the model's chat template."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    num_prompt_messages: int | None = None  # messages that are not trained on; None: all assistant turns are
+    finds_answer: bool = False  # whether all behind the prompt is trained on where the template does not tell turns
+
+    @cached_property
+    def assistant_turns(self) -> list[int]:
+        """The indices of the assistant's messages."""
+        return [place for place, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that is tokenized as it is."""
+
+    text: str
+    num_prompt_characters: int | None = None  # characters that are not trained on; None: the whole text is
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A row that was tokenized before it came here."""
+
+    input_ids: list[int]
+    labels: list[int]  # IGNORED where a token is not trained on
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A chosen and a rejected answer, each with the prompt before it."""
+
+    chosen: Conversation | Text
+    rejected: Conversation | Text
+    margin: float | None = None  # by how much the chosen answer is better, where the row tells it
+
+    @property
+    def is_swapped(self) -> bool:
+        """True where the row's own scores prefer the rejected answer."""
+        return self.margin is not None and self.margin < 0
+
+
+Example = Conversation | Text | Tokens | Pair
