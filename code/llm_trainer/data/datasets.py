@@ -63,7 +63,7 @@ def load_data(
     """
     splits = share_splits(places, vocabulary, settings)
     rows: dict[str, Any] = {
-        name: concatenate_datasets(list(split.open_datasets().values())) for name, split in splits.items()
+        name: join_sources(split.open_datasets(), settings) for name, split in splits.items()
     }
     reports = {name: split.report for name, split in splits.items()}
     if settings.streaming:
@@ -108,8 +108,14 @@ def open_epoch(split: Split, settings: DataSettings, seed: int) -> Dataset:
     Raises UserError where `train_weights` names a source without rows.
     """
     datasets = split.open_datasets()
-    rows = concatenate_datasets(list(datasets.values()))
+    rows = join_sources(datasets, settings)
     return rows.select(choose_rows(datasets, settings.train_weights, seed)) if settings.train_weights else rows
+
+
+def join_sources(datasets: dict[str, Dataset], settings: DataSettings) -> Dataset:
+    """Return the rows of all sources. Rows of pairs have a number, by which a reference's values are found again."""
+    rows = concatenate_datasets(list(datasets.values()))
+    return rows.add_column("row", np.arange(len(rows), dtype=np.int32)) if settings.sequences_a_row > 1 else rows
 
 
 def check_full_batch(num_rows: int, unit: str, settings: TrainingSettings, num_devices: int) -> None:

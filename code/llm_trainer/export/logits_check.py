@@ -39,11 +39,14 @@ class CheckPlace:
 
 
 def choose_check_rows(sample: Dataset) -> list[list[int]]:
-    """Return the first tokens of a few training rows.
+    """Return the first tokens of a few training rows, and of pairs those of the chosen answers.
 
     Their number is fixed: ranks that hold shards must compute equally often.
     """
-    return list(islice(cycle([row[:CHECKED_TOKENS] for row in sample[:CHECKED_ROWS]["input_ids"]]), CHECKED_ROWS))
+    rows = sample[:CHECKED_ROWS]
+    ends = [lengths[0] for lengths in rows["seq_lengths"]] if "seq_lengths" in rows else [CHECKED_TOKENS] * CHECKED_ROWS
+    first = [row[: min(end, CHECKED_TOKENS)] for row, end in zip(rows["input_ids"], ends, strict=False)]
+    return list(islice(cycle(first), CHECKED_ROWS))
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def identify_run(parts: RunParts, arguments: SFTConfig) -> dict[str, Any]:
     """Return the identity of a run, ready for JSON: a run that goes on from its checkpoints has to have the same."""
     names = OWN_SETTINGS + DATA_SETTINGS + (ADAPTER_SETTINGS if parts.adapter.use_peft else ())
     identity = {name: parts.value(name) for name in names}
-    identity |= {name: getattr(arguments, name) for name in TRAINING_ARGUMENTS}
+    identity |= {name: getattr(arguments, name) for name in TRAINING_ARGUMENTS if hasattr(arguments, name)}
     if parts.data.method != "sft":  # checkpoints of earlier versions know no method
         own = [name for name, methods in METHOD_FIELDS.items() if parts.data.method in methods]
         identity |= {"method": parts.data.method, **{name: getattr(arguments, name) for name in own}}
