@@ -69,7 +69,7 @@ def test_a_stopped_run_ends_with_the_same_weights(make_job, start, options):
 @pytest.mark.parametrize("options", [{}, {"use_peft": "false", "learning_rate": "0.001"}], ids=["lora", "full"])
 @pytest.mark.parametrize("distribution", ["ddp", "fsdp"])
 def test_two_ranks_are_one(make_job, distribution, options):
-    shared = {"num_train_epochs": "2", "global_batch_size": "10", **options}
+    shared = {"num_train_epochs": "2", "global_batch_size": "10", "per_device_train_batch_size": None, **options}
     one, two = make_job(**shared), make_job(**shared, nproc_per_node="2", distribution=distribution)
     logs = finish(one), finish(two)
     for key in (*KEYS, "eval_loss", "eval_rewards/margins"):

@@ -62,9 +62,7 @@ def load_data(
     Raises UserError with everything that is wrong with any of them.
     """
     splits = share_splits(places, vocabulary, settings)
-    rows: dict[str, Any] = {
-        name: join_sources(split.open_datasets(), settings) for name, split in splits.items()
-    }
+    rows: dict[str, Any] = {name: join_sources(split.open_datasets(), settings) for name, split in splits.items()}
     reports = {name: split.report for name, split in splits.items()}
     if settings.streaming:
         preparers = build_preparers(vocabulary, settings, reports["train"].formats)
