@@ -121,6 +121,8 @@ def test_a_python_block_says_where_its_names_come_from(block: Block):
     names = [node for node in nodes if isinstance(node, ast.Name)]
     bound = {node.id for node in names if isinstance(node.ctx, ast.Store)} | set(dir(builtins))
     bound |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
+    bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    bound |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
     assert [node.id for node in names if node.id not in bound] == []
 
 
