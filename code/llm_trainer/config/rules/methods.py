@@ -139,5 +139,10 @@ METHOD_RULES = (
         "lora_dropout={lora_dropout} with method={method}: it would do nothing, since this method trains without "
         "dropout; remove it, or set disable_dropout=false.",
     ),
+    Rule(
+        ("label_smoothing_factor", "method"),
+        lambda s: s.data.method != "sft" and bool(s.training.label_smoothing_factor),
+        "label_smoothing_factor={label_smoothing_factor} with method={method}: it would do nothing; remove it.",
+    ),
     *(refuse_reference_sync(name) for name in ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")),
 )

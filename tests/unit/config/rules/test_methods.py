@@ -55,6 +55,7 @@ def test_losses_are_the_methods_own():
         ({"loss_type": "aot", "use_weighting": True}, "use_weighting=true with loss_type=aot"),
         ({"sync_ref_model": True}, "sync_ref_model=true"),
         ({"lora_dropout": 0.1}, "lora_dropout=0.1 with method=dpo"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 with method=dpo"),
     ],
 )
 def test_what_trl_would_refuse_late_is_refused_first(values, begin):
