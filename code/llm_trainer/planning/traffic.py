@@ -24,11 +24,12 @@ SMALL_A_STEP = 2  # collectives of a few numbers: the tokens of a step, and the 
 
 @dataclass(frozen=True)
 class Spread:
-    """GPUs of a job: how many there are, how many share one copy of the model, and the batches that each adds up."""
+    """GPUs of a job: how many there are, how many share one copy of the model, and what each of them does in a step."""
 
     gpus: int
     shards: int
-    pieces: int
+    pieces: int  # batches that are added up
+    forwards: int = 1  # forward passes over a batch: a reference adds one
 
     @property
     def replicas(self) -> int:
@@ -92,19 +93,19 @@ def time_waits(
 ) -> tuple[float, float]:
     """Return the seconds of a step in which a GPU waits for others, and the seconds of all traffic.
 
-    `forward` and `backward` are seconds of computing. The next layer is gathered while one computes, and gradients are
-    reduced while the layers below compute. A pass therefore takes the longer of the two, with the first gathering
+    `forward` and `backward` are seconds of computing of one pass. The next layer is gathered while one computes, and
+    gradients are reduced while the layers below compute. A pass therefore takes the longer of the two, with the first gathering
     before it and the last reduction behind it.
     """
     gather = time_ring(host, spread.shards, traffic.gathered, traffic.units)
     again = time_ring(host, spread.shards, traffic.gathered_again, traffic.units_again)
     reduce = time_reduction(host, traffic, spread)
     first, last = gather / max(1, traffic.units), reduce / max(1, traffic.buckets)
-    waits = spread.pieces * (first + max(0.0, gather - forward))
+    waits = spread.pieces * spread.forwards * (first + max(0.0, gather - forward))
     reductions = spread.pieces if spread.shards > 1 else 1  # DDP reduces only what the step's last batch leaves
     waits += reductions * (last + max(0.0, again + reduce - backward))
     small = SMALL_A_STEP * time_ring(host, spread.gpus, 0, 1, SMALL)
-    everything = spread.pieces * (gather + again) + reductions * reduce
+    everything = spread.pieces * (spread.forwards * gather + again) + reductions * reduce
     return waits + small, everything + small
 
 
@@ -120,7 +121,7 @@ def time_reduction(host: InstanceType, traffic: Traffic, spread: Spread) -> floa
 
 def count_network_bytes(host: InstanceType, traffic: Traffic, spread: Spread) -> float:
     """Return what a host sends in a step: a ring crosses from host to host with all that it carries."""
-    gathered = spread.pieces * (traffic.gathered + traffic.gathered_again)
+    gathered = spread.pieces * (spread.forwards * traffic.gathered + traffic.gathered_again)
     if spread.shards == 1:
         crosses = count_hosts(host, spread.gpus) > 1
         return (spread.gpus - 1) / spread.gpus * traffic.reduced if crosses else 0.0

@@ -120,6 +120,18 @@ class StepChart(NamedTuple):
 STEP_CHARTS = (
     StepChart("loss", "Loss", {"train_loss": "training", "eval_loss": "evaluation"}, is_wide=True, may_be_log=True),
     StepChart(
+        "ranked_right",
+        "Pairs ranked right",
+        {"rewards/accuracies": "training", "eval_rewards/accuracies": "evaluation"},
+        from_zero=True,
+    ),
+    StepChart(
+        "margins",
+        "Reward margin of the chosen answer",
+        {"rewards/margins": "training", "eval_rewards/margins": "evaluation"},
+    ),
+    StepChart("rewards", "Rewards", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
+    StepChart(
         "accuracy",
         "Token accuracy",
         {"train_token_accuracy": "training", "eval_mean_token_accuracy": "evaluation"},

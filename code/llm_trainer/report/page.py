@@ -35,6 +35,13 @@ from llm_trainer.report.history import History, read_history
 
 PAGE = files("llm_trainer.report") / "assets"
 OUTCOMES = {"done": "Done", "stopped": "Stopped", "failed": "Failed"}
+# Title -> the metrics whose last value is shown: the first that was logged.
+FIGURES = {
+    "Training loss": ("train_loss",),
+    "Evaluation loss": ("eval_loss",),
+    "Pairs ranked right": ("eval_rewards/accuracies", "rewards/accuracies"),
+    "Token accuracy": ("eval_mean_token_accuracy", "train_token_accuracy"),
+}
 MAX_GENERATIONS = 20
 MAX_TEXT = 5000  # characters of a generation, since one that never ended would make the page too large
 TEXTS: tuple[Literal["split", "prompt", "reference", "before", "after"], ...] = (
@@ -114,12 +121,10 @@ def list_facts(history: History) -> Iterator[tuple[str, str]]:
     if history.step:
         is_cut = history.step < history.total_steps
         yield "Steps", show_count(history.step) + (f" of {show_count(history.total_steps)}" if is_cut else "")
-    accuracy = "eval_mean_token_accuracy" if history.find_metric("eval_mean_token_accuracy") else "train_token_accuracy"
-    named = {"train_loss": "Training loss", "eval_loss": "Evaluation loss", accuracy: "Token accuracy"}
-    for name, title in named.items():
-        last = history.find_metric(name).last
+    for title, names in FIGURES.items():
+        last = next((last for name in names if (last := history.find_metric(name).last) is not None), None)
         if last is not None:
-            yield title, show_share(last) if "accuracy" in name else show_number(last)
+            yield title, show_number(last) if "loss" in names[0] else show_share(last)
     if history.tokens:
         yield "Tokens", show_large(history.tokens)
     speed = history.find_metric("tokens_per_second")

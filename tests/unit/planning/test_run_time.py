@@ -7,10 +7,10 @@ import pytest
 
 from llm_trainer.config.schema import Settings
 from llm_trainer.planning.instances import read_instances
-from llm_trainer.planning.run_time import Sizes, Steps, count_checkpoints, count_evaluations, time_run
+from llm_trainer.planning.run_time import EVALUATION_SHARE, Sizes, Steps, count_checkpoints, count_evaluations, time_run
 
 P4D = read_instances().types["ml.p4d.24xlarge"]
-STEPS = Steps(1000, 2.0, 1.8, 2.6, 10**7, 0, 5e4, checkpoints=10)
+STEPS = Steps(1000, 2.0, 1.8, 2.6, 10**7, 0, 0, 5e4, checkpoints=10)
 SIZES = Sizes(base=16 * 10**9, checkpoint=10**9, result=10**8)
 
 
@@ -52,3 +52,13 @@ def test_evaluations_and_larger_models_take_longer_and_more_hosts_tokenize_soone
     assert time_run(P4D, 1, replace(STEPS, eval_tokens=10**6), SIZES).evaluations > 0
     assert time_run(P4D, 1, STEPS, replace(SIZES, base=140 * 10**9)).start > plain.start + 200
     assert time_run(P4D, 4, STEPS, SIZES).start < plain.start
+
+
+def test_a_reference_is_asked_in_the_start_or_makes_evaluations_longer():
+    plain, read = time_run(P4D, 1, STEPS, SIZES), replace(STEPS, reference_tokens=10**6)
+    first = time_run(P4D, 1, read, SIZES)
+    assert first.start - plain.start == pytest.approx(EVALUATION_SHARE * 10**6 / 5e4)
+    assert (first.steps, first.low < first.seconds < first.high) == (plain.steps, True)
+    each = replace(STEPS, eval_tokens=10**6, asks_reference=True)
+    alone = time_run(P4D, 1, replace(each, asks_reference=False), SIZES).evaluations
+    assert time_run(P4D, 1, each, SIZES).evaluations == pytest.approx(alone * 2 / (1 + EVALUATION_SHARE))

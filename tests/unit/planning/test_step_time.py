@@ -51,7 +51,8 @@ def build_scenario(config="8B", gpus=1, **settings):
     """Eight rows of 1,024 tokens a GPU, as bench/gpu.py takes them."""
     given = {"max_length": 1024, "per_device_train_batch_size": 8, "lora_r": 16, "lora_dropout": 0.0, **settings}
     every = Settings(**given)
-    sections = MemorySettings(every.model, every.adapter, every.data, every.training, every.parallelism)
+    work = every.data, every.training, every.parallelism, every.methods
+    sections = MemorySettings(every.model, every.adapter, *work)
     target = Target(Device(torch.device("cuda"), "H200", (9, 0)), gpus, 140 * 2**30)
     return MemoryScenario(CONFIGS[config], sections, 1024, target, "flash_attention_2", frozenset(KERNELS))
 
@@ -157,3 +158,12 @@ def test_a_t4_computes_float32_without_tensor_cores():
         time_step(t4, build_scenario(torch_dtype=dtype), NO_SAVINGS, 1, 1024) for dtype in ("float16", "float32")
     )
     assert whole.compute_seconds > 1.5 * half.compute_seconds
+
+
+def test_a_step_of_pairs_has_twice_the_rows_and_a_forward_pass_of_the_reference():
+    sft = time_step(H200, build_scenario(per_device_train_batch_size=16), NO_SAVINGS, 1, 1024)
+    first = time_step(H200, build_scenario(method="dpo", precompute_ref_log_probs=True), NO_SAVINGS, 1, 1024)
+    each = time_step(H200, build_scenario(method="dpo"), NO_SAVINGS, 1, 1024)
+    assert first.seconds == pytest.approx(sft.seconds)
+    assert 1.3 < each.seconds / first.seconds < 1.6  # an adapter's backward pass takes as much as its forward pass
+    assert each.range_seconds[0] < each.seconds < each.range_seconds[1]

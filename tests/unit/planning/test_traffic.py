@@ -28,3 +28,10 @@ def test_nothing_leaves_a_host_that_is_alone():
     assert count_network_bytes(P4D, GRADIENTS, Spread(8, 1, 1)) == 0
     assert count_network_bytes(P4D, SHARDS, Spread(16, 8, 1)) == 2 * 1 / 2 * SHARDS.reduced
     assert count_network_bytes(P4D, SHARDS, Spread(16, 16, 1)) == 15 / 16 * 2.1e9
+
+
+def test_a_reference_has_weights_gathered_once_more():
+    asked = Spread(16, 16, 1, forwards=2)
+    assert count_network_bytes(P4D, SHARDS, asked) == 15 / 16 * 3.1e9
+    waits = [time_waits(P4D, SHARDS, spread, 0.0, 0.0)[0] for spread in (Spread(8, 8, 1), Spread(8, 8, 1, forwards=2))]
+    assert 1.3 < waits[1] / waits[0] < 1.6

@@ -51,6 +51,15 @@ def test_a_noisy_metric_has_a_smoothed_line_over_its_values_and_an_evaluation_ha
     assert [(line["name"], line["style"]) for line in rate.data["series"]] == [("learning rate", "line")]
 
 
+def test_pairs_have_charts_of_their_rewards():
+    history = History()
+    for name in ("accuracies", "margins", "chosen", "rejected"):
+        history.metrics[f"rewards/{name}"] = history.metrics[f"eval_rewards/{name}"] = build_series([0.5, 1.0])
+    names = {chart.name: [line["name"] for line in chart.data["series"]] for chart in draw_curves(history)}
+    both = ["training", "evaluation"]
+    assert names == {"ranked_right": both, "margins": both, "rewards": ["chosen", "rejected"]}
+
+
 def test_many_devices_are_a_heat_map_and_few_are_lines():
     history = History()
     for number in range(MAX_LINES + 1):

@@ -91,6 +91,20 @@ def test_only_the_pages_own_scripts_may_run_and_nothing_may_be_fetched(long_job)
     assert not re.search(r'(?:src|href)="(?:https?:)?//', page.replace(scripts[0], ""))
 
 
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"rewards/accuracies": 0.8, "eval_rewards/accuracies": 0.75}, "Pairs ranked right 75"),
+        ({"rewards/accuracies": 0.8}, "Pairs ranked right 80"),
+        ({"train_token_accuracy": 0.8, "eval_mean_token_accuracy": 0.7}, "Token accuracy 70"),
+    ],
+)
+def test_the_accuracy_of_an_evaluation_comes_before_that_of_the_training(tmp_path, values, told):
+    journal = FakeJournal(tmp_path / "metrics.jsonl")
+    journal.add(1, "metrics", step=1, total_steps=1, epoch=1.0, values=values)
+    assert told in str(Texts(report_of(journal.write(), tmp_path)))
+
+
 def test_the_figures_of_the_charts_are_valid_json_without_nan(long_job):
     figures = re.search(r'<script type="application/json" id="drawings">(.*?)</script>', long_job[0], re.DOTALL)[1]
     drawings = json.loads(figures, parse_constant=pytest.fail)

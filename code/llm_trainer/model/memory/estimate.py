@@ -37,6 +37,7 @@ class Setup:
     accumulates: bool  # whether gradients of earlier batches are there when a step begins
     kept_layers: int = 0  # the last so many layers keep their activations where others are recomputed
     evaluated: Batch | None = None  # the batch of evaluations between steps; None where there are none
+    copies_adapter: bool = False  # whether a reference has a frozen copy of the adapter
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def estimate_parts(shape: ModelShape, setup: Setup) -> Estimate:
     parts = {
         "base weights": sum(count_stored_bytes(shape, shards, in_adapter=False)),
         "adapter": sum(count_stored_bytes(shape, shards, in_adapter=True)),
+        "reference's adapter": sum(count_stored_bytes(shape, shards, in_adapter=True)) if setup.copies_adapter else 0,
         "gathered weights": peak.gathered,
         "reduced gradients": peak.reduced,
         "gradients": peak.gradients,

@@ -18,14 +18,15 @@ NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # config
 
 
 def find_peak_tokens_per_second(
-    shape: ModelShape | None, config: PreTrainedConfig, device: Device, row_tokens: float
+    shape: ModelShape | None, config: PreTrainedConfig, device: Device, row_tokens: float, asks_reference: bool = False
 ) -> float | None:
     """Return the tokens a second at the device's peak, or None where the model or the device is not known.
 
-    `row_tokens` is the length of the row that a token stands in (`measure_row_tokens`).
+    `row_tokens` is the length of the row that a token stands in (`measure_row_tokens`). With `asks_reference` each
+    batch goes through a reference, too.
     """
     peak = find_peak_flops(device)
-    needed = count_flops(shape, config, row_tokens) if shape and peak else None
+    needed = count_flops(shape, config, row_tokens, asks_reference) if shape and peak else None
     return peak / needed if peak and needed else None
 
 
@@ -44,16 +45,21 @@ def measure_row_tokens(lengths: Mapping[int, int], max_length: int | None) -> fl
     return sum(rows * length**2 for length, rows in cut) / max(1, sum(rows * length for length, rows in cut))
 
 
-def count_flops(shape: ModelShape, config: PreTrainedConfig, row_tokens: float) -> float | None:
+def count_flops(
+    shape: ModelShape, config: PreTrainedConfig, row_tokens: float, asks_reference: bool = False
+) -> float | None:
     """Return the floating-point operations of a token, forward and backward, in a row of so many tokens.
 
     A weight of a matrix product takes two operations in the forward pass. The gradient of its input takes two, and its
     own gradient two more. That is 6 where it is trained, and 4 where it is frozen below an adapter. Embeddings are
-    looked up and take none. Only those experts count that a token goes to. None comes back where the config does not
-    tell how many these are. Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+    looked up and take none. A reference, which is the same model, takes two more. Only those experts count that a token
+    goes to. None comes back where the config does not tell how many these are.
+    Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
-    products = count_products(shape, config, for_frozen=4, for_trained=6)
-    return None if products is None else products + count_attention(config.get_text_config(), row_tokens)
+    again = 2 if asks_reference else 0
+    products = count_products(shape, config, for_frozen=4 + again, for_trained=6 + again)
+    passes = 4 / 3 if asks_reference else 1.0  # attention's backward pass takes two thirds of its operations
+    return None if products is None else products + passes * count_attention(config.get_text_config(), row_tokens)
 
 
 def count_products(shape: ModelShape, config: PreTrainedConfig, for_frozen: int, for_trained: int) -> float | None:

@@ -2,7 +2,7 @@
 """A job as far as its memory depends on it, and the ways in which its step can be spread over devices."""
 
 import functools
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from typing import Any
 
@@ -11,14 +11,17 @@ from transformers import PreTrainedConfig
 
 from llm_trainer.config.rules.table import supports_fsdp
 from llm_trainer.config.sections import (
+    REFERENCE_METHODS,
     AdapterSettings,
     DataSettings,
+    MethodSettings,
     ModelSettings,
     ParallelismSettings,
     Section,
     TrainingSettings,
 )
 from llm_trainer.model.device import Device
+from llm_trainer.model.lora_init import begins_at_zero
 from llm_trainer.model.memory.batch import Batch
 from llm_trainer.model.memory.estimate import Estimate, Setup, estimate_memory
 from llm_trainer.model.memory.shape import ModelShape, read_shape
@@ -38,21 +41,43 @@ class MemorySettings:
     data: DataSettings
     training: TrainingSettings
     parallelism: ParallelismSettings
+    methods: MethodSettings = field(default_factory=MethodSettings)
 
     def replace(self, **values: Any) -> "MemorySettings":
         """Return a copy with other values of some settings, by their flat names. They count as given."""
         changed: dict[str, Any] = {}
-        for field in fields(self):
-            section: Section = getattr(self, field.name)
+        for each in fields(self):
+            section: Section = getattr(self, each.name)
             own = {name: value for name, value in values.items() if name in type(section).model_fields}
             if own:
-                changed[field.name] = section.replace(**own)
+                changed[each.name] = section.replace(**own)
         return replace(self, **changed)
 
     @property
     def can_shard(self) -> bool:
         """True where FSDP can shard a base that is loaded so, with an adapter that begins so."""
         return supports_fsdp(self.model, self.adapter, self.training.optim)
+
+    @property
+    def has_reference(self) -> bool:
+        """True where the loss compares the model with what it was before the first step."""
+        return self.data.method in REFERENCE_METHODS
+
+    @property
+    def asks_reference_first(self) -> bool:
+        """True where the reference is asked about all rows before the first step."""
+        return self.has_reference and (not self.adapter.use_peft or bool(self.methods.precompute_ref_log_probs))
+
+    @property
+    def copies_adapter(self) -> bool:
+        """True where the reference has a copy of the adapter, as switching it off would not bring the start back."""
+        moves = bool(self.adapter.adapter_path) or not begins_at_zero(self.adapter.init_lora_weights)
+        return self.has_reference and self.adapter.use_peft and moves
+
+    @property
+    def asks_reference(self) -> bool:
+        """True where each batch goes through the reference, too."""
+        return self.has_reference and not self.asks_reference_first
 
 
 @dataclass(frozen=True)
@@ -206,17 +231,24 @@ class MemoryScenario:
         """Return what each device needs for a step in this way. Raise UnknownShapeError."""
         training, step = self.settings.training, self.build_step(plan)
         accumulates = training.gradient_accumulation_steps > 1
-        num_evaluated = training.per_device_eval_batch_size * self.settings.data.sequences_a_row
-        evaluated = Batch(num_evaluated, step.length)
+        evaluated = Batch(self.count_evaluated() * self.settings.data.sequences_a_row, step.length)
         setup = Setup(
             step,
             self.target.world_size,
             training.optim,
             accumulates,
             plan.kept_layers,
-            evaluated if self.evaluates else None,
+            evaluated if self.evaluates or self.settings.asks_reference_first else None,
+            self.settings.copies_adapter,
         )
         return estimate_memory(self.shape, setup)
+
+    def count_evaluated(self) -> int:
+        """Return the rows of the largest batch that goes through the model without gradients, except those of steps."""
+        settings = self.settings
+        asked = settings.methods.precompute_ref_batch_size if settings.asks_reference_first else None
+        evaluated = settings.training.per_device_eval_batch_size
+        return max(asked or evaluated, evaluated if self.evaluates else 0)
 
     def can_hold(self, need: Estimate, share: float = 1.0) -> bool:
         """Tell whether what is needed is at most this share of what is free on each device."""

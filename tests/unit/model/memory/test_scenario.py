@@ -22,7 +22,7 @@ GPU = Device(torch.device("cuda", 0), "NVIDIA H100", (9, 0))
 
 def sections(**options) -> MemorySettings:
     given = Settings(**options)
-    return MemorySettings(given.model, given.adapter, given.data, given.training, given.parallelism)
+    return MemorySettings(given.model, given.adapter, given.data, given.training, given.parallelism, given.methods)
 
 
 def make_scenario(longest_row=100, attention="sdpa", device=GPU, **options) -> MemoryScenario:
@@ -101,3 +101,34 @@ def test_less_is_needed_where_more_is_saved():
     need = scenario.estimate(ParallelismPlan(False, False, False))
     assert scenario.replace_target(free_bytes=need.total_bytes).can_hold(need)
     assert not scenario.replace_target(free_bytes=need.total_bytes - 1).can_hold(need)
+
+
+@pytest.mark.parametrize(
+    ("options", "first", "each", "copies"),
+    [
+        ({}, False, False, False),
+        ({"method": "dpo"}, False, True, False),
+        ({"method": "dpo", "precompute_ref_log_probs": True}, True, False, False),
+        ({"method": "dpo", "use_peft": False}, True, False, False),
+        ({"method": "dpo", "adapter_path": "adapter"}, False, True, True),
+        ({"method": "dpo", "init_lora_weights": "pissa"}, False, True, True),
+    ],
+    ids=str,
+)
+def test_a_reference_is_asked_first_or_with_each_batch(options, first, each, copies):
+    asked = sections(**options)
+    assert (asked.asks_reference_first, asked.asks_reference, asked.copies_adapter) == (first, each, copies)
+
+
+def test_a_reference_that_is_asked_first_counts_like_an_evaluation():
+    def estimate(**options):
+        scenario = make_scenario(method="dpo", max_length=64, **options)
+        return scenario.estimate(list_parallelism_plans(scenario.settings, scenario.target)[0]).peak_bytes
+
+    assert estimate(precompute_ref_log_probs=True, precompute_ref_batch_size=512) > estimate() * 2
+    assert estimate(precompute_ref_log_probs=True, precompute_ref_batch_size=1) == estimate()
+
+
+def test_a_copy_of_the_adapter_takes_its_bytes():
+    need = make_scenario(method="dpo", init_lora_weights="pissa").estimate(ParallelismPlan(False, False, False))
+    assert need.parts["reference's adapter"] == need.parts["adapter"] > 0
