@@ -79,7 +79,7 @@ class MetricLines(TrainerCallback):
         if not state.is_world_process_zero or not logs or "train_loss" in logs:  # per step it is "loss"
             return
         names, hidden = self.method.metric_names, self.method.hidden_metrics
-        values = {names.get(key, key): value for key, value in logs.items() if key not in hidden}
+        values = {names.get(key, key): value for key, value in logs.items() if key.removeprefix("eval_") not in hidden}
         if "loss" in logs and "num_tokens" in logs:
             values |= self.measure_speed(state.global_step, logs["num_tokens"], args.world_size)
         self.lap.at += logs.get("eval_runtime", 0.0)

@@ -61,7 +61,7 @@ def test_speed_counts_from_where_a_resumed_run_began(run, capsys):
 
 def test_evaluations_and_checkpoints_are_no_training(run):
     run.log(11, 1.0, loss=0.5, num_tokens=51_000.0)
-    run.log(11, 7.0, eval_loss=0.6, eval_runtime=7.0)
+    run.log(11, 7.0, eval_loss=0.6, eval_entropy=2.0, eval_runtime=7.0)  # entropy is hidden in both
     run.save(3.0)
     run.log(12, 1.0, loss=0.5, num_tokens=52_000.0)
     _, evaluation, last = (record["values"] for record in run.read())
