@@ -66,7 +66,7 @@ class Candidate:
 
     @property
     def how(self) -> str:
-        """Words on the way to train, and on the batch: rows of a GPU x GPUs x batches that are added up."""
+        """Words on the way to train, and on the batch: rows or pairs of a GPU x GPUs x batches that are added up."""
         if self.fit is None:
             return ""
         training = self.fit.scenario.settings.training

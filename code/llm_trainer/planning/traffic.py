@@ -94,8 +94,8 @@ def time_waits(
     """Return the seconds of a step in which a GPU waits for others, and the seconds of all traffic.
 
     `forward` and `backward` are seconds of computing of one pass. The next layer is gathered while one computes, and
-    gradients are reduced while the layers below compute. A pass therefore takes the longer of the two, with the first gathering
-    before it and the last reduction behind it.
+    gradients are reduced while the layers below compute. A pass therefore takes the longer of the two, with the first
+    gathering before it and the last reduction behind it.
     """
     gather = time_ring(host, spread.shards, traffic.gathered, traffic.units)
     again = time_ring(host, spread.shards, traffic.gathered_again, traffic.units_again)
