@@ -24,7 +24,7 @@ HYPERPARAMETERS = {
     "per_device_train_batch_size": "4",
     "max_length": "256",
     "logging_steps": "5",
-    "eval_steps": "25",
+    "eval_steps": "10",
 }
 
 
