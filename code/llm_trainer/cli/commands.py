@@ -176,7 +176,7 @@ def add_plan(commands: "Commands[argparse.ArgumentParser]") -> None:
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what stands for data that are not there, where prices come from, and jobs to learn from."""
     rows = "rows of an epoch, with a pair as one, where the channel train is not there"
-    tokens = "mean length of these rows; of a pair that of an answer with its prompt"
+    tokens = "mean length of these rows; of a pair, of an answer with its prompt"
     parser.add_argument("--rows", type=int, metavar="N", help=rows)
     parser.add_argument("--tokens-per-row", type=int, metavar="N", help=tokens)
     parser.add_argument(

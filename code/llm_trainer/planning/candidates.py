@@ -182,24 +182,10 @@ def plan_time(outline: Outline, candidate: Candidate) -> Candidate:
 
 def plan_run(outline: Outline, candidate: Candidate, rows_a_step: int, work: Workload) -> Candidate:
     """Return a candidate whose steps are timed with its hours, and with its dollars where prices are known."""
-    assert candidate.fit is not None and candidate.step is not None and candidate.tokens_per_second is not None
-    host, count, step, fit = candidate.host, candidate.count, candidate.step, candidate.fit
-    settings = fit.scenario.settings
-    training = settings.training
-    number = work.count_steps(rows_a_step, training)
-    low, high = step.range_seconds
-    steps = Steps(
-        number,
-        step.seconds,
-        low,
-        high,
-        tokens=work.num_tokens,
-        eval_tokens=count_evaluations(training, number) * work.eval_tokens,
-        reference_tokens=work.num_tokens + work.eval_tokens if settings.asks_reference_first else 0,
-        tokens_per_second=candidate.tokens_per_second,
-        checkpoints=count_checkpoints(training, number, number * step.seconds),
-        asks_reference=settings.asks_reference,
-    )
+    assert candidate.fit is not None
+    host, count, fit = candidate.host, candidate.count, candidate.fit
+    number = work.count_steps(rows_a_step, fit.scenario.settings.training)
+    steps = describe_steps(candidate, number, work)
     run = outline.learnt.correct_start(time_run(host, count, steps, measure_sizes(fit, outline.merges)), host)
     between = run.steps / max(1, steps.checkpoints)
     spot = expect_interruptions(run.hours, run.start / 3600, between / 3600, count)
@@ -212,6 +198,25 @@ def plan_run(outline: Outline, candidate: Candidate, rows_a_step: int, work: Wor
         spot=spot,
         dollars=price and price * run.hours * count,
         spot_dollars=spot_price and spot_price * spot.hours * count,
+    )
+
+
+def describe_steps(candidate: Candidate, number: int, work: Workload) -> Steps:
+    """Return the steps of a training that has so many, and what a candidate that is timed does beside them."""
+    assert candidate.fit is not None and candidate.step is not None and candidate.tokens_per_second is not None
+    settings, step = candidate.fit.scenario.settings, candidate.step
+    low, high = step.range_seconds
+    return Steps(
+        number,
+        step.seconds,
+        low,
+        high,
+        tokens=work.num_tokens,
+        eval_tokens=count_evaluations(settings.training, number) * work.eval_tokens,
+        reference_tokens=work.num_tokens + work.eval_tokens if settings.asks_reference_first else 0,
+        tokens_per_second=candidate.tokens_per_second,
+        checkpoints=count_checkpoints(settings.training, number, number * step.seconds),
+        asks_reference=settings.asks_reference,
     )
 
 

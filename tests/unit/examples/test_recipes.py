@@ -147,7 +147,8 @@ def test_its_model_fits_its_instance_in_the_way_that_it_says(recipe):
     instance = recipe.instance
     target = Target(instance.device, max(1, instance.num_gpus) * recipe.num_instances, int(instance.free_gib * GIB))
     config = CONFIGS[settings.model.model_id]
-    sections = MemorySettings(settings.model, settings.adapter, settings.data, settings.training, settings.parallelism)
+    work = settings.data, settings.training, settings.parallelism, settings.methods
+    sections = MemorySettings(settings.model, settings.adapter, *work)
     scenario = MemoryScenario(config, sections, settings.data.max_length, target, "eager")
     fit = choose_memory_plan(split_global_batch(choose_kernels(scenario)))
     way = fit.parallelism.describe(target.world_size).partition(" with ")[2]
