@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kills a small job at random moments, starts it again after each kill, and compares its end with an undisturbed run.
 
-    .venv/bin/python bench/chaos.py [KILLS] [SEED]
+    .venv/bin/python bench/chaos.py [KILLS] [SEED] [METHOD]
 
 A third of the kills come at any time from the start on, a third once it trains, a third while a checkpoint is written.
 Each is a SIGTERM to the launcher, as SageMaker stops a job, a SIGKILL to it, as the end of an instance, or a SIGKILL to
@@ -37,14 +37,25 @@ SETTINGS = {
     "logging_steps": "50",
     "eval_strategy": "no",
 }
+# By method: the rows, and settings that differ.
+PAIRS = [
+    {
+        "prompt": f"What is {number} plus 1?",
+        "chosen": f"{number + 1} it is",
+        "rejected": f"{number} " * (number % 3 + 1),
+    }
+    for number in range(24)
+]
+METHODS = {"sft": (ROWS, {}), "dpo": (PAIRS, {"lora_dropout": "0"})}
 START_SECONDS = 12.0
 
 
-def make_tree(folder: Path, model: Path) -> SageMakerTree:
+def make_tree(folder: Path, model: Path, method: str) -> SageMakerTree:
+    rows, settings = METHODS[method]
     tree = SageMakerTree(folder, {"OMP_NUM_THREADS": "1"})
     shutil.copytree(model, folder / "input/data/model")
-    tree.write("input/data/train/train.json", ROWS)
-    tree.write_job(SETTINGS, ("model", "train"))
+    tree.write("input/data/train/train.json", rows)
+    tree.write_job({**SETTINGS, **settings, "method": method}, ("model", "train"))
     return tree
 
 
@@ -89,12 +100,12 @@ def adapters_are_equal(first: SageMakerTree, second: SageMakerTree) -> bool:
     return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
-def main(num_kills: int, seed: int) -> int:
+def main(num_kills: int = 36, seed: int = 0, method: str = "sft") -> int:
     chance = random.Random(seed)
     stop_seconds = []
     with tempfile.TemporaryDirectory() as folder:
         model = build_tiny_model(Path(folder) / "model")
-        whole, killed = (make_tree(Path(folder) / name, model) for name in ("whole", "killed"))
+        whole, killed = (make_tree(Path(folder) / name, model, method) for name in ("whole", "killed"))
         run_to_end(whole)
         for number in range(1, num_kills + 1):
             kind = chance.choice(["any time", "training", "writing"])
@@ -124,4 +135,4 @@ def main(num_kills: int, seed: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, [*sys.argv[1:], *["36", "0"][len(sys.argv) - 1 :]])))
+    sys.exit(main(*map(int, sys.argv[1:3]), *sys.argv[3:]))

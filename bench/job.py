@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same fine-tuning as a whole process: this project, `trl sft`, the script a user writes, and the best TRL script.
 
-    .venv/bin/python bench/job.py .demo/opt/ml [ROUNDS]
+    .venv/bin/python bench/job.py .demo/opt/ml [ROUNDS] [METHOD]
 
 SmolLM2-135M, LoRA r=8 on all linear layers, the demo's rows, one epoch, float32, batches of 8, the loss on the answers;
 each a process of its own, in turns. The loss and accuracy are measured by one program on rows that none has seen. Each
 round has a seed of its own: with 30 steps it decides more over them than the way does.
+
+METHOD dpo trains a new adapter on the demo's pairs, in this project and in the script a user writes. Its accuracy is
+the share of held-out pairs that are ranked right.
 """
 
 import json
@@ -24,6 +27,7 @@ import psutil
 
 HERE = Path(__file__).parent
 DATASET = HERE.parent / "examples/demo/dataset"
+PAIRS = HERE.parent / "examples/demo/pairs"
 LORA = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.0}
 ARGUMENTS = {
     "learning_rate": 0.002,
@@ -33,23 +37,28 @@ ARGUMENTS = {
     "max_length": 256,
     "logging_steps": 5,
 }
-WAYS = ("llm-trainer", "trl sft", "plain script", "tuned script")
+DPO_ARGUMENTS = {**ARGUMENTS, "learning_rate": 0.001, "per_device_train_batch_size": 4}
+WAYS = {
+    "sft": ("llm-trainer", "trl sft", "plain script", "tuned script"),
+    "dpo": ("llm-trainer", "plain_dpo script"),
+}
 
 
 def main() -> None:
     tree, rounds = Path(sys.argv[1]).absolute(), int(sys.argv[2]) if len(sys.argv) > 2 else 5
-    model = tree / "input/data/model"
-    results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    method = sys.argv[3] if len(sys.argv) > 3 else "sft"
+    model, ways = tree / "input/data/model", WAYS[method]
+    results: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory(prefix="bench-job-") as name:
         folder = Path(name)
-        data = write_prompts(folder / "train.jsonl")
+        data = write_prompts(folder / "train.jsonl") if method == "sft" else PAIRS / "train.jsonl"
         num_tokens = count_tokens(model, data)
         for number in range(rounds):
-            for way in WAYS[number % len(WAYS) :] + WAYS[: number % len(WAYS)]:
+            for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
                 output = folder / "output"
-                run = measure(*build(way, model, data, output, folder, seed=number), folder / "log.txt")
+                run = measure(*build(way, model, data, output, folder, number, method), folder / "log.txt")
                 adapter = output / "model" if way == "llm-trainer" else output
-                results[way].append({**run, **examine(model, adapter)})
+                results[way].append({**run, **examine(model, adapter, method)})
                 shutil.rmtree(output)
                 print(way, {key: round(value, 3) for key, value in results[way][-1].items()}, flush=True)
     report(results, num_tokens)
@@ -64,10 +73,11 @@ def write_prompts(file: Path) -> Path:
 
 
 def build(
-    way: str, model: Path, data: Path, output: Path, folder: Path, seed: int = 42
+    way: str, model: Path, data: Path, output: Path, folder: Path, seed: int = 42, method: str = "sft"
 ) -> tuple[list[str], dict[str, str]]:
     """The command of a way, and the variables that it adds."""
-    binaries, arguments = Path(sys.executable).parent, {**LORA, **ARGUMENTS, "seed": seed}
+    own = DPO_ARGUMENTS if method == "dpo" else ARGUMENTS
+    binaries, arguments = Path(sys.executable).parent, {**LORA, **own, "seed": seed}
     if way == "llm-trainer":
         tree = output
         (tree / "input/config").mkdir(parents=True)
@@ -75,7 +85,7 @@ def build(
         (tree / "input/data/model").symlink_to(model)
         (tree / "input/data/train").mkdir()
         shutil.copy(data, tree / "input/data/train")
-        given = {key: str(value) for key, value in arguments.items()}
+        given = {"method": method, **{key: str(value) for key, value in arguments.items()}}
         (tree / "input/config/hyperparameters.json").write_text(json.dumps(given))
         return [str(binaries / "llm-trainer"), "train"], {"SAGEMAKER_BASE_DIR": str(tree)}
     if way == "trl sft":
@@ -135,17 +145,25 @@ class Peak:
         self.thread.join()
 
 
-def examine(model: Path, adapter: Path) -> dict[str, Any]:
+def examine(model: Path, adapter: Path, method: str = "sft") -> dict[str, Any]:
     """Loss a token and accuracy of an adapter on the held-out rows, by a process of its own.
 
     The loss is that of the answers up to the token that ends them: TRL also trains the line break after it, which no
     one generates.
     """
-    command = [sys.executable, __file__, "--examine", str(model), str(adapter)]
+    command = [sys.executable, __file__, "--examine", str(model), str(adapter), method]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         sys.exit(run.stderr)
     return json.loads(run.stdout.splitlines()[-1])
+
+
+def rank_here(model: Path, adapter: Path) -> dict[str, float]:
+    sys.path.insert(0, str(HERE.parent / "examples/demo"))
+    from evaluate import read_rows
+    from rank import ranked_right
+
+    return {"accuracy": ranked_right(model, read_rows(PAIRS / "heldout.jsonl"), adapter)}
 
 
 def examine_here(model: Path, adapter: Path) -> dict[str, float]:
@@ -179,7 +197,8 @@ def count_tokens(model: Path, data: Path) -> int:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = [json.loads(line) for line in data.read_text("utf-8").splitlines()]
-    chats = [row["prompt"] + row["completion"] for row in rows]
+    answers = ("completion", "chosen", "rejected")
+    chats = [row["prompt"] + row[answer] for row in rows for answer in answers if answer in row]
     return sum(len(tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]) for chat in chats)
 
 
@@ -190,14 +209,14 @@ def report(results: dict[str, list[dict[str, float]]], num_tokens: int) -> None:
     )
     print("|---|---|---|---|---|---|---|---|")
     for way, runs in results.items():
-        pairs = zip(results[WAYS[0]], runs, strict=True)
+        pairs = zip(results["llm-trainer"], runs, strict=True)
         columns = [
             show([run["seconds"] for run in runs], 1),
             show([own["seconds"] / other["seconds"] for own, other in pairs], 2),
             show([num_tokens / run["seconds"] for run in runs], 0),
             show([run["cpu_seconds"] for run in runs], 0),
             show([run["peak_gib"] for run in runs], 2),
-            show([run["heldout_loss"] for run in runs], 4),
+            show([run["heldout_loss"] for run in runs], 4) if "heldout_loss" in runs[0] else "",
             show([run["accuracy"] for run in runs], 2),
         ]
         print(f"| {way} | {' | '.join(columns)} |")
@@ -210,6 +229,7 @@ def show(values: list[float], digits: int) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--examine"]:
-        print(json.dumps(examine_here(Path(sys.argv[2]), Path(sys.argv[3]))))
+        examination = rank_here if sys.argv[4] == "dpo" else examine_here
+        print(json.dumps(examination(Path(sys.argv[2]), Path(sys.argv[3]))))
     else:
         main()
