@@ -12,7 +12,7 @@ from support.sagemaker_tree import metrics_of
 pytestmark = pytest.mark.long
 
 # Float32, and sums in another order. Adam divides by the gradient's size: with its epsilon a gradient that is but
-# rounding would move a weight by a whole learning rate.
+# rounding would move a weight by a whole learning rate, and how a sum is rounded depends on the processor.
 TOLERANCE = 1e-5
 # Of 32 rows a step has 12, and the last one of an epoch 8: there 3 ranks have a row to fill.
 HYPERPARAMETERS = {
@@ -23,7 +23,7 @@ HYPERPARAMETERS = {
     "save_steps": "1",
     "save_total_limit": "99",
     "lora_dropout": "0",
-    "adam_epsilon": "1e-6",
+    "adam_epsilon": "1e-5",
 }
 FULL = {"use_peft": "false", "lora_r": None, "lora_alpha": None, "lora_dropout": None}
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from llm_trainer.cli.plan import examine_model, plan
 from llm_trainer.cli.plan_instances import PlanOptions
 from llm_trainer.cli.validate import examine_job, validate
-from llm_trainer.cli.validation import format_json, format_text
+from llm_trainer.cli.validation import format_text
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.environment import read_environment
 from llm_trainer.job.inputs import find_inputs
@@ -95,7 +95,7 @@ def test_what_a_gpu_has_to_hold_is_told_without_one(examine_tree):
     assert plain["parts"]["base weights"] == checkpointed["parts"]["base weights"] > 0
     assert plain["parts"]["activations"] > checkpointed["parts"]["activations"]
     assert plain["gpu_gib"] == 16
-    assert json.loads(format_json(validation))["memory"].keys() == {"training", "training with gradient checkpointing"}
+    assert validation.describe()["memory"].keys() == {"training", "training with gradient checkpointing"}
     table = "\n".join(format_text(validation, in_colour=False))
     assert re.search(r"^CUDA +0\.59 +0\.59$", table, re.MULTILINE)
     assert "NCCL" not in table  # of which one GPU has no use
@@ -419,7 +419,7 @@ def test_an_empty_tree_is_told(tree, examine_tree):
         "model_id is missing",
         "Training data is missing",
     ]
-    assert not json.loads(format_json(validation))["ok"]
+    assert not validation.describe()["ok"]
 
 
 def test_a_tree_that_cannot_be_read_is_told(tree, examine_tree):
