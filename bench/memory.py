@@ -34,6 +34,7 @@ WIDE = {
 FULL: dict[str, Any] = {"use_peft": False}
 CHECKPOINTED = {"gradient_checkpointing": True}
 BF16 = {"torch_dtype": "bfloat16"}
+DPO: dict[str, Any] = {"method": "dpo", "lora_dropout": 0.0}
 EAGER = {"attn_implementation": "eager"}
 # name -> model, sequences, tokens of each, settings
 CASES: dict[str, tuple[dict[str, Any], int, int, dict[str, Any]]] = {
@@ -47,6 +48,8 @@ CASES: dict[str, tuple[dict[str, Any], int, int, dict[str, Any]]] = {
     "smol full 4x256": (SMOLLM2, 4, 256, FULL),
     "smol full 4x256 checkpointed": (SMOLLM2, 4, 256, {**FULL, **CHECKPOINTED}),
     "smol full 2x256 bf16": (SMOLLM2, 2, 256, {**FULL, **BF16}),
+    "smol dpo lora 4x256": (SMOLLM2, 4, 256, DPO),
+    "smol dpo full 4x256": (SMOLLM2, 4, 256, {**FULL, **DPO}),
     "wide lora 1x512": (WIDE, 1, 512, {}),
     "wide lora 2x512 bf16": (WIDE, 2, 512, BF16),
     "wide lora 2x512 checkpointed": (WIDE, 2, 512, CHECKPOINTED),
@@ -78,7 +81,7 @@ def measure(name: str) -> tuple[int, int]:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, LlamaConfig
-    from trl import SFTConfig, SFTTrainer
+    from trl import DPOConfig, SFTConfig, SFTTrainer
 
     from llm_trainer.config.schema import Settings
     from llm_trainer.model import lora
@@ -88,7 +91,7 @@ def measure(name: str) -> tuple[int, int]:
     from llm_trainer.model.memory.step_trace import Step
 
     model_options, sequences, length, options = CASES[name]
-    settings = Settings(lora_dropout=0.1, **options)
+    settings = Settings(**{"lora_dropout": 0.1, **options})
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if settings.model.torch_dtype == "bfloat16" else torch.float32
     config = LlamaConfig(pad_token_id=0, **model_options)
@@ -112,33 +115,50 @@ def measure(name: str) -> tuple[int, int]:
     attention = "eager" if settings.model.attn_implementation == "eager" else "sdpa"
     with torch.device("cuda" if on_gpu else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    rows = [{"input_ids": [5] * length, "labels": [5] * length} for _ in range(sequences * STEPS)]
+    row = {"input_ids": [5] * length, "labels": [5] * length}
+    is_dpo = settings.data.method == "dpo"
+    if is_dpo:
+        row = {name: ids * 2 for name, ids in row.items()} | {"seq_lengths": [length, length]}
+    batch = sequences // settings.data.sequences_a_row
+    rows = Dataset.from_list([{**row, "row": number} if is_dpo else row for number in range(batch * STEPS)])
+    lora_config = lora.build_lora_config(settings.model, settings.adapter, model) if settings.adapter.use_peft else None
     with tempfile.TemporaryDirectory() as folder:
-        arguments = SFTConfig(
+        own = {} if is_dpo else {"dataset_kwargs": {"skip_prepare_dataset": True}}
+        arguments = (DPOConfig if is_dpo else SFTConfig)(
             output_dir=folder,
-            per_device_train_batch_size=sequences,
+            per_device_train_batch_size=batch,
+            per_device_eval_batch_size=batch,
             max_steps=STEPS,
             gradient_checkpointing=checkpoints,
             bf16=dtype == torch.bfloat16,
             use_cpu=not on_gpu,
             max_length=None,
-            dataset_kwargs={"skip_prepare_dataset": True},
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
             dataloader_pin_memory=False,
+            **own,
         )
-        trainer = SFTTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=build_tokenizer(),
-            peft_config=lora.build_lora_config(settings.model, settings.adapter, model)
-            if settings.adapter.use_peft
-            else None,
-        )
-        trainer.train()
+        if is_dpo:
+            train_pairs(model, arguments, rows, lora_config)
+        else:
+            tokenizer = build_tokenizer()
+            SFTTrainer(
+                model, arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora_config
+            ).train()
     return estimated.peak_bytes, peak.read_bytes()
+
+
+def train_pairs(model: Any, arguments: Any, rows: Any, lora_config: Any) -> None:
+    """Train on pairs as a job does, with a reference."""
+    from llm_trainer.training.methods import choose_method
+    from llm_trainer.training.trainer_config import TrainerParts, build_trainer
+
+    tokenizer = build_tokenizer()
+    from support.trainers import build_run_context
+
+    parts = TrainerParts(model, tokenizer, arguments, {"train": rows}, None, lora_config)
+    build_trainer(choose_method("dpo"), parts, build_run_context(), patience=None).train_from(None)
 
 
 def build_tokenizer() -> Any:

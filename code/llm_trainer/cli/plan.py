@@ -28,6 +28,7 @@ from llm_trainer.cli.validation import Validation, collect_findings, print_valid
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.environment import read_environment
 from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import DataSettings
 from llm_trainer.job.earlier_adapter import find_adapter
 from llm_trainer.job.inputs import Inputs, find_inputs, find_model
 from llm_trainer.job.job import Job, collect_settings, fetch_earlier_adapter
@@ -88,18 +89,19 @@ def examine_job(job: Job, options: PlanOptions, basis: Basis, validation: Valida
     validation.add_findings("model", "ok", [job.inputs.model, *planned.reasons])
     job = Job(job.environment, settings, job.inputs)
     lengths = measure_lengths(job, options, validation)
-    longest_row = choose_longest_row(lengths, settings.data.max_length, validation)
+    longest_row = choose_longest_row(lengths, settings.data, validation)
     scenario = plan_memory(planned.config, job, longest_row, validation)
     if scenario is not None and not validation.list_texts("error"):
         outline = build_outline(scenario, lengths, settings.output.merge_weights, basis)
         examine_instances(outline, validation, options.in_colour)
 
 
-def choose_longest_row(lengths: Lengths, max_length: int | None, validation: Validation) -> int:
+def choose_longest_row(lengths: Lengths, data: DataSettings, validation: Validation) -> int:
     """Return the tokens of the row that memory is planned for, after telling them where no data are there."""
-    longest_row = lengths.longest_row or max_length or max(lengths.train, default=USUAL_ROW_TOKENS)
+    longest_row = lengths.longest_row or data.max_length or max(lengths.train, default=USUAL_ROW_TOKENS)
     if lengths.longest_row is None:
-        validation.add_findings("memory", "ok", [f"for rows of {longest_row} tokens, which data may stay below"])
+        what = "rows of" if data.sequences_a_row == 1 else "pairs, with a prompt and an answer of"
+        validation.add_findings("memory", "ok", [f"for {what} {longest_row} tokens, which data may stay below"])
     return longest_row
 
 
