@@ -343,7 +343,7 @@ def test_preferences_are_counted_as_pairs_and_shown_with_both_sides(tree, examin
         "input/data/validation/validation.json", json.dumps({**row, "prompt": "?", "chosen": "a", "rejected": "b"})
     )
     validation = examine_tree("--method", "dpo")
-    data = json.loads(format_json(validation))["data"]["train"]
+    data = validation.describe()["data"]["train"]
     assert (data["num_rows"], data["formats"]) == (1, {"train": "preference"})
     assert (data["pairs"]["equal"], data["pairs"]["swapped"]) == (1, 2)
     assert data["pairs"]["chosen_tokens"]["mean"] > 1.2 * data["pairs"]["rejected_tokens"]["mean"]
