@@ -24,7 +24,7 @@ from llm_trainer.config.schema import Settings, describe_settings
 from llm_trainer.config.sections import AdapterSettings
 from llm_trainer.data.datasets import Data, DataPlaces, check_full_batch, load_data
 from llm_trainer.data.fingerprints import describe_split
-from llm_trainer.data.preview import log_data
+from llm_trainer.data.preview import advise_weights, log_data
 from llm_trainer.data.streaming import AUDITED_ROWS
 from llm_trainer.export.export import finish_result, place_result, publish_result, warn_of_failure
 from llm_trainer.export.logits_check import attempt_logits, choose_check_rows, compute_logits
@@ -367,6 +367,8 @@ def report_data(context: Context, data: Data, tokenizer: PreTrainedTokenizerBase
     if context.settings.data.streaming:
         log.info(f"Data train: streamed; what follows is of the first {AUDITED_ROWS} rows of each source")
     log_data(data, tokenizer, in_colour=sys.stdout.isatty())
+    for text in advise_weights(data.reports["train"], context.settings.methods):
+        log.warning(text)
     sources = {"train": inputs.train, "validation": inputs.validation}
     for split, report in data.reports.items():
         context.timeline.journal.write("data", **describe_split(split, report, sources[split]))

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from support.sagemaker_tree import metrics_of
+from support.sagemaker_tree import finish, metrics_of, read_weights
 
 PAIRS = [
     {"prompt": f"What is {a} plus {b}?", "chosen": f"{a + b} it is", "rejected": f"{a + b + 1} " * (1 + b)}
@@ -26,17 +26,6 @@ def make_job(make_tree):
         return tree
 
     return make
-
-
-def read_weights(tree):
-    """Return the bytes of the result's weights."""
-    return {file.name: file.read_bytes() for file in (tree.base_dir / "model").glob("*.safetensors")}
-
-
-def finish(tree):
-    result = tree.run()
-    assert result.returncode == 0, result.stdout
-    return result.stdout
 
 
 def test_a_job_learns_to_prefer_the_chosen_answers(make_job):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenized pairs, and trainers that learn from them without a job."""
+"""Tokenized pairs and judged answers, and trainers that learn from them without a job."""
 
 import random
 from pathlib import Path
@@ -43,6 +43,30 @@ def build_rows(num_pairs: int, seed: int = 0) -> Dataset:
     return Dataset.from_list([join_pair(pair, number) for number, pair in enumerate(build_pairs(num_pairs, seed))])
 
 
+def build_judged(num_rows: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Return judged answers as TRL takes them, the mismatched ones rotated as it rotates those of a batch."""
+    pairs = build_pairs(num_rows, seed)
+    answers = [pair["chosen_ids"] for pair in pairs]
+    others = [answers[-1], *answers[:-1]]
+    return [
+        {"prompt_ids": pair["prompt_ids"], "completion_ids": answer, "KL_completion_ids": other, "label": place % 3 > 0}
+        for place, (pair, answer, other) in enumerate(zip(pairs, answers, others, strict=True))
+    ]
+
+
+def build_judged_rows(num_rows: int, seed: int = 0) -> Dataset:
+    """Return rows of ours with the same."""
+    rows = []
+    for number, row in enumerate(build_judged(num_rows, seed)):
+        prompt, answer, other = row["prompt_ids"], row["completion_ids"], row["KL_completion_ids"]
+        hidden = [IGNORED] * len(prompt)
+        ids = [*prompt, *answer]
+        made = {"input_ids": ids, "labels": [*hidden, *answer], "length": len(ids), "seq_lengths": [len(ids)]}
+        mismatched = {"other_ids": [*prompt, *other], "other_labels": [*hidden, *other]}
+        rows.append({**made, "row": number, "desirable": row["label"], **mismatched})
+    return Dataset.from_list(rows)
+
+
 def build_lora() -> LoraConfig:
     """Return an adapter that does not begin at zero, so that it differs from the reference at once."""
     return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -57,9 +81,10 @@ def build_pair_trainer(
     run: dict[str, Any] | None = None,
     **settings: Any,
 ) -> ResumableMixin:
-    """Return a trainer of pairs on the CPU. `run` are values of its RunContext."""
-    method = choose_method("dpo")
-    sources = collect_sources(Settings(method="dpo", use_peft=lora is not None, **settings), folder)
+    """Return a trainer on the CPU, of pairs unless `method` says otherwise. `run` are values of its RunContext."""
+    settings = {"method": "dpo", **settings}
+    method = choose_method(settings["method"])
+    sources = collect_sources(Settings(use_peft=lora is not None, **settings), folder)
     arguments = build_arguments(method, sources, torch.device("cpu"), torch.float32)
     tokenizer, base = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
     parts = TrainerParts(base, tokenizer, arguments, {"train": rows}, collator, lora)

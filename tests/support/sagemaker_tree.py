@@ -180,3 +180,15 @@ def metrics_of(log: str, key: str) -> list[float]:
     lines = [line for line in log.splitlines() if "; " in line and f"{key}=" in line]
     pairs = [pair.partition("=") for line in lines for pair in line.split("; ")]
     return [float(value) for name, _, value in pairs if name == key]
+
+
+def finish(tree: "SageMakerTree") -> str:
+    """Run a tree's job, which has to succeed, and return its log."""
+    result = tree.run()
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def read_weights(tree: "SageMakerTree") -> dict[str, bytes]:
+    """Return the bytes of the weights in a job's result, by their files."""
+    return {file.name: file.read_bytes() for file in (tree.base_dir / "model").glob("*.safetensors")}

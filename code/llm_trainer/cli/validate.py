@@ -159,7 +159,7 @@ def set_variables(settings: Settings, inputs: Inputs, validation: Validation) ->
 
 def examine_data(job: Job, validation: Validation, in_colour: bool) -> None:
     """Prepare the data as the job would, and add what becomes of them, and a sample."""
-    from llm_trainer.data.preview import mark_sample
+    from llm_trainer.data.preview import advise_weights, mark_sample
 
     output_dir = job.environment.output_dir
     is_writable = find_write_problem(output_dir) is None
@@ -178,6 +178,8 @@ def examine_data(job: Job, validation: Validation, in_colour: bool) -> None:
     validation.add_findings("data", "error", prepared.problems)
     add_reports(prepared.splits, not prepared.problems, validation)
     if not prepared.problems:
+        warnings = advise_weights(prepared.splits["train"].report, job.settings.methods)
+        validation.add_findings("train", "warning", warnings)
         examine_rows(replace(job, settings=prepared.settings), prepared, validation)
         examine_side_files(prepared, job.settings, validation)
     row = prepared.splits["train"].find_first_row()

@@ -98,6 +98,9 @@ def format_text(validation: Validation, in_colour: bool) -> Iterator[str]:
     pairs = {name: format_pairs(report) for name, report in validation.reports.items() if report.has_pairs}
     if pairs:
         yield from ("", *format_table(pairs, "pairs"))
+    judged = {name: format_judged(report) for name, report in validation.reports.items() if report.is_judged}
+    if judged:
+        yield from ("", *format_table(judged, "answers"))
     if validation.instance_lines:
         yield from ("", *validation.instance_lines)
     elif validation.memory:
@@ -133,8 +136,21 @@ def format_pairs(report: DataReport) -> dict[str, str]:
     """Return the figures of a split that only pairs have, by the names of their columns. Tokens are the answers'."""
     pairs = report.describe_pairs()
     counts = {name.replace("_", " "): pairs[name] for name in ("equal", "swapped", "cut_answers")}
-    for side in ("chosen", "rejected"):
-        tokens = pairs[f"{side}_tokens"]
+    return format_sides(counts, pairs, ("chosen", "rejected"))
+
+
+def format_judged(report: DataReport) -> dict[str, str]:
+    """Return the figures of a split that only judged answers have, by the names of their columns."""
+    judged = report.describe_judged()
+    sides = ("desirable", "undesirable")
+    counts = {name.replace("_", " "): judged[name] for name in (*sides, "cut_answers")}
+    return format_sides(counts, judged, sides)
+
+
+def format_sides(counts: dict[str, int], figures_of: dict[str, Any], sides: tuple[str, str]) -> dict[str, str]:
+    """Return counts, and the lengths of the answers of both sides behind them."""
+    for side in sides:
+        tokens = figures_of[f"{side}_tokens"]
         figures = {"mean": round(tokens["mean"]), "p95": tokens.get("p95", 0), "longest": tokens["longest"]}
         counts |= {f"{side} {name}": value for name, value in figures.items()}
     return {name: f"{value:,}" for name, value in counts.items()}

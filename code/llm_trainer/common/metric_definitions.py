@@ -39,10 +39,18 @@ METHOD_METRICS = {
         "logps/chosen": "logarithm of the chosen answer's probability",
         "logps/rejected": "logarithm of the rejected answer's probability",
     },
+    "kto": {
+        "rewards/margins": "mean reward of desirable answers less the undesirable ones'",
+        "rewards/chosen": "reward of desirable answers: beta times the logarithm over the reference's",
+        "rewards/rejected": "reward of undesirable answers",
+        "logps/chosen": "logarithm of a desirable answer's probability",
+        "logps/rejected": "logarithm of an undesirable answer's probability",
+        "kl": "divergence from the reference, estimated on answers to other prompts",
+    },
 }
 # What automatic model tuning may be told to minimize, or, of an accuracy, to maximize.
 OBJECTIVES = ("eval_loss", "train_loss", "eval_mean_token_accuracy")
-METHOD_OBJECTIVES = {"dpo": ("eval_rewards/accuracies", "eval_rewards/margins")}
+METHOD_OBJECTIVES = {"dpo": ("eval_rewards/accuracies", "eval_rewards/margins"), "kto": ("eval_rewards/margins",)}
 # Transformers' names -> ours. The others keep their name.
 RENAMED = {"loss": "train_loss", "mean_token_accuracy": "train_token_accuracy", "num_tokens": "tokens"}
 # A finite number, since CloudWatch takes neither nan nor inf.

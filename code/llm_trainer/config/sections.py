@@ -13,15 +13,24 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, create_model
 
 from llm_trainer.config.trl_config_fields import CONFIG_CLASSES, Argument, read_snapshot
 
-Method = Literal["sft", "dpo"]  # the training methods, as in CONFIG_CLASSES
+Method = Literal["sft", "dpo", "kto"]  # the training methods, as in CONFIG_CLASSES
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 DatasetFormat = Literal[
-    "auto", "pretokenized", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "preference"
+    "auto",
+    "pretokenized",
+    "messages",
+    "sharegpt",
+    "prompt_completion",
+    "alpaca",
+    "text",
+    "preference",
+    "unpaired_preference",
 ]
 # method -> the formats of its rows. A row is of the first one whose fields it has.
 METHOD_FORMATS: dict[str, tuple[str, ...]] = {
     "sft": ("pretokenized", "messages", "sharegpt", "prompt_completion", "alpaca", "text"),
     "dpo": ("preference",),
+    "kto": ("unpaired_preference", "preference"),
 }
 Attention = Literal[
     "auto",
@@ -80,6 +89,8 @@ RANGES: dict[str, dict[str, Any]] = {
     "label_smoothing": {"ge": 0, "lt": 1},
     "ld_alpha": {"ge": 0},
     "discopop_tau": {"gt": 0},
+    "desirable_weight": {"ge": 0},
+    "undesirable_weight": {"ge": 0},
     "precompute_ref_batch_size": {"ge": 1},
     "ref_model_mixup_alpha": {"ge": 0},
     "ref_model_sync_steps": {"ge": 1},
@@ -156,7 +167,7 @@ class Section(BaseModel):
 
 
 PAIR_METHODS = ("dpo",)  # a row of these holds two answers to a prompt
-REFERENCE_METHODS = ("dpo",)  # these compare with the model before the first step
+REFERENCE_METHODS = ("dpo", "kto")  # these compare with the model before the first step
 SHARED_NAMES = ("loss_type",)  # fields of SFTConfig that are another thing in every method's config
 
 
@@ -342,7 +353,8 @@ class DataSettings(Section):
 
     method: Method = Field(
         "sft",
-        description="Training method. sft: rows to imitate. dpo: pairs of a preferred and a rejected answer.",
+        description="Training method. sft: rows to imitate. dpo: pairs of a preferred and a rejected answer. "
+        "kto: answers that are desirable or undesirable.",
     )
     train_dataset_path: str | None = Field(
         None,
@@ -407,6 +419,16 @@ class DataSettings(Section):
     def sequences_a_row(self) -> int:
         """The sequences that the model computes for a row: two answers of a pair."""
         return 2 if self.method in PAIR_METHODS else 1
+
+    @property
+    def is_judged(self) -> bool:
+        """True where a row's answer is desirable or undesirable."""
+        return self.method == "kto"
+
+    @property
+    def has_answers(self) -> bool:
+        """True where rows are answers to prompts, one or several a row, and have numbers."""
+        return self.method in (*PAIR_METHODS, *REFERENCE_METHODS)
 
 
 @with_trl_config_fields(

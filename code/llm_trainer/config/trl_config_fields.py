@@ -25,6 +25,7 @@ SNAPSHOT = Path(__file__).with_suffix(".json")
 CONFIG_CLASSES = {
     "sft": "SFTConfig",
     "dpo": "DPOConfig",
+    "kto": "KTOConfig",
 }
 # Fields that torchrun sets, and never a user.
 NOT_SETTINGS = ("local_rank",)

@@ -16,6 +16,7 @@ from llm_trainer.common.ranks import local_rank, run_on_local_rank_zero, world_s
 from llm_trainer.config.environment import Environment
 from llm_trainer.config.sections import DataSettings, TrainingSettings
 from llm_trainer.data.encoding import Vocabulary
+from llm_trainer.data.mismatched import add_mismatched
 from llm_trainer.data.report import REJECTED_ROWS, DataReport
 from llm_trainer.data.shard_exchange import LocalRankZeroGroup
 from llm_trainer.data.splits import Split, prepare_splits
@@ -63,13 +64,15 @@ def load_data(
     """
     splits = share_splits(places, vocabulary, settings)
     rows: dict[str, Any] = {name: join_sources(split.open_datasets(), settings) for name, split in splits.items()}
+    if settings.is_judged:
+        rows = {name: add_mismatched(own, settings, places.scratch_dir / name) for name, own in rows.items()}
     reports = {name: split.report for name, split in splits.items()}
     if settings.streaming:
         preparers = build_preparers(vocabulary, settings, reports["train"].formats)
         stream = open_stream(places.inputs.train, preparers, settings, training_settings, places.environment)
         return Data({**rows, "train": stream}, rows["train"], reports)
     seed = training_settings.seed
-    rows["train"] = open_epoch(splits["train"], settings, seed)
+    rows["train"] = choose_epoch(rows["train"], splits["train"], settings, seed)
     check_full_batch(len(rows["train"]), "rows", training_settings, world_size())
     if settings.shuffle_dataset:
         rows["train"] = rows["train"].shuffle(seed=seed, keep_in_memory=True)
@@ -105,15 +108,20 @@ def open_epoch(split: Split, settings: DataSettings, seed: int) -> Dataset:
 
     Raises UserError where `train_weights` names a source without rows.
     """
-    datasets = split.open_datasets()
-    rows = join_sources(datasets, settings)
-    return rows.select(choose_rows(datasets, settings.train_weights, seed)) if settings.train_weights else rows
+    return choose_epoch(join_sources(split.open_datasets(), settings), split, settings, seed)
+
+
+def choose_epoch(rows: Dataset, split: Split, settings: DataSettings, seed: int) -> Dataset:
+    """Return those of a split's joined rows that make an epoch. Raises UserError as `open_epoch` does."""
+    if not settings.train_weights:
+        return rows
+    return rows.select(choose_rows(split.open_datasets(), settings.train_weights, seed))
 
 
 def join_sources(datasets: dict[str, Dataset], settings: DataSettings) -> Dataset:
-    """Return the rows of all sources. Rows of pairs have a number, by which a reference's values are found again."""
+    """Return the rows of all sources. Rows of answers have a number, by which a reference's values are found again."""
     rows = concatenate_datasets(list(datasets.values()))
-    return rows.add_column("row", np.arange(len(rows), dtype=np.int32)) if settings.sequences_a_row > 1 else rows
+    return rows.add_column("row", np.arange(len(rows), dtype=np.int32)) if settings.has_answers else rows
 
 
 def check_full_batch(num_rows: int, unit: str, settings: TrainingSettings, num_devices: int) -> None:

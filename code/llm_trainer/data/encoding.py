@@ -17,7 +17,7 @@ from llm_trainer.common.errors import UserError, cut_quote, quote_error
 from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.chat_template import MAX_SECONDS, ChatTemplate, Span, limit_rows
 from llm_trainer.data.control_tokens import ControlTokens, EscapingTokenizer
-from llm_trainer.data.formats.examples import IGNORED, Conversation, Pair, RowError, Text, Tokens
+from llm_trainer.data.formats.examples import IGNORED, Conversation, Judged, Pair, RowError, Text, Tokens
 from llm_trainer.data.labels import Ids, Labeller, read_ids
 
 
@@ -29,6 +29,7 @@ class EncodedRow:
     labels: Ids  # [length], IGNORED where a token is not trained on
     is_in_pieces: bool = False  # whether prompt and answer had to be tokenized apart
     control_tokens: frozenset[str] = frozenset()  # texts in its messages that became control tokens
+    is_desirable: bool = True  # where rows are judged
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Encoder:
     def describe_loss(self, row_format: str, has_template: bool) -> str:
         """Say for the log which tokens are trained on."""
         fixed = {"text": "all tokens", "pretokenized": "labels", "preference": "chosen and rejected answers"}
+        fixed["unpaired_preference"] = "desirable and undesirable answers"
         if row_format in fixed:
             return fixed[row_format]
         if row_format == "prompt_completion" or not has_template:
@@ -118,6 +120,14 @@ class Encoder:
             if not isinstance(row, RowError) and not have_same_prompt(*row):
                 encoded[place] = join_sides(*self.encode([pairs[place].chosen, pairs[place].rejected], apart=True))
         return encoded
+
+    def encode_judged(self, examples: list[Judged]) -> list[EncodedRow | RowError]:
+        """Return each judged answer's row, or the error that says why there is none."""
+        rows = self.encode([example.answer for example in examples])
+        return [
+            row if isinstance(row, RowError) else replace(row, is_desirable=example.is_desirable)
+            for row, example in zip(rows, examples, strict=True)
+        ]
 
     def encode(
         self, examples: Sequence[Conversation | Text | Tokens], apart: bool = False
@@ -349,7 +359,7 @@ def refuse_contradiction(row_format: str, settings: DataSettings, finds_tokens: 
             f"completion_only_loss=true needs rows with prompt and completion and the data has {row_format} rows: "
             "remove the setting."
         )
-    if row_format == "preference" and not finds_tokens:
+    if row_format in ("preference", "unpaired_preference") and not finds_tokens:
         raise UserError(
             f"method={settings.method} needs a tokenizer that tells which characters a token has, and the model has no "
             "tokenizer.json: add the file."

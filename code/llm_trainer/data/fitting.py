@@ -29,7 +29,7 @@ class Fitter:
         limit = self.settings.max_length
         for sequence in row:
             report.lengths[len(sequence.input_ids)] += 1
-        if len(row) > 1:
+        if self.settings.has_answers:
             count_answers(row, report)
         if limit is not None and any(len(sequence.input_ids) > limit for sequence in row):
             if not self.settings.apply_truncation:
@@ -54,7 +54,7 @@ class Fitter:
         cut = tuple(
             replace(sequence, input_ids=sequence.input_ids[kept], labels=sequence.labels[kept]) for sequence in row
         )
-        if len(row) > 1:
+        if self.settings.has_answers:
             lost = (count_trained(whole) > count_trained(part) for whole, part in zip(row, cut, strict=True))
             report.num_cut_answers += sum(lost)
         return cut
@@ -72,6 +72,7 @@ class Fitter:
             report.num_supervised_tokens += int(np.count_nonzero(is_trained))
         report.num_supervised_eos += trains_stop
         report.num_missed_stops += misses_stop
+        report.num_desirable_rows += self.settings.is_judged and row[0].is_desirable
         report.num_rows_in_pieces += any(sequence.is_in_pieces for sequence in row)
         report.control_tokens.update(frozenset().union(*(sequence.control_tokens for sequence in row)))
 
@@ -88,11 +89,11 @@ def count_trained(sequence: EncodedRow) -> int:
     return int(np.count_nonzero(sequence.labels != IGNORED))
 
 
-def count_answers(pair: Sequences, report: DataReport) -> None:
-    """Count the tokens of both answers of a pair, before they are cut."""
-    chosen, rejected = pair
-    report.chosen_lengths[count_trained(chosen)] += 1
-    report.rejected_lengths[count_trained(rejected)] += 1
+def count_answers(row: Sequences, report: DataReport) -> None:
+    """Count the tokens of a row's answers, before they are cut. A desirable one counts as chosen."""
+    sides = [report.chosen_lengths, report.rejected_lengths]
+    for answer, lengths in zip(row, sides if row[0].is_desirable else sides[1:], strict=False):
+        lengths[count_trained(answer)] += 1
 
 
 def are_equal(pair: Sequences) -> bool:

@@ -6,11 +6,14 @@ from collections.abc import Iterator, Mapping
 from transformers import PreTrainedTokenizerBase
 
 from llm_trainer.common import log
+from llm_trainer.config.sections import MethodSettings
 from llm_trainer.data.datasets import Data
 from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.data.report import DataReport, compute_mean, list_names
 
 MAX_SAMPLE_TOKENS = 200
+MOST_WEIGHT = 1.33  # of all desirable answers, over the weight of all undesirable ones; the least is 1
+JUDGEMENTS = ("desirable", "undesirable")
 MAX_LENGTH_RATIO = 1.2  # of the mean lengths of chosen and rejected answers
 COLOURED = ("\x1b[32m", "\x1b[0m")  # green
 PLAIN = ("⟦", "⟧")
@@ -26,6 +29,8 @@ def log_data(data: Data, tokenizer: PreTrainedTokenizerBase, in_colour: bool) ->
             pairs = report.describe_pairs()
             chosen, rejected = (list_figures(pairs[f"{side}_tokens"]) for side in ("chosen", "rejected"))
             log.info(f"Data {name}: tokens of the answers: chosen {chosen}; rejected {rejected}")
+        if report.is_judged:
+            log.info(f"Data {name}: {describe_judgements(report)}")
         for source, row_format in report.formats.items():
             log.info(f"Data {name}: {source} has {row_format} rows; trained on: {report.loss_on[source]}")
         for text in find_data_warnings(name, report):
@@ -33,6 +38,13 @@ def log_data(data: Data, tokenizer: PreTrainedTokenizerBase, in_colour: bool) ->
     sample = mark_sample(data.sample[0], tokenizer, in_colour)
     marks = describe_marks(in_colour, data.reports["train"].has_pairs)
     log.info(f"Data train, the first row ({marks}):\n{sample}")
+
+
+def describe_judgements(report: DataReport) -> str:
+    """Return a sentence on how many answers are desirable, and on the lengths of both kinds."""
+    judged = report.describe_judged()
+    sides = (f"{judged[side]} {side}, tokens {list_figures(judged[f'{side}_tokens'])}" for side in JUDGEMENTS)
+    return f"{judged['desirable_share']:.1%} of the answers are desirable: {'; '.join(sides)}"
 
 
 def list_figures(figures: Mapping[str, float]) -> str:
@@ -79,7 +91,7 @@ def find_content_warnings(name: str, report: DataReport) -> Iterator[str]:
 
 
 def find_pair_warnings(name: str, report: DataReport) -> Iterator[str]:
-    """Yield sentences about pairs that teach nothing, the reverse of what is meant, or mostly to write long answers."""
+    """Yield sentences about answers that teach nothing, the reverse of what is meant, or mostly to write long ones."""
     if report.num_equal_pairs:
         yield (
             f"{report.num_equal_pairs} pairs of the {name} data are left out, since chosen and rejected are the same "
@@ -95,9 +107,31 @@ def find_pair_warnings(name: str, report: DataReport) -> Iterator[str]:
     chosen, rejected = compute_mean(report.chosen_lengths), compute_mean(report.rejected_lengths)
     if max(chosen, rejected) > MAX_LENGTH_RATIO * min(chosen, rejected):
         longer = "longer" if chosen > rejected else "shorter"
+        one, other = ("chosen", "rejected") if report.has_pairs else JUDGEMENTS
         yield (
-            f"the chosen answers of the {name} data are {longer} than the rejected ones, {chosen:.0f} tokens on "
+            f"the {one} answers of the {name} data are {longer} than the {other} ones, {chosen:.0f} tokens on "
             f"average to {rejected:.0f}: the model may learn length instead of what is preferred."
+        )
+
+
+def advise_weights(report: DataReport, methods: MethodSettings) -> Iterator[str]:
+    """Yield a sentence where the weights of training rows leave one kind of answers far ahead of the other.
+
+    The ranges are those of equation 8 of KTO's paper, as TRL warns of them.
+    """
+    if not report.is_judged:
+        return
+    given = methods.desirable_weight, methods.undesirable_weight
+    desirable, undesirable = (1.0 if weight is None else weight for weight in given)
+    weights = report.num_desirable_rows * desirable, (report.num_rows - report.num_desirable_rows) * undesirable
+    ratio = weights[0] / weights[1] if all(weights) else 0.0
+    if ratio and not 1 <= round(ratio, 2) <= MOST_WEIGHT:
+        lowest, least = desirable / ratio, undesirable * ratio
+        yield (
+            f"{report.describe_judged()['desirable_share']:.1%} of the answers of the train data are desirable, and "
+            f"with their weights these count {ratio:.2f} times as much as the others: set either desirable_weight "
+            f"between {lowest:.2f} and {lowest * MOST_WEIGHT:.2f}, or undesirable_weight between "
+            f"{least / MOST_WEIGHT:.2f} and {least:.2f}."
         )
 
 
@@ -141,9 +175,9 @@ def mark_sample(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, i
     """
     marks = COLOURED if in_colour else PLAIN
     tokens = list(zip(row["input_ids"], row["labels"], strict=True))
-    if "seq_lengths" not in row:
+    end, *others = row.get("seq_lengths", [len(tokens)])
+    if not others:
         return mark_ends(tokens, tokenizer, marks)
-    end, _ = row["seq_lengths"]
     chosen, rejected = tokens[:end], tokens[end:]
     num_shared = count_shared_prompt(chosen, rejected)
     return "\n".join(

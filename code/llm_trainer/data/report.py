@@ -11,7 +11,7 @@ from llm_trainer.common.errors import MAX_LISTED_PROBLEMS
 MAX_NAMED_FILES = 10
 MAX_COUNTED_FIELDS = 100
 PERCENTILES = (50, 90, 95, 99)
-PAIR_COUNTS = ("sequences_a_row", "num_equal_pairs", "num_swapped_pairs", "num_cut_answers")
+PAIR_COUNTS = ("sequences_a_row", "num_equal_pairs", "num_swapped_pairs", "num_cut_answers", "num_desirable_rows")
 # Fields that a summary has in another form, or not at all.
 UNLISTED = frozenset({"lengths", "bad_rows", "damage", "chosen_lengths", "rejected_lengths", *PAIR_COUNTS})
 REJECTED_ROWS = "rejected_rows.jsonl"  # the file that lists bad rows
@@ -49,8 +49,10 @@ class DataReport:
     sequences_a_row: int = 1  # 2 where rows are pairs
     num_equal_pairs: int = 0  # left out, because both answers are the same within max_length
     num_swapped_pairs: int = 0  # whose own scores prefer the rejected answer
+    # Of pairs, and of judged answers, where chosen ones are the desirable ones:
     num_cut_answers: int = 0  # that lose tokens to max_length
-    chosen_lengths: Counter[int] = field(default_factory=Counter)  # tokens of the answer -> pairs
+    num_desirable_rows: int = 0
+    chosen_lengths: Counter[int] = field(default_factory=Counter)  # tokens of the answer -> rows
     rejected_lengths: Counter[int] = field(default_factory=Counter)
 
     def note_bad_row(self, problem: str) -> None:
@@ -104,6 +106,11 @@ class DataReport:
         return self.sequences_a_row > 1
 
     @property
+    def is_judged(self) -> bool:
+        """True where a row's answer is desirable or undesirable."""
+        return not self.has_pairs and bool(self.chosen_lengths or self.rejected_lengths)
+
+    @property
     def num_left_out(self) -> int:
         """The rows that are left out, though nothing is wrong with their form."""
         return self.num_dropped_rows + self.num_unsupervised_rows + self.num_equal_pairs
@@ -116,8 +123,9 @@ class DataReport:
         """Return the counts, ready for JSON, for the manifest and `validate --json`."""
         values = {name: value for name, value in vars(self).items() if name not in UNLISTED}
         shares = {"supervised_share": round(self.supervised_share, 4), "longest_row_tokens": self.longest_row_tokens}
-        pairs = {"pairs": self.describe_pairs()} if self.has_pairs else {}
-        return {**values, **shares, "length_percentiles": self.length_percentiles(), **pairs}
+        own = {"pairs": self.describe_pairs()} if self.has_pairs else {}
+        own |= {"judged": self.describe_judged()} if self.is_judged else {}
+        return {**values, **shares, "length_percentiles": self.length_percentiles(), **own}
 
     def describe_pairs(self) -> dict[str, Any]:
         """Return the counts that only pairs have; lengths are those of the answers, without the prompt."""
@@ -127,11 +135,15 @@ class DataReport:
             "equal": self.num_equal_pairs,
             "swapped": self.num_swapped_pairs,
             "cut_answers": self.num_cut_answers,
-            **{
-                f"{side}_tokens": {"mean": round(compute_mean(own), 1), **find_percentiles(own)}
-                for side, own in lengths.items()
-            },
+            **describe_sides(lengths),
         }
+
+    def describe_judged(self) -> dict[str, Any]:
+        """Return the counts that only judged answers have; lengths are those of the answers, without the prompt."""
+        lengths = {"desirable": self.chosen_lengths, "undesirable": self.rejected_lengths}
+        counts = {"desirable": self.num_desirable_rows, "undesirable": self.num_rows - self.num_desirable_rows}
+        share = round(self.num_desirable_rows / max(1, self.num_rows), 4)
+        return {**counts, "desirable_share": share, "cut_answers": self.num_cut_answers, **describe_sides(lengths)}
 
     def __str__(self) -> str:
         """Return the counts as one line for the log."""
@@ -176,6 +188,12 @@ class DataReport:
         """Yield a sentence where training on the usable rows would fail, or teach the wrong thing."""
         if reason := self.explain_lack_of_rows():
             yield f"The {name} data has no {reason}"
+        elif self.is_judged and self.num_desirable_rows in (0, self.num_rows):
+            word = "desirable" if self.num_desirable_rows else "undesirable"
+            yield (
+                f"All {self.num_rows} rows of the {name} data are {word}, so there is nothing to compare: give "
+                "desirable and undesirable answers."
+            )
         elif not self.num_supervised_tokens:
             yield (
                 f"No token of the {name} data is trained on: every row needs an assistant message, a completion or a "
@@ -192,6 +210,14 @@ class DataReport:
                 f"No row of the {name} data trains the end-of-sequence token, so the model would never learn to stop: "
                 "give a chat template whose assistant turns include it, or rows that end in it."
             )
+
+
+def describe_sides(lengths: dict[str, Counter[int]]) -> dict[str, dict[str, float]]:
+    """Return the figures of the lengths of each side's answers."""
+    return {
+        f"{side}_tokens": {"mean": round(compute_mean(own), 1), **find_percentiles(own)}
+        for side, own in lengths.items()
+    }
 
 
 def find_percentiles(lengths: Counter[int]) -> dict[str, int]:

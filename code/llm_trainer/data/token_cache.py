@@ -20,7 +20,7 @@ from llm_trainer.config.sections import METHOD_FORMATS, DataSettings
 from llm_trainer.data.encoding import Encoder, Vocabulary
 from llm_trainer.data.report import REJECTED_ROWS, DataReport
 from llm_trainer.data.streaming import SourceHead
-from llm_trainer.data.tokenize import CHUNK_ROWS, Preparer, find_format, prepare_chunks, write_chunks
+from llm_trainer.data.tokenize import CHUNK_ROWS, Preparer, choose_features, find_format, prepare_chunks, write_chunks
 from llm_trainer.host.kept_folders import find_folder, write_folder
 from llm_trainer.readers.rows import Chunk, DamagedFile
 from llm_trainer.readers.sources import FileSource, Source
@@ -31,7 +31,8 @@ CODE_THAT_DECIDES_TOKENS = (
     *("readers/rows.py", "readers/json.py", "readers/tables.py", "readers/files.py", "readers/discovery.py"),
     *("readers/sources.py", "data/chat_template.py", "data/encoding.py", "data/labels.py", "data/fitting.py"),
     *("data/formats/detection.py", "data/formats/examples.py", "data/formats/imitation.py"),
-    *("data/formats/preferences.py", "data/formats/turns.py", "data/formats/values.py"),
+    *("data/formats/preferences.py", "data/formats/turns.py", "data/formats/unpaired.py"),
+    "data/formats/values.py",
     *("data/messages.py", "data/control_tokens.py"),
     *("data/tokenize.py", "data/token_cache.py", "data/report.py", "data/streaming.py"),
 )
@@ -80,7 +81,7 @@ def write_source(source: Source | SourceHead, vocabulary: Vocabulary, settings: 
         preparer = Preparer(encoder, settings, known_format, first_place)
     num_processes = settings.dataset_num_proc or len(os.sched_getaffinity(0))
     prepared = prepare_chunks(preparer, itertools.chain(seen, chunks), num_processes)
-    write_chunks(prepared, folder / ROWS, folder / REJECTED_ROWS, report)
+    write_chunks(prepared, choose_features(settings), folder / ROWS, folder / REJECTED_ROWS, report)
     write_verbatim(folder / REPORT, json.dumps(vars(report)))
 
 

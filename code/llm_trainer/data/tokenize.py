@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.encoding import Encoder
 from llm_trainer.data.fitting import Fitter, Sequences
 from llm_trainer.data.formats.detection import OtherMethodError, detect_format, list_read_fields, parse_example
-from llm_trainer.data.formats.examples import Conversation, Example, Fields, Pair, RowError
+from llm_trainer.data.formats.examples import Conversation, Example, Fields, Judged, Pair, RowError
 from llm_trainer.data.labels import Ids
 from llm_trainer.data.report import DataReport
 from llm_trainer.readers.json import TooDeep, parse_json
@@ -49,8 +49,9 @@ FEATURES = Features(
         "digest": Value("uint64"),  # hash of the input_ids, to find duplicates
     }
 )
-# Of rows that hold several sequences, one behind the other: how long each is.
-PAIR_FEATURES = Features({**FEATURES, "seq_lengths": List(Value("int32"))})
+# Of rows of answers, which may be several, one behind the other: how long each is.
+ANSWER_FEATURES = Features({**FEATURES, "seq_lengths": List(Value("int32"))})
+JUDGED_FEATURES = Features({**ANSWER_FEATURES, "desirable": Value("bool")})
 
 
 @dataclass
@@ -94,19 +95,28 @@ class Preparer:
             except RowError as error:
                 reject(index, str(error))
         kept = []
-        for (index, _), row in zip(examples, self.encode([example for _, example in examples]), strict=True):
-            if isinstance(row, RowError):
-                reject(index, str(row))
-            elif fitting := self.fitter.fit_row(row, report):
-                kept.append(fitting)
-        return PreparedChunk(build_table(kept, self.settings.sequences_a_row > 1), report, rejected)
+        for (index, _), rows in zip(examples, self.encode([example for _, example in examples]), strict=True):
+            if isinstance(rows, RowError):
+                reject(index, str(rows))
+                continue
+            fitting = (self.fitter.fit_row(row, report) for row in rows)
+            kept += [row for row in fitting if row]
+        return PreparedChunk(build_table(kept, choose_features(self.settings)), report, rejected)
 
-    def encode(self, examples: list[Any]) -> Iterator[Sequences | RowError]:
-        """Yield the sequences of each example, or the error that says why there are none."""
-        if self.settings.sequences_a_row > 1:
-            yield from self.encoder.encode_pairs(examples)
-        else:
-            yield from (row if isinstance(row, RowError) else (row,) for row in self.encoder.encode(examples))
+    def encode(self, examples: list[Any]) -> Iterator[list[Sequences] | RowError]:
+        """Yield the rows of each example, each with its sequences, or the error that says why there are none."""
+        encode = {"preference": self.encoder.encode_pairs, "unpaired_preference": self.encoder.encode_judged}
+        encoded = encode.get(self.row_format, self.encoder.encode)(examples)  # type: ignore[operator]
+        for row in encoded:
+            if isinstance(row, RowError):
+                yield row
+            elif self.row_format != "preference":
+                yield [(row,)]
+            elif self.settings.sequences_a_row > 1:
+                yield [row]
+            else:
+                chosen, rejected = row
+                yield [(chosen,), (replace(rejected, is_desirable=False),)]
 
     def read_example(self, fields: Fields, report: DataReport) -> Example:
         """Parse a row's fields, and count what is odd about them. Raises RowError where the row is bad."""
@@ -128,10 +138,17 @@ class Preparer:
     def list_unread_fields(self, fields: Fields, example: Example) -> set[str]:
         """Name the fields of a row and of its messages that nothing reads."""
         unread = {name for name in fields.keys() - self.read_fields if fields[name]}
-        for side in (example.chosen, example.rejected) if isinstance(example, Pair) else (example,):
+        for side in list_sides(example):
             if isinstance(side, Conversation):
                 unread |= self.encoder.template.list_unread_fields(side)
         return unread
+
+
+def list_sides(example: Example) -> tuple[Example, ...]:
+    """Return the parts of an example that are rendered by themselves."""
+    if isinstance(example, Pair):
+        return example.chosen, example.rejected
+    return (example.answer if isinstance(example, Judged) else example,)
 
 
 def parse_fields(raw: Any, number: int) -> Fields:
@@ -176,17 +193,26 @@ def make_writable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def build_table(rows: list[Sequences], has_pairs: bool) -> pa.Table:
+def choose_features(settings: DataSettings) -> Features:
+    """Return the columns of the method's rows."""
+    if settings.is_judged:
+        return JUDGED_FEATURES
+    return ANSWER_FEATURES if settings.has_answers else FEATURES
+
+
+def build_table(rows: list[Sequences], features: Features) -> pa.Table:
     """Return the rows as Arrow columns in the order of the features, without a Python object for each token."""
     ids = [np.concatenate([sequence.input_ids for sequence in row]) for row in rows]
     lengths = np.array([len(row) for row in ids], dtype=np.int32)
     digests = np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in ids], dtype=np.uint64)
     labels = [sequence.labels for row in rows for sequence in row]
     columns = [build_lists(ids, lengths), build_lists(labels, lengths), lengths, digests]
-    if has_pairs:
+    if "seq_lengths" in features:
         own = [np.array([len(sequence.input_ids) for sequence in row], dtype=np.int32) for row in rows]
         columns.append(build_lists(own, np.array([len(row) for row in rows], dtype=np.int32)))
-    return pa.table(dict(zip(PAIR_FEATURES if has_pairs else FEATURES, columns, strict=True)))
+    if "desirable" in features:
+        columns.append(np.array([row[0].is_desirable for row in rows], dtype=bool))
+    return pa.table(dict(zip(features, columns, strict=True)))
 
 
 def build_lists(parts: list[Ids], lengths: Ids) -> pa.Array:
@@ -197,11 +223,14 @@ def build_lists(parts: list[Ids], lengths: Ids) -> pa.Array:
 
 
 def write_chunks(
-    prepared_chunks: Generator[PreparedChunk, None, None], arrow: Path, rejected_rows: Path, report: DataReport
+    prepared_chunks: Generator[PreparedChunk, None, None],
+    features: Features,
+    arrow: Path,
+    rejected_rows: Path,
+    report: DataReport,
 ) -> None:
     """Write rows to an Arrow file and bad rows to a JSON Lines file, and count them in the report."""
     rejected_rows.touch()
-    features = PAIR_FEATURES if report.sequences_a_row > 1 else FEATURES
     with (
         ArrowWriter(path=str(arrow), features=features) as writer,
         # Closed in any case, because processes that wait for more chunks would keep this one from ending.

@@ -258,6 +258,7 @@ def choose_defaults(
         "ddp_find_unused_parameters": False,  # the search costs a pass over the graph a step and finds nothing
         "disable_tqdm": True,  # its carriage returns spoil a log; metric lines show the progress
         "prediction_loss_only": True,
+        "train_sampling_strategy": "random",  # KTO's config would keep the rows in their order
     }
     if memory_plan is not None and memory_plan.sharded:
         defaults |= fsdp.choose_arguments(sources.given.get("fsdp_config"))

@@ -19,9 +19,11 @@ from llm_trainer.data.formats.examples import IGNORED, RowError
 from llm_trainer.data.report import DataReport
 from llm_trainer.data.streaming import SourceHead
 from llm_trainer.data.tokenize import (
+    FEATURES,
     MAX_QUOTED_ROW_CHARACTERS,
     Preparer,
     build_table,
+    choose_features,
     find_format,
     parse_fields,
     prepare_chunks,
@@ -66,9 +68,12 @@ def test_rows_keep_their_order_and_bad_ones_are_listed_with_place_and_content():
 
 def test_equal_rows_have_equal_digests():
     rows = [(EncodedRow(np.array(ids, np.int32), np.array(ids, np.int32)),) for ids in ([1, 2], [2, 1], [1, 2])]
-    first, second, third = build_table(rows, has_pairs=False).column("digest").to_pylist()
+    first, second, third = build_table(rows, FEATURES).column("digest").to_pylist()
     assert first == third != second
-    assert build_table([], has_pairs=False).num_rows == build_table([], has_pairs=True).num_rows == 0
+    for method in ("sft", "dpo", "kto"):
+        features = choose_features(Settings(method=method).data)
+        empty = build_table([], features)
+        assert (empty.num_rows, empty.column_names) == (0, [*features])
 
 
 def test_the_format_is_that_of_the_first_row_that_tells_it():
@@ -92,14 +97,15 @@ def test_a_long_bad_row_is_quoted_in_part():
 def test_any_number_of_processes_writes_the_same_file_in_order(tmp_path, num_processes):
     report = DataReport()
     prepared = prepare_chunks(build_preparer(), iter(build_chunks(20)), num_processes)
-    write_chunks(prepared, tmp_path / "rows.arrow", tmp_path / "rejected.jsonl", report)
+    write_chunks(prepared, FEATURES, tmp_path / "rows.arrow", tmp_path / "rejected.jsonl", report)
     assert Dataset.from_file(str(tmp_path / "rows.arrow"))["length"][:] == list(range(2, 22))
     assert report.num_rows == 20
     assert (tmp_path / "rejected.jsonl").read_text() == ""
 
 
 def test_without_a_preparer_an_empty_file_is_written(tmp_path):
-    write_chunks(prepare_chunks(None, iter([]), 2), tmp_path / "rows.arrow", tmp_path / "bad.jsonl", DataReport())
+    nothing = prepare_chunks(None, iter([]), 2)
+    write_chunks(nothing, FEATURES, tmp_path / "rows.arrow", tmp_path / "bad.jsonl", DataReport())
     assert len(Dataset.from_file(str(tmp_path / "rows.arrow"))) == 0
 
 
@@ -119,7 +125,7 @@ def test_half_a_character_in_a_name_spoils_only_its_row(tmp_path):
     rows = [{"text": "a"}, json.loads(r'{"\ud800": 1}'), rb'{"\ud800": 1}', {"text": "b"}]
     report = DataReport()
     prepared = build_preparer().prepare_chunk(Chunk("caf\udce9.jsonl", [1, 2, 3, 4], rows))
-    write_chunks((each for each in [prepared]), tmp_path / "rows.arrow", tmp_path / "rejected.jsonl", report)
+    write_chunks((each for each in [prepared]), FEATURES, tmp_path / "rows.arrow", tmp_path / "rejected.jsonl", report)
     assert (report.num_rows, report.num_bad_rows) == (2, 2)
     assert all(r"(found: \ud800)" in problem for problem in report.bad_rows)
     rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -325,10 +331,10 @@ def decode_trained(prepared):
 PREFERENCES = [{"prompt": "Q ", "chosen": "a", "rejected": "bc"}, {"prompt": "Q ", "chosen": "a", "rejected": "a"}]
 
 
-def prepare_pairs(rows):
-    settings = Settings(method="dpo").data
-    encoder = Encoder(VOCABULARY, settings, "preference")
-    preparer = Preparer(encoder, settings, "preference", "a.jsonl row 1")
+def prepare_pairs(rows, method="dpo", row_format="preference"):
+    settings = Settings(method=method).data
+    encoder = Encoder(VOCABULARY, settings, row_format)
+    preparer = Preparer(encoder, settings, row_format, "a.jsonl row 1")
     return preparer.prepare_chunk(Chunk("a.jsonl", list(range(1, len(rows) + 1)), rows))
 
 
@@ -348,6 +354,26 @@ def test_a_pair_is_a_row_with_its_sequences_end_to_end():
         "a.jsonl row 3 field 'rejected' is an empty text and not a text with something in it: fill or remove the row."
     )
     assert report.bad_rows[1].startswith("a.jsonl row 4 is a text row, which method=dpo does not take: set method=sft")
+
+
+def test_a_judged_answer_is_a_row_with_its_judgement():
+    rows = [{"prompt": "Q ", "completion": text, "label": text == "a", "note": "x"} for text in ("a", "bc")]
+    prepared = prepare_pairs([*rows, {**rows[0], "label": "so so"}], "kto", "unpaired_preference")
+    good, bad = prepared.table.to_pylist()
+    assert (good["desirable"], good["seq_lengths"], bad["desirable"], bad["seq_lengths"]) == (True, [4], False, [5])
+    assert TOKENIZER.decode(bad["input_ids"]) == "Q bc<|im_end|>"
+    report = prepared.report
+    assert (report.num_rows, report.num_desirable_rows, report.num_bad_rows) == (2, 1, 1)
+    assert (report.chosen_lengths, report.rejected_lengths) == ({2: 1}, {3: 1})
+    assert "field 'label' is 'so so', which is not true or false" in report.bad_rows[0]
+    assert report.unread_fields == {"note": 2}
+
+
+def test_kto_makes_two_judged_answers_of_a_pair():
+    prepared = prepare_pairs([*PREFERENCES[:1], {"prompt": "Q ", "chosen": "a", "rejected": ""}], "kto")
+    texts = {TOKENIZER.decode(row["input_ids"]): row["desirable"] for row in prepared.table.to_pylist()}
+    assert texts == {"Q a<|im_end|>": True, "Q bc<|im_end|>": False}
+    assert (prepared.report.num_rows, prepared.report.num_bad_rows, len(prepared.rejected)) == (2, 1, 1)
 
 
 def test_rows_of_another_method_are_told_once():

@@ -26,6 +26,11 @@ def list_losses(method: str, loss_type: str | list[str] | None) -> list[str]:
     return [losses] if isinstance(losses, str) else list(losses)
 
 
+def takes_several_losses(method: str) -> bool:
+    """Tell whether a method adds up several losses."""
+    return method in METHOD_FIELDS["loss_type"] and "list" in METHOD_FIELDS["loss_type"][method].types
+
+
 def is_of_method(name: str, method: str) -> bool:
     """Tell whether a method has this setting: a field of its config, or one that is this project's own."""
     is_field = name in METHOD_FIELDS or name in read_snapshot()
@@ -73,6 +78,16 @@ def refuse_reference_sync(name: str) -> Rule:
     )
 
 
+def refuse_single_row(name: str) -> Rule:
+    """Return the rule that KTO estimates its divergence on more than one row, which this setting is about."""
+    return Rule(
+        (name, "loss_type"),
+        lambda s: s.data.method == "kto" and s.value(name) == 1 and s.methods.loss_type != "apo_zero_unpaired",
+        f"{name}={{{name}}} with method=kto: its divergence is a mean over the rows that devices compute at once, and "
+        "one row tells too little; give at least 2, or loss_type=apo_zero_unpaired.",
+    )
+
+
 METHOD_RULES = (
     Rule(
         ("method",),
@@ -103,6 +118,12 @@ METHOD_RULES = (
         "dataset_format={dataset_format} with method={method}, whose rows are {choices}: leave it out, or set method.",
         lambda s: [{"choices": " or ".join(METHOD_FORMATS[s.data.method])}],
     ),
+    Rule(
+        ("loss_type", "method"),
+        lambda s: isinstance(s.methods.loss_type, list) and not takes_several_losses(s.data.method),
+        "loss_type={loss_type} with method={method}, which has one loss: give its name alone.",
+    ),
+    *(refuse_single_row(name) for name in ("per_device_train_batch_size", "global_batch_size")),
     refuse_losses(
         ("loss_weights", "loss_type"),
         lambda losses, methods: methods.loss_weights is not None and len(methods.loss_weights) != len(losses),

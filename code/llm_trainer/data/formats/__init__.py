@@ -8,5 +8,6 @@ A row's fields tell its format (sources: TRL's "Dataset formats", ShareGPT's exp
     prompt_completion   prompt, completion: two texts, or two lists of messages
     alpaca              instruction, input, output, system, history
     text                text
+    unpaired_preference prompt, completion, label: whether the completion is desirable
     preference          chosen, rejected: two texts, or two lists of messages; prompt, unless both begin with it
 """

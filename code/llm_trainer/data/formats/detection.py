@@ -14,6 +14,7 @@ from llm_trainer.data.formats.imitation import (
     parse_tokens,
 )
 from llm_trainer.data.formats.preferences import list_preference_fields, parse_preference
+from llm_trainer.data.formats.unpaired import is_judged, list_unpaired_fields, list_unpaired_needs, parse_unpaired
 from llm_trainer.data.formats.values import parse_text
 
 
@@ -29,12 +30,18 @@ def detect_format(fields: Fields, settings: DataSettings) -> str:
     needs = list_needed_fields(settings)
     given = {name for name, value in fields.items() if value is not None}
     own = METHOD_FORMATS[settings.method] if settings.dataset_format == "auto" else (settings.dataset_format,)
+    if settings.method == "sft" and settings.dataset_format == "auto" and is_judged(fields, settings.messages_field):
+        raise OtherMethodError(
+            "has an answer that is judged true or false, and method=sft would imitate it in either case: set "
+            "method=kto, or dataset_format to imitate all answers."
+        )
     for name in own:
-        if given.issuperset(needs[name]):
+        if any(map(given.issuperset, needs[name])):
             return name
-    wanted = " or ".join(" with ".join(map(repr, needs[name])) for name in own)
-    for name, methods in list_foreign_formats(settings.method).items():
-        if given.issuperset(needs[name]):
+    wanted = describe_needs([needs[name] for name in own])
+    foreign = list_foreign_formats(settings.method)
+    for name, methods in sorted(foreign.items(), key=lambda item: -len(needs[item[0]][0])):  # that of most fields
+        if any(map(given.issuperset, needs[name])):
             raise OtherMethodError(
                 f"is a {name} row, which method={settings.method} does not take: set method={' or '.join(methods)}, "
                 f"or give rows with {wanted}."
@@ -44,16 +51,22 @@ def detect_format(fields: Fields, settings: DataSettings) -> str:
     raise RowError(f"has no field {wanted} (found: {cut_quote(found) or 'none'}): rename the field{fix}.")
 
 
-def list_needed_fields(settings: DataSettings) -> dict[str, tuple[str, ...]]:
-    """Return the fields that tell each format."""
+def describe_needs(needs: list[list[tuple[str, ...]]]) -> str:
+    """Return words for the fields of formats, for those with several habits the first of them."""
+    return " or ".join(" with ".join(map(repr, habits[0])) for habits in needs)
+
+
+def list_needed_fields(settings: DataSettings) -> dict[str, list[tuple[str, ...]]]:
+    """Return the fields that tell each format, in each of its habits."""
     return {
-        "pretokenized": ("input_ids",),
-        "messages": (settings.messages_field,),
-        "sharegpt": ("conversations",),
-        "prompt_completion": ("prompt", "completion"),
-        "alpaca": ("instruction", "output"),
-        "text": (settings.text_field,),
-        "preference": ("chosen", "rejected"),
+        "pretokenized": [("input_ids",)],
+        "messages": [(settings.messages_field,)],
+        "sharegpt": [("conversations",)],
+        "prompt_completion": [("prompt", "completion")],
+        "alpaca": [("instruction", "output")],
+        "text": [(settings.text_field,)],
+        "preference": [("chosen", "rejected")],
+        "unpaired_preference": list_unpaired_needs(settings.messages_field),
     }
 
 
@@ -77,6 +90,7 @@ def parse_example(fields: Fields, row_format: str, settings: DataSettings, has_c
         "alpaca": lambda: parse_alpaca(fields, has_chat_template),
         "text": lambda: Text(parse_text(fields, settings.text_field)),
         "preference": lambda: parse_preference(fields, settings.messages_field, has_chat_template),
+        "unpaired_preference": lambda: parse_unpaired(fields, settings.messages_field, has_chat_template),
     }
     return parsers[row_format]()
 
@@ -92,5 +106,6 @@ def list_read_fields(row_format: str, settings: DataSettings, has_chat_template:
         "alpaca": (*alpaca, "system", "history") if has_chat_template else alpaca,
         "text": (settings.text_field,),
         "preference": list_preference_fields(settings.messages_field),
+        "unpaired_preference": list_unpaired_fields(settings.messages_field),
     }
     return frozenset(read[row_format])

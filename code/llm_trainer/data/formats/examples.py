@@ -62,4 +62,12 @@ class Pair:
         return self.margin is not None and self.margin < 0
 
 
-Example = Conversation | Text | Tokens | Pair
+@dataclass(frozen=True)
+class Judged:
+    """An answer with its prompt, which is desirable or not."""
+
+    answer: Conversation | Text
+    is_desirable: bool
+
+
+Example = Conversation | Text | Tokens | Pair | Judged

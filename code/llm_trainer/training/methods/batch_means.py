@@ -4,13 +4,20 @@
 TRL takes means of batches' means, and gathers each of them from all ranks. Here the ranks talk once a line.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
+
+NO_COUNTS: Mapping[str, int] = MappingProxyType({})
+
+Values = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -19,30 +26,44 @@ class RowSums:
 
     num_rows: int = 0
     num_tokens: int = 0
-    totals: tuple[tuple[str, float], ...] = ()  # metric -> sum over the rows
+    totals: tuple[tuple[str, float], ...] = ()  # metric -> sum over its rows
+    counts: tuple[tuple[str, int], ...] = ()  # metric -> its rows, where these are not all
 
-    def add_batch(self, num_rows: int, num_tokens: int, means: dict[str, float]) -> "RowSums":
-        """Return the sums with those of a batch, whose metrics are means over its rows."""
-        return self + RowSums(num_rows, num_tokens, tuple((name, mean * num_rows) for name, mean in means.items()))
+    def add_batch(
+        self, num_rows: int, num_tokens: int, means: dict[str, float], counts: Mapping[str, int] = NO_COUNTS
+    ) -> "RowSums":
+        """Return the sums with those of a batch. `counts` names the metrics that are means over fewer of its rows."""
+        totals = tuple((name, mean * counts.get(name, num_rows)) for name, mean in means.items())
+        return self + RowSums(num_rows, num_tokens, totals, tuple(counts.items()))
 
     def __add__(self, other: "RowSums") -> "RowSums":
         """Return the sums over both."""
-        totals = dict(self.totals)
-        for name, total in other.totals:
-            totals[name] = totals.get(name, 0.0) + total
-        return RowSums(self.num_rows + other.num_rows, self.num_tokens + other.num_tokens, tuple(totals.items()))
+        totals, counts = add_values(self.totals, other.totals), add_values(self.counts, other.counts)
+        return RowSums(self.num_rows + other.num_rows, self.num_tokens + other.num_tokens, totals, counts)
 
     def gather(self, accelerator: Accelerator, names: tuple[str, ...]) -> "RowSums":
         """Return the sums of all ranks for the metrics of these names. Every rank must call this."""
-        own = dict(self.totals)
-        values = [self.num_rows, self.num_tokens, *(own.get(name, 0.0) for name in names)]
+        totals, counts = dict(self.totals), dict(self.counts)
+        values = [totals.get(name, 0.0) for name in names] + [counts.get(name, self.num_rows) for name in names]
+        values += [self.num_rows, self.num_tokens]
         sums = accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device)).tolist()
-        return RowSums(int(sums[0]), int(sums[1]), tuple(zip(names, sums[2:], strict=True)))
+        found = zip(names, sums, strict=False), zip(names, map(int, sums[len(names) :]), strict=False)
+        return RowSums(int(sums[-2]), int(sums[-1]), *map(tuple, found))
 
     @property
     def means(self) -> dict[str, float]:
-        """The means of the metrics over the rows, nan without any."""
-        return {name: total / self.num_rows if self.num_rows else float("nan") for name, total in self.totals}
+        """The means of the metrics over their rows, nan without any."""
+        counts = dict(self.counts)
+        rows = {name: counts.get(name, self.num_rows) for name, _ in self.totals}
+        return {name: total / rows[name] if rows[name] else math.nan for name, total in self.totals}
+
+
+def add_values(first: Values, second: Values) -> Values:
+    """Return the sum of each name's values."""
+    values = dict(first)
+    for name, value in second:
+        values[name] = values.get(name, 0) + value
+    return tuple(values.items())
 
 
 class BatchMeans(Trainer):
@@ -61,21 +82,27 @@ class BatchMeans(Trainer):
         self.run_sums = RowSums()  # up to the last line
         self.eval_sums = RowSums()
 
-    def count_batch(self, num_rows: int, num_tokens: int, loss: torch.Tensor) -> None:
+    def count_batch(
+        self, num_rows: int, num_tokens: int, loss: torch.Tensor, counts: Mapping[str, int] = NO_COUNTS
+    ) -> None:
         """Add the metrics that TRL has taken of a batch to the sums, and take them out of TRL's lists."""
         is_training = self.model.training
         found = self._metrics["train" if is_training else "eval"]
         means = {name: found[name][-1] for name in self.metric_names if name in found} | {"loss": loss.item()}
         found.clear()
         if is_training:
-            self.line_sums = self.line_sums.add_batch(num_rows, num_tokens, means)
+            self.line_sums = self.line_sums.add_batch(num_rows, num_tokens, means, counts)
         else:
-            self.eval_sums = self.eval_sums.add_batch(num_rows, num_tokens, means)
+            self.eval_sums = self.eval_sums.add_batch(num_rows, num_tokens, means, counts)
 
     def gather_sums(self, sums: RowSums) -> RowSums:
         """Return the sums of all ranks. Every rank must call this."""
         names = (name for name in self.metric_names if self.aux_loss_enabled or name != "aux_loss")
         return sums.gather(self.accelerator, tuple(names))
+
+    def compute_means(self, sums: RowSums) -> dict[str, float]:
+        """Return the metrics that these sums of all ranks tell."""
+        return sums.means
 
     def count_tokens(self) -> int:
         """Return the tokens trained on so far, also since the last line. Every rank must call this."""
@@ -88,8 +115,9 @@ class BatchMeans(Trainer):
             since = self.gather_sums(self.line_sums)
             self.run_sums, self.line_sums = self.run_sums + since, RowSums()
             self._total_train_tokens += since.num_tokens
-            logs["loss"] = since.means["loss"]
-            metrics.update({name: [mean] for name, mean in since.means.items() if name != "loss"})
+            means = self.compute_means(since)
+            logs["loss"] = means.pop("loss")
+            metrics.update({name: [mean] for name, mean in means.items()})
             metrics["num_tokens"] = [self._total_train_tokens]
         elif "train_loss" in logs:
             whole = self.run_sums + self.gather_sums(self.line_sums)
@@ -108,7 +136,7 @@ class BatchMeans(Trainer):
         """Evaluate. The metrics are means over all rows, and the ranks add up their sums once."""
         self.eval_sums = RowSums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = self.gather_sums(self.eval_sums).means
+        means = self.compute_means(self.gather_sums(self.eval_sums))
         metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
         return output._replace(metrics={**metrics, **output.metrics}, num_samples=len(self.eval_dataset))
 

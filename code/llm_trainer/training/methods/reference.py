@@ -19,7 +19,7 @@ from torch.utils.data import SequentialSampler
 
 from llm_trainer.common import log
 from llm_trainer.model.lora_init import ADAPTER
-from llm_trainer.training.methods.pairs import PAIRS
+from llm_trainer.training.methods.answers import ANSWERS
 from llm_trainer.training.methods.reference_values import build_key, compute_values, keep_values, load_values
 from llm_trainer.training.methods.whole_batches import WholeBatches, fill_batches
 from llm_trainer.training.resumable import ResumableMixin
@@ -32,6 +32,7 @@ class ReferenceMixin(ResumableMixin, WholeBatches):
     """A resumable trainer whose loss compares with a reference. It goes before TRL's trainer among the bases."""
 
     ld_alpha: float | None = None  # TRL's, which decides what is summed up
+    calculate_KL: bool = False  # TRL's, which decides what is asked  # noqa: N815
 
     def begin_reference(self, asks_first: bool) -> None:
         """Take the model before its first step for the reference, and ask it first of all where nothing else can be."""
@@ -46,7 +47,7 @@ class ReferenceMixin(ResumableMixin, WholeBatches):
         """Return the same, of what was asked before the first step where it was."""
         if not self.reference:
             return self.ask_reference(batch)
-        return self.reference["train" if self.model.training else "eval"][batch[PAIRS].rows]
+        return self.reference["train" if self.model.training else "eval"][batch[ANSWERS].rows]
 
     def prepare_reference(self) -> None:
         """Ask the reference about all rows where it has to come first. Later the model has other weights."""
@@ -81,6 +82,7 @@ class ReferenceMixin(ResumableMixin, WholeBatches):
         names = (*OWN_SETTINGS, "model", "earlier adapter", "packing")
         autocast = [self.args.bf16, self.args.fp16]
         own = {"base": self.run.base_digest, "ld_alpha": self.ld_alpha, "autocast": autocast}
+        own["kl"] = self.calculate_KL
         return {name: self.run.identity.get(name) for name in names} | own
 
     def train_from(self, checkpoint: Path | None) -> Any:

@@ -20,11 +20,12 @@ from datasets import Dataset
 from llm_trainer.common import log
 from llm_trainer.common.ranks import local_rank
 from llm_trainer.host.kept_folders import find_folder, write_folder
-from llm_trainer.training.methods.pairs import PAIRS
+from llm_trainer.training.methods.answers import ANSWERS
 from llm_trainer.training.resume import make_gather
 
 VALUES = "values.npy"
 HASHED_ROWS = 1000  # at once
+HASHED_COLUMNS = ("input_ids", "labels", "seq_lengths", "row", "other_ids", "other_labels")
 
 
 def build_key(content: dict[str, Any], rows: Dataset) -> str:
@@ -36,8 +37,8 @@ def build_key(content: dict[str, Any], rows: Dataset) -> str:
 def hash_rows(rows: Dataset) -> str:
     """Return a checksum of the tokens, labels and numbers of rows, in their order."""
     checksum = xxhash.xxh3_128()
-    columns = rows.select_columns(["input_ids", "labels", "seq_lengths", "row"]).with_format("arrow")
-    for table in columns.iter(HASHED_ROWS):
+    names = [name for name in rows.column_names if name in HASHED_COLUMNS]
+    for table in rows.select_columns(names).with_format("arrow").iter(HASHED_ROWS):
         for column in table.columns:
             array = column.combine_chunks()
             values = array.values if hasattr(array, "values") else array
@@ -77,6 +78,6 @@ def compute_values(
     values = torch.zeros(num_values, 2, dtype=torch.float32, device=accelerator.device)
     for batch in batches:
         said = ask(batch)
-        if not batch[PAIRS].is_blank:
-            values[batch[PAIRS].rows] = said.float()
+        if not batch[ANSWERS].is_blank:
+            values[batch[ANSWERS].rows] = said.float()
     return accelerator.reduce(values).cpu()  # the other ranks have zeros where this one has values

@@ -14,7 +14,7 @@ def problems_of(**values):
 
 def test_a_setting_of_another_method_is_told_with_its_method():
     (problem,) = problems_of(beta=0.2)
-    assert problem == "beta is a setting of method=dpo and this job has method=sft: remove it, or set method."
+    assert problem == "beta is a setting of method=dpo or kto and this job has method=sft: remove it, or set method."
     (problem,) = problems_of(method="dpo", completion_only_loss=True)
     assert problem.startswith("completion_only_loss is a setting of method=sft and this job has method=dpo")
 

@@ -4,7 +4,7 @@
 import torch
 from accelerate import Accelerator
 
-from llm_trainer.training.methods.pairs import PAIRS, PairCollator
+from llm_trainer.training.methods.answers import ANSWERS, AnswerCollator
 from llm_trainer.training.methods.reference_values import build_key, compute_values, hash_rows, keep_values, load_values
 from llm_trainer.training.packing import PackingCollator
 from support.preference_pairs import build_rows
@@ -28,12 +28,12 @@ def change(value):
 
 
 def test_values_stand_at_the_numbers_of_their_rows():
-    collate = PairCollator(PackingCollator(0, None, flattens=False))
+    collate = AnswerCollator(PackingCollator(0, None, flattens=False))
     batches = [collate([ROWS[place] for place in places]) for places in ([3, 1], [4, 0])]
     said = iter(([[3, 30], [1, 10]], [[4, 40], [0, 5]]))
     values = compute_values(batches, 5, Accelerator(cpu=True), lambda batch: torch.tensor(next(said)))
     assert values.tolist() == [[0, 5], [1, 10], [0, 0], [3, 30], [4, 40]]
-    assert batches[0][PAIRS].rows.tolist() == [3, 1]
+    assert batches[0][ANSWERS].rows.tolist() == [3, 1]
 
 
 def test_values_are_kept_as_they_are(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llm_trainer.data.formats.examples import IGNORED
-from llm_trainer.training.methods.pairs import PAIRS, PairCollator, list_answers, number_labels
+from llm_trainer.training.methods.answers import ANSWERS, AnswerCollator, list_answers, number_labels
 from llm_trainer.training.packing import PackingCollator
 
 COLLATORS = {
@@ -34,25 +34,25 @@ BLANK = {"input_ids": [3, 3], "labels": [IGNORED, IGNORED], "seq_lengths": [1, 1
 
 @pytest.mark.parametrize("collator", COLLATORS.values(), ids=COLLATORS)
 def test_each_trained_token_is_found_at_its_place(collator):
-    batch = PairCollator(collator)(ROWS)
-    pairs = batch[PAIRS]
+    batch = AnswerCollator(collator)(ROWS)
+    pairs = batch[ANSWERS]
     predicted = batch["labels"][batch["labels"] != IGNORED]  # in the order in which a model computes them
     spread = pairs.spread(predicted)
     for row, (ids, labels) in enumerate(list_answers(ROWS)):
         trained = [token if label != IGNORED else 0 for token, label in zip(ids, labels, strict=True)][1:]
         assert spread[row].tolist() == trained + [0] * (pairs.num_slots - len(trained))
-    mask = pairs.describe_answers()["completion_mask"]
+    mask = pairs.describe()["completion_mask"]
     assert torch.equal(mask[:, 1:], (spread != 0).long())
     assert not mask[:, 0].any()
 
 
 @pytest.mark.parametrize("collator", COLLATORS.values(), ids=COLLATORS)
 def test_tokens_and_pairs_are_counted_and_blank_rows_left_out(collator):
-    pairs = PairCollator(collator)([*ROWS, BLANK])[PAIRS]
+    pairs = AnswerCollator(collator)([*ROWS, BLANK])[ANSWERS]
     assert pairs.num_tokens == sum(len(row["input_ids"]) for row in ROWS)
-    assert (pairs.num_pairs, pairs.rows.tolist()) == (5, [0, 1, 2, 3, 4])
-    alone = PairCollator(collator)([BLANK, BLANK])[PAIRS]
-    assert (alone.num_pairs, alone.num_tokens, alone.is_blank, alone.num_answers) == (0, 0, True, 2)
+    assert (pairs.num_rows, pairs.rows.tolist()) == (5, [0, 1, 2, 3, 4])
+    alone = AnswerCollator(collator)([BLANK, BLANK])[ANSWERS]
+    assert (alone.num_rows, alone.num_tokens, alone.is_blank, alone.num_answers) == (0, 0, True, 2)
 
 
 def test_the_first_token_of_an_answer_is_never_predicted():
@@ -60,14 +60,14 @@ def test_the_first_token_of_an_answer_is_never_predicted():
 
 
 def test_gradients_flow_through_the_places():
-    pairs = PairCollator(COLLATORS["padded"])(ROWS)[PAIRS]
+    pairs = AnswerCollator(COLLATORS["padded"])(ROWS)[ANSWERS]
     values = torch.rand(len(pairs.places), requires_grad=True)
     pairs.spread(values).sum().backward()
     assert values.grad.tolist() == [1.0] * len(values)
 
 
 def test_the_places_move_with_the_batch():
-    pairs = PairCollator(COLLATORS["padded"])(ROWS)[PAIRS]
+    pairs = AnswerCollator(COLLATORS["padded"])(ROWS)[ANSWERS]
     moved = pairs.to("meta", non_blocking=True)
     assert (moved.places.device.type, moved.rows.device.type) == ("meta", "meta")
     assert moved.num_slots == pairs.num_slots

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of pairs: two answers to a prompt, the chosen and the rejected one, which a row holds end to end.
+"""Batches of answers: a row holds one sequence or several end to end, each of them an answer with its prompt.
 
 The answers share sequences like other rows, or are padded. TRL's losses read log-probabilities of padded answers, the
-chosen ones first. So a batch tells where each of its trained tokens stands there.
+first of all rows first. So a batch tells where each of its trained tokens stands there.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,37 +14,41 @@ import torch
 
 from llm_trainer.data.formats.examples import IGNORED
 
-PAIRS = "pairs"  # the key of a batch's `Pairs`
+ANSWERS = "answers"  # the key of a batch's `Answers`
+DESIRABLE, MISMATCHED = "desirable", "mismatched"  # keys of a batch of KTO
+NO_INPUTS = frozenset({ANSWERS, DESIRABLE, MISMATCHED, "num_tokens"})  # parts of a batch that no model takes
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")  # of the output layer, one a token
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """The places of a batch's trained tokens among its answers, which stand one below the other, the chosen ones first.
+class Answers:
+    """The places of a batch's trained tokens among its answers, which stand one below the other.
+
+    The first answers of all rows come first, then the second ones.
 
     A place counts `num_slots` to an answer, one for each token that a token before it predicts.
     """
 
     places: torch.Tensor  # [trained tokens], in the order in which the model computes them
-    rows: torch.Tensor  # [pairs], the numbers of the rows in their split
+    rows: torch.Tensor  # [rows], their numbers in the split
     num_answers: int
     num_slots: int
     num_tokens: int  # read by the model, with those of prompts
-    is_blank: bool  # whether the pair only fills a rank's batch, and counts for nothing
+    is_blank: bool  # whether the row only fills a rank's batch, and counts for nothing
 
     @property
-    def num_pairs(self) -> int:
-        """The pairs that count."""
-        return 0 if self.is_blank else self.num_answers // 2
+    def num_rows(self) -> int:
+        """The rows that count."""
+        return 0 if self.is_blank else len(self.rows)
 
-    def to(self, device: torch.device, **options: Any) -> "Pairs":
-        """Return the pairs with their places on a device. Accelerate moves batches so."""
+    def to(self, device: torch.device, **options: Any) -> "Answers":
+        """Return the answers with their places on a device. Accelerate moves batches so."""
         return replace(self, places=self.places.to(device, **options), rows=self.rows.to(device, **options))
 
-    def pin_memory(self) -> "Pairs":
-        """Return the pairs with their places in pinned memory. PyTorch's loaders pin batches so."""
+    def pin_memory(self) -> "Answers":
+        """Return the answers with their places in pinned memory. PyTorch's loaders pin batches so."""
         return replace(self, places=self.places.pin_memory(), rows=self.rows.pin_memory())
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
@@ -51,7 +56,7 @@ class Pairs:
         spread = values.new_zeros(self.num_answers * self.num_slots)
         return spread.index_copy(0, self.places, values).view(self.num_answers, self.num_slots)
 
-    def describe_answers(self) -> dict[str, torch.Tensor]:
+    def describe(self) -> dict[str, torch.Tensor]:
         """Return the padded answers as TRL's losses ask for them: by masks [answers, slots + 1], and no token.
 
         The tokens of `attention_mask` are counted by TRL; they are counted elsewhere here.
@@ -62,15 +67,15 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class PairCollator:
-    """Makes a batch of pairs out of rows. Another collator packs or pads their answers."""
+class AnswerCollator:
+    """Makes a batch of answers out of rows. Another collator packs or pads them."""
 
     collate: Collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the batch of the other collator, and its pairs. Rows that only fill the batch are left out."""
-        trained = [example for example in examples if any(label != IGNORED for label in example["labels"])]
-        kept = trained or examples[:1]
+        """Return the batch of the other collator, and its answers. Rows that only fill the batch are left out."""
+        kept = keep_trained(examples)
+        is_blank = not is_trained(kept[0])
         answers = list_answers(kept)
         num_slots = max(len(ids) for ids, _ in answers) - 1
         # In place of labels stand numbers, by which each token is found again wherever the other collator puts it.
@@ -83,18 +88,29 @@ class PairCollator:
         batch["labels"] = torch.where(numbers == IGNORED, IGNORED, batch["input_ids"])
         places, num_tokens = numbers[numbers != IGNORED], sum(len(ids) for ids, _ in answers)
         rows = torch.tensor([example.get("row", 0) for example in kept])
-        batch[PAIRS] = Pairs(places, rows, len(answers), num_slots, num_tokens if trained else 0, not trained)
+        batch[ANSWERS] = Answers(places, rows, len(answers), num_slots, 0 if is_blank else num_tokens, is_blank)
         return batch
 
 
+def is_trained(example: dict[str, Any]) -> bool:
+    """Tell whether any token of a row is trained on."""
+    return any(label != IGNORED for label in example["labels"])
+
+
+def keep_trained(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows without those that only fill the batch; one of these where there are no others."""
+    return list(filter(is_trained, examples)) or examples[:1]
+
+
 def list_answers(examples: list[dict[str, Any]]) -> list[tuple[list[int], list[int]]]:
-    """Return the ids and labels of the rows' sequences: all chosen answers, then all rejected ones."""
-    chosen, rejected = [], []
-    for example in examples:
-        end, ids, labels = example["seq_lengths"][0], example["input_ids"], example["labels"]
-        chosen.append((ids[:end], labels[:end]))
-        rejected.append((ids[end:], labels[end:]))
-    return chosen + rejected
+    """Return the ids and labels of the rows' sequences: the first of each row, then the second of each."""
+    return [answer for place in zip(*map(cut_row, examples), strict=True) for answer in place]
+
+
+def cut_row(example: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """Return the ids and labels of each sequence of a row."""
+    edges = itertools.pairwise([0, *itertools.accumulate(example["seq_lengths"])])
+    return [(example["input_ids"][start:end], example["labels"][start:end]) for start, end in edges]
 
 
 def number_labels(labels: list[int], first: int) -> list[int]:

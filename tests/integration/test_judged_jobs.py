@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs that train on judged answers: like any other job they are stopped, resumed, spread over ranks and proven."""
+
+import json
+import signal
+
+import pytest
+
+from support.sagemaker_tree import finish, metrics_of, read_weights
+
+ROWS = [
+    {"prompt": f"What is {a} plus {b}?", "completion": f"{a + b} it is" if good else f"{a + b + 1} " * 3, "label": good}
+    for a in range(8)
+    for b in range(2)
+    for good in (True, False)
+]
+KEYS = ("train_loss", "rewards/margins", "logps/chosen", "kl", "tokens", "grad_norm")
+FULL = {"use_peft": "false", "learning_rate": "0.001"}
+
+
+@pytest.fixture
+def make_job(make_tree):
+    def make(rows=ROWS, **hyperparameters):
+        tree = make_tree()
+        tree.write("input/data/train/train.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+        tree.write("input/data/validation/validation.json", ROWS[:5])
+        tree.change(method="kto", **hyperparameters)
+        return tree
+
+    return make
+
+
+def test_a_job_learns_to_tell_desirable_answers_apart(make_job):
+    tree = make_job(num_train_epochs="4", merge_weights="true", per_device_train_batch_size="8")
+    log = finish(tree)
+    margins = metrics_of(log, "rewards/margins")
+    assert margins[-1] > margins[0]
+    assert metrics_of(log, "eval_rewards/margins")[-1] > 0
+    assert tree.manifest["export"]["proven"]
+    assert tree.manifest["data"]["train"]["judged"]["desirable_share"] == 0.5
+    assert "50.0% of the answers are desirable: 16 desirable, tokens mean" in log
+
+
+def test_labels_that_are_all_alike_end_the_job_before_weights_load(make_job):
+    result = make_job([row for row in ROWS if row["label"]]).run()
+    assert result.returncode != 0
+    assert "All 16 rows of the train data are desirable, so there is nothing to compare" in result.stdout
+
+
+def test_pairs_are_judged_answers_too_and_uneven_ones_are_weighed(make_job):
+    pair = {"prompt": "What is 1 plus 1?", "chosen": "2 it is", "rejected": "3 3 3"}
+    (tree, uneven) = make_job([pair, {**pair, "prompt": "What?"}]), make_job(ROWS[:-8:2] + ROWS[1::8])
+    assert "50.0% of the answers are desirable" in finish(tree)
+    assert "set either desirable_weight between 0.33 and 0.44, or undesirable_weight between 2.26 and 3.00." in finish(
+        uneven
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options", [{}, FULL], ids=["lora", "full"])
+def test_a_stopped_run_ends_with_the_same_weights(make_job, start, options):
+    shared = {"num_train_epochs": "3", "per_device_train_batch_size": "5", "save_steps": "1", **options}
+    whole, stopped = make_job(**shared), make_job(**shared)
+    finish(whole)
+    job = start(stopped)
+    job.wait_for("step=4")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 0, job.log
+    assert 4 <= stopped.manifest["num_steps"] < 21
+    assert "Resuming from" in finish(stopped)
+    assert read_weights(stopped) == read_weights(whole)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options", [{}, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("distribution", ["ddp", "fsdp"])
+def test_two_ranks_are_one(make_job, distribution, options):
+    """They compute the same rows at once, over which the divergence is a mean. An epoch ends in a smaller batch."""
+    one = make_job(num_train_epochs="2", per_device_train_batch_size="6", **options)
+    ranks = {"nproc_per_node": "2", "distribution": distribution}
+    two = make_job(num_train_epochs="2", per_device_train_batch_size="3", **ranks, **options)
+    logs = finish(one), finish(two)
+    for key in (*KEYS, "eval_loss", "eval_rewards/margins", "eval_kl"):
+        found, expected = (metrics_of(log, key) for log in logs[::-1])
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5), key
+
+
+@pytest.mark.long
+def test_packed_answers_learn_what_padded_ones_do(make_job):
+    shared = {"train_sampling_strategy": "random"}
+    packed, padded = make_job(**shared), make_job(**shared, packing="false")
+    logs = finish(packed), finish(padded)
+    assert "Packing: the rows of a batch share sequences" in logs[0]
+    for key in KEYS:
+        assert metrics_of(logs[0], key) == pytest.approx(metrics_of(logs[1], key), rel=1e-4, abs=1e-6), key
