@@ -49,11 +49,10 @@ def test_labels_that_are_all_alike_end_the_job_before_weights_load(make_job):
 
 def test_pairs_are_judged_answers_too_and_uneven_ones_are_weighed(make_job):
     pair = {"prompt": "What is 1 plus 1?", "chosen": "2 it is", "rejected": "3 3 3"}
-    (tree, uneven) = make_job([pair, {**pair, "prompt": "What?"}]), make_job(ROWS[:-8:2] + ROWS[1::8])
+    tree, uneven = make_job([pair, {**pair, "prompt": "What?"}]), make_job(ROWS[:-8:2] + ROWS[1::8])
     assert "50.0% of the answers are desirable" in finish(tree)
-    assert "set either desirable_weight between 0.33 and 0.44, or undesirable_weight between 2.26 and 3.00." in finish(
-        uneven
-    )
+    ranges = "set either desirable_weight between 0.33 and 0.44, or undesirable_weight between 2.26 and 3.00."
+    assert ranges in finish(uneven)
 
 
 @pytest.mark.long

@@ -12,7 +12,14 @@ from llm_trainer.config.schema import Settings
 from llm_trainer.data.datasets import Data
 from llm_trainer.data.encoding import Encoder, Vocabulary
 from llm_trainer.data.formats.examples import IGNORED, Conversation
-from llm_trainer.data.preview import describe_marks, find_data_warnings, log_data, mark_sample
+from llm_trainer.data.preview import (
+    advise_weights,
+    describe_judgements,
+    describe_marks,
+    find_data_warnings,
+    log_data,
+    mark_sample,
+)
 from llm_trainer.data.report import DataReport
 from support.tiny_model import build_tokenizer
 
@@ -130,3 +137,40 @@ def test_a_length_bias_is_told_with_both_numbers(chosen, rejected, told):
     warnings = list(find_data_warnings("train", build_pair_report(chosen, rejected)))
     assert len(warnings) == len(told)
     assert all(text in warning for text, warning in zip(told, warnings, strict=True))
+
+
+def build_judged_report(desirable, undesirable):
+    sides = {"chosen_lengths": Counter(desirable), "rejected_lengths": Counter(undesirable)}
+    counts = {"num_rows": len(desirable) + len(undesirable), "num_desirable_rows": len(desirable)}
+    return DataReport(lengths=Counter([*desirable, *undesirable]), num_supervised_eos=1, **counts, **sides)
+
+
+def test_judged_answers_are_counted_by_kind_and_warned_of_by_length():
+    report = build_judged_report([4, 4], [2, 2])
+    assert describe_judgements(report).startswith("50.0% of the answers are desirable: 2 desirable, tokens mean 4.0")
+    (warning,) = find_data_warnings("train", report)
+    assert warning.startswith("the desirable answers of the train data are longer than the undesirable ones, 4 tokens")
+    row = {**PAIR, "seq_lengths": [len(PAIR["input_ids"])]}
+    assert "⟪" not in mark_sample(row, TOKENIZER, in_colour=False)
+
+
+@pytest.mark.parametrize(
+    ("desirable", "undesirable", "weights", "ranges"),
+    [
+        (4, 4, {}, None),
+        (4, 3, {}, None),
+        (2, 4, {}, "desirable_weight between 2.00 and 2.66, or undesirable_weight between 0.38 and 0.50."),
+        (2, 4, {"desirable_weight": 2.2}, None),
+        (2, 4, {"undesirable_weight": 0.4}, None),
+        (6, 2, {}, "desirable_weight between 0.33 and 0.44, or undesirable_weight between 2.26 and 3.00."),
+    ],
+)
+def test_weights_that_do_not_make_up_for_uneven_kinds_are_told(desirable, undesirable, weights, ranges):
+    """The ranges are those that TRL recommends."""
+    report = build_judged_report([3] * desirable, [3] * undesirable)
+    advice = list(advise_weights(report, Settings(method="kto", **weights).methods))
+    assert [text.partition("set either ")[2] for text in advice] == ([ranges] if ranges else [])
+
+
+def test_rows_that_nobody_judged_need_no_weights():
+    assert list(advise_weights(build_pair_report([1, 1], [1]), Settings(method="dpo").methods)) == []

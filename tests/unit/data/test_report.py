@@ -102,3 +102,15 @@ def test_pairs_that_are_all_equal_leave_nothing_to_learn():
         "The train data has no pairs left (3 have the same chosen and rejected answer within max_length): give pairs "
         "of two answers, and raise max_length where these begin alike."
     ]
+
+
+@pytest.mark.parametrize(("num_desirable", "word"), [(3, "desirable"), (0, "undesirable")])
+def test_answers_that_are_all_of_one_kind_are_a_flaw(num_desirable, word):
+    sides = {"chosen_lengths" if num_desirable else "rejected_lengths": Counter({2: 3})}
+    counts = {"num_rows": 3, "num_supervised_tokens": 6, "num_supervised_eos": 3, "lengths": Counter({4: 3})}
+    report = DataReport(num_desirable_rows=num_desirable, **counts, **sides)
+    (flaw,) = report.find_flaws("train")
+    assert flaw.startswith(f"All 3 rows of the train data are {word}, so there is nothing to compare")
+    report.num_desirable_rows = 1
+    assert list(report.find_flaws("train")) == []
+    assert report.summary()["judged"]["desirable_share"] == 0.3333

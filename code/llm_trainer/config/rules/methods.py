@@ -26,11 +26,6 @@ def list_losses(method: str, loss_type: str | list[str] | None) -> list[str]:
     return [losses] if isinstance(losses, str) else list(losses)
 
 
-def takes_several_losses(method: str) -> bool:
-    """Tell whether a method adds up several losses."""
-    return method in METHOD_FIELDS["loss_type"] and "list" in METHOD_FIELDS["loss_type"][method].types
-
-
 def is_of_method(name: str, method: str) -> bool:
     """Tell whether a method has this setting: a field of its config, or one that is this project's own."""
     is_field = name in METHOD_FIELDS or name in read_snapshot()
@@ -117,11 +112,6 @@ METHOD_RULES = (
         lambda s: s.data.dataset_format not in ("auto", *METHOD_FORMATS[s.data.method]),
         "dataset_format={dataset_format} with method={method}, whose rows are {choices}: leave it out, or set method.",
         lambda s: [{"choices": " or ".join(METHOD_FORMATS[s.data.method])}],
-    ),
-    Rule(
-        ("loss_type", "method"),
-        lambda s: isinstance(s.methods.loss_type, list) and not takes_several_losses(s.data.method),
-        "loss_type={loss_type} with method={method}, which has one loss: give its name alone.",
     ),
     *(refuse_single_row(name) for name in ("per_device_train_batch_size", "global_batch_size")),
     refuse_losses(

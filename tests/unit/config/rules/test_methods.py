@@ -61,3 +61,18 @@ def test_losses_are_the_methods_own():
 def test_what_trl_would_refuse_late_is_refused_first(values, begin):
     (problem,) = problems_of(method="dpo", **values)
     assert problem.startswith(begin)
+
+
+@pytest.mark.parametrize(
+    ("values", "begin"),
+    [
+        ({"per_device_train_batch_size": 1}, "per_device_train_batch_size=1 with method=kto: its divergence is a mean"),
+        ({"global_batch_size": 1}, "global_batch_size=1 with method=kto: its divergence is a mean"),
+        ({"loss_type": "sigmoid"}, "loss_type=sigmoid with method=kto, which has kto, apo_zero_unpaired"),
+        ({"label_smoothing": 0.1}, "label_smoothing is a setting of method=dpo and this job has method=kto"),
+    ],
+)
+def test_kto_has_one_loss_that_compares_several_rows(values, begin):
+    (problem,) = problems_of(method="kto", **values)
+    assert problem.startswith(begin)
+    assert problems_of(method="kto", loss_type="apo_zero_unpaired", per_device_train_batch_size=1) == []

@@ -29,3 +29,12 @@ def test_gathered_sums_have_the_asked_metrics():
     gathered = RowSums().add_batch(2, 9, {"loss": 1.5}).gather(Accelerator(cpu=True), ("loss", "margin"))
     assert gathered.means == {"loss": 1.5, "margin": 0.0}
     assert (gathered.num_rows, gathered.num_tokens) == (2, 9)
+
+
+def test_a_metric_may_be_a_mean_over_some_rows_of_a_batch():
+    sums = (
+        RowSums().add_batch(4, 9, {"loss": 1.0, "some": 6.0}, {"some": 1}).add_batch(4, 9, {"loss": 3.0}, {"some": 0})
+    )
+    sums += RowSums().add_batch(2, 9, {"loss": 2.0, "some": 0.0}, {"some": 2})
+    assert sums.means == {"loss": 2.0, "some": 2.0}
+    assert sums.gather(Accelerator(cpu=True), ("loss", "some")).means == sums.means
