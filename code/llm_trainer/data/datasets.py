@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data of a job: prepared once a host, memory-mapped by every rank.
 
-KTO estimates how far the model has moved on mismatched answers: each prompt with an answer to another one. TRL pairs the
-prompts of a batch with each other's answers. Here each prompt has one for the whole run, drawn from all rows: the same
-on any ranks and in any order of rows.
+KTO estimates how far the model has moved on mismatched answers: each prompt with an answer to another one. TRL pairs
+the prompts of a batch with each other's answers. Here each prompt has one for the whole run, drawn from all rows: the
+same on any ranks and in any order of rows.
 """
 
 import json
