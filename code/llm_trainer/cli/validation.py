@@ -95,12 +95,7 @@ def format_text(validation: Validation, in_colour: bool) -> Iterator[str]:
     if validation.reports:
         rows = {name: format_counts(report) for name, report in validation.reports.items()}
         yield from ("", *format_table(rows, "data"))
-    pairs = {name: format_pairs(report) for name, report in validation.reports.items() if report.has_pairs}
-    if pairs:
-        yield from ("", *format_table(pairs, "pairs"))
-    judged = {name: format_judged(report) for name, report in validation.reports.items() if report.is_judged}
-    if judged:
-        yield from ("", *format_table(judged, "answers"))
+    yield from format_answers(validation.reports)
     if validation.instance_lines:
         yield from ("", *validation.instance_lines)
     elif validation.memory:
@@ -130,6 +125,15 @@ def format_counts(report: DataReport) -> dict[str, str]:
         "in validation": report.num_rows_in_validation,
     }
     return {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in counts.items()}
+
+
+def format_answers(reports: dict[str, DataReport]) -> Iterator[str]:
+    """Yield a table of the splits of pairs, and one of those of judged answers, where there are any."""
+    pairs = {name: format_pairs(report) for name, report in reports.items() if report.has_pairs}
+    judged = {name: format_judged(report) for name, report in reports.items() if report.is_judged}
+    for title, rows in (("pairs", pairs), ("answers", judged)):
+        if rows:
+            yield from ("", *format_table(rows, title))
 
 
 def format_pairs(report: DataReport) -> dict[str, str]:
