@@ -72,7 +72,7 @@ class ResumableKTOTrainer(AnswerTrainer, KTOTrainer):
         said = compute_answers(model, mismatched).log_probs.float().sum(-1)
         own = (said - reference).sum() if answers.num_rows else said.new_zeros(())
         total, num_rows = self.accelerator.reduce(torch.stack([own, own.new_tensor(answers.num_rows)]))
-        return (total / num_rows)[None]
+        return (total / num_rows.clamp(min=1))[None]
 
     def _compute_kl_logps(self, model: Any, batch: dict[str, Any]) -> torch.Tensor | None:
         """Return the divergence, from which TRL subtracts the reference's zero."""
