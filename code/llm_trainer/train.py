@@ -12,7 +12,7 @@ import torch
 import transformers
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
 
 from llm_trainer.common import log
@@ -65,7 +65,7 @@ from llm_trainer.planning.fitting import Fit, Fitter
 from llm_trainer.planning.learning import Learnt
 from llm_trainer.planning.other_instances import add_other_instances
 from llm_trainer.planning.workload import measure_work
-from llm_trainer.training.loss_check import check_loss
+from llm_trainer.training.loss_check import check_loss, check_rewards
 from llm_trainer.training.methods import TrainingMethod, choose_method
 from llm_trainer.training.methods.run_batches import find_run_batches
 from llm_trainer.training.metric_lines import MetricLines
@@ -199,12 +199,11 @@ def prepare(context: Context) -> Prepared:
     if folder != job.inputs.model:
         report_disk_need(context, folder)
     timeline.mark("download")
-    sections = PlanSettings(settings.model, settings.adapter, settings.parallelism, settings.output)
-    model_plan = plan_model(folder, sections, device, precision)
+    model_plan = plan_model(folder, collect_plan_settings(settings), device, precision)
     log.info(*model_plan.reasons)
     bounded = settings.model_copy(update={"data": bound_length(settings.data, model_plan.num_positions)})
     job = replace(job, settings=bounded)
-    tokenizer = loading.load_tokenizer(folder, settings.model, model_plan.config.get_text_config().vocab_size)
+    tokenizer = loading.load_tokenizer(folder, settings.model, model_plan.num_embeddings, model_plan.is_reward)
     timeline.mark("tokenizer")
 
     data = read_data(replace(context, job=job), model_plan, tokenizer)
@@ -212,6 +211,12 @@ def prepare(context: Context) -> Prepared:
     timeline.mark("data")
     origin = describe_origin(job, folder)
     return Prepared(job, method, model_plan, tokenizer, data, stop_request, consensus, origin)
+
+
+def collect_plan_settings(settings: Settings) -> PlanSettings:
+    """Return the settings that the plan of the model is made of."""
+    parts = settings.model, settings.adapter, settings.parallelism, settings.output
+    return PlanSettings(*parts, settings.data.trains_rewards)
 
 
 def report_disk_need(context: Context, folder: str) -> None:
@@ -274,7 +279,7 @@ def run(context: Context, prepared: Prepared, planned: Planned, built: Built) ->
     trainer, timeline = built.trainer, context.timeline
     describe_run(trainer, built.packing)
     timeline.journal.write("model", model=context.job.inputs.model, **describe_weights(trainer.model))
-    num_prompts = context.settings.tracking.sample_prompts
+    num_prompts = 0 if context.settings.data.trains_rewards else context.settings.tracking.sample_prompts
     answers = SampleAnswers(trainer, prepared.data, prepared.tokenizer, num_prompts, timeline)
     answers.before_training()
     log.info(f"Resuming from {built.checkpoint}" if built.checkpoint else describe_beginning(context.job.inputs))
@@ -388,6 +393,8 @@ def warn_of_side_files(context: Context, plan: ModelPlan, tokenizer: PreTrainedT
 def load_base(context: Context, prepared: Prepared, planned: Planned) -> PreTrainedModel:
     """Return the base model, on this rank's device, or where it can be sharded from. Every rank calls this."""
     settings, model_plan = context.settings, prepared.model_plan
+    if settings.data.trains_rewards:
+        set_seed(settings.training.seed)  # a new head is the same on every rank and in every attempt
     if planned.memory.sharded:
         group = prepared.consensus.group
         base = fsdp.load_base_for_sharding(model_plan, settings.model, planned.arguments, group)
@@ -446,8 +453,8 @@ def check_trained_loss(context: Context, prepared: Prepared, planned: Planned, t
     if planned.memory.sharded or context.settings.model.load_in_8bit:
         return
     plan = prepared.model_plan
-    vocabulary_size = plan.config.get_text_config().vocab_size
-    check_loss(trainer.model, vocabulary_size, plan.device.torch, plan.precision.compute)
+    check = check_rewards if plan.is_reward else check_loss
+    check(trainer.model, plan.num_embeddings, plan.device.torch, plan.precision.compute)
 
 
 def build_run_context(context: Context, prepared: Prepared, identity: dict[str, Any]) -> RunContext:

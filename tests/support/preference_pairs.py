@@ -79,13 +79,18 @@ def build_pair_trainer(
     collator: Any = None,
     lora: LoraConfig | None = None,
     run: dict[str, Any] | None = None,
+    base: Any = None,
     **settings: Any,
 ) -> ResumableMixin:
-    """Return a trainer on the CPU, of pairs unless `method` says otherwise. `run` are values of its RunContext."""
+    """Return a trainer on the CPU, of pairs unless `method` says otherwise. `run` are values of its RunContext.
+
+    `model` is a folder, and `base` what is trained in the place of its causal language model.
+    """
     settings = {"method": "dpo", **settings}
     method = choose_method(settings["method"])
     sources = collect_sources(Settings(use_peft=lora is not None, **settings), folder)
     arguments = build_arguments(method, sources, torch.device("cpu"), torch.float32)
-    tokenizer, base = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    base = AutoModelForCausalLM.from_pretrained(model) if base is None else base
     parts = TrainerParts(base, tokenizer, arguments, {"train": rows}, collator, lora)
     return build_trainer(method, parts, build_run_context(**(run or {})), patience=None)

@@ -66,7 +66,8 @@ def merge_files(options: MergeOptions, adapter: Path, output: Path) -> tuple[Pat
     from llm_trainer.model.precision import DTYPES
 
     trusts = options.trust_remote_code
-    config = read_config(str(base), ModelSettings.model_validate({"trust_remote_code": trusts}))
+    is_reward = adapter_config.get("task_type") == "SEQ_CLS"
+    config = read_config(str(base), ModelSettings.model_validate({"trust_remote_code": trusts}), is_reward)
     quantization = build_quantization(manifest) if options.merge_base == "dequantized" else None
     request = MergeRequest(base, adapter, config, DTYPES.get(options.dtype), quantization, trusts)
     figures = write_merged_model(request, output)

@@ -119,7 +119,8 @@ def plan_loading(job: Job, validation: Validation) -> "tuple[ModelPlan, Settings
     with tempfile.TemporaryDirectory(prefix="llm-trainer-") as scratch_dir:
         settings = fetch_earlier_adapter(job, Path(scratch_dir)).settings
         folder = loading.fetch_model(inputs.model, settings.model, Path(scratch_dir), with_weights=False)
-        sections = PlanSettings(settings.model, settings.adapter, settings.parallelism, settings.output)
+        parts = settings.model, settings.adapter, settings.parallelism, settings.output
+        sections = PlanSettings(*parts, settings.data.trains_rewards)
         planned = plan_on_device(folder, sections, validation)
         data = bound_length(settings.data, planned.num_positions)
         return planned, settings.model_copy(update={"data": data})

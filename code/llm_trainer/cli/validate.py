@@ -211,12 +211,13 @@ def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: V
         from llm_trainer.model.quantization import find_quantization_problems
 
     folder = loading.fetch_model(inputs.model, settings.model, scratch_dir, with_weights=False)
-    config = loading.read_config(folder, settings.model)
+    config = loading.read_config(folder, settings.model, settings.data.trains_rewards)
     sections = (settings.model, settings.adapter, settings.parallelism)
     validation.add_findings("model", "error", find_quantization_problems(folder, config, *sections))
     skeleton = examine_structure(folder, config, settings, validation)
     data = bound_rows(count_positions(skeleton) if skeleton else None, settings, validation)
-    tokenizer = loading.load_tokenizer(folder, settings.model, config.get_text_config().vocab_size)
+    num_embeddings = config.get_text_config().vocab_size
+    tokenizer = loading.load_tokenizer(folder, settings.model, num_embeddings, settings.data.trains_rewards)
     vocabulary = loading.build_vocabulary(folder, config, tokenizer, settings.model.model_revision)
     if skeleton is not None and reads_base_from_hub(inputs):
         examine_download(job, folder, skeleton, validation)

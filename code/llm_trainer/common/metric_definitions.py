@@ -47,10 +47,21 @@ METHOD_METRICS = {
         "logps/rejected": "logarithm of an undesirable answer's probability",
         "kl": "divergence from the reference, estimated on answers to other prompts",
     },
+    "reward": {
+        "accuracy": "share of pairs whose chosen answer has the higher reward",
+        "margin": "reward of the chosen answer less the rejected one's",
+        "mean_reward": "reward of an answer",
+        "min_reward": "lower reward of a pair",
+        "max_reward": "higher reward of a pair",
+    },
 }
 # What automatic model tuning may be told to minimize, or, of an accuracy, to maximize.
 OBJECTIVES = ("eval_loss", "train_loss", "eval_mean_token_accuracy")
-METHOD_OBJECTIVES = {"dpo": ("eval_rewards/accuracies", "eval_rewards/margins"), "kto": ("eval_rewards/margins",)}
+METHOD_OBJECTIVES = {
+    "dpo": ("eval_rewards/accuracies", "eval_rewards/margins"),
+    "kto": ("eval_rewards/margins",),
+    "reward": ("eval_accuracy", "eval_margin"),
+}
 # Transformers' names -> ours. The others keep their name.
 RENAMED = {"loss": "train_loss", "mean_token_accuracy": "train_token_accuracy", "num_tokens": "tokens"}
 # A finite number, since CloudWatch takes neither nan nor inf.

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, create_model
 
 from llm_trainer.config.trl_config_fields import CONFIG_CLASSES, Argument, read_snapshot
 
-Method = Literal["sft", "dpo", "kto"]  # the training methods, as in CONFIG_CLASSES
+Method = Literal["sft", "dpo", "kto", "reward"]  # the training methods, as in CONFIG_CLASSES
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 DatasetFormat = Literal[
     "auto",
@@ -31,6 +31,7 @@ METHOD_FORMATS: dict[str, tuple[str, ...]] = {
     "sft": ("pretokenized", "messages", "sharegpt", "prompt_completion", "alpaca", "text"),
     "dpo": ("preference",),
     "kto": ("unpaired_preference", "preference"),
+    "reward": ("preference",),
 }
 Attention = Literal[
     "auto",
@@ -86,6 +87,7 @@ RANGES: dict[str, dict[str, Any]] = {
     "ddp_timeout": {"ge": 1},
     "seed": {"ge": 0, "lt": 2**32},  # NumPy takes no larger one
     "beta": {"ge": 0},
+    "center_rewards_coefficient": {"ge": 0},
     "label_smoothing": {"ge": 0, "lt": 1},
     "ld_alpha": {"ge": 0},
     "discopop_tau": {"gt": 0},
@@ -166,7 +168,7 @@ class Section(BaseModel):
         return changed.fill_in(**{name: value for name, value in self if name not in changed.model_fields_set})
 
 
-PAIR_METHODS = ("dpo",)  # a row of these holds two answers to a prompt
+PAIR_METHODS = ("dpo", "reward")  # a row of these holds two answers to a prompt
 REFERENCE_METHODS = ("dpo", "kto")  # these compare with the model before the first step
 SHARED_NAMES = ("loss_type",)  # fields of SFTConfig that are another thing in every method's config
 
@@ -354,7 +356,7 @@ class DataSettings(Section):
     method: Method = Field(
         "sft",
         description="Training method. sft: rows to imitate. dpo: pairs of a preferred and a rejected answer. "
-        "kto: answers that are desirable or undesirable.",
+        "kto: answers that are desirable or undesirable. reward: a reward model of such pairs as dpo has.",
     )
     train_dataset_path: str | None = Field(
         None,
@@ -419,6 +421,11 @@ class DataSettings(Section):
     def sequences_a_row(self) -> int:
         """The sequences that the model computes for a row: two answers of a pair."""
         return 2 if self.method in PAIR_METHODS else 1
+
+    @property
+    def trains_rewards(self) -> bool:
+        """True where the result is a reward model, which gives a number and no text."""
+        return self.method == "reward"
 
     @property
     def is_judged(self) -> bool:

@@ -26,6 +26,7 @@ CONFIG_CLASSES = {
     "sft": "SFTConfig",
     "dpo": "DPOConfig",
     "kto": "KTOConfig",
+    "reward": "RewardConfig",
 }
 # Fields that torchrun sets, and never a user.
 NOT_SETTINGS = ("local_rank",)

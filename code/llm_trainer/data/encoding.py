@@ -30,6 +30,7 @@ class EncodedRow:
     is_in_pieces: bool = False  # whether prompt and answer had to be tokenized apart
     control_tokens: frozenset[str] = frozenset()  # texts in its messages that became control tokens
     is_desirable: bool = True  # where rows are judged
+    margin: float = 0.0  # of the pair that it is the chosen side of, where the row tells one
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,10 @@ class Encoder:
         for place, row in enumerate(encoded):
             if not isinstance(row, RowError) and not have_same_prompt(*row):
                 encoded[place] = join_sides(*self.encode([pairs[place].chosen, pairs[place].rejected], apart=True))
-        return encoded
+        return [
+            row if isinstance(row, RowError) else (replace(row[0], margin=pair.margin or 0.0), row[1])
+            for row, pair in zip(encoded, pairs, strict=True)
+        ]
 
     def encode_judged(self, examples: list[Judged]) -> list[EncodedRow | RowError]:
         """Return each judged answer's row, or the error that says why there is none."""

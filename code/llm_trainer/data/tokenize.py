@@ -52,6 +52,7 @@ FEATURES = Features(
 # Of rows of answers, which may be several, one behind the other: how long each is.
 ANSWER_FEATURES = Features({**FEATURES, "seq_lengths": List(Value("int32"))})
 JUDGED_FEATURES = Features({**ANSWER_FEATURES, "desirable": Value("bool")})
+MARGIN_FEATURES = Features({**ANSWER_FEATURES, "margin": Value("float32")})
 
 
 @dataclass
@@ -197,6 +198,8 @@ def choose_features(settings: DataSettings) -> Features:
     """Return the columns of the method's rows."""
     if settings.is_judged:
         return JUDGED_FEATURES
+    if settings.trains_rewards:
+        return MARGIN_FEATURES
     return ANSWER_FEATURES if settings.has_answers else FEATURES
 
 
@@ -212,6 +215,8 @@ def build_table(rows: list[Sequences], features: Features) -> pa.Table:
         columns.append(build_lists(own, np.array([len(row) for row in rows], dtype=np.int32)))
     if "desirable" in features:
         columns.append(np.array([row[0].is_desirable for row in rows], dtype=bool))
+    if "margin" in features:
+        columns.append(np.array([row[0].margin for row in rows], dtype=np.float32))
     return pa.table(dict(zip(features, columns, strict=True)))
 
 

@@ -37,6 +37,7 @@ from llm_trainer.journal.records import SCHEMA_VERSION
 from llm_trainer.merge.merge import write_merged_model
 from llm_trainer.merge.plan import MergeRequest
 from llm_trainer.model.config_file import add_stop_tokens, write_config, write_generation_config
+from llm_trainer.model.layers.reward_head import is_reward_model
 from llm_trainer.model.loading import restore_generation_config
 from llm_trainer.model.lora_init import BaseReference, save_adapter
 from llm_trainer.model.tokenizer_files import list_tokenizer_files, save_tokenizer
@@ -185,11 +186,8 @@ def save_weights(trained: TrainingResult, folder: Path) -> None:
     whole = rebuild_plain_model(model, weights) if weights else model
     whole.to(plan.precision.compute)
     whole.config.use_cache = True  # switched off for training, and a serving container reads it
-    try:
-        restore_generation_config(whole, trained.base_folder)
-    except Exception as error:
-        log.warning(f"The base's generation_config.json could not be read again: {quote_error(error)}.")
-        whole.generation_config = GenerationConfig.from_model_config(whole.config)  # one that can be written
+    if whole.can_generate():
+        give_generation_config(whole, trained.base_folder)
     whole.save_pretrained(folder)
     with warn_of_failure("A config.json for Transformers 4 too", folder):
         write_config(folder, trained.base_folder, whole.config, trained.settings.model.trust_remote_code)
@@ -197,11 +195,22 @@ def save_weights(trained: TrainingResult, folder: Path) -> None:
     add_turn_end(trained, folder)
 
 
+def give_generation_config(whole: PreTrainedModel, base: Path) -> None:
+    """Give a model the generation config of its base, or where that cannot be read one that can be written."""
+    try:
+        restore_generation_config(whole, base)
+    except Exception as error:
+        log.warning(f"The base's generation_config.json could not be read again: {quote_error(error)}.")
+        whole.generation_config = GenerationConfig.from_model_config(whole.config)
+
+
 def add_turn_end(trained: TrainingResult, folder: Path) -> None:
     """Have servers end an answer where the training did: at the tokenizer's EOS, and where the template ends a turn.
 
-    The EOS of many bases, such as <|endoftext|>, is not the token that ends a turn.
+    The EOS of many bases, such as <|endoftext|>, is not the token that ends a turn. A reward model answers nothing.
     """
+    if is_reward_model(trained.plan.config):
+        return
     tokenizer = trained.tokenizer
     ends = [token for token in (tokenizer.eos_token_id, find_turn_end(tokenizer)) if token is not None]
     with warn_of_failure("The tokens that end an answer", folder):
@@ -218,7 +227,8 @@ def rebuild_plain_model(model: PreTrainedModel, weights: dict[str, torch.Tensor]
         plain = plain_class(model.config)
     plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
-    plain.generation_config = model.generation_config
+    if plain.can_generate():
+        plain.generation_config = model.generation_config
     return plain
 
 
@@ -412,5 +422,6 @@ def describe_served(folder: Path, trained: TrainingResult, manifest: Manifest) -
         base_revision=trained.base.revision,
         max_length=trained.settings.data.max_length,
         trust_remote_code=trained.settings.model.trust_remote_code,
+        is_reward=is_reward_model(trained.plan.config),
         has_stop_tokens=(folder / GENERATION_CONFIG_NAME).is_file(),
     )

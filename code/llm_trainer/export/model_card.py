@@ -23,6 +23,13 @@ REPOSITORY = "sagemaker-llm-trainer"
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*")
 LICENCE_KEYS = ("license", "license_name", "license_link")
 LICENCE_CHARACTERS, CARD_CHARACTERS = 400, 2**16  # of a licence and of a card: their beginning tells
+# How a reward model is served; LMI serves models that write.
+REWARD_SERVING = (
+    "vLLM serves this folder with `vllm serve . --runner pooling`. A request to `/classify`, with the text of prompt "
+    "and answer as the chat template writes them, gives the reward as the only number of `probs`. On SageMaker: AWS's "
+    "vLLM container with `SM_VLLM_MODEL=/opt/ml/model` and `SM_VLLM_RUNNER=pooling`. AWS's LMI container serves no "
+    "reward models, so that there are no files for it."
+)
 MAX_CARD_DEPTH = 32  # of the metadata; the parser's time grows with the depth
 # Characters to which Markdown gives a meaning, and those by which readers of the Hub make links of plain addresses.
 MARKUP = re.compile(r"[\\`*\[\]<>|~&#$@]|(?<!\w)_|_(?!\w)|(?<=:)/(?=/)|(?<=www)\.", re.IGNORECASE)
@@ -67,8 +74,8 @@ def build_metadata(manifest: Manifest, base: BaseSource, is_adapter: bool, licen
         base_model=base.hub_id,
         base_model_relation=("adapter" if is_adapter else "finetune") if base.hub_id else None,
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="text-generation",
-        tags=[REPOSITORY, *(["lora"] if "adapter" in manifest else []), manifest["settings"]["method"]],
+        pipeline_tag="text-classification" if gives_rewards(manifest) else "text-generation",
+        tags=[REPOSITORY, *(["lora"] if "adapter" in manifest else []), manifest["settings"].get("method", "sft")],
         datasets=list_hub_data(manifest) or None,
         **{name: show_line(value) for name, value in licence.items()},
     )
@@ -173,9 +180,12 @@ def describe_lineage(manifest: Manifest) -> Iterator[str]:
 
 def describe_use(manifest: Manifest, base: BaseSource, is_adapter: bool, refusals: list[str]) -> Iterator[str]:
     """Yield how the result is loaded, what serves it, and how it was checked."""
-    yield f"```python\n{write_snippet(base, is_adapter)}\n```"
+    write = write_reward_snippet if gives_rewards(manifest) else write_snippet
+    yield f"```python\n{write(base, is_adapter)}\n```"
     if refusals:
         yield "\n".join(f"- {quote_text(refusal)}" for refusal in refusals)
+    elif gives_rewards(manifest):
+        yield REWARD_SERVING
     else:
         yield (
             "On SageMaker: AWS's LMI container (vLLM) serves this folder by its `serving.properties`, or with the "
@@ -191,23 +201,48 @@ def describe_use(manifest: Manifest, base: BaseSource, is_adapter: bool, refusal
         yield f"Checked when it was written:\n\n```json\n{json.dumps(check, indent=2, default=str)}\n```"
 
 
-def write_snippet(base: BaseSource, is_adapter: bool) -> str:
-    """Return a Python program that answers a message, to be run in the folder of the artefacts."""
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+def gives_rewards(manifest: Manifest) -> bool:
+    """Tell whether the result is a reward model."""
+    return manifest["settings"].get("method") == "reward"
+
+
+def write_loading(base: BaseSource, is_adapter: bool, auto_class: str, options: str = "") -> list[str]:
+    """Return the lines of a program that load model and tokenizer from the folder of the artefacts.
+
+    `auto_class` is Transformers' class, and `options` are further arguments for a base.
+    """
+    lines = [f"from transformers import {auto_class}, AutoTokenizer", ""]
     if is_adapter:
         revision = f", revision={base.revision!r}" if base.hub_id and base.revision else ""
         lines.insert(0, "from peft import PeftModel")
         name = repr(base.hub_id) if base.hub_id else '"path/to/the/base"'
         lines += [
-            f'base = AutoModelForCausalLM.from_pretrained({name}{revision}, dtype="auto")',
+            f'base = {auto_class}.from_pretrained({name}{revision}{options}, dtype="auto")',
             'model = PeftModel.from_pretrained(base, ".")',
         ]
     else:
-        lines += ['model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")']
+        lines += [f'model = {auto_class}.from_pretrained(".", dtype="auto")']
+    return [*lines, 'tokenizer = AutoTokenizer.from_pretrained(".")']
+
+
+def write_reward_snippet(base: BaseSource, is_adapter: bool) -> str:
+    """Return a Python program that rewards an answer, to be run in the folder of the artefacts."""
     return "\n".join(
         [
-            *lines,
-            'tokenizer = AutoTokenizer.from_pretrained(".")',
+            *write_loading(base, is_adapter, "AutoModelForSequenceClassification", ", num_labels=1"),
+            *(["base.config.pad_token_id = tokenizer.pad_token_id"] if is_adapter else []),
+            'messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello!"}]',
+            'inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)',
+            'print("reward:", model(**inputs).logits.item())',
+        ]
+    )
+
+
+def write_snippet(base: BaseSource, is_adapter: bool) -> str:
+    """Return a Python program that answers a message, to be run in the folder of the artefacts."""
+    return "\n".join(
+        [
+            *write_loading(base, is_adapter, "AutoModelForCausalLM"),
             'messages = [{"role": "user", "content": "Hello"}]',
             "inputs = tokenizer.apply_chat_template(",
             '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',

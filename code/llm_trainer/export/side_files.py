@@ -18,6 +18,7 @@ from llm_trainer.common.files import write_json
 from llm_trainer.export.base_source import BaseSource
 from llm_trainer.export.model_card import CARD, read_stated_licence, write_model_card
 from llm_trainer.journal.manifest import MANIFEST, Manifest
+from llm_trainer.model.layers.reward_head import is_reward_model
 from llm_trainer.model.tokenizer_files import save_tokenizer
 from llm_trainer.serving.lmi_files import ServedModel, write_serving_files
 
@@ -48,7 +49,8 @@ class KnownParts:
     def write_serving(self, folder: Path) -> None:
         """Write the files for a server to a folder, as for whole weights: an adapter's are not there yet."""
         template, dtype = self.tokenizer.chat_template, torch.bfloat16
-        model = ServedModel(self.config, 1, dtype, template, None, None, None, None, self.trust_remote_code)
+        is_reward = is_reward_model(self.config)
+        model = ServedModel(self.config, 1, dtype, template, None, None, None, None, self.trust_remote_code, is_reward)
         write_serving_files(folder, model, folder)
 
 

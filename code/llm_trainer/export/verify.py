@@ -26,7 +26,7 @@ from llm_trainer.export.result import TrainingResult
 from llm_trainer.model.attention import choose_attention, find_faults, read_needs
 from llm_trainer.model.device import Device
 from llm_trainer.model.layers.float8 import convert_base
-from llm_trainer.model.loading import LoadOptions, WrongWeightsError, build_skeleton, load_model
+from llm_trainer.model.loading import WrongWeightsError, build_skeleton, load_model
 from llm_trainer.model.plan import ModelPlan
 
 
@@ -164,6 +164,8 @@ def load_adapted_model(trained: TrainingResult, adapter: Path, place: CheckPlace
     quantization = plan.quantization if quantized or isinstance(plan.quantization, Mxfp4Config) else None
     options = replace(plan.load_options, attention=choose_kernel(trained, place), quantization=quantization)
     base = load_model(plan.folder, settings.model, options, place.device)
+    if plan.is_reward:  # as the model card has it: by the base's pad token, Transformers may miss the last one
+        base.config.get_text_config().pad_token_id = trained.tokenizer.pad_token_id
     return PeftModel.from_pretrained(base, str(adapter))
 
 
@@ -172,7 +174,9 @@ def load_whole_model(trained: TrainingResult, folder: Path, place: CheckPlace) -
 
     Raises ResultDiffersError where the files lack a part of it.
     """
-    options = LoadOptions(trained.plan.precision.compute, choose_kernel(trained, place))
+    plan = trained.plan
+    options = replace(plan.load_options, weights_dtype=plan.precision.compute, quantization=None)
+    options = replace(options, attention=choose_kernel(trained, place))
     try:
         return load_model(str(folder), trained.settings.model, options, place.device, **place.placement)
     except WrongWeightsError as error:

@@ -18,6 +18,7 @@ from llm_trainer.common.safetensors_files import (
     list_weights,
 )
 from llm_trainer.config.environment import Environment
+from llm_trainer.config.rules.methods import EARLIER_ADAPTER
 from llm_trainer.config.schema import Settings, show_value
 from llm_trainer.config.secret_references import is_reference
 from llm_trainer.config.sections import ADDRESS, HUB_ID, METRIC_SCHEDULES, SECRETS, ModelSettings, TrainingSettings
@@ -72,6 +73,8 @@ def find_inputs(settings: Settings, environment: Environment, has_mistakes: bool
     model, problems = find_model(settings.model, environment, unpacks=unpacks)
     adapter, adapter_problems = find_adapter(settings.adapter, environment, unpacks)
     problems += adapter_problems + missing
+    if settings.data.trains_rewards and "adapter" in environment.channels and not settings.adapter.adapter_path:
+        problems.append(f"channel 'adapter' with method=reward: {EARLIER_ADAPTER}")
     problems += check_evaluation(settings.training, has_validation=bool(validation))
     problems += find_objective_problems(
         read_objective(environment), settings.data.method, settings.training, has_validation=bool(validation)

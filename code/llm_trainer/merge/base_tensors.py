@@ -256,6 +256,30 @@ class ReplacedTensor(DerivedTensor):
 
 
 @dataclass(frozen=True, eq=False)
+class AddedTensor:
+    """A tensor that comes with the adapter, and that the base has none of."""
+
+    name: str
+    file: Path  # of the base, in whose place it is written
+    values: torch.Tensor
+    is_whole: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its numbers."""
+        return self.values.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+        return tuple(self.values.shape)
+
+    def read(self, first: int, last: int) -> torch.Tensor:
+        """Return a copy of the rows `first` to before `last`, along the first axis."""
+        return self.values[first:last].clone()
+
+
+@dataclass(frozen=True, eq=False)
 class CopiedTensor(DerivedTensor):
     """The second of two tied tensors, where the checkpoint holds only the first."""
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers import PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from llm_trainer.common.errors import UserError
@@ -27,6 +27,7 @@ from llm_trainer.merge import shard_writer
 from llm_trainer.merge.plan import FLOATING, MergePlan, MergeRequest, plan_merge
 from llm_trainer.merge.shard_writer import MergedShard, write_json
 from llm_trainer.model.config_file import write_config
+from llm_trainer.model.layers.reward_head import is_reward_model
 from llm_trainer.model.precision import show_dtype
 
 # A server reads these of a model's folder beside config.json. The tokenizer comes with the adapter.
@@ -72,6 +73,8 @@ def write_files(request: MergeRequest, plan: MergePlan, output: Path) -> None:
     shard_writer.publish_shards(output, plan.shards)
     write_index(output, plan.shards)
     result = describe_result(request.config, find_main_dtype(plan.shards), plan.is_untied)
+    if is_reward_model(result):
+        give_pad_token(result, request)
     write_config(output, request.base, result, request.trust_remote_code)
     shard_writer.remove_record(output)
 
@@ -126,11 +129,18 @@ def find_main_dtype(shards: list[MergedShard]) -> torch.dtype:
 def copy_small_files(request: MergeRequest, output: Path) -> None:
     """Copy the base's files that a server reads beside the weights, and its code where that is trusted."""
     code = sorted(file.name for file in request.base.glob("*.py")) if request.trust_remote_code else []
-    for name in (*SERVED_FILES, *code):
+    served = SERVED_FILES[is_reward_model(request.config) :]  # which generates nothing
+    for name in (*served, *code):
         if (request.base / name).is_file():
             shutil.copyfile(request.base / name, output / name)
     if (request.adapter / GENERATION_CONFIG_NAME).is_file():  # the base's, with the tokens that end a trained answer
         shutil.copyfile(request.adapter / GENERATION_CONFIG_NAME, output / GENERATION_CONFIG_NAME)
+
+
+def give_pad_token(config: PreTrainedConfig, request: MergeRequest) -> None:
+    """Give a reward model's config the pad token of the adapter's tokenizer, by which Transformers finds the end."""
+    pad = AutoTokenizer.from_pretrained(request.adapter, trust_remote_code=request.trust_remote_code).pad_token_id
+    config.get_text_config().pad_token_id = pad
 
 
 def write_index(output: Path, shards: list[MergedShard]) -> None:

@@ -13,12 +13,20 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.merge import lora_deltas
-from llm_trainer.merge.base_tensors import BaseTensor, ReplacedTensor, RoundedTensor, list_shards, list_tensors
+from llm_trainer.merge.base_tensors import (
+    AddedTensor,
+    BaseTensor,
+    ReplacedTensor,
+    RoundedTensor,
+    list_shards,
+    list_tensors,
+)
 from llm_trainer.merge.delta_mapping import map_deltas_to_tensors, split_tied_embeddings
 from llm_trainer.merge.lora_deltas import WeightDelta
 from llm_trainer.merge.shard_writer import MergedShard, MergedTensor
 from llm_trainer.merge.weight_layout import WeightLayout
 from llm_trainer.model.adapter_file import attach_adapter
+from llm_trainer.model.layers.reward_head import HEAD, is_reward_model
 from llm_trainer.model.loading import build_on_meta
 from llm_trainer.model.quantization import find_stored_method
 
@@ -61,11 +69,27 @@ def plan_merge(request: MergeRequest) -> MergePlan:
     deltas = dict(lora_deltas.list_deltas(model))
     replaced = lora_deltas.list_replaced(model)
     is_untied = split_tied_embeddings(layout, tensors, deltas, replaced)
+    if is_reward_model(request.config):
+        exchange_head(layout, tensors, replaced)
     for parameter, values in replaced.items():
         name = find_tensor(layout, parameter)
         tensors[name] = ReplacedTensor(tensors[name], values)
     stored_deltas = dict(map_deltas_to_tensors(layout, deltas))
     return MergePlan(list_merged_shards(files, tensors, stored_deltas, skeleton, dtype), is_untied)
+
+
+def exchange_head(layout: WeightLayout, tensors: dict[str, BaseTensor], replaced: dict[str, torch.Tensor]) -> None:
+    """Put the adapter's reward head in the place of the base's output layer, where the base is no reward model.
+
+    `tensors` and `replaced` change.
+    """
+    parameter = f"{HEAD}.weight"
+    if parameter in layout.stored:
+        return
+    for name in tensors.keys() - layout.stored.values() - layout.places.keys():
+        del tensors[name]
+    last = next(reversed(tensors.values())).file
+    tensors[parameter] = AddedTensor(parameter, last, replaced.pop(parameter))
 
 
 def list_merged_shards(

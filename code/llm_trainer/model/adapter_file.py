@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM, TaskType
+from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM, PeftModelForSequenceClassification, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -80,7 +80,8 @@ def attach_adapter(skeleton: PreTrainedModel, adapter: Path) -> PeftModel:
     fill_with_placeholders(skeleton)
     file = adapter / SAFETENSORS_WEIGHTS_NAME
     try:
-        model = PeftModelForCausalLM(skeleton, config, ADAPTER, low_cpu_mem_usage=True)
+        wrap = PeftModelForSequenceClassification if config.task_type == TaskType.SEQ_CLS else PeftModelForCausalLM
+        model = wrap(skeleton, config, ADAPTER, low_cpu_mem_usage=True)
     except (ValueError, TypeError) as error:
         raise UserError(f"The adapter in {adapter} does not fit the base: {quote_error(error)}.") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in list_adapter_tensors(model).items()}

@@ -4,7 +4,7 @@
 import re
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -32,6 +32,7 @@ from llm_trainer.common.safetensors_files import list_weights, read_header
 from llm_trainer.config.sections import ModelSettings
 from llm_trainer.data.encoding import Vocabulary
 from llm_trainer.job.model_objects import find_broken_objects
+from llm_trainer.model.layers import reward_head
 from llm_trainer.model.quantization import Quantization, find_stored_method, keep_trainable, prepare_layers
 
 UNKNOWN_TYPE = re.compile(r"model type `(.+?)` but Transformers does not recognize")
@@ -62,6 +63,7 @@ class LoadOptions:
     weights_dtype: torch.dtype
     attention: str  # the kernel, by Transformers' name
     quantization: Quantization | None = None  # None: as the checkpoint is stored
+    is_reward: bool = False  # whether it gets the head of a reward model, which is new where the base has none
 
 
 def fetch_model(model: str, settings: ModelSettings, scratch_dir: Path, with_weights: bool = True) -> str:
@@ -89,8 +91,8 @@ def fetch_model(model: str, settings: ModelSettings, scratch_dir: Path, with_wei
     return place.read_text(encoding="utf-8") if settings.use_snapshot_download else model
 
 
-def read_config(model: str, settings: ModelSettings) -> PreTrainedConfig:
-    """Return the config of a causal language model.
+def read_config(model: str, settings: ModelSettings, is_reward: bool = False) -> PreTrainedConfig:
+    """Return the config of a causal language model, or with `is_reward` of a reward model on the same decoder.
 
     Raise UserError when it cannot be read, or the model is of another kind.
     """
@@ -104,15 +106,29 @@ def read_config(model: str, settings: ModelSettings) -> PreTrainedConfig:
             f"model_init_kwargs has {unknown[0]!r}, which is neither in the model's config nor among "
             f"{', '.join(sorted(LOADING_OPTIONS))}: remove it."
         )
+    check_kind(model, config, is_reward)
+    if not isinstance(config.get_text_config(), PreTrainedConfig):
+        raise UserError(f"The config of {model} has a text_config that is no JSON object: download the model again.")
+    if is_reward:
+        reward_head.describe_rewards(config)
+    return config
+
+
+def check_kind(model: str, config: PreTrainedConfig, is_reward: bool) -> None:
+    """Raise UserError for a model of another kind than the one that is trained."""
     # Code that comes with the model registers its own class, which Transformers' table does not know.
     is_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if not is_own and type(config) not in AutoModelForCausalLM._model_mapping:
+    if not is_own and type(config) not in reward_head.choose_auto_class(False)._model_mapping:
         raise UserError(
             f"model_id={model!r} is of type {config.model_type}, which is no causal language model: give one that is."
         )
-    if not isinstance(config.get_text_config(), PreTrainedConfig):
-        raise UserError(f"The config of {model} has a text_config that is no JSON object: download the model again.")
-    return config
+    if is_reward:
+        reward_head.check_classifier(model, config)
+    elif reward_head.is_reward_model(config):
+        raise UserError(
+            f"model_id={model!r} is a {config.architectures[0]}, which gives numbers and no text: set method=reward, "
+            "or give a causal language model."
+        )
 
 
 def explain_failure(error: Exception, model: str, part: str) -> str:
@@ -148,6 +164,13 @@ def check_output_layer(model: str, skeleton: PreTrainedModel) -> None:
 
     The loss would leave that head out. All encoders have it inside of a module, and no decoder of Transformers does.
     """
+    if reward_head.is_reward_model(skeleton.config):
+        if not isinstance(reward_head.find_head(skeleton), nn.Linear):
+            raise UserError(
+                f"method=reward: model_id={model!r} is a {type(skeleton).__name__}, whose head does not read the last "
+                "token: give a decoder such as Llama or Qwen."
+            )
+        return
     output = skeleton.get_output_embeddings()
     name = next((name for name, module in skeleton.named_modules() if module is output), "")
     if "." in name and type(skeleton).__module__.startswith("transformers."):
@@ -163,17 +186,20 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype | None, trust_rem
     What its code raises is not caught: the caller knows what to say about it.
     """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
+        return reward_head.choose_auto_class(reward_head.is_reward_model(config)).from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="eager"
         )
 
 
-def load_tokenizer(model: str, settings: ModelSettings, num_embeddings: int) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model: str, settings: ModelSettings, num_embeddings: int, is_reward: bool = False
+) -> PreTrainedTokenizerBase:
     """Return the tokenizer with the chat template and the special tokens that the settings name.
 
     Its pad token is not the end-of-sequence token where there is another. Collators that mask by pad id would
     otherwise mask that too, and the model would never learn to stop. It is none that the model's embedding has no row
-    for: tokenizers are often given a `[PAD]` without the model. Raise UserError for a token that is not there.
+    for: tokenizers are often given a `[PAD]` without the model. Raise UserError for a token that is not there, and
+    where a reward model could not tell padding from the end of an answer.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, **build_source_options(settings))
@@ -190,13 +216,29 @@ def load_tokenizer(model: str, settings: ModelSettings, num_embeddings: int) -> 
             f"The tokenizer of {model} ends sequences in {tokenizer.eos_token!r}, the token {tokenizer.eos_token_id}, "
             f"and the model's embedding has {num_embeddings} rows: name another one with eos_token."
         )
-    if settings.pad_token:
-        tokenizer.pad_token = check_token(tokenizer, "pad_token", settings.pad_token, num_embeddings)
+    set_pad_token(tokenizer, settings.pad_token, num_embeddings)
+    if is_reward:
+        check_padding(model, tokenizer)
+    return tokenizer
+
+
+def check_padding(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError where a reward model could not tell padding from the end of an answer."""
+    if tokenizer.pad_token == tokenizer.eos_token:
+        raise UserError(
+            f"method=reward: the tokenizer of {model} has no special token but {tokenizer.eos_token!r}, and the last "
+            "token that is no padding gives the reward: name a token that no text has with pad_token."
+        )
+
+
+def set_pad_token(tokenizer: PreTrainedTokenizerBase, asked: str | None, num_embeddings: int) -> None:
+    """Give a tokenizer the pad token that is asked for, or a fitting one where its own does not fit."""
+    if asked:
+        tokenizer.pad_token = check_token(tokenizer, "pad_token", asked, num_embeddings)
         if tokenizer.pad_token == tokenizer.eos_token:
-            raise UserError(f"pad_token={settings.pad_token!r} is the end-of-sequence token: name another one.")
+            raise UserError(f"pad_token={asked!r} is the end-of-sequence token: name another one.")
     elif tokenizer.pad_token in (None, tokenizer.eos_token) or tokenizer.pad_token_id >= num_embeddings:
         tokenizer.pad_token = choose_pad_token(tokenizer, num_embeddings)
-    return tokenizer
 
 
 def build_source_options(settings: ModelSettings) -> dict[str, Any]:
@@ -308,7 +350,7 @@ def load_model(
         if options.quantization is not None:  # None would hide how the checkpoint is stored
             arguments["quantization_config"] = options.quantization
         with replace_bars(choose_bar):
-            loaded, _ = load_whole(model, arguments)
+            loaded, _ = load_whole(model, arguments, options.is_reward)
         return keep_trainable(loaded)
     except LOADING_ERRORS as error:
         raise UserError(explain_failure(error, model, "weights")) from error
@@ -340,19 +382,35 @@ def log_tensors(tensors: Collection[Any]) -> Iterator[Any]:
         yield tensor
 
 
-def load_whole(model: str, arguments: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
+@contextmanager
+def silence_report() -> Iterator[None]:
+    """Have Transformers not report, within the block, that a new head and an old output layer fit nothing."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+
+
+def load_whole(model: str, arguments: dict[str, Any], is_reward: bool = False) -> tuple[PreTrainedModel, list[str]]:
     """Return the model, and the names of the files' tensors that are no part of it.
 
     Raise WrongWeightsError where some are missing or of other shapes: Transformers would begin with random numbers
-    there.
+    there. Only the head of a reward model may begin so, on a base that is none.
     """
-    loaded, found = AutoModelForCausalLM.from_pretrained(
-        model, **arguments, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    missing, mismatched = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
+    arguments = {**(reward_head.CONFIG_VALUES if is_reward else {}), **arguments}
+    with silence_report() if is_reward else nullcontext():
+        loaded, found = reward_head.choose_auto_class(is_reward).from_pretrained(
+            model, **arguments, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    missing, mismatched = set(found["missing_keys"]), sorted(found["mismatched_keys"])
+    if is_reward and not reward_head.is_reward_model(loaded.config):
+        missing -= {f"{reward_head.HEAD}.weight"}
+        reward_head.describe_rewards(loaded.config)
     problems, fix = [], "give the whole model, with the config that belongs to its weights."
     if missing:
-        problems.append(f"The weights of {model} lack {len(missing)} tensors of the model, first {missing[0]}: {fix}")
+        problems.append(f"The weights of {model} lack {len(missing)} tensors of the model, first {min(missing)}: {fix}")
     for name, stored, needed in mismatched[:1]:
         shapes = f"{name} has shape {list(stored)} and the model needs {list(needed)}"
         problems.append(f"{len(mismatched)} tensors of {model} do not fit its config, first {shapes}: {fix}")
@@ -369,10 +427,12 @@ def check_fit(model: str, config: PreTrainedConfig, settings: ModelSettings) -> 
     """
     if not list_weights(Path(model)) or find_stored_method(config):
         return []
+    is_reward = reward_head.is_reward_model(config)
     options = {**build_source_options(settings), **(settings.model_init_kwargs or {})}
     try:
         with replace_bars(lambda make_bar, arguments, options: iter(*arguments)):  # nothing is loaded
-            skeleton, unexpected = load_whole(model, {**options, "device_map": {"": "meta"}, "use_safetensors": True})
+            options |= {"device_map": {"": "meta"}, "use_safetensors": True}
+            skeleton, unexpected = load_whole(model, options, is_reward)
     except META_ERRORS as error:
         raise UserError(explain_failure(error, model, "weights")) from error
     ignored = re.compile("|".join(skeleton._keys_to_ignore_on_load_unexpected or ["(?!)"]))
@@ -385,11 +445,11 @@ def build_empty_model(model: str, settings: ModelSettings, options: LoadOptions)
 
     That rank has dequantized them, or quantized them in 4 bit.
     """
-    config = read_config(model, settings)
+    config = read_config(model, settings, options.is_reward)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(
+        empty = reward_head.choose_auto_class(options.is_reward).from_config(
             config,
             dtype=options.weights_dtype,
             trust_remote_code=settings.trust_remote_code,

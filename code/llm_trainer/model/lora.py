@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from llm_trainer.common.errors import UserError, cut_quote, quote_error
 from llm_trainer.config.sections import MOVING_STARTS, AdapterSettings, ModelSettings
 from llm_trainer.model.adapter_file import build_trained_config
+from llm_trainer.model.layers.reward_head import HEAD, compute_states, find_head, is_reward_model
 from llm_trainer.model.parameter_roles import holds_experts
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output layer
@@ -60,10 +61,17 @@ def build_lora_config(
         use_dora=settings.use_dora,
         init_lora_weights=True if init in ("default", "loftq") else init,
         bias="none",
-        task_type=TaskType.CAUSAL_LM,
+        **describe_task(skeleton),
     )
     check_targets(config, settings, skeleton)
     return config
+
+
+def describe_task(skeleton: PreTrainedModel) -> dict[str, Any]:
+    """Return the fields of PEFT's config that tell what the model is for. A reward model's head is trained whole."""
+    if is_reward_model(skeleton.config):
+        return {"task_type": TaskType.SEQ_CLS, "modules_to_save": [HEAD]}
+    return {"task_type": TaskType.CAUSAL_LM}
 
 
 def check_targets(config: LoraConfig, settings: AdapterSettings, skeleton: PreTrainedModel) -> None:
@@ -140,7 +148,7 @@ def list_decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
     Where a class names its output layer as its decoder, these are all linear layers.
     """
-    output = model.get_output_embeddings()
+    output = find_head(model)
     layers = [(name, each) for name, each in model.named_modules() if isinstance(each, LINEAR) and each is not output]
     decoder = set(model.get_decoder().modules())
     return [(name, layer) for name, layer in layers if layer in decoder] or layers
@@ -181,7 +189,7 @@ def probe_layers(probe: PreTrainedModel, numberless: AbstractContextManager[Any]
         with numberless, torch.enable_grad(), take_rows_as_whole():
             probe._apply(lambda tensor: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype))
             rows = torch.zeros(PROBED_ROWS, PROBED_TOKENS, dtype=torch.long)
-            reached = list_leaves(probe(input_ids=rows, use_cache=False).logits)
+            reached = list_leaves(compute_states(probe, input_ids=rows))
     except Exception:  # the code of any model runs here, which may ask for numbers
         return None
     return {name for name, zero in zeros.items() if id(zero) in reached}
@@ -380,8 +388,10 @@ def find_unsupported_options(config: LoraConfig, settings: AdapterSettings, mode
 def find_refused_targets(config: LoraConfig, model: PreTrainedModel, fix: str = OTHER_TARGETS) -> Iterator[str]:
     """Yield a sentence, which ends in the fix, where a target is the output layer, or one that PEFT refuses."""
     targets = [(name, module) for name, module in model.named_modules() if is_target(config, name, module, model)]
-    output = model.get_output_embeddings()
-    if name := next((name for name, module in targets if module is output), None):
+    output = find_head(model)
+    if is_reward_model(model.config) and any(module is output for _, module in targets):
+        yield f"target_modules: {HEAD} is the head of the reward model, which is trained whole: {fix}"
+    elif name := next((name for name, module in targets if module is output), None):
         yield (
             f"target_modules: {name} is the output layer, whose weights the loss reads without calling it, so that an "
             f"adapter on it would never be trained: {fix}"
@@ -425,7 +435,7 @@ def is_target(config: LoraConfig, name: str, module: nn.Module, model: PreTraine
     """Tell whether PEFT takes a module for one that gets an adapter."""
     targets = config.target_modules
     if targets == ALL_LINEAR:
-        return isinstance(module, LINEAR) and module is not model.get_output_embeddings()
+        return isinstance(module, LINEAR) and module is not find_head(model)
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(matches_end(name, target) for target in targets or ())

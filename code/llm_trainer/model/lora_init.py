@@ -159,6 +159,9 @@ def save_adapter(
     file = folder / CONFIG_NAME
     config = json.loads(file.read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": base.name, "revision": base.revision}
+    if saved := config.get("modules_to_save"):  # PEFT adds all names that the head of a classifier may have
+        ends = {name.rpartition(".")[2] for name, _ in model.get_base_model().named_modules()}
+        config["modules_to_save"] = sorted(ends.intersection(saved))
     config = leave_out_defaults(config)
     write_verbatim(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
 

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from llm_trainer.model.layers.reward_head import find_head
+
 # `linear` is what bitsandbytes quantizes. `experts` are fused into one parameter, which it does not quantize.
 Role: TypeAlias = Literal["linear", "experts", "embeddings", "output", "other", "adapter"]
 
@@ -16,7 +18,7 @@ Role: TypeAlias = Literal["linear", "experts", "embeddings", "output", "other", 
 def assign_roles(base: PreTrainedModel) -> Iterator[tuple[str, Role]]:
     """Yield the name and the role of each parameter of a model without an adapter. A tied one comes once."""
     unquantized = [*get_keys_to_not_convert(base), *(base._keep_in_fp32_modules or ())]  # as Transformers has it
-    output = base.get_output_embeddings()
+    output = find_head(base)
     for name, parameter in base.named_parameters():
         path, _, own_name = name.rpartition(".")
         module = base.get_submodule(path)

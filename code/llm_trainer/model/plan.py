@@ -13,6 +13,7 @@ from llm_trainer.model.adapter_fit import check_earlier_adapter
 from llm_trainer.model.attention import AttentionChoice, choose_attention, find_faults, read_needs
 from llm_trainer.model.device import Device
 from llm_trainer.model.layers.float8 import check_float8
+from llm_trainer.model.layers.reward_head import is_reward_model
 from llm_trainer.model.liger import LigerChoice, choose_liger, find_known_types, leave_out_experts, try_on
 from llm_trainer.model.loading import LoadOptions, build_skeleton, check_fit, read_config
 from llm_trainer.model.lora import build_lora_config, list_trained_layers
@@ -36,6 +37,7 @@ class PlanSettings:
     adapter: AdapterSettings
     parallelism: ParallelismSettings
     output: OutputSettings
+    trains_rewards: bool = False  # whether the result is a reward model
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +59,17 @@ class ModelPlan:
     @property
     def load_options(self) -> LoadOptions:
         """Options to load the base for training."""
-        return LoadOptions(self.precision.weights, self.attention.name, self.quantization)
+        return LoadOptions(self.precision.weights, self.attention.name, self.quantization, self.is_reward)
+
+    @property
+    def is_reward(self) -> bool:
+        """True for a reward model."""
+        return is_reward_model(self.config)
+
+    @property
+    def num_embeddings(self) -> int:
+        """The rows of the embedding."""
+        return int(self.config.get_text_config().vocab_size)
 
 
 def plan_model(folder: str, settings: PlanSettings, device: Device, precision: Precision) -> ModelPlan:
@@ -66,7 +78,7 @@ def plan_model(folder: str, settings: PlanSettings, device: Device, precision: P
     Raise UserError for what the settings ask of this model and it cannot do.
     """
     model_settings = settings.model
-    config = read_config(folder, model_settings)
+    config = read_config(folder, model_settings, settings.trains_rewards)
     sections = (model_settings, settings.adapter, settings.parallelism)
     if problems := list(find_quantization_problems(folder, config, *sections)):
         raise UserError(*problems)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from llm_trainer.model.layers.kept_logits import MAX_LOGITS_BYTES
+from llm_trainer.model.layers.reward_head import is_reward_model
 from llm_trainer.model.memory.flops import count_attention, count_head_products, count_products
 from llm_trainer.model.memory.gpus import Gpu
 from llm_trainer.model.memory.scenario import MemoryScenario, ParallelismPlan
@@ -224,8 +225,10 @@ def count_passes(
 def computes_logits_again(scenario: MemoryScenario) -> bool:
     """Tell whether a CPU computes logits once more for their gradients, as it keeps only few.
 
-    A GPU always does so, within the share of its peak that products are known to reach.
+    A GPU always does so, within the share of its peak that products are known to reach. A reward model has none.
     """
+    if is_reward_model(scenario.config):
+        return False
     width = scenario.config.get_text_config().vocab_size
     num_bytes = scenario.dtypes[1].itemsize * scenario.batch.find_num_scored() * width
     return not scenario.target.on_gpu and num_bytes > MAX_LOGITS_BYTES

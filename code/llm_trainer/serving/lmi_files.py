@@ -83,6 +83,7 @@ class ServedModel:
     base_revision: str | None
     max_length: int | None  # tokens of the longest row that was trained on
     trust_remote_code: bool
+    is_reward: bool = False  # LMI serves no reward model
     has_stop_tokens: bool = False  # whether generation_config.json beside an adapter names other ones than the base's
 
     @property
@@ -101,10 +102,10 @@ def write_serving_files(folder: Path, model: ServedModel, artefacts: Path) -> li
     """Write serving.properties, serving.env and a copy of the adapter in `artefacts`, for the place beside it.
 
     Returns a sentence for each reason why vLLM cannot load the adapter. Nothing is written then: the container would
-    serve the base alone, or not start.
+    serve the base alone, or not start. Nothing is written for a reward model, which vLLM serves and LMI does not.
     """
     refusals = list(find_adapter_refusals(model.lora, model.text_config.model_type)) if model.lora else []
-    if refusals:
+    if refusals or model.is_reward:
         return refusals
     if model.lora is not None:
         copy_adapter(artefacts, folder)

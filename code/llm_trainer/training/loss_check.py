@@ -6,6 +6,7 @@ scales that TRL does not know, would be left out of the loss without a word.
 """
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn.functional import log_softmax
 
@@ -39,6 +40,29 @@ def check_loss(model: nn.Module, vocabulary_size: int, device: torch.device, dty
         model.train(was_training)
     if problem:
         raise UserError(problem)
+
+
+def check_rewards(model: nn.Module, vocabulary_size: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UserError where rewards are not those that Transformers computes, by code of the model's class.
+
+    `model` is the trainer's, which reads the rewards of packed sequences, and computes in `dtype`.
+    """
+    was_training = model.training
+    model.eval()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    row = torch.randint(vocabulary_size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
+    row[row == base.config.get_text_config().pad_token_id] += 1  # which Transformers would pass over
+    try:
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            found = model(input_ids=row, use_cache=False).logits.item()
+            own = type(base).forward(base, input_ids=row, use_cache=False).logits.item()
+    finally:
+        model.train(was_training)
+    if not abs(found - own) <= APART[dtype] * max(1.0, abs(own)):
+        raise UserError(
+            f"The model's last token has the reward {found:.4g}, and Transformers computes {own:.4g}: its head does "
+            f"more than that; {FIX}"
+        )
 
 
 def compute_logits(model: nn.Module, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llm_trainer.common.errors import quote_error
+from llm_trainer.model.layers.reward_head import choose_auto_class, compute_states, is_reward_model
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -50,7 +51,7 @@ def build_proxy_model(model: PreTrainedModel, device: torch.device) -> PreTraine
             setattr(text, name, min(getattr(text, name), PROXY_WIDTH))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(
+        return choose_auto_class(is_reward_model(config)).from_config(
             config, dtype=model.dtype, attn_implementation=config._attn_implementation
         )
 
@@ -110,9 +111,9 @@ def forward_packed(model: PreTrainedModel, collate: Collator, rows: list[torch.T
 
 
 def forward(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:
-    """Return the logits [sequences, slots, vocabulary], as in training: without a cache."""
+    """Return the logits [sequences, slots, vocabulary], or hidden states of a reward model, as in training."""
     on_device = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in inputs.items()}
-    return model(**on_device, use_cache=False).logits
+    return compute_states(model, **on_device)
 
 
 def measure_distances(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,7 @@ class SampleAnswers:
         elif num_prompts and rank() == 0:
             rows = data.splits["validation"] if self.split == "validation" else data.sample
             self.prompts = choose_prompts(rows, num_prompts, find_longest_prompt(trainer.model))
-        self.stops = self.find_stops()
+        self.stops = self.find_stops() if self.prompts else set()
 
     def before_training(self) -> None:
         """Ask the model, unless the base's answers can be had after the training, too."""

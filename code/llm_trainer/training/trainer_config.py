@@ -157,17 +157,20 @@ def share_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     """Give the model's configs the tokenizer's pad token. Transformers would warn at every start that they differ.
 
     The generation config keeps its tokens alone. Many published ones contradict themselves, and Transformers refuses to
-    write a changed one of them into a checkpoint.
+    write a changed one of them into a checkpoint. A reward model has none.
     """
-    pad, own = tokenizer.pad_token_id, model.generation_config
+    pad = tokenizer.pad_token_id
     model.config.get_text_config().pad_token_id = pad
+    if not model.can_generate():
+        return
+    own = model.generation_config
     tokens = {"bos_token_id": own.bos_token_id, "eos_token_id": own.eos_token_id, "pad_token_id": pad}
     model.generation_config = GenerationConfig(**tokens)
 
 
 def prepare_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Change what the model's config says to what its training needs."""
-    dropped = drop_contradictions(model.generation_config)
+    dropped = drop_contradictions(model.generation_config) if model.can_generate() else []
     share_pad_token(model, tokenizer)
     name_experts(model)
     if dropped:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from llm_trainer.export.base_source import BaseSource
 from llm_trainer.export.model_card import build_model_card, find_licence
@@ -52,9 +54,10 @@ MANIFEST = {
 }
 
 
-def card_of(folder, base_folder="/nowhere", base_id="org/base", refusals=()):
+def card_of(folder, base_folder="/nowhere", base_id="org/base", refusals=(), method="sft"):
     base = BaseSource(base_id, "abc" if base_id else None)
-    return ModelCard(build_model_card(folder, MANIFEST, Path(base_folder), base, list(refusals)))
+    manifest = {**MANIFEST, "settings": {**MANIFEST["settings"], "method": method}}
+    return ModelCard(build_model_card(folder, manifest, Path(base_folder), base, list(refusals)))
 
 
 def test_an_adapters_card(tmp_path):
@@ -161,3 +164,20 @@ def test_the_snippet_answers(tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     exec(code, {"__name__": "__main__"})  # here, since a process of its own would import Transformers for seconds
+
+
+def test_a_reward_models_card(tmp_path, tiny_model, monkeypatch, capsys):
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, pad_token_id=2)
+    base.save_pretrained(tmp_path / "whole")
+    get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for kind in ("whole", "lora"):
+        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / kind)
+        card = card_of(tmp_path / kind, base_id=None, method="reward", refusals=["no"] * (kind == "lora"))
+        assert card.data.to_dict()["pipeline_tag"] == "text-classification"
+        assert "reward" in card.data.tags
+        assert ("vllm serve . --runner pooling" in card.text) == (kind == "whole")
+        (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+        monkeypatch.chdir(tmp_path / kind)
+        exec(code.replace("path/to/the/base", str(tiny_model)), {"__name__": "__main__"})
+        assert capsys.readouterr().out.startswith("reward: ")

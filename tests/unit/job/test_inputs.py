@@ -272,3 +272,10 @@ def test_the_launchers_modules_import_neither_torch_nor_trackers(tree):
     )
     environment = {**os.environ, "SAGEMAKER_BASE_DIR": str(tree.base_dir)}
     assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).strip() == "[]"
+
+
+def test_a_reward_model_goes_on_from_no_adapter(tree, inputs_of):
+    tree.write("input/data/adapter/adapter_config.json", {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8})
+    tree.write_job({"method": "reward"}, ("model", "adapter", "train"))
+    (problem,) = [text for text in inputs_of()[1] if "method=reward" in text]
+    assert problem.startswith("channel 'adapter' with method=reward: a reward model begins with a base; merge the")

@@ -287,3 +287,17 @@ def test_a_line_on_loading_comes_every_half_minute(monkeypatch, capsys):
 def test_other_bars_of_transformers_stay_as_they_are():
     bar = choose_bar(lambda *arguments, **options: (arguments, options), ([1],), {"desc": "Writing model shards"})
     assert bar == (([1],), {"desc": "Writing model shards"})
+
+
+def test_a_reward_model_needs_a_pad_token_that_ends_no_answer(tiny_model, monkeypatch):
+    monkeypatch.setattr(loading, "choose_pad_token", lambda tokenizer, size: tokenizer.eos_token)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **options: bare_tokenizer())
+    assert load_tokenizer(str(tiny_model), Settings().model, 259).pad_token == "<|im_end|>"
+    with pytest.raises(UserError, match=r"has no special token but .* and the last token that is no padding"):
+        load_tokenizer(str(tiny_model), Settings().model, 259, is_reward=True)
+
+
+def bare_tokenizer():
+    tokenizer = build_tokenizer()
+    tokenizer.pad_token = None
+    return tokenizer

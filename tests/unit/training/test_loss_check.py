@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model that TRL's loss would train wrongly is refused before its first step, whatever its class is called."""
 
+import copy
+
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, MambaForCausalLM
+from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, LlamaForSequenceClassification, MambaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.training.loss_check import check_loss
+from llm_trainer.model.layers.reward_head import describe_rewards, read_last_tokens
+from llm_trainer.training.loss_check import check_loss, check_rewards
 from llm_trainer.training.methods.batch_facts import use_facts
 from support.adapted_models import LLAMA
 from support.packed_models import LEAK
@@ -65,3 +68,27 @@ def test_an_encoder_is_refused():
 def test_code_that_fails_with_trls_loss_is_refused():
     with pytest.raises(UserError, match=r"^The model does not compute with TRL's loss \(.*last_hidden_state"):
         check(OtherOutput(LLAMA))
+
+
+class ScaledRewards(LlamaForSequenceClassification):
+    """Scales its rewards, as the trainer cannot know."""
+
+    def forward(self, **inputs):
+        output = super().forward(**inputs)
+        output.logits = 30 * output.logits + 1
+        return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rewards_are_compared_with_those_of_transformers(dtype):
+    config = copy.deepcopy(LLAMA)
+    describe_rewards(config)
+    for build in (LlamaForSequenceClassification, ScaledRewards):
+        model = build(config).train()
+        read_last_tokens(model)
+        if build is LlamaForSequenceClassification:
+            check_rewards(model, 300, torch.device("cpu"), dtype)
+        else:
+            with pytest.raises(UserError, match="its head does more than that; give another model"):
+                check_rewards(model, 300, torch.device("cpu"), dtype)
+        assert model.training

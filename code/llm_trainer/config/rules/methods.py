@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llm_trainer.config.rules.rule import Rule
-from llm_trainer.config.sections import METHOD_FIELDS, METHOD_FORMATS
+from llm_trainer.config.sections import METHOD_FIELDS, METHOD_FORMATS, MOVING_STARTS
 from llm_trainer.config.trl_config_fields import read_snapshot
 
 # Settings that this project acts on itself, whether or not TRL's config of the method has them.
@@ -17,12 +17,20 @@ FOR_ALL_METHODS = frozenset(
 DIFFERENCE_LOSSES = frozenset(
     {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"},
 )
+# Why a reward model begins with a base alone. The head of rewards is no part of an adapter of SFT.
+EARLIER_ADAPTER = (
+    "a reward model begins with a base; merge the adapter with `llm-trainer merge`, and give the result as the model."
+)
 SORTING_LOSSES = frozenset({"aot", "aot_unpaired"})  # these lose which answer belongs to which prompt
 
 
 def list_losses(method: str, loss_type: str | list[str] | None) -> list[str]:
-    """Return the names of the losses that `loss_type` asks for; the method's own where it is None."""
-    losses = loss_type or METHOD_FIELDS["loss_type"][method].default
+    """Return the names of the losses that `loss_type` asks for; the method's own where it is None.
+
+    None come back for a method that has only one.
+    """
+    own = METHOD_FIELDS["loss_type"].get(method)
+    losses = (loss_type or own.default) if own else []
     return [losses] if isinstance(losses, str) else list(losses)
 
 
@@ -41,7 +49,8 @@ def find_foreign(method: str, given: Mapping[str, Any]) -> Iterator[dict[str, st
 
 def find_unknown_losses(method: str, loss_type: str | list[str] | None) -> Iterator[dict[str, str]]:
     """Yield each loss that the method does not have, with those that it has."""
-    choices = METHOD_FIELDS["loss_type"][method].choices or []
+    own = METHOD_FIELDS["loss_type"].get(method)
+    choices = (own and own.choices) or []
     for loss in list_losses(method, loss_type):
         if loss not in choices:
             yield {"loss": loss, "choices": ", ".join(choices)}
@@ -83,6 +92,25 @@ def refuse_single_row(name: str) -> Rule:
     )
 
 
+def refuse_for_rewards(name: str, when: Callable[[Any], bool], reason: str) -> Rule:
+    """Return the rule that a reward model has no use for values of a setting: those for which `when` holds."""
+    return Rule(
+        (name, "method"),
+        lambda s: s.data.trains_rewards and s.is_given(name) and when(s.value(name)),
+        f"{name}={{{name}}} with method=reward: {reason}",
+    )
+
+
+# Settings with values that fit no reward model, and why.
+UNFIT_FOR_REWARDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "init_lora_weights",
+        lambda init: init in (*MOVING_STARTS, "loftq"),
+        "the adapter holds the head too, which its difference from such a start would not; use default.",
+    ),
+    ("sample_prompts", bool, "a reward model answers no prompts; remove it."),
+    ("adapter_path", bool, EARLIER_ADAPTER),
+)
 METHOD_RULES = (
     Rule(
         ("method",),
@@ -155,5 +183,6 @@ METHOD_RULES = (
         lambda s: s.data.method != "sft" and bool(s.training.label_smoothing_factor),
         "label_smoothing_factor={label_smoothing_factor} with method={method}: it would do nothing; remove it.",
     ),
+    *(refuse_for_rewards(name, when, reason) for name, when, reason in UNFIT_FOR_REWARDS),
     *(refuse_reference_sync(name) for name in ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")),
 )

@@ -54,12 +54,14 @@ class Pair:
 
     chosen: Conversation | Text
     rejected: Conversation | Text
-    margin: float | None = None  # by how much the chosen answer is better, where the row tells it
+    margin: float | None = None  # by which the rewards should differ at least, where the row tells it
+    score_gap: float | None = None  # by how much the row's own scores prefer the chosen answer
 
     @property
     def is_swapped(self) -> bool:
         """True where the row's own scores prefer the rejected answer."""
-        return self.margin is not None and self.margin < 0
+        gap = self.margin if self.score_gap is None else self.score_gap
+        return gap is not None and gap < 0
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import math
 import os.path
 from typing import Any
 
+from llm_trainer.common.errors import cut_quote
 from llm_trainer.data.formats.examples import Conversation, Fields, Pair, RowError, Text
 from llm_trainer.data.formats.imitation import list_question_turns, write_alpaca_prompt
 from llm_trainer.data.formats.turns import parse_messages, parse_tools, prepend_system_prompt
@@ -51,11 +52,11 @@ def parse_preference(fields: Fields, messages_field: str, has_chat_template: boo
     """Parse a prompt and the two answers to it. Raises RowError where the row cannot be used."""
     chosen, rejected = (read_side(fields, name) for name in SIDES)
     prompt = read_prompt(fields, messages_field, has_chat_template)
-    margin = read_margin(fields)
+    numbers = read_margin(fields), read_score_gap(fields)
     if isinstance(prompt, list) or isinstance(chosen, list) or isinstance(rejected, list):
         answers = as_messages(chosen, "assistant"), as_messages(rejected, "assistant")
-        return Pair(*join_messages(as_messages(prompt or [], "user"), answers, fields), margin)
-    return Pair(*join_texts(prompt, chosen, rejected), margin)
+        return Pair(*join_messages(as_messages(prompt or [], "user"), answers, fields), *numbers)
+    return Pair(*join_texts(prompt, chosen, rejected), *numbers)
 
 
 def as_messages(value: str | Messages, role: str) -> Messages:
@@ -105,12 +106,21 @@ def read_prompt(fields: Fields, messages_field: str, has_chat_template: bool) ->
 
 
 def read_margin(fields: Fields) -> float | None:
+    """Return a row's margin, None without one. Raises RowError for one that is no number."""
+    value = fields.get("margin")
+    margin = None if value in (None, "") else read_number(value)
+    if margin is None and value not in (None, ""):
+        raise RowError(f"has margin={cut_quote(repr(value))}, which is no number: give one, or leave it out.")
+    return margin
+
+
+def read_score_gap(fields: Fields) -> float | None:
     """Return by how much a row's own scores prefer the chosen answer; None without numbers."""
     for names in SCORES:
         chosen, rejected = (read_number(fields.get(name)) for name in names)
         if chosen is not None and rejected is not None:
             return chosen - rejected
-    return read_number(fields.get("margin"))
+    return None
 
 
 def read_number(value: Any) -> float | None:

@@ -30,10 +30,12 @@ from trl.trainer.utils import add_fused_lm_head
 
 from llm_trainer.common.errors import quote_error
 from llm_trainer.model.layers.kept_logits import KeptLogits
+from llm_trainer.model.layers.reward_head import is_reward_model, read_last_tokens
 from llm_trainer.model.memory import fused_kernels
 from llm_trainer.model.memory.offloading import Offload
 from llm_trainer.model.memory.shape import BLOCK_SIZE, ModelShape, UnknownShapeError
 
+ENDS = "ends"  # of answers, as a reward model takes them
 FUSED = "fused"  # our attention kernel, for models that have no SDPA
 MAX_OPERATIONS = 20_000  # a few seconds; a layer of attention takes about a hundred, forward and backward
 ATEN = torch.ops.aten
@@ -246,7 +248,7 @@ def run_fake_step(shape: ModelShape, step: Step) -> StepTrace:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     with mode:
         make_computable(model, base, step)
-        batch = build_batch(step)
+        batch = build_batch(step, is_reward_model(base.config))
     layers = model.get_submodule(shape.layers_name)
     parameters = list(model.parameters())
     offload = Offload(parameters) if step.offload_activations else None
@@ -261,15 +263,20 @@ def run_fake_step(shape: ModelShape, step: Step) -> StepTrace:
         hooks.enter_context(fused_kernels.replace_rope(base, step.fused_kernels))
         hooks.enter_context(torch.set_grad_enabled(step.trains))
         with torch.autocast("cpu", step.compute_dtype, enabled=step.compute_dtype != torch.float32):
-            output = model(**batch, fused_lm_head=True)
+            loss = compute_loss(model, batch)
         tracer.note_moved()
-        loss = -output.log_probs.sum()
-        del output
         if step.trains:
             loss.backward()
         held.begin("over")
         del loss
     return collect_trace(held.spans, len(layers), tracer.moved_bytes)
+
+
+def compute_loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Return the loss of a batch: TRL's of a causal language model, or one of a reward model's answers."""
+    if ENDS in batch:
+        return -nn.functional.logsigmoid(model(**batch).logits).mean()
+    return -model(**batch, fused_lm_head=True).log_probs.sum()
 
 
 def collect_trace(spans: dict[Hashable, Span], num_layers: int, moved_bytes: list[int]) -> StepTrace:
@@ -312,21 +319,33 @@ def make_computable(model: nn.Module, base: PreTrainedModel, step: Step) -> None
         base.enable_input_require_grads()
     if base._can_set_experts_implementation():
         base.set_experts_implementation("grouped_mm")  # the plain loop asks for numbers
-    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
-    base.base_model.register_forward_hook(ScoredPlaces(step.num_scored))
+    prepare_head(base, step.num_scored)
     model.train(step.trains)
 
 
-def build_batch(step: Step) -> dict[str, torch.Tensor]:
+def prepare_head(base: PreTrainedModel, num_scored: int | None) -> None:
+    """Have a model compute what its trainer reads: TRL's output layer of the scored tokens, or answers' rewards."""
+    if is_reward_model(base.config):
+        read_last_tokens(base)
+    else:
+        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+        base.base_model.register_forward_hook(ScoredPlaces(num_scored))
+
+
+def build_batch(step: Step, is_reward: bool) -> dict[str, Any]:
     """Return the model's inputs: tokens (sequences, length), labels, and a mask where the step has one.
 
-    Labels are those of all tokens (sequences, length), or (1, scored) of the tokens that predict one.
+    Labels are those of all tokens (sequences, length), or (1, scored) of the tokens that predict one. A reward model
+    has the places of an answer's last token for each sequence in their stead.
     """
     tokens = torch.zeros(step.num_sequences, step.length, dtype=torch.long)
+    mask_shape = step.num_sequences, 1, step.length, step.length
+    mask = {"attention_mask": torch.ones(mask_shape, dtype=torch.bool)} if step.has_mask else {}
+    if is_reward:
+        return {"input_ids": tokens, ENDS: tokens[:, 0], "use_cache": False, **mask}
     labels = tokens.clone() if step.num_scored is None else tokens.new_zeros(1, step.num_scored)
     batch = {"input_ids": tokens, "labels" if step.num_scored is None else "shift_labels": labels}
-    mask_shape = step.num_sequences, 1, step.length, step.length
-    return {**batch, "attention_mask": torch.ones(mask_shape, dtype=torch.bool)} if step.has_mask else batch
+    return batch | mask
 
 
 class ScoredPlaces:

@@ -6,12 +6,13 @@ docs/architecture.md tells how to add one. `choose_method` is the only place tha
 
 from llm_trainer.training.methods.dpo import DPO
 from llm_trainer.training.methods.kto import KTO
+from llm_trainer.training.methods.reward import REWARD
 from llm_trainer.training.methods.sft import SFT
 from llm_trainer.training.methods.training_method import TrainingMethod
 
 __all__ = ["METHODS", "TrainingMethod", "choose_method"]
 
-METHODS = {method.name: method for method in (SFT, DPO, KTO)}
+METHODS = {method.name: method for method in (SFT, DPO, KTO, REWARD)}
 
 
 def choose_method(name: str = SFT.name) -> TrainingMethod:

@@ -10,12 +10,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import FusedCausalLMOutput
 
 from llm_trainer.model.layers.kept_logits import keep_few_logits
+from llm_trainer.training.methods.answer_rows import AnswerRows
 from llm_trainer.training.methods.answers import ANSWERS, FIELDS, NO_INPUTS, AnswerCollator, Answers
 from llm_trainer.training.methods.batch_facts import BatchFacts, FindFacts, use_facts
 from llm_trainer.training.methods.batch_means import NO_COUNTS, BatchMeans
@@ -24,11 +24,10 @@ from llm_trainer.training.methods.sft import compute_with_facts
 from llm_trainer.training.resumable import RunContext
 
 
-class AnswerTrainer(BatchMeans, ReferenceMixin):
+class AnswerTrainer(BatchMeans, ReferenceMixin, AnswerRows):
     """A resumable trainer of answers, whose metrics are means over rows. It goes before TRL's among the bases."""
 
     trl_module: ModuleType  # of TRL's trainer
-    columns: tuple[str, ...]  # of a row
     data_collator: Any
 
     def __init__(self, *args: Any, run: RunContext, data_collator: Any = None, **kwargs: Any) -> None:
@@ -52,20 +51,6 @@ class AnswerTrainer(BatchMeans, ReferenceMixin):
         if not self.args.torch_compile:  # which would compile anew for each number of labels
             self.data_collator = FindFacts(self.data_collator)
 
-    def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
-        """Return the rows as they are, since they are tokenized already."""
-        return dataset
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """Keep the columns of a row, which TRL knows by other names."""
-        self._signature_columns = self._signature_columns or [*self.columns]
-        super()._set_signature_columns_if_needed()
-
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        """Return the rows of a step on all ranks."""
-        own = torch.tensor(sum(batch[ANSWERS].num_rows for batch in batch_samples), device=device)
-        return self.accelerator.reduce(own)
-
     def describe_batch(self, model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Return a batch as TRL's loss asks for it, with what the reference says of it."""
         raise NotImplementedError
@@ -86,9 +71,7 @@ class AnswerTrainer(BatchMeans, ReferenceMixin):
         described = self.describe_batch(model, inputs)
         loss = self._compute_loss(partial(compute_answers, model, inputs), described, False)
         self.count_batch(answers.num_rows, answers.num_tokens, loss, self.count_rows(inputs))
-        if num_items_in_batch is None:
-            return loss
-        return loss * (answers.num_rows * self.args.world_size / num_items_in_batch)  # DDP takes the mean of ranks
+        return self.scale_loss(loss, answers.num_rows, num_items_in_batch)
 
 
 def compute_answers(model: Any, batch: dict[str, Any], **options: Any) -> FusedCausalLMOutput:

@@ -76,3 +76,23 @@ def test_kto_has_one_loss_that_compares_several_rows(values, begin):
     (problem,) = problems_of(method="kto", **values)
     assert problem.startswith(begin)
     assert problems_of(method="kto", loss_type="apo_zero_unpaired", per_device_train_batch_size=1) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "begin"),
+    [
+        ({"beta": 0.1}, "beta is a setting of method=dpo or kto and this job has method=reward"),
+        ({"loss_type": "sigmoid"}, "loss_type is a setting of method="),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa with method=reward: the adapter holds the head too"),
+        ({"sample_prompts": 1}, "sample_prompts=1 with method=reward: a reward model answers no prompts"),
+        ({"adapter_path": "/a"}, "adapter_path=/a with method=reward: a reward model begins with a base; merge"),
+        ({"lora_dropout": 0.1}, "lora_dropout=0.1 with method=reward"),
+    ],
+)
+def test_what_a_reward_model_cannot_be_given_is_refused(values, begin):
+    (problem,) = problems_of(method="reward", **values)
+    assert problem.startswith(begin)
+
+
+def test_a_reward_model_takes_its_own_settings():
+    assert problems_of(method="reward", center_rewards_coefficient=0.01, sample_prompts=0) == []

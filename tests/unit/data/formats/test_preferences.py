@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_trainer.data.formats.examples import Conversation, Pair, Text
+from llm_trainer.data.formats.examples import Conversation, Pair, RowError, Text
 from llm_trainer.data.formats.imitation import ALPACA_PLAIN
 from llm_trainer.data.formats.preferences import ANSWER_MARKS, find_prompt_end
 from support.row_parsing import parse, problem_of
@@ -183,15 +183,26 @@ def test_no_character_of_whole_texts_is_lost_and_each_has_an_answer(prompt, chos
 
 
 @pytest.mark.parametrize(
-    ("fields", "margin"),
+    ("fields", "gap"),
     [
         ({}, None),
         ({"score_chosen": 8.5, "score_rejected": 3}, 5.5),
         ({"chosen_score": "2", "rejected_score": "4"}, -2),
-        ({"rating_chosen": 5, "rating_rejected": None, "margin": 0.5}, 0.5),
+        ({"rating_chosen": 5, "rating_rejected": None, "margin": 0.5}, None),
         ({"chosen_rating": True, "rejected_rating": 1}, None),
-        ({"score_chosen": "good", "score_rejected": "nan", "margin": []}, None),
+        ({"score_chosen": "good", "score_rejected": "nan"}, None),
     ],
 )
-def test_scores_tell_by_how_much_the_chosen_answer_is_better(fields, margin):
-    assert parse_pair({**WHOLE, **fields}).margin == margin
+def test_scores_tell_by_how_much_the_chosen_answer_is_better(fields, gap):
+    assert parse_pair({**WHOLE, **fields}).score_gap == gap
+
+
+@pytest.mark.parametrize(("value", "margin"), [(0.5, 0.5), ("2", 2), (0, 0), (None, None), ("", None)])
+def test_a_margin_is_the_rows_own(value, margin):
+    assert parse_pair({**WHOLE, "margin": value, "score_chosen": 9, "score_rejected": 1}).margin == margin
+
+
+@pytest.mark.parametrize("value", ["large", [], True, "nan"])
+def test_a_margin_that_is_no_number_is_refused(value):
+    with pytest.raises(RowError, match=r"has margin=.* which is no number: give one, or leave it out"):
+        parse_pair({**WHOLE, "margin": value})

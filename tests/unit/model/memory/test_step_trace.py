@@ -13,6 +13,7 @@ from torch.autograd import Function
 from transformers import LlamaConfig
 
 from llm_trainer.config.schema import Settings
+from llm_trainer.model.layers.reward_head import describe_rewards
 from llm_trainer.model.memory import step_trace
 from llm_trainer.model.memory.shape import UnknownShapeError, read_shape
 from llm_trainer.model.memory.step_trace import (
@@ -192,3 +193,17 @@ def test_pieces_of_the_loss_that_are_alike_are_counted_and_not_traced(shape, mon
     few, whole = trace_counting(13, skips=True), trace_counting(13, skips=False)  # the last of four pieces is smaller
     assert few[0] == whole[0]
     assert few[1] == trace_counting(40, skips=True)[1] < whole[1]
+
+
+def test_a_reward_model_computes_no_logits(shape):
+    """Its head is a row of weights, and reads one token of a sequence."""
+    config = copy.deepcopy(CONFIG)
+    describe_rewards(config)
+    settings = Settings(use_peft=False)
+    rewarding = read_shape(config, settings.model, settings.adapter, torch.float32)
+    plain, found = trace_step(shape, STEP), trace_step(rewarding, STEP)
+    assert found.forward == plain.forward
+    assert found.head.peak < plain.head.peak
+    assert found.head.peak < 6 * HIDDEN_BYTES
+    assert rewarding.count_weights("output") == WIDTH
+    assert rewarding.num_trained == shape.num_trained - CONFIG.vocab_size * WIDTH + WIDTH

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trainer of answers: the rows that it takes, and a batch's share of a step."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from llm_trainer.training.methods.answers import ANSWERS
+from llm_trainer.training.methods.whole_batches import WholeBatches
+
+
+class AnswerRows(WholeBatches):
+    """A trainer of TRL whose rows hold answers. It goes before TRL's trainer among the bases."""
+
+    columns: tuple[str, ...]  # of a row
+    _signature_columns: Any  # a list, or None at first
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
+        """Return the rows as they are, since they are tokenized already."""
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns of a row, which TRL knows by other names."""
+        self._signature_columns = self._signature_columns or [*self.columns]
+        super()._set_signature_columns_if_needed()
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+        """Return the rows of a step on all ranks."""
+        own = torch.tensor(sum(batch[ANSWERS].num_rows for batch in batch_samples), device=device)
+        return self.accelerator.reduce(own)
+
+    def scale_loss(self, loss: torch.Tensor, num_rows: int, num_items: torch.Tensor | None) -> torch.Tensor:
+        """Return a batch's share of the step's mean, as DDP takes the mean of ranks; the mean itself in evaluations."""
+        return loss if num_items is None else loss * (num_rows * self.args.world_size / num_items)
