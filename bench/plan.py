@@ -30,7 +30,7 @@ JOBS: dict[str, Mapping[str, Any]] = {
     "two batches a step, rank 64": {**CALIBRATION, "gradient_accumulation_steps": 2, "lora_r": 64, "max_steps": 6},
 }
 NUM_ROWS = 200
-# Found by every Python process of the job, of which the worker is meant.
+# Every Python process of the job finds this, and only the worker does something.
 DENSE = """
 import sys
 
@@ -86,7 +86,7 @@ def write_rows(file: Path) -> None:
 
 
 def read_compared(folder: Path) -> dict[str, Any]:
-    """Return what a job's manifest says of its plan and of what it took."""
+    """Return the planned and the actual figures in a job's manifest."""
     return json.loads((folder / "training_manifest.json").read_text(encoding="utf-8"))["planned_and_actual"]
 
 

@@ -20,7 +20,8 @@ from job import build, write_prompts
 
 STEPS, WARM_UP = 15, 3
 WAYS = ("job", "bare", "labels")
-# Found by every Python process of the job, of which the worker is meant. The batches are its own, before it trains.
+# Every Python process of the job finds this, and only the worker does something. The batches are its own, before it
+# trains.
 HOOKS = """
 import atexit, os, sys, time
 

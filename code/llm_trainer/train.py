@@ -221,8 +221,8 @@ def collect_plan_settings(settings: Settings) -> PlanSettings:
 
 def report_disk_need(context: Context, folder: str) -> None:
     """Log whether the disks have room for what the job writes, which is known once a Hub model's files are there."""
-    settings, inputs = context.settings, replace(context.job.inputs, model=folder)
-    sections = WriteSettings(settings.adapter, settings.training, settings.output)
+    inputs = replace(context.job.inputs, model=folder)
+    sections = WriteSettings(context.settings.adapter, context.settings.training, context.settings.output)
     log_findings(inspect_disk_need(sections, inputs, Path(os.environ["LLM_TRAINER_CACHE"])))
 
 

@@ -13,20 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support.aws_server import AwsServer, start_server, write_rows
+from support.aws_server import FINISHED_JOB, RESULT, AwsServer, start_server, write_rows
 from support.sagemaker_tree import LLM_TRAINER
 from support.waiting import wait_until
 
 OPTIONS = ["--image", "sagemaker-llm-trainer:cuda", "--role", "Trainer", "--output", "s3://bucket/output"]
 JOB = ["submit", *OPTIONS, "--instance_type", "ml.g6.2xlarge", "--name", "job-1"]
 RUNNING = {"TrainingJobName": "job-1", "TrainingJobStatus": "InProgress"}
-RESULT = "s3://bucket/output/job-1/output/model"
-DONE = {
-    "TrainingJobName": "job-1",
-    "TrainingJobStatus": "Completed",
-    "RoleArn": "arn:aws:iam::123456789012:role/Trainer",
-    "ModelArtifacts": {"S3ModelArtifacts": RESULT},
-}
 PART_BYTES = 8 << 20  # boto3 uploads larger files in parts
 
 
@@ -138,7 +131,7 @@ def test_watching(aws, begin):
 @pytest.mark.parametrize("held", ["CreateEndpointConfig", None])
 def test_deploying(aws, begin, held):
     aws.put_files(RESULT, {"serving.env": "HF_MODEL_ID=/opt/ml/model\nOPTION_MODEL_ID=/opt/ml/model\n"})
-    aws.answers["DescribeTrainingJob"] = lambda asked: DONE
+    aws.answers["DescribeTrainingJob"] = lambda asked: FINISHED_JOB
     aws.answers["DescribeEndpoint"] = lambda asked: {"EndpointName": "job-1", "EndpointStatus": "Creating"}
     release = aws.hold(held) if held else None
     command = begin("deploy", "job-1", "--instance_type", "ml.m4.xlarge")  # an old type, as moto has it

@@ -17,6 +17,13 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 REGION, ACCOUNT = "us-west-2", "123456789012"  # moto's
 MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+RESULT = "s3://bucket/output/job-1/output/model"
+FINISHED_JOB = {
+    "TrainingJobName": "job-1",
+    "TrainingJobStatus": "Completed",
+    "RoleArn": f"arn:aws:iam::{ACCOUNT}:role/Trainer",
+    "ModelArtifacts": {"S3ModelArtifacts": RESULT},
+}
 JSON = [("Content-Type", "application/x-amz-json-1.1")]
 
 

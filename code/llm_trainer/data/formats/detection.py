@@ -40,7 +40,7 @@ def detect_format(fields: Fields, settings: DataSettings) -> str:
             return name
     wanted = describe_needs([needs[name] for name in own])
     foreign = list_foreign_formats(settings.method)
-    for name, methods in sorted(foreign.items(), key=lambda item: -len(needs[item[0]][0])):  # that of most fields
+    for name, methods in sorted(foreign.items(), key=lambda item: -len(needs[item[0]][0])):  # most fields first
         if any(map(given.issuperset, needs[name])):
             raise OtherMethodError(
                 f"is a {name} row, which method={settings.method} does not take: set method={' or '.join(methods)}, "

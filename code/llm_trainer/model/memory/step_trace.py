@@ -31,6 +31,7 @@ from trl.trainer.utils import add_fused_lm_head
 from llm_trainer.common.errors import quote_error
 from llm_trainer.model.layers.kept_logits import KeptLogits
 from llm_trainer.model.layers.reward_head import is_reward_model, read_last_tokens
+from llm_trainer.model.lora import take_rows_as_whole
 from llm_trainer.model.memory import fused_kernels
 from llm_trainer.model.memory.offloading import Offload
 from llm_trainer.model.memory.shape import BLOCK_SIZE, ModelShape, UnknownShapeError
@@ -540,10 +541,9 @@ def replace_kernels(held: HeldBytes, on_gpu: bool) -> Iterator[None]:
     - On a GPU, dropout: its mask takes a byte for each number.
     """
     attention = functools.partial(apply_attention, FlashAttention if on_gpu else FusedAttention)
-    with ExitStack() as originals:
+    with ExitStack() as originals, take_rows_as_whole():
         on_both = (
             (nn.functional, "scaled_dot_product_attention", attention),
-            (masking_utils, "find_packed_sequence_indices", nothing),  # it asks for the positions' numbers
             (moe, "_can_use_grouped_mm", can_group),
             (chunked_logprob, "range", held.skip_alike),
             (trl_utils, "_use_triton", nothing),  # the LM head scores all positions that it gets

@@ -2,8 +2,8 @@
 """KTO (Ethayarajh et al. 2024, arXiv:2402.01306): TRL's KTOTrainer on rows of one answer, desirable or undesirable.
 
 Its loss compares an answer's reward with the divergence of the model from the reference, which it estimates on prompts
-with answers to other prompts. Which answer comes to which prompt does not change: the estimate depends neither on the
-order of rows nor on the number of ranks, and the reference can be asked first.
+with answers to other prompts. Each prompt has the same other answer in every epoch. The estimate thus depends neither on
+the order of rows nor on the number of ranks, and the reference can be asked first.
 """
 
 import math
@@ -37,7 +37,7 @@ class ResumableKTOTrainer(AnswerTrainer, KTOTrainer):
         """Take the arguments of AnswerTrainer."""
         arguments = kwargs["args"]
         # TRL refuses other orders of rows than the data's, in which it looks for the mismatched answers. These come
-        # with the rows here, so that it is told of a loss that needs none.
+        # with the rows here: TRL is told of a loss that needs none.
         loss_type, arguments.loss_type = arguments.loss_type, WITHOUT_DIVERGENCE
         super().__init__(*args, **kwargs)
         self.loss_type = arguments.loss_type = loss_type

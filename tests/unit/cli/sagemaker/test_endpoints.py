@@ -5,29 +5,22 @@ import pytest
 
 from llm_trainer.aws import deployment
 from llm_trainer.cli.main import run_command
-
-PLACE = "s3://bucket/output/job-1/output/model"
-DESCRIPTION = {
-    "TrainingJobName": "job-1",
-    "TrainingJobStatus": "Completed",
-    "RoleArn": "arn:aws:iam::123456789012:role/Trainer",
-    "ModelArtifacts": {"S3ModelArtifacts": PLACE},
-}
+from support.aws_server import FINISHED_JOB, RESULT
 
 
 @pytest.fixture
 def job(aws, monkeypatch):
     monkeypatch.setattr(deployment, "PAUSE_SECONDS", 0)
     aws.furnish()
-    aws.answers["DescribeTrainingJob"] = lambda asked: DESCRIPTION
-    aws.put_files(PLACE, {"serving.env": "OPTION_MODEL_ID=/opt/ml/model\n"})
+    aws.answers["DescribeTrainingJob"] = lambda asked: FINISHED_JOB
+    aws.put_files(RESULT, {"serving.env": "OPTION_MODEL_ID=/opt/ml/model\n"})
     return aws
 
 
 def test_a_job_is_served_asked_and_deleted(job, capsys):
     assert run_command(["deploy", "job-1", "--instance_type", "ml.m4.xlarge"]) == 0
     (model,) = job.list_arguments("CreateModel")
-    assert model["ExecutionRoleArn"] == DESCRIPTION["RoleArn"]
+    assert model["ExecutionRoleArn"] == FINISHED_JOB["RoleArn"]
     assert model["PrimaryContainer"]["Image"].startswith("763104351884.dkr.ecr.us-west-2.amazonaws.com/djl-inference:")
     (variant,) = job.list_arguments("CreateEndpointConfig")[0]["ProductionVariants"]
     assert variant["InferenceAmiVersion"] == "al2023-ami-sagemaker-inference-gpu-4-1"
