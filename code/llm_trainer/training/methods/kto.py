@@ -2,8 +2,8 @@
 """KTO (Ethayarajh et al. 2024, arXiv:2402.01306): TRL's KTOTrainer on rows of one answer, desirable or undesirable.
 
 Its loss compares an answer's reward with the divergence of the model from the reference, which it estimates on prompts
-with answers to other prompts. Each prompt has the same other answer in every epoch. The estimate thus depends neither on
-the order of rows nor on the number of ranks, and the reference can be asked first.
+with answers to other prompts. Each prompt has the same other answer in every epoch. The estimate thus depends neither
+on the order of rows nor on the number of ranks, and the reference can be asked first.
 """
 
 import math
