@@ -187,7 +187,7 @@ def save_weights(trained: TrainingResult, folder: Path) -> None:
     whole.to(plan.precision.compute)
     whole.config.use_cache = True  # switched off for training, and a serving container reads it
     if whole.can_generate():
-        give_generation_config(whole, trained.base_folder)
+        give_generation_config(whole, trained)
     whole.save_pretrained(folder)
     with warn_of_failure("A config.json for Transformers 4 too", folder):
         write_config(folder, trained.base_folder, whole.config, trained.settings.model.trust_remote_code)
@@ -195,10 +195,10 @@ def save_weights(trained: TrainingResult, folder: Path) -> None:
     add_turn_end(trained, folder)
 
 
-def give_generation_config(whole: PreTrainedModel, base: Path) -> None:
+def give_generation_config(whole: PreTrainedModel, trained: TrainingResult) -> None:
     """Give a model the generation config of its base, or where that cannot be read one that can be written."""
     try:
-        restore_generation_config(whole, base)
+        restore_generation_config(whole, trained.base_folder)  # the folder may be gone by now
     except Exception as error:
         log.warning(f"The base's generation_config.json could not be read again: {quote_error(error)}.")
         whole.generation_config = GenerationConfig.from_model_config(whole.config)
