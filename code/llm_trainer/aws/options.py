@@ -55,7 +55,8 @@ class JobOptions(BaseModel):
         None, ge=1, le=21600, description="Keep the instances for a next job of the same kind (warm pool)."
     )
     channels: dict[str, str] = Field(
-        default={}, description="Folders of this machine or S3 prefixes by channel: train, validation, model, adapter."
+        default={},
+        description="Folders of this machine or S3 prefixes by channel: train, validation, model, adapter, rewards.",
     )
     fast_file: list[str] | None = Field(
         None, description="Channels that are read from S3 as the job needs them (FastFile), and not copied before."

@@ -11,7 +11,7 @@ from typing import Any
 
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.files import compute_digest, find_barrier, find_denial
-from llm_trainer.config.environment import Environment
+from llm_trainer.config.environment import WHOLE_CHANNELS, Environment
 from llm_trainer.config.schema import show_value
 from llm_trainer.config.sections import ADDRESS, DataSettings
 from llm_trainer.readers.discovery import PassedOver, describe_passed_over, find_files, list_unexpected
@@ -23,7 +23,7 @@ TRAIN_CHANNEL = re.compile(r"train(ing)?([._-].+)?")
 VALIDATION_CHANNEL = re.compile(r"val(idation)?([._-].+)?")
 HUB_DATA_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SDK_CHANNELS = ("code", "sm_drivers", "sourcecode")  # SageMaker's SDKs make them
-OTHER_CHANNELS = ("model", "adapter", "config", "rewards", *SDK_CHANNELS)
+OTHER_CHANNELS = (*WHOLE_CHANNELS, *SDK_CHANNELS)
 KINDS = ".json, .jsonl, .csv, .tsv, .parquet, .arrow or .feather"
 
 

@@ -120,10 +120,11 @@ def test_a_channel_is_sharded_where_several_hosts_share_its_files(base_dir):
     assert read_environment().sharded_channels == {"train"}
 
 
-def test_a_model_of_which_every_host_has_other_files_is_refused(base_dir):
-    write(base_dir, "inputdataconfig.json", {"model": {"S3DistributionType": "ShardedByS3Key"}})
+@pytest.mark.parametrize("name", ["model", "adapter", "rewards"])
+def test_a_channel_of_which_every_host_needs_all_files_is_not_sharded(base_dir, name):
+    write(base_dir, "inputdataconfig.json", {name: {"S3DistributionType": "ShardedByS3Key"}})
     write(base_dir, "resourceconfig.json", {"current_host": "algo-1", "hosts": ["algo-1", "algo-2"]})
-    with pytest.raises(UserError, match=r"Channel model uses S3DistributionType=ShardedByS3Key.*use FullyReplicated"):
+    with pytest.raises(UserError, match=rf"Channel {name} uses S3DistributionType=ShardedByS3Key.*use FullyReplicated"):
         read_environment()
 
 
