@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
 
 from llm_trainer.common import log
-from llm_trainer.common.ranks import local_rank, rank, world_size
+from llm_trainer.common.ranks import local_rank, local_world_size, rank, world_size
 from llm_trainer.common.safetensors_files import compute_sampled_digest
 from llm_trainer.config.checks import count_usable_hosts
 from llm_trainer.config.global_batch import describe_batch
@@ -24,6 +24,7 @@ from llm_trainer.config.schema import Settings, describe_settings
 from llm_trainer.config.sections import AdapterSettings
 from llm_trainer.data.datasets import Data, DataPlaces, check_full_batch, load_data
 from llm_trainer.data.fingerprints import describe_split
+from llm_trainer.data.images.collator import ImageCollator
 from llm_trainer.data.preview import advise_weights, log_data
 from llm_trainer.data.streaming import AUDITED_ROWS
 from llm_trainer.export.export import finish_result, place_result, publish_result, warn_of_failure
@@ -65,11 +66,12 @@ from llm_trainer.planning.fitting import Fit, Fitter
 from llm_trainer.planning.learning import Learnt
 from llm_trainer.planning.other_instances import add_other_instances
 from llm_trainer.planning.workload import measure_work
+from llm_trainer.readers.images import ImageRules
 from llm_trainer.training.loss_check import check_loss, check_rewards
 from llm_trainer.training.methods import TrainingMethod, choose_method
 from llm_trainer.training.methods.run_batches import find_run_batches
 from llm_trainer.training.metric_lines import MetricLines
-from llm_trainer.training.packing import Packing, choose_packing
+from llm_trainer.training.packing import Packing, choose_packing, switch_off
 from llm_trainer.training.packing_check import build_proxy_model
 from llm_trainer.training.progress import Progress, choose_progress
 from llm_trainer.training.rehearsal import rehearse_step
@@ -93,6 +95,7 @@ from llm_trainer.training.trainer_config import (
     join_cpu_ranks,
 )
 
+MAX_IMAGE_WORKERS = 4  # a device, by default
 PLAN_BESIDE = "the plan beside what the job took"
 
 
@@ -262,7 +265,8 @@ def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
     context.timeline.mark("packing")
 
     model, kept_layers = (base, prepared.tokenizer, planned.arguments), planned.memory.kept_layers
-    parts = TrainerParts(*model, splits, packing.collator, model_plan.lora, kept_layers)
+    collator = build_image_collator(settings, prepared, planned.arguments) or packing.collator
+    parts = TrainerParts(*model, splits, collator, model_plan.lora, kept_layers)
     run_context = build_run_context(context, prepared, identity)
     patience = settings.training.early_stopping_patience if settings.training.early_stopping else None
     trainer = build_trainer(prepared.method, parts, run_context, patience)
@@ -355,8 +359,7 @@ def collect_argument_sources(job: Job) -> ArgumentSources:
 def read_data(context: Context, model_plan: ModelPlan, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Return the rows as tokens, after telling what they are. Raises UserError with everything that is wrong."""
     settings, job = context.settings, context.job
-    revision = settings.model.model_revision
-    vocabulary = loading.build_vocabulary(model_plan.folder, model_plan.config, tokenizer, revision)
+    vocabulary = loading.build_vocabulary(model_plan.folder, model_plan.config, tokenizer, settings.model)
     places = DataPlaces(job.inputs, job.environment, context.scratch_dir)
     data = load_data(places, vocabulary, settings.data, settings.training)
     report_data(context, data, tokenizer)
@@ -411,8 +414,11 @@ def pack_rows(
 ) -> tuple[Packing, dict[str, Dataset | IterableDataset]]:
     """Choose the packing, and the order of rows that are padded. Return it with the splits to train on and evaluate."""
     settings, arguments, device = context.settings, planned.arguments, prepared.model_plan.device.torch
-    subject = build_proxy_model(base, device) if planned.memory.sharded else base
-    packing = choose_packing(subject, prepared.tokenizer, arguments, settings.data, prepared.consensus.group)
+    if prepared.data.images is not None:
+        packing = switch_off(settings.data, "rows have images")
+    else:
+        subject = build_proxy_model(base, device) if planned.memory.sharded else base
+        packing = choose_packing(subject, prepared.tokenizer, arguments, settings.data, prepared.consensus.group)
     if packing.mode == "off" and not (settings.data.streaming or settings.is_given("train_sampling_strategy")):
         arguments.train_sampling_strategy = "group_by_length"
     log.info(f"{packing}; train_sampling_strategy={arguments.train_sampling_strategy}")
@@ -422,6 +428,19 @@ def pack_rows(
         num_sequences = packing.splits["train"].num_sequences
         check_full_batch(num_sequences, packing.unit, settings.training, world_size())
     return packing, splits
+
+
+def build_image_collator(settings: Settings, prepared: Prepared, arguments: SFTConfig) -> ImageCollator | None:
+    """Return what makes batches of rows with images, in processes beside the training; None where no row has any."""
+    images = prepared.data.images
+    if images is None:
+        return None
+    if not settings.is_given("dataloader_num_workers"):
+        arguments.dataloader_num_workers = min(MAX_IMAGE_WORKERS, len(os.sched_getaffinity(0)) // local_world_size())
+        log.info(f"Images are processed in {arguments.dataloader_num_workers} processes a device")
+    data = settings.data
+    rules = ImageRules(data.max_image_pixels, data.allow_remote_images)
+    return ImageCollator(images, rules, prepared.tokenizer.pad_token_id, arguments.pad_to_multiple_of)
 
 
 def describe_run_parts(context: Context, prepared: Prepared, packing: Packing, sharded: bool) -> RunParts:

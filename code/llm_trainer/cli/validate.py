@@ -218,7 +218,7 @@ def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: V
     data = bound_rows(count_positions(skeleton) if skeleton else None, settings, validation)
     num_embeddings = config.get_text_config().vocab_size
     tokenizer = loading.load_tokenizer(folder, settings.model, num_embeddings, settings.data.trains_rewards)
-    vocabulary = loading.build_vocabulary(folder, config, tokenizer, settings.model.model_revision)
+    vocabulary = loading.build_vocabulary(folder, config, tokenizer, settings.model)
     if skeleton is not None and reads_base_from_hub(inputs):
         examine_download(job, folder, skeleton, validation)
     splits, problems = prepare_splits(inputs, vocabulary, data, rejected_rows)

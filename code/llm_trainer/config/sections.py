@@ -404,6 +404,16 @@ class DataSettings(Section):
         lt=1,
         description="Share of rows that may be bad before the job stops. Bad rows are left out and listed.",
     )
+    max_image_pixels: int = Field(
+        50_000_000,
+        ge=1,
+        le=150_000_000,
+        description="Pixels of the largest image that a row may have: three bytes of memory each. Larger ones make bad "
+        "rows.",
+    )
+    allow_remote_images: bool = Field(
+        False, description="Fetch images that rows name by an address of the internet, once, before the training."
+    )
     streaming: bool = Field(
         False, description="Tokenize while training, without a copy on disk. Needs `max_steps`, and excludes `packing`."
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property, partial
 from types import FrameType
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 
 from llm_trainer.common.errors import UserError, cut_quote, quote_error
 from llm_trainer.data.formats.examples import Conversation, Fields, RowError
+from llm_trainer.data.formats.pictures import IMAGE_MARK, split_parts
 from llm_trainer.data.formats.turns import SHAREGPT_CALL, SHAREGPT_ROLES
 from llm_trainer.data.messages import (
     HIDDEN_END,
@@ -253,6 +255,37 @@ class ChatTemplate:
 
         Raises RowError where the template refuses the messages.
         """
+        return self.render_shaped([self.shape_content(message) for message in messages], tools, add_generation_prompt)
+
+    def shape_content(self, message: Fields) -> Fields:
+        """Return a message whose content is a list of parts, where it has images or the template takes no text."""
+        content = message["content"]
+        if (IMAGE_MARK in content and self.takes_parts) or not self.takes_texts:
+            return {**message, "content": split_parts(content)}
+        return message
+
+    @cached_property
+    def takes_texts(self) -> bool:
+        """True where a content may be a text. Some templates of image models leave out all but parts."""
+        return PROBE in self.try_content(PROBE) or not self.takes_parts
+
+    @cached_property
+    def takes_parts(self) -> bool:
+        """True where a content may be a list of parts, which a template for texts writes as Python does."""
+        text = self.try_content([{"type": "text", "text": PROBE}])
+        return PROBE in text and "'type'" not in text
+
+    def try_content(self, content: Any) -> str:
+        """Return the text of a question with a content of any form; empty where the template refuses it."""
+        try:
+            return self.render_shaped([{"role": "user", "content": content}], None, False)[0]
+        except RowError:
+            return ""
+
+    def render_shaped(
+        self, messages: list[Fields], tools: list[Fields] | None, add_generation_prompt: bool
+    ) -> tuple[str, list[Span]]:
+        """Return text and spans of `render` for messages whose contents have the form that the template takes."""
         try:
             [text], spans = render_jinja_template(
                 conversations=[messages],

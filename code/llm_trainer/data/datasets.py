@@ -25,6 +25,7 @@ from llm_trainer.config.environment import Environment
 from llm_trainer.config.sections import DataSettings, TrainingSettings
 from llm_trainer.data.encoding import Vocabulary
 from llm_trainer.data.formats.examples import IGNORED
+from llm_trainer.data.images.processing import ImageProcessing
 from llm_trainer.data.labels import Ids
 from llm_trainer.data.report import REJECTED_ROWS, DataReport
 from llm_trainer.data.shard_exchange import LocalRankZeroGroup
@@ -47,6 +48,7 @@ class Data:
     splits: dict[str, Dataset | IterableDataset]  # train, and validation if there is one
     sample: Dataset  # training rows to look at: all of them, or the audited ones of a stream
     reports: dict[str, DataReport]  # split -> its report
+    images: ImageProcessing | None = None  # what processes the images of rows; None where no row has any
 
     def find_longest_row_tokens(self, settings: DataSettings) -> int:
         """Return the tokens of the longest row of all splits.
@@ -83,6 +85,9 @@ def load_data(
     if settings.is_judged:
         rows = {name: add_mismatched(own, settings, places.scratch_dir / name) for name, own in rows.items()}
     reports = {name: split.report for name, split in splits.items()}
+    images = vocabulary.images if any(report.num_images for report in reports.values()) else None
+    if vocabulary.images is not None and images is None:  # texts alone, which are trained on as ever
+        rows = {name: drop_pictures(own) for name, own in rows.items()}
     if settings.streaming:
         preparers = build_preparers(vocabulary, settings, reports["train"].formats)
         stream = open_stream(places.inputs.train, preparers, settings, training_settings, places.environment)
@@ -92,7 +97,12 @@ def load_data(
     check_full_batch(len(rows["train"]), "rows", training_settings, world_size())
     if settings.shuffle_dataset:
         rows["train"] = rows["train"].shuffle(seed=seed, keep_in_memory=True)
-    return Data(rows, rows["train"], reports)
+    return Data(rows, rows["train"], reports, images)
+
+
+def drop_pictures(rows: Dataset) -> Dataset:
+    """Return rows of texts without the column of images, which is empty."""
+    return rows.remove_columns("pictures") if "pictures" in rows.column_names else rows
 
 
 def share_splits(places: DataPlaces, vocabulary: Vocabulary, settings: DataSettings) -> dict[str, Split]:

@@ -18,7 +18,21 @@ from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.chat_template import MAX_SECONDS, ChatTemplate, Span, limit_rows
 from llm_trainer.data.control_tokens import ControlTokens, EscapingTokenizer
 from llm_trainer.data.formats.examples import IGNORED, Conversation, Judged, Pair, RowError, Text, Tokens
+from llm_trainer.data.images.processing import ImageProcessing
 from llm_trainer.data.labels import Ids, Labeller, read_ids
+from llm_trainer.readers.images import ImageRules, Picture
+
+
+@dataclass(frozen=True)
+class PlacedPicture:
+    """An image of a row: where its encoded bytes are, or they themselves, and its tokens among the row's."""
+
+    path: str
+    offset: int
+    size: int
+    data: bytes
+    start: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,7 @@ class EncodedRow:
     control_tokens: frozenset[str] = frozenset()  # texts in its messages that became control tokens
     is_desirable: bool = True  # where rows are judged
     margin: float = 0.0  # of the pair that it is the chosen side of, where the row tells one
+    pictures: tuple[PlacedPicture, ...] = ()  # in their order
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,7 @@ class Vocabulary:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]  # ids at which generation stops, the tokenizer's EOS among them
     size: int  # rows of the model's embedding, which may exceed the tokenizer's tokens
+    images: ImageProcessing | None = None  # None for a model that takes texts alone
 
     @cached_property
     def fingerprint(self) -> str:
@@ -52,6 +68,7 @@ class Vocabulary:
             tokenizer.special_tokens_map,
             sorted(self.stop_ids),
             self.size,
+            self.images and self.images.fingerprint,
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -66,6 +83,7 @@ class Rendered:
     has_specials: bool = False  # whether the tokenizer adds its own special tokens
     escaping: EscapingTokenizer | None = None  # the one that tokenizes it; None: the model's
     control_tokens: frozenset[str] = frozenset()  # in its messages, to be told
+    pictures: tuple[Picture, ...] = ()  # which the text has placeholders for
 
     @property
     def ends_trained(self) -> bool:
@@ -158,7 +176,8 @@ class Encoder:
             for rendered, tokens in zip(batch, encoded, strict=True):
                 try:
                     row = self.label(rendered, tokens, apart)
-                    rows[rendered.place] = self.end_row(row, rendered.ends_trained)
+                    row = self.end_row(row, rendered.ends_trained)
+                    rows[rendered.place] = self.place_pictures(row, rendered.pictures)
                 except RowError as error:
                     rows[rendered.place] = error
         return rows  # type: ignore[return-value]
@@ -168,14 +187,18 @@ class Encoder:
         if isinstance(example, Text):
             text, spans = self.render(example)
             if self.settings.escape_control_tokens:
+                if example.images:
+                    raise RowError(
+                        "is a text with images, which escape_control_tokens=true does not take: use messages."
+                    )
                 return Rendered(place, text, spans, True, self.control_tokens.for_texts)
-            return Rendered(place, text, spans, not self.starts_with_bos(text))
+            return Rendered(place, text, spans, not self.starts_with_bos(text), pictures=example.images)
         found = frozenset(self.control_tokens.find_in_conversation(example))
         if not found or not self.settings.escape_control_tokens:
-            return Rendered(place, *self.render(example), control_tokens=found)
+            return Rendered(place, *self.render(example), control_tokens=found, pictures=example.images)
         text, spans = self.render(self.control_tokens.mark_conversation(example))
         text = self.control_tokens.swap_marks(text)  # each has as many characters as before
-        return Rendered(place, text, spans, escaping=self.control_tokens.for_templates)
+        return Rendered(place, text, spans, escaping=self.control_tokens.for_templates, pictures=example.images)
 
     @cached_property
     def control_tokens(self) -> ControlTokens:
@@ -188,6 +211,9 @@ class Encoder:
         Raises RowError where the chat template refuses the example, or the text holds half a character.
         """
         text, spans = self.compose(example)
+        if example.images:
+            assert self.vocabulary.images is not None
+            text, spans = self.vocabulary.images.placeholders.expand(text, spans, example.images, self.image_rules)
         if not text.isascii():
             try:
                 text.encode()
@@ -203,6 +229,38 @@ class Encoder:
         if not start or self.settings.completion_only_loss is False or not self.tokenizer.is_fast:
             return example.text, None
         return example.text, [(start, len(example.text))]
+
+    def find_image_problem(self) -> str | None:
+        """Return why the job takes no rows with images, as the rest of a sentence; None where it does."""
+        if self.vocabulary.images is None:
+            return "and the model takes texts alone: give an image-text model, or remove the images."
+        if self.settings.streaming:
+            return "which streaming=true does not take: leave streaming out."
+        return None
+
+    @cached_property
+    def image_rules(self) -> ImageRules:
+        """The bounds of images by the settings."""
+        return ImageRules(self.settings.max_image_pixels, self.settings.allow_remote_images)
+
+    def place_pictures(self, row: EncodedRow, pictures: tuple[Picture, ...]) -> EncodedRow:
+        """Return a row with the places of its images, whose tokens are not trained on.
+
+        Raises RowError where the row has the token of an image that it does not have.
+        """
+        images = self.vocabulary.images
+        if images is None:
+            return row
+        if not pictures:
+            if images.image_token_id is not None and (row.input_ids == images.image_token_id).any():
+                token = self.tokenizer.decode([images.image_token_id])
+                raise RowError(f"has the text {token} and no image: give the image, or remove the text.")
+            return row
+        labels, placed = row.labels.copy(), []
+        for picture, (start, end) in zip(pictures, images.placeholders.locate(row.input_ids, pictures), strict=True):
+            labels[start:end] = IGNORED
+            placed.append(PlacedPicture(**vars(picture.ref), start=start, tokens=end - start))
+        return replace(row, labels=labels, pictures=tuple(placed))
 
     def starts_with_bos(self, text: str) -> bool:
         """Tell whether a text begins with the BOS token, so that no special tokens may be added."""

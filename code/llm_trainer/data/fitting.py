@@ -35,8 +35,12 @@ class Fitter:
             if not self.settings.apply_truncation:
                 report.num_dropped_rows += 1
                 return None
+            cut = self.cut_row(row, limit, report)
+            if cut is None:
+                report.num_dropped_rows += 1
+                return None
             report.num_truncated_rows += 1
-            row = self.cut_row(row, limit, report)
+            row = cut
         trained = [find_trained(sequence) for sequence in row]
         if not all(is_trained.any() for is_trained in trained):
             report.num_unsupervised_rows += 1
@@ -48,12 +52,15 @@ class Fitter:
         self.count_row(row, trained, report)
         return row
 
-    def cut_row(self, row: Sequences, limit: int, report: DataReport) -> Sequences:
-        """Return the row with each sequence cut, and count the answers of a pair that lose tokens by it."""
-        kept = slice(-limit, None) if self.settings.truncation_mode == "keep_end" else slice(limit)
-        cut = tuple(
-            replace(sequence, input_ids=sequence.input_ids[kept], labels=sequence.labels[kept]) for sequence in row
-        )
+    def cut_row(self, row: Sequences, limit: int, report: DataReport) -> Sequences | None:
+        """Return the row with each sequence cut, and count the answers of a pair that lose tokens by it.
+
+        None where its end alone would be kept, without images that it may speak of.
+        """
+        keeps_end = self.settings.truncation_mode == "keep_end"
+        if keeps_end and any(sequence.pictures for sequence in row):
+            return None
+        cut = tuple(cut_sequence(sequence, limit, keeps_end) for sequence in row)
         if self.settings.has_answers:
             lost = (count_trained(whole) > count_trained(part) for whole, part in zip(row, cut, strict=True))
             report.num_cut_answers += sum(lost)
@@ -72,15 +79,26 @@ class Fitter:
             report.num_supervised_tokens += int(np.count_nonzero(is_trained))
         report.num_supervised_eos += trains_stop
         report.num_missed_stops += misses_stop
+        report.num_images += sum(len(sequence.pictures) for sequence in row)
+        report.num_rows_with_images += any(sequence.pictures for sequence in row)
         report.num_desirable_rows += self.settings.is_judged and row[0].is_desirable
         report.num_rows_in_pieces += any(sequence.is_in_pieces for sequence in row)
         report.control_tokens.update(frozenset().union(*(sequence.control_tokens for sequence in row)))
 
 
+def cut_sequence(sequence: EncodedRow, limit: int, keeps_end: bool) -> EncodedRow:
+    """Return a sequence of at most `limit` tokens. One with images ends before the first that would be cut."""
+    pictures = tuple(placed for placed in sequence.pictures if placed.start + placed.tokens <= limit)
+    if len(pictures) < len(sequence.pictures):
+        limit = min(limit, sequence.pictures[len(pictures)].start)
+    kept = slice(-limit, None) if keeps_end else slice(limit)
+    return replace(sequence, input_ids=sequence.input_ids[kept], labels=sequence.labels[kept], pictures=pictures)
+
+
 def find_trained(sequence: EncodedRow) -> npt.NDArray[np.bool_]:
     """Return a mask [length] that is true at tokens that are trained on: nothing predicts the first one."""
     is_trained = sequence.labels != IGNORED
-    is_trained[0] = False
+    is_trained[:1] = False  # a row that would be cut within its first tokens has none
     return is_trained
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from llm_trainer.common.errors import cut_quote
 from llm_trainer.data.formats.examples import Conversation, Fields, RowError
+from llm_trainer.data.formats.pictures import IMAGE_MARK
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 # Marks of turns that are trained on or not: Axolotl's, ms-swift's and OpenAI's.
@@ -235,8 +236,12 @@ def find_end(text: str, value: Any, start: int, is_escaped: bool = False) -> int
     else:
         value = value.strip()
         if not is_escaped or value.isalnum():
-            place = text.find(value, start)
-            return place + len(value) if place >= 0 else -1
+            for piece in value.split(IMAGE_MARK):  # between them a template writes its own mark of an image
+                place = text.find(piece.strip(), start)
+                if place < 0:
+                    return -1
+                start = place + len(piece.strip())
+            return start
         forms = list_escapes(value)
     return min((place + len(form) for form in forms if (place := text.find(form, start)) >= 0), default=-1)
 

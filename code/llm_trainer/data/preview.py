@@ -149,7 +149,7 @@ def explain_unread_fields(name: str, report: DataReport) -> str:
     counts = [f"{field} ({rows} rows)" for field, rows in sorted(report.unread_fields.items())]
     return (
         f"the {name} data has fields that nothing reads: {list_names(counts)}. Rename what shall be trained on to a "
-        "field that is read, such as functions to tools. Only texts are trained on, and of messages only the "
+        "field that is read, such as functions to tools. Only texts and images are read, and of messages only the "
         "assistant's, unless assistant_only_loss=false."
     )
 

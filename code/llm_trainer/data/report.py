@@ -38,6 +38,8 @@ class DataReport:
     num_dropped_rows: int = 0  # longer than max_length, with apply_truncation=false
     num_unsupervised_rows: int = 0  # left out, because no token within max_length is trained on
     num_bad_rows: int = 0
+    num_images: int = 0
+    num_rows_with_images: int = 0
     num_duplicate_rows: int = 0  # the same tokens as an earlier row of the data set
     num_rows_in_validation: int = 0
     bad_rows: list[str] = field(default_factory=list)  # sentences about the first of them
@@ -148,9 +150,10 @@ class DataReport:
     def __str__(self) -> str:
         """Return the counts as one line for the log."""
         rows, sequence = ("pairs", "sequence") if self.has_pairs else ("rows", "row")
+        images = f", {self.num_images} images" if self.num_images else ""
         return (
-            f"{self.num_rows} {rows}, {self.num_tokens} tokens ({self.supervised_share:.1%} trained on), longest "
-            f"{sequence} {self.longest_row_tokens} tokens, {self.num_truncated_rows} {rows} cut, "
+            f"{self.num_rows} {rows}{images}, {self.num_tokens} tokens ({self.supervised_share:.1%} trained on), "
+            f"longest {sequence} {self.longest_row_tokens} tokens, {self.num_truncated_rows} {rows} cut, "
             f"{self.num_left_out} left out, {self.num_bad_rows} bad"
         )
 

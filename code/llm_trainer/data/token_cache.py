@@ -20,25 +20,37 @@ from llm_trainer.config.sections import METHOD_FORMATS, DataSettings
 from llm_trainer.data.encoding import Encoder, Vocabulary
 from llm_trainer.data.report import REJECTED_ROWS, DataReport
 from llm_trainer.data.streaming import SourceHead
-from llm_trainer.data.tokenize import CHUNK_ROWS, Preparer, choose_features, find_format, prepare_chunks, write_chunks
+from llm_trainer.data.tokenize import (
+    CHUNK_ROWS,
+    HUB_IMAGES,
+    Preparer,
+    choose_features,
+    find_format,
+    prepare_chunks,
+    write_chunks,
+)
 from llm_trainer.host.kept_folders import find_folder, write_folder
+from llm_trainer.readers.images import ImageFolder
 from llm_trainer.readers.rows import Chunk, DamagedFile
 from llm_trainer.readers.sources import FileSource, Source
+from llm_trainer.readers.tar_shards import IMAGE_SUFFIXES
 
 ROWS, REPORT = "rows.arrow", "report.json"
 # Files of this package that decide what tokens a row becomes. A test compares them with what the cache imports.
 CODE_THAT_DECIDES_TOKENS = (
     *("readers/rows.py", "readers/json.py", "readers/tables.py", "readers/files.py", "readers/discovery.py"),
-    *("readers/sources.py", "data/chat_template.py", "data/encoding.py", "data/labels.py", "data/fitting.py"),
+    *("readers/sources.py", "readers/images.py", "readers/tar_shards.py"),
+    *("data/chat_template.py", "data/encoding.py", "data/labels.py", "data/fitting.py"),
     *("data/formats/detection.py", "data/formats/examples.py", "data/formats/imitation.py"),
-    *("data/formats/preferences.py", "data/formats/turns.py", "data/formats/unpaired.py"),
-    "data/formats/values.py",
+    *("data/formats/pictures.py", "data/formats/preferences.py", "data/formats/turns.py"),
+    *("data/formats/unpaired.py", "data/formats/values.py", "data/images/processing.py"),
     *("data/messages.py", "data/control_tokens.py"),
     *("data/tokenize.py", "data/token_cache.py", "data/report.py", "data/streaming.py"),
 )
 # Settings that decide how a row is read and tokenized.
 SETTINGS_THAT_DECIDE_TOKENS = (
     *("method", "dataset_format", "text_field", "messages_field", "max_length", "apply_truncation", "truncation_mode"),
+    *("max_image_pixels", "allow_remote_images"),
     *("assistant_only_loss", "completion_only_loss", "escape_control_tokens"),
 )
 
@@ -51,7 +63,8 @@ def prepare_source(
     Raises UserError where no row of such data could be used.
     """
     files = source.identify_files()
-    folder = find_folder("data", build_key(files, vocabulary, settings), "The tokens")
+    beside = list_images(source) if vocabulary.images is not None else []
+    folder = find_folder("data", build_key([*files, *beside], vocabulary, settings), "The tokens")
     if not folder.is_dir():
         write = partial(write_source, source, vocabulary, settings)
         folder = write_folder(folder, write, "writing tokenized rows")
@@ -78,11 +91,31 @@ def write_source(source: Source | SourceHead, vocabulary: Vocabulary, settings: 
         known_format = row_format or ("messages" if settings.method == "sft" else METHOD_FORMATS[settings.method][0])
         encoder = Encoder(vocabulary, settings, known_format)
         report.formats["rows"], report.loss_on["rows"] = known_format, encoder.loss_on
-        preparer = Preparer(encoder, settings, known_format, first_place)
+        preparer = Preparer(encoder, settings, known_format, first_place, find_image_folder(source))
     num_processes = settings.dataset_num_proc or len(os.sched_getaffinity(0))
     prepared = prepare_chunks(preparer, itertools.chain(seen, chunks), num_processes)
-    write_chunks(prepared, choose_features(settings), folder / ROWS, folder / REJECTED_ROWS, report)
+    write_chunks(prepared, choose_features(settings, vocabulary), folder / ROWS, folder / REJECTED_ROWS, report)
     write_verbatim(folder / REPORT, json.dumps(vars(report)))
+
+
+def find_image_folder(source: Source | SourceHead) -> ImageFolder:
+    """Return the folder that a source's images may not leave."""
+    files = source.source if isinstance(source, SourceHead) else source
+    return ImageFolder(files.folder, files.is_sharded) if isinstance(files, FileSource) else HUB_IMAGES
+
+
+def list_images(source: Source | SourceHead) -> list[dict[str, Any]]:
+    """Return path, size in bytes and time of the files beside a source's rows that may be its images.
+
+    Rows hold the paths of their images, and the tokens of an image depend on its size.
+    """
+    files = source.source if isinstance(source, SourceHead) else source
+    if not isinstance(files, FileSource):
+        return []
+    images = [file for file in files.passed_over if file.suffix.lower()[1:] in IMAGE_SUFFIXES]
+    stats = [(str(file), file.stat()) for file in sorted(images) if file.is_file()]
+    found = [{"image": path, "bytes": stat.st_size, "modified": stat.st_mtime_ns} for path, stat in stats]
+    return [{"folder": str(files.folder.resolve())}, *found]
 
 
 def read_undamaged(source: Source | SourceHead, report: DataReport) -> Iterator[Chunk]:

@@ -29,16 +29,24 @@ from llm_trainer.common.files import append_rows
 from llm_trainer.common.processes import bind_to_parent
 from llm_trainer.common.redaction import hide_known
 from llm_trainer.config.sections import DataSettings
-from llm_trainer.data.encoding import Encoder
+from llm_trainer.data.encoding import Encoder, Vocabulary
 from llm_trainer.data.fitting import Fitter, Sequences
-from llm_trainer.data.formats.detection import OtherMethodError, detect_format, list_read_fields, parse_example
-from llm_trainer.data.formats.examples import Conversation, Example, Fields, Judged, Pair, RowError
+from llm_trainer.data.formats.detection import (
+    OtherMethodError,
+    detect_format,
+    list_read_fields,
+    list_sides,
+    parse_example,
+)
+from llm_trainer.data.formats.examples import Conversation, Example, Fields, Pair, RowError, Text
 from llm_trainer.data.labels import Ids
 from llm_trainer.data.report import DataReport
+from llm_trainer.readers.images import ImageError, ImageFolder, ImagePlace, Picture, find_image, inspect_image
 from llm_trainer.readers.json import TooDeep, parse_json
 from llm_trainer.readers.rows import BadRow, Chunk
 
 CHUNK_ROWS = 500
+HUB_IMAGES = ImageFolder()
 CHUNKS_A_PROCESS = 3  # chunks under way at once: enough to keep a process busy, few enough for the memory
 MAX_QUOTED_ROW_CHARACTERS = 10_000  # characters of a bad row that rejected_rows.jsonl quotes
 FEATURES = Features(
@@ -52,6 +60,16 @@ FEATURES = Features(
 # Of rows of answers, which may be several, one behind the other: how long each is.
 ANSWER_FEATURES = Features({**FEATURES, "seq_lengths": List(Value("int32"))})
 JUDGED_FEATURES = Features({**ANSWER_FEATURES, "desirable": Value("bool")})
+# Of rows with images: where the encoded bytes of each are, or they themselves, and its tokens.
+PICTURE = {
+    "path": Value("string"),
+    "offset": Value("int64"),
+    "size": Value("int64"),
+    "data": Value("binary"),
+    "start": Value("int32"),
+    "tokens": Value("int32"),
+}
+PICTURE_FEATURES = Features({**FEATURES, "pictures": List(PICTURE)})
 MARGIN_FEATURES = Features({**ANSWER_FEATURES, "margin": Value("float32")})
 
 
@@ -67,7 +85,15 @@ class PreparedChunk:
 class Preparer:
     """Preparation of chunks of one source's raw rows into tokens and labels."""
 
-    def __init__(self, encoder: Encoder, settings: DataSettings, row_format: str, first_place: str) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        settings: DataSettings,
+        row_format: str,
+        first_place: str,
+        folder: ImageFolder = HUB_IMAGES,
+    ) -> None:
+        """Take what tokenizes the rows, and the folder that their images may not leave."""
         self.encoder = encoder
         self.settings = settings
         self.row_format = row_format
@@ -75,6 +101,8 @@ class Preparer:
         self.has_chat_template = encoder.tokenizer.chat_template is not None
         self.read_fields = list_read_fields(row_format, settings, self.has_chat_template)
         self.fitter = Fitter(encoder, settings)
+        self.features = choose_features(settings, encoder.vocabulary)
+        self.folder = folder
 
     def prepare_chunk(self, chunk: Chunk) -> PreparedChunk:
         """Return the tokens and labels of a chunk's rows, the counts, and the rows that are bad."""
@@ -92,7 +120,8 @@ class Preparer:
         examples: list[tuple[int, Example]] = []
         for index, raw in enumerate(chunk.rows):
             try:
-                examples.append((index, self.read_example(parse_fields(raw, chunk.numbers[index]), report)))
+                example = self.read_example(parse_fields(raw, chunk.numbers[index]), report)
+                examples.append((index, self.find_pictures(example, chunk, index)))
             except RowError as error:
                 reject(index, str(error))
         kept = []
@@ -102,7 +131,7 @@ class Preparer:
                 continue
             fitting = (self.fitter.fit_row(row, report) for row in rows)
             kept += [row for row in fitting if row]
-        return PreparedChunk(build_table(kept, choose_features(self.settings)), report, rejected)
+        return PreparedChunk(build_table(kept, self.features), report, rejected)
 
     def encode(self, examples: list[Any]) -> Iterator[list[Sequences] | RowError]:
         """Yield the rows of each example, each with its sequences, or the error that says why there are none."""
@@ -126,6 +155,26 @@ class Preparer:
         report.num_swapped_pairs += isinstance(example, Pair) and example.is_swapped
         return example
 
+    def find_pictures(self, example: Example, chunk: Chunk, index: int) -> Example:
+        """Return an example whose images are found and read to their end.
+
+        Raises RowError where one cannot be used, and UserError where the model or the job takes no images at all.
+        """
+        if not isinstance(example, Conversation | Text) or not example.images:
+            return example
+        if problem := self.encoder.find_image_problem():
+            raise UserError(f"{describe_place(chunk, index)} has images, {problem}")
+        try:
+            place = ImagePlace(chunk.path, self.folder)
+            return replace(example, images=tuple(self.find_picture(value, place) for value in example.images))
+        except ImageError as error:
+            raise RowError(str(error)) from error
+
+    def find_picture(self, value: Any, place: ImagePlace) -> Picture:
+        """Return the image that a row's value gives. Raises ImageError."""
+        ref = find_image(value, place, self.encoder.image_rules)
+        return Picture(ref, *inspect_image(ref, self.encoder.image_rules))
+
     def parse_fields_as_example(self, fields: Fields) -> Example:
         """Parse a row's fields. Raises RowError where the row is bad or has another format than the source."""
         found = detect_format(fields, self.settings)
@@ -143,13 +192,6 @@ class Preparer:
             if isinstance(side, Conversation):
                 unread |= self.encoder.template.list_unread_fields(side)
         return unread
-
-
-def list_sides(example: Example) -> tuple[Example, ...]:
-    """Return the parts of an example that are rendered by themselves."""
-    if isinstance(example, Pair):
-        return example.chosen, example.rejected
-    return (example.answer if isinstance(example, Judged) else example,)
 
 
 def parse_fields(raw: Any, number: int) -> Fields:
@@ -194,8 +236,10 @@ def make_writable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def choose_features(settings: DataSettings) -> Features:
-    """Return the columns of the method's rows."""
+def choose_features(settings: DataSettings, vocabulary: Vocabulary | None = None) -> Features:
+    """Return the columns of the method's rows, with images where the model takes some."""
+    if settings.method == "sft" and vocabulary is not None and vocabulary.images is not None:
+        return PICTURE_FEATURES
     if settings.is_judged:
         return JUDGED_FEATURES
     if settings.trains_rewards:
@@ -207,7 +251,7 @@ def build_table(rows: list[Sequences], features: Features) -> pa.Table:
     """Return the rows as Arrow columns in the order of the features, without a Python object for each token."""
     ids = [np.concatenate([sequence.input_ids for sequence in row]) for row in rows]
     lengths = np.array([len(row) for row in ids], dtype=np.int32)
-    digests = np.array([xxhash.xxh3_64_intdigest(row.tobytes()) for row in ids], dtype=np.uint64)
+    digests = np.array([compute_row_digest(own, row) for own, row in zip(ids, rows, strict=True)], dtype=np.uint64)
     labels = [sequence.labels for row in rows for sequence in row]
     columns = [build_lists(ids, lengths), build_lists(labels, lengths), lengths, digests]
     if "seq_lengths" in features:
@@ -217,7 +261,18 @@ def build_table(rows: list[Sequences], features: Features) -> pa.Table:
         columns.append(np.array([row[0].is_desirable for row in rows], dtype=bool))
     if "margin" in features:
         columns.append(np.array([row[0].margin for row in rows], dtype=np.float32))
+    if "pictures" in features:
+        placed = [[vars(one) for one in row[0].pictures] for row in rows]
+        columns.append(pa.array(placed, type=features.arrow_schema.field("pictures").type))
     return pa.table(dict(zip(features, columns, strict=True)))
+
+
+def compute_row_digest(ids: Ids, row: Sequences) -> int:
+    """Return the hash of a row's tokens, and of its images where it has some."""
+    digest = xxhash.xxh3_64(ids.tobytes())
+    for placed in (placed for sequence in row for placed in sequence.pictures):
+        digest.update(placed.data or f"{placed.path}\0{placed.offset}".encode())
+    return digest.intdigest()
 
 
 def build_lists(parts: list[Ids], lengths: Ids) -> pa.Array:

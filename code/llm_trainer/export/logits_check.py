@@ -44,9 +44,18 @@ def choose_check_rows(sample: Dataset) -> list[list[int]]:
     Their number is fixed: ranks that hold shards must compute equally often.
     """
     rows = sample[:CHECKED_ROWS]
+    if "pictures" in rows:
+        texts = map(leave_out_images, rows["input_ids"], rows["pictures"])
+        return list(islice(cycle(text[:CHECKED_TOKENS] for text in texts), CHECKED_ROWS))
     ends = [lengths[0] for lengths in rows["seq_lengths"]] if "seq_lengths" in rows else [CHECKED_TOKENS] * CHECKED_ROWS
     first = [row[: min(end, CHECKED_TOKENS)] for row, end in zip(rows["input_ids"], ends, strict=False)]
     return list(islice(cycle(first), CHECKED_ROWS))
+
+
+def leave_out_images(input_ids: list[int], pictures: list[dict[str, Any]]) -> list[int]:
+    """Return a row's tokens without those of images, whose pixels are not checked."""
+    taken = {place for one in pictures for place in range(one["start"], one["start"] + one["tokens"])}
+    return [token for place, token in enumerate(input_ids) if place not in taken]
 
 
 @torch.no_grad()

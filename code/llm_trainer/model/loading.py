@@ -31,6 +31,7 @@ from llm_trainer.common.ranks import run_on_local_rank_zero
 from llm_trainer.common.safetensors_files import list_weights, read_header
 from llm_trainer.config.sections import ModelSettings
 from llm_trainer.data.encoding import Vocabulary
+from llm_trainer.data.images.processing import ImageProcessing
 from llm_trainer.job.model_objects import find_broken_objects
 from llm_trainer.model.layers import reward_head
 from llm_trainer.model.quantization import Quantization, find_stored_method, keep_trainable, prepare_layers
@@ -321,10 +322,15 @@ def restore_generation_config(model: PreTrainedModel, folder: Path) -> None:
 
 
 def build_vocabulary(
-    model: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, revision: str | None
+    model: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings
 ) -> Vocabulary:
-    """Return what the encoding of rows has to agree on with the model. `revision` is the model's on the Hub."""
-    return Vocabulary(tokenizer, find_stop_ids(model, tokenizer, revision), config.get_text_config().vocab_size)
+    """Return what the encoding of rows has to agree on with the model."""
+    images = None
+    if getattr(config, "vision_config", None) is not None:
+        token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+        images = ImageProcessing(model, token, settings.trust_remote_code)
+    stop_ids = find_stop_ids(model, tokenizer, settings.model_revision)
+    return Vocabulary(tokenizer, stop_ids, config.get_text_config().vocab_size, images)
 
 
 def load_model(

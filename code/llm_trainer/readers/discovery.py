@@ -15,7 +15,7 @@ from llm_trainer.common.files import check_access, explain_denied, find_barrier
 
 TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")  # which are compressed within
-SUFFIXES = (*TABLE_SUFFIXES, *(suffix + codec for suffix in TEXT_SUFFIXES for codec in ("", ".gz", ".zst")))
+SUFFIXES = (*TABLE_SUFFIXES, ".tar", *(suffix + codec for suffix in TEXT_SUFFIXES for codec in ("", ".gz", ".zst")))
 # Files that Hugging Face keeps beside .arrow files, or about a data set. A state.json belongs to them only there.
 NOT_ROWS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "cache-*.arrow", "*.lock")
 EXPECTED_BESIDE_ROWS = (*NOT_ROWS, "README*", "LICENSE*", "*.md", "_SUCCESS")

@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import re
+import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from llm_trainer.common.errors import quote_error
 from llm_trainer.readers.json import read_json
 from llm_trainer.readers.rows import MAX_ROW_BYTES, TOO_LONG, BadRow, Chunk, DamagedFile, Numbered
 from llm_trainer.readers.tables import read_arrow, read_csv, read_parquet, read_table
+from llm_trainer.readers.tar_shards import read_tar
 
 MAX_BYTES = 4 * 2**20  # raw rows in a chunk
 SEPARATORS = {".csv": ",", ".tsv": "\t"}  # of the cells in a line
@@ -28,8 +30,8 @@ BOM = codecs.BOM_UTF8
 MAGIC = {".gz": re.compile(rb"\x1f\x8b"), ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")}
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 
-# Errors of reading by the system, gzip, zstd and Arrow. The last two are also a value that has no Python type.
-UNREADABLE = (OSError, EOFError, zlib.error, pa.ArrowException, ValueError, OverflowError)
+# Errors of reading by the system, gzip, zstd, tar and Arrow. The last two are also a value that has no Python type.
+UNREADABLE = (OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException, ValueError, OverflowError)
 
 
 def read_chunks(file: Path, name: str, max_rows: int, max_bytes: int = MAX_BYTES) -> Iterator[Chunk]:
@@ -48,7 +50,7 @@ def read_chunks(file: Path, name: str, max_rows: int, max_bytes: int = MAX_BYTES
             rows.append(row if length <= MAX_ROW_BYTES else BadRow(TOO_LONG))
             size += length
             if len(rows) >= max_rows or size >= max_bytes:
-                yield Chunk(name, numbers, rows)
+                yield Chunk(name, numbers, rows, file)
                 place = describe_end(numbers, rows)
                 numbers, rows, size = [], [], 0
     except DamagedFile as error:
@@ -56,7 +58,7 @@ def read_chunks(file: Path, name: str, max_rows: int, max_bytes: int = MAX_BYTES
     except UNREADABLE as error:
         damage = DamagedFile(explain_damage(error, file, name, describe_end(numbers, rows) if rows else place))
     if rows:
-        yield Chunk(name, numbers, rows)
+        yield Chunk(name, numbers, rows, file)
     if damage:
         raise damage
 
@@ -83,6 +85,8 @@ def read_rows(file: Path, name: str, max_rows: int, max_bytes: int) -> Iterator[
         yield from read_table(read_parquet(file, max_rows, max_bytes), name, max_rows, max_bytes)
     elif container in (".arrow", ".feather"):
         yield from read_table(read_arrow(file, name), name, max_rows, max_bytes)
+    elif container == ".tar":
+        yield from read_tar(file, name)
     else:
         with open_stream(file, name) as stream:
             if stream.peek(len(BOM)).startswith(BOM):

@@ -2,6 +2,7 @@
 """Rows as they stand in their files, before their format is known."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # A row becomes a hundred times its bytes in memory while it is tokenized, in each process.
@@ -23,6 +24,16 @@ class BadRow:
 
 
 @dataclass(frozen=True)
+class FilePart:
+    """Bytes of a file on disk, such as a member of a tar shard."""
+
+    path: Path
+    offset: int
+    size: int
+    name: str  # for messages
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Consecutive rows of one file.
 
@@ -32,3 +43,4 @@ class Chunk:
     file: str  # the file's name relative to the channel's folder, for messages
     numbers: list[int]  # each row's number: the line of a .jsonl file, else counted from 1
     rows: list[Any]  # each is bytes (a JSON text that is not parsed yet), the parsed row, or a BadRow
+    path: Path | None = None  # of the file, which names in its rows are relative to; None for rows of the Hub

@@ -24,7 +24,7 @@ VALIDATION_CHANNEL = re.compile(r"val(idation)?([._-].+)?")
 HUB_DATA_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SDK_CHANNELS = ("code", "sm_drivers", "sourcecode")  # SageMaker's SDKs make them
 OTHER_CHANNELS = (*WHOLE_CHANNELS, *SDK_CHANNELS)
-KINDS = ".json, .jsonl, .csv, .tsv, .parquet, .arrow or .feather"
+KINDS = ".json, .jsonl, .csv, .tsv, .parquet, .arrow, .feather or .tar"
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,11 @@ def choose_packing(
     if reason is None:
         mode: Literal["data set", "batch"] = "data set" if settings.packing else "batch"
         return Packing(mode, f"{model.config._attn_implementation} attention keeps them apart", collator)
+    return switch_off(settings, reason)
+
+
+def switch_off(settings: DataSettings, reason: str) -> Packing:
+    """Return the packing of rows that are padded for a reason. Raises UserError where the settings name packing."""
     for name in ("packing", "eval_packing"):
         if settings.value(name):
             raise UserError(f"{name}=true: {reason}: leave it out, and rows are padded.")

@@ -179,6 +179,8 @@ def choose_prompts(rows: Dataset, num_prompts: int, max_tokens: int) -> list[Pro
 def find_prompts(rows: Dataset, max_tokens: int) -> Iterator[Prompt]:
     """Yield the prompts of the first rows, as far as they have at most `max_tokens`."""
     for row in rows.select(range(min(MAX_ROWS, len(rows)))):
+        if row.get("pictures"):
+            continue  # their pixels are no part of a prompt yet
         ids, labels = row["input_ids"], row["labels"]
         trained = [place for place, label in enumerate(labels) if label != IGNORED]
         start = trained[0] if trained else 0

@@ -31,6 +31,7 @@ from llm_trainer.common.ranks import world_size
 from llm_trainer.config.global_batch import PIECES
 from llm_trainer.config.sections import METHOD_FIELDS, TrainingSettings
 from llm_trainer.config.trl_config_fields import read_snapshot
+from llm_trainer.data.images.collator import ImageCollator
 from llm_trainer.model.config_file import drop_contradictions
 from llm_trainer.model.layers.fused_adapters import fuse_adapters
 from llm_trainer.model.memory.fit import MemoryPlan
@@ -86,7 +87,7 @@ class TrainerParts:
     tokenizer: PreTrainedTokenizerBase
     arguments: SFTConfig
     splits: dict[str, Dataset | IterableDataset]  # train, and validation if there is one
-    collator: PackingCollator | None  # None: TRL's, which pads
+    collator: PackingCollator | ImageCollator | None  # None: TRL's, which pads
     lora: PeftConfig | None  # None for full fine-tuning
     kept_layers: int = 0  # the last so many keep their activations where others are recomputed
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from llm_trainer.config.schema import Settings
-from llm_trainer.data.encoding import EncodedRow, Encoder, Vocabulary
+from llm_trainer.data.encoding import EncodedRow, Encoder, PlacedPicture, Vocabulary
 from llm_trainer.data.fitting import Fitter
 from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.data.report import DataReport
@@ -100,3 +100,37 @@ def test_a_stop_that_begins_the_second_side_is_not_the_first_ones():
     sides[1].input_ids[1] = 8
     _, report = fit_pair(*sides)
     assert (report.num_rows, report.num_missed_stops) == (1, 0)
+
+
+PICTURED = EncodedRow(
+    np.arange(20, dtype=np.int32),
+    np.where(np.isin(np.arange(20), [1, 2, 7, 8, 19]), np.arange(20), IGNORED).astype(np.int32),
+    pictures=tuple(PlacedPicture(f"{start}.png", 0, 0, b"", start, 4) for start in (3, 12)),
+)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "length", "starts"),
+    [(20, 20, [3, 12]), (16, 16, [3, 12]), (15, 12, [3]), (12, 12, [3]), (7, 7, [3]), (6, 3, []), (3, 3, [])],
+)
+def test_a_row_is_never_cut_within_an_image(max_length, length, starts):
+    report = DataReport()
+    (fitted,) = build_fitter(max_length=max_length).fit_row((PICTURED,), report)
+    assert (len(fitted.input_ids), len(fitted.labels)) == (length, length)
+    assert [placed.start for placed in fitted.pictures] == starts
+    assert (report.num_images, report.num_rows_with_images) == (len(starts), int(bool(starts)))
+    assert report.num_truncated_rows == int(max_length < 20)
+
+
+def test_the_end_of_a_row_with_images_is_not_kept_without_them():
+    report = DataReport()
+    fitter = build_fitter(max_length=19, truncation_mode="keep_end")
+    assert fitter.fit_row((PICTURED,), report) is None
+    assert (report.num_dropped_rows, report.num_truncated_rows, report.num_rows) == (1, 0, 0)
+
+
+def test_a_row_that_would_begin_within_an_image_is_left_out():
+    report = DataReport()
+    first = EncodedRow(PICTURED.input_ids, PICTURED.labels, pictures=(PlacedPicture("a.png", 0, 0, b"", 0, 9),))
+    assert build_fitter(max_length=5).fit_row((first,), report) is None
+    assert report.num_unsupervised_rows == 1

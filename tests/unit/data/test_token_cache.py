@@ -23,6 +23,7 @@ from llm_trainer.data.token_cache import (
 )
 from llm_trainer.readers.sources import FileSource
 from support.tiny_model import build_tokenizer
+from support.tiny_processors import build_vocabulary, draw
 from support.waiting import GUARD_SECONDS
 
 NUM_ROWS = 2000
@@ -89,6 +90,8 @@ OTHER_VALUES = {
     "assistant_only_loss": True,
     "completion_only_loss": True,
     "escape_control_tokens": True,
+    "max_image_pixels": 9,
+    "allow_remote_images": True,
 }
 
 
@@ -158,3 +161,27 @@ def test_tokens_of_other_data_are_not_taken(prepare, capsys):
     shutil.copytree(other, folder)
     assert prepare(["one", "two"]) == (folder, ["one", "two"])
     assert "the folder belongs to other data" in capsys.readouterr().out
+
+
+def test_tokens_of_rows_with_images_are_used_again_as_long_as_their_images_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_TRAINER_CACHE", str(tmp_path / "cache"))
+    channel = tmp_path / "train"
+    channel.mkdir()
+    vocabulary = build_vocabulary("qwen", channel)
+    draw(100, 60).save(channel / "a.png")
+    messages = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "A cat."}]
+    (channel / "rows.jsonl").write_text(json.dumps({"messages": messages, "images": ["a.png"]}))
+
+    def prepare():
+        files = (channel / "rows.jsonl",)
+        source = FileSource("train", channel, files, passed_over={channel / "a.png": "of no kind that is read"})
+        folder, report = prepare_source(source, vocabulary, Settings(dataset_num_proc=1).data)
+        assert report.num_images == 1
+        return folder, Dataset.from_file(str(folder / ROWS), in_memory=True)["pictures"][0][0]
+
+    first, placed = prepare()
+    assert placed["path"] == str(channel / "a.png")
+    assert prepare()[0] == first
+    draw(28, 28).save(channel / "a.png")
+    other, smaller = prepare()
+    assert other != first and smaller["tokens"] < placed["tokens"]

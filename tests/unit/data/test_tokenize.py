@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+from dataclasses import replace
 from datetime import timedelta
 
 import numpy as np
@@ -32,6 +33,7 @@ from llm_trainer.data.tokenize import (
 from llm_trainer.readers.rows import BadRow, Chunk
 from support.file_kinds import load_as_hub, write_kinds
 from support.tiny_model import build_tokenizer
+from support.tiny_processors import KINDS, build_vocabulary, draw, prepare_rows
 
 TOKENIZER = build_tokenizer()
 VOCABULARY = Vocabulary(TOKENIZER, frozenset({TOKENIZER.eos_token_id}), len(TOKENIZER))
@@ -244,9 +246,9 @@ def test_the_same_rows_give_the_same_tokens_in_every_kind_of_file_and_on_the_hub
 
 
 def test_fields_that_nothing_reads_are_counted(monkeypatch):
-    rows = [{"text": "a", "images": ["b"], "id": 1, "empty": "", "none": None}, {"text": "b", "id": 2}]
+    rows = [{"text": "a", "sounds": ["b"], "id": 1, "empty": "", "none": None}, {"text": "b", "id": 2}]
     report = build_preparer().prepare_chunk(Chunk("a.jsonl", [1, 2], rows)).report
-    assert report.unread_fields == {"images": 1, "id": 2}
+    assert report.unread_fields == {"sounds": 1, "id": 2}
     rows = [{"instruction": "a", "output": "b", "history": [["c", "d"]], "system": "e"}]
     assert build_preparer("alpaca").prepare_chunk(Chunk("a.jsonl", [1], rows)).report.unread_fields == {}
     monkeypatch.setattr(TOKENIZER, "chat_template", None)  # the text of Alpaca has no place for them
@@ -385,3 +387,104 @@ def test_rows_of_another_method_are_told_once():
     assert len(caught.value.problems) == 1
     mixed = Chunk("a.jsonl", [1, 2], [PREFERENCES[0], {"text": "a"}])
     assert find_format(iter([mixed]), Settings().data)[1] == "text"
+
+
+def ask_about(*images, answer="A cat."):
+    messages = [{"role": "user", "content": "<image>" * len(images)}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "images": [*images]}
+
+
+@pytest.fixture(params=KINDS)
+def seeing(request, tmp_path):
+    """What the encoding of rows needs to know of a model that takes images, with pictures in its folder."""
+    draw(100, 60).save(tmp_path / "a.png")
+    draw(100, 60, seed=1).save(tmp_path / "b.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:100])
+    (tmp_path / "text.png").write_text("no picture")
+    return build_vocabulary(request.param, tmp_path)
+
+
+def test_bad_images_are_bad_rows_with_file_row_and_reason(seeing, tmp_path):
+    names = ["a.png", "cut.png", "text.png", "none.png", "../a.png"]
+    rows, report = prepare_rows(seeing, [ask_about(name) for name in names], tmp_path)
+    assert (len(rows), report.num_bad_rows) == (1, 4)
+    reasons = ["damaged or cut off", "no JPEG, PNG, WebP", "which is not there", "within its channel"]
+    for number, (told, reason) in enumerate(zip(report.bad_rows, reasons, strict=True), start=2):
+        assert told.startswith(f"a.jsonl row {number} ") and reason in told
+    large, report = prepare_rows(seeing, [ask_about("a.png")], tmp_path, max_image_pixels=5999)
+    assert not len(large) and "max_image_pixels=5999" in report.bad_rows[0]
+
+
+def test_rows_of_one_text_and_other_images_are_no_duplicates(seeing, tmp_path):
+    rows, _ = prepare_rows(seeing, [ask_about("a.png"), ask_about("b.png"), ask_about("a.png")], tmp_path)
+    first, second, third = rows["digest"]
+    assert first == third != second
+    assert rows[0]["input_ids"] == rows[1]["input_ids"]
+
+
+def test_rows_hold_the_place_of_an_image_or_its_bytes_and_never_its_pixels(seeing, tmp_path):
+    data = (tmp_path / "a.png").read_bytes()
+    rows, _ = prepare_rows(seeing, [ask_about("a.png"), ask_about({"bytes": data, "path": None})], tmp_path)
+    (named,), (embedded,) = rows["pictures"]
+    assert (named["path"], named["data"]) == (str((tmp_path / "a.png").resolve()), b"")
+    assert (embedded["path"], embedded["data"]) == ("", data)
+    assert (named["start"], named["tokens"]) == (embedded["start"], embedded["tokens"])
+
+
+def test_images_for_a_model_of_texts_end_the_job_in_one_sentence(tmp_path):
+    draw(9, 9).save(tmp_path / "a.png")
+    with pytest.raises(UserError) as error:
+        prepare_rows(VOCABULARY, [ask_about("a.png")], tmp_path)
+    assert error.value.problems == (
+        "a.jsonl row 1 has images, and the model takes texts alone: give an image-text model, or remove the images.",
+    )
+
+
+def test_streams_take_no_images(seeing, tmp_path):
+    with pytest.raises(UserError, match="which streaming=true does not take"):
+        prepare_rows(seeing, [ask_about("a.png")], tmp_path, streaming=True, max_steps=1)
+
+
+def test_a_model_of_images_without_its_processor_is_told_at_the_first_image(seeing, tmp_path):
+    (tmp_path / "processor_config.json").unlink()
+    blind = replace(seeing, images=replace(seeing.images))
+    text = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]}
+    assert prepare_rows(blind, [text], tmp_path)[1].num_rows == 1
+    with pytest.raises(UserError, match="has no processor for them"):
+        prepare_rows(blind, [ask_about("a.png")], tmp_path)
+
+
+def test_the_token_of_an_image_without_an_image_is_told(seeing, tmp_path):
+    token = seeing.images.processor.image_token
+    row = {"messages": [{"role": "user", "content": f"Say {token}"}, {"role": "assistant", "content": "No."}]}
+    _, report = prepare_rows(seeing, [row], tmp_path)
+    assert f"has the text {token} and no image" in report.bad_rows[0]
+    rows, report = prepare_rows(seeing, [row], tmp_path, escape_control_tokens=True)
+    assert report.num_rows == 1 and token in seeing.tokenizer.decode(rows[0]["input_ids"])
+    row["images"] = ["a.png"]
+    row["messages"][0]["content"] = f"<image> {'' if token == '<image>' else token}"
+    _, report = prepare_rows(seeing, [row], tmp_path)
+    assert report.num_bad_rows == (token != "<image>")
+
+
+def test_control_tokens_beside_an_image_are_plain_text_if_asked_for(seeing, tmp_path):
+    row = ask_about("a.png", answer="No <|im_start|>.")
+    rows, _ = prepare_rows(seeing, [ask_about("a.png", answer="No."), row], tmp_path, escape_control_tokens=True)
+    plain, escaped = rows
+    assert plain["pictures"][0]["tokens"] == escaped["pictures"][0]["tokens"]
+    assert seeing.tokenizer.decode(escaped["input_ids"]) == seeing.tokenizer.decode(plain["input_ids"]).replace(
+        "No.", "No <|im_start|>."
+    )
+
+
+def test_a_text_with_images_is_tokenized_as_it_is(seeing, tmp_path):
+    rows, report = prepare_rows(seeing, [{"text": "See <image> here.", "images": ["a.png"]}], tmp_path)
+    assert not report.bad_rows
+    (placed,) = rows[0]["pictures"]
+    end = placed["start"] + placed["tokens"]
+    assert seeing.tokenizer.decode(rows[0]["input_ids"][: placed["start"]]).endswith("See ")
+    assert seeing.tokenizer.decode(rows[0]["input_ids"][end:]).startswith(" here.")
+    assert set(rows[0]["labels"][placed["start"] : end]) == {-100}
+    row = {"text": "See <image> here.", "images": ["a.png"]}
+    _, report = prepare_rows(seeing, [row], tmp_path, escape_control_tokens=True)
+    assert "which escape_control_tokens=true does not take" in report.bad_rows[0]

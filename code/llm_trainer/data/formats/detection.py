@@ -2,10 +2,21 @@
 """Detection of a row's format by its fields, and the choice of what parses it."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 from llm_trainer.common.errors import cut_quote
 from llm_trainer.config.sections import METHOD_FORMATS, DataSettings
-from llm_trainer.data.formats.examples import Example, Fields, RowError, Text
+from llm_trainer.data.formats.examples import (
+    Conversation,
+    Example,
+    Fields,
+    Judged,
+    Pair,
+    RowError,
+    Text,
+    Tokens,
+)
 from llm_trainer.data.formats.imitation import (
     TOKEN_FIELDS,
     parse_alpaca,
@@ -13,6 +24,7 @@ from llm_trainer.data.formats.imitation import (
     parse_prompt_completion,
     parse_tokens,
 )
+from llm_trainer.data.formats.pictures import COLUMNS, VALUES, list_column, place_in_messages, place_in_text
 from llm_trainer.data.formats.preferences import list_preference_fields, parse_preference
 from llm_trainer.data.formats.unpaired import is_judged, list_unpaired_fields, list_unpaired_needs, parse_unpaired
 from llm_trainer.data.formats.values import parse_text
@@ -92,7 +104,44 @@ def parse_example(fields: Fields, row_format: str, settings: DataSettings, has_c
         "preference": lambda: parse_preference(fields, settings.messages_field, has_chat_template),
         "unpaired_preference": lambda: parse_unpaired(fields, settings.messages_field, has_chat_template),
     }
-    return parsers[row_format]()
+    return take_pictures(parsers[row_format](), fields, settings.method)
+
+
+def take_pictures(example: Example, fields: Fields, method: str) -> Example:
+    """Return an example with the images of its row. Raises RowError where the row cannot be used with them."""
+    if isinstance(example, Tokens):
+        return example
+    column = list_column(fields)
+    if isinstance(example, Conversation):
+        messages, values = place_in_messages(example.messages, column)
+        return replace(example, messages=messages, images=values) if values else example
+    if isinstance(example, Text):
+        return place_in_example(example, column) if column else example
+    if column or any(has_images(side) for side in list_sides(example)):
+        raise RowError(f"has images, which method={method} does not take: set method=sft, or remove them.")
+    return example
+
+
+def place_in_example(example: Text, column: list[Any]) -> Text:
+    """Return a text with the images of its row. Those of a prompt stand in the prompt. Raises RowError."""
+    if example.num_prompt_characters is None:
+        text, values = place_in_text(example.text, column)
+        return Text(text, None, values)
+    end = example.num_prompt_characters
+    prompt, values = place_in_text(example.text[:end], column)
+    return Text(prompt + example.text[end:], len(prompt), values)
+
+
+def has_images(example: Example) -> bool:
+    """Tell whether a conversation has images in its messages."""
+    return isinstance(example, Conversation) and any(VALUES in message for message in example.messages)
+
+
+def list_sides(example: Example) -> tuple[Example, ...]:
+    """Return the parts of an example that are rendered by themselves."""
+    if isinstance(example, Pair):
+        return example.chosen, example.rejected
+    return (example.answer if isinstance(example, Judged) else example,)
 
 
 def list_read_fields(row_format: str, settings: DataSettings, has_chat_template: bool) -> frozenset[str]:
@@ -108,4 +157,5 @@ def list_read_fields(row_format: str, settings: DataSettings, has_chat_template:
         "preference": list_preference_fields(settings.messages_field),
         "unpaired_preference": list_unpaired_fields(settings.messages_field),
     }
-    return frozenset(read[row_format])
+    columns = () if row_format == "pretokenized" else COLUMNS
+    return frozenset((*read[row_format], *columns))

@@ -25,6 +25,7 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     num_prompt_messages: int | None = None  # messages that are not trained on; None: all assistant turns are
     finds_answer: bool = False  # whether all behind the prompt is trained on where the template does not tell turns
+    images: tuple[Any, ...] = ()  # of the marks in the messages: their values, then where they were found
 
     @cached_property
     def assistant_turns(self) -> list[int]:
@@ -38,6 +39,7 @@ class Text:
 
     text: str
     num_prompt_characters: int | None = None  # characters that are not trained on; None: the whole text is
+    images: tuple[Any, ...] = ()  # as those of a conversation
 
 
 @dataclass(frozen=True)

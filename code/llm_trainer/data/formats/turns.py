@@ -5,6 +5,7 @@ from typing import Any
 
 from llm_trainer.common.errors import cut_quote
 from llm_trainer.data.formats.examples import Fields, RowError
+from llm_trainer.data.formats.pictures import VALUES, take_images
 from llm_trainer.data.formats.values import describe_value, parse_json_text, parse_text, unify_value
 from llm_trainer.readers.json import parse_json
 
@@ -50,7 +51,10 @@ def parse_messages(value: Any, name: str) -> list[Fields]:
 
 def parse_message(message: Any) -> Fields:
     """Parse one message, as an object or as JSON text. Raises RowError."""
-    message = unify_value(parse_json_text(message))
+    message = parse_json_text(message)
+    message = take_images(message) if isinstance(message, dict) else message
+    values = message.pop(VALUES, []) if isinstance(message, dict) else []
+    message = unify_value(message)  # which images are exempt from
     if isinstance(message, dict) and "from" in message and "value" in message:
         message = convert_sharegpt_message(message)
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
@@ -60,7 +64,7 @@ def parse_message(message: Any) -> Fields:
         calls = parse_tool_calls(message.pop("tool_calls"))
         message |= {"tool_calls": calls} if calls else {}  # a server drops an empty list, which some templates misread
     message["content"] = parse_content(message)
-    return message
+    return {**message, VALUES: values} if values else message
 
 
 def convert_sharegpt_message(message: Fields) -> Fields:
@@ -110,7 +114,7 @@ def join_parts(parts: list[Any]) -> str:
         if not is_text_part(part):
             kind = part.get("type") if isinstance(part, dict) else None
             name = f"of type {kind!r}" if kind else f"that is {describe_value(part)}"
-            raise RowError(f"whose 'content' has a part {name}: only texts are trained on.")
+            raise RowError(f"whose 'content' has a part {name}: only texts and images are read.")
         texts.append(part["text"])
     return "".join(texts)
 

@@ -70,6 +70,11 @@ class ResumableSFTTrainer(ResumableMixin, WholeBatches, SFTTrainer):
 
         return super().compute_loss(compute_outputs, inputs, *args, **kwargs)
 
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the images of rows, which the collator opens."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*self._signature_columns, "pictures"]
+
     def use_batch_facts(self) -> None:
         """Have batches bring facts that their own rank finds. Batches that one rank makes for all cannot."""
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model

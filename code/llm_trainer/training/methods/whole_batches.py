@@ -43,7 +43,7 @@ def fill_batches(rows: Dataset, batch_rows: int, num_sequences: int = 1) -> Data
         return rows
     blank = {"input_ids": rows[0]["input_ids"][:1] * num_sequences, "labels": [IGNORED] * num_sequences}
     blank |= {"length": num_sequences, "seq_lengths": [1] * num_sequences, "row": 0, "desirable": False}
-    blank["margin"] = 0.0
+    blank |= {"margin": 0.0, "pictures": []}
     blank |= {"other_ids": rows[0]["input_ids"][:1], "other_labels": [IGNORED]}
     blank = {name: blank[name] for name in rows.column_names}
     return concatenate_datasets([rows, Dataset.from_list([blank] * num_missing, features=rows.features)])

@@ -134,7 +134,7 @@ def test_reasoning_needs_no_content():
 def test_content_in_parts_is_joined():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert parse({"messages": [{"role": "user", "content": parts}]}).messages[0]["content"] == "ab"
-    image = [{"type": "image_url", "image_url": {}}]
-    assert "message 1 whose 'content' has a part of type 'image_url'" in problem_of(
-        {"messages": [{"role": "user", "content": image}]}
+    sound = [{"type": "input_audio", "input_audio": {}}]
+    assert "message 1 whose 'content' has a part of type 'input_audio'" in problem_of(
+        {"messages": [{"role": "user", "content": sound}]}
     )

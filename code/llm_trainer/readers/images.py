@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of rows: where their bytes are, and what they show, opened within bounds.
+
+A row names an image by a file, or brings its bytes. Nothing outside of the channel is read, and no address is asked
+unless the settings allow it. What is opened is one of a few formats, and small enough by its header.
+"""
+
+import base64
+import binascii
+import io
+import stat
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+from urllib.error import URLError
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from llm_trainer.common.errors import cut_quote, quote_error
+from llm_trainer.readers.rows import FilePart
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others run programs, or are as good as never met
+READABLE = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the tag of Exif, and its values that swap width and height
+DATA_URI, ADDRESSES = "data:", ("http://", "https://")
+MAX_EMBEDDED_BYTES = 64 * 2**20
+FETCH_SECONDS = 30
+SMALL = (64, 64)  # a JPEG is read to its end at the scale that is next to this, in a fraction of the time
+# Raised by Pillow for files that are cut, damaged, or made to harm. Its readers raise almost anything.
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError)
+
+
+class ImageError(ValueError):
+    """A reason why an image cannot be used, and how to mend it: the rest of a sentence that begins with its row."""
+
+
+@dataclass(frozen=True)
+class ImageRules:
+    """The settings that bound images."""
+
+    max_pixels: int
+    allow_remote: bool = False
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """The place of an image's encoded bytes: a file or a part of one, or the bytes themselves."""
+
+    path: str = ""  # empty where the bytes are here
+    offset: int = 0
+    size: int = 0  # of the part; 0: the whole file
+    data: bytes = b""
+
+    def open(self) -> IO[bytes]:
+        """Return the encoded bytes as a file."""
+        if not self.path:
+            return io.BytesIO(self.data)
+        if not self.size:
+            return open(self.path, "rb")
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return io.BytesIO(file.read(self.size))
+
+    def describe(self) -> str:
+        """Return the image's name for a message."""
+        return f"the image {cut_quote(Path(self.path).name)}" if self.path else "an image given by its bytes"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image that was found and read to its end, with its size in pixels."""
+
+    ref: ImageRef
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The folder that a source's images may not leave."""
+
+    path: Path | None = None  # None for a data set of the Hub
+    is_sharded: bool = False  # whether other hosts have other files, so that a row has to bring its images' bytes
+
+
+@dataclass(frozen=True)
+class ImagePlace:
+    """The data file that rows come from, and the folder of their images."""
+
+    file: Path | None  # None for rows of the Hub
+    folder: ImageFolder
+
+
+def find_image(value: Any, place: ImagePlace, rules: ImageRules) -> ImageRef:
+    """Return where the image is that a row's value gives. Raises ImageError."""
+    ref = locate_image(value, place, rules)
+    if not (ref.path and place.folder.is_sharded):
+        return ref
+    with ref.open() as file:
+        return ImageRef(data=file.read(MAX_EMBEDDED_BYTES))
+
+
+def locate_image(value: Any, place: ImagePlace, rules: ImageRules) -> ImageRef:
+    """Return the place on this host of the image that a row's value gives. Raises ImageError."""
+    if isinstance(value, FilePart):
+        return ImageRef(str(value.path), value.offset, value.size)
+    if isinstance(value, bytes):
+        return ImageRef(data=value)
+    assert isinstance(value, str)
+    if value.startswith(DATA_URI):
+        return ImageRef(data=decode_uri(value))
+    if value.startswith(ADDRESSES):
+        if not rules.allow_remote:
+            raise ImageError(
+                f"has an image at the address {cut_quote(value)!r}: put the file beside the data, or set "
+                "allow_remote_images=true."
+            )
+        return ImageRef(data=fetch(value))
+    return ImageRef(str(find_file(value, place)))
+
+
+def decode_uri(uri: str) -> bytes:
+    """Return the bytes of a data URI. Raises ImageError where it is not base64."""
+    head, comma, text = uri.partition(",")
+    try:
+        if not comma or not head.endswith(";base64"):
+            raise ValueError("no ;base64, in it")
+        return base64.b64decode(text, validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise ImageError(
+            f"has an image whose data URI cannot be read ({error}): write data:image/png;base64,... ."
+        ) from error
+
+
+def fetch(address: str) -> bytes:
+    """Return what is at an address. Raises ImageError where none comes, or more than MAX_EMBEDDED_BYTES."""
+    try:
+        with urllib.request.urlopen(address, timeout=FETCH_SECONDS) as answer:
+            data: bytes = answer.read(MAX_EMBEDDED_BYTES + 1)
+    except (URLError, OSError, ValueError) as error:
+        raise ImageError(
+            f"has an image at {cut_quote(address)!r} that does not come ({quote_error(error)}): put the file beside "
+            "the data."
+        ) from error
+    if len(data) > MAX_EMBEDDED_BYTES:
+        raise ImageError(f"has an image at {cut_quote(address)!r} of more than {MAX_EMBEDDED_BYTES // 2**20} MiB.")
+    return data
+
+
+def find_file(name: str, place: ImagePlace) -> Path:
+    """Return the file that a row names. Raises ImageError where it is outside of the channel, or is not there."""
+    quoted = cut_quote(name)
+    folder = place.folder.path
+    if place.file is None or folder is None:
+        raise ImageError(f"names the image file {quoted!r}, and a Hub data set has no files beside it: give bytes.")
+    path = PurePosixPath(name)
+    if not name.strip() or path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ImageError(
+            f"names the image file {quoted!r}: give a name relative to the data file, within its channel and without "
+            "'..'."
+        )
+    file = place.file.parent / path
+    try:
+        target = file.resolve(strict=True)
+        is_file = stat.S_ISREG(target.stat().st_mode)
+    except (OSError, RuntimeError) as error:
+        raise ImageError(
+            f"names the image file {quoted!r}, which is not there: put it beside {place.file.name}, or mend the name."
+        ) from error
+    if not target.is_relative_to(folder.resolve()):
+        raise ImageError(f"names the image file {quoted!r}, a link out of its channel: give the file itself.")
+    if not is_file:
+        raise ImageError(f"names the image file {quoted!r}, which is no regular file: give a file.")
+    return target
+
+
+def inspect_image(ref: ImageRef, rules: ImageRules) -> tuple[int, int]:
+    """Return an image's height and width, after it was read to its end. Raises ImageError as `open_image` does."""
+    with opened(ref, rules) as image:
+        width, height = image.size
+        if image.getexif().get(ORIENTATION) in TURNED:
+            width, height = height, width
+        image.draft("RGB", SMALL)  # of a JPEG alone
+        image.load()
+        refuse_floats(image, ref)
+    return height, width
+
+
+def open_image(ref: ImageRef, rules: ImageRules) -> Image.Image:
+    """Return an image as RGB with 8 bit a colour: upright, its first frame, on white where it is transparent.
+
+    Raises ImageError where it is missing, damaged, of another kind, or has more pixels than the rules allow.
+    """
+    with opened(ref, rules) as image:
+        image.load()
+        refuse_floats(image, ref)
+        return convert_to_rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def opened(ref: ImageRef, rules: ImageRules) -> Iterator[Image.Image]:
+    """Open an image by its header. Raises ImageError, also for what fails within the block."""
+    try:
+        with warnings.catch_warnings(), ref.open() as file:
+            warnings.simplefilter("ignore")  # of bombs, which are refused below, and of odd metadata
+            image = Image.open(file, formats=FORMATS)
+            if image.width * image.height > rules.max_pixels:
+                raise ImageError(describe_excess(ref, f"{image.width} x {image.height} pixels", rules))
+            yield image
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(describe_excess(ref, "hundreds of millions of pixels", rules)) from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"has {ref.describe()}, which is no {READABLE} file: convert or remove it.") from error
+    except FileNotFoundError as error:
+        raise ImageError(f"has {ref.describe()}, which is no longer there: put it back.") from error
+    except UNREADABLE as error:
+        raise ImageError(
+            f"has {ref.describe()}, which is damaged or cut off ({quote_error(error)}): write it again, or remove the "
+            "row."
+        ) from error
+
+
+def describe_excess(ref: ImageRef, found: str, rules: ImageRules) -> str:
+    """Return the reason why an image is too large."""
+    return (
+        f"has {ref.describe()} with {found} and max_image_pixels={rules.max_pixels}: shrink it, or raise "
+        "max_image_pixels."
+    )
+
+
+def refuse_floats(image: Image.Image, ref: ImageRef) -> None:
+    """Raise ImageError for an image of fractions, whose white no file tells."""
+    if image.mode == "F":
+        raise ImageError(f"has {ref.describe()}, whose pixels are fractions: write it with 8 or 16 bit a colour.")
+
+
+def convert_to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image of any mode as RGB, on white where it is transparent."""
+    if image.mode.startswith("I"):
+        image = reduce_depth(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def reduce_depth(image: Image.Image) -> Image.Image:
+    """Return an image of 16 bit, which Pillow may hold in 32, with the upper 8 of them."""
+    values = np.asarray(image).astype(np.int64).clip(0, 2**16 - 1)
+    return Image.fromarray((values >> 8).astype(np.uint8), "L")

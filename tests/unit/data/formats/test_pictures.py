@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of a row are found wherever it has them, and each of them stands where the row puts it."""
+
+import base64
+
+import pytest
+
+from llm_trainer.config.schema import Settings
+from llm_trainer.data.formats.detection import detect_format, list_read_fields, parse_example
+from llm_trainer.data.formats.examples import RowError
+from llm_trainer.data.formats.pictures import IMAGE_MARK, split_parts
+from llm_trainer.readers.rows import FilePart
+
+ANSWER = {"role": "assistant", "content": "A cat."}
+BYTES = b"\x89PNG"
+
+
+def parse(fields, method="sft"):
+    settings = Settings(method=method).data
+    return parse_example(fields, detect_format(fields, settings), settings, True)
+
+
+def find_problem(fields, method="sft"):
+    with pytest.raises(RowError) as error:
+        parse(fields, method)
+    return str(error.value)
+
+
+def ask(content, **fields):
+    return {"messages": [{"role": "user", "content": content}, ANSWER], **fields}
+
+
+def look(content, **fields):
+    """The question with M for each image, and the images."""
+    example = parse(ask(content, **fields))
+    assert all(set(message) == {"role", "content"} for message in example.messages)
+    return example.messages[0]["content"].replace(IMAGE_MARK, "M"), example.images
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ({"type": "image", "image": "a.png"}, "a.png"),
+        ({"type": "image", "image": BYTES}, BYTES),
+        ({"type": "image", "image": {"bytes": BYTES, "path": None}}, BYTES),
+        ({"type": "image", "image": {"bytes": None, "path": "a.png"}}, "a.png"),
+        ({"type": "image", "path": "a.png", "text": None}, "a.png"),
+        ({"type": "image", "url": "https://host/a.png"}, "https://host/a.png"),
+        ({"type": "image", "base64": "QUJD"}, "data:image;base64,QUJD"),
+        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}, "data:image/png;base64,QUJD"),
+        ({"type": "image_url", "image_url": "a.png"}, "a.png"),
+        ({"type": "input_image", "image_url": "a.png"}, "a.png"),
+    ],
+)
+def test_a_part_with_an_image_stands_where_it_is(part, value):
+    assert look([{"type": "text", "text": "Is "}, part, {"type": "text", "text": " red?"}]) == ("Is M red?", (value,))
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        (["a.png"], ("a.png",)),
+        ("a.png", ("a.png",)),
+        ('["a.png"]', ("a.png",)),
+        ([{"bytes": BYTES, "path": "a.png"}], (BYTES,)),
+        ({"bytes": "BM text", "path": None}, (b"BM text",)),
+    ],
+)
+@pytest.mark.parametrize("name", ["images", "image"])
+@pytest.mark.parametrize(
+    ("content", "seen"),
+    [
+        ("Is <image> red?", "Is M red?"),
+        ([{"type": "text", "text": "Is "}, {"type": "image"}, {"type": "text", "text": " red?"}], "Is M red?"),
+        ([{"type": "image", "text": None, "index": 0}, {"type": "text", "text": "Red?"}], "MRed?"),
+        ("Red?", "MRed?"),
+    ],
+)
+def test_a_column_fills_the_placeholders(column, values, name, content, seen):
+    assert look(content, **{name: column}) == (seen, values)
+
+
+def test_a_part_of_a_shard_is_an_image():
+    part = FilePart("a.tar", 0, 9, "a.tar:1.png")
+    assert look("<image>?", images=[part]) == ("M?", (part,))
+
+
+def test_images_keep_their_order_over_messages_and_places():
+    own = {"type": "image", "image": "own.png"}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "<image> and "}, own, {"type": "image"}]},
+        {"role": "assistant", "content": "Both."},
+        {"role": "user", "content": "And <image>?"},
+        ANSWER,
+    ]
+    example = parse({"messages": messages, "images": ["1.png", "2.png", "3.png"]})
+    assert example.images == ("1.png", "own.png", "2.png", "3.png")
+    assert [message["content"].count(IMAGE_MARK) for message in example.messages] == [3, 0, 1, 0]
+
+
+def test_other_formats_have_images_too():
+    rows = [
+        {
+            "conversations": [{"from": "human", "value": "<image>\nRed?"}, {"from": "gpt", "value": "Yes."}],
+            "image": "a",
+        },
+        {"instruction": "<image>\nRed?", "output": "Yes.", "images": ["a"]},
+        {"prompt": [{"role": "user", "content": "<image>\nRed?"}], "completion": [ANSWER], "images": ["a"]},
+    ]
+    for row in rows:
+        example = parse(row)
+        assert (example.messages[0]["content"], example.images) == (f"{IMAGE_MARK}\nRed?", ("a",))
+        settings = Settings().data
+        assert {"images", "image"} <= list_read_fields(detect_format(row, settings), settings, True)
+    text = parse({"text": "A cat.", "images": ["a"]})
+    assert (text.text, text.images) == (f"{IMAGE_MARK}A cat.", ("a",))
+    text = parse({"prompt": "<image>Red? ", "completion": "Yes.", "images": ["a"]})
+    assert (text.text, text.num_prompt_characters) == (f"{IMAGE_MARK}Red? Yes.", len(f"{IMAGE_MARK}Red? "))
+
+
+@pytest.mark.parametrize("fields", [{}, {"images": []}, {"images": None}, {"image": ""}])
+def test_without_images_a_text_stays_as_it_is(fields):
+    assert look("Write <image>", **fields) == ("Write <image>", ())
+
+
+@pytest.mark.parametrize(
+    ("content", "images", "reason"),
+    [
+        ("<image> <image>", ["a"], "has 1 images and 2 placeholders for them"),
+        ("<image>", ["a", "b"], "has 2 images and 1 placeholders for them"),
+        ([{"type": "image"}], None, "has 0 images and 1 placeholders for them"),
+        ("<image>", [7], "has an image that is a number"),
+        ("<image>", [{"bytes": None, "path": None}], "has an image that is null"),
+        ([{"type": "image", "image": {"x": 1}}], None, "has an image that is null"),
+    ],
+)
+def test_images_and_placeholders_that_do_not_match_are_told(content, images, reason):
+    assert reason in find_problem(ask(content, images=images))
+
+
+def test_a_row_without_a_question_has_no_place_for_its_images():
+    assert "no message of a user" in find_problem({"messages": [ANSWER], "images": ["a"]})
+    texts = {"text": "<image> <image>", "images": ["a"]}
+    assert "has 1 images and 2 placeholders for them" in find_problem(texts)
+
+
+@pytest.mark.parametrize(
+    ("method", "row"),
+    [
+        (
+            "dpo",
+            {"prompt": ask([{"type": "image", "image": "a"}])["messages"][:1], "chosen": [ANSWER], "rejected": "No."},
+        ),
+        ("dpo", {"prompt": "Red?", "chosen": "Yes.", "rejected": "No.", "images": ["a"]}),
+        ("kto", {"prompt": "Red?", "completion": "Yes.", "label": True, "images": ["a"]}),
+    ],
+)
+def test_other_methods_refuse_images(method, row):
+    assert f"has images, which method={method} does not take" in find_problem(row, method)
+
+
+def test_a_text_with_marks_becomes_parts():
+    assert split_parts(f"a{IMAGE_MARK}b") == [
+        {"type": "text", "text": "a"},
+        {"type": "image"},
+        {"type": "text", "text": "b"},
+    ]
+    assert split_parts("") == [{"type": "text", "text": ""}]
+
+
+def test_base64_in_a_part_is_what_was_encoded():
+    encoded = base64.b64encode(BYTES).decode()
+    _, (uri,) = look([{"type": "image", "base64": encoded}])
+    assert uri.endswith(encoded)

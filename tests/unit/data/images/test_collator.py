@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A batch of rows is what the model's own processor gives for the same conversations."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from llm_trainer.common.errors import UserError
+from llm_trainer.data.formats.examples import IGNORED
+from llm_trainer.data.images.collator import ImageCollator
+from llm_trainer.readers.images import ImageRules
+from support.tiny_processors import KINDS, build_vocabulary, draw, prepare_rows, read_template
+
+SIZES = [(100, 60), (40, 90), (30, 30)]
+PICTURES = [draw(*size, seed) for seed, size in enumerate(SIZES)]
+
+
+def encode(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def say(role, *parts):
+    texts = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in parts]
+    return {"role": role, "content": texts}
+
+
+def show(image):
+    return {"type": "image", "image": image}
+
+
+ROWS = [
+    {
+        "messages": [{"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", "content": "A cat."}],
+        "images": ["0.png"],
+    },
+    {"messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "Me."}]},
+    {
+        "messages": [
+            say("user", show({"bytes": encode(PICTURES[1]), "path": None}), " and ", show("2.png"), " differ?"),
+            say("assistant", "Much."),
+            say("user", "Sure?"),
+            say("assistant", "Yes."),
+        ]
+    },
+]
+CONVERSATIONS = [
+    [say("user", show(PICTURES[0]), "\nWhat is it?"), say("assistant", "A cat.")],
+    [say("user", "Who are you?"), say("assistant", "Me.")],
+    [
+        say("user", show(PICTURES[1]), " and ", show(PICTURES[2]), " differ?"),
+        say("assistant", "Much."),
+        say("user", "Sure?"),
+        say("assistant", "Yes."),
+    ],
+]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def vocabulary(kind, tmp_path):
+    for number, picture in enumerate(PICTURES):
+        picture.save(tmp_path / f"{number}.png")
+    return build_vocabulary(kind, tmp_path)
+
+
+def collate(vocabulary, rows, **options):
+    pad = vocabulary.tokenizer.pad_token_id
+    return ImageCollator(vocabulary.images, ImageRules(10**7), pad, **options)(list(rows))
+
+
+def process(vocabulary, kind, conversations, **options):
+    return vocabulary.images.processor.apply_chat_template(
+        conversations,
+        chat_template=read_template(kind, "_training"),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"padding": True, "padding_side": "right", "add_special_tokens": False, **options},
+    )
+
+
+@pytest.mark.parametrize("places", [[0, 1, 2], [2, 0], [0], [2], [0, 1, 1], [1]])
+def test_a_batch_is_what_the_processor_gives(vocabulary, kind, places, tmp_path):
+    rows, report = prepare_rows(vocabulary, ROWS, tmp_path)
+    assert (report.num_rows, report.num_images, report.num_rows_with_images) == (3, 3, 2)
+    batch = collate(vocabulary, (rows[place] for place in places))
+    expected = dict(process(vocabulary, kind, [CONVERSATIONS[place] for place in places]))
+    mask = expected.pop("assistant_masks")
+    expected["labels"] = torch.where(mask == 1, expected["input_ids"], IGNORED)
+    if places == [1]:  # a text has no image to tell apart
+        expected.pop("mm_token_type_ids", None)
+    assert batch.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(batch[name], value), name
+        assert batch[name].dtype == value.dtype, name
+
+
+def test_no_token_of_an_image_is_trained_on(vocabulary, kind, tmp_path):
+    rows, _ = prepare_rows(vocabulary, ROWS, tmp_path, assistant_only_loss=False)
+    for row in rows:
+        labels = np.array(row["labels"])
+        taken = np.zeros(len(labels), dtype=bool)
+        for placed in row["pictures"]:
+            taken[placed["start"] : placed["start"] + placed["tokens"]] = True
+        assert ((labels == IGNORED) == taken).all()
+        image_token = vocabulary.images.image_token_id
+        assert not (np.array(row["input_ids"])[~taken] == image_token).any()
+
+
+def test_rows_are_padded_to_a_multiple(vocabulary, kind, tmp_path):
+    rows, _ = prepare_rows(vocabulary, ROWS, tmp_path)
+    batch = collate(vocabulary, rows, pad_to_multiple_of=64)
+    assert batch["input_ids"].shape[1] % 64 == 0
+    plain = collate(vocabulary, rows)
+    assert torch.equal(batch["pixel_values"], plain["pixel_values"])
+    assert torch.equal(batch["labels"][:, : plain["labels"].shape[1]], plain["labels"])
+
+
+@pytest.mark.parametrize("size", [(300, 20), (20, 300)])
+def test_an_image_that_has_changed_or_gone_is_told(vocabulary, kind, tmp_path, size):
+    rows, _ = prepare_rows(vocabulary, ROWS[:1], tmp_path)
+    draw(*size).save(tmp_path / "0.png")
+    with pytest.raises(UserError, match=r"the image 0\.png, of another size than when the data were read"):
+        collate(vocabulary, rows)
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(UserError, match=r"A row has the image 0\.png, which is no longer there"):
+        collate(vocabulary, rows)
+
+
+def test_batches_are_made_in_processes_beside(vocabulary, kind, tmp_path):
+    rows, _ = prepare_rows(vocabulary, ROWS, tmp_path)
+    collator = ImageCollator(vocabulary.images, ImageRules(10**7), vocabulary.tokenizer.pad_token_id)
+    beside = list(DataLoader(rows, batch_size=2, num_workers=1, collate_fn=collator))
+    for batch, places in zip(beside, ([0, 1], [2]), strict=True):
+        own = collator([rows[place] for place in places])
+        assert batch.keys() == own.keys()
+        assert all(torch.equal(batch[name], own[name]) for name in own)

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images open within bounds, whatever a row names and whatever a file holds."""
+
+import base64
+import io
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llm_trainer.readers import images
+from llm_trainer.readers.images import (
+    FORMATS,
+    ImageError,
+    ImageFolder,
+    ImagePlace,
+    ImageRef,
+    ImageRules,
+    find_image,
+    inspect_image,
+    open_image,
+)
+from llm_trainer.readers.rows import FilePart
+from support.tiny_processors import draw
+
+RULES = ImageRules(1_000_000)
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+def encode(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def open_bytes(data, rules=RULES):
+    """The image, after the look at it that rows are checked by."""
+    ref = ImageRef(data=data)
+    size = inspect_image(ref, rules)
+    image = open_image(ref, rules)
+    assert (image.height, image.width) == size and image.mode == "RGB"
+    return image
+
+
+def find_reason(data, rules=RULES):
+    """Why an image is refused: for the same reason when it is looked at, and when it is opened."""
+    reasons = set()
+    for look in (inspect_image, open_image):
+        with pytest.raises(ImageError) as error:
+            look(ImageRef(data=data), rules)
+        reasons.add(str(error.value))
+    (reason,) = reasons
+    return reason
+
+
+@pytest.fixture
+def place(tmp_path):
+    channel = tmp_path / "train"
+    (channel / "deep").mkdir(parents=True)
+    draw(4, 4).save(channel / "a.png")
+    draw(4, 4).save(tmp_path / "outside.png")
+    (channel / "rows.jsonl").touch()
+    return ImagePlace(channel / "rows.jsonl", ImageFolder(channel))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_each_format_that_is_read_opens(kind):
+    assert open_bytes(encode(draw(9, 5), kind)).size == (9, 5)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_an_image_stands_upright(turn):
+    image = Image.new("RGB", (32, 16), RED)
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = turn
+    assert open_bytes(encode(image, "JPEG", exif=exif)).size == ((16, 32) if turn > 4 else (32, 16))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "CMYK", "YCbCr", "I;16", "I"])
+def test_each_mode_becomes_rgb(mode):
+    image = Image.new("RGB", (8, 8), WHITE)
+    if mode.startswith("I"):
+        values = np.full((8, 8), 65535, dtype=np.uint16 if mode == "I;16" else np.int32)
+        image = Image.fromarray(values)
+    else:
+        image = image.convert(mode)
+    kind = "TIFF" if mode in ("CMYK", "YCbCr", "I", "PA") else "PNG"
+    if mode == "PA":
+        image = image.convert("RGBA")
+    assert open_bytes(encode(image, kind)).getpixel((3, 3)) == WHITE
+
+
+def test_sixteen_bit_keep_their_upper_eight():
+    values = np.array([[0, 0x1234, 0xFFFF]], dtype=np.uint16)
+    opened = open_bytes(encode(Image.fromarray(values)))
+    assert [opened.getpixel((place, 0))[0] for place in range(3)] == [0, 0x12, 0xFF]
+
+
+def test_what_is_transparent_is_white():
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    opened = open_bytes(encode(image))
+    assert (opened.getpixel((0, 0)), opened.getpixel((1, 0))) == (RED, WHITE)
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putpixel((1, 0), 1)
+    opened = open_bytes(encode(palette, transparency=0))
+    assert (opened.getpixel((0, 0)), opened.getpixel((1, 0))) == (WHITE, BLUE)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_an_animation_the_first_frame_is_seen(kind):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE)]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert open_bytes(data).getpixel((4, 4)) == RED
+
+
+def test_an_image_with_too_many_pixels_is_refused_by_its_header():
+    rules = ImageRules(99)
+    assert find_reason(encode(draw(10, 10)), rules) == (
+        "has an image given by its bytes with 10 x 10 pixels and max_image_pixels=99: shrink it, or raise "
+        "max_image_pixels."
+    )
+    assert open_bytes(encode(draw(9, 11)), rules).size == (9, 11)
+
+
+def test_a_bomb_is_refused_before_it_is_decoded():
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(10**6)))
+        + chunk(b"IEND", b"")
+    )
+    assert "pixels and max_image_pixels=150000000" in find_reason(bomb, ImageRules(150_000_000))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_that_is_cut_off_is_told(kind):
+    data = encode(draw(64, 64), kind)
+    reason = find_reason(data[: len(data) // 2])
+    assert reason.startswith("has an image given by its bytes, which is")
+
+
+def test_whatever_a_damaged_file_holds_is_an_image_or_told():
+    generator = random.Random(0)
+    for kind in FORMATS:
+        whole = encode(draw(16, 16), kind)
+        for _ in range(60):
+            data = bytearray(whole)
+            for _ in range(generator.randrange(1, 20)):
+                data[generator.randrange(len(data))] = generator.randrange(256)
+            try:
+                inspect_image(ImageRef(data=bytes(data)), RULES)
+                open_image(ImageRef(data=bytes(data)), RULES)
+            except ImageError as error:
+                assert str(error).endswith(".")
+
+
+@pytest.mark.parametrize("data", [b"", b"<svg/>", b"%!PS-Adobe-3.0 EPSF-3.0", b"PK\x03\x04", b"\0" * 100])
+def test_a_file_of_another_kind_is_told(data):
+    assert find_reason(data).endswith("which is no JPEG, PNG, WebP, GIF, BMP or TIFF file: convert or remove it.")
+
+
+def test_fractions_are_refused():
+    image = Image.fromarray(np.zeros((4, 4), dtype=np.float32))
+    assert "whose pixels are fractions" in find_reason(encode(image, "TIFF"))
+
+
+def test_an_image_is_found_by_each_value_that_a_row_may_have(place):
+    data = encode(draw(3, 2))
+    uri = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    shard = place.file.with_name("a.tar")
+    shard.write_bytes(b"before" + data + b"after")
+    part = FilePart(shard, 6, len(data), "a.tar:1.png")
+    for value in (data, uri, part):
+        assert inspect_image(find_image(value, place, RULES), RULES) == (2, 3)
+    assert find_image("a.png", place, RULES) == ImageRef(str(place.file.with_name("a.png")))
+
+
+def test_the_files_of_a_sharded_channel_come_with_the_row(place):
+    sharded = ImagePlace(place.file, ImageFolder(place.folder.path, is_sharded=True))
+    assert find_image("a.png", sharded, RULES) == ImageRef(data=place.file.with_name("a.png").read_bytes())
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "/etc/passwd", "deep/../../outside.png", "", " ", "a\0.png"])
+def test_a_name_that_leads_out_of_the_channel_is_refused(place, name):
+    with pytest.raises(ImageError, match="within its channel"):
+        find_image(name, place, RULES)
+
+
+def test_a_link_out_of_the_channel_is_refused_and_one_within_is_followed(place):
+    channel = place.folder.path
+    (channel / "out.png").symlink_to(channel.parent / "outside.png")
+    (channel / "in.png").symlink_to("a.png")
+    (channel / "up").symlink_to(channel.parent)
+    for name in ("out.png", "up/outside.png"):
+        with pytest.raises(ImageError, match="a link out of its channel"):
+            find_image(name, place, RULES)
+    assert inspect_image(find_image("in.png", place, RULES), RULES) == (4, 4)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("b.png", "which is not there"), ("deep", "which is no regular file")])
+def test_a_name_of_no_file_is_told(place, name, reason):
+    with pytest.raises(ImageError, match=reason):
+        find_image(name, place, RULES)
+
+
+def test_a_row_of_the_hub_names_no_file():
+    with pytest.raises(ImageError, match="a Hub data set has no files beside it"):
+        find_image("a.png", ImagePlace(None, ImageFolder()), RULES)
+
+
+@pytest.mark.parametrize("uri", ["data:image/png,abc", "data:image/png;base64,@@@", "data:"])
+def test_a_data_uri_that_is_not_base64_is_told(place, uri):
+    with pytest.raises(ImageError, match="whose data URI cannot be read"):
+        find_image(uri, place, RULES)
+
+
+def test_an_address_is_asked_only_if_the_settings_allow_it(place, monkeypatch):
+    asked = []
+
+    def answer(address, timeout):
+        asked.append(address)
+        if address.endswith("gone"):
+            raise OSError("no route")
+        return io.BytesIO(b"image" if address.endswith("a") else bytes(9))
+
+    monkeypatch.setattr(images.urllib.request, "urlopen", answer)
+    with pytest.raises(ImageError, match="allow_remote_images=true"):
+        find_image("https://host/a", place, RULES)
+    assert not asked
+    open_rules = ImageRules(100, allow_remote=True)
+    assert find_image("https://host/a", place, open_rules) == ImageRef(data=b"image")
+    with pytest.raises(ImageError, match="that does not come"):
+        find_image("https://host/gone", place, open_rules)
+    monkeypatch.setattr(images, "MAX_EMBEDDED_BYTES", 8)
+    with pytest.raises(ImageError, match="of more than"):
+        find_image("https://host/b", place, open_rules)

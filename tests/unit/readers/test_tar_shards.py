@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tar shard gives the rows that it was written from."""
+
+import io
+import json
+import tarfile
+
+import pytest
+
+from llm_trainer.readers.files import read_chunks
+from llm_trainer.readers.images import ImageRef
+from llm_trainer.readers.rows import BadRow, DamagedFile
+
+
+def write_shard(file, members):
+    with tarfile.open(file, "w") as shard:
+        for name, data in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            shard.addfile(entry, io.BytesIO(data))
+    return file
+
+
+def read(file):
+    return [row for chunk in read_chunks(file, file.name, 100) for row in chunk.rows]
+
+
+def open_part(part):
+    return ImageRef(str(part.path), part.offset, part.size).open().read()
+
+
+def test_members_of_one_key_are_a_row(tmp_path):
+    members = [
+        ("a/1.jpg", b"first"),
+        ("a/1.json", json.dumps({"messages": []}).encode()),
+        ("a/2.left.png", b"left"),
+        ("a/2.right.PNG", b"right"),
+        ("a/2.txt", "Zwölf".encode()),
+        ("a/3.txt", b"alone"),
+        ("b/3.cls", b"7"),
+        ("b/3.mp4", b"film"),
+        (".hidden", b""),
+        ("nothing", b""),
+    ]
+    rows = read(write_shard(tmp_path / "a.tar", members))
+    images = [[open_part(part) for part in row.pop("images", [])] for row in rows]
+    assert images == [[b"first"], [b"left", b"right"], [], []]
+    assert rows == [{"messages": []}, {"text": "Zwölf"}, {"text": "alone"}, {"mp4": "4 bytes"}]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'{"a": 1, "a": 2}'])
+def test_a_text_that_cannot_be_read_makes_a_bad_row_alone(tmp_path, content):
+    rows = read(write_shard(tmp_path / "a.tar", [("1.json", content), ("2.txt", b"good")]))
+    assert isinstance(rows[0], BadRow) and "1.json" in rows[0].reason
+    assert rows[1] == {"text": "good"}
+
+
+def test_a_shard_that_is_cut_off_is_told_after_its_rows(tmp_path):
+    file = write_shard(tmp_path / "a.tar", [(f"{number}.txt", bytes(2000)) for number in range(9)])
+    file.write_bytes(file.read_bytes()[:8000])
+    rows = []
+    with pytest.raises(DamagedFile, match=r"a\.tar is damaged"):
+        rows += [row for chunk in read_chunks(file, file.name, 1) for row in chunk.rows]
+
+
+def test_what_is_no_tar_file_is_told(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"text" * 1000)
+    with pytest.raises(DamagedFile, match=r"a\.tar is damaged before its first row"):
+        read(tmp_path / "a.tar")
