@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
 
 from llm_trainer.common import log
-from llm_trainer.common.ranks import local_rank, local_world_size, rank, world_size
+from llm_trainer.common.ranks import local_rank, rank, world_size
 from llm_trainer.common.safetensors_files import compute_sampled_digest
 from llm_trainer.config.checks import count_usable_hosts
 from llm_trainer.config.global_batch import describe_batch
@@ -24,7 +24,6 @@ from llm_trainer.config.schema import Settings, describe_settings
 from llm_trainer.config.sections import AdapterSettings
 from llm_trainer.data.datasets import Data, DataPlaces, check_full_batch, load_data
 from llm_trainer.data.fingerprints import describe_split
-from llm_trainer.data.images.collator import ImageCollator
 from llm_trainer.data.preview import advise_weights, log_data
 from llm_trainer.data.streaming import AUDITED_ROWS
 from llm_trainer.export.export import finish_result, place_result, publish_result, warn_of_failure
@@ -66,7 +65,6 @@ from llm_trainer.planning.fitting import Fit, Fitter
 from llm_trainer.planning.learning import Learnt
 from llm_trainer.planning.other_instances import add_other_instances
 from llm_trainer.planning.workload import measure_work
-from llm_trainer.readers.images import ImageRules
 from llm_trainer.training.loss_check import check_loss, check_rewards
 from llm_trainer.training.methods import TrainingMethod, choose_method
 from llm_trainer.training.methods.run_batches import find_run_batches
@@ -91,11 +89,11 @@ from llm_trainer.training.trainer_config import (
     ArgumentSources,
     TrainerParts,
     build_arguments,
+    build_image_collator,
     build_trainer,
     join_cpu_ranks,
 )
 
-MAX_IMAGE_WORKERS = 4  # a device, by default
 PLAN_BESIDE = "the plan beside what the job took"
 
 
@@ -265,8 +263,9 @@ def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
     context.timeline.mark("packing")
 
     model, kept_layers = (base, prepared.tokenizer, planned.arguments), planned.memory.kept_layers
-    collator = build_image_collator(settings, prepared, planned.arguments) or packing.collator
-    parts = TrainerParts(*model, splits, collator, model_plan.lora, kept_layers)
+    rules = settings.data, settings.training
+    images = build_image_collator(prepared.data.images, *rules, prepared.tokenizer, planned.arguments)
+    parts = TrainerParts(*model, splits, images or packing.collator, model_plan.lora, kept_layers)
     run_context = build_run_context(context, prepared, identity)
     patience = settings.training.early_stopping_patience if settings.training.early_stopping else None
     trainer = build_trainer(prepared.method, parts, run_context, patience)
@@ -428,19 +427,6 @@ def pack_rows(
         num_sequences = packing.splits["train"].num_sequences
         check_full_batch(num_sequences, packing.unit, settings.training, world_size())
     return packing, splits
-
-
-def build_image_collator(settings: Settings, prepared: Prepared, arguments: SFTConfig) -> ImageCollator | None:
-    """Return what makes batches of rows with images, in processes beside the training; None where no row has any."""
-    images = prepared.data.images
-    if images is None:
-        return None
-    if not settings.is_given("dataloader_num_workers"):
-        arguments.dataloader_num_workers = min(MAX_IMAGE_WORKERS, len(os.sched_getaffinity(0)) // local_world_size())
-        log.info(f"Images are processed in {arguments.dataloader_num_workers} processes a device")
-    data = settings.data
-    rules = ImageRules(data.max_image_pixels, data.allow_remote_images)
-    return ImageCollator(images, rules, prepared.tokenizer.pad_token_id, arguments.pad_to_multiple_of)
 
 
 def describe_run_parts(context: Context, prepared: Prepared, packing: Packing, sharded: bool) -> RunParts:

@@ -38,7 +38,9 @@ def test_a_missing_channel(tree):
 
 def test_an_empty_channel(tree):
     (tree.base_dir / "input/data/train/train.jsonl").unlink()
-    assert fail(tree).startswith("Channel 'train' has no .json, .jsonl, .csv, .tsv, .parquet, .arrow or .feather file")
+    assert fail(tree).startswith(
+        "Channel 'train' has no .json, .jsonl, .csv, .tsv, .parquet, .arrow, .feather or .tar file"
+    )
 
 
 def test_a_model_folder_without_weights(tree):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer of a job, and its arguments. No other module names TRL's and Transformers' training arguments."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,16 +28,18 @@ from trl import SFTConfig
 
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError, quote_error
-from llm_trainer.common.ranks import world_size
+from llm_trainer.common.ranks import local_world_size, world_size
 from llm_trainer.config.global_batch import PIECES
-from llm_trainer.config.sections import METHOD_FIELDS, TrainingSettings
+from llm_trainer.config.sections import METHOD_FIELDS, DataSettings, TrainingSettings
 from llm_trainer.config.trl_config_fields import read_snapshot
 from llm_trainer.data.images.collator import ImageCollator
+from llm_trainer.data.images.processing import ImageProcessing
 from llm_trainer.model.config_file import drop_contradictions
 from llm_trainer.model.layers.fused_adapters import fuse_adapters
 from llm_trainer.model.memory.fit import MemoryPlan
 from llm_trainer.model.memory.shape import find_layer_list
 from llm_trainer.model.precision import set_adapter_types
+from llm_trainer.readers.images import ImageRules
 from llm_trainer.training.methods import TrainingMethod
 from llm_trainer.training.packing import PackingCollator
 from llm_trainer.training.resumable import ResumableMixin, RunContext
@@ -60,6 +63,7 @@ ACTED_ON = frozenset(
     | {"packing", "packing_strategy", "padding_free", "eval_packing", "dataset_kwargs"}
 )
 RECOMPUTATION = {"use_reentrant": False}  # the other kind loses gradients of frozen inputs
+MAX_IMAGE_WORKERS = 4  # processes of a device that process images, by default
 ADAPTER_FACTOR = 10  # by which an adapter learns faster than all weights, as TRL's documentation advises
 
 
@@ -138,6 +142,27 @@ def build_trainer(method: TrainingMethod, parts: TrainerParts, run: RunContext, 
     for callback in list_callbacks(parts.kept_layers, patience):
         trainer.add_callback(callback)
     return trainer
+
+
+def build_image_collator(
+    images: ImageProcessing | None,
+    data: DataSettings,
+    training: TrainingSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: SFTConfig,
+) -> ImageCollator | None:
+    """Return what makes batches of rows with images, in processes beside the training; None where no row has any.
+
+    The arguments get a number of these processes unless it is given.
+    """
+    if images is None:
+        return None
+    if not training.is_given("dataloader_num_workers"):
+        cores = len(os.sched_getaffinity(0)) // local_world_size()
+        arguments.dataloader_num_workers = min(MAX_IMAGE_WORKERS, cores)
+        log.info(f"Images are processed in {arguments.dataloader_num_workers} processes a device")
+    rules = ImageRules(data.max_image_pixels, data.allow_remote_images)
+    return ImageCollator(images, rules, tokenizer.pad_token_id, arguments.pad_to_multiple_of)
 
 
 def list_callbacks(kept_layers: int, patience: int | None) -> Iterator[TrainerCallback]:

@@ -113,7 +113,7 @@ def test_everything_missing_is_told_at_once(tree, inputs_of):
 def test_a_channel_without_data_files_is_told_with_what_is_there(tree, inputs_of):
     (tree.base_dir / "input/data/train/train.jsonl").rename(tree.base_dir / "input/data/train/train.xlsx")
     _, (problem,) = inputs_of()
-    assert "Channel 'train' has no .json, .jsonl, .csv, .tsv, .parquet, .arrow or .feather file" in problem
+    assert "Channel 'train' has no .json, .jsonl, .csv, .tsv, .parquet, .arrow, .feather or .tar file" in problem
     assert "found: train.xlsx" in problem
 
 

@@ -89,7 +89,7 @@ def test_a_path_comes_before_channels_and_may_be_any_file(tree, find):
 def test_a_missing_path_and_an_empty_channel_are_told(tree, find):
     (tree.base_dir / "input/data/train/train.jsonl").rename(tree.base_dir / "input/data/train/train.txt")
     _, (problem,) = find()
-    assert "Channel 'train' has no .json, .jsonl, .csv, .tsv, .parquet, .arrow or .feather file" in problem
+    assert "Channel 'train' has no .json, .jsonl, .csv, .tsv, .parquet, .arrow, .feather or .tar file" in problem
     assert "found: train.txt" in problem
     tree.change(train_dataset_path="/no/such/place")
     _, (problem,) = find()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images in a row's messages and columns: each leaves a mark in the text where it stands.
 
-A row has them in parts of a content ({"type": "image", "image": ...}, OpenAI's {"type": "image_url", ...}), or in a
-column `images` or `image`, with a placeholder for each in the texts: a part without a value, or the text <image>.
+A row has them in parts of a content, such as {"type": "image", "image": ...} or OpenAI's {"type": "image_url", ...}.
+Or it has a column `images` or `image`, and a placeholder for each: a part without a value, or <image> in a text.
 """
 
 import re
