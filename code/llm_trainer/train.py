@@ -43,6 +43,8 @@ from llm_trainer.journal.manifest import Manifest
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.model import adapter_file, loading, lora, lora_init
 from llm_trainer.model.device import find_device
+from llm_trainer.model.kinds.text_pass import give_token_types
+from llm_trainer.model.kinds.tower import freeze_tower
 from llm_trainer.model.layers import float8
 from llm_trainer.model.liger import apply_liger
 from llm_trainer.model.memory.fit import MemoryPlan, choose_memory_plan, describe_memory_plan, find_target
@@ -352,6 +354,7 @@ def collect_argument_sources(job: Job) -> ArgumentSources:
         use_peft=job.settings.adapter.use_peft,
         has_validation=bool(job.inputs.validation),
         checkpoint_dir=job.inputs.checkpoint_dir,
+        train_vision=job.settings.adapter.train_vision,
     )
 
 
@@ -403,6 +406,9 @@ def load_base(context: Context, prepared: Prepared, planned: Planned) -> PreTrai
     else:
         device = model_plan.device.torch
         base = loading.load_model(model_plan.folder, settings.model, model_plan.load_options, device)
+    if not settings.adapter.train_vision:
+        freeze_tower(base)
+    give_token_types(base, model_plan.token_types)
     if model_plan.liger.is_on:
         apply_liger(base, model_plan.liger.collect_options(settings.model))
     return base

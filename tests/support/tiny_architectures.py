@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny configs of every causal language model that Transformers knows, made by shrinking each class's own defaults."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -40,17 +41,17 @@ def build_tiny_config(model_type: str) -> PreTrainedConfig:
     return config_class(**{**values, **OVERRIDES.get(model_type, {})})
 
 
-def shrink(config: PreTrainedConfig) -> dict[str, Any]:
+def shrink(config: PreTrainedConfig, sizes: Mapping[str, int] = SIZES) -> dict[str, Any]:
     """Return small values for the sizes that a config has, and for those of its parts."""
     whole = config.to_dict()
     names = {*whole, *config.attribute_map}
     values: dict[str, Any] = {
-        name: size for name, size in SIZES.items() if name in names and not isinstance(whole.get(name), (list, dict))
+        name: size for name, size in sizes.items() if name in names and not isinstance(whole.get(name), (list, dict))
     }
     for name in config.sub_configs:
         part = getattr(config, name, None)
         if isinstance(part, PreTrainedConfig):
-            values[name] = {"model_type": part.model_type, **shrink(part), **OVERRIDES.get(part.model_type, {})}
+            values[name] = {"model_type": part.model_type, **shrink(part, sizes), **OVERRIDES.get(part.model_type, {})}
     return values
 
 

@@ -248,7 +248,8 @@ def examine_arguments(job: Job, validation: Validation) -> None:
 
     given = {name: value for name, value in settings.given.items() if name not in GPU_ARGUMENTS}
     use_peft, has_validation = settings.adapter.use_peft, bool(inputs.validation)
-    sources = ArgumentSources(given, settings.training, use_peft, has_validation, inputs.checkpoint_dir)
+    vision = settings.adapter.train_vision
+    sources = ArgumentSources(given, settings.training, use_peft, has_validation, inputs.checkpoint_dir, vision)
     try:
         cpu = torch.device("cpu")
         rehearse_step(build_arguments(choose_method(settings.data.method), sources, cpu, torch.float32), cpu)
@@ -333,6 +334,7 @@ def examine_structure(
 
     Returns the model without its weights, None where it cannot be built.
     """
+    from llm_trainer.model.kinds.tower import check_tower, describe_tower
     from llm_trainer.model.loading import build_skeleton, check_fit
 
     skeleton = None
@@ -340,6 +342,8 @@ def examine_structure(
         if not any(check_model(folder)):  # else they are damaged, and told so among the inputs
             check_fit(folder, config, settings.model)
         skeleton = build_skeleton(folder, config, settings.model.trust_remote_code)
+        check_tower(folder, skeleton, settings.adapter.train_vision)
+        validation.add_findings("model", "ok", describe_tower(skeleton, settings.adapter.train_vision))
         if settings.adapter.use_peft:
             examine_adapter(folder, skeleton, settings, validation)
     except UserError as error:

@@ -327,6 +327,11 @@ class AdapterSettings(Section):
         description="Parameters that get an adapter, such as fused experts. Default: all experts where "
         "`target_modules` is auto.",
     )
+    train_vision: bool = Field(
+        False,
+        description="Train also what a model sees images with: its vision tower and projector, which are frozen "
+        "otherwise. With an adapter, their linear layers get one.",
+    )
     use_rslora: bool = Field(False, description="Scale the adapter by alpha / sqrt(rank) (rsLoRA).")
     use_dora: bool = Field(False, description="Learn magnitude and direction of the weights apart (DoRA).")
     init_lora_weights: AdapterInit = Field(

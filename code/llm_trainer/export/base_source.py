@@ -10,3 +10,4 @@ class BaseSource:
 
     hub_id: str | None  # None for a folder, whose name on the Hub is not known
     revision: str | None  # the commit that was trained on, where it is known, else the one that was asked for
+    sees_images: bool = False

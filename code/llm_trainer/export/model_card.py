@@ -74,7 +74,7 @@ def build_metadata(manifest: Manifest, base: BaseSource, is_adapter: bool, licen
         base_model=base.hub_id,
         base_model_relation=("adapter" if is_adapter else "finetune") if base.hub_id else None,
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="text-classification" if gives_rewards(manifest) else "text-generation",
+        pipeline_tag=choose_task(manifest, base),
         tags=[REPOSITORY, *(["lora"] if "adapter" in manifest else []), manifest["settings"].get("method", "sft")],
         datasets=list_hub_data(manifest) or None,
         **{name: show_line(value) for name, value in licence.items()},
@@ -201,6 +201,13 @@ def describe_use(manifest: Manifest, base: BaseSource, is_adapter: bool, refusal
         yield f"Checked when it was written:\n\n```json\n{json.dumps(check, indent=2, default=str)}\n```"
 
 
+def choose_task(manifest: Manifest, base: BaseSource) -> str:
+    """Return the Hub's name of what the result is for."""
+    if gives_rewards(manifest):
+        return "text-classification"
+    return "image-text-to-text" if base.sees_images else "text-generation"
+
+
 def gives_rewards(manifest: Manifest) -> bool:
     """Tell whether the result is a reward model."""
     return manifest["settings"].get("method") == "reward"
@@ -238,8 +245,26 @@ def write_reward_snippet(base: BaseSource, is_adapter: bool) -> str:
     )
 
 
+def write_image_snippet(base: BaseSource, is_adapter: bool) -> str:
+    """Return a Python program that answers a message to a model that sees, to be run in the folder of the artefacts."""
+    loading = "\n".join(write_loading(base, is_adapter, "AutoModelForImageTextToText"))
+    return "\n".join(
+        [
+            loading.replace("AutoTokenizer", "AutoProcessor").replace("tokenizer =", "processor ="),
+            'messages = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]',
+            "inputs = processor.apply_chat_template(",
+            '    messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True',
+            ")",
+            "answer = model.generate(**inputs, max_new_tokens=100)",
+            'print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        ]
+    )
+
+
 def write_snippet(base: BaseSource, is_adapter: bool) -> str:
     """Return a Python program that answers a message, to be run in the folder of the artefacts."""
+    if base.sees_images:
+        return write_image_snippet(base, is_adapter)
     return "\n".join(
         [
             *write_loading(base, is_adapter, "AutoModelForCausalLM"),

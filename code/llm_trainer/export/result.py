@@ -19,6 +19,7 @@ from llm_trainer.config.sections import (
 from llm_trainer.export.base_source import BaseSource
 from llm_trainer.export.stop_watch import StopWatch
 from llm_trainer.journal.timeline import Timeline
+from llm_trainer.model.kinds.auto_class import choose_auto_class, sees_images
 from llm_trainer.model.plan import ModelPlan
 from llm_trainer.training.resumable import ResumableMixin
 
@@ -63,7 +64,7 @@ class TrainingResult:
     @property
     def architecture(self) -> str:
         """The model's class in Transformers."""
-        return (self.plan.config.architectures or ["AutoModelForCausalLM"])[0]
+        return (self.plan.config.architectures or [choose_auto_class(self.plan.config).__name__])[0]
 
     @property
     def base(self) -> BaseSource:
@@ -73,6 +74,7 @@ class TrainingResult:
         return BaseSource(
             hub_id=None if Path(self.base_name).is_dir() else self.base_name,
             revision=folder.name if is_commit else self.settings.model.model_revision,
+            sees_images=sees_images(self.plan.config),
         )
 
     @cached_property

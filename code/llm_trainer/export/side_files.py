@@ -18,6 +18,7 @@ from llm_trainer.common.files import write_json
 from llm_trainer.export.base_source import BaseSource
 from llm_trainer.export.model_card import CARD, read_stated_licence, write_model_card
 from llm_trainer.journal.manifest import MANIFEST, Manifest
+from llm_trainer.model.kinds.auto_class import sees_images
 from llm_trainer.model.layers.reward_head import is_reward_model
 from llm_trainer.model.tokenizer_files import save_tokenizer
 from llm_trainer.serving.lmi_files import ServedModel, write_serving_files
@@ -39,7 +40,7 @@ class KnownParts:
     def write_card(self, folder: Path) -> None:
         """Write a model card and a manifest to a folder."""
         manifest = Manifest(**{**self.manifest, **UNKNOWN})
-        write_model_card(folder, folder, manifest, (self.base, BaseSource(None, None)), [])
+        write_model_card(folder, folder, manifest, (self.base, BaseSource(None, None, sees_images(self.config))), [])
         write_json(folder / MANIFEST, manifest)
 
     def write_tokenizer(self, folder: Path) -> None:

@@ -29,14 +29,10 @@ from llm_trainer.merge.shard_writer import MergedShard, write_json
 from llm_trainer.model.config_file import write_config
 from llm_trainer.model.layers.reward_head import is_reward_model
 from llm_trainer.model.precision import show_dtype
+from llm_trainer.model.tokenizer_files import PROCESSOR_FILES
 
 # A server reads these of a model's folder beside config.json. The tokenizer comes with the adapter.
-SERVED_FILES = (
-    GENERATION_CONFIG_NAME,
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
+SERVED_FILES = (GENERATION_CONFIG_NAME, *PROCESSOR_FILES)
 
 
 def write_merged_model(request: MergeRequest, output: Path) -> dict[str, Any]:

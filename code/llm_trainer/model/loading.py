@@ -33,6 +33,8 @@ from llm_trainer.config.sections import ModelSettings
 from llm_trainer.data.encoding import Vocabulary
 from llm_trainer.data.images.processing import ImageProcessing
 from llm_trainer.job.model_objects import find_broken_objects
+from llm_trainer.model.kinds.auto_class import choose_auto_class, is_trainable
+from llm_trainer.model.kinds.text_pass import check_texts, expose_backbone, has_exposed_backbone
 from llm_trainer.model.layers import reward_head
 from llm_trainer.model.quantization import Quantization, find_stored_method, keep_trainable, prepare_layers
 
@@ -49,6 +51,8 @@ META_ERRORS = (*LOADING_ERRORS, RuntimeError, AssertionError)
 LOADING_OPTIONS = frozenset(
     {"cache_dir", "disable_mmap", "experts_implementation", "force_download", "local_files_only", "proxies", "token"}
 )
+# Options that say where files are, and whether to run code among them.
+SOURCE_OPTIONS = frozenset({"cache_dir", "local_files_only", "proxies", "revision", "token", "trust_remote_code"})
 LOADING_BAR = "Loading weights"  # Transformers' name of its bar
 SECONDS_A_LINE = 30.0  # a model that loads in less has no line
 
@@ -117,11 +121,10 @@ def read_config(model: str, settings: ModelSettings, is_reward: bool = False) ->
 
 def check_kind(model: str, config: PreTrainedConfig, is_reward: bool) -> None:
     """Raise UserError for a model of another kind than the one that is trained."""
-    # Code that comes with the model registers its own class, which Transformers' table does not know.
-    is_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if not is_own and type(config) not in reward_head.choose_auto_class(False)._model_mapping:
+    if not is_trainable(config):
         raise UserError(
-            f"model_id={model!r} is of type {config.model_type}, which is no causal language model: give one that is."
+            f"model_id={model!r} is of type {config.model_type}, which is no causal language model and no image-text "
+            "model: give one that is."
         )
     if is_reward:
         reward_head.check_classifier(model, config)
@@ -156,6 +159,7 @@ def build_skeleton(model: str, config: PreTrainedConfig, trust_remote_code: bool
         skeleton = build_on_meta(config, config.dtype, trust_remote_code)
     except META_ERRORS as error:
         raise UserError(explain_failure(error, model, "code")) from error
+    check_texts(model, skeleton)
     check_output_layer(model, skeleton)
     return skeleton
 
@@ -174,7 +178,7 @@ def check_output_layer(model: str, skeleton: PreTrainedModel) -> None:
         return
     output = skeleton.get_output_embeddings()
     name = next((name for name, module in skeleton.named_modules() if module is output), "")
-    if "." in name and type(skeleton).__module__.startswith("transformers."):
+    if "." in name and not has_exposed_backbone(skeleton) and type(skeleton).__module__.startswith("transformers."):
         raise UserError(
             f"model_id={model!r} is a {type(skeleton).__name__}, an encoder with a head of its own ({name}), and "
             "cannot be trained to continue texts: give a decoder such as Llama or Qwen."
@@ -187,9 +191,11 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype | None, trust_rem
     What its code raises is not caught: the caller knows what to say about it.
     """
     with torch.device("meta"):
-        return reward_head.choose_auto_class(reward_head.is_reward_model(config)).from_config(
+        skeleton = choose_auto_class(config, reward_head.is_reward_model(config)).from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="eager"
         )
+    expose_backbone(skeleton)
+    return skeleton
 
 
 def load_tokenizer(
@@ -405,11 +411,14 @@ def load_whole(model: str, arguments: dict[str, Any], is_reward: bool = False) -
     Raise WrongWeightsError where some are missing or of other shapes: Transformers would begin with random numbers
     there. Only the head of a reward model may begin so, on a base that is none.
     """
+    source = {name: value for name, value in arguments.items() if name in SOURCE_OPTIONS}
+    auto_class = choose_auto_class(AutoConfig.from_pretrained(model, **source), is_reward)
     arguments = {**(reward_head.CONFIG_VALUES if is_reward else {}), **arguments}
     with silence_report() if is_reward else nullcontext():
-        loaded, found = reward_head.choose_auto_class(is_reward).from_pretrained(
+        loaded, found = auto_class.from_pretrained(
             model, **arguments, output_loading_info=True, ignore_mismatched_sizes=True
         )
+    expose_backbone(loaded)
     missing, mismatched = set(found["missing_keys"]), sorted(found["mismatched_keys"])
     if is_reward and not reward_head.is_reward_model(loaded.config):
         missing -= {f"{reward_head.HEAD}.weight"}
@@ -455,10 +464,11 @@ def build_empty_model(model: str, settings: ModelSettings, options: LoadOptions)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        empty = reward_head.choose_auto_class(options.is_reward).from_config(
+        empty = choose_auto_class(config, options.is_reward).from_config(
             config,
             dtype=options.weights_dtype,
             trust_remote_code=settings.trust_remote_code,
             attn_implementation=options.attention,
         )
+    expose_backbone(empty)
     return prepare_layers(empty, options.quantization)

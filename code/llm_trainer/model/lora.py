@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from llm_trainer.common.errors import UserError, cut_quote, quote_error
 from llm_trainer.config.sections import MOVING_STARTS, AdapterSettings, ModelSettings
 from llm_trainer.model.adapter_file import build_trained_config
+from llm_trainer.model.kinds.tower import list_tower, name_parts
 from llm_trainer.model.layers.reward_head import HEAD, compute_states, find_head, is_reward_model
 from llm_trainer.model.parameter_roles import holds_experts
 
@@ -57,6 +59,7 @@ def build_lora_config(
         lora_dropout=settings.lora_dropout,
         target_modules=modules,
         target_parameters=parameters,
+        exclude_modules=exclude_tower(settings, skeleton),
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         init_lora_weights=True if init in ("default", "loftq") else init,
@@ -65,6 +68,12 @@ def build_lora_config(
     )
     check_targets(config, settings, skeleton)
     return config
+
+
+def exclude_tower(settings: AdapterSettings, skeleton: PreTrainedModel) -> str | None:
+    """Return a regular expression of modules that get no adapter though their names are asked for: a frozen tower's."""
+    parts = [] if settings.train_vision or settings.target_modules == "auto" else name_parts(skeleton)
+    return rf"({'|'.join(map(re.escape, parts))})(\..*)?" if parts else None
 
 
 def describe_task(skeleton: PreTrainedModel) -> dict[str, Any]:
@@ -100,7 +109,7 @@ def choose_targets(
     targets, parameters = settings.target_modules, settings.target_parameters
     if targets == "auto":
         packed = model_settings.load_in_4bit or model_settings.load_in_8bit
-        modules, weights = find_linear_layers(skeleton)
+        modules, weights = find_linear_layers(skeleton, settings.train_vision)
         # A quantized matrix has no shape that an adapter of the bare parameter could follow.
         experts = (find_expert_parameters(skeleton) if parameters is None else parameters) + ([] if packed else weights)
         if not (modules or experts):
@@ -111,12 +120,12 @@ def choose_targets(
     return targets, parameters
 
 
-def find_linear_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """Return the linear layers that a text trains, as names of modules and of weights.
+def find_linear_layers(model: PreTrainedModel, with_tower: bool = False) -> tuple[list[str], list[str]]:
+    """Return the linear layers that a text trains, and those of the tower if asked, as names of modules and of weights.
 
     A layer goes by its weight where PEFT would take the layer's name for one that experts bore in Transformers 4.
     """
-    names = list_trained_layers(model)
+    names = [*list_trained_layers(model), *(list_tower_layers(model) if with_tower else ())]
     leaves = {name.rpartition(".")[2] for name in names}
     taken = {leaf for leaf in leaves if is_taken_for_experts(leaf, model)}
     modules = [name for name in names if name.rpartition(".")[2] not in taken]
@@ -134,22 +143,36 @@ def list_trained_layers(model: PreTrainedModel) -> list[str]:
     Left out are the output layer, the routers, and layers that share their weight or are no plain linear layers. So is
     what PEFT refuses: kernels of Mamba read those weights directly.
     """
-    left_out, trained = {*find_routers(model), *find_shared_layers(model)}, find_trained_layers(model)
-    names = [
-        name
-        for name, layer in list_decoder_layers(model)
-        if name not in left_out and is_plain(layer) and not is_refused_by_peft(name, model)
-    ]
+    trained = find_trained_layers(model)
+    names = keep_adaptable(model, list_decoder_layers(model))
     return [name for name in names if trained is None or name in trained]
 
 
+def list_tower_layers(model: PreTrainedModel) -> list[str]:
+    """Return the whole names of the linear layers that a model sees images with, without those that take no adapter."""
+    tower = {*list_tower(model)}
+    layers = [(name, each) for name, each in model.named_modules() if isinstance(each, LINEAR)]
+    return keep_adaptable(model, [(name, layer) for name, layer in layers if f"{name}.weight" in tower])
+
+
+def keep_adaptable(model: PreTrainedModel, layers: list[tuple[str, nn.Module]]) -> list[str]:
+    """Return the names of the layers that take an adapter of their own."""
+    left_out = {*find_routers(model), *find_shared_layers(model)}
+    return [
+        name
+        for name, layer in layers
+        if name not in left_out and is_plain(layer) and not is_refused_by_peft(name, model)
+    ]
+
+
 def list_decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """Return the decoder's linear layers with their names, without the output layer.
+    """Return the decoder's linear layers with their names, without the output layer and a tower within.
 
     Where a class names its output layer as its decoder, these are all linear layers.
     """
-    output = find_head(model)
+    output, tower = find_head(model), {*list_tower(model)}
     layers = [(name, each) for name, each in model.named_modules() if isinstance(each, LINEAR) and each is not output]
+    layers = [(name, layer) for name, layer in layers if f"{name}.weight" not in tower]
     decoder = set(model.get_decoder().modules())
     return [(name, layer) for name, layer in layers if layer in decoder] or layers
 
@@ -326,6 +349,10 @@ def find_absent_targets(config: LoraConfig, model: PreTrainedModel) -> Iterator[
     modules = {name: module for name, module in model.named_modules() if name}
     existing = list_adaptable(modules)
     targets = config.target_modules
+    if hides_all_targets(config, model):
+        asked = targets if isinstance(targets, str) else sorted(targets or ())
+        yield f"target_modules={asked!r} lies in {', '.join(name_parts(model))} alone: set train_vision=true."
+        return
     if isinstance(targets, str) and targets != ALL_LINEAR:
         if not any(re.fullmatch(targets, name) for name in modules):
             yield f"target_modules={targets!r} matches no module's path: {describe_existing(existing)}."
@@ -342,6 +369,15 @@ def find_absent_targets(config: LoraConfig, model: PreTrainedModel) -> Iterator[
         if not any(matches_end(name, target) for name in parameters):
             nearest = suggest_nearest(target, find_expert_parameters(model))
             yield f"target_parameters: the model has no {target!r}; {nearest}."
+
+
+def hides_all_targets(config: LoraConfig, model: PreTrainedModel) -> bool:
+    """Tell whether all modules that get an adapter by their name are excluded, and there are some."""
+    modules, everywhere = list(model.named_modules()), replace(config, exclude_modules=None)
+    found, left = (
+        any(is_target(each, name, module, model) for name, module in modules) for each in (everywhere, config)
+    )
+    return found and not left
 
 
 def list_adaptable(modules: dict[str, nn.Module]) -> list[str]:
@@ -433,7 +469,9 @@ def is_linear_target(config: LoraConfig, name: str, module: nn.Module, model: Pr
 
 def is_target(config: LoraConfig, name: str, module: nn.Module, model: PreTrainedModel) -> bool:
     """Tell whether PEFT takes a module for one that gets an adapter."""
-    targets = config.target_modules
+    targets, excluded = config.target_modules, config.exclude_modules
+    if isinstance(excluded, str) and re.fullmatch(excluded, name):
+        return False
     if targets == ALL_LINEAR:
         return isinstance(module, LINEAR) and module is not find_head(model)
     if isinstance(targets, str):

@@ -9,20 +9,24 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from llm_trainer.model.kinds.tower import list_tower
 from llm_trainer.model.layers.reward_head import find_head
 
-# `linear` is what bitsandbytes quantizes. `experts` are fused into one parameter, which it does not quantize.
-Role: TypeAlias = Literal["linear", "experts", "embeddings", "output", "other", "adapter"]
+# `linear` is what bitsandbytes quantizes. `experts` are fused into one parameter, which it does not quantize, and the
+# tower of a model that sees images stays as it is.
+Role: TypeAlias = Literal["linear", "experts", "embeddings", "output", "tower", "other", "adapter"]
 
 
 def assign_roles(base: PreTrainedModel) -> Iterator[tuple[str, Role]]:
     """Yield the name and the role of each parameter of a model without an adapter. A tied one comes once."""
     unquantized = [*get_keys_to_not_convert(base), *(base._keep_in_fp32_modules or ())]  # as Transformers has it
-    output = find_head(base)
+    output, tower = find_head(base), {*list_tower(base)}
     for name, parameter in base.named_parameters():
         path, _, own_name = name.rpartition(".")
         module = base.get_submodule(path)
-        if isinstance(module, nn.Embedding):
+        if name in tower:
+            yield name, "tower"
+        elif isinstance(module, nn.Embedding):
             yield name, "embeddings"
         elif module is output:
             yield name, "output"

@@ -12,6 +12,8 @@ from llm_trainer.config.sections import AdapterSettings, ModelSettings, OutputSe
 from llm_trainer.model.adapter_fit import check_earlier_adapter
 from llm_trainer.model.attention import AttentionChoice, choose_attention, find_faults, read_needs
 from llm_trainer.model.device import Device
+from llm_trainer.model.kinds.text_pass import find_token_types
+from llm_trainer.model.kinds.tower import check_tower, describe_tower
 from llm_trainer.model.layers.float8 import check_float8
 from llm_trainer.model.layers.reward_head import is_reward_model
 from llm_trainer.model.liger import LigerChoice, choose_liger, find_known_types, leave_out_experts, try_on
@@ -25,6 +27,7 @@ from llm_trainer.model.quantization import (
     build_quantization,
     describe_quantization,
     find_quantization_problems,
+    keep_tower,
 )
 from llm_trainer.serving.limits import find_placement_refusals
 
@@ -52,6 +55,7 @@ class ModelPlan:
     attention: AttentionChoice
     liger: LigerChoice
     lora: LoraConfig | None  # None for full fine-tuning
+    token_types: str | None = None  # name of an input that a training has to give, and that texts say nothing by
     float8_layers: tuple[str, ...] = ()  # names of the linear layers of the base that multiply in float8
     num_positions: int | None = None  # of its table, which no row may exceed; None where positions are computed
     reasons: tuple[str, ...] = ()  # lines for the log
@@ -85,18 +89,21 @@ def plan_model(folder: str, settings: PlanSettings, device: Device, precision: P
     left_out = check_fit(folder, config, model_settings)
     quantization = build_quantization(config, model_settings, precision.compute, device)
     skeleton = build_skeleton(folder, config, model_settings.trust_remote_code)
+    check_tower(folder, skeleton, settings.adapter.train_vision)
+    quantization = keep_tower(quantization, skeleton)
     asked, faults = model_settings.attn_implementation, find_faults(device)
     attention = choose_attention(read_needs(skeleton), asked, precision.compute, device, faults)
     liger = choose_liger(config, model_settings, device, find_known_types(device))
     liger = leave_out_experts(liger, model_settings, has_experts(skeleton))
     liger = try_on(liger, model_settings, skeleton) if device.is_here else liger
     lora = build_lora_config(model_settings, settings.adapter, skeleton) if settings.adapter.use_peft else None
+    token_types = find_token_types(skeleton)
     float8_layers = choose_float8_layers(model_settings, skeleton, device, precision)
     goes_on = lora is not None and settings.adapter.adapter_path
     start = [check_earlier_adapter(folder, config, model_settings, settings.adapter)] if goes_on else []
-    decided = (quantization, attention, liger, lora, float8_layers, count_positions(skeleton))
+    decided = (quantization, attention, liger, lora, token_types, float8_layers, count_positions(skeleton))
     plan = ModelPlan(folder, config, device, precision, *decided)
-    reasons = [*describe_left_out(left_out), *describe_plan(plan, skeleton, settings.output.merge_weights), *start]
+    reasons = [*describe_left_out(left_out), *describe_plan(plan, skeleton, settings), *start]
     return replace(plan, reasons=tuple(reasons))
 
 
@@ -119,8 +126,9 @@ def describe_left_out(names: list[str]) -> Iterator[str]:
         )
 
 
-def describe_plan(plan: ModelPlan, skeleton: PreTrainedModel, merges: bool) -> Iterator[str]:
+def describe_plan(plan: ModelPlan, skeleton: PreTrainedModel, settings: PlanSettings) -> Iterator[str]:
     """Yield the plan's lines for the log. An adapter that is merged is not served, and gets no warnings about it."""
+    yield from describe_tower(skeleton, settings.adapter.train_vision)
     yield plan.precision.describe(find_stored_dtype(plan.folder, plan.config))
     if plan.quantization is not None:
         yield describe_quantization(plan.folder, skeleton, plan.quantization, plan.precision.weights)
@@ -128,6 +136,6 @@ def describe_plan(plan: ModelPlan, skeleton: PreTrainedModel, merges: bool) -> I
     yield str(plan.liger)
     if plan.num_positions is not None:
         yield f"Positions: a table of {plan.num_positions}, so that no row may be longer"
-    if plan.lora is not None and not merges:
+    if plan.lora is not None and not settings.output.merge_weights:
         refusals = find_placement_refusals(plan.lora, plan.config.get_text_config().model_type)
         yield from (f"Warning: {text}" for text in refusals)

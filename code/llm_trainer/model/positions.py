@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.sections import DataSettings
+from llm_trainer.model.kinds.tower import list_tower
 
 TABLE_NAMES = re.compile("wpe|pos")  # of GPT-2's table, and of all others' in Transformers
 # Families without a table whose attention is made for so many tokens: the name that their configs have for it.
@@ -25,8 +26,9 @@ def count_positions(model: PreTrainedModel) -> int | None:
     if name := FIXED_LENGTHS.get(config.model_type):
         return int(getattr(config, name))
     limit = getattr(config, "max_position_embeddings", None)
+    tower = {name.rpartition(".")[0] for name in list_tower(model)}  # it counts the patches of an image
     for name, table in (*model.named_modules(), *model.named_buffers()):
-        if not TABLE_NAMES.search(name.rpartition(".")[2]):
+        if name in tower or not TABLE_NAMES.search(name.rpartition(".")[2]):
             continue
         if isinstance(table, torch.nn.Embedding) and table.num_embeddings - getattr(table, "offset", 0) == limit:
             return limit

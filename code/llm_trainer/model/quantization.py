@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, Mxfp4Config, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.safetensors_files import count_weights, list_weights
 from llm_trainer.common.units import show_bytes
 from llm_trainer.config.sections import AdapterSettings, ModelSettings, ParallelismSettings
 from llm_trainer.model.device import Device
+from llm_trainer.model.kinds.tower import name_parts
 from llm_trainer.model.parameter_roles import measure_linear_share
 from llm_trainer.model.precision import show_dtype
 
@@ -45,6 +47,14 @@ def build_quantization(
         bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def keep_tower(quantization: Quantization | None, skeleton: PreTrainedModel) -> Quantization | None:
+    """Return a quantization with the tower of an image-text model left as it is, beside what always is left."""
+    parts = name_parts(skeleton)
+    if parts and isinstance(quantization, BitsAndBytesConfig):
+        quantization.llm_int8_skip_modules = sorted({*get_keys_to_not_convert(skeleton), *parts})
+    return quantization
 
 
 def find_stored_method(config: PreTrainedConfig) -> str | None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokenizer's files of a result: the base's own, byte for byte where nothing changed, for Transformers 4 and 5.
 
+The files of a processor, by which a model that sees images is served, come with them.
+
 Transformers 5 writes special tokens and class names in a way that Transformers 4 cannot load, and leaves fields out.
 """
 
@@ -18,7 +20,10 @@ from llm_trainer.common.files import remove_path, write_text
 
 CONFIG, NAMED_TOKENS, TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
 NAMED_TEMPLATES = "additional_chat_templates"
+# What prepares images, videos and sounds for a model, and joins it with the tokenizer.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 PATTERNS = (
+    *PROCESSOR_FILES,
     *("tokenizer*", "chat_template*", NAMED_TEMPLATES, NAMED_TOKENS, "added_tokens.json"),
     *("vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json"),
 )
@@ -46,6 +51,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path,
     else:
         tokenizer.save_pretrained(folder)
         change_template(folder, tokenizer.chat_template)
+        for name in PROCESSOR_FILES:
+            if (base / name).is_file():
+                shutil.copyfile(base / name, folder / name)
     make_readable(folder, type(loaded or tokenizer).__name__)
 
 

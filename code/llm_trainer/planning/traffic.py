@@ -79,7 +79,7 @@ def list_units(shape: ModelShape) -> tuple[list[list[Part]], list[list[Part]]]:
     In both: the embeddings, and each layer. Once: the output layer, which tied embeddings are, and the last norm,
     which lies apart from it under an adapter.
     """
-    others = [part for part in shape.parts if part.layer is None]
+    others = [part for part in shape.parts if part.layer is None and part.role != "tower"]
     first = [part for part in others if part.role == "embeddings" and shape.count_weights("output")]
     rest = [part for part in others if part not in first]
     tables = [part for part in rest if part.role in ("embeddings", "output")]

@@ -18,10 +18,13 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.common.ranks import run_on_local_rank_zero
 from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.formats.examples import IGNORED
+from llm_trainer.model.kinds.auto_class import sees_images
 from llm_trainer.training.packing_check import find_cross_row_attention
 
 # So much padding a batch may have, as a share of its tokens: shorter sequences make attention cheaper.
 SPARE_SHARE = 0.03
+# Axes of positions in models that see images: a text's own, time, height and width, and in some a fourth.
+IMAGE_AXES = (4, 5)
 BIN_ROWS = 10_000  # rows packed together: enough to fill the bins, and some hundred MB at most
 
 
@@ -54,9 +57,12 @@ class PackingCollator:
     max_length: int | None  # tokens of a sequence at most; None: as many as the longest row of the batch has
     flattens: bool  # one sequence for flash attention, while dense attention would pay for its length squared
     pad_to_multiple_of: int | None = None
+    num_axes: int | None = None  # axes of the positions; None: a single one, without a dimension for it
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return `input_ids`, `labels` and `position_ids` [sequences, slots], and what flash attention takes.
+
+        Positions of several axes are [axes, sequences, slots], the same on all of them.
 
         `num_tokens` [examples] comes first, with 0 for those that only fill the batch. Transformers and Accelerate take
         the first tensor's length for the number of examples, by which they weigh an evaluation's losses.
@@ -69,6 +75,8 @@ class PackingCollator:
             batch = flatten(examples)
         else:
             batch = self.stack(examples, plan_batch_bins(lengths, max(self.max_length or 0, *lengths)))
+        if self.num_axes is not None:
+            batch["position_ids"] = batch["position_ids"].expand(self.num_axes, -1, -1)
         has_label = [any(label != IGNORED for label in example["labels"]) for example in examples]
         return {"num_tokens": torch.tensor(lengths) * torch.tensor(has_label), **batch}
 
@@ -191,7 +199,7 @@ def choose_packing(
         reason: str | None = "parallelism_config may split a sequence over devices"
     else:
         with autocast_like_training(arguments):
-            found = find_cross_row_attention(model, replace(collator, pad_token_id=0, max_length=None))
+            collator, found = choose_axes(model, collator)
         reason = agree_on_reason(found, group)
     if reason is None:
         mode: Literal["data set", "batch"] = "data set" if settings.packing else "batch"
@@ -205,6 +213,21 @@ def switch_off(settings: DataSettings, reason: str) -> Packing:
         if settings.value(name):
             raise UserError(f"{name}=true: {reason}: leave it out, and rows are padded.")
     return Packing("off", reason)
+
+
+def choose_axes(model: PreTrainedModel, collator: PackingCollator) -> tuple[PackingCollator, str | None]:
+    """Return a collator whose positions the model understands, and why rows would not be as if they were alone.
+
+    Models that see images count positions in time, height and width, or in one more. Of several axes they read where a
+    row begins from another one before them, and from a single one they do not.
+    """
+    reasons = []
+    for num_axes in (None, *(IMAGE_AXES if sees_images(model.config) else ())):
+        tried = replace(collator, num_axes=num_axes)
+        reasons.append(find_cross_row_attention(model, replace(tried, pad_token_id=0, max_length=None)))
+        if reasons[-1] is None:
+            return tried, None
+    return collator, reasons[0]
 
 
 def autocast_like_training(arguments: SFTConfig) -> torch.autocast:

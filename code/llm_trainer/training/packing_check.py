@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from llm_trainer.common.errors import quote_error
-from llm_trainer.model.layers.reward_head import choose_auto_class, compute_states, is_reward_model
+from llm_trainer.model.kinds.auto_class import choose_auto_class
+from llm_trainer.model.layers.reward_head import compute_states, is_reward_model
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -51,7 +52,7 @@ def build_proxy_model(model: PreTrainedModel, device: torch.device) -> PreTraine
             setattr(text, name, min(getattr(text, name), PROXY_WIDTH))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
-        return choose_auto_class(is_reward_model(config)).from_config(
+        return choose_auto_class(config, is_reward_model(config)).from_config(
             config, dtype=model.dtype, attn_implementation=config._attn_implementation
         )
 

@@ -76,6 +76,7 @@ class ArgumentSources:
     use_peft: bool
     has_validation: bool
     checkpoint_dir: Path
+    train_vision: bool = False
 
     @property
     def batch(self) -> dict[str, int]:
@@ -284,7 +285,8 @@ def choose_defaults(
         "activation_checkpointing_kwargs": RECOMPUTATION,
         "activation_offloading": memory_plan is not None and memory_plan.activation_offloading,
         "ddp_broadcast_buffers": False,  # they are the checkpoint's on every rank, and no training moves them
-        "ddp_find_unused_parameters": False,  # the search costs a pass over the graph a step and finds nothing
+        # The search costs a pass over the graph a step. It finds the tower where a batch has no image, else nothing.
+        "ddp_find_unused_parameters": sources.train_vision,
         "disable_tqdm": True,  # its carriage returns spoil a log; metric lines show the progress
         "prediction_loss_only": True,
         "train_sampling_strategy": "random",  # KTO's config would keep the rows in their order

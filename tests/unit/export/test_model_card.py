@@ -181,3 +181,14 @@ def test_a_reward_models_card(tmp_path, tiny_model, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path / kind)
         exec(code.replace("path/to/the/base", str(tiny_model)), {"__name__": "__main__"})
         assert capsys.readouterr().out.startswith("reward: ")
+
+
+def test_the_card_of_a_model_that_sees_loads_it_whole(tmp_path):
+    base = BaseSource("org/base", "abc", sees_images=True)
+    card = ModelCard(build_model_card(tmp_path, MANIFEST, Path("/nowhere"), base, []))
+    assert card.data.to_dict()["pipeline_tag"] == "image-text-to-text"
+    program = card.text.partition("```python\n")[2].partition("```")[0]
+    assert "from transformers import AutoModelForImageTextToText, AutoProcessor" in program
+    assert 'processor = AutoProcessor.from_pretrained(".")' in program
+    assert "tokenizer" not in program
+    compile(program, "card", "exec")

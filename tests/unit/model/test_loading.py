@@ -82,7 +82,7 @@ def test_a_text_config_that_is_no_object_is_refused(change):
 @pytest.mark.parametrize("kind", ["vit", "clip", "t5"])
 def test_what_is_no_causal_language_model_is_refused(change, kind):
     assert refusal_of(change(model_type=kind)) == (
-        f"is of type {kind}, which is no causal language model: give one that is."
+        f"is of type {kind}, which is no causal language model and no image-text model: give one that is."
     )
 
 

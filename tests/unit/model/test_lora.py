@@ -39,6 +39,7 @@ from support.adapted_models import (
     train_adapter,
 )
 from support.tiny_architectures import build_tiny_config
+from support.tiny_image_models import build_tiny_config as build_seeing_config
 from support.trainers import build_run_context
 
 BASE = lora_init.BaseReference("base", None)
@@ -338,3 +339,32 @@ def test_a_model_without_layers_is_refused():
     settings, model = Settings(), build_skeleton("", LlamaConfig(**{**SIZES, "num_hidden_layers": 0}), False)
     with pytest.raises(UserError, match="target_modules=auto: the model has no linear layer"):
         lora.build_lora_config(settings.model, settings.adapter, model)
+
+
+VISION = ("model.vision_model.", "model.connector.")
+
+
+def find_adapted(**settings):
+    config = build_seeing_config("smolvlm")
+    planned = plan_adapter(config, **settings)
+    model = build_skeleton("", config, trust_remote_code=False)
+    adapted = get_peft_model(model, planned, low_cpu_mem_usage=True).base_model.targeted_module_names
+    assert set(adapted) == {
+        name for name, module in model.named_modules() if lora.is_target(planned, name, module, model)
+    }
+    return adapted
+
+
+@pytest.mark.parametrize("targets", ["auto", "all-linear", ["q_proj", "fc1"], r".*\.(q_proj|fc1)"])
+def test_an_adapter_stays_out_of_a_tower_that_is_not_trained(targets):
+    adapted = find_adapted(target_modules=targets)
+    assert len(adapted) == (2 * 7 if targets in ("auto", "all-linear") else 2)
+    assert all(name.startswith("model.text_model.") for name in adapted)
+    opened = find_adapted(target_modules=targets, train_vision=True)
+    assert {*adapted} < {*opened}
+    assert all(name.startswith(VISION) for name in {*opened} - {*adapted})
+
+
+def test_targets_in_a_frozen_tower_alone_are_refused():
+    with pytest.raises(UserError, match=r"^target_modules=\['fc1'\] lies in model.vision_model, .*: set train_vision"):
+        plan_adapter(build_seeing_config("smolvlm"), target_modules=["fc1"])

@@ -16,8 +16,8 @@ from llm_trainer.common.safetensors_files import list_shapes
 from llm_trainer.config.schema import Settings
 from llm_trainer.config.sections import ModelSettings
 from llm_trainer.model.device import Device
-from llm_trainer.model.loading import LoadOptions, build_skeleton, load_model, read_config
-from llm_trainer.model.parameter_roles import measure_linear_share
+from llm_trainer.model.loading import LoadOptions, build_on_meta, build_skeleton, load_model, read_config
+from llm_trainer.model.parameter_roles import assign_roles, measure_linear_share
 from llm_trainer.model.precision import set_adapter_types
 from llm_trainer.model.quantization import (
     build_packed_weight,
@@ -25,10 +25,13 @@ from llm_trainer.model.quantization import (
     describe_quantization,
     find_quantization_problems,
     find_stored_method,
+    keep_tower,
     list_packed_layers,
+    prepare_layers,
     quantize_on,
 )
 from support.tiny_gpt_oss import EXPERTS, build_tiny_gpt_oss, dequantize, quantize
+from support.tiny_image_models import build_tiny_config
 
 CPU = Device(torch.device("cpu"))
 TOKENS = torch.arange(3, 40)[None]
@@ -296,3 +299,16 @@ def test_the_stored_method_is_read_from_every_form_of_it():
 
 def test_the_config_file_tells_of_mxfp4(gpt_oss):
     assert find_stored_method(AutoConfig.from_pretrained(gpt_oss)) == "mxfp4"
+
+
+def test_the_tower_of_a_model_that_sees_is_left_as_it_is():
+    skeleton = build_on_meta(build_tiny_config("smolvlm"), torch.bfloat16, False)
+    quantization = keep_tower(BitsAndBytesConfig(load_in_4bit=True), skeleton)
+    prepare_layers(skeleton, quantization)
+    packed = {id(layer) for layer in list_packed_layers(skeleton)}
+    names = [name for name, layer in skeleton.named_modules() if id(layer) in packed]
+    assert len(names) == 2 * 7
+    assert all(name.startswith("model.text_model.layers.") for name in names)
+    roles = dict(assign_roles(build_on_meta(build_tiny_config("smolvlm"), torch.bfloat16, False)))
+    assert {name for name, role in roles.items() if role == "linear"} == {f"{name}.weight" for name in names}
+    assert keep_tower(None, skeleton) is None

@@ -140,3 +140,14 @@ def test_what_transformers_5_alone_reads_is_said_in_the_older_words(tmp_path):
 def test_a_base_that_is_gone_costs_no_tokenizer(tmp_path, output):
     save_tokenizer(build_tokenizer(), tmp_path / "gone", output, trust_remote_code=False)
     assert AutoTokenizer.from_pretrained(output).eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize("has_new_token", [False, True])
+def test_the_files_of_a_processor_come_with_the_tokenizer(base, output, has_new_token):
+    (base / "preprocessor_config.json").write_text("{}", encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if has_new_token:
+        tokenizer.add_tokens(["<new>"])
+    save_tokenizer(tokenizer, base, output, trust_remote_code=False)
+    assert (output / "preprocessor_config.json").read_text(encoding="utf-8") == "{}"
+    assert not (output / "processor_config.json").exists()

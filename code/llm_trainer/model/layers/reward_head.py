@@ -10,12 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from llm_trainer.common.errors import UserError
@@ -29,11 +24,6 @@ CONFIG_VALUES = {"num_labels": 1, "problem_type": "regression"}
 def is_reward_model(config: PreTrainedConfig) -> bool:
     """Tell whether the model of a config gives rewards in the place of tokens."""
     return (config.architectures or [""])[0].endswith(SUFFIX)
-
-
-def choose_auto_class(is_reward: bool) -> Any:
-    """Return Transformers' class that builds a reward model, or a causal language model."""
-    return AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
 
 
 def check_classifier(model: str, config: PreTrainedConfig) -> None:

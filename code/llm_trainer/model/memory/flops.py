@@ -78,7 +78,7 @@ def sum_products(shape: ModelShape, experts_share: float, for_frozen: int, for_t
     """Return the same where a token goes to a known share of the experts. `plan` asks for it hundreds of times."""
     total = 0.0
     for part in shape.parts:
-        if part.role != "embeddings":
+        if part.role not in ("embeddings", "tower"):  # which no token of a text goes through
             active = part.num_weights * (experts_share if part.role == "experts" else 1.0)
             total += active * (for_trained if part.trained_bytes else for_frozen)
     if not shape.count_weights("output"):  # the embeddings are the output's weights, too

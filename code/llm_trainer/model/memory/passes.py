@@ -3,7 +3,7 @@
 
 FSDP2 gathers and reduces a unit at a time (torch/distributed/fsdp/_fully_shard). Accelerate's fsdp2_prepare_model makes
 a unit of each decoder layer, of the embeddings, and of the tail: last norm and output layer. Tied embeddings are in the
-tail.
+tail. The blocks of a tower for images are units of their own, which texts do not gather.
 """
 
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ def list_passes(
 
 def split_others(shape: ModelShape) -> tuple[list[Part], list[Part]]:
     """Return the parts of the tail, and the embeddings where the output layer is not tied to them."""
-    others = [part for part in shape.parts if part.layer is None]
+    others = [part for part in shape.parts if part.layer is None and part.role != "tower"]
     if not any(part.role == "output" for part in others):
         return others, []
     is_embeddings = [part.role == "embeddings" for part in others]

@@ -22,6 +22,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from llm_trainer.common.errors import quote_error
 from llm_trainer.config.sections import AdapterSettings, ModelSettings
 from llm_trainer.model import lora
+from llm_trainer.model.kinds.text_pass import find_token_types, give_token_types
+from llm_trainer.model.kinds.tower import freeze_tower
 from llm_trainer.model.layers.fused_adapters import fuse_adapters
 from llm_trainer.model.loading import build_on_meta
 from llm_trainer.model.parameter_roles import Role, assign_roles
@@ -119,7 +121,7 @@ def read_shape(
     """Return the model's shape, with the adapter and the quantization of the settings. Raise UnknownShapeError."""
     quantization = choose_quantization(model_settings)
     try:
-        base = build_on_meta(copy.deepcopy(config), weights_dtype, model_settings.trust_remote_code)
+        base = build_base(config, weights_dtype, model_settings.trust_remote_code, adapter_settings.train_vision)
         roles = dict(assign_roles(base))
         mark_quantized(base, roles, quantization)
         model: PreTrainedModel | PeftModel = base
@@ -140,6 +142,17 @@ def read_shape(
         layers_name=layers_name,
         kinds=prune_layers(model, layers_name, text_config),
     )
+
+
+def build_base(
+    config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool, train_vision: bool
+) -> PreTrainedModel:
+    """Return the model of a config as a training has it, on the meta device. The config stays as it is."""
+    base = build_on_meta(copy.deepcopy(config), dtype, trust_remote_code)
+    give_token_types(base, find_token_types(base))
+    if not train_vision:
+        freeze_tower(base)
+    return base
 
 
 def mark_quantized(base: PreTrainedModel, roles: dict[str, Role], quantization: Quantization | None) -> None:
@@ -167,10 +180,14 @@ def add_adapter(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
     return model
 
 
-def find_layer_list(model: nn.Module, num_layers: int) -> str:
-    """Return the name of the list of decoder layers. Raise UnknownShapeError where there is none of that length."""
+def find_layer_list(model: PreTrainedModel | PeftModel, num_layers: int) -> str:
+    """Return the name of the list of decoder layers. Raise UnknownShapeError where there is none of that length.
+
+    A tower may have as many layers as the decoder, and come before it.
+    """
+    decoder = {*model.get_decoder().modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+        if module in decoder and isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return name
     raise UnknownShapeError(f"it has no list of the {num_layers} layers that its config speaks of")
 

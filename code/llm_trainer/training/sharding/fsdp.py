@@ -14,10 +14,12 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig
 
 from llm_trainer.common.ranks import rank
 from llm_trainer.config.sections import ModelSettings
+from llm_trainer.model.kinds.tower import list_tower
 from llm_trainer.model.loading import load_model
 from llm_trainer.model.plan import ModelPlan
 from llm_trainer.model.quantization import build_packed_weight, list_packed_layers, quantize_on
@@ -73,6 +75,24 @@ def allow_cpu_ranks() -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
+def name_units(arguments: SFTConfig, base: PreTrainedModel) -> None:
+    """Have FSDP2 shard each block of a tower by itself, too, as it does a decoder layer. Units that a user names stay.
+
+    Classes that a model's own list names and that it does not have would end the run.
+    """
+    tower = {name.rpartition(".")[0] for name in list_tower(base)}
+    if not tower or arguments.fsdp_plugin_args is None:
+        return
+    existing = {type(module).__name__ for module in base.modules()}
+    blocks = {
+        type(module).__name__
+        for name, module in base.named_modules()
+        if isinstance(module, GradientCheckpointingLayer) and any(each.startswith(f"{name}.") for each in tower)
+    }
+    units = sorted(blocks | existing.intersection(base._no_split_modules or ()))
+    arguments.fsdp_plugin_args.setdefault("transformer_cls_names_to_wrap", units)
+
+
 def set_quantized_storage_dtype(quantization: object, arguments: SFTConfig, dtype: torch.dtype) -> None:
     """Store 4-bit weights in tensors of the type that FSDP computes in: it shards floats, and casts other types."""
     if isinstance(quantization, BitsAndBytesConfig):
@@ -92,6 +112,7 @@ def load_base_for_sharding(
     with quantize_on(plan.device.torch) if settings.load_in_4bit else nullcontext():
         base = load_model(plan.folder, settings, plan.load_options, device)
     receive_structure(base, group)
+    name_units(arguments, base)
     return base
 
 

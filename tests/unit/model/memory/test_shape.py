@@ -122,8 +122,11 @@ def test_layers_of_each_kind_stay_in_the_skeleton():
 
 
 def test_a_model_without_a_list_of_its_layers_is_not_known():
+    config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(UnknownShapeError, match="no list of the 3 layers"):
-        find_layer_list(nn.ModuleList([nn.Linear(2, 2)]), 3)
+        find_layer_list(model, 3)
 
 
 def test_a_hybrid_whose_kinds_of_layers_follow_from_other_numbers_keeps_all_its_layers():

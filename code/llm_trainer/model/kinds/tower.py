@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tower of a model that sees images: its encoders of images and sounds, and what projects them to tokens' vectors.
+
+It is found by the model's structure: all that is no part of the decoder, the embeddings or the output layer.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from llm_trainer.common.errors import UserError
+from llm_trainer.model.kinds.auto_class import sees_images
+
+
+def list_tower(model: PreTrainedModel) -> list[str]:
+    """Return the names of the tower's parameters; none for a model of texts alone. A tied one comes once."""
+    if not sees_images(model.config):
+        return []
+    language = {*list_language(model)}
+    return [name for name, parameter in model.named_parameters() if parameter not in language]
+
+
+def list_language(model: PreTrainedModel) -> Iterator[nn.Parameter]:
+    """Yield the parameters of the decoder, without models of other types within it, of embeddings and output layer."""
+    decoder = model.get_decoder()
+    parts = [module for module in decoder.modules() if isinstance(module, PreTrainedModel)]
+    others = [
+        part for part in parts if part.config.model_type != decoder.config.model_type
+    ]  # such as an image tokenizer
+    within = {parameter for part in others for parameter in part.parameters()}
+    yield from (parameter for parameter in decoder.parameters() if parameter not in within)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        yield from module.parameters() if module is not None else ()
+
+
+def freeze_tower(model: PreTrainedModel) -> None:
+    """Have a training leave the tower as it is."""
+    for name in list_tower(model):
+        model.get_parameter(name).requires_grad_(False)
+
+
+def name_parts(model: PreTrainedModel) -> list[str]:
+    """Return the names of the largest modules that are in the tower whole, and of parameters beside them."""
+    tower = list_tower(model)
+    mixed = {*list_parents(name for name, _ in model.named_parameters() if name not in {*tower})}
+    parts = [next((parent for parent in list_parents([name]) if parent not in mixed), name) for name in tower]
+    return list(dict.fromkeys(parts))
+
+
+def list_parents(names: Iterable[str]) -> Iterator[str]:
+    """Yield the names of the modules that parameters lie in, of each parameter the outermost first."""
+    for name in names:
+        places = [place for place, letter in enumerate(name) if letter == "."]
+        yield from (name[:place] for place in places)
+
+
+def check_tower(model: str, skeleton: PreTrainedModel, train_vision: bool) -> None:
+    """Raise UserError where a tower shall be trained and the model has none."""
+    if train_vision and not list_tower(skeleton):
+        raise UserError(
+            f"train_vision=true: model_id={model!r} is a {type(skeleton).__name__}, which has no part that sees "
+            "images: leave train_vision out."
+        )
+
+
+def describe_tower(model: PreTrainedModel, train_vision: bool) -> Iterator[str]:
+    """Yield a line for the log about a model's tower."""
+    if tower := list_tower(model):
+        num_weights = sum(model.get_parameter(name).numel() for name in tower)
+        fate = "trained" if train_vision else "frozen: train_vision=true trains them"
+        yield f"Vision: {', '.join(name_parts(model))} ({num_weights:,} weights) are {fate}"

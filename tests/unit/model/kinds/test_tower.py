@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tower of a model is found by its structure, and frozen as a whole."""
+
+import pytest
+
+from llm_trainer.common.errors import UserError
+from llm_trainer.model.kinds.tower import check_tower, describe_tower, freeze_tower, list_tower, name_parts
+from llm_trainer.model.loading import build_on_meta
+from support.adapted_models import LLAMA
+from support.tiny_image_models import build_tiny_config
+
+PARTS = {
+    "qwen3_vl": ["model.visual"],
+    "gemma3": ["model.vision_tower", "model.multi_modal_projector"],
+    "smolvlm": ["model.vision_model", "model.connector"],
+    "llava_next": ["model.image_newline", "model.vision_tower", "model.multi_modal_projector"],
+    "git": ["git.image_encoder"],  # its projection is of no class that tells what it is for
+    "chameleon": ["model.vqmodel"],  # an image tokenizer within the decoder
+    "llama4": ["vision_model", "multi_modal_projector"],
+}
+
+
+def build(model_type):
+    return build_on_meta(build_tiny_config(model_type), None, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("model_type", PARTS)
+def test_a_tower_is_all_but_the_language_model(model_type):
+    model = build(model_type)
+    assert name_parts(model) == PARTS[model_type]
+    freeze_tower(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters()} - {*list_tower(model)}
+    assert all(name.startswith(tuple(PARTS[model_type])) for name in list_tower(model))
+    assert not any(name.startswith(tuple(PARTS[model_type])) for name in trained)
+
+
+def test_a_model_of_texts_has_no_tower():
+    model = build_on_meta(LLAMA, None, trust_remote_code=False)
+    assert list_tower(model) == list(describe_tower(model, False)) == []
+    check_tower("base", model, train_vision=False)
+    with pytest.raises(UserError, match=r"train_vision=true: model_id='base' is a LlamaForCausalLM, which has no part"):
+        check_tower("base", model, train_vision=True)
+
+
+def test_the_log_names_the_parts_and_their_fate():
+    model = build("gemma3")
+    (frozen,), (trained,) = (describe_tower(model, asked) for asked in (False, True))
+    assert frozen.startswith("Vision: model.vision_tower, model.multi_modal_projector (")
+    assert frozen.endswith(" weights) are frozen: train_vision=true trains them")
+    assert trained.endswith(" weights) are trained")
