@@ -5,20 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import trl
-from datasets import Dataset
 from PIL import Image
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 
-from llm_trainer.config.schema import Settings
-from llm_trainer.data.encoding import Encoder, Vocabulary
-from llm_trainer.data.formats.detection import detect_format
-from llm_trainer.data.images.processing import ImageProcessing, load_processor, without_videos
-from llm_trainer.data.tokenize import Preparer
-from llm_trainer.readers.images import ImageFolder
-from llm_trainer.readers.rows import Chunk
+from llm_trainer.data.images.processing import without_videos
 from support.tiny_model import build_tokenizer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"  # those of the families, as TRL has them, and with marks
@@ -54,26 +47,6 @@ def save_processor(kind, folder):
     with without_videos():
         processor.save_pretrained(folder)
     return processor
-
-
-def build_vocabulary(kind, folder):
-    """What the encoding of rows needs to know of a model whose processor is in the folder."""
-    save_processor(kind, folder)
-    processor = load_processor(str(folder))
-    tokenizer = processor.tokenizer
-    stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_ENDS[kind])}
-    images = ImageProcessing(str(folder), processor.image_token_id)
-    return Vocabulary(tokenizer, frozenset(stops), len(tokenizer), images)
-
-
-def prepare_rows(vocabulary, rows, folder, **settings):
-    """The rows as they are trained on, and the report on them. Their images are in the folder."""
-    data = Settings(**settings).data
-    row_format = detect_format(rows[0], data)
-    preparer = Preparer(Encoder(vocabulary, data, row_format), data, row_format, "a.jsonl row 1", ImageFolder(folder))
-    numbers = list(range(1, len(rows) + 1))
-    prepared = preparer.prepare_chunk(Chunk("a.jsonl", numbers, rows, folder / "a.jsonl"))
-    return Dataset(prepared.table), prepared.report
 
 
 def draw(width, height, seed=0):

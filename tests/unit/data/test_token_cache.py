@@ -22,8 +22,9 @@ from llm_trainer.data.token_cache import (
     prepare_source,
 )
 from llm_trainer.readers.sources import FileSource
+from support.image_rows import build_vocabulary
 from support.tiny_model import build_tokenizer
-from support.tiny_processors import build_vocabulary, draw
+from support.tiny_processors import draw
 from support.waiting import GUARD_SECONDS
 
 NUM_ROWS = 2000

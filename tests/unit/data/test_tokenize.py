@@ -32,8 +32,9 @@ from llm_trainer.data.tokenize import (
 )
 from llm_trainer.readers.rows import BadRow, Chunk
 from support.file_kinds import load_as_hub, write_kinds
+from support.image_rows import build_vocabulary, prepare_rows
 from support.tiny_model import build_tokenizer
-from support.tiny_processors import KINDS, build_vocabulary, draw, prepare_rows
+from support.tiny_processors import KINDS, draw
 
 TOKENIZER = build_tokenizer()
 VOCABULARY = Vocabulary(TOKENIZER, frozenset({TOKENIZER.eos_token_id}), len(TOKENIZER))

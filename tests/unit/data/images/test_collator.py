@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A batch of rows is what the model's own processor gives for the same conversations."""
 
-import io
-
 import numpy as np
 import pytest
 import torch
@@ -12,52 +10,8 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.data.images.collator import ImageCollator
 from llm_trainer.readers.images import ImageRules
-from support.tiny_processors import KINDS, build_vocabulary, draw, prepare_rows, read_template
-
-SIZES = [(100, 60), (40, 90), (30, 30)]
-PICTURES = [draw(*size, seed) for seed, size in enumerate(SIZES)]
-
-
-def encode(image):
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
-def say(role, *parts):
-    texts = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in parts]
-    return {"role": role, "content": texts}
-
-
-def show(image):
-    return {"type": "image", "image": image}
-
-
-ROWS = [
-    {
-        "messages": [{"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", "content": "A cat."}],
-        "images": ["0.png"],
-    },
-    {"messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "Me."}]},
-    {
-        "messages": [
-            say("user", show({"bytes": encode(PICTURES[1]), "path": None}), " and ", show("2.png"), " differ?"),
-            say("assistant", "Much."),
-            say("user", "Sure?"),
-            say("assistant", "Yes."),
-        ]
-    },
-]
-CONVERSATIONS = [
-    [say("user", show(PICTURES[0]), "\nWhat is it?"), say("assistant", "A cat.")],
-    [say("user", "Who are you?"), say("assistant", "Me.")],
-    [
-        say("user", show(PICTURES[1]), " and ", show(PICTURES[2]), " differ?"),
-        say("assistant", "Much."),
-        say("user", "Sure?"),
-        say("assistant", "Yes."),
-    ],
-]
+from support.image_rows import CONVERSATIONS, ROWS, build_vocabulary, prepare_rows, save_pictures
+from support.tiny_processors import KINDS, draw, read_template
 
 
 @pytest.fixture(params=KINDS)
@@ -67,8 +21,7 @@ def kind(request):
 
 @pytest.fixture
 def vocabulary(kind, tmp_path):
-    for number, picture in enumerate(PICTURES):
-        picture.save(tmp_path / f"{number}.png")
+    save_pictures(tmp_path)
     return build_vocabulary(kind, tmp_path)
 
 
