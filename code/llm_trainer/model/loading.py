@@ -33,7 +33,7 @@ from llm_trainer.config.sections import ModelSettings
 from llm_trainer.data.encoding import Vocabulary
 from llm_trainer.data.images.processing import ImageProcessing
 from llm_trainer.job.model_objects import find_broken_objects
-from llm_trainer.model.kinds.auto_class import choose_auto_class, is_trainable
+from llm_trainer.model.kinds.auto_class import choose_auto_class, is_trainable, sees_images
 from llm_trainer.model.kinds.text_pass import check_texts, expose_backbone, has_exposed_backbone
 from llm_trainer.model.layers import reward_head
 from llm_trainer.model.quantization import Quantization, find_stored_method, keep_trainable, prepare_layers
@@ -332,7 +332,7 @@ def build_vocabulary(
 ) -> Vocabulary:
     """Return what the encoding of rows has to agree on with the model."""
     images = None
-    if getattr(config, "vision_config", None) is not None:
+    if sees_images(config):
         token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
         images = ImageProcessing(model, token, settings.trust_remote_code)
     stop_ids = find_stop_ids(model, tokenizer, settings.model_revision)
