@@ -3,6 +3,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from llm_trainer.config.rules.table import find_missing_package, updates_shards
 from llm_trainer.config.trl_config_fields import read_snapshot
+from llm_trainer.model.kinds.tower import list_tower
 from support import reduced_gradients, sharded_base, sharded_optimizers
+from support.image_sweep import write_base
 from support.sagemaker_tree import ROWS, metrics_of
 
 # Eight rows a step on any number of ranks. Float32, and sums in another order: 1e-6 was seen of losses around 5.
@@ -84,6 +87,21 @@ def test_an_adapter_of_two_ranks_is_that_of_one_process(make_job):
     adapter = load_file(sharded.base_dir / "model/adapter/adapter_model.safetensors")
     for name, tensor in weights_of(alone).items():
         torch.testing.assert_close(adapter[name], tensor, rtol=0, atol=WEIGHT_TOLERANCE, msg=name)
+
+
+@pytest.mark.parametrize("use_peft", ["true", "false"])
+def test_a_model_that_sees_learns_from_texts_on_two_ranks_what_it_does_on_one(make_job, use_peft):
+    jobs = make_job(1, use_peft=use_peft), make_job(2, use_peft=use_peft)
+    for job in jobs:
+        shutil.rmtree(job.base_dir / "input/data/model")
+        base = write_base("smolvlm", job.base_dir / "input/data/model")
+    logs = [run(job) for job in jobs]
+    assert_same_curve(*logs)
+    assert_same_weights(*jobs)
+    assert "Vision: model.vision_model, model.connector (" in logs[1]
+    if use_peft == "false":
+        weights = weights_of(jobs[1])
+        assert all(torch.equal(weights[name], base.get_parameter(name)) for name in list_tower(base))
 
 
 def test_whole_weights_stopped_on_four_ranks_go_on_with_two(make_job, start):

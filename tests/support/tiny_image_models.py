@@ -85,6 +85,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "adapter_in_dim": 64,
             "adapter_out_dim": 64,
         },
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
         "text_config": {
             **LATENT,
             **GROUPS,

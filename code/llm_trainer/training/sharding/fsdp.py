@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, fsdp_utils
 from accelerate.utils.modeling import get_non_persistent_buffers
 from peft import PeftModel
 from torch import nn
@@ -91,6 +91,20 @@ def name_units(arguments: SFTConfig, base: PreTrainedModel) -> None:
     }
     units = sorted(blocks | existing.intersection(base._no_split_modules or ()))
     arguments.fsdp_plugin_args.setdefault("transformer_cls_names_to_wrap", units)
+    # It has no option for it, and looks beside the decoder.
+    fsdp_utils._find_final_norm = find_last_norm
+
+
+def find_last_norm(model: PreTrainedModel | PeftModel) -> nn.Module | None:
+    """Return the norm below a model's output layer, which Accelerate makes one unit with it, or None.
+
+    TRL's loss reads the output layer without calling it. It gets its weights when the norm is called. Else the ranks'
+    gradients of these weights would not be added up.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    places = (base.base_model, base.get_decoder())
+    norms = [child for place in places for child in place.children() if "Norm" in type(child).__name__]
+    return norms[-1] if norms else None
 
 
 def set_quantized_storage_dtype(quantization: object, arguments: SFTConfig, dtype: torch.dtype) -> None:
