@@ -53,6 +53,8 @@ LOADING_OPTIONS = frozenset(
 )
 # Options that say where files are, and whether to run code among them.
 SOURCE_OPTIONS = frozenset({"cache_dir", "local_files_only", "proxies", "revision", "token", "trust_remote_code"})
+# A token such as <|image_pad|>, for which a model looks up a piece of an image.
+STANDS_FOR_MEDIA = re.compile("image|img|video|vision|audio", re.IGNORECASE)
 LOADING_BAR = "Loading weights"  # Transformers' name of its bar
 SECONDS_A_LINE = 30.0  # a model that loads in less has no line
 
@@ -289,7 +291,9 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) ->
     Its meaning does not matter: TRL's collator masks padding by length, and never trains on it.
     """
     special = [
-        token for token in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(token) < num_embeddings
+        token
+        for token in tokenizer.all_special_tokens
+        if tokenizer.convert_tokens_to_ids(token) < num_embeddings and not STANDS_FOR_MEDIA.search(token)
     ]
     candidates = [
         *(token for token in special if "pad" in token.lower()),

@@ -301,3 +301,9 @@ def bare_tokenizer():
     tokenizer = build_tokenizer()
     tokenizer.pad_token = None
     return tokenizer
+
+
+def test_no_token_of_an_image_pads():
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>"]})
+    assert loading.choose_pad_token(tokenizer, len(tokenizer)) == tokenizer.unk_token
