@@ -65,9 +65,9 @@ from llm_trainer.planning.fitting import Fit, Fitter
 from llm_trainer.planning.learning import Learnt
 from llm_trainer.planning.other_instances import add_other_instances
 from llm_trainer.planning.workload import measure_work
+from llm_trainer.training.batches.run_batches import find_run_batches
 from llm_trainer.training.loss_check import check_loss, check_rewards
 from llm_trainer.training.methods import TrainingMethod, choose_method
-from llm_trainer.training.methods.run_batches import find_run_batches
 from llm_trainer.training.metric_lines import MetricLines
 from llm_trainer.training.packing import Packing, choose_packing
 from llm_trainer.training.packing_check import build_proxy_model

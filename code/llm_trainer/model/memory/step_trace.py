@@ -350,7 +350,7 @@ def build_batch(step: Step, is_reward: bool) -> dict[str, Any]:
 
 
 class ScoredPlaces:
-    """A hook that leaves the output layer the tokens that predict a label, as `training.methods.batch_facts` does."""
+    """A hook that leaves the output layer the tokens that predict a label, as `training.batches.batch_facts` does."""
 
     def __init__(self, number: int | None) -> None:
         self.number = number  # None: all, and the output stays as it is

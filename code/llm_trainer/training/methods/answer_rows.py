@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from llm_trainer.training.batches.whole_batches import WholeBatches
 from llm_trainer.training.methods.answers import ANSWERS
-from llm_trainer.training.methods.whole_batches import WholeBatches
 
 
 class AnswerRows(WholeBatches):

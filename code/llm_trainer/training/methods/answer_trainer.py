@@ -15,10 +15,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import FusedCausalLMOutput
 
 from llm_trainer.model.layers.kept_logits import keep_few_logits
+from llm_trainer.training.batches.batch_facts import BatchFacts, FindFacts, use_facts
+from llm_trainer.training.batches.batch_means import NO_COUNTS, BatchMeans
 from llm_trainer.training.methods.answer_rows import AnswerRows
 from llm_trainer.training.methods.answers import ANSWERS, FIELDS, NO_INPUTS, AnswerCollator, Answers
-from llm_trainer.training.methods.batch_facts import BatchFacts, FindFacts, use_facts
-from llm_trainer.training.methods.batch_means import NO_COUNTS, BatchMeans
 from llm_trainer.training.methods.reference import ReferenceMixin, keep_own_reference
 from llm_trainer.training.methods.sft import compute_with_facts
 from llm_trainer.training.resumable import RunContext

@@ -19,9 +19,9 @@ from torch.utils.data import SequentialSampler
 
 from llm_trainer.common import log
 from llm_trainer.model.lora_init import ADAPTER
+from llm_trainer.training.batches.whole_batches import WholeBatches, fill_batches
 from llm_trainer.training.methods.answers import ANSWERS
 from llm_trainer.training.methods.reference_values import build_key, compute_values, keep_values, load_values
-from llm_trainer.training.methods.whole_batches import WholeBatches, fill_batches
 from llm_trainer.training.resumable import ResumableMixin
 from llm_trainer.training.resume import OWN_SETTINGS
 

@@ -17,10 +17,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from llm_trainer.common.metric_definitions import RENAMED
 from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.model.layers.reward_head import read_last_tokens
+from llm_trainer.training.batches.batch_facts import BatchFacts, FindFacts, known, use_facts
+from llm_trainer.training.batches.batch_means import BatchMeans
 from llm_trainer.training.methods.answer_rows import AnswerRows
 from llm_trainer.training.methods.answers import ANSWERS, NO_INPUTS, Collator, is_trained, keep_trained, list_answers
-from llm_trainer.training.methods.batch_facts import BatchFacts, FindFacts, known, use_facts
-from llm_trainer.training.methods.batch_means import BatchMeans
 from llm_trainer.training.methods.training_method import TrainingMethod
 from llm_trainer.training.resumable import ResumableMixin, RunContext
 

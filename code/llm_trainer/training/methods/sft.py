@@ -16,10 +16,10 @@ from llm_trainer.common import log
 from llm_trainer.common.metric_definitions import RENAMED
 from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.model.layers.kept_logits import keep_few_logits
-from llm_trainer.training.methods.batch_facts import BatchFacts, FindFacts, known, shift_labels, use_facts
-from llm_trainer.training.methods.token_sums import begin_sums, compute_means, sum_batch
+from llm_trainer.training.batches.batch_facts import BatchFacts, FindFacts, known, shift_labels, use_facts
+from llm_trainer.training.batches.token_sums import begin_sums, compute_means, sum_batch
+from llm_trainer.training.batches.whole_batches import WholeBatches
 from llm_trainer.training.methods.training_method import TrainingMethod
-from llm_trainer.training.methods.whole_batches import WholeBatches
 from llm_trainer.training.resumable import ResumableMixin, RunContext
 
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import KTOConfig, KTOTrainer
 
 from llm_trainer.common.metric_definitions import list_metrics
+from llm_trainer.training.batches.whole_batches import fill_batches
 from llm_trainer.training.methods.kto import KTO, ResumableKTOTrainer
-from llm_trainer.training.methods.whole_batches import fill_batches
 from llm_trainer.training.packing import PackingCollator
 from support.preference_pairs import build_judged, build_judged_rows, build_lora, build_pair_trainer
 

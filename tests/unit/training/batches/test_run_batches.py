@@ -10,7 +10,7 @@ from torch.utils.data import RandomSampler
 
 from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.model.memory.batch import Batch
-from llm_trainer.training.methods.run_batches import find_run_batches, list_steps
+from llm_trainer.training.batches.run_batches import find_run_batches, list_steps
 from llm_trainer.training.packing import PackingCollator
 
 LENGTHS = (10, 20, 30, 40, 50)
