@@ -93,7 +93,7 @@ def examine_job(job: Job, options: PlanOptions, basis: Basis, validation: Valida
     scenario = plan_memory(planned.config, job, longest_row, validation)
     if scenario is not None and not validation.list_texts("error"):
         outline = build_outline(scenario, lengths, settings.output.merge_weights, basis)
-        examine_instances(outline, validation, options.in_colour)
+        examine_instances(replace(outline, places=options.places), validation, options.in_colour)
 
 
 def choose_longest_row(lengths: Lengths, data: DataSettings, validation: Validation) -> int:

@@ -37,12 +37,13 @@ def may_need_bitsandbytes(model: ModelSettings, optim: str, folder: str) -> bool
     PEFT would import bitsandbytes, for seconds.
     """
     config = Path(folder) / "config.json"
+    stored = config.read_text(encoding="utf-8") if config.is_file() else None
     return (
         model.load_in_4bit
         or model.load_in_8bit
         or optim in read_snapshot()["optim"].packages
-        or not config.is_file()
-        or "quantization_config" in config.read_text(encoding="utf-8")
+        or stored is None
+        or ("quantization_config" in stored and '"mxfp4"' not in stored)
     )
 
 

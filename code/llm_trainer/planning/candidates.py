@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every instance type, one to sixteen of it: whether a job fits, how, and what it takes in time and dollars."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,13 @@ class Outline:
     merges: bool  # whether the result has all weights though an adapter is trained
     learnt: Learnt
     prices: Prices | None  # None: not known
+    places: tuple[tuple[str, int], ...] | None = None  # the types and numbers that are asked about; None: all
+
+    def list_counts(self, name: str) -> Sequence[int]:
+        """Return the numbers of instances of a type that are asked about."""
+        if self.places is None:
+            return range(1, MAX_COUNT + 1)
+        return [count for asked, count in self.places if asked == name]
 
 
 @dataclass(frozen=True)
@@ -118,23 +125,29 @@ class Candidate:
 
 
 def list_candidates(outline: Outline) -> list[Candidate]:
-    """Return every instance type, one to sixteen of it, those that fit first and of them the cheapest."""
+    """Return every instance type, one to sixteen of it, or the places that are asked about.
+
+    Those that fit come first, and of them the cheapest.
+    """
     fits: dict[tuple[str, int], Fit | str] = {}
     asked = outline.fitter.job.settings.parallelism.nproc_per_node
     found: list[Candidate] = []
     for host in read_instances().types.values():
         if asked and asked > host.num_gpus:
             refusal = f"nproc_per_node={asked} is more than its GPUs"
-            found += [Candidate(host, count, refusal=refusal) for count in range(1, MAX_COUNT + 1)]
+            found += [Candidate(host, count, refusal=refusal) for count in outline.list_counts(host.name)]
         else:
-            found += list_counts(outline, replace(host, num_gpus=asked or host.num_gpus), fits)
+            found += try_counts(outline, replace(host, num_gpus=asked or host.num_gpus), fits)
     return sorted(found, key=lambda candidate: candidate.order)
 
 
-def list_counts(outline: Outline, host: InstanceType, fits: dict[tuple[str, int], Fit | str]) -> Iterator[Candidate]:
-    """Yield one to sixteen instances of a type. `fits` keeps what is known of a number of GPUs for other types."""
+def try_counts(outline: Outline, host: InstanceType, fits: dict[tuple[str, int], Fit | str]) -> Iterator[Candidate]:
+    """Yield the numbers of a type that are asked about.
+
+    `fits` keeps what is known of a number of GPUs for other types.
+    """
     offered = outline.prices is None or host.name in outline.prices.on_demand
-    for count in range(1, MAX_COUNT + 1):
+    for count in outline.list_counts(host.name):
         num_gpus = count * host.num_gpus
         key = host.gpu.name, num_gpus
         fit = fits[key] = fits[key] if key in fits else find_fit(outline.fitter, host, num_gpus)

@@ -45,3 +45,9 @@ def test_a_package_that_may_be_needed_is_there(folder):
     assert list_hidden(folder / "elsewhere", trust_remote_code=True) == "[] False"
     (folder / "config.json").write_text('{"quantization_config": {}}')
     assert list_hidden(folder) == "['scipy'] False"
+
+
+def test_a_model_in_mxfp4_needs_no_bitsandbytes(folder):
+    pytest.importorskip("bitsandbytes")
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "mxfp4"}}')
+    assert list_hidden(folder) == "['scipy', 'bitsandbytes'] False"

@@ -2,6 +2,7 @@
 """Every instance type, one to sixteen of it: the cheapest first, and in each what the job takes there."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from transformers import LlamaConfig
@@ -36,6 +37,13 @@ def test_each_type_comes_in_one_to_sixteen_and_the_cheapest_first(candidates):
     assert dollars[: len(priced)] == priced  # what has no price comes behind
     assert [candidate.offered for candidate in candidates] == [value is not None for value in dollars]
     assert {*candidates[0].describe()} >= FIXED
+
+
+def test_only_places_that_are_asked_about_are_planned(candidates):
+    places = (("ml.g5.xlarge", 4), ("ml.p5.48xlarge", 1), ("ml.nothing", 1))
+    asked = replace(outline_job(lengths={100: 100_000}, prices=PRICES, gradient_accumulation_steps=4), places=places)
+    found = list_candidates(asked)
+    assert [each.describe() for each in found] == [find(candidates, *place).describe() for place in places[:2]]
 
 
 def test_more_instances_take_fewer_steps_and_more_dollars(candidates):
