@@ -482,9 +482,9 @@ def add_callbacks(context: Context, prepared: Prepared, planned: Planned, traine
     if arguments.bf16 or arguments.fp16:
         row_tokens = measure_row_tokens(prepared.data.reports["train"].lengths, settings.data.max_length)
         shape = planned.memory.shape
-        asks_reference = planned.scenario.settings.asks_reference
+        untrained_passes = planned.scenario.settings.untrained_passes
         config, device = model_plan.config, model_plan.device
-        peak_speed = find_peak_tokens_per_second(shape, config, device, row_tokens, asks_reference)
+        peak_speed = find_peak_tokens_per_second(shape, config, device, row_tokens, untrained_passes)
     trainer.add_callback(MetricLines(trainer, prepared.method, context.timeline, peak, peak_speed))
     has_interval = settings.is_given("save_steps") or settings.is_given("save_strategy")
     trainer.add_callback(SaveAndStop(trainer, prepared.stop_request, has_interval))

@@ -170,6 +170,7 @@ class Section(BaseModel):
 
 PAIR_METHODS = ("dpo", "reward")  # a row of these holds two answers to a prompt
 REFERENCE_METHODS = ("dpo", "kto")  # these compare with the model before the first step
+WITHOUT_DIVERGENCE = "apo_zero_unpaired"  # KTO's loss that needs no estimate of a divergence
 SHARED_NAMES = ("loss_type",)  # fields of SFTConfig that are another thing in every method's config
 
 

@@ -229,7 +229,7 @@ def describe_steps(candidate: Candidate, number: int, work: Workload) -> Steps:
         reference_tokens=work.num_tokens + work.eval_tokens if settings.asks_reference_first else 0,
         tokens_per_second=candidate.tokens_per_second,
         checkpoints=count_checkpoints(settings.training, number, number * step.seconds),
-        asks_reference=settings.asks_reference,
+        untrained_passes=settings.untrained_passes,
     )
 
 

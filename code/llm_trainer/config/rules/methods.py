@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llm_trainer.config.rules.rule import Rule
-from llm_trainer.config.sections import METHOD_FIELDS, METHOD_FORMATS, MOVING_STARTS
+from llm_trainer.config.sections import METHOD_FIELDS, METHOD_FORMATS, MOVING_STARTS, WITHOUT_DIVERGENCE
 from llm_trainer.config.trl_config_fields import read_snapshot
 
 # Settings that this project acts on itself, whether or not TRL's config of the method has them.
@@ -86,7 +86,7 @@ def refuse_single_row(name: str) -> Rule:
     """Return the rule that KTO estimates its divergence on more than one row, which this setting is about."""
     return Rule(
         (name, "loss_type"),
-        lambda s: s.data.method == "kto" and s.value(name) == 1 and s.methods.loss_type != "apo_zero_unpaired",
+        lambda s: s.data.method == "kto" and s.value(name) == 1 and s.methods.loss_type != WITHOUT_DIVERGENCE,
         f"{name}={{{name}}} with method=kto: its divergence is a mean over the rows that devices compute at once, and "
         "one row tells too little; give at least 2, or loss_type=apo_zero_unpaired.",
     )

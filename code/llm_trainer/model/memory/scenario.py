@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from llm_trainer.config.rules.table import supports_fsdp
 from llm_trainer.config.sections import (
     REFERENCE_METHODS,
+    WITHOUT_DIVERGENCE,
     AdapterSettings,
     DataSettings,
     MethodSettings,
@@ -75,9 +76,14 @@ class MemorySettings:
         return self.has_reference and self.adapter.use_peft and moves
 
     @property
-    def asks_reference(self) -> bool:
-        """True where each batch goes through the reference, too."""
-        return self.has_reference and not self.asks_reference_first
+    def untrained_passes(self) -> int:
+        """The forward passes that each batch takes without gradients, beside the one that is trained on.
+
+        The reference's is one. Where KTO estimates a divergence, model and reference are asked about other answers.
+        """
+        estimates = self.data.is_judged and self.methods.loss_type != WITHOUT_DIVERGENCE
+        asks_reference = self.has_reference and not self.asks_reference_first
+        return estimates + asks_reference * (1 + estimates)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,11 @@ from trl import KTOConfig, KTOTrainer
 from trl.trainer import kto_trainer
 
 from llm_trainer.common.metric_definitions import RENAMED
+from llm_trainer.config.sections import WITHOUT_DIVERGENCE
 from llm_trainer.training.batches.batch_means import RowSums
 from llm_trainer.training.methods.answer_trainer import AnswerTrainer, compute_answers
 from llm_trainer.training.methods.answers import ANSWERS, DESIRABLE, MISMATCHED, Answers, Collator, keep_trained
 from llm_trainer.training.methods.training_method import TrainingMethod
-
-WITHOUT_DIVERGENCE = "apo_zero_unpaired"  # the loss that needs none
 
 
 class ResumableKTOTrainer(AnswerTrainer, KTOTrainer):
