@@ -55,6 +55,8 @@ class Candidate:
     spot: SpotRun | None = None
     dollars: float | None = None
     spot_dollars: float | None = None
+    spot_saving: float | None = None  # the share of the price that these rest on
+    is_saving_assumed: bool | None = None  # True where the user has told none
 
     @property
     def fits(self) -> bool:
@@ -118,6 +120,8 @@ class Candidate:
             "dollars_an_hour": self.dollars and self.instance_hours and self.dollars / self.instance_hours,
             "instance_hours": self.instance_hours and round(self.instance_hours, 3),
             "spot_dollars": self.spot_dollars and round(self.spot_dollars, 2),
+            "spot_saving": self.spot_saving,
+            "spot_saving_is_assumed": self.is_saving_assumed,
             "spot_hours": self.spot and round(self.spot.hours, 3),
             "interruptions": self.spot and round(self.spot.interruptions, 4),
             "by_formula": self.by_formula,
@@ -203,14 +207,15 @@ def plan_run(outline: Outline, candidate: Candidate, rows_a_step: int, work: Wor
     between = run.steps / max(1, steps.checkpoints)
     spot = expect_interruptions(run.hours, run.start / 3600, between / 3600, count)
     prices = outline.prices
-    price, spot_price = (prices.on_demand.get(host.name), prices.spot.get(host.name)) if prices else (None, None)
+    timed = replace(candidate, steps=number, run=run, spot=spot)
+    if prices is None or host.name not in prices.on_demand:
+        return timed
     return replace(
-        candidate,
-        steps=number,
-        run=run,
-        spot=spot,
-        dollars=price and price * run.hours * count,
-        spot_dollars=spot_price and spot_price * spot.hours * count,
+        timed,
+        dollars=prices.on_demand[host.name] * run.hours * count,
+        spot_dollars=prices.spot[host.name] * spot.hours * count,
+        spot_saving=prices.find_spot_saving(host.name),
+        is_saving_assumed=host.name not in prices.spot_savings,
     )
 
 

@@ -57,6 +57,15 @@ def test_more_instances_take_fewer_steps_and_more_dollars(candidates):
     assert one.how == "training, batch 2 x 1 x 4"
 
 
+def test_an_assumed_saving_of_spot_is_marked():
+    prices = PRICES.model_copy(update={"spot_savings": {"ml.g5.xlarge": 0.6}})
+    places = (("ml.g5.xlarge", 1), ("ml.g5.12xlarge", 1), ("ml.p5.48xlarge", 1))
+    found = list_candidates(replace(outline_job(lengths={100: 1000}, prices=prices), places=places))
+    told = {each.host.name: each.describe() for each in found}
+    marks = {name: (each["spot_saving"], each["spot_saving_is_assumed"]) for name, each in told.items()}
+    assert marks == {"ml.g5.xlarge": (0.6, False), "ml.g5.12xlarge": (0.5, True), "ml.p5.48xlarge": (None, None)}
+
+
 def test_as_many_gpus_of_a_host_count_as_the_settings_ask_for():
     found = list_candidates(outline_job(nproc_per_node=2))
     fits = {name: find(found, name, 2).fits for name in ("ml.g5.xlarge", "ml.g5.12xlarge", "ml.p5.48xlarge")}
