@@ -22,6 +22,7 @@ from llm_trainer.config.checks import count_usable_hosts
 from llm_trainer.config.global_batch import describe_batch
 from llm_trainer.config.schema import Settings, describe_settings
 from llm_trainer.config.sections import AdapterSettings
+from llm_trainer.config.teacher import about_teacher, derive_teacher
 from llm_trainer.data.datasets import Data, DataPlaces, check_full_batch, load_data
 from llm_trainer.data.fingerprints import describe_split
 from llm_trainer.data.preview import advise_weights, log_data
@@ -53,6 +54,7 @@ from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings
 from llm_trainer.model.plan import ModelPlan, PlanSettings, plan_model
 from llm_trainer.model.positions import bound_length, find_length_warnings
 from llm_trainer.model.precision import check_arguments, choose_precision
+from llm_trainer.model.teacher.teacher import TeacherPlan, TeacherSource, load_teacher, prepare_teacher
 from llm_trainer.planning.candidates import Outline
 from llm_trainer.planning.comparison import (
     Figures,
@@ -69,7 +71,7 @@ from llm_trainer.training.batches.run_batches import find_run_batches
 from llm_trainer.training.loss_check import check_loss, check_rewards
 from llm_trainer.training.methods import TrainingMethod, choose_method
 from llm_trainer.training.metric_lines import MetricLines
-from llm_trainer.training.packing import Packing, choose_packing
+from llm_trainer.training.packing import Packing, choose_packing, examine_model
 from llm_trainer.training.packing_check import build_proxy_model
 from llm_trainer.training.progress import Progress, choose_progress
 from llm_trainer.training.rehearsal import rehearse_step
@@ -122,6 +124,7 @@ class Prepared:
     stop_request: StopRequest
     consensus: StopConsensus
     origin: Origin
+    teacher: TeacherPlan | None  # of a distillation
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,21 +199,22 @@ def prepare(context: Context) -> Prepared:
     consensus = StopConsensus(settings.parallelism.ddp_timeout)
 
     folder = loading.fetch_model(job.inputs.model, settings.model, context.scratch_dir)
-    if folder != job.inputs.model:
-        report_disk_need(context, folder)
+    report_disk_need(context, folder)
     timeline.mark("download")
     model_plan = plan_model(folder, collect_plan_settings(settings), device, precision)
     log.info(*model_plan.reasons)
-    bounded = settings.model_copy(update={"data": bound_length(settings.data, model_plan.num_positions)})
-    job = replace(job, settings=bounded)
+    bounded = bound_length(settings.data, model_plan.num_positions)
+    job = replace(job, settings=settings.model_copy(update={"data": bounded}))
     tokenizer = loading.load_tokenizer(folder, settings.model, model_plan.num_embeddings, model_plan.is_reward)
+    theirs = derive_teacher(settings.model, settings.methods, job.environment.channels)
+    teacher = prepare_teacher(TeacherSource(job.inputs.teacher, theirs), model_plan, tokenizer, context.scratch_dir)
     timeline.mark("tokenizer")
 
     data = read_data(replace(context, job=job), model_plan, tokenizer)
     warn_of_side_files(context, model_plan, tokenizer, data)
     timeline.mark("data")
-    origin = describe_origin(job, folder)
-    return Prepared(job, method, model_plan, tokenizer, data, stop_request, consensus, origin)
+    origin = describe_origin(job, folder, teacher)
+    return Prepared(job, method, model_plan, tokenizer, data, stop_request, consensus, origin, teacher)
 
 
 def collect_plan_settings(settings: Settings) -> PlanSettings:
@@ -221,6 +225,8 @@ def collect_plan_settings(settings: Settings) -> PlanSettings:
 
 def report_disk_need(context: Context, folder: str) -> None:
     """Log whether the disks have room for what the job writes, which is known once a Hub model's files are there."""
+    if folder == context.job.inputs.model:  # told before
+        return
     inputs = replace(context.job.inputs, model=folder)
     sections = WriteSettings(context.settings.adapter, context.settings.training, context.settings.output)
     log_findings(inspect_disk_need(sections, inputs, Path(os.environ["LLM_TRAINER_CACHE"])))
@@ -236,7 +242,9 @@ def plan(context: Context, prepared: Prepared) -> Planned:
     sections = MemorySettings(settings.model, settings.adapter, *work)
     kernels = model_plan.attention.name, model_plan.liger.kernels
     evaluates = bool(context.job.inputs.validation)
-    scenario = split_global_batch(MemoryScenario(model_plan.config, sections, longest_row, target, *kernels, evaluates))
+    job_parts = model_plan.config, sections, longest_row, target, *kernels, evaluates
+    teacher = prepared.teacher.teacher if prepared.teacher else None
+    scenario = split_global_batch(MemoryScenario(*job_parts, teacher=teacher))
     memory = choose_memory_plan(scenario, earlier)
     log.info(*describe_memory_plan(memory))
     if shortage := describe_fewer_hosts(scenario, count_usable_hosts(settings, context.job.environment)):
@@ -252,9 +260,10 @@ def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
     settings, model_plan, consensus = context.settings, prepared.model_plan, prepared.consensus
     peak = Peak(model_plan.device.torch)
     base = load_base(context, prepared, planned)
+    teacher = load_teacher(prepared.teacher, model_plan.device.torch) if prepared.teacher else None
     context.timeline.mark("model")
 
-    packing, splits = pack_rows(context, prepared, planned, base)
+    packing, splits = pack_rows(context, prepared, planned, (base, teacher))
     identity = identify_run(describe_run_parts(context, prepared, packing, planned.memory.sharded), planned.arguments)
     checkpoint_dir = context.job.inputs.checkpoint_dir
     saved = find_saved_note(context.scratch_dir)
@@ -263,7 +272,7 @@ def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
 
     model, kept_layers = (base, prepared.tokenizer, planned.arguments), planned.memory.kept_layers
     parts = TrainerParts(*model, splits, packing.collator, model_plan.lora, kept_layers)
-    run_context = build_run_context(context, prepared, identity)
+    run_context = replace(build_run_context(context, prepared, identity), teacher=teacher)
     patience = settings.training.early_stopping_patience if settings.training.early_stopping else None
     trainer = build_trainer(prepared.method, parts, run_context, patience)
     give_first_values(trainer, settings.adapter, model_plan.folder)
@@ -407,12 +416,19 @@ def load_base(context: Context, prepared: Prepared, planned: Planned) -> PreTrai
 
 
 def pack_rows(
-    context: Context, prepared: Prepared, planned: Planned, base: PreTrainedModel
+    context: Context, prepared: Prepared, planned: Planned, models: tuple[PreTrainedModel, PreTrainedModel | None]
 ) -> tuple[Packing, dict[str, Dataset | IterableDataset]]:
-    """Choose the packing, and the order of rows that are padded. Return it with the splits to train on and evaluate."""
+    """Choose the packing, and the order of rows that are padded. Return it with the splits to train on and evaluate.
+
+    `models` are the base and its teacher, if there is one.
+    """
+    base, teacher = models
     settings, arguments, device = context.settings, planned.arguments, prepared.model_plan.device.torch
     subject = build_proxy_model(base, device) if planned.memory.sharded else base
-    packing = choose_packing(subject, prepared.tokenizer, arguments, settings.data, prepared.consensus.group)
+    group = prepared.consensus.group
+    packing = choose_packing(subject, prepared.tokenizer, arguments, settings.data, group)
+    if teacher is not None:
+        packing = examine_model(packing, teacher, arguments, settings.data, group)
     if packing.mode == "off" and not (settings.data.streaming or settings.is_given("train_sampling_strategy")):
         arguments.train_sampling_strategy = "group_by_length"
     log.info(f"{packing}; train_sampling_strategy={arguments.train_sampling_strategy}")
@@ -436,6 +452,7 @@ def describe_run_parts(context: Context, prepared: Prepared, packing: Packing, s
         packing=packing,
         sharded=sharded,
         earlier_adapter=lineage[0]["sha256"] if lineage else None,
+        teacher=prepared.origin.teacher,
     )
 
 
@@ -450,11 +467,13 @@ def give_first_values(trainer: ResumableMixin, settings: AdapterSettings, base_f
 
 def check_trained_loss(context: Context, prepared: Prepared, planned: Planned, trainer: ResumableMixin) -> None:
     """Raise UserError for a model that the loss would train wrongly. LLM.int8() rounds a batch's tokens together."""
-    if planned.memory.sharded or context.settings.model.load_in_8bit:
-        return
     plan = prepared.model_plan
     check = check_rewards if plan.is_reward else check_loss
-    check(trainer.model, plan.num_embeddings, plan.device.torch, plan.precision.compute)
+    if not (planned.memory.sharded or context.settings.model.load_in_8bit):
+        check(trainer.model, plan.num_embeddings, plan.device.torch, plan.precision.compute)
+    if trainer.run.teacher is not None and not context.settings.methods.teacher_load_in_8bit:
+        with about_teacher():
+            check_loss(trainer.run.teacher, plan.num_embeddings, plan.device.torch, plan.precision.compute)
 
 
 def build_run_context(context: Context, prepared: Prepared, identity: dict[str, Any]) -> RunContext:
@@ -555,11 +574,11 @@ def outline_run(context: Context, prepared: Prepared, built: Built) -> Outline:
     return Outline(Fitter(built.scenario), work, context.settings.output.merge_weights, Learnt(), prices)
 
 
-def describe_origin(job: Job, base_folder: str) -> Origin:
+def describe_origin(job: Job, base_folder: str, teacher: TeacherPlan | None) -> Origin:
     """Return what the training begins with, read while its files are there for sure."""
     folder = job.settings.adapter.adapter_path
     lineage = describe_lineage(job.inputs.adapter, Path(folder)) if folder else []
-    return Origin(compute_sampled_digest(Path(base_folder)), lineage)
+    return Origin(compute_sampled_digest(Path(base_folder)), lineage, teacher.teacher.identity if teacher else None)
 
 
 def collect_result(

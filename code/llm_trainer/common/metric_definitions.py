@@ -54,6 +54,9 @@ METHOD_METRICS = {
         "min_reward": "lower reward of a pair",
         "max_reward": "higher reward of a pair",
     },
+    "distill": {
+        "entropy": "entropy of the student's probabilities of a token, in nats",
+    },
 }
 # What automatic model tuning may be told to minimize, or, of an accuracy, to maximize.
 OBJECTIVES = ("eval_loss", "train_loss", "eval_mean_token_accuracy")

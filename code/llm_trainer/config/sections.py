@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, create_model
 
 from llm_trainer.config.trl_config_fields import CONFIG_CLASSES, Argument, read_snapshot
 
-Method = Literal["sft", "dpo", "kto", "reward"]  # the training methods, as in CONFIG_CLASSES
+Method = Literal["sft", "dpo", "kto", "reward", "distill"]  # the training methods, as in CONFIG_CLASSES
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 DatasetFormat = Literal[
     "auto",
@@ -32,6 +32,7 @@ METHOD_FORMATS: dict[str, tuple[str, ...]] = {
     "dpo": ("preference",),
     "kto": ("unpaired_preference", "preference"),
     "reward": ("preference",),
+    "distill": ("pretokenized", "messages", "sharegpt", "prompt_completion", "alpaca", "text"),
 }
 Attention = Literal[
     "auto",
@@ -96,6 +97,7 @@ RANGES: dict[str, dict[str, Any]] = {
     "precompute_ref_batch_size": {"ge": 1},
     "ref_model_mixup_alpha": {"ge": 0},
     "ref_model_sync_steps": {"ge": 1},
+    "temperature": {"gt": 0},
 }
 
 # Fields of SFTConfig whose default is this project's: what it is, in words.
@@ -171,6 +173,11 @@ class Section(BaseModel):
 PAIR_METHODS = ("dpo", "reward")  # a row of these holds two answers to a prompt
 REFERENCE_METHODS = ("dpo", "kto")  # these compare with the model before the first step
 WITHOUT_DIVERGENCE = "apo_zero_unpaired"  # KTO's loss that needs no estimate of a divergence
+IMITATION_METHODS = ("sft", "distill")  # a row of these is one text, whose tokens are learnt; rows may be packed
+# Settings of methods that are this project's own -> the methods that have them.
+OWN_METHOD_FIELDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("teacher_load_in_4bit", "teacher_load_in_8bit"), ("distill",)),
+}
 SHARED_NAMES = ("loss_type",)  # fields of SFTConfig that are another thing in every method's config
 
 
@@ -357,7 +364,8 @@ class DataSettings(Section):
     method: Method = Field(
         "sft",
         description="Training method. sft: rows to imitate. dpo: pairs of a preferred and a rejected answer. "
-        "kto: answers that are desirable or undesirable. reward: a reward model of such pairs as dpo has.",
+        "kto: answers that are desirable or undesirable. reward: a reward model of such pairs as dpo has. "
+        "distill: rows as sft has, and a teacher whose probabilities are learnt.",
     )
     train_dataset_path: str | None = Field(
         None,
@@ -559,6 +567,11 @@ class OutputSettings(Section):
 @with_method_fields
 class MethodSettings(Section):
     """The settings that not all training methods have, or that differ between them. None: the method's default."""
+
+    teacher_load_in_4bit: bool = Field(
+        False, description="Load the teacher of distill in 4 bit, as `bnb_4bit_quant_type` says."
+    )
+    teacher_load_in_8bit: bool = Field(False, description="Load the teacher of distill in 8 bit (LLM.int8()).")
 
 
 @with_trl_config_fields(

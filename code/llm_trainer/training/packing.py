@@ -187,6 +187,23 @@ def choose_packing(
         return Packing("off", "packing=false")
     flattens = is_flash_attention_requested(model.config)
     collator = PackingCollator(tokenizer.pad_token_id, settings.max_length, flattens, arguments.pad_to_multiple_of)
+    return examine_model(Packing("batch", "", collator), model, arguments, settings, group)
+
+
+def examine_model(
+    packing: Packing,
+    model: PreTrainedModel,
+    arguments: SFTConfig,
+    settings: DataSettings,
+    group: dist.ProcessGroup | None,
+) -> Packing:
+    """Return the packing if a model that reads its sequences keeps their rows apart, else none.
+
+    Every rank must call this. Raises UserError as `choose_packing`.
+    """
+    collator = packing.collator
+    if collator is None:
+        return packing
     if arguments.parallelism_config is not None:
         reason: str | None = "parallelism_config may split a sequence over devices"
     else:

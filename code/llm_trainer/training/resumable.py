@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import RandomSampler
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -56,6 +56,7 @@ class RunContext:
     goes_on: bool = False  # whether the adapter begins with the values of an earlier one
     base_digest: str | None = None  # of the weights in the files that the training begins with
     saved: Path | None = None  # is created when there is a checkpoint
+    teacher: PreTrainedModel | None = None  # of distillation
 
 
 class ResumableMixin(Trainer):

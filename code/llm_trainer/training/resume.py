@@ -38,6 +38,8 @@ ADAPTER_SETTINGS = (
     *("lora_r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters"),
     *("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio"),
 )
+# Settings of a method that something else in the identity tells: what is in the folder, wherever that lies.
+TOLD_BY_CONTENT = ("teacher_model_name_or_path", "teacher_model_revision")
 # A run that goes on may differ in these. They tell it how the checkpoint was written.
 FREE = ("distribution",)
 TRAINING_ARGUMENTS = (
@@ -59,6 +61,7 @@ class RunParts:
     packing: Packing
     sharded: bool
     earlier_adapter: str | None = None  # digest of the adapter that the training goes on from
+    teacher: str | None = None  # digest of the teacher, and how it is rounded
 
     def value(self, name: str) -> Any:
         """Return the setting of that name."""
@@ -73,6 +76,7 @@ def identify_run(parts: RunParts, arguments: SFTConfig) -> dict[str, Any]:
     identity |= {name: getattr(arguments, name) for name in TRAINING_ARGUMENTS if hasattr(arguments, name)}
     if parts.data.method != "sft":  # checkpoints of earlier versions know no method
         own = [name for name, methods in METHOD_FIELDS.items() if parts.data.method in methods]
+        own = [name for name in own if name not in TOLD_BY_CONTENT]
         identity |= {"method": parts.data.method, **{name: getattr(arguments, name) for name in own}}
     identity |= {"packing": parts.packing.mode, "packing_strategy": parts.data.packing_strategy}
     identity["distribution"] = "fsdp" if parts.sharded else "ddp"
@@ -83,6 +87,8 @@ def identify_run(parts: RunParts, arguments: SFTConfig) -> dict[str, Any]:
         identity["streams"] = world_size() * max(1, arguments.dataloader_num_workers)
     identity["model"] = hashlib.sha256((Path(parts.base) / "config.json").read_bytes()).hexdigest()[:12]
     identity["earlier adapter"] = parts.earlier_adapter and parts.earlier_adapter[:12]
+    if parts.teacher is not None:
+        identity["teacher"] = parts.teacher
     report = parts.train_report
     files = sorted(file.get("sha256") or f"{file['name']} {file['bytes']}" for file in report.files)
     digest = hashlib.sha256("".join(files).encode(errors="backslashreplace")).hexdigest()[:12]  # a name may be no UTF-8

@@ -208,8 +208,7 @@ def build_arguments(
     The computation runs in `dtype`. The memory plan is known once the data are. Without it the arguments serve to find
     mistakes early. Raises UserError for values that Transformers refuses.
     """
-    defaults = choose_defaults(sources, device, dtype, memory_plan)
-    defaults["learning_rate"] = method.learning_rate * (ADAPTER_FACTOR if sources.use_peft else 1)
+    defaults = choose_method_defaults(method, sources, choose_defaults(sources, device, dtype, memory_plan))
     values = defaults | select_given(method.name, sources.given) | sources.batch
     recomputes = values.pop("activation_checkpointing")
     try:
@@ -226,6 +225,14 @@ def build_arguments(
     arguments.activation_checkpointing = arguments.gradient_checkpointing = recomputes
     fsdp.reduce_in_float32(arguments)
     return arguments
+
+
+def choose_method_defaults(
+    method: TrainingMethod, sources: ArgumentSources, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a method whose defaults differ from TRL's. `defaults` are those of all methods."""
+    chosen = {name: value for name, value in defaults.items() if name in read_snapshot(method.name)}
+    return chosen | {"learning_rate": method.learning_rate * (ADAPTER_FACTOR if sources.use_peft else 1)}
 
 
 def select_given(method: str, given: Mapping[str, Any]) -> dict[str, Any]:

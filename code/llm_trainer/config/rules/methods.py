@@ -5,7 +5,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llm_trainer.config.rules.rule import Rule
-from llm_trainer.config.sections import METHOD_FIELDS, METHOD_FORMATS, MOVING_STARTS, WITHOUT_DIVERGENCE
+from llm_trainer.config.sections import (
+    IMITATION_METHODS,
+    METHOD_FIELDS,
+    METHOD_FORMATS,
+    MOVING_STARTS,
+    OWN_METHOD_FIELDS,
+    WITHOUT_DIVERGENCE,
+)
 from llm_trainer.config.trl_config_fields import read_snapshot
 
 # Settings that this project acts on itself, whether or not TRL's config of the method has them.
@@ -13,6 +20,8 @@ FOR_ALL_METHODS = frozenset(
     {"max_length", "truncation_mode", "packing", "padding_free", "shuffle_dataset", "dataset_num_proc", "pad_token"}
     | {"activation_offloading", "chat_template_path", "eos_token"}
 )
+# The same for methods whose rows are those of SFT.
+FOR_IMITATION = frozenset({"assistant_only_loss", "completion_only_loss", "eval_packing", "packing_strategy"})
 # Losses of DPO that are made of the difference between the two answers' rewards alone.
 DIFFERENCE_LOSSES = frozenset(
     {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"},
@@ -36,15 +45,26 @@ def list_losses(method: str, loss_type: str | list[str] | None) -> list[str]:
 
 def is_of_method(name: str, method: str) -> bool:
     """Tell whether a method has this setting: a field of its config, or one that is this project's own."""
+    if name in OWN_METHOD_FIELDS:
+        return method in OWN_METHOD_FIELDS[name]
+    if name in FOR_IMITATION and method in IMITATION_METHODS:
+        return True
     is_field = name in METHOD_FIELDS or name in read_snapshot()
     return not is_field or name in FOR_ALL_METHODS or name in read_snapshot(method)
+
+
+def list_methods(name: str) -> list[str]:
+    """Return the methods that have a setting."""
+    if name in OWN_METHOD_FIELDS:
+        return list(OWN_METHOD_FIELDS[name])
+    return list(IMITATION_METHODS if name in FOR_IMITATION else METHOD_FIELDS.get(name, ["sft"]))
 
 
 def find_foreign(method: str, given: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """Yield each given setting that the method does not have, with the methods that have it."""
     for name, value in given.items():
         if value is not None and not is_of_method(name, method):
-            yield {"foreign": name, "methods": " or ".join(METHOD_FIELDS.get(name, ["sft"]))}
+            yield {"foreign": name, "methods": " or ".join(list_methods(name))}
 
 
 def find_unknown_losses(method: str, loss_type: str | list[str] | None) -> Iterator[dict[str, str]]:
@@ -126,9 +146,9 @@ METHOD_RULES = (
     ),
     Rule(
         ("packing", "method"),
-        lambda s: s.data.method != "sft" and bool(s.data.packing),
-        "packing=true with method={method}: only rows of method=sft fill sequences of max_length; leave it out, and "
-        "the answers of a batch share sequences.",
+        lambda s: s.data.method not in IMITATION_METHODS and bool(s.data.packing),
+        f"packing=true with method={{method}}: only rows of method={' and '.join(IMITATION_METHODS)} fill sequences of "
+        "max_length; leave it out, and the answers of a batch share sequences.",
     ),
     Rule(
         ("streaming", "method"),

@@ -28,6 +28,7 @@ from llm_trainer.model.memory.estimate import Estimate, Setup, estimate_memory
 from llm_trainer.model.memory.shape import ModelShape, read_shape
 from llm_trainer.model.memory.step_trace import Step
 from llm_trainer.model.precision import choose_precision
+from llm_trainer.model.teacher.teacher import Teacher
 
 # A change of these changes the model's shape.
 SHAPE_SETTINGS = frozenset({"use_peft", "load_in_4bit", "base_compute", "torch_dtype"})
@@ -58,6 +59,11 @@ class MemorySettings:
     def can_shard(self) -> bool:
         """True where FSDP can shard a base that is loaded so, with an adapter that begins so."""
         return supports_fsdp(self.model, self.adapter, self.training.optim)
+
+    @property
+    def can_offload(self) -> bool:
+        """True where the method's trainer can keep activations in the host's memory."""
+        return self.data.method != "distill"
 
     @property
     def has_reference(self) -> bool:
@@ -140,7 +146,7 @@ def list_parallelism_plans(settings: MemorySettings, target: Target) -> list[Par
     distribution = {"ddp": (False,), "fsdp": (True,), "auto": spreads}
     checkpointing, offloading = parallelism.gradient_checkpointing, parallelism.activation_offloading
     ways = product(
-        open_choice if offloading is None and target.on_gpu else (bool(offloading),),
+        open_choice if offloading is None and target.on_gpu and settings.can_offload else (bool(offloading),),
         distribution[parallelism.distribution],
         open_choice if checkpointing is None else (checkpointing,),
     )
@@ -164,6 +170,7 @@ class MemoryScenario:
     evaluates: bool = False  # whether there are rows to evaluate between steps
     known_shape: ModelShape | None = None  # handed on to copies of the same model, as it takes long to read
     known_batch: Batch | None = None  # None: the largest that may come
+    teacher: Teacher | None = None  # of a distillation
 
     @functools.cached_property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
@@ -191,6 +198,11 @@ class MemoryScenario:
         return self.known_shape or read_shape(
             self.config, self.settings.model, self.settings.adapter, weights_dtype=self.dtypes[0]
         )
+
+    @property
+    def teacher_shape(self) -> ModelShape | None:
+        """The shape of the teacher, None where there is none. Raises UnknownShapeError."""
+        return read_teacher_shape(self.teacher, self.dtypes[1]) if self.teacher else None
 
     @property
     def length(self) -> int:
@@ -231,6 +243,7 @@ class MemoryScenario:
             on_gpu=self.target.on_gpu,
             fused_kernels=self.fused_kernels,
             num_scored=batch.num_scored,
+            teacher_width=self.teacher.config.get_text_config().hidden_size if self.teacher else None,
         )
 
     def estimate(self, plan: ParallelismPlan) -> Estimate:
@@ -246,6 +259,7 @@ class MemoryScenario:
             plan.kept_layers,
             evaluated if self.evaluates or self.settings.asks_reference_first else None,
             self.settings.copies_adapter,
+            teacher=self.teacher_shape,
         )
         return estimate_memory(self.shape, setup)
 
@@ -268,3 +282,9 @@ class MemoryScenario:
     def replace_target(self, **values: Any) -> "MemoryScenario":
         """Return the same job on other devices, with other values of Target's fields."""
         return replace(self, target=replace(self.target, **values), known_shape=self.shape)
+
+
+@functools.lru_cache(maxsize=8)
+def read_teacher_shape(teacher: Teacher, dtype: torch.dtype) -> ModelShape:
+    """Return the shape of a teacher that computes in this type. Raise UnknownShapeError."""
+    return read_shape(teacher.config, teacher.settings, AdapterSettings(use_peft=False), dtype)

@@ -4,6 +4,7 @@
 docs/architecture.md tells how to add one. `choose_method` is the only place that chooses one.
 """
 
+from llm_trainer.training.methods.distill import DISTILL
 from llm_trainer.training.methods.dpo import DPO
 from llm_trainer.training.methods.kto import KTO
 from llm_trainer.training.methods.reward import REWARD
@@ -12,7 +13,7 @@ from llm_trainer.training.methods.training_method import TrainingMethod
 
 __all__ = ["METHODS", "TrainingMethod", "choose_method"]
 
-METHODS = {method.name: method for method in (SFT, DPO, KTO, REWARD)}
+METHODS = {method.name: method for method in (SFT, DPO, KTO, REWARD, DISTILL)}
 
 
 def choose_method(name: str = SFT.name) -> TrainingMethod:

@@ -25,11 +25,19 @@ class AnswerRows(WholeBatches):
         self._signature_columns = self._signature_columns or [*self.columns]
         super()._set_signature_columns_if_needed()
 
+    def count_items(self, batch: dict[str, Any]) -> int:
+        """Return the rows of a batch, over which the loss is a mean."""
+        num_rows: int = batch[ANSWERS].num_rows
+        return num_rows
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        """Return the rows of a step on all ranks."""
-        own = torch.tensor(sum(batch[ANSWERS].num_rows for batch in batch_samples), device=device)
+        """Return the rows of a step on all ranks, or whatever the loss is a mean over."""
+        own = torch.tensor(sum(map(self.count_items, batch_samples)), device=device)
         return self.accelerator.reduce(own)
 
-    def scale_loss(self, loss: torch.Tensor, num_rows: int, num_items: torch.Tensor | None) -> torch.Tensor:
-        """Return a batch's share of the step's mean, as DDP takes the mean of ranks; the mean itself in evaluations."""
-        return loss if num_items is None else loss * (num_rows * self.args.world_size / num_items)
+    def scale_loss(self, loss: torch.Tensor, num_own: int, num_items: torch.Tensor | None) -> torch.Tensor:
+        """Return a batch's share of the step's mean, as DDP takes the mean of ranks; the mean itself in evaluations.
+
+        `num_own` of the step's `num_items` are in the batch.
+        """
+        return loss if num_items is None else loss * (num_own * self.args.world_size / num_items)
