@@ -136,6 +136,7 @@ STEP_CHARTS = (
         "Token accuracy",
         {"train_token_accuracy": "training", "eval_mean_token_accuracy": "evaluation"},
     ),
+    StepChart("entropy", "Entropy of a token", {"entropy": "training", "eval_entropy": "evaluation"}),
     StepChart("learning_rate", "Learning rate", {"learning_rate": "learning rate"}, smooth=False),
     StepChart("grad_norm", "Gradient norm", {"grad_norm": "gradient norm"}, may_be_log=True),
     StepChart("speed", "Throughput", {"tokens_per_second": "tokens a second"}, unit="tokens/s", from_zero=True),
