@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 
+from llm_trainer.cli.plan import examine_model
 from llm_trainer.cli.validate import examine_job
 from support.sagemaker_tree import finish, metrics_of, read_weights
 from support.teachers import write_teacher
@@ -151,3 +152,18 @@ def test_a_teacher_of_another_size_of_vocabulary_is_told_of(make_job, monkeypatc
     (problem,) = examine(tree, monkeypatch, tmp_path).list_texts("error")
     sizes = f"tells {config['vocab_size'] + 64} tokens apart and the student {config['vocab_size']}"
     assert sizes in problem
+
+
+def test_a_plan_counts_the_teacher_by_its_config_alone(make_job, monkeypatch, tmp_path):
+    tree = make_job()
+    teacher = tree.base_dir / "input/data/teacher"
+    for file in teacher.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    monkeypatch.setenv("LLM_TRAINER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(tree.base_dir))
+    with patch.dict(os.environ):
+        planned = examine_model(())
+    assert planned.list_texts("error") == []
+    assert all(way["parts"]["teacher"] > 0 for way in planned.memory.values())
+    assert planned.instances["cheapest"]

@@ -2,13 +2,16 @@
 """A teacher is checked by its config and tokenizer, and loaded frozen in the type that its student computes in."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from llm_trainer.common.errors import UserError
+from llm_trainer.common.safetensors_files import list_weights
 from llm_trainer.config.schema import Settings
+from llm_trainer.config.sections import ModelSettings
 from llm_trainer.config.teacher import derive_teacher
 from llm_trainer.model.device import Device
 from llm_trainer.model.teacher.teacher import (
@@ -18,6 +21,7 @@ from llm_trainer.model.teacher.teacher import (
     load_teacher,
     plan_teacher,
 )
+from support.fake_hub import MODEL
 from support.teachers import write_teacher
 
 CPU = Device(torch.device("cpu"), "a CPU", None)
@@ -49,6 +53,16 @@ def test_a_teacher_is_loaded_frozen(fetch):
     assert not model.training
     assert {(weight.dtype, weight.requires_grad) for weight in model.parameters()} == {(torch.bfloat16, False)}
     assert model.config._attn_implementation == "eager"
+
+
+def test_a_teacher_comes_from_the_hub_like_a_model(fake_hub, tiny_model, tmp_path):
+    student = StudentVocabulary(AutoConfig.from_pretrained(tiny_model), None)
+    teacher = fetch_teacher(TeacherSource(MODEL, ModelSettings(model_id=MODEL)), student, tmp_path)
+    assert list_weights(Path(teacher.folder))
+    assert not (tmp_path / "model_folder").exists()  # where the model's own folder is noted
+    fake_hub.refuse(404, times=9)
+    with pytest.raises(UserError, match="^teacher_model_name_or_path='tiny/gone' is not on the Hugging Face Hub"):
+        fetch_teacher(TeacherSource("tiny/gone", ModelSettings(model_id="tiny/gone")), student, tmp_path / "other")
 
 
 def test_a_teacher_that_lacks_the_students_kernel_has_its_own(fetch):

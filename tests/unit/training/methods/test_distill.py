@@ -8,9 +8,11 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DistillationConfig, DistillationTrainer
+from trl.kernels import chunked_divergence
 
 from llm_trainer.common.metric_definitions import list_metrics
 from llm_trainer.data.formats.examples import IGNORED
+from llm_trainer.model.memory.step_trace import HeldBytes
 from llm_trainer.training.batches.batch_facts import PLACES
 from llm_trainer.training.batches.whole_batches import fill_batches
 from llm_trainer.training.methods.distill import DISTILL
@@ -113,6 +115,24 @@ def test_the_loss_is_that_of_trls_own_trainer(tiny_model, tmp_path, loss, packin
     assert means["entropy"] == pytest.approx(theirs._metrics["train"]["entropy"][-1], rel=1e-5)
     assert means["loss"] == pytest.approx(found.item(), rel=1e-5)
     assert ours.line_sums.num_tokens == sum(ours.train_dataset["length"])
+
+
+def measure_peak(trainer, batch):
+    """Return the bytes that a step of this batch holds at its peak, beside the models."""
+    weights = [*trainer.model.parameters(), *trainer.model.buffers(), *trainer.teacher_model.parameters()]
+    trainer.model.train()
+    with HeldBytes([*weights, *trainer.teacher_model.buffers()], "step") as held:
+        trainer.compute_loss(trainer.model, batch).backward()
+        held.begin("over")
+    return held.spans["step"].peak
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_step_holds_no_more_than_trls(tiny_model, tmp_path, packing, monkeypatch):
+    monkeypatch.setattr(chunked_divergence, "VOCAB_CHUNK_SIZE", 256)  # else a piece of logits hides all else
+    theirs, ours = build_trls(tiny_model, tmp_path, None), build_ours(tiny_model, tmp_path, packing)
+    own = ours._prepare_inputs(ours.data_collator(list(ours.train_dataset)))
+    assert measure_peak(ours, own) < measure_peak(theirs, build_trls_batch(theirs))
 
 
 def test_the_teacher_learns_nothing(tiny_model, tmp_path):
