@@ -83,7 +83,7 @@ def test_two_ranks_are_one(make_job, distribution, options):
     logs = finish(one), finish(two)
     for key in (*KEYS, "eval_loss", "eval_entropy"):
         found, expected = (metrics_of(log, key) for log in logs[::-1])
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5), key
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5), key
     assert two.manifest["export"]["proven"]
 
 

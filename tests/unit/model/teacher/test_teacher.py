@@ -61,7 +61,7 @@ def test_a_teacher_comes_from_the_hub_like_a_model(fake_hub, tiny_model, tmp_pat
     assert list_weights(Path(teacher.folder))
     assert not (tmp_path / "model_folder").exists()  # where the model's own folder is noted
     fake_hub.refuse(404, times=9)
-    with pytest.raises(UserError, match="^teacher_model_name_or_path='tiny/gone' is not on the Hugging Face Hub"):
+    with pytest.raises(UserError, match=r"^teacher_model_name_or_path='tiny/gone' is not on the Hugging Face Hub"):
         fetch_teacher(TeacherSource("tiny/gone", ModelSettings(model_id="tiny/gone")), student, tmp_path / "other")
 
 
