@@ -42,6 +42,7 @@ from llm_trainer.job.job import Job, fetch_earlier_adapter
 from llm_trainer.job.start_gate import StartGate
 from llm_trainer.journal.manifest import Manifest
 from llm_trainer.journal.timeline import Timeline
+from llm_trainer.merge.whole_model import merge_earlier_adapter
 from llm_trainer.model import adapter_file, loading, lora, lora_init
 from llm_trainer.model.device import find_device
 from llm_trainer.model.layers import float8
@@ -198,9 +199,7 @@ def prepare(context: Context) -> Prepared:
     stop_request = StopRequest(context.scratch_dir / "stop", timeline.started, settings.training.max_run_seconds)
     consensus = StopConsensus(settings.parallelism.ddp_timeout)
 
-    folder = loading.fetch_model(job.inputs.model, settings.model, context.scratch_dir)
-    report_disk_need(context, folder)
-    timeline.mark("download")
+    folder = fetch_base(context)
     model_plan = plan_model(folder, collect_plan_settings(settings), device, precision)
     log.info(*model_plan.reasons)
     bounded = bound_length(settings.data, model_plan.num_positions)
@@ -215,6 +214,18 @@ def prepare(context: Context) -> Prepared:
     timeline.mark("data")
     origin = describe_origin(job, folder, teacher)
     return Prepared(job, method, model_plan, tokenizer, data, stop_request, consensus, origin, teacher)
+
+
+def fetch_base(context: Context) -> str:
+    """Return the folder of the base's files, with the earlier adapter merged into them where that is asked for."""
+    model, adapter = context.settings.model, context.settings.adapter
+    folder = loading.fetch_model(context.job.inputs.model, model, context.scratch_dir)
+    report_disk_need(context, folder)
+    context.timeline.mark("download")
+    if adapter.merge_adapter:
+        folder = merge_earlier_adapter(Path(folder), model, adapter, context.scratch_dir)
+        context.timeline.mark("merge")
+    return folder
 
 
 def collect_plan_settings(settings: Settings) -> PlanSettings:
@@ -291,7 +302,8 @@ def run(context: Context, prepared: Prepared, planned: Planned, built: Built) ->
     num_prompts = 0 if context.settings.data.trains_rewards else context.settings.tracking.sample_prompts
     answers = SampleAnswers(trainer, prepared.data, prepared.tokenizer, num_prompts, timeline)
     answers.before_training()
-    log.info(f"Resuming from {built.checkpoint}" if built.checkpoint else describe_beginning(context.job.inputs))
+    beginning = describe_beginning(context.job.inputs, context.settings.adapter.merge_adapter)
+    log.info(f"Resuming from {built.checkpoint}" if built.checkpoint else beginning)
     if built.checkpoint and trainer.run.adapter_start:
         lora_init.restore_initial_adapter(built.checkpoint, trainer.model, trainer.run.adapter_start)
     if local_rank() == 0:
@@ -488,7 +500,7 @@ def build_run_context(context: Context, prepared: Prepared, identity: dict[str, 
         has_logging_interval=training.is_given("logging_steps"),
         loraplus_lr_ratio=adapter.loraplus_lr_ratio,
         adapter_start=lora_init.find_adapter_start(init, context.scratch_dir) if adapter.use_peft else None,
-        goes_on=bool(adapter.adapter_path),
+        goes_on=adapter.goes_on,
         base_digest=prepared.origin.base_digest,
         saved=find_saved_note(context.scratch_dir),
     )
@@ -615,10 +627,12 @@ def describe_run(trainer: ResumableMixin, packing: Packing) -> None:
     )
 
 
-def describe_beginning(inputs: Inputs) -> str:
-    """Return a line for the log on what a new run begins with."""
+def describe_beginning(inputs: Inputs, is_merged: bool) -> str:
+    """Return a line for the log on what a new run begins with. `is_merged` tells of the earlier adapter."""
     if not inputs.adapter:
         return "Starting from the base model"
+    if is_merged:
+        return f"Starting from the base model with the adapter {inputs.adapter} merged into it"
     return f"Starting from the adapter {inputs.adapter}, with a new optimizer"
 
 

@@ -88,3 +88,26 @@ def test_a_run_goes_on_from_an_earlier_adapter(make_job, make_tree):
     log = finish(tree)
     assert metrics_of(log, "rewards/margins")[0] == 0
     assert tree.manifest["export"]["proven"]
+
+
+@pytest.mark.long
+def test_the_reference_of_a_run_is_the_model_that_an_earlier_adapter_was_merged_into(make_job, make_tree):
+    first, base = make_tree(), make_job(max_steps="1")
+    first.change(learning_rate="0.01")
+    finish(first)
+    trees = {"continued": {}, "merged": {"merge_adapter": "true", "merge_weights": "true"}}
+    found = {"base": metrics_of(finish(base), "logps/chosen")[0]}
+    for name, options in trees.items():
+        tree = make_job()
+        for file in (first.base_dir / "model").glob("adapter_*"):
+            tree.write(f"input/data/adapter/{file.name}", file.read_bytes())
+        given = {"method": "dpo", "logging_steps": "1", "max_steps": "1", **options}
+        tree.write_job(given, ("model", "adapter", "train", "validation"))
+        log = finish(tree)
+        found[name] = metrics_of(log, "logps/chosen")[0]
+        assert metrics_of(log, "rewards/margins")[0] == 0
+        assert tree.manifest["export"]["proven"]
+        assert tree.manifest["lineage"]
+    assert "merged into it" in log
+    assert found["merged"] == pytest.approx(found["continued"], rel=1e-5)
+    assert found["merged"] != pytest.approx(found["base"], rel=1e-3)

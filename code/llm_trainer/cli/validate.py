@@ -382,7 +382,7 @@ def examine_adapter(folder: str, skeleton: "PreTrainedModel", settings: Settings
 
     config = skeleton.config
     lora = build_lora_config(settings.model, settings.adapter, skeleton)
-    if settings.adapter.adapter_path:
+    if settings.adapter.goes_on:
         line = check_earlier_adapter(folder, config, settings.model, settings.adapter)
         validation.add_findings("adapter", "ok", [line])
     if not settings.output.merge_weights:

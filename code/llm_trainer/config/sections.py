@@ -320,6 +320,11 @@ class AdapterSettings(Section):
     adapter_revision: str | None = Field(
         None, description="Branch, tag or commit of an adapter on the Hub. Default: its main branch."
     )
+    merge_adapter: bool = Field(
+        False,
+        description="Merge the earlier adapter into the base before the training, which begins with a new adapter or "
+        "trains all weights. The result is a whole model.",
+    )
     lora_r: int = Field(8, ge=1, description="Rank of the adapter.")
     lora_alpha: float = Field(16, gt=0, description="Scale of the adapter: its output is multiplied by alpha / rank.")
     lora_dropout: float = Field(
@@ -346,6 +351,11 @@ class AdapterSettings(Section):
         description="Learning rate of the adapter's matrix B, divided by the one of its matrix A (LoRA+). Default: "
         "both are the same.",
     )
+
+    @property
+    def goes_on(self) -> bool:
+        """True where the values of an earlier adapter are trained on, and not merged into the base."""
+        return bool(self.adapter_path) and not self.merge_adapter
 
 
 @with_trl_config_fields(

@@ -85,8 +85,7 @@ def find_inputs(settings: Settings, environment: Environment, has_mistakes: bool
     theirs = derive_teacher(settings.model, settings.methods, environment.channels)
     teacher, teacher_problems = find_teacher(settings.data.method, theirs, environment, unpacks=unpacks)
     problems += [*adapter_problems, *teacher_problems, *missing]
-    if settings.data.trains_rewards and "adapter" in environment.channels and not settings.adapter.adapter_path:
-        problems.append(f"channel 'adapter' with method=reward: {EARLIER_ADAPTER}")
+    problems += find_reward_problems(settings, environment)
     problems += check_evaluation(settings.training, has_validation=bool(validation))
     problems += find_objective_problems(
         read_objective(environment), settings.data.method, settings.training, has_validation=bool(validation)
@@ -95,6 +94,14 @@ def find_inputs(settings: Settings, environment: Environment, has_mistakes: bool
     inputs = Inputs(model, train, validation, *folders, adapter, teacher)
     problems += find_folder_problems(settings, environment, inputs)
     return inputs, problems
+
+
+def find_reward_problems(settings: Settings, environment: Environment) -> Iterator[str]:
+    """Yield a sentence where a reward model would go on from the channel's adapter. A rule tells of `adapter_path`."""
+    adapter = settings.adapter
+    is_continued = "adapter" in environment.channels and not (adapter.adapter_path or adapter.merge_adapter)
+    if settings.data.trains_rewards and is_continued:
+        yield f"channel 'adapter' with method=reward: {EARLIER_ADAPTER}"
 
 
 def choose_folders(output: OutputSettings, environment: Environment) -> tuple[Path, Path]:

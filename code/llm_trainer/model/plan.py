@@ -92,7 +92,7 @@ def plan_model(folder: str, settings: PlanSettings, device: Device, precision: P
     liger = try_on(liger, model_settings, skeleton) if device.is_here else liger
     lora = build_lora_config(model_settings, settings.adapter, skeleton) if settings.adapter.use_peft else None
     float8_layers = choose_float8_layers(model_settings, skeleton, device, precision)
-    goes_on = lora is not None and settings.adapter.adapter_path
+    goes_on = lora is not None and settings.adapter.goes_on
     start = [check_earlier_adapter(folder, config, model_settings, settings.adapter)] if goes_on else []
     decided = (quantization, attention, liger, lora, float8_layers, count_positions(skeleton))
     plan = ModelPlan(folder, config, device, precision, *decided)

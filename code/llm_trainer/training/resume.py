@@ -86,7 +86,7 @@ def identify_run(parts: RunParts, arguments: SFTConfig) -> dict[str, Any]:
     if parts.data.streaming:  # each rank, or process of a DataLoader, reads a stream of its own
         identity["streams"] = world_size() * max(1, arguments.dataloader_num_workers)
     identity["model"] = hashlib.sha256((Path(parts.base) / "config.json").read_bytes()).hexdigest()[:12]
-    identity["earlier adapter"] = parts.earlier_adapter and parts.earlier_adapter[:12]
+    identity["earlier adapter"] = describe_adapter(parts.earlier_adapter, parts.adapter.merge_adapter)
     if parts.teacher is not None:
         identity["teacher"] = parts.teacher
     report = parts.train_report
@@ -94,6 +94,12 @@ def identify_run(parts: RunParts, arguments: SFTConfig) -> dict[str, Any]:
     digest = hashlib.sha256("".join(files).encode(errors="backslashreplace")).hexdigest()[:12]  # a name may be no UTF-8
     identity["training data"] = f"{report.num_rows} rows {digest}"
     return json.loads(json.dumps(identity, default=str))
+
+
+def describe_adapter(digest: str | None, is_merged: bool) -> str | None:
+    """Return what tells an earlier adapter from others, None without one."""
+    merged = ", merged" if is_merged else ""
+    return digest and f"{digest[:12]}{merged}"
 
 
 def find_saved_note(scratch_dir: Path) -> Path:

@@ -278,7 +278,7 @@ def test_a_reward_model_goes_on_from_no_adapter(tree, inputs_of):
     tree.write("input/data/adapter/adapter_config.json", {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8})
     tree.write_job({"method": "reward"}, ("model", "adapter", "train"))
     (problem,) = [text for text in inputs_of()[1] if "method=reward" in text]
-    assert problem.startswith("channel 'adapter' with method=reward: a reward model begins with a base; merge the")
+    assert problem.startswith("channel 'adapter' with method=reward: a reward model begins with a base; set ")
 
 
 def test_a_distillation_has_a_teacher(tree, inputs_of):

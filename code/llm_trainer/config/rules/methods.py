@@ -27,9 +27,7 @@ DIFFERENCE_LOSSES = frozenset(
     {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"},
 )
 # Why a reward model begins with a base alone. The head of rewards is no part of an adapter of SFT.
-EARLIER_ADAPTER = (
-    "a reward model begins with a base; merge the adapter with `llm-trainer merge`, and give the result as the model."
-)
+EARLIER_ADAPTER = "a reward model begins with a base; set merge_adapter=true, which merges the adapter first."
 SORTING_LOSSES = frozenset({"aot", "aot_unpaired"})  # these lose which answer belongs to which prompt
 
 
@@ -129,9 +127,13 @@ UNFIT_FOR_REWARDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "the adapter holds the head too, which its difference from such a start would not; use default.",
     ),
     ("sample_prompts", bool, "a reward model answers no prompts; remove it."),
-    ("adapter_path", bool, EARLIER_ADAPTER),
 )
 METHOD_RULES = (
+    Rule(
+        ("adapter_path", "method"),
+        lambda s: s.data.trains_rewards and s.adapter.goes_on,
+        "adapter_path={adapter_path} with method=reward: " + EARLIER_ADAPTER,
+    ),
     Rule(
         ("method",),
         lambda s: any(find_foreign(s.data.method, s.given)),

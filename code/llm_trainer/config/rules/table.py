@@ -39,7 +39,6 @@ ADAPTER_CHOICES = (
     "use_dora",
     "init_lora_weights",
     "loraplus_lr_ratio",
-    "adapter_path",
 )
 # An adapter that began so cannot be told apart from its base once both are sharded.
 UNSHARDABLE_STARTS = (*MOVING_STARTS, "loftq")
@@ -416,6 +415,24 @@ PUBLISH_RULES = (
 
 ADAPTER_RULES = (
     *(refuse_without_adapter(name) for name in ADAPTER_CHOICES),
+    Rule(
+        ("adapter_path", "use_peft"),
+        lambda s: s.adapter.goes_on and not s.adapter.use_peft,
+        "adapter_path={adapter_path!r} with use_peft=false: full fine-tuning has no adapter to go on from; remove "
+        "adapter_path, or set merge_adapter=true.",
+    ),
+    Rule(
+        ("merge_adapter", "merge_weights"),
+        lambda s: s.adapter.merge_adapter and s.adapter.use_peft and not s.output.merge_weights,
+        "merge_adapter=true without merge_weights=true: the new adapter is for the merged model, which the result "
+        "would lack; set merge_weights=true.",
+    ),
+    Rule(
+        ("merge_adapter", "use_mxfp4"),
+        lambda s: s.adapter.merge_adapter and bool(s.model.use_mxfp4),
+        "merge_adapter=true with use_mxfp4=true: the merged model is stored in bfloat16; merge the adapter with "
+        "`llm-trainer merge`, and give the result as the model.",
+    ),
     Rule(
         ("adapter_revision", "adapter_path"),
         lambda s: bool(s.adapter.adapter_revision) and not s.adapter.adapter_path,

@@ -78,7 +78,7 @@ class MemorySettings:
     @property
     def copies_adapter(self) -> bool:
         """True where the reference has a copy of the adapter, as switching it off would not bring the start back."""
-        moves = bool(self.adapter.adapter_path) or not begins_at_zero(self.adapter.init_lora_weights)
+        moves = self.adapter.goes_on or not begins_at_zero(self.adapter.init_lora_weights)
         return self.has_reference and self.adapter.use_peft and moves
 
     @property

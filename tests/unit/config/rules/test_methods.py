@@ -85,7 +85,7 @@ def test_kto_has_one_loss_that_compares_several_rows(values, begin):
         ({"loss_type": "sigmoid"}, "loss_type is a setting of method="),
         ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa with method=reward: the adapter holds the head too"),
         ({"sample_prompts": 1}, "sample_prompts=1 with method=reward: a reward model answers no prompts"),
-        ({"adapter_path": "/a"}, "adapter_path=/a with method=reward: a reward model begins with a base; merge"),
+        ({"adapter_path": "/a"}, "adapter_path=/a with method=reward: a reward model begins with a base; set "),
         ({"lora_dropout": 0.1}, "lora_dropout=0.1 with method=reward"),
     ],
 )
