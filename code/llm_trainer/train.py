@@ -3,7 +3,9 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
 
 from llm_trainer.common import log
+from llm_trainer.common.errors import UserError
 from llm_trainer.common.ranks import local_rank, rank, world_size
 from llm_trainer.common.safetensors_files import compute_sampled_digest
 from llm_trainer.config.checks import count_usable_hosts
 from llm_trainer.config.global_batch import describe_batch
 from llm_trainer.config.schema import Settings, describe_settings
-from llm_trainer.config.sections import AdapterSettings
+from llm_trainer.config.sections import AdapterSettings, MethodSettings
 from llm_trainer.config.teacher import about_teacher, derive_teacher
 from llm_trainer.data.datasets import Data, DataPlaces, check_full_batch, load_data
 from llm_trainer.data.fingerprints import describe_split
@@ -68,7 +71,10 @@ from llm_trainer.planning.fitting import Fit, Fitter
 from llm_trainer.planning.learning import Learnt
 from llm_trainer.planning.other_instances import add_other_instances
 from llm_trainer.planning.workload import measure_work
+from llm_trainer.rewards.problems import find_unfit_columns
+from llm_trainer.rewards.rewards import Reward, load_rewards
 from llm_trainer.training.batches.run_batches import find_run_batches
+from llm_trainer.training.generation.prompts import check_prompts, list_columns
 from llm_trainer.training.loss_check import check_loss, check_rewards
 from llm_trainer.training.methods import TrainingMethod, choose_method
 from llm_trainer.training.metric_lines import MetricLines
@@ -136,6 +142,7 @@ class Planned:
     scenario: MemoryScenario
     memory: MemoryPlan
     arguments: SFTConfig
+    rewards: list[Reward]  # of a method whose model writes what it is trained on
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +209,7 @@ def prepare(context: Context) -> Prepared:
     folder = fetch_base(context)
     model_plan = plan_model(folder, collect_plan_settings(settings), device, precision)
     log.info(*model_plan.reasons)
-    bounded = bound_length(settings.data, model_plan.num_positions)
+    bounded = bound_length(settings.data, model_plan.num_positions, settings.methods.count_written(method.name))
     job = replace(job, settings=settings.model_copy(update={"data": bounded}))
     tokenizer = loading.load_tokenizer(folder, settings.model, model_plan.num_embeddings, model_plan.is_reward)
     theirs = derive_teacher(settings.model, settings.methods, job.environment.channels)
@@ -234,6 +241,23 @@ def collect_plan_settings(settings: Settings) -> PlanSettings:
     return PlanSettings(*parts, settings.data.trains_rewards)
 
 
+def start_rewards(
+    methods: MethodSettings, channels: Mapping[str, Path], data: Data, arguments: SFTConfig
+) -> list[Reward]:
+    """Return the rewards of this rank, each with its process; none where rows are no prompts.
+
+    Raises UserError for columns that the rows lack, and for too few rows.
+    """
+    if not data.reports["train"].has_prompts:
+        return []
+    check_prompts(len(data.splits["train"]), arguments)
+    columns = list_columns(data.splits["train"])
+    if problems := find_unfit_columns(methods.reward_functions, methods.reward_options, columns):
+        raise UserError(*problems)
+    seconds = methods.reward_timeout_seconds
+    return load_rewards(methods.reward_functions, methods.reward_options, channels, seconds, columns)
+
+
 def report_disk_need(context: Context, folder: str) -> None:
     """Log whether the disks have room for what the job writes, which is known once a Hub model's files are there."""
     if folder == context.job.inputs.model:  # told before
@@ -263,7 +287,8 @@ def plan(context: Context, prepared: Prepared) -> Planned:
     job = replace(context.job, settings=settings.model_copy(update={"training": scenario.settings.training}))
     device, dtype = model_plan.device.torch, model_plan.precision.compute
     arguments = build_arguments(prepared.method, collect_argument_sources(job), device, dtype, memory)
-    return Planned(job, scenario, memory, arguments)
+    rewards = start_rewards(settings.methods, context.job.environment.channels, prepared.data, arguments)
+    return Planned(job, scenario, memory, arguments, rewards)
 
 
 def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
@@ -283,7 +308,7 @@ def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
 
     model, kept_layers = (base, prepared.tokenizer, planned.arguments), planned.memory.kept_layers
     parts = TrainerParts(*model, splits, packing.collator, model_plan.lora, kept_layers)
-    run_context = replace(build_run_context(context, prepared, identity), teacher=teacher)
+    run_context = replace(build_run_context(context, prepared, planned.rewards, identity), teacher=teacher)
     patience = settings.training.early_stopping_patience if settings.training.early_stopping else None
     trainer = build_trainer(prepared.method, parts, run_context, patience)
     give_first_values(trainer, settings.adapter, model_plan.folder)
@@ -441,7 +466,8 @@ def pack_rows(
     packing = choose_packing(subject, prepared.tokenizer, arguments, settings.data, group)
     if teacher is not None:
         packing = examine_model(packing, teacher, arguments, settings.data, group)
-    if packing.mode == "off" and not (settings.data.streaming or settings.is_given("train_sampling_strategy")):
+    orders_itself = settings.data.streaming or settings.data.generates
+    if packing.mode == "off" and not (orders_itself or settings.is_given("train_sampling_strategy")):
         arguments.train_sampling_strategy = "group_by_length"
     log.info(f"{packing}; train_sampling_strategy={arguments.train_sampling_strategy}")
     splits = packing.pack(prepared.data.splits, settings.data, settings.training.seed, context.scratch_dir)
@@ -479,16 +505,20 @@ def give_first_values(trainer: ResumableMixin, settings: AdapterSettings, base_f
 
 def check_trained_loss(context: Context, prepared: Prepared, planned: Planned, trainer: ResumableMixin) -> None:
     """Raise UserError for a model that the loss would train wrongly. LLM.int8() rounds a batch's tokens together."""
-    plan = prepared.model_plan
+    settings, plan = context.settings, prepared.model_plan
     check = check_rewards if plan.is_reward else check_loss
-    if not (planned.memory.sharded or context.settings.model.load_in_8bit):
+    if settings.data.generates:  # whose logits are divided by it
+        check = partial(check_loss, temperature=settings.methods.find_value("temperature", settings.data.method))
+    if not (planned.memory.sharded or settings.model.load_in_8bit):
         check(trainer.model, plan.num_embeddings, plan.device.torch, plan.precision.compute)
-    if trainer.run.teacher is not None and not context.settings.methods.teacher_load_in_8bit:
+    if trainer.run.teacher is not None and not settings.methods.teacher_load_in_8bit:
         with about_teacher():
             check_loss(trainer.run.teacher, plan.num_embeddings, plan.device.torch, plan.precision.compute)
 
 
-def build_run_context(context: Context, prepared: Prepared, identity: dict[str, Any]) -> RunContext:
+def build_run_context(
+    context: Context, prepared: Prepared, rewards: list[Reward], identity: dict[str, Any]
+) -> RunContext:
     """Return what the trainer needs to know of the job."""
     training, adapter = context.settings.training, context.settings.adapter
     init = adapter.init_lora_weights
@@ -502,6 +532,8 @@ def build_run_context(context: Context, prepared: Prepared, identity: dict[str, 
         adapter_start=lora_init.find_adapter_start(init, context.scratch_dir) if adapter.use_peft else None,
         goes_on=adapter.goes_on,
         base_digest=prepared.origin.base_digest,
+        rewards=rewards,
+        stop_request=prepared.stop_request,
         saved=find_saved_note(context.scratch_dir),
     )
 
@@ -561,7 +593,7 @@ def compare_run(context: Context, prepared: Prepared, built: Built, outcome: Out
     timeline, environment, step_seconds = context.timeline, context.job.environment, outcome.progress.step_seconds
     count = len(environment.hosts)
     host = find_host(environment.instance_type, prepared.model_plan.device, world_size() // count)
-    if host is None or expected is None:
+    if host is None or expected is None or context.settings.data.generates:  # the time of writing is not planned
         return
     start = sum(seconds for phase, seconds in timeline.seconds.items() if phase != "training")
     hours = sum(timeline.seconds.values()) / 3600

@@ -11,6 +11,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.common.units import show_bytes
 from llm_trainer.config.checks import count_devices, count_usable_hosts
 from llm_trainer.config.environment import Environment
+from llm_trainer.config.generation import GenerationSettings, find_generation_problem
 from llm_trainer.config.global_batch import (
     PIECES,
     describe_batch,
@@ -38,7 +39,11 @@ def examine_batch(settings: Settings, environment: Environment, validation: Vali
     parallelism = settings.parallelism
     is_here = runs_here and environment.num_gpus > 0
     is_known = is_here or parallelism.use_cpu or parallelism.is_given("nproc_per_node")
-    problems = find_batch_problem(settings.training, settings.data, count_devices(parallelism, environment))
+    num_devices = count_devices(parallelism, environment)
+    problems = [*find_batch_problem(settings.training, settings.data, num_devices)]
+    sections = GenerationSettings(settings.data, settings.methods, settings.training)
+    has_validation = bool(find_validation_sources(settings.data, environment)[0])
+    problems += find_generation_problem(sections, num_devices, has_validation)
     validation.add_findings("batch", "error" if is_known else "warning", problems)
 
 

@@ -96,7 +96,10 @@ def examine_job(job: Job, options: PlanOptions, basis: Basis, validation: Valida
     lengths = measure_lengths(job, options, validation)
     longest_row = choose_longest_row(lengths, settings.data, validation)
     scenario = plan_memory(Models(planned.config, teacher), job, longest_row, validation)
-    if scenario is not None and not validation.list_texts("error"):
+    if settings.data.generates:
+        text = "how long the model writes its completions is not known, so no time and no price is told."
+        validation.add_findings("time", "warning", [text])
+    elif scenario is not None and not validation.list_texts("error"):
         outline = build_outline(scenario, lengths, settings.output.merge_weights, basis)
         examine_instances(replace(outline, places=options.places), validation, options.in_colour)
 
@@ -128,7 +131,8 @@ def plan_loading(job: Job, validation: Validation) -> "tuple[ModelPlan, Settings
         sections = PlanSettings(*parts, settings.data.trains_rewards)
         planned = plan_on_device(folder, sections, validation)
         teacher = read_teacher(job, planned.config, Path(scratch_dir))
-        data = bound_length(settings.data, planned.num_positions)
+        num_written = settings.methods.count_written(settings.data.method)
+        data = bound_length(settings.data, planned.num_positions, num_written)
         return planned, settings.model_copy(update={"data": data}), teacher
 
 

@@ -257,7 +257,8 @@ def bound_rows(num_positions: int | None, settings: Settings, validation: Valida
     from llm_trainer.model.positions import bound_length
 
     try:
-        return bound_length(settings.data, num_positions)
+        num_written = settings.methods.count_written(settings.data.method)
+        return bound_length(settings.data, num_positions, num_written)
     except UserError as error:
         validation.add_findings("settings", "error", error.problems)
         return settings.data

@@ -58,12 +58,25 @@ METHOD_METRICS = {
         "entropy": "entropy of the student's probabilities of a token, in nats",
     },
 }
+# Of methods whose model writes what it is trained on.
+GENERATION_METRICS = {
+    "reward": "mean over all completions of the weighted sum of their rewards",
+    "reward_std": "its standard deviation",
+    "frac_reward_zero_std": "share of completions whose group has one reward alone, from which nothing is learned",
+    "completions/mean_length": "tokens of a completion",
+    "completions/clipped_ratio": "share of completions that max_completion_length cut",
+    "entropy": "of the tokens' probabilities in completions",
+    "kl": "divergence from the reference, with beta above 0",
+}
+METHOD_METRICS |= dict.fromkeys(("grpo", "rloo"), GENERATION_METRICS)
 # What automatic model tuning may be told to minimize, or, of an accuracy, to maximize.
 OBJECTIVES = ("eval_loss", "train_loss", "eval_mean_token_accuracy")
 METHOD_OBJECTIVES = {
     "dpo": ("eval_rewards/accuracies", "eval_rewards/margins"),
     "kto": ("eval_rewards/margins",),
     "reward": ("eval_accuracy", "eval_margin"),
+    "grpo": ("eval_reward",),
+    "rloo": ("eval_reward",),
 }
 # Transformers' names -> ours. The others keep their name.
 RENAMED = {"loss": "train_loss", "mean_token_accuracy": "train_token_accuracy", "num_tokens": "tokens"}

@@ -34,6 +34,8 @@ SYNONYMS = {
     "micro_batch_size": "per_device_train_batch_size",
     "train_batch_size": "global_batch_size",
 }
+# Bounds of a field, as pydantic names them -> how they are told.
+COMPARISONS = {"ge": "at least", "gt": "above", "lt": "below", "le": "at most", "min_length": "of a length of at least"}
 JOB_SECTION = "job"  # of a YAML file: what `submit` tells SageMaker (aws/options.py), and no setting
 
 
@@ -205,11 +207,10 @@ def describe_rule(field: FieldInfo) -> str:
             kinds.append("a list of these")
         else:
             kinds.append("a text" if origin is SecretStr else words[origin.__name__])
-    comparisons = {"ge": "at least", "gt": "above", "lt": "below", "min_length": "of a length of at least"}
     bounds = [
         f"{phrase} {getattr(constraint, key):g}"
         for constraint in field.metadata
-        for key, phrase in comparisons.items()
+        for key, phrase in COMPARISONS.items()
         if getattr(constraint, key, None) is not None
     ]
     rule = " or ".join(kinds)

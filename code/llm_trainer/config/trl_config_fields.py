@@ -28,9 +28,11 @@ CONFIG_CLASSES = {
     "kto": "KTOConfig",
     "reward": "RewardConfig",
     "distill": "DistillationConfig",
+    "grpo": "GRPOConfig",
+    "rloo": "RLOOConfig",
 }
-# Fields that torchrun sets, and never a user.
-NOT_SETTINGS = ("local_rank",)
+# Fields that torchrun sets, and never a user; and those that TRL is about to remove.
+NOT_SETTINGS = ("local_rank", "use_transformers_paged", "vllm_importance_sampling_cap")
 # Fields about what a model writes itself, as TRL's student does: here it learns on the answers of the rows. The last
 # one could load other files of a teacher than were checked.
 WRITING = (
@@ -44,6 +46,12 @@ CHOICES = {
         *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot"),
         *("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
     ),
+    "grpo loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "scale_rewards": ("group", "batch", "none"),
+    "vllm_mode": ("colocate", "server"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
 }
 

@@ -2,6 +2,7 @@
 """Encoding of examples: token ids and labels, by the rules of one tokenizer and one job."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from llm_trainer.common.errors import UserError, cut_quote, quote_error
 from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.chat_template import MAX_SECONDS, ChatTemplate, Span, limit_rows
 from llm_trainer.data.control_tokens import ControlTokens, EscapingTokenizer
-from llm_trainer.data.formats.examples import IGNORED, Conversation, Judged, Pair, RowError, Text, Tokens
+from llm_trainer.data.formats.examples import IGNORED, Conversation, Judged, Pair, Prompt, RowError, Text, Tokens
 from llm_trainer.data.labels import Ids, Labeller, read_ids
 
 
@@ -31,6 +32,7 @@ class EncodedRow:
     control_tokens: frozenset[str] = frozenset()  # texts in its messages that became control tokens
     is_desirable: bool = True  # where rows are judged
     margin: float = 0.0  # of the pair that it is the chosen side of, where the row tells one
+    content: str | None = None  # of a prompt: its row as JSON
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Encoder:
         """Say for the log which tokens are trained on."""
         fixed = {"text": "all tokens", "pretokenized": "labels", "preference": "chosen and rejected answers"}
         fixed["unpaired_preference"] = "desirable and undesirable answers"
+        fixed["prompt"] = "what the model writes"
         if row_format in fixed:
             return fixed[row_format]
         if row_format == "prompt_completion" or not has_template:
@@ -132,6 +135,48 @@ class Encoder:
             row if isinstance(row, RowError) else replace(row, is_desirable=example.is_desirable)
             for row, example in zip(rows, examples, strict=True)
         ]
+
+    def encode_prompts(self, prompts: list[Prompt]) -> list[EncodedRow | RowError]:
+        """Return each prompt up to where the model goes on, with its row, or the error that says why there is none."""
+        rows: list[EncodedRow | RowError] = []
+        with limit_rows(MAX_SECONDS) as clock:
+            for clock.row, prompt in enumerate(prompts):
+                try:
+                    rows.append(self.encode_prompt(prompt))
+                except RowError as error:
+                    rows.append(error)
+        return rows
+
+    def encode_prompt(self, prompt: Prompt) -> EncodedRow:
+        """Return a prompt's tokens, none of them trained on. Raises RowError where there are none."""
+        rendered = self.render_prompt(prompt.prompt)
+        (tokens,) = self.tokenize([rendered.text], rendered.has_specials, rendered.escaping)
+        input_ids = np.array(tokens, dtype=np.int32) if isinstance(tokens, list) else read_ids(tokens)
+        labels = np.full_like(input_ids, IGNORED)
+        if rendered.escaping:
+            input_ids, labels = rendered.escaping.restore(input_ids, labels)
+        if rendered.has_specials and len(input_ids) > 1 and input_ids[-1] == self.tokenizer.eos_token_id:
+            input_ids, labels = input_ids[:-1], labels[:-1]  # which the tokenizer adds, and nothing follows
+        if not len(input_ids):
+            raise RowError("has a prompt without a token: fill or remove the row.")
+        self.check_ids("input_ids", input_ids)
+        try:
+            content = json.dumps(prompt.content, ensure_ascii=False)
+        except (TypeError, ValueError) as error:
+            raise RowError(f"has a column that is no JSON ({quote_error(error)}): write it as a text.") from error
+        return EncodedRow(input_ids, labels, control_tokens=rendered.control_tokens, content=content)
+
+    def render_prompt(self, prompt: Conversation | Text) -> Rendered:
+        """Return a prompt as one text, with the way to tokenize it. Raises RowError as `render` does."""
+        escapes = self.settings.escape_control_tokens
+        if isinstance(prompt, Text):
+            escaping = self.control_tokens.for_texts if escapes else None
+            return Rendered(0, prompt.text, None, escapes or not self.starts_with_bos(prompt.text), escaping)
+        found = frozenset(self.control_tokens.find_in_conversation(prompt))
+        if not found or not escapes:
+            return Rendered(0, self.template.render_prompt(prompt), None, control_tokens=found)
+        text = self.template.render_prompt(self.control_tokens.mark_conversation(prompt))
+        return Rendered(0, self.control_tokens.swap_marks(text), None, escaping=self.control_tokens.for_templates)
 
     def encode(
         self, examples: Sequence[Conversation | Text | Tokens], apart: bool = False

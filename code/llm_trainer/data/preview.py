@@ -78,7 +78,7 @@ def find_data_warnings(name: str, report: DataReport) -> Iterator[str]:
         )
     if report.num_bad_rows:
         yield f"{report.num_bad_rows} bad rows of the {name} data are left out, see output/data/rejected_rows.jsonl."
-    if not report.num_supervised_eos:
+    if not report.num_supervised_eos and not report.has_prompts:
         yield f"no row of the {name} data trains the end-of-sequence token: all are cut before it."
 
 

@@ -31,7 +31,7 @@ CODE_THAT_DECIDES_TOKENS = (
     *("readers/rows.py", "readers/json.py", "readers/tables.py", "readers/files.py", "readers/discovery.py"),
     *("readers/sources.py", "data/chat_template.py", "data/encoding.py", "data/labels.py", "data/fitting.py"),
     *("data/formats/detection.py", "data/formats/examples.py", "data/formats/imitation.py"),
-    *("data/formats/preferences.py", "data/formats/turns.py", "data/formats/unpaired.py"),
+    *("data/formats/preferences.py", "data/formats/prompts.py", "data/formats/turns.py", "data/formats/unpaired.py"),
     "data/formats/values.py",
     *("data/messages.py", "data/control_tokens.py"),
     *("data/tokenize.py", "data/token_cache.py", "data/report.py", "data/streaming.py"),

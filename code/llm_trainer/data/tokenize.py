@@ -32,7 +32,8 @@ from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.encoding import Encoder
 from llm_trainer.data.fitting import Fitter, Sequences
 from llm_trainer.data.formats.detection import OtherMethodError, detect_format, list_read_fields, parse_example
-from llm_trainer.data.formats.examples import Conversation, Example, Fields, Judged, Pair, RowError
+from llm_trainer.data.formats.examples import Conversation, Example, Fields, Judged, Pair, Prompt, RowError
+from llm_trainer.data.formats.prompts import UNUSABLE_COLUMNS
 from llm_trainer.data.labels import Ids
 from llm_trainer.data.report import DataReport
 from llm_trainer.readers.json import TooDeep, parse_json
@@ -53,6 +54,8 @@ FEATURES = Features(
 ANSWER_FEATURES = Features({**FEATURES, "seq_lengths": List(Value("int32"))})
 JUDGED_FEATURES = Features({**ANSWER_FEATURES, "desirable": Value("bool")})
 MARGIN_FEATURES = Features({**ANSWER_FEATURES, "margin": Value("float32")})
+# Of prompts: the row as JSON text, as columns of an Arrow file have one type and those of rows need not.
+PROMPT_FEATURES = Features({**FEATURES, "content": Value("string")})
 
 
 @dataclass
@@ -106,7 +109,11 @@ class Preparer:
 
     def encode(self, examples: list[Any]) -> Iterator[list[Sequences] | RowError]:
         """Yield the rows of each example, each with its sequences, or the error that says why there are none."""
-        encode = {"preference": self.encoder.encode_pairs, "unpaired_preference": self.encoder.encode_judged}
+        encode = {
+            "preference": self.encoder.encode_pairs,
+            "unpaired_preference": self.encoder.encode_judged,
+            "prompt": self.encoder.encode_prompts,
+        }
         encoded = encode.get(self.row_format, self.encoder.encode)(examples)  # type: ignore[operator]
         for row in encoded:
             if isinstance(row, RowError):
@@ -139,6 +146,8 @@ class Preparer:
     def list_unread_fields(self, fields: Fields, example: Example) -> set[str]:
         """Name the fields of a row and of its messages that nothing reads."""
         unread = {name for name in fields.keys() - self.read_fields if fields[name]}
+        if isinstance(example, Prompt):  # whose other columns go to the rewards
+            unread &= UNUSABLE_COLUMNS
         for side in list_sides(example):
             if isinstance(side, Conversation):
                 unread |= self.encoder.template.list_unread_fields(side)
@@ -149,6 +158,8 @@ def list_sides(example: Example) -> tuple[Example, ...]:
     """Return the parts of an example that are rendered by themselves."""
     if isinstance(example, Pair):
         return example.chosen, example.rejected
+    if isinstance(example, Prompt):
+        return (example.prompt,)
     return (example.answer if isinstance(example, Judged) else example,)
 
 
@@ -196,6 +207,8 @@ def make_writable(text: str) -> str:
 
 def choose_features(settings: DataSettings) -> Features:
     """Return the columns of the method's rows."""
+    if settings.generates:
+        return PROMPT_FEATURES
     if settings.is_judged:
         return JUDGED_FEATURES
     if settings.trains_rewards:
@@ -217,6 +230,8 @@ def build_table(rows: list[Sequences], features: Features) -> pa.Table:
         columns.append(np.array([row[0].is_desirable for row in rows], dtype=bool))
     if "margin" in features:
         columns.append(np.array([row[0].margin for row in rows], dtype=np.float32))
+    if "content" in features:
+        columns.append(pa.array([row[0].content for row in rows], type=pa.string()))
     return pa.table(dict(zip(features, columns, strict=True)))
 
 

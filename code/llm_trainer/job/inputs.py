@@ -50,6 +50,7 @@ from llm_trainer.readers.sources import (
     find_unused_channels,
     find_validation_sources,
 )
+from llm_trainer.rewards.problems import find_problems
 from llm_trainer.serving.limits import find_settings_refusals
 
 TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "vocab.*", "*.model", "*.tiktoken")
@@ -85,23 +86,29 @@ def find_inputs(settings: Settings, environment: Environment, has_mistakes: bool
     theirs = derive_teacher(settings.model, settings.methods, environment.channels)
     teacher, teacher_problems = find_teacher(settings.data.method, theirs, environment, unpacks=unpacks)
     problems += [*adapter_problems, *teacher_problems, *missing]
-    problems += find_reward_problems(settings, environment)
     problems += check_evaluation(settings.training, has_validation=bool(validation))
     problems += find_objective_problems(
         read_objective(environment), settings.data.method, settings.training, has_validation=bool(validation)
     )
+    problems += find_method_problems(settings, environment)
     folders = choose_folders(settings.output, environment)
     inputs = Inputs(model, train, validation, *folders, adapter, teacher)
     problems += find_folder_problems(settings, environment, inputs)
     return inputs, problems
 
 
-def find_reward_problems(settings: Settings, environment: Environment) -> Iterator[str]:
-    """Yield a sentence where a reward model would go on from the channel's adapter. A rule tells of `adapter_path`."""
-    adapter = settings.adapter
+def find_method_problems(settings: Settings, environment: Environment) -> Iterator[str]:
+    """Yield what is wrong with rewards, and a sentence where a reward model would go on from the channel's adapter.
+
+    A rule tells of `adapter_path`.
+    """
+    adapter, methods = settings.adapter, settings.methods
     is_continued = "adapter" in environment.channels and not (adapter.adapter_path or adapter.merge_adapter)
     if settings.data.trains_rewards and is_continued:
         yield f"channel 'adapter' with method=reward: {EARLIER_ADAPTER}"
+    if settings.data.generates:
+        named = methods.reward_functions, methods.reward_options, methods.reward_weights
+        yield from find_problems(*named, environment.channels, columns=None)
 
 
 def choose_folders(output: OutputSettings, environment: Environment) -> tuple[Path, Path]:

@@ -10,6 +10,7 @@ from llm_trainer.common import log
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.checks import count_devices, find_missing_hardware
 from llm_trainer.config.environment import Environment, read_environment
+from llm_trainer.config.generation import GenerationSettings, find_generation_problem
 from llm_trainer.config.global_batch import find_batch_problem
 from llm_trainer.config.load import read_settings
 from llm_trainer.config.schema import Settings
@@ -36,7 +37,10 @@ def check_job(environment: Environment, arguments: Sequence[str]) -> Job:
     settings, problems = collect_settings(environment, arguments)
     inputs, missing = find_inputs(settings, environment, has_mistakes=bool(problems))
     missing += [*list_missing_weights(inputs), *find_missing_hardware(settings, environment)]
-    missing += find_batch_problem(settings.training, settings.data, count_devices(settings.parallelism, environment))
+    num_devices = count_devices(settings.parallelism, environment)
+    missing += find_batch_problem(settings.training, settings.data, num_devices)
+    sections = GenerationSettings(settings.data, settings.methods, settings.training)
+    missing += find_generation_problem(sections, num_devices, bool(inputs.validation))
     if problems or missing:
         raise UserError(*problems, *missing)
     return take_over_adapter(Job(environment, settings, inputs))

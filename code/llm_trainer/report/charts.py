@@ -119,6 +119,7 @@ class StepChart(NamedTuple):
 
 STEP_CHARTS = (
     StepChart("loss", "Loss", {"train_loss": "training", "eval_loss": "evaluation"}, is_wide=True, may_be_log=True),
+    StepChart("reward", "Reward", {"reward": "training", "eval_reward": "evaluation"}),
     StepChart(
         "ranked_right",
         "Pairs ranked right",

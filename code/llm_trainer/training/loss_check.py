@@ -21,10 +21,13 @@ APART = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.03}
 FIX = "give another model."
 
 
-def check_loss(model: nn.Module, vocabulary_size: int, device: torch.device, dtype: torch.dtype) -> None:
+def check_loss(
+    model: nn.Module, vocabulary_size: int, device: torch.device, dtype: torch.dtype, temperature: float = 1.0
+) -> None:
     """Raise UserError for a model that TRL's loss would not train as a causal language model.
 
     `model` is the trainer's, with TRL's output layer, and computes in `dtype`. Its code may fail with TRL's loss, too.
+    The loss is of logits that are divided by `temperature`.
     """
     was_training = model.training
     model.eval()
@@ -33,7 +36,7 @@ def check_loss(model: nn.Module, vocabulary_size: int, device: torch.device, dty
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits, after_others = compute_logits(model, rows)
             problem = find_dependence(logits, after_others, MOVED[dtype])
-            problem = problem or find_other_loss(model, rows, logits, APART[dtype])
+            problem = problem or find_other_loss(model, rows, logits / temperature, APART[dtype])
     except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         raise UserError(f"The model does not compute with TRL's loss ({quote_error(error)}): {FIX}") from error
     finally:

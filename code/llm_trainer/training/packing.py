@@ -183,8 +183,8 @@ def choose_packing(
     Every rank must call this. Raises UserError where the model does not and the settings name packing. Where they leave
     it open, packing is off.
     """
-    if settings.packing is False:
-        return Packing("off", "packing=false")
+    if settings.generates or settings.packing is False:
+        return Packing("off", "completions are trained on padded" if settings.generates else "packing=false")
     flattens = is_flash_attention_requested(model.config)
     collator = PackingCollator(tokenizer.pad_token_id, settings.max_length, flattens, arguments.pad_to_multiple_of)
     return examine_model(Packing("batch", "", collator), model, arguments, settings, group)

@@ -42,6 +42,7 @@ ADAPTER_SETTINGS = (
 TOLD_BY_CONTENT = ("teacher_model_name_or_path", "teacher_model_revision")
 # A run that goes on may differ in these. They tell it how the checkpoint was written.
 FREE = ("distribution",)
+DERIVED = ("steps_per_generation",)  # from the accumulation, which differs on other devices
 TRAINING_ARGUMENTS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "seed", "data_seed"),
@@ -76,7 +77,7 @@ def identify_run(parts: RunParts, arguments: SFTConfig) -> dict[str, Any]:
     identity |= {name: getattr(arguments, name) for name in TRAINING_ARGUMENTS if hasattr(arguments, name)}
     if parts.data.method != "sft":  # checkpoints of earlier versions know no method
         own = [name for name, methods in METHOD_FIELDS.items() if parts.data.method in methods]
-        own = [name for name in own if name not in TOLD_BY_CONTENT]
+        own = [name for name in own if name not in (*TOLD_BY_CONTENT, *DERIVED)]
         identity |= {"method": parts.data.method, **{name: getattr(arguments, name) for name in own}}
     identity |= {"packing": parts.packing.mode, "packing_strategy": parts.data.packing_strategy}
     identity["distribution"] = "fsdp" if parts.sharded else "ddp"

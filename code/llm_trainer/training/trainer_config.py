@@ -232,7 +232,10 @@ def choose_method_defaults(
 ) -> dict[str, Any]:
     """Return the arguments of a method whose defaults differ from TRL's. `defaults` are those of all methods."""
     chosen = {name: value for name, value in defaults.items() if name in read_snapshot(method.name)}
-    return chosen | {"learning_rate": method.learning_rate * (ADAPTER_FACTOR if sources.use_peft else 1)}
+    chosen["learning_rate"] = method.learning_rate * (ADAPTER_FACTOR if sources.use_peft else 1)
+    if "metric_for_best_model" in defaults:
+        chosen["metric_for_best_model"] = method.best_metric
+    return chosen | method.choose_defaults(sources.given, world_size())
 
 
 def select_given(method: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def test_equal_rows_have_equal_digests():
     rows = [(EncodedRow(np.array(ids, np.int32), np.array(ids, np.int32)),) for ids in ([1, 2], [2, 1], [1, 2])]
     first, second, third = build_table(rows, FEATURES).column("digest").to_pylist()
     assert first == third != second
-    for method in ("sft", "dpo", "kto", "reward"):
+    for method in ("sft", "dpo", "kto", "reward", "grpo"):
         features = choose_features(Settings(method=method).data)
         empty = build_table([], features)
         assert (empty.num_rows, empty.column_names) == (0, [*features])

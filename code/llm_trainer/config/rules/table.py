@@ -14,6 +14,7 @@ from llm_trainer.common.metric_definitions import list_objectives
 from llm_trainer.common.redaction import hide_secrets
 from llm_trainer.config.global_batch import TOTALS, show_nearest
 from llm_trainer.config.rules.distillation import DISTILLATION_RULES
+from llm_trainer.config.rules.generation import GENERATION_RULES
 from llm_trainer.config.rules.methods import METHOD_RULES
 from llm_trainer.config.rules.rule import Rule
 from llm_trainer.config.schema import FIELDS, Settings
@@ -787,4 +788,5 @@ RULES: tuple[Rule, ...] = (
     *DATA_RULES,
     *METHOD_RULES,
     *DISTILLATION_RULES,
+    *GENERATION_RULES,
 )

@@ -14,6 +14,7 @@ from llm_trainer.data.formats.imitation import (
     parse_tokens,
 )
 from llm_trainer.data.formats.preferences import list_preference_fields, parse_preference
+from llm_trainer.data.formats.prompts import ASKING_FIELDS, parse_prompt
 from llm_trainer.data.formats.unpaired import is_judged, list_unpaired_fields, list_unpaired_needs, parse_unpaired
 from llm_trainer.data.formats.values import parse_text
 
@@ -29,6 +30,8 @@ def detect_format(fields: Fields, settings: DataSettings) -> str:
     """
     needs = list_needed_fields(settings)
     given = {name for name, value in fields.items() if value is not None}
+    if settings.generates and not given.isdisjoint(ASKING_FIELDS):
+        given.add("prompt")
     own = METHOD_FORMATS[settings.method] if settings.dataset_format == "auto" else (settings.dataset_format,)
     if settings.method == "sft" and settings.dataset_format == "auto" and is_judged(fields, settings.messages_field):
         raise OtherMethodError(
@@ -67,15 +70,19 @@ def list_needed_fields(settings: DataSettings) -> dict[str, list[tuple[str, ...]
         "text": [(settings.text_field,)],
         "preference": [("chosen", "rejected")],
         "unpaired_preference": list_unpaired_needs(settings.messages_field),
+        "prompt": [("prompt",)],
     }
 
 
 def list_foreign_formats(method: str) -> dict[str, list[str]]:
-    """Return each format that the method does not take, with the methods that do."""
+    """Return each format that the method does not take, with the methods that do.
+
+    A prompt alone tells no format: a row of any other has one too, and may have its answer under a wrong name.
+    """
     foreign: dict[str, list[str]] = {}
     for other, formats in METHOD_FORMATS.items():
         for name in formats:
-            if name not in METHOD_FORMATS[method]:
+            if name not in (*METHOD_FORMATS[method], "prompt"):
                 foreign.setdefault(name, []).append(other)
     return foreign
 
@@ -91,6 +98,7 @@ def parse_example(fields: Fields, row_format: str, settings: DataSettings, has_c
         "text": lambda: Text(parse_text(fields, settings.text_field)),
         "preference": lambda: parse_preference(fields, settings.messages_field, has_chat_template),
         "unpaired_preference": lambda: parse_unpaired(fields, settings.messages_field, has_chat_template),
+        "prompt": lambda: parse_prompt(fields, has_chat_template),
     }
     return parsers[row_format]()
 
@@ -107,5 +115,6 @@ def list_read_fields(row_format: str, settings: DataSettings, has_chat_template:
         "text": (settings.text_field,),
         "preference": list_preference_fields(settings.messages_field),
         "unpaired_preference": list_unpaired_fields(settings.messages_field),
+        "prompt": ("prompt", *ASKING_FIELDS, "system", "tools"),
     }
     return frozenset(read[row_format])

@@ -39,6 +39,7 @@ class Setup:
     evaluated: Batch | None = None  # the batch of evaluations between steps; None where there are none
     copies_adapter: bool = False  # whether a reference has a frozen copy of the adapter
     teacher: ModelShape | None = None  # that reads each batch first, and is on each device as a whole
+    cache_bytes: int = 0  # keys and values of what the model writes between steps
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def estimate_parts(shape: ModelShape, setup: Setup) -> Estimate:
     moments = [find_step_or_update_peak(shape, passes, setup), find_evaluation_peak(shape, setup)]
     if setup.teacher:
         moments.append(find_teacher_peak(setup.teacher, shape, setup))
+    if setup.cache_bytes:
+        moments.append(find_generation_peak(shape, setup))
     peak = max(moments, key=lambda moment: moment.total)
     is_replicated = setup.world_size > 1 and not step.sharded
     parts = {
@@ -170,6 +173,16 @@ def count_taught_bytes(setup: Setup) -> int:
     step = setup.step
     num_scored = step.num_sequences * step.length if step.num_scored is None else step.num_scored
     return num_scored * (step.teacher_width or 0) * step.compute_dtype.itemsize
+
+
+def find_generation_peak(shape: ModelShape, setup: Setup) -> Peak:
+    """Return the peak of writing completions: the cache, and beside it a copy of one layer's part, which grows.
+
+    Gradients of earlier batches are there where steps accumulate.
+    """
+    growing = 2 * setup.cache_bytes // shape.num_layers
+    gradients = shape.trained_bytes if setup.accumulates else 0
+    return Peak(gradients, working=setup.cache_bytes + growing)
 
 
 def count_stored_bytes(shape: ModelShape, shards: int, *, in_adapter: bool) -> Iterator[int]:

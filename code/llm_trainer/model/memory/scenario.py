@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from llm_trainer.config.global_batch import find_global_batch
 from llm_trainer.config.rules.table import supports_fsdp
 from llm_trainer.config.sections import (
     REFERENCE_METHODS,
@@ -25,7 +26,7 @@ from llm_trainer.model.device import Device
 from llm_trainer.model.lora_init import begins_at_zero
 from llm_trainer.model.memory.batch import Batch
 from llm_trainer.model.memory.estimate import Estimate, Setup, estimate_memory
-from llm_trainer.model.memory.shape import ModelShape, read_shape
+from llm_trainer.model.memory.shape import ModelShape, count_cache_bytes, read_shape
 from llm_trainer.model.memory.step_trace import Step
 from llm_trainer.model.precision import choose_precision
 from llm_trainer.model.teacher.teacher import Teacher
@@ -45,6 +46,11 @@ class MemorySettings:
     parallelism: ParallelismSettings
     methods: MethodSettings = field(default_factory=MethodSettings)
 
+    @property
+    def completion_tokens(self) -> int:
+        """The tokens that the model writes behind a row at most."""
+        return self.methods.count_written(self.data.method)
+
     def replace(self, **values: Any) -> "MemorySettings":
         """Return a copy with other values of some settings, by their flat names. They count as given."""
         changed: dict[str, Any] = {}
@@ -58,12 +64,12 @@ class MemorySettings:
     @property
     def can_shard(self) -> bool:
         """True where FSDP can shard a base that is loaded so, with an adapter that begins so."""
-        return supports_fsdp(self.model, self.adapter, self.training.optim)
+        return not self.data.generates and supports_fsdp(self.model, self.adapter, self.training.optim)
 
     @property
     def can_offload(self) -> bool:
         """True where the method's trainer can keep activations in the host's memory."""
-        return self.data.method != "distill"
+        return self.data.method != "distill" and not self.data.generates
 
     @property
     def has_reference(self) -> bool:
@@ -210,7 +216,7 @@ class MemoryScenario:
         data = self.settings.data
         if data.packing and data.max_length:
             return data.max_length
-        length = min(data.max_length or self.longest_row, self.longest_row)
+        length = min(data.max_length or self.longest_row, self.longest_row) + self.settings.completion_tokens
         multiple = data.pad_to_multiple_of
         return length + -length % (int(multiple) if str(multiple).isdigit() else 1)
 
@@ -220,7 +226,24 @@ class MemoryScenario:
         data, training = self.settings.data, self.settings.training
         num_sequences = training.per_device_train_batch_size * data.sequences_a_row
         is_shared = num_sequences > 1 or bool(data.packing)
-        return self.known_batch or Batch(num_sequences, self.length, shares_sequences=is_shared)
+        num_scored = num_sequences * self.settings.completion_tokens or None
+        return self.known_batch or Batch(num_sequences, self.length, num_scored, shares_sequences=is_shared)
+
+    @property
+    def generated(self) -> Batch | None:
+        """The completions that a device writes at once, with their prompts; None where it writes none."""
+        settings = self.settings
+        if not settings.data.generates:
+            return None
+        training, methods = settings.training, settings.methods
+        steps = methods.steps_per_generation or training.gradient_accumulation_steps
+        num_sequences = training.per_device_train_batch_size * steps
+        whole = methods.generation_batch_size
+        if whole is None and methods.steps_per_generation is None:
+            whole = find_global_batch(training, settings.data)
+        if whole is not None:
+            num_sequences = -(-whole // self.target.world_size)
+        return Batch(num_sequences, self.length)
 
     @property
     def has_mask(self) -> bool:
@@ -260,6 +283,7 @@ class MemoryScenario:
             evaluated if self.evaluates or self.settings.asks_reference_first else None,
             self.settings.copies_adapter,
             teacher=self.teacher_shape,
+            cache_bytes=self.count_cache_bytes(),
         )
         return estimate_memory(self.shape, setup)
 
@@ -269,6 +293,15 @@ class MemoryScenario:
         asked = settings.methods.precompute_ref_batch_size if settings.asks_reference_first else None
         evaluated = settings.training.per_device_eval_batch_size
         return max(asked or evaluated, evaluated if self.evaluates else 0)
+
+    def count_cache_bytes(self) -> int:
+        """Return the bytes of keys and values of all that a device writes at once, for its evaluations, too."""
+        batch = self.generated
+        if batch is None:
+            return 0
+        num_evaluated = self.settings.training.per_device_eval_batch_size if self.evaluates else 0
+        num_tokens = max(batch.num_sequences, num_evaluated) * batch.length
+        return count_cache_bytes(self.config, num_tokens, self.dtypes[1])
 
     def can_hold(self, need: Estimate, share: float = 1.0) -> bool:
         """Tell whether what is needed is at most this share of what is free on each device."""

@@ -5,9 +5,7 @@ It is the base without the adapter. An adapter that does not begin at zero has a
 all weights are trained, what the reference says of all rows is computed before the first step.
 """
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,14 +16,12 @@ from peft import PeftModel
 from torch.utils.data import SequentialSampler
 
 from llm_trainer.common import log
-from llm_trainer.model.lora_init import ADAPTER
+from llm_trainer.model.lora_init import copy_adapter, hide_copy
 from llm_trainer.training.batches.whole_batches import WholeBatches, fill_batches
 from llm_trainer.training.methods.answers import ANSWERS
 from llm_trainer.training.methods.reference_values import build_key, compute_values, keep_values, load_values
 from llm_trainer.training.resumable import ResumableMixin
 from llm_trainer.training.resume import OWN_SETTINGS
-
-REFERENCE = "ref"  # the name by which TRL's trainers look for the copy
 
 
 class ReferenceMixin(ResumableMixin, WholeBatches):
@@ -120,28 +116,3 @@ def keep_own_reference(trl_module: ModuleType) -> None:
     """
     trl_module.create_model_from_path = lambda *arguments, **options: None  # type: ignore[attr-defined]
     trl_module.disable_gradient_checkpointing = lambda *arguments: nullcontext()  # type: ignore[attr-defined]
-
-
-@torch.no_grad()
-def copy_adapter(model: PeftModel) -> None:
-    """Give the model a frozen copy of its adapter, for the reference of an adapter that does not begin at zero."""
-    config = copy.deepcopy(model.peft_config[ADAPTER])
-    config.init_lora_weights = True  # its values come from the adapter, and the base stays as it is
-    model.add_adapter(REFERENCE, config)
-    for name, parameter in model.named_parameters():
-        if f".{ADAPTER}." in name:
-            kept = model.get_parameter(name.replace(f".{ADAPTER}.", f".{REFERENCE}."))
-            kept.data = parameter.detach().clone()
-            kept.requires_grad_(False)
-
-
-@contextmanager
-def hide_copy(model: Any) -> Iterator[None]:
-    """Have PEFT write the trained adapter alone in this context."""
-    configs = model.peft_config if isinstance(model, PeftModel) else {}
-    config = configs.pop(REFERENCE, None)
-    try:
-        yield
-    finally:
-        if config is not None:
-            configs[REFERENCE] = config

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of prompts, as trainers and rewards take them."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset
+
+from llm_trainer.common.errors import UserError
+from llm_trainer.config.generation import choose_eval_rows
+from llm_trainer.config.trl_config_fields import read_snapshot
+
+TOKENS = "input_ids"  # the key of a prompt's tokens
+COLUMNS = (TOKENS, "content", "length")
+MAX_LOOKED_AT = 1000  # rows whose columns are looked at
+
+
+def collate_prompts(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows as their files had them, each with all columns of the batch, and with the prompt's tokens."""
+    rows = [json.loads(example["content"]) for example in examples]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [
+        {name: row.get(name) for name in columns} | {TOKENS: example[TOKENS]}
+        for row, example in zip(rows, examples, strict=True)
+    ]
+
+
+def list_columns(rows: Dataset) -> list[str]:
+    """Return the names of the columns beside the prompt, of the first rows."""
+    contents = rows.select(range(min(MAX_LOOKED_AT, len(rows))))["content"]
+    return [*dict.fromkeys(name for content in contents for name in json.loads(content) if name != "prompt")]
+
+
+def check_prompts(num_prompts: int, arguments: Any) -> None:
+    """Raise UserError where all prompts together are fewer than completions are written of at once."""
+    needed = arguments.generation_batch_size // arguments.num_generations
+    if num_prompts < needed:
+        raise UserError(
+            f"The train data has {num_prompts} prompts, and completions of {needed} are written at once "
+            f"({arguments.generation_batch_size} with num_generations={arguments.num_generations}): give more prompts, "
+            "or lower per_device_train_batch_size, gradient_accumulation_steps or global_batch_size."
+        )
+
+
+def choose_rows_of_evaluation(method: str, given: Mapping[str, Any], num_devices: int) -> dict[str, Any]:
+    """Return how many completions of an evaluation a device takes at once: whole groups, on all devices."""
+    return {
+        "per_device_eval_batch_size": choose_eval_rows(
+            given, read_snapshot(method)["num_generations"].default, num_devices
+        )
+    }
