@@ -438,17 +438,17 @@ def warn_of_side_files(context: Context, plan: ModelPlan, tokenizer: PreTrainedT
 
 def load_base(context: Context, prepared: Prepared, planned: Planned) -> PreTrainedModel:
     """Return the base model, on this rank's device, or where it can be sharded from. Every rank calls this."""
-    settings, model_plan = context.settings, prepared.model_plan
-    if settings.data.trains_rewards:
-        set_seed(settings.training.seed)  # a new head is the same on every rank and in every attempt
+    model, model_plan = context.settings.model, prepared.model_plan
+    if model_plan.is_reward:
+        set_seed(planned.arguments.seed)  # a new head is the same on every rank and in every attempt
     if planned.memory.sharded:
         group = prepared.consensus.group
-        base = fsdp.load_base_for_sharding(model_plan, settings.model, planned.arguments, group)
+        base = fsdp.load_base_for_sharding(model_plan, model, planned.arguments, group)
     else:
         device = model_plan.device.torch
-        base = loading.load_model(model_plan.folder, settings.model, model_plan.load_options, device)
+        base = loading.load_model(model_plan.folder, model, model_plan.load_options, device)
     if model_plan.liger.is_on:
-        apply_liger(base, model_plan.liger.collect_options(settings.model))
+        apply_liger(base, model_plan.liger.collect_options(model))
     return base
 
 
@@ -505,13 +505,13 @@ def give_first_values(trainer: ResumableMixin, settings: AdapterSettings, base_f
 
 def check_trained_loss(context: Context, prepared: Prepared, planned: Planned, trainer: ResumableMixin) -> None:
     """Raise UserError for a model that the loss would train wrongly. LLM.int8() rounds a batch's tokens together."""
-    settings, plan = context.settings, prepared.model_plan
+    plan, methods, data = prepared.model_plan, context.settings.methods, context.settings.data
     check = check_rewards if plan.is_reward else check_loss
-    if settings.data.generates:  # whose logits are divided by it
-        check = partial(check_loss, temperature=settings.methods.find_value("temperature", settings.data.method))
-    if not (planned.memory.sharded or settings.model.load_in_8bit):
+    if data.generates:  # whose logits are divided by it
+        check = partial(check_loss, temperature=methods.find_value("temperature", data.method))
+    if not (planned.memory.sharded or context.settings.model.load_in_8bit):
         check(trainer.model, plan.num_embeddings, plan.device.torch, plan.precision.compute)
-    if trainer.run.teacher is not None and not settings.methods.teacher_load_in_8bit:
+    if trainer.run.teacher is not None and not methods.teacher_load_in_8bit:
         with about_teacher():
             check_loss(trainer.run.teacher, plan.num_embeddings, plan.device.torch, plan.precision.compute)
 

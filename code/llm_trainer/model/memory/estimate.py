@@ -88,10 +88,7 @@ def estimate_parts(shape: ModelShape, setup: Setup) -> Estimate:
     shards = setup.world_size if step.sharded else 1
     passes = list_passes(shape, step, setup.world_size, (trace, kept), setup.kept_layers)
     moments = [find_step_or_update_peak(shape, passes, setup), find_evaluation_peak(shape, setup)]
-    if setup.teacher:
-        moments.append(find_teacher_peak(setup.teacher, shape, setup))
-    if setup.cache_bytes:
-        moments.append(find_generation_peak(shape, setup))
+    moments += find_other_peaks(shape, setup)
     peak = max(moments, key=lambda moment: moment.total)
     is_replicated = setup.world_size > 1 and not step.sharded
     parts = {
@@ -145,6 +142,14 @@ def find_evaluation_peak(shape: ModelShape, setup: Setup) -> Peak:
         return Peak()
     step = replace(setup.step, num_sequences=batch.num_sequences, length=batch.length, num_scored=batch.num_scored)
     return find_peak(list_forward(shape, step, setup.world_size), accumulated=0)
+
+
+def find_other_peaks(shape: ModelShape, setup: Setup) -> Iterator[Peak]:
+    """Yield the peaks that some methods have outside of steps: a teacher's, and of writing completions."""
+    if setup.teacher:
+        yield find_teacher_peak(setup.teacher, shape, setup)
+    if setup.cache_bytes:
+        yield find_generation_peak(shape, setup)
 
 
 def find_teacher_peak(teacher: ModelShape, shape: ModelShape, setup: Setup) -> Peak:
