@@ -71,10 +71,9 @@ from llm_trainer.planning.fitting import Fit, Fitter
 from llm_trainer.planning.learning import Learnt
 from llm_trainer.planning.other_instances import add_other_instances
 from llm_trainer.planning.workload import measure_work
-from llm_trainer.rewards.problems import find_unfit_columns
 from llm_trainer.rewards.rewards import Reward, load_rewards
 from llm_trainer.training.batches.run_batches import find_run_batches
-from llm_trainer.training.generation.prompts import check_prompts, list_columns
+from llm_trainer.training.generation.prompts import find_prompt_problems, list_columns
 from llm_trainer.training.loss_check import check_loss, check_rewards
 from llm_trainer.training.methods import TrainingMethod, choose_method
 from llm_trainer.training.metric_lines import MetricLines
@@ -250,11 +249,10 @@ def start_rewards(
     """
     if not data.reports["train"].has_prompts:
         return []
-    check_prompts(len(data.splits["train"]), arguments)
-    columns = list_columns(data.splits["train"])
-    if problems := find_unfit_columns(methods.reward_functions, methods.reward_options, columns):
+    rows, seconds = data.splits["train"], methods.reward_timeout_seconds
+    if problems := [*find_prompt_problems(rows, methods, arguments.generation_batch_size, arguments.num_generations)]:
         raise UserError(*problems)
-    seconds = methods.reward_timeout_seconds
+    columns = list_columns(rows)
     return load_rewards(methods.reward_functions, methods.reward_options, channels, seconds, columns)
 
 

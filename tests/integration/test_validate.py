@@ -389,6 +389,35 @@ def test_rows_that_fill_no_batch_of_all_hosts_are_told(tree, examine_tree, words
     assert told in problem
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"reward_functions": '["math"]', "reward_options": '{"math": {"column": "truth"}}'}, "column 'truth'"),
+        ({"per_device_train_batch_size": "64"}, "has 2 prompts, and completions of 16 are written at once"),
+        ({"num_generations": "3"}, "num_generations=3 does not divide the 8 completions"),
+        ({"reward_functions": '["rewards.py:grade"]'}, "reward_functions='rewards.py:grade'"),
+    ],
+)
+def test_what_keeps_completions_from_being_rewarded_is_told(tree, examine_tree, options, told):
+    shared = {"method": "grpo", "num_generations": "4", "per_device_train_batch_size": "8", "use_cpu": "true"}
+    tree.change(**{**shared, "reward_functions": '["exact_match"]', **options})
+    tree.write("input/data/train/train.jsonl", '{"question": "1 + 1?", "answer": 2}\n{"question": "2?", "answer": 2}\n')
+    tree.write("input/data/validation/validation.json", [{"question": "1 + 2?", "answer": 3}])
+    tree.write(
+        "input/data/rewards/rewards.py", "def score(completions, **columns):\n    return [1.0] * len(completions)\n"
+    )
+    (error,) = examine_tree().list_texts("error")
+    assert told in error
+
+
+def test_a_group_that_several_devices_share_is_no_mistake_on_one(tree, examine_tree):
+    tree.change(method="grpo", reward_functions='["exact_match"]', per_device_train_batch_size="1", nproc_per_node="4")
+    tree.change(num_generations="4")
+    tree.write("input/data/train/train.jsonl", '{"question": "1 + 1?", "answer": 2}\n')
+    tree.write("input/data/validation/validation.json", [{"question": "1 + 2?", "answer": 3}])
+    assert examine_tree().list_texts("error") == []
+
+
 def test_a_missing_template_is_told(tree, examine_tree):
     (tree.base_dir / "input/data/model/chat_template.jinja").unlink()
     problems = examine_tree().list_texts("error")

@@ -16,6 +16,7 @@ from llm_trainer.cli.validation import Validation, collect_findings, print_valid
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.checks import count_devices, find_missing_hardware, keep_valid
 from llm_trainer.config.environment import Environment, read_environment
+from llm_trainer.config.generation import GenerationSettings, choose_whole_groups, count_generated, count_group
 from llm_trainer.config.schema import Settings, describe_settings
 from llm_trainer.config.secret_references import VARIABLES, is_reference, read_secret_variables
 from llm_trainer.config.teacher import derive_teacher
@@ -275,6 +276,8 @@ def examine_arguments(job: Job, validation: Validation) -> None:
         from llm_trainer.training.trainer_config import ArgumentSources, build_arguments
 
     given = {name: value for name, value in settings.given.items() if name not in GPU_ARGUMENTS}
+    if settings.data.generates:  # the devices of the job may be others: `examine_batch` judges groups
+        given |= choose_whole_groups(GenerationSettings(settings.data, settings.methods, settings.training))
     use_peft, has_validation = settings.adapter.use_peft, bool(inputs.validation)
     sources = ArgumentSources(given, settings.training, use_peft, has_validation, inputs.checkpoint_dir)
     try:
@@ -300,6 +303,7 @@ def add_reports(splits: "Mapping[str, Split]", are_valid: bool, validation: Vali
 def examine_epoch(job: Job, split: "Split", validation: Validation) -> None:
     """Add what leaves an epoch without rows or batches. It is not known where this host has only a part of the rows."""
     from llm_trainer.data.datasets import check_full_batch, open_epoch
+    from llm_trainer.training.generation.prompts import find_prompt_problems
     from llm_trainer.training.packing import pack_split
 
     data, training, environment = job.settings.data, job.settings.training, job.environment
@@ -313,6 +317,11 @@ def examine_epoch(job: Job, split: "Split", validation: Validation) -> None:
             with tempfile.TemporaryDirectory(prefix="llm-trainer-") as folder:
                 num_sequences = len(pack_split(rows, data, Path(folder) / "train-packed.arrow"))
             check_full_batch(num_sequences, "sequences", training, num_devices)
+        if data.generates:
+            sections = GenerationSettings(data, job.settings.methods, training)
+            at_once = count_generated(sections, num_devices), count_group(sections)
+            problems = find_prompt_problems(rows, job.settings.methods, *at_once)
+            validation.add_findings("data", "error", problems)
     except UserError as error:
         validation.add_findings("data", "error", error.problems)
 

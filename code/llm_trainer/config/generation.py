@@ -37,7 +37,7 @@ def find_generation_problem(settings: GenerationSettings, num_devices: int, has_
     """Yield a sentence where what is generated at once does not hold whole groups of completions."""
     if not settings.data.generates:
         return
-    group = int(settings.methods.find_value("num_generations", settings.data.method))
+    group = count_group(settings)
     total = count_generated(settings, num_devices)
     if total % group:
         yield (
@@ -66,10 +66,14 @@ def find_evaluation_problem(settings: GenerationSettings, num_devices: int) -> I
         )
 
 
+def count_group(settings: GenerationSettings) -> int:
+    """Return the completions of each prompt in a training."""
+    return int(settings.methods.find_value("num_generations", settings.data.method))
+
+
 def count_eval_group(settings: GenerationSettings) -> int:
     """Return the completions of each prompt in an evaluation."""
-    methods, method = settings.methods, settings.data.method
-    return int(methods.num_generations_eval or methods.find_value("num_generations", method))
+    return int(settings.methods.num_generations_eval or count_group(settings))
 
 
 def choose_eval_rows(given: Mapping[str, Any], default_group: int, num_devices: int) -> int:
@@ -77,6 +81,16 @@ def choose_eval_rows(given: Mapping[str, Any], default_group: int, num_devices: 
     group = given.get("num_generations_eval") or given.get("num_generations") or default_group
     unit = group // math.gcd(group, num_devices)
     return int(-(-EVAL_ROWS // unit) * unit)
+
+
+def choose_whole_groups(settings: GenerationSettings) -> dict[str, int | None]:
+    """Return settings by which a single device generates whole groups, for a look at all other settings."""
+    batch = settings.training.per_device_train_batch_size
+    return {
+        "generation_batch_size": math.lcm(batch, count_group(settings)),
+        "steps_per_generation": None,
+        "per_device_eval_batch_size": count_eval_group(settings),
+    }
 
 
 def describe_generated(settings: GenerationSettings, num_devices: int) -> str:

@@ -2,14 +2,15 @@
 """Rows of prompts, as trainers and rewards take them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from datasets import Dataset
 
-from llm_trainer.common.errors import UserError
 from llm_trainer.config.generation import choose_eval_rows
+from llm_trainer.config.sections import MethodSettings
 from llm_trainer.config.trl_config_fields import read_snapshot
+from llm_trainer.rewards.problems import find_unfit_columns
 
 TOKENS = "input_ids"  # the key of a prompt's tokens
 COLUMNS = (TOKENS, "content", "length")
@@ -32,15 +33,19 @@ def list_columns(rows: Dataset) -> list[str]:
     return [*dict.fromkeys(name for content in contents for name in json.loads(content) if name != "prompt")]
 
 
-def check_prompts(num_prompts: int, arguments: Any) -> None:
-    """Raise UserError where all prompts together are fewer than completions are written of at once."""
-    needed = arguments.generation_batch_size // arguments.num_generations
-    if num_prompts < needed:
-        raise UserError(
-            f"The train data has {num_prompts} prompts, and completions of {needed} are written at once "
-            f"({arguments.generation_batch_size} with num_generations={arguments.num_generations}): give more prompts, "
+def find_prompt_problems(rows: Dataset, methods: MethodSettings, num_generated: int, group: int) -> Iterator[str]:
+    """Yield a sentence for each column that a reward lacks in the rows of an epoch, and where these are too few.
+
+    `num_generated` completions are written at once, `group` of each prompt.
+    """
+    needed = num_generated // group
+    if len(rows) < needed:
+        yield (
+            f"The train data has {len(rows)} prompts, and completions of {needed} are written at once "
+            f"({num_generated} with num_generations={group}): give more prompts, "
             "or lower per_device_train_batch_size, gradient_accumulation_steps or global_batch_size."
         )
+    yield from find_unfit_columns(methods.reward_functions, methods.reward_options, list_columns(rows))
 
 
 def choose_rows_of_evaluation(method: str, given: Mapping[str, Any], num_devices: int) -> dict[str, Any]:
