@@ -218,7 +218,7 @@ def prepare(context: Context) -> Prepared:
     data = read_data(replace(context, job=job), model_plan, tokenizer)
     warn_of_side_files(context, model_plan, tokenizer, data)
     timeline.mark("data")
-    origin = describe_origin(job, folder, teacher)
+    origin = describe_origin(job.inputs, job.settings.adapter, folder, teacher)
     return Prepared(job, method, model_plan, tokenizer, data, stop_request, consensus, origin, teacher)
 
 
@@ -298,7 +298,7 @@ def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
     context.timeline.mark("model")
 
     packing, splits = pack_rows(context, prepared, planned, (base, teacher))
-    identity = identify_run(describe_run_parts(context, prepared, packing, planned.memory.sharded), planned.arguments)
+    identity = identify_run(describe_run_parts(context, prepared, planned, packing), planned.arguments)
     checkpoint_dir = context.job.inputs.checkpoint_dir
     saved = find_saved_note(context.scratch_dir)
     checkpoint = find_checkpoint(settings.training, checkpoint_dir, identity, consensus.group, saved)
@@ -476,7 +476,7 @@ def pack_rows(
     return packing, splits
 
 
-def describe_run_parts(context: Context, prepared: Prepared, packing: Packing, sharded: bool) -> RunParts:
+def describe_run_parts(context: Context, prepared: Prepared, planned: Planned, packing: Packing) -> RunParts:
     """Return the parts of the run's identity besides its training arguments."""
     settings, lineage = context.settings, prepared.origin.lineage
     return RunParts(
@@ -486,9 +486,10 @@ def describe_run_parts(context: Context, prepared: Prepared, packing: Packing, s
         base=prepared.model_plan.folder,
         train_report=prepared.data.reports["train"],
         packing=packing,
-        sharded=sharded,
+        sharded=planned.memory.sharded,
         earlier_adapter=lineage[0]["sha256"] if lineage else None,
         teacher=prepared.origin.teacher,
+        rewards=[reward.choice for reward in planned.rewards],
     )
 
 
@@ -616,10 +617,10 @@ def outline_run(context: Context, prepared: Prepared, built: Built) -> Outline:
     return Outline(Fitter(built.scenario), work, context.settings.output.merge_weights, Learnt(), prices)
 
 
-def describe_origin(job: Job, base_folder: str, teacher: TeacherPlan | None) -> Origin:
+def describe_origin(inputs: Inputs, adapter: AdapterSettings, base_folder: str, teacher: TeacherPlan | None) -> Origin:
     """Return what the training begins with, read while its files are there for sure."""
-    folder = job.settings.adapter.adapter_path
-    lineage = describe_lineage(job.inputs.adapter, Path(folder)) if folder else []
+    folder = adapter.adapter_path
+    lineage = describe_lineage(inputs.adapter, Path(folder)) if folder else []
     return Origin(compute_sampled_digest(Path(base_folder)), lineage, teacher.teacher.identity if teacher else None)
 
 

@@ -97,6 +97,19 @@ def test_a_stopped_run_ends_with_the_same_weights(make_job, start, options):
     assert read_weights(stopped) == read_weights(whole)
 
 
+def test_other_rewards_are_another_run(make_job):
+    tree = make_job(max_steps="1", save_steps="1", reward_options='{"rewards.py:letters": {"limit": 8}}')
+    finish(tree)
+    tree.write("input/data/rewards/rewards.py", f"{LETTERS}\n# changed\n")
+    tree.change(max_steps="2", reward_options='{"rewards.py:letters": {"limit": 9}}', num_generations="2")
+    assert tree.run().returncode == 1
+    assert (
+        "is a checkpoint of another run (num_generations was 4 and is 2; reward_functions was ['rewards.py:letters "
+        in (tree.failure)
+    )
+    assert "reward_options was {'rewards.py:letters': {'limit': 8}} and is" in tree.failure
+
+
 @pytest.mark.long
 def test_two_ranks_share_the_groups(make_job):
     """A group of four is written by two ranks, and rewarded as one."""

@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from llm_trainer.data.shard_exchange import send_file
 from llm_trainer.job import checkpoint_dir
 from llm_trainer.job.checkpoint_dir import Gather, Marker
 from llm_trainer.job.kept_checkpoints import explain_fault, find_state_fault, goes_on
+from llm_trainer.rewards.choice import Choice
 from llm_trainer.training.packing import Packing
 
 # Settings and arguments that a checkpoint restores whatever the user says, or that give its step a meaning.
@@ -63,6 +65,7 @@ class RunParts:
     sharded: bool
     earlier_adapter: str | None = None  # digest of the adapter that the training goes on from
     teacher: str | None = None  # digest of the teacher, and how it is rounded
+    rewards: Sequence[Choice] = ()  # of completions, with the schemas that their options name
 
     def value(self, name: str) -> Any:
         """Return the setting of that name."""
@@ -79,6 +82,9 @@ def identify_run(parts: RunParts, arguments: SFTConfig) -> dict[str, Any]:
         own = [name for name, methods in METHOD_FIELDS.items() if parts.data.method in methods]
         own = [name for name in own if name not in (*TOLD_BY_CONTENT, *DERIVED)]
         identity |= {"method": parts.data.method, **{name: getattr(arguments, name) for name in own}}
+    if parts.rewards:
+        identity["reward_functions"] = [reward.describe_content() for reward in parts.rewards]
+        identity["reward_options"] = {reward.entry: reward.options for reward in parts.rewards if reward.options}
     identity |= {"packing": parts.packing.mode, "packing_strategy": parts.data.packing_strategy}
     identity["distribution"] = "fsdp" if parts.sharded else "ddp"
     identity["rows a step"] = (
