@@ -14,6 +14,9 @@ LETTERS = """
 def letters(completions, answer, **columns):
     assert all(type(each) is int for each in answer)
     return [sum("a" <= letter <= "z" for letter in each[-1]["content"]) / 8 for each in completions]
+
+def answers(completions, answer, **columns):
+    return answer
 """
 SHARED = {
     "reward_functions": '["rewards.py:letters"]',
@@ -111,11 +114,34 @@ def test_other_rewards_are_another_run(make_job):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("victim", ["worker", "launcher"])
+def test_a_killed_run_ends_with_the_same_weights(make_job, start, victim):
+    several = {"num_iterations": "2", "steps_per_generation": "4", "per_device_train_batch_size": "4"}
+    shared = {"save_steps": "1", "max_restarts": "1", **several, **ALL_WEIGHTS, "learning_rate": "0.01"}
+    whole, killed = make_job(**shared), make_job(**shared)
+    finish(whole)
+    job = start(killed)
+    job.wait_for("step=3")
+    if victim == "worker":
+        job.workers()[0].kill()
+        assert job.end() == 0, job.log
+        log = job.log
+    else:
+        job.process.kill()
+        job.process.wait()
+        log = finish(killed)
+    assert "Resuming from" in log
+    assert killed.manifest["num_steps"] == whole.manifest["num_steps"]
+    assert read_weights(killed) == read_weights(whole)
+
+
+@pytest.mark.long
 def test_two_ranks_share_the_groups(make_job):
-    """A group of four is written by two ranks, and rewarded as one."""
-    log = finish(make_job(nproc_per_node="2", per_device_train_batch_size="2", max_steps="4", **ALL_WEIGHTS))
+    """A group of four is written by two ranks, and rewarded as one. Of three prompts, none counts twice."""
+    options = {"per_device_train_batch_size": "2", "reward_functions": '["rewards.py:letters", "rewards.py:answers"]'}
+    log = finish(make_job(nproc_per_node="2", max_steps="4", **options, **ALL_WEIGHTS))
     assert len(metrics_of(log, "reward")) == 4
-    assert metrics_of(log, "eval_reward")
+    assert set(metrics_of(log, "eval_rewards/answers/mean")) == {1}
 
 
 @pytest.mark.parametrize(

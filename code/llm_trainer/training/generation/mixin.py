@@ -8,16 +8,17 @@ from typing import Any
 import torch
 
 from llm_trainer.model.lora_init import copy_adapter, hide_copy
+from llm_trainer.training.generation.evaluation import WholeEvaluations
 from llm_trainer.training.generation.noted import describe_completions, is_noted
 from llm_trainer.training.generation.prompts import COLUMNS, TOKENS, collate_prompts
 from llm_trainer.training.generation.state import load_state, save_states
 from llm_trainer.training.generation.stops import EndsEarly, GenerationStop, ending_early, has_any
-from llm_trainer.training.resumable import ResumableMixin, RunContext
+from llm_trainer.training.resumable import RunContext
 
 EPOCH_NAMES = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
 
 
-class GenerationMixin(ResumableMixin):
+class GenerationMixin(WholeEvaluations):
     """A resumable trainer that writes completions. It goes before TRL's trainer among the bases.
 
     Generations that later steps go on with are in the checkpoint.
@@ -62,8 +63,7 @@ class GenerationMixin(ResumableMixin):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Write completions, have them judged, and enter some in the journal."""
         self.prompt_tokens = [row[TOKENS] for row in inputs]
-        rows = [{name: value for name, value in row.items() if name != TOKENS} for row in inputs]
-        batch: dict[str, Any] = super()._generate_and_score_completions(rows)
+        batch: dict[str, Any] = super()._generate_and_score_completions(self.take_out_marks(inputs))
         step = self.state.global_step + 1
         if self.model.training and self.is_world_process_zero() and is_noted(step, self.state.max_steps):
             self.run.journal.write("completions", step=step, completions=describe_completions(self._logs))

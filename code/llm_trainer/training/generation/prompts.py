@@ -13,16 +13,17 @@ from llm_trainer.config.trl_config_fields import read_snapshot
 from llm_trainer.rewards.problems import find_unfit_columns
 
 TOKENS = "input_ids"  # the key of a prompt's tokens
+FILLS = "fills"  # the key that tells a prompt which only fills a batch of an evaluation
 COLUMNS = (TOKENS, "content", "length")
 MAX_LOOKED_AT = 1000  # rows whose columns are looked at
 
 
 def collate_prompts(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows as their files had them, each with all columns of the batch, and with the prompt's tokens."""
+    """Return the rows as their files had them, each with all columns of the batch, and our own keys."""
     rows = [json.loads(example["content"]) for example in examples]
     columns = dict.fromkeys(name for row in rows for name in row)
     return [
-        {name: row.get(name) for name in columns} | {TOKENS: example[TOKENS]}
+        {name: row.get(name) for name in columns} | {TOKENS: example[TOKENS], FILLS: example["length"] == 0}
         for row, example in zip(rows, examples, strict=True)
     ]
 

@@ -9,13 +9,13 @@ from llm_trainer.config.schema import Settings
 from llm_trainer.training.generation.prompts import collate_prompts, find_prompt_problems, list_columns
 
 CONTENTS = [{"prompt": "a", "answer": 1}, {"prompt": "b", "level": [None, {"c": 0.5}]}]
-ROWS = [{"input_ids": [1], "content": json.dumps(content)} for content in CONTENTS]
+ROWS = [{"input_ids": [1], "length": 1, "content": json.dumps(content)} for content in CONTENTS]
 
 
 def test_all_rows_of_a_batch_have_all_columns_with_their_types():
     assert collate_prompts(ROWS) == [
-        {"prompt": "a", "answer": 1, "level": None, "input_ids": [1]},
-        {"prompt": "b", "answer": None, "level": [None, {"c": 0.5}], "input_ids": [1]},
+        {"prompt": "a", "answer": 1, "level": None, "input_ids": [1], "fills": False},
+        {"prompt": "b", "answer": None, "level": [None, {"c": 0.5}], "input_ids": [1], "fills": False},
     ]
 
 
