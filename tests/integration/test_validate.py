@@ -360,7 +360,7 @@ def test_rows_of_another_method_are_told_once_with_the_method_to_set(examine_tre
     problems = examine_tree("--method", "dpo").list_texts("error")
     told = [problem for problem in problems if "is a messages row, which method=dpo does not take" in problem]
     assert len(told) == 2  # of the training data and of the validation data
-    assert all("set method=sft, or give rows with 'chosen' with 'rejected'" in problem for problem in told)
+    assert all("set method=sft or distill, or give rows with 'chosen' with 'rejected'" in problem for problem in told)
 
 
 def test_a_template_that_leaves_the_end_of_a_turn_out_is_told(tree, examine_tree):
