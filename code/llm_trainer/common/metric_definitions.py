@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The metric line, `train_loss=0.5123; step=20; ...`: its metrics, its format, and SageMaker's definitions of them."""
 
+from collections.abc import Iterable
+
 METRICS = {
     "train_loss": "loss on the tokens that are trained on",
     "train_token_accuracy": "share of these tokens that the model held for the likeliest",
@@ -80,6 +82,7 @@ METHOD_OBJECTIVES = {
 }
 # Transformers' names -> ours. The others keep their name.
 RENAMED = {"loss": "train_loss", "mean_token_accuracy": "train_token_accuracy", "num_tokens": "tokens"}
+MAX_DEFINITIONS = 40  # that CreateTrainingJob takes
 # A finite number, since CloudWatch takes neither nan nor inf.
 NUMBER = r"(-?[0-9.]+(?:e[-+]?[0-9]+)?)"
 
@@ -110,10 +113,20 @@ def list_objectives(method: str) -> tuple[str, ...]:
     return OBJECTIVES + METHOD_OBJECTIVES.get(method, ())
 
 
-def define_metrics(method: str = "sft") -> list[dict[str, str]]:
+def list_reward_metrics(rewards: Iterable[str]) -> dict[str, str]:
+    """Return the metrics of rewards with these entries in `reward_functions`, with their meanings."""
+    names = [f"rewards/{entry.rpartition(':')[2]}/mean" for entry in rewards]
+    own = dict.fromkeys(names, "mean of this reward over the completions that have one")
+    return own | {f"eval_{name}": f"{name} of the validation data" for name in names}
+
+
+def define_metrics(method: str = "sft", rewards: Iterable[str] = ()) -> list[dict[str, str]]:
     """Return MetricDefinitions as CreateTrainingJob takes them: at most 40, of one capture group each.
+
+    `rewards` are the entries of `reward_functions`. Those of the last ones are left out where there are more.
 
     A key counts at the beginning of a line or after a semicolon: `Setting learning_rate=0.1` is no metric, and
     eval_loss is not read as train_loss.
     """
-    return [{"Name": key, "Regex": f"(?:^|; ){key}={NUMBER}"} for key in list_metrics(method)]
+    names = [*list_metrics(method), *list_reward_metrics(rewards)]
+    return [{"Name": key, "Regex": f"(?:^|; ){key}={NUMBER}"} for key in names[:MAX_DEFINITIONS]]
