@@ -3,14 +3,14 @@
 
 import json
 import os
-import signal
 from unittest.mock import patch
 
 import pytest
 
 from llm_trainer.cli.plan import examine_model
 from llm_trainer.cli.validate import examine_job
-from support.sagemaker_tree import finish, metrics_of, read_weights
+from support.compared_jobs import check_metrics_are_alike, check_stop_changes_nothing
+from support.sagemaker_tree import finish, metrics_of
 from support.teachers import write_teacher
 
 KEYS = ("train_loss", "entropy", "tokens", "grad_norm")
@@ -51,14 +51,8 @@ def test_a_job_learns_what_its_teacher_says(make_job, options):
 def test_a_stopped_run_ends_with_the_same_weights(make_job, start, options):
     shared = {"num_train_epochs": "3", "per_device_train_batch_size": "4", "save_steps": "1", **options}
     whole, stopped = make_job(**shared), make_job(**shared)
-    finish(whole)
-    job = start(stopped)
-    job.wait_for("step=4")
-    job.process.send_signal(signal.SIGTERM)
-    assert job.end() == 0, job.log
-    assert 4 <= stopped.manifest["num_steps"] < 24
-    assert "Resuming from" in finish(stopped)
-    assert read_weights(stopped) == read_weights(whole)
+    check_stop_changes_nothing(whole, stopped, start)
+    assert whole.manifest["num_steps"] == 24
 
 
 @pytest.mark.long
@@ -81,9 +75,7 @@ def test_two_ranks_are_one(make_job, distribution, options):
     shared = {"num_train_epochs": "2", "global_batch_size": "10", "per_device_train_batch_size": None, **options}
     one, two = make_job(**shared), make_job(**shared, nproc_per_node="2", distribution=distribution)
     logs = finish(one), finish(two)
-    for key in (*KEYS, "eval_loss", "eval_entropy"):
-        found, expected = (metrics_of(log, key) for log in logs[::-1])
-        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5), key
+    check_metrics_are_alike(logs[1], logs[0], (*KEYS, "eval_loss", "eval_entropy"), rel=1e-5, abs=1e-5)
     assert two.manifest["export"]["proven"]
 
 
@@ -95,8 +87,7 @@ def test_packed_rows_learn_what_padded_ones_do(make_job, options):
     logs = finish(packed), finish(padded)
     assert "Packing: the rows of a" in logs[0]
     if not options:
-        for key in KEYS:
-            assert metrics_of(logs[0], key) == pytest.approx(metrics_of(logs[1], key), rel=1e-4, abs=1e-6), key
+        check_metrics_are_alike(logs[0], logs[1], KEYS, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.long

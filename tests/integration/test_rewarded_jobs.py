@@ -2,12 +2,12 @@
 """Jobs whose model writes what it is trained on: rewarded, stopped, resumed, spread over ranks, merged and proven."""
 
 import json
-import signal
 
 import pytest
 
 from llm_trainer.journal.journal import read_records
-from support.sagemaker_tree import metrics_of
+from support.compared_jobs import check_stop_changes_nothing
+from support.sagemaker_tree import finish, metrics_of, read_weights
 
 PROMPTS = [{"question": f"What is {a} plus {b}?", "answer": a + b} for a in range(8) for b in range(4)]
 LETTERS = """
@@ -39,17 +39,6 @@ def make_job(make_tree):
         return tree
 
     return make
-
-
-def read_weights(tree):
-    """Return the bytes of the result's weights."""
-    return {file.name: file.read_bytes() for file in (tree.base_dir / "model").glob("*.safetensors")}
-
-
-def finish(tree):
-    result = tree.run()
-    assert result.returncode == 0, result.stdout
-    return result.stdout
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
@@ -89,15 +78,7 @@ def test_an_adapter_is_merged_and_proven(make_job):
 def test_a_stopped_run_ends_with_the_same_weights(make_job, start, options):
     shared = {"save_steps": "1", **ALL_WEIGHTS, "learning_rate": "0.01", "method": "grpo", **options}
     whole, stopped = make_job(**shared), make_job(**shared)
-    finish(whole)
-    job = start(stopped)
-    job.wait_for("step=3")
-    job.process.send_signal(signal.SIGTERM)
-    assert job.end() == 0, job.log
-    assert 3 <= stopped.manifest["num_steps"] < whole.manifest["num_steps"]
-    assert "Resuming from" in finish(stopped)
-    assert stopped.manifest["num_steps"] == whole.manifest["num_steps"]
-    assert read_weights(stopped) == read_weights(whole)
+    check_stop_changes_nothing(whole, stopped, start, step=3)
 
 
 def test_other_rewards_are_another_run(make_job):
