@@ -38,6 +38,12 @@ PROBED: dict[tuple[type[PreTrainedModel], str], set[str] | None] = {}
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
+def find_base_model(model: nn.Module) -> PreTrainedModel:
+    """Return the model below an adapter, or the model itself where it has none."""
+    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
+
+
 def build_lora_config(
     model_settings: ModelSettings, settings: AdapterSettings, skeleton: PreTrainedModel
 ) -> LoraConfig:

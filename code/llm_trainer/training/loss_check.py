@@ -6,11 +6,11 @@ scales that TRL does not know, would be left out of the loss without a word.
 """
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.nn.functional import log_softmax
 
 from llm_trainer.common.errors import UserError, quote_error
+from llm_trainer.model.lora import find_base_model
 
 NUM_ROWS, NUM_TOKENS = 2, 8
 # How far a token's logits may move with the last token, as a share of the largest. Other kernels may round otherwise.
@@ -52,7 +52,7 @@ def check_rewards(model: nn.Module, vocabulary_size: int, device: torch.device, 
     """
     was_training = model.training
     model.eval()
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = find_base_model(model)
     row = torch.randint(vocabulary_size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
     row[row == base.config.get_text_config().pad_token_id] += 1  # which Transformers would pass over
     try:

@@ -69,6 +69,7 @@ class ResumableMixin(Trainer):
     """
 
     optimizer: Any  # None at first
+    has_reference = False  # whether the loss compares with the model as the training begins
     makes_batches_of_rows = True  # whether what the model computes is in the rows
     end_within_step: Callable[[TrainerState, TrainerControl], None]  # `SaveAndStop` sets it
     _signature_columns: Any  # a list, or None at first
@@ -191,12 +192,14 @@ class ResumableMixin(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Write weights by the names that the model has, by which Transformers looks for them when a run goes on.
 
-        It would write the names that the base has in its files, such as those of each expert.
+        It would write the names that the base has in its files, such as those of each expert. A copy of the adapter for
+        the reference is not written.
         """
         conversions = getattr(self.model, CONVERSIONS, None)
         setattr(self.model, CONVERSIONS, [])
         try:
-            super()._save(output_dir, state_dict)
+            with lora_init.hide_copy(self.model):
+                super()._save(output_dir, state_dict)
         finally:
             setattr(self.model, CONVERSIONS, conversions)
 
@@ -293,6 +296,8 @@ class ResumableMixin(Trainer):
 
     def train_from(self, checkpoint: Path | None) -> Any:
         """Train from the checkpoint on, or from the start. Return Transformers' `TrainOutput`."""
+        if self.has_reference and (self.run.adapter_start or self.run.goes_on):  # the base alone is not the beginning
+            lora_init.copy_adapter(self.model)
         if self.is_fsdp_enabled:
             fsdp.expose_packed_weights(self.model, self.args.device)
         if checkpoint is None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from pydantic import SecretStr
 from torch import nn
 from transformers import (
@@ -33,6 +33,7 @@ from llm_trainer.config.sections import METHOD_FIELDS, TrainingSettings
 from llm_trainer.config.trl_config_fields import read_snapshot
 from llm_trainer.model.config_file import drop_contradictions
 from llm_trainer.model.layers.fused_adapters import fuse_adapters
+from llm_trainer.model.lora import find_base_model
 from llm_trainer.model.memory.fit import MemoryPlan
 from llm_trainer.model.memory.shape import find_layer_list
 from llm_trainer.model.precision import set_adapter_types
@@ -99,7 +100,7 @@ class KeepActivations(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """Tell the last layers, and what is in them."""
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = find_base_model(model)
         total = base.config.get_text_config().num_hidden_layers
         layers = model.get_submodule(find_layer_list(model, total))
         for module in (module for layer in layers[total - self.num_layers :] for module in layer.modules()):

@@ -5,9 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from llm_trainer.model.lora_init import copy_adapter, hide_copy
 from llm_trainer.training.generation.evaluation import WholeEvaluations
 from llm_trainer.training.generation.noted import describe_completions, is_noted
 from llm_trainer.training.generation.prompts import COLUMNS, TOKENS, collate_prompts
@@ -39,6 +36,7 @@ class GenerationMixin(WholeEvaluations):
         """Take the arguments of TRL's trainer, but for the rewards, which are the job's."""
         super().__init__(*args, run=run, reward_funcs=list(run.rewards), **kwargs)
         self.data_collator = collate_prompts
+        self.has_reference = bool(self.beta)
         self.prompt_tokens: list[list[int]] = []  # of the batch whose completions are written
         self.kept: dict[str, Any] = {}  # the state at the beginning of the step
 
@@ -116,7 +114,7 @@ class GenerationMixin(WholeEvaluations):
 
     @property
     def batches_a_generation(self) -> int:
-        """The batches of a rank that are made of what is written at once."""
+        """The batches that a rank makes of one generation."""
         return int(self.args.steps_per_generation * self.num_iterations)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -147,17 +145,6 @@ class GenerationMixin(WholeEvaluations):
         self._step, self._buffered_inputs = state["step"], state["buffer"]
         for name in self.list_controls():
             setattr(self, name, state[name])
-
-    def train_from(self, checkpoint: Path | None) -> Any:
-        """Train from the checkpoint on, or from the start, with the model as it is now for the reference."""
-        if self.beta and (self.run.adapter_start or self.run.goes_on):
-            copy_adapter(self.model)
-        return super().train_from(checkpoint)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Write the weights that are trained, and not the reference's."""
-        with hide_copy(self.model):
-            super()._save(output_dir, state_dict)
 
     # Metrics
 

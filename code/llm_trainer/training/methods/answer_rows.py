@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from llm_trainer.model.lora import find_base_model
+from llm_trainer.training.batches.batch_facts import FindFacts, use_facts
 from llm_trainer.training.batches.whole_batches import WholeBatches
 from llm_trainer.training.methods.answers import ANSWERS
 
@@ -14,6 +16,7 @@ class AnswerRows(WholeBatches):
     """A trainer of TRL whose rows hold answers. It goes before TRL's trainer among the bases."""
 
     columns: tuple[str, ...]  # of a row
+    data_collator: Any
     _signature_columns: Any  # a list, or None at first
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
@@ -24,6 +27,12 @@ class AnswerRows(WholeBatches):
         """Keep the columns of a row, which TRL knows by other names."""
         self._signature_columns = self._signature_columns or [*self.columns]
         super()._set_signature_columns_if_needed()
+
+    def use_batch_facts(self) -> None:
+        """Have batches bring facts that their own rank finds."""
+        use_facts(find_base_model(self.model).base_model)
+        if not self.args.torch_compile:  # which would compile anew for each number of labels
+            self.data_collator = FindFacts(self.data_collator)
 
     def count_items(self, batch: dict[str, Any]) -> int:
         """Return the rows of a batch, over which the loss is a mean."""

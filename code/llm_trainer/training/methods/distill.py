@@ -8,19 +8,18 @@ same sequences, packed or padded, and the loss is TRL's own code on the tokens t
 from typing import Any
 
 import torch
-from peft import PeftModel
-from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
 from llm_trainer.common.metric_definitions import RENAMED
 from llm_trainer.data.formats.examples import IGNORED
+from llm_trainer.model.lora import find_base_model
 from llm_trainer.training.batches.batch_facts import PLACES, BatchFacts, FindFacts, known, use_facts
 from llm_trainer.training.batches.batch_means import BatchMeans
 from llm_trainer.training.methods.answer_rows import AnswerRows
-from llm_trainer.training.methods.training_method import TrainingMethod
+from llm_trainer.training.methods.training_method import TRAINER_METRICS, TrainingMethod
 from llm_trainer.training.resumable import ResumableMixin, RunContext
 
 
@@ -50,7 +49,7 @@ class ResumableDistillationTrainer(BatchMeans, ResumableMixin, AnswerRows, Writt
         super().__init__(*args, run=run, **kwargs)
         assert run.teacher is not None, "method=distill needs a teacher"
         self.teacher_model = run.teacher.requires_grad_(False).eval()
-        for model in (find_base(self.model), self.teacher_model):
+        for model in (find_base_model(self.model), self.teacher_model):
             use_facts(model.base_model)
             add_fused_lm_head(model)  # by which the loss is checked before the training
         pad = DataCollatorForLanguageModeling(tokenizer.pad_token_id, pad_to_multiple_of=arguments.pad_to_multiple_of)
@@ -95,12 +94,7 @@ class ResumableDistillationTrainer(BatchMeans, ResumableMixin, AnswerRows, Writt
         facts = BatchFacts.take(inputs)
         del inputs["labels"]
         with known(facts):
-            return find_base(model).base_model(**inputs, use_cache=False).last_hidden_state
-
-
-def find_base(model: nn.Module) -> PreTrainedModel:
-    """Return the model below an adapter, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+            return find_base_model(model).base_model(**inputs, use_cache=False).last_hidden_state
 
 
 def take_num_tokens(batch: dict[str, Any]) -> int:
@@ -122,5 +116,5 @@ DISTILL = TrainingMethod(
     learning_rate=2e-5,
     columns=("input_ids", "labels"),
     metric_names=RENAMED,
-    hidden_metrics=(*("total_flos", "step_time", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second"),),
+    hidden_metrics=(*TRAINER_METRICS, "step_time"),
 )

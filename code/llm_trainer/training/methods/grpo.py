@@ -8,11 +8,11 @@ from trl import GRPOConfig, GRPOTrainer
 from llm_trainer.common.metric_definitions import RENAMED
 from llm_trainer.training.generation.mixin import GenerationMixin
 from llm_trainer.training.generation.prompts import COLUMNS, choose_rows_of_evaluation
-from llm_trainer.training.methods.training_method import TrainingMethod
+from llm_trainer.training.methods.training_method import TRAINER_METRICS, TrainingMethod
 
 # Metrics of trainers that write completions which no line shows.
 HIDDEN_METRICS = (
-    *("total_flos", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second", "step_time"),
+    *(*TRAINER_METRICS, "step_time"),
     *("completions/min_length", "completions/max_length", "completions/mean_terminated_length"),
     *("completions/min_terminated_length", "completions/max_terminated_length"),
     *(f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")),

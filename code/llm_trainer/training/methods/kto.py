@@ -20,7 +20,7 @@ from llm_trainer.config.sections import WITHOUT_DIVERGENCE
 from llm_trainer.training.batches.batch_means import RowSums
 from llm_trainer.training.methods.answer_trainer import AnswerTrainer, compute_answers
 from llm_trainer.training.methods.answers import ANSWERS, DESIRABLE, MISMATCHED, Answers, Collator, keep_trained
-from llm_trainer.training.methods.training_method import TrainingMethod
+from llm_trainer.training.methods.training_method import TRAINER_METRICS, TrainingMethod
 
 
 class ResumableKTOTrainer(AnswerTrainer, KTOTrainer):
@@ -130,5 +130,5 @@ KTO = TrainingMethod(
     learning_rate=1e-6,
     columns=ResumableKTOTrainer.columns,
     metric_names=RENAMED,
-    hidden_metrics=("total_flos", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second"),
+    hidden_metrics=TRAINER_METRICS,
 )

@@ -6,7 +6,6 @@ all weights are trained, what the reference says of all rows is computed before 
 """
 
 from contextlib import nullcontext
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +15,6 @@ from peft import PeftModel
 from torch.utils.data import SequentialSampler
 
 from llm_trainer.common import log
-from llm_trainer.model.lora_init import copy_adapter, hide_copy
 from llm_trainer.training.batches.whole_batches import WholeBatches, fill_batches
 from llm_trainer.training.methods.answers import ANSWERS
 from llm_trainer.training.methods.reference_values import build_key, compute_values, keep_values, load_values
@@ -27,6 +25,7 @@ from llm_trainer.training.resume import OWN_SETTINGS
 class ReferenceMixin(ResumableMixin, WholeBatches):
     """A resumable trainer whose loss compares with a reference. It goes before TRL's trainer among the bases."""
 
+    has_reference = True
     ld_alpha: float | None = None  # TRL's, which decides what is summed up
     calculate_KL: bool = False  # TRL's, which decides what is asked  # noqa: N815
 
@@ -81,12 +80,6 @@ class ReferenceMixin(ResumableMixin, WholeBatches):
         own["kl"] = self.calculate_KL
         return {name: self.run.identity.get(name) for name in names} | own
 
-    def train_from(self, checkpoint: Path | None) -> Any:
-        """Train from the checkpoint on, or from the start, with the model as it is now for the reference."""
-        if self.run.adapter_start or self.run.goes_on:
-            copy_adapter(self.model)
-        return super().train_from(checkpoint)
-
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Load the weights of a checkpoint, once nobody needs the first ones."""
         self.prepare_reference()
@@ -101,11 +94,6 @@ class ReferenceMixin(ResumableMixin, WholeBatches):
         """Evaluate, once the reference is known."""
         self.prepare_reference()
         return super().evaluate(*args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Write the weights that are trained, and not the reference's."""
-        with hide_copy(self.model):
-            super()._save(output_dir, state_dict)
 
 
 def keep_own_reference(trl_module: ModuleType) -> None:

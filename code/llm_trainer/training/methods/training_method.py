@@ -7,6 +7,10 @@ from typing import Any
 
 from llm_trainer.training.resumable import ResumableMixin
 
+# Metrics of Transformers' trainer that no line shows: a total, and what include_num_input_tokens_seen adds to lines
+# that have it all already.
+TRAINER_METRICS = ("total_flos", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second")
+
 
 def choose_no_defaults(given: Mapping[str, Any], num_devices: int) -> dict[str, Any]:
     """Return no arguments: those of TRL's config are right for the method."""
