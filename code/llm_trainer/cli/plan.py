@@ -23,7 +23,7 @@ from llm_trainer.cli.plan_instances import (
     examine_instances,
     read_basis,
 )
-from llm_trainer.cli.validate import prepare_data
+from llm_trainer.cli.validate import prepare_data, read_teacher
 from llm_trainer.cli.validation import Validation, collect_findings, print_validation
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.environment import read_environment
@@ -38,8 +38,6 @@ from llm_trainer.launcher.worker_processes import build_library_variables
 from llm_trainer.readers.sources import find_train_sources, find_validation_sources
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
     from llm_trainer.data.splits import Split
     from llm_trainer.model.device import Device
     from llm_trainer.model.memory.scenario import MemoryScenario
@@ -130,24 +128,10 @@ def plan_loading(job: Job, validation: Validation) -> "tuple[ModelPlan, Settings
         parts = settings.model, settings.adapter, settings.parallelism, settings.output
         sections = PlanSettings(*parts, settings.data.trains_rewards)
         planned = plan_on_device(folder, sections, validation)
-        teacher = read_teacher(job, planned.config, Path(scratch_dir))
+        teacher = read_teacher(job, planned.config, None, Path(scratch_dir))
         num_written = settings.methods.count_written(settings.data.method)
         data = bound_length(settings.data, planned.num_positions, num_written)
         return planned, settings.model_copy(update={"data": data}), teacher
-
-
-def read_teacher(job: Job, student: "PreTrainedConfig", scratch_dir: Path) -> "Teacher | None":
-    """Return the teacher of a job by its config alone, None where it has none. Raises UserError for one that is unfit.
-
-    The tokenizers of the two need not be there.
-    """
-    from llm_trainer.model.teacher.teacher import StudentVocabulary, TeacherSource, fetch_teacher
-
-    if not job.inputs.teacher:
-        return None
-    theirs = derive_teacher(job.settings.model, job.settings.methods, job.environment.channels)
-    vocabulary = StudentVocabulary(student, None)
-    return fetch_teacher(TeacherSource(job.inputs.teacher, theirs), vocabulary, scratch_dir, with_weights=False)
 
 
 def plan_on_device(folder: str, sections: "PlanSettings", validation: Validation) -> "ModelPlan":

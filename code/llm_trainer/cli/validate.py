@@ -238,19 +238,29 @@ def examine_teacher(
     job: Job, vocabulary: "Vocabulary", config: "PreTrainedConfig", scratch_dir: Path, validation: Validation
 ) -> "Teacher | None":
     """Add whether the job's teacher fits the model of this config. Returns the teacher, None where none fits."""
+    try:
+        teacher = read_teacher(job, config, vocabulary.tokenizer.get_vocab(), scratch_dir)
+    except UserError as error:
+        validation.add_findings("teacher", "error", error.problems)
+        return None
+    validation.add_findings("teacher", "ok", [teacher.describe()] if teacher else [])
+    return teacher
+
+
+def read_teacher(
+    job: Job, student: "PreTrainedConfig", words: "Mapping[str, int] | None", scratch_dir: Path
+) -> "Teacher | None":
+    """Return a job's teacher without its weights, None where it has none. Raises UserError for one that is unfit.
+
+    `words` are the tokens of the student's tokenizer with their numbers. None: no tokenizer needs to be there.
+    """
     from llm_trainer.model.teacher.teacher import StudentVocabulary, TeacherSource, fetch_teacher
 
     if not job.inputs.teacher:
         return None
     theirs = derive_teacher(job.settings.model, job.settings.methods, job.environment.channels)
-    student = StudentVocabulary(config, vocabulary.tokenizer.get_vocab())
-    try:
-        teacher = fetch_teacher(TeacherSource(job.inputs.teacher, theirs), student, scratch_dir, with_weights=False)
-    except UserError as error:
-        validation.add_findings("teacher", "error", error.problems)
-        return None
-    validation.add_findings("teacher", "ok", [teacher.describe()])
-    return teacher
+    source = TeacherSource(job.inputs.teacher, theirs)
+    return fetch_teacher(source, StudentVocabulary(student, words), scratch_dir, with_weights=False)
 
 
 def bound_rows(num_positions: int | None, settings: Settings, validation: Validation) -> "DataSettings":

@@ -91,7 +91,7 @@ def find_content_warnings(name: str, report: DataReport) -> Iterator[str]:
 
 
 def find_pair_warnings(name: str, report: DataReport) -> Iterator[str]:
-    """Yield sentences about answers that teach nothing, the reverse of what is meant, or mostly to write long ones."""
+    """Yield warnings of pairs: equal answers, swapped ones, answers that were cut, and one side that is longer."""
     if report.num_equal_pairs:
         yield (
             f"{report.num_equal_pairs} pairs of the {name} data are left out, since chosen and rejected are the same "

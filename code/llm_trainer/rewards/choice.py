@@ -27,7 +27,7 @@ class Choice:
     file: Path | None = None  # None for a built-in one
 
     def describe_content(self) -> str:
-        """Return the entry, for a function of the user's with the digest of what is in its file."""
+        """Return the entry. A function of the user has the digest of its file behind it."""
         return f"{self.entry} {hashlib.sha256(self.file.read_bytes()).hexdigest()[:12]}" if self.file else self.entry
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detection of a row's format by its fields, and the choice of what parses it."""
+"""Formats of rows: which one a row has, by its fields, and which parser reads it."""
 
 from collections.abc import Callable
 

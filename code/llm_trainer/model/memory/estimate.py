@@ -39,7 +39,7 @@ class Setup:
     evaluated: Batch | None = None  # the batch of evaluations between steps; None where there are none
     copies_adapter: bool = False  # whether a reference has a frozen copy of the adapter
     teacher: ModelShape | None = None  # that reads each batch first, and is on each device as a whole
-    cache_bytes: int = 0  # keys and values of what the model writes between steps
+    cache_bytes: int = 0  # keys and values of the completions that the model writes between steps
 
 
 @dataclass(frozen=True)
@@ -174,10 +174,9 @@ def list_forward(shape: ModelShape, step: Step, world_size: int) -> list[Pass]:
 
 
 def count_taught_bytes(setup: Setup) -> int:
-    """Return the bytes of what a teacher's last layer says of the tokens that are learnt, until the step is over."""
+    """Return the bytes of a teacher's last hidden states at the tokens that are learnt, which a step keeps."""
     step = setup.step
-    num_scored = step.num_sequences * step.length if step.num_scored is None else step.num_scored
-    return num_scored * (step.teacher_width or 0) * step.compute_dtype.itemsize
+    return step.find_num_scored() * (step.teacher_width or 0) * step.compute_dtype.itemsize
 
 
 def find_generation_peak(shape: ModelShape, setup: Setup) -> Peak:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from llm_trainer.config.global_batch import find_global_batch
+from llm_trainer.config.generation import GenerationSettings, count_generated
 from llm_trainer.config.rules.table import supports_fsdp
 from llm_trainer.config.sections import (
     REFERENCE_METHODS,
@@ -235,15 +235,9 @@ class MemoryScenario:
         settings = self.settings
         if not settings.data.generates:
             return None
-        training, methods = settings.training, settings.methods
-        steps = methods.steps_per_generation or training.gradient_accumulation_steps
-        num_sequences = training.per_device_train_batch_size * steps
-        whole = methods.generation_batch_size
-        if whole is None and methods.steps_per_generation is None:
-            whole = find_global_batch(training, settings.data)
-        if whole is not None:
-            num_sequences = -(-whole // self.target.world_size)
-        return Batch(num_sequences, self.length)
+        num_devices = self.target.world_size
+        sections = GenerationSettings(settings.data, settings.methods, settings.training)
+        return Batch(-(-count_generated(sections, num_devices) // num_devices), self.length)
 
     @property
     def has_mask(self) -> bool:

@@ -15,7 +15,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,7 +31,7 @@ from trl.trainer.utils import add_fused_lm_head
 from llm_trainer.common.errors import quote_error
 from llm_trainer.model.layers.kept_logits import KeptLogits
 from llm_trainer.model.layers.reward_head import is_reward_model, read_last_tokens
-from llm_trainer.model.lora import take_rows_as_whole
+from llm_trainer.model.lora import find_base_model, take_rows_as_whole
 from llm_trainer.model.memory import fused_kernels
 from llm_trainer.model.memory.offloading import Offload
 from llm_trainer.model.memory.shape import BLOCK_SIZE, ModelShape, UnknownShapeError
@@ -228,6 +227,10 @@ class Step:
     num_scored: int | None = None  # tokens that predict a label; None: all, as each may
     teacher_width: int | None = None  # of the hidden states of a teacher whose probabilities are learnt; None without
 
+    def find_num_scored(self) -> int:
+        """Return the tokens that predict a label, or of those that may."""
+        return self.num_sequences * self.length if self.num_scored is None else self.num_scored
+
 
 @functools.lru_cache(maxsize=256)
 def trace_step(shape: ModelShape, step: Step) -> StepTrace:
@@ -248,7 +251,7 @@ def trace_step(shape: ModelShape, step: Step) -> StepTrace:
 def run_fake_step(shape: ModelShape, step: Step) -> StepTrace:
     """Run the step on a copy of the skeleton whose tensors have no numbers, and return what was counted."""
     mode, model = FakeTensorMode(), copy.deepcopy(shape.skeleton)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = find_base_model(model)
     with mode:
         make_computable(model, base, step)
         batch = build_batch(step, is_reward_model(base.config))
@@ -296,8 +299,7 @@ def compute_divergence(
 
 def build_taught(base: PreTrainedModel, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the hidden states (scored, width) of a teacher, and the weights of its output layer."""
-    num_scored = step.num_sequences * step.length if step.num_scored is None else step.num_scored
-    rows = num_scored, base.config.get_text_config().vocab_size
+    rows = step.find_num_scored(), base.config.get_text_config().vocab_size
     states, head = (torch.empty(number, step.teacher_width, dtype=step.compute_dtype) for number in rows)
     return states, head
 
@@ -543,7 +545,7 @@ def nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def project(tile: torch.Tensor, states: torch.Tensor, weight: torch.Tensor, bias: Any, *piece: Any) -> None:
-    """Fill a tile of logits as a GPU does, which adds up in float32 without copies of what it multiplies."""
+    """Fill a tile of logits as a GPU does: it adds up in float32, and copies neither factor."""
     start, end, dtype = piece
     weight[start:end].to(dtype)
 

@@ -5,8 +5,9 @@ import math
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
+from llm_trainer.training.batches.whole_batches import fill_up
 from llm_trainer.training.generation.prompts import FILLS, TOKENS
 from llm_trainer.training.resumable import ResumableMixin
 
@@ -90,8 +91,4 @@ def fill_prompts(rows: Dataset, num_prompts: int) -> Dataset:
 
     It has the length 0 then, by which it is told.
     """
-    num_missing = -len(rows) % num_prompts
-    if not num_missing:
-        return rows
-    filling = Dataset.from_list([{**rows[0], "length": 0}] * num_missing, features=rows.features)
-    return concatenate_datasets([rows, filling])
+    return fill_up(rows, num_prompts, {**rows[0], "length": 0})

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from llm_trainer.training.resume import make_gather
+
 
 class GenerationStop(Exception):  # noqa: N818 - it is not an error
     """A stop was agreed on while the model wrote. The step counts for nothing."""
@@ -41,8 +43,4 @@ def ending_early(model: Any, criterion: EndsEarly) -> Iterator[None]:
 
 def has_any(own: bool, group: dist.ProcessGroup | None) -> bool:
     """Tell whether something is so on any rank. Every rank must call this."""
-    if group is None:
-        return own
-    found = torch.tensor(int(own))
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-    return bool(found)
+    return any(make_gather(group)(own))
