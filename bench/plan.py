@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hooks import hook_worker, lay_hooks
+
 from llm_trainer.planning.learning import Lesson, read_lesson
 
 CALIBRATION = {"per_device_train_batch_size": 4, "max_steps": 10}
@@ -30,21 +32,13 @@ JOBS: dict[str, Mapping[str, Any]] = {
     "two batches a step, rank 64": {**CALIBRATION, "gradient_accumulation_steps": 2, "lora_r": 64, "max_steps": 6},
 }
 NUM_ROWS = 200
-# Every Python process of the job finds this, and only the worker does something.
-DENSE = """
-import sys
-
-if "llm_trainer.worker" in sys.orig_argv:
-
-    class Finder:
-        def find_spec(self, fullname, path=None, target=None):
-            if fullname == "llm_trainer.train":
-                sys.meta_path.remove(self)
-                from llm_trainer.model.memory import peak
-                peak.WATCH_SECONDS, peak.IDLE_TIMES = 0.005, 1
-
-    sys.meta_path.insert(0, Finder())
-"""
+DENSE = hook_worker(
+    "llm_trainer.train",
+    """
+from llm_trainer.model.memory import peak
+peak.WATCH_SECONDS, peak.IDLE_TIMES = 0.005, 1
+""",
+)
 FIXED = {"use_checkpoints": False, "sample_prompts": 0, "eval_strategy": "no", "use_cpu": True}
 
 
@@ -67,10 +61,7 @@ def run_job(tree: Path, settings: Mapping[str, Any], hooks: str = "") -> Path:
     write_rows(base / "input/data/train/train.jsonl")
     words = [f"--{name}={value}" for name, value in {**FIXED, **settings}.items()]
     command = [sys.executable, "-m", "llm_trainer", "train", *words]
-    (base / "hooks").mkdir()
-    (base / "hooks/sitecustomize.py").write_text(hooks)
-    paths = os.pathsep.join(filter(None, (str(base / "hooks"), os.environ.get("PYTHONPATH"))))
-    variables = {**os.environ, "SAGEMAKER_BASE_DIR": str(base), "PYTHONPATH": paths}
+    variables = {**os.environ, "SAGEMAKER_BASE_DIR": str(base), **lay_hooks(base / "hooks", hooks)}
     run = subprocess.run(command, env=variables, capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(run.stdout[-3000:] + run.stderr[-1000:])

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hooks import hook_worker, lay_hooks
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from llm_trainer.config.schema import Settings
@@ -33,54 +34,47 @@ from support.tiny_model import build_tokenizer
 ROW_TOKENS, ROWS = 64, 64
 STEPS, SAVE_STEPS = 12, 4
 WARM_UP = 3  # steps that are not counted: memory and connections are made
-HOOKS = """
-import atexit, collections, json, os, sys, time
+HOOKS = hook_worker(
+    "llm_trainer.export.manifest",  # imported when the classes below are
+    """
+import atexit, collections, json, os, time
+import torch.distributed
+from llm_trainer.training.resumable import ResumableMixin
+from llm_trainer.training.stopping import StopConsensus
 
-# One worker alone has no rank. The launchers of workers have none either; one of them names the worker, too.
-named = [word for word in sys.orig_argv if word.startswith("llm_trainer.")]
-if named == ["llm_trainer.worker"] and os.environ.get("RANK", "0") == "0":
-    steps, seconds, calls = [], {"poll": [], "_save_checkpoint": [], "train_from": []}, collections.Counter()
+steps, seconds, calls = [], {"poll": [], "_save_checkpoint": [], "train_from": []}, collections.Counter()
 
-    def read_loopback():
-        with open("/proc/net/dev") as lines:
-            return next(int(line.split()[1]) for line in lines if line.split()[0] == "lo:")
+def read_loopback():
+    with open("/proc/net/dev") as lines:
+        return next(int(line.split()[1]) for line in lines if line.split()[0] == "lo:")
 
-    def timed(owner, name):
-        method = getattr(owner, name)
-        def call(*args, **kwargs):
-            if name == "poll":
-                saving = sum(seconds["_save_checkpoint"])
-                steps.append([time.perf_counter() - saving, time.process_time(), read_loopback(), sum(calls.values())])
-            started = time.perf_counter()
-            try:
-                return method(*args, **kwargs)
-            finally:
-                seconds[name].append(time.perf_counter() - started)
-        setattr(owner, name, call)
+def timed(owner, name):
+    method = getattr(owner, name)
+    def call(*args, **kwargs):
+        if name == "poll":
+            saving = sum(seconds["_save_checkpoint"])
+            steps.append([time.perf_counter() - saving, time.process_time(), read_loopback(), sum(calls.values())])
+        started = time.perf_counter()
+        try:
+            return method(*args, **kwargs)
+        finally:
+            seconds[name].append(time.perf_counter() - started)
+    setattr(owner, name, call)
 
-    def counted(owner, name):
-        function = getattr(owner, name)
-        def call(*args, **kwargs):
-            calls[name] += 1
-            return function(*args, **kwargs)
-        setattr(owner, name, call)
+def counted(owner, name):
+    function = getattr(owner, name)
+    def call(*args, **kwargs):
+        calls[name] += 1
+        return function(*args, **kwargs)
+    setattr(owner, name, call)
 
-    class Finder:
-        def find_spec(self, fullname, path=None, target=None):
-            if fullname == "llm_trainer.export.manifest":  # imported when the classes below are
-                sys.meta_path.remove(self)
-                import torch.distributed
-                from llm_trainer.training.resumable import ResumableMixin
-                from llm_trainer.training.stopping import StopConsensus
-                timed(StopConsensus, "poll")
-                timed(ResumableMixin, "_save_checkpoint"), timed(ResumableMixin, "train_from")
-                for name in ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "all_gather_object"):
-                    counted(torch.distributed, name)
-            return None
-
-    sys.meta_path.insert(0, Finder())
-    atexit.register(lambda: open(os.environ["MEASURED"], "w").write(json.dumps([steps, seconds, calls])))
-"""
+timed(StopConsensus, "poll")
+timed(ResumableMixin, "_save_checkpoint"), timed(ResumableMixin, "train_from")
+for name in ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "all_gather_object"):
+    counted(torch.distributed, name)
+atexit.register(lambda: open(os.environ["MEASURED"], "w").write(json.dumps([steps, seconds, calls])))
+""",
+)
 OWN_NETWORK = ("unshare", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
 
 
@@ -198,9 +192,7 @@ def measure(job: Job, model: Path) -> Measurement:
         folder = Path(name)
         tree, measured = folder / "opt-ml", folder / "measured.json"
         lay_out(tree, job, model)
-        (folder / "sitecustomize.py").write_text(HOOKS)
-        path = os.pathsep.join(filter(None, (name, os.environ.get("PYTHONPATH"))))
-        variables = {"SAGEMAKER_BASE_DIR": str(tree), "PYTHONPATH": path, "MEASURED": str(measured)}
+        variables = {"SAGEMAKER_BASE_DIR": str(tree), **lay_hooks(folder, HOOKS), "MEASURED": str(measured)}
         command = [*OWN_NETWORK, sys.executable, "-m", "llm_trainer", "train"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
         run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

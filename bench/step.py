@@ -16,38 +16,34 @@ import sys
 import tempfile
 from pathlib import Path
 
+from hooks import hook_worker, lay_hooks
+
 from job import build, write_prompts
 
 STEPS, WARM_UP = 15, 3
 WAYS = ("job", "bare", "labels")
-# Every Python process of the job finds this, and only the worker does something. The batches are its own, before it
-# trains.
-HOOKS = """
-import atexit, os, sys, time
+# The batches are the worker's own, before it trains.
+HOOKS = hook_worker(
+    "llm_trainer.export.manifest",  # imported when the class below is
+    """
+import atexit, os, time
+from llm_trainer.training.methods.sft import ResumableSFTTrainer
 
-if "llm_trainer.worker" in sys.orig_argv:
-    batches, times = [], []
+batches, times, compute_loss = [], [], ResumableSFTTrainer.compute_loss
 
-    class Finder:
-        def find_spec(self, fullname, path=None, target=None):
-            if fullname == "llm_trainer.export.manifest":  # imported when the class below is
-                sys.meta_path.remove(self)
-                from llm_trainer.training.methods.sft import ResumableSFTTrainer
-                compute_loss = ResumableSFTTrainer.compute_loss
-                def call(self, model, inputs, *args, **kwargs):
-                    batches.append(dict(inputs))
-                    times.append(time.perf_counter())
-                    return compute_loss(self, model, inputs, *args, **kwargs)
-                ResumableSFTTrainer.compute_loss = call
-            return None
+def call(self, model, inputs, *args, **kwargs):
+    batches.append(dict(inputs))
+    times.append(time.perf_counter())
+    return compute_loss(self, model, inputs, *args, **kwargs)
 
-    def write():
-        import torch
-        torch.save({"batches": batches, "times": times}, os.environ["MEASURED"])
+def write():
+    import torch
+    torch.save({"batches": batches, "times": times}, os.environ["MEASURED"])
 
-    sys.meta_path.insert(0, Finder())
-    atexit.register(write)
-"""
+ResumableSFTTrainer.compute_loss = call
+atexit.register(write)
+""",
+)
 LOOP = """
 import sys, time
 import torch
@@ -105,9 +101,7 @@ def main() -> None:
 def run_job(model: Path, folder: Path) -> int:
     """Train; the tokens of the steps that are counted."""
     command, variables = build("llm-trainer", model, write_prompts(folder / "train.jsonl"), folder / "output", folder)
-    (folder / "sitecustomize.py").write_text(HOOKS)
-    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    variables |= {"PYTHONPATH": path, "MEASURED": str(folder / "measured")}
+    variables |= {**lay_hooks(folder, HOOKS), "MEASURED": str(folder / "measured")}
     options = {"max_steps": STEPS, "sample_prompts": 0, "save_steps": 10 * STEPS}
     run([*command, *(word for name, value in options.items() for word in (f"--{name}", str(value)))], variables)
     import torch

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import psutil
+from hooks import lay_hooks
 
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
@@ -59,7 +60,6 @@ with open_nvml(), tempfile.TemporaryDirectory() as folder:
     cost("A sample of the host, as often", lambda: journal.write("system", host="algo-1", values=host.read()))
     cost("A look for XIDs, every second", gpus.collect_xids)
 """
-# Found by every Python process of a job that has its folder on the PYTHONPATH.
 OFF = """
 from llm_trainer.host import system_metrics
 from llm_trainer.journal import journal
@@ -89,10 +89,7 @@ def main(pairs: int, steps: int) -> None:
         subprocess.run([sys.executable, "-c", SAMPLE], env={**os.environ, **fake_gpus}, check=True)
         model = root / "model"
         subprocess.run([sys.executable, "-c", MODEL, model], env={**os.environ, "PYTHONPATH": str(TESTS)}, check=True)
-        (root / "off").mkdir()
-        (root / "off/sitecustomize.py").write_text(OFF)
-        path = os.pathsep.join([str(root / "off"), os.environ.get("PYTHONPATH", "")])
-        variables = {"on": fake_gpus, "off": {**fake_gpus, "PYTHONPATH": path}}
+        variables = {"on": fake_gpus, "off": fake_gpus | lay_hooks(root / "off", OFF)}
         job = {"model_id": str(model), "max_steps": str(steps), "use_cpu": "true"}
         slowdowns = []
         for number in range(pairs):

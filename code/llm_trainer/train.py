@@ -3,7 +3,9 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
 
 from llm_trainer.common import log
+from llm_trainer.common.errors import UserError
 from llm_trainer.common.ranks import local_rank, rank, world_size
 from llm_trainer.common.safetensors_files import compute_sampled_digest
 from llm_trainer.config.checks import count_usable_hosts
 from llm_trainer.config.global_batch import describe_batch
 from llm_trainer.config.schema import Settings, describe_settings
-from llm_trainer.config.sections import AdapterSettings
+from llm_trainer.config.sections import AdapterSettings, MethodSettings
+from llm_trainer.config.teacher import about_teacher, derive_teacher
 from llm_trainer.data.datasets import Data, DataPlaces, check_full_batch, load_data
 from llm_trainer.data.fingerprints import describe_split
 from llm_trainer.data.preview import advise_weights, log_data
@@ -41,6 +45,7 @@ from llm_trainer.job.job import Job, fetch_earlier_adapter
 from llm_trainer.job.start_gate import StartGate
 from llm_trainer.journal.manifest import Manifest
 from llm_trainer.journal.timeline import Timeline
+from llm_trainer.merge.whole_model import merge_earlier_adapter
 from llm_trainer.model import adapter_file, loading, lora, lora_init
 from llm_trainer.model.device import find_device
 from llm_trainer.model.kinds.text_pass import give_token_types
@@ -55,6 +60,7 @@ from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings
 from llm_trainer.model.plan import ModelPlan, PlanSettings, plan_model
 from llm_trainer.model.positions import bound_length, find_length_warnings
 from llm_trainer.model.precision import check_arguments, choose_precision
+from llm_trainer.model.teacher.teacher import TeacherPlan, TeacherSource, load_teacher, prepare_teacher
 from llm_trainer.planning.candidates import Outline
 from llm_trainer.planning.comparison import (
     Figures,
@@ -67,11 +73,13 @@ from llm_trainer.planning.fitting import Fit, Fitter
 from llm_trainer.planning.learning import Learnt
 from llm_trainer.planning.other_instances import add_other_instances
 from llm_trainer.planning.workload import measure_work
+from llm_trainer.rewards.rewards import Reward, load_rewards
+from llm_trainer.training.batches.run_batches import find_run_batches
+from llm_trainer.training.generation.prompts import find_prompt_problems, list_columns
 from llm_trainer.training.loss_check import check_loss, check_rewards
 from llm_trainer.training.methods import TrainingMethod, choose_method
-from llm_trainer.training.methods.run_batches import find_run_batches
 from llm_trainer.training.metric_lines import MetricLines
-from llm_trainer.training.packing import Packing, choose_packing, switch_off
+from llm_trainer.training.packing import Packing, choose_packing, examine_model, switch_off
 from llm_trainer.training.packing_check import build_proxy_model
 from llm_trainer.training.progress import Progress, choose_progress
 from llm_trainer.training.rehearsal import rehearse_step
@@ -125,6 +133,7 @@ class Prepared:
     stop_request: StopRequest
     consensus: StopConsensus
     origin: Origin
+    teacher: TeacherPlan | None  # of a distillation
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +144,7 @@ class Planned:
     scenario: MemoryScenario
     memory: MemoryPlan
     arguments: SFTConfig
+    rewards: list[Reward]  # of a method whose model writes what it is trained on
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,22 +208,33 @@ def prepare(context: Context) -> Prepared:
     stop_request = StopRequest(context.scratch_dir / "stop", timeline.started, settings.training.max_run_seconds)
     consensus = StopConsensus(settings.parallelism.ddp_timeout)
 
-    folder = loading.fetch_model(job.inputs.model, settings.model, context.scratch_dir)
-    if folder != job.inputs.model:
-        report_disk_need(context, folder)
-    timeline.mark("download")
+    folder = fetch_base(context)
     model_plan = plan_model(folder, collect_plan_settings(settings), device, precision)
     log.info(*model_plan.reasons)
-    bounded = settings.model_copy(update={"data": bound_length(settings.data, model_plan.num_positions)})
-    job = replace(job, settings=bounded)
+    bounded = bound_length(settings.data, model_plan.num_positions, settings.methods.count_written(method.name))
+    job = replace(job, settings=settings.model_copy(update={"data": bounded}))
     tokenizer = loading.load_tokenizer(folder, settings.model, model_plan.num_embeddings, model_plan.is_reward)
+    theirs = derive_teacher(settings.model, settings.methods, job.environment.channels)
+    teacher = prepare_teacher(TeacherSource(job.inputs.teacher, theirs), model_plan, tokenizer, context.scratch_dir)
     timeline.mark("tokenizer")
 
     data = read_data(replace(context, job=job), model_plan, tokenizer)
     warn_of_side_files(context, model_plan, tokenizer, data)
     timeline.mark("data")
-    origin = describe_origin(job, folder)
-    return Prepared(job, method, model_plan, tokenizer, data, stop_request, consensus, origin)
+    origin = describe_origin(job.inputs, job.settings.adapter, folder, teacher)
+    return Prepared(job, method, model_plan, tokenizer, data, stop_request, consensus, origin, teacher)
+
+
+def fetch_base(context: Context) -> str:
+    """Return the folder of the base's files, with the earlier adapter merged into them where that is asked for."""
+    model, adapter = context.settings.model, context.settings.adapter
+    folder = loading.fetch_model(context.job.inputs.model, model, context.scratch_dir)
+    report_disk_need(context, folder)
+    context.timeline.mark("download")
+    if adapter.merge_adapter:
+        folder = merge_earlier_adapter(Path(folder), model, adapter, context.scratch_dir)
+        context.timeline.mark("merge")
+    return folder
 
 
 def collect_plan_settings(settings: Settings) -> PlanSettings:
@@ -222,8 +243,26 @@ def collect_plan_settings(settings: Settings) -> PlanSettings:
     return PlanSettings(*parts, settings.data.trains_rewards)
 
 
+def start_rewards(
+    methods: MethodSettings, channels: Mapping[str, Path], data: Data, arguments: SFTConfig
+) -> list[Reward]:
+    """Return the rewards of this rank, each with its process; none where rows are no prompts.
+
+    Raises UserError for columns that the rows lack, and for too few rows.
+    """
+    if not data.reports["train"].has_prompts:
+        return []
+    rows, seconds = data.splits["train"], methods.reward_timeout_seconds
+    if problems := [*find_prompt_problems(rows, methods, arguments.generation_batch_size, arguments.num_generations)]:
+        raise UserError(*problems)
+    columns = list_columns(rows)
+    return load_rewards(methods.reward_functions, methods.reward_options, channels, seconds, columns)
+
+
 def report_disk_need(context: Context, folder: str) -> None:
     """Log whether the disks have room for what the job writes, which is known once a Hub model's files are there."""
+    if folder == context.job.inputs.model:  # told before
+        return
     inputs = replace(context.job.inputs, model=folder)
     sections = WriteSettings(context.settings.adapter, context.settings.training, context.settings.output)
     log_findings(inspect_disk_need(sections, inputs, Path(os.environ["LLM_TRAINER_CACHE"])))
@@ -239,7 +278,9 @@ def plan(context: Context, prepared: Prepared) -> Planned:
     sections = MemorySettings(settings.model, settings.adapter, *work)
     kernels = model_plan.attention.name, model_plan.liger.kernels
     evaluates = bool(context.job.inputs.validation)
-    scenario = split_global_batch(MemoryScenario(model_plan.config, sections, longest_row, target, *kernels, evaluates))
+    job_parts = model_plan.config, sections, longest_row, target, *kernels, evaluates
+    teacher = prepared.teacher.teacher if prepared.teacher else None
+    scenario = split_global_batch(MemoryScenario(*job_parts, teacher=teacher))
     memory = choose_memory_plan(scenario, earlier)
     log.info(*describe_memory_plan(memory))
     if shortage := describe_fewer_hosts(scenario, count_usable_hosts(settings, context.job.environment)):
@@ -247,7 +288,8 @@ def plan(context: Context, prepared: Prepared) -> Planned:
     job = replace(context.job, settings=settings.model_copy(update={"training": scenario.settings.training}))
     device, dtype = model_plan.device.torch, model_plan.precision.compute
     arguments = build_arguments(prepared.method, collect_argument_sources(job), device, dtype, memory)
-    return Planned(job, scenario, memory, arguments)
+    rewards = start_rewards(settings.methods, context.job.environment.channels, prepared.data, arguments)
+    return Planned(job, scenario, memory, arguments, rewards)
 
 
 def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
@@ -255,10 +297,11 @@ def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
     settings, model_plan, consensus = context.settings, prepared.model_plan, prepared.consensus
     peak = Peak(model_plan.device.torch)
     base = load_base(context, prepared, planned)
+    teacher = load_teacher(prepared.teacher, model_plan.device.torch) if prepared.teacher else None
     context.timeline.mark("model")
 
-    packing, splits = pack_rows(context, prepared, planned, base)
-    identity = identify_run(describe_run_parts(context, prepared, packing, planned.memory.sharded), planned.arguments)
+    packing, splits = pack_rows(context, prepared, planned, (base, teacher))
+    identity = identify_run(describe_run_parts(context, prepared, planned, packing), planned.arguments)
     checkpoint_dir = context.job.inputs.checkpoint_dir
     saved = find_saved_note(context.scratch_dir)
     checkpoint = find_checkpoint(settings.training, checkpoint_dir, identity, consensus.group, saved)
@@ -268,7 +311,7 @@ def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
     rules = settings.data, settings.training
     images = build_image_collator(prepared.data.images, *rules, prepared.tokenizer, planned.arguments)
     parts = TrainerParts(*model, splits, images or packing.collator, model_plan.lora, kept_layers)
-    run_context = build_run_context(context, prepared, identity)
+    run_context = replace(build_run_context(context, prepared, planned.rewards, identity), teacher=teacher)
     patience = settings.training.early_stopping_patience if settings.training.early_stopping else None
     trainer = build_trainer(prepared.method, parts, run_context, patience)
     give_first_values(trainer, settings.adapter, model_plan.folder)
@@ -287,7 +330,8 @@ def run(context: Context, prepared: Prepared, planned: Planned, built: Built) ->
     num_prompts = 0 if context.settings.data.trains_rewards else context.settings.tracking.sample_prompts
     answers = SampleAnswers(trainer, prepared.data, prepared.tokenizer, num_prompts, timeline)
     answers.before_training()
-    log.info(f"Resuming from {built.checkpoint}" if built.checkpoint else describe_beginning(context.job.inputs))
+    beginning = describe_beginning(context.job.inputs, context.settings.adapter.merge_adapter)
+    log.info(f"Resuming from {built.checkpoint}" if built.checkpoint else beginning)
     if built.checkpoint and trainer.run.adapter_start:
         lora_init.restore_initial_adapter(built.checkpoint, trainer.model, trainer.run.adapter_start)
     if local_rank() == 0:
@@ -397,34 +441,42 @@ def warn_of_side_files(context: Context, plan: ModelPlan, tokenizer: PreTrainedT
 
 def load_base(context: Context, prepared: Prepared, planned: Planned) -> PreTrainedModel:
     """Return the base model, on this rank's device, or where it can be sharded from. Every rank calls this."""
-    settings, model_plan = context.settings, prepared.model_plan
-    if settings.data.trains_rewards:
-        set_seed(settings.training.seed)  # a new head is the same on every rank and in every attempt
+    model, model_plan = context.settings.model, prepared.model_plan
+    if model_plan.is_reward:
+        set_seed(planned.arguments.seed)  # a new head is the same on every rank and in every attempt
     if planned.memory.sharded:
         group = prepared.consensus.group
-        base = fsdp.load_base_for_sharding(model_plan, settings.model, planned.arguments, group)
+        base = fsdp.load_base_for_sharding(model_plan, model, planned.arguments, group)
     else:
         device = model_plan.device.torch
-        base = loading.load_model(model_plan.folder, settings.model, model_plan.load_options, device)
-    if not settings.adapter.train_vision:
+        base = loading.load_model(model_plan.folder, model, model_plan.load_options, device)
+    if not context.settings.adapter.train_vision:
         freeze_tower(base)
     give_token_types(base, model_plan.token_types)
     if model_plan.liger.is_on:
-        apply_liger(base, model_plan.liger.collect_options(settings.model))
+        apply_liger(base, model_plan.liger.collect_options(model))
     return base
 
 
 def pack_rows(
-    context: Context, prepared: Prepared, planned: Planned, base: PreTrainedModel
+    context: Context, prepared: Prepared, planned: Planned, models: tuple[PreTrainedModel, PreTrainedModel | None]
 ) -> tuple[Packing, dict[str, Dataset | IterableDataset]]:
-    """Choose the packing, and the order of rows that are padded. Return it with the splits to train on and evaluate."""
+    """Choose the packing, and the order of rows that are padded. Return it with the splits to train on and evaluate.
+
+    `models` are the base and its teacher, if there is one.
+    """
+    base, teacher = models
     settings, arguments, device = context.settings, planned.arguments, prepared.model_plan.device.torch
+    group = prepared.consensus.group
     if prepared.data.images is not None:
         packing = switch_off(settings.data, "rows have images")
     else:
         subject = build_proxy_model(base, device) if planned.memory.sharded else base
-        packing = choose_packing(subject, prepared.tokenizer, arguments, settings.data, prepared.consensus.group)
-    if packing.mode == "off" and not (settings.data.streaming or settings.is_given("train_sampling_strategy")):
+        packing = choose_packing(subject, prepared.tokenizer, arguments, settings.data, group)
+    if teacher is not None:
+        packing = examine_model(packing, teacher, arguments, settings.data, group)
+    orders_itself = settings.data.streaming or settings.data.generates
+    if packing.mode == "off" and not (orders_itself or settings.is_given("train_sampling_strategy")):
         arguments.train_sampling_strategy = "group_by_length"
     log.info(f"{packing}; train_sampling_strategy={arguments.train_sampling_strategy}")
     splits = packing.pack(prepared.data.splits, settings.data, settings.training.seed, context.scratch_dir)
@@ -435,7 +487,7 @@ def pack_rows(
     return packing, splits
 
 
-def describe_run_parts(context: Context, prepared: Prepared, packing: Packing, sharded: bool) -> RunParts:
+def describe_run_parts(context: Context, prepared: Prepared, planned: Planned, packing: Packing) -> RunParts:
     """Return the parts of the run's identity besides its training arguments."""
     settings, lineage = context.settings, prepared.origin.lineage
     return RunParts(
@@ -445,8 +497,10 @@ def describe_run_parts(context: Context, prepared: Prepared, packing: Packing, s
         base=prepared.model_plan.folder,
         train_report=prepared.data.reports["train"],
         packing=packing,
-        sharded=sharded,
+        sharded=planned.memory.sharded,
         earlier_adapter=lineage[0]["sha256"] if lineage else None,
+        teacher=prepared.origin.teacher,
+        rewards=[reward.choice for reward in planned.rewards],
     )
 
 
@@ -461,14 +515,20 @@ def give_first_values(trainer: ResumableMixin, settings: AdapterSettings, base_f
 
 def check_trained_loss(context: Context, prepared: Prepared, planned: Planned, trainer: ResumableMixin) -> None:
     """Raise UserError for a model that the loss would train wrongly. LLM.int8() rounds a batch's tokens together."""
-    if planned.memory.sharded or context.settings.model.load_in_8bit:
-        return
-    plan = prepared.model_plan
+    plan, methods, data = prepared.model_plan, context.settings.methods, context.settings.data
     check = check_rewards if plan.is_reward else check_loss
-    check(trainer.model, plan.num_embeddings, plan.device.torch, plan.precision.compute)
+    if data.generates:  # whose logits are divided by it
+        check = partial(check_loss, temperature=methods.find_value("temperature", data.method))
+    if not (planned.memory.sharded or context.settings.model.load_in_8bit):
+        check(trainer.model, plan.num_embeddings, plan.device.torch, plan.precision.compute)
+    if trainer.run.teacher is not None and not methods.teacher_load_in_8bit:
+        with about_teacher():
+            check_loss(trainer.run.teacher, plan.num_embeddings, plan.device.torch, plan.precision.compute)
 
 
-def build_run_context(context: Context, prepared: Prepared, identity: dict[str, Any]) -> RunContext:
+def build_run_context(
+    context: Context, prepared: Prepared, rewards: list[Reward], identity: dict[str, Any]
+) -> RunContext:
     """Return what the trainer needs to know of the job."""
     training, adapter = context.settings.training, context.settings.adapter
     init = adapter.init_lora_weights
@@ -480,8 +540,10 @@ def build_run_context(context: Context, prepared: Prepared, identity: dict[str, 
         has_logging_interval=training.is_given("logging_steps"),
         loraplus_lr_ratio=adapter.loraplus_lr_ratio,
         adapter_start=lora_init.find_adapter_start(init, context.scratch_dir) if adapter.use_peft else None,
-        goes_on=bool(adapter.adapter_path),
+        goes_on=adapter.goes_on,
         base_digest=prepared.origin.base_digest,
+        rewards=rewards,
+        stop_request=prepared.stop_request,
         saved=find_saved_note(context.scratch_dir),
     )
 
@@ -493,9 +555,9 @@ def add_callbacks(context: Context, prepared: Prepared, planned: Planned, traine
     if arguments.bf16 or arguments.fp16:
         row_tokens = measure_row_tokens(prepared.data.reports["train"].lengths, settings.data.max_length)
         shape = planned.memory.shape
-        asks_reference = planned.scenario.settings.asks_reference
+        untrained_passes = planned.scenario.settings.untrained_passes
         config, device = model_plan.config, model_plan.device
-        peak_speed = find_peak_tokens_per_second(shape, config, device, row_tokens, asks_reference)
+        peak_speed = find_peak_tokens_per_second(shape, config, device, row_tokens, untrained_passes)
     trainer.add_callback(MetricLines(trainer, prepared.method, context.timeline, peak, peak_speed))
     has_interval = settings.is_given("save_steps") or settings.is_given("save_strategy")
     trainer.add_callback(SaveAndStop(trainer, prepared.stop_request, has_interval))
@@ -541,7 +603,7 @@ def compare_run(context: Context, prepared: Prepared, built: Built, outcome: Out
     timeline, environment, step_seconds = context.timeline, context.job.environment, outcome.progress.step_seconds
     count = len(environment.hosts)
     host = find_host(environment.instance_type, prepared.model_plan.device, world_size() // count)
-    if host is None or expected is None:
+    if host is None or expected is None or context.settings.data.generates:  # the time of writing is not planned
         return
     start = sum(seconds for phase, seconds in timeline.seconds.items() if phase != "training")
     hours = sum(timeline.seconds.values()) / 3600
@@ -566,11 +628,11 @@ def outline_run(context: Context, prepared: Prepared, built: Built) -> Outline:
     return Outline(Fitter(built.scenario), work, context.settings.output.merge_weights, Learnt(), prices)
 
 
-def describe_origin(job: Job, base_folder: str) -> Origin:
+def describe_origin(inputs: Inputs, adapter: AdapterSettings, base_folder: str, teacher: TeacherPlan | None) -> Origin:
     """Return what the training begins with, read while its files are there for sure."""
-    folder = job.settings.adapter.adapter_path
-    lineage = describe_lineage(job.inputs.adapter, Path(folder)) if folder else []
-    return Origin(compute_sampled_digest(Path(base_folder)), lineage)
+    folder = adapter.adapter_path
+    lineage = describe_lineage(inputs.adapter, Path(folder)) if folder else []
+    return Origin(compute_sampled_digest(Path(base_folder)), lineage, teacher.teacher.identity if teacher else None)
 
 
 def collect_result(
@@ -607,10 +669,12 @@ def describe_run(trainer: ResumableMixin, packing: Packing) -> None:
     )
 
 
-def describe_beginning(inputs: Inputs) -> str:
-    """Return a line for the log on what a new run begins with."""
+def describe_beginning(inputs: Inputs, is_merged: bool) -> str:
+    """Return a line for the log on what a new run begins with. `is_merged` tells of the earlier adapter."""
     if not inputs.adapter:
         return "Starting from the base model"
+    if is_merged:
+        return f"Starting from the base model with the adapter {inputs.adapter} merged into it"
     return f"Starting from the adapter {inputs.adapter}, with a new optimizer"
 
 

@@ -94,7 +94,7 @@ def make_files(train: int, validation: int, heldout: int) -> dict[str, list[dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "pairs")
-    parser.add_argument("--train", type=int, default=120, help="pairs to train on")
+    parser.add_argument("--train", type=int, default=180, help="pairs to train on")
     parser.add_argument("--validation", type=int, default=20, help="pairs to evaluate while training")
     parser.add_argument("--heldout", type=int, default=100, help="pairs to rank before and after")
     arguments = parser.parse_args()

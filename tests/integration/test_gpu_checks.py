@@ -85,7 +85,8 @@ def test_whole_jobs_of_the_kit_are_run_and_judged(tmp_path, monkeypatch):
     }
     assert list_unmet(judge.judge_job(job, worse, on_gpu=False)) == ["exit", "learns", "no warnings"]
     assert list_unmet(judge.judge_likeness(job, worse, jobs["lora"])) == ["losses alike"]
-    assert "estimate" in list_unmet(judge.judge_job(job, jobs["lora"], on_gpu=True))
+    measured = {"measured_peak_bytes": 100, "estimate": {"peak_bytes": 106}}
+    assert "estimate" in list_unmet(judge.judge_job(job, {**jobs["lora"], "memory": measured}, on_gpu=True))
 
 
 def list_unmet(verdicts):

@@ -2,11 +2,11 @@
 """Jobs that train on judged answers: like any other job they are stopped, resumed, spread over ranks and proven."""
 
 import json
-import signal
 
 import pytest
 
-from support.sagemaker_tree import finish, metrics_of, read_weights
+from support.compared_jobs import check_metrics_are_alike, check_stop_changes_nothing
+from support.sagemaker_tree import finish, metrics_of
 
 ROWS = [
     {"prompt": f"What is {a} plus {b}?", "completion": f"{a + b} it is" if good else f"{a + b + 1} " * 3, "label": good}
@@ -60,14 +60,8 @@ def test_pairs_are_judged_answers_too_and_uneven_ones_are_weighed(make_job):
 def test_a_stopped_run_ends_with_the_same_weights(make_job, start, options):
     shared = {"num_train_epochs": "3", "per_device_train_batch_size": "5", "save_steps": "1", **options}
     whole, stopped = make_job(**shared), make_job(**shared)
-    finish(whole)
-    job = start(stopped)
-    job.wait_for("step=4")
-    job.process.send_signal(signal.SIGTERM)
-    assert job.end() == 0, job.log
-    assert 4 <= stopped.manifest["num_steps"] < 21
-    assert "Resuming from" in finish(stopped)
-    assert read_weights(stopped) == read_weights(whole)
+    check_stop_changes_nothing(whole, stopped, start)
+    assert whole.manifest["num_steps"] == 21
 
 
 @pytest.mark.long
@@ -79,9 +73,9 @@ def test_two_ranks_are_one(make_job, distribution, options):
     ranks = {"nproc_per_node": "2", "distribution": distribution}
     two = make_job(num_train_epochs="2", per_device_train_batch_size="3", **ranks, **options)
     logs = finish(one), finish(two)
-    for key in (*KEYS, "eval_loss", "eval_rewards/margins", "eval_kl"):
-        found, expected = (metrics_of(log, key) for log in logs[::-1])
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5), key
+    check_metrics_are_alike(
+        logs[1], logs[0], (*KEYS, "eval_loss", "eval_rewards/margins", "eval_kl"), rel=1e-3, abs=1e-5
+    )
 
 
 @pytest.mark.long
@@ -90,5 +84,4 @@ def test_packed_answers_learn_what_padded_ones_do(make_job):
     packed, padded = make_job(**shared), make_job(**shared, packing="false")
     logs = finish(packed), finish(padded)
     assert "Packing: the rows of a batch share sequences" in logs[0]
-    for key in KEYS:
-        assert metrics_of(logs[0], key) == pytest.approx(metrics_of(logs[1], key), rel=1e-4, abs=1e-6), key
+    check_metrics_are_alike(logs[0], logs[1], KEYS, rel=1e-4, abs=1e-6)

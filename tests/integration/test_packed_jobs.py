@@ -3,9 +3,11 @@
 
 import json
 import random
+import shutil
 
 import pytest
 
+from support.packed_models import LEAK, build_model
 from support.sagemaker_tree import metrics_of
 
 pytestmark = pytest.mark.long
@@ -47,6 +49,23 @@ def test_packing_the_data_set_takes_fewer_steps(make_job):
     assert f"Data train: packed 29 rows into {report['num_sequences']} sequences" in tree.result.stdout
     assert "Data validation: packed" not in tree.result.stdout
     assert metrics_of(tree.result.stdout, "tokens")[-1] == tree.manifest["data"]["train"]["num_tokens"]
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "reward"])  # KTO takes pairs, too
+def test_answers_are_padded_where_the_model_would_let_them_see_each_other(make_tree, method):
+    tree = make_tree()
+    shutil.rmtree(tree.base_dir / "input/data/validation")
+    build_model(LEAK["bloom"]).save_pretrained(tree.base_dir / "input/data/model")
+    pair = {"chosen": "Yes.", "rejected": "No, that is not so."}
+    rows = [{"prompt": f"Is {number} less than {number + 1}?", **pair} for number in range(8)]
+    tree.write("input/data/train/train.jsonl", "".join(f"{line}\n" for line in map(json.dumps, rows)))
+    tree.write_job({"method": method, "max_steps": "2", "per_device_train_batch_size": "4"}, ("model", "train"))
+    result = tree.run()
+    assert result.returncode == 0, result.stdout
+    assert "Packing off: Bloom" in result.stdout
+    assert "lets a row see the one before it" in result.stdout
+    assert "train_sampling_strategy=group_by_length" in result.stdout
+    assert tree.manifest["export"]["proven"]
 
 
 def test_a_compiled_model_trains_on_shapes_that_change(make_job):

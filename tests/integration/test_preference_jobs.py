@@ -2,11 +2,11 @@
 """Jobs that train on pairs: like any other job they are stopped, resumed, spread over ranks, merged and proven."""
 
 import json
-import signal
 
 import pytest
 
-from support.sagemaker_tree import finish, metrics_of, read_weights
+from support.compared_jobs import check_metrics_are_alike, check_stop_changes_nothing
+from support.sagemaker_tree import finish, metrics_of
 
 PAIRS = [
     {"prompt": f"What is {a} plus {b}?", "chosen": f"{a + b} it is", "rejected": f"{a + b + 1} " * (1 + b)}
@@ -44,14 +44,8 @@ def test_a_job_learns_to_prefer_the_chosen_answers(make_job):
 def test_a_stopped_run_ends_with_the_same_weights(make_job, start, options):
     shared = {"num_train_epochs": "3", "per_device_train_batch_size": "4", "save_steps": "1", **options}
     whole, stopped = make_job(**shared), make_job(**shared)
-    finish(whole)
-    job = start(stopped)
-    job.wait_for("step=4")
-    job.process.send_signal(signal.SIGTERM)
-    assert job.end() == 0, job.log
-    assert 4 <= stopped.manifest["num_steps"] < 18
-    assert "Resuming from" in finish(stopped)
-    assert read_weights(stopped) == read_weights(whole)
+    check_stop_changes_nothing(whole, stopped, start)
+    assert whole.manifest["num_steps"] == 18
 
 
 @pytest.mark.long
@@ -61,9 +55,7 @@ def test_two_ranks_are_one(make_job, distribution, options):
     shared = {"num_train_epochs": "2", "global_batch_size": "10", "per_device_train_batch_size": None, **options}
     one, two = make_job(**shared), make_job(**shared, nproc_per_node="2", distribution=distribution)
     logs = finish(one), finish(two)
-    for key in (*KEYS, "eval_loss", "eval_rewards/margins"):
-        found, expected = (metrics_of(log, key) for log in logs[::-1])
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5), key
+    check_metrics_are_alike(logs[1], logs[0], (*KEYS, "eval_loss", "eval_rewards/margins"), rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.long
@@ -72,8 +64,7 @@ def test_packed_pairs_learn_what_padded_ones_do(make_job):
     packed, padded = make_job(**shared), make_job(**shared, packing="false")
     logs = finish(packed), finish(padded)
     assert "Packing: the rows of a batch share sequences" in logs[0]
-    for key in KEYS:
-        assert metrics_of(logs[0], key) == pytest.approx(metrics_of(logs[1], key), rel=1e-4, abs=1e-6), key
+    check_metrics_are_alike(logs[0], logs[1], KEYS, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.long
@@ -88,3 +79,26 @@ def test_a_run_goes_on_from_an_earlier_adapter(make_job, make_tree):
     log = finish(tree)
     assert metrics_of(log, "rewards/margins")[0] == 0
     assert tree.manifest["export"]["proven"]
+
+
+@pytest.mark.long
+def test_the_reference_of_a_run_is_the_model_that_an_earlier_adapter_was_merged_into(make_job, make_tree):
+    first, base = make_tree(), make_job(max_steps="1")
+    first.change(learning_rate="0.01")
+    finish(first)
+    trees = {"continued": {}, "merged": {"merge_adapter": "true", "merge_weights": "true"}}
+    found = {"base": metrics_of(finish(base), "logps/chosen")[0]}
+    for name, options in trees.items():
+        tree = make_job()
+        for file in (first.base_dir / "model").glob("adapter_*"):
+            tree.write(f"input/data/adapter/{file.name}", file.read_bytes())
+        given = {"method": "dpo", "logging_steps": "1", "max_steps": "1", **options}
+        tree.write_job(given, ("model", "adapter", "train", "validation"))
+        log = finish(tree)
+        found[name] = metrics_of(log, "logps/chosen")[0]
+        assert metrics_of(log, "rewards/margins")[0] == 0
+        assert tree.manifest["export"]["proven"]
+        assert tree.manifest["lineage"]
+    assert "merged into it" in log
+    assert found["merged"] == pytest.approx(found["continued"], rel=1e-5)
+    assert found["merged"] != pytest.approx(found["base"], rel=1e-3)

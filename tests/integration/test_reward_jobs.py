@@ -3,7 +3,6 @@
 
 import json
 import os
-import signal
 from unittest.mock import patch
 
 import pytest
@@ -14,7 +13,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from llm_trainer.cli.merge import MergeOptions, merge_adapter
 from llm_trainer.cli.validate import examine_job
-from support.sagemaker_tree import metrics_of
+from support.compared_jobs import check_metrics_are_alike, check_stop_changes_nothing
+from support.sagemaker_tree import finish, metrics_of
 
 PAIRS = [
     {"prompt": f"What is {a} plus {b}?", "chosen": f"{a + b} it is", "rejected": f"{a + b + 1} " * (1 + b), "margin": b}
@@ -35,17 +35,6 @@ def make_job(make_tree):
         return tree
 
     return make
-
-
-def read_weights(tree):
-    """Return the bytes of the result's weights."""
-    return {file.name: file.read_bytes() for file in (tree.base_dir / "model").glob("*.safetensors")}
-
-
-def finish(tree):
-    result = tree.run()
-    assert result.returncode == 0, result.stdout
-    return result.stdout
 
 
 def compute_reward(model, folder):
@@ -91,14 +80,8 @@ def test_a_job_learns_to_reward_the_chosen_answers(make_job, options):
 def test_a_stopped_run_ends_with_the_same_weights(make_job, start, options):
     shared = {"num_train_epochs": "3", "per_device_train_batch_size": "4", "save_steps": "1", **options}
     whole, stopped = make_job(**shared), make_job(**shared)
-    finish(whole)
-    job = start(stopped)
-    job.wait_for("step=4")
-    job.process.send_signal(signal.SIGTERM)
-    assert job.end() == 0, job.log
-    assert 4 <= stopped.manifest["num_steps"] < 18
-    assert "Resuming from" in finish(stopped)
-    assert read_weights(stopped) == read_weights(whole)
+    check_stop_changes_nothing(whole, stopped, start)
+    assert whole.manifest["num_steps"] == 18
 
 
 @pytest.mark.long
@@ -108,9 +91,9 @@ def test_two_ranks_are_one(make_job, distribution, options):
     shared = {"num_train_epochs": "2", "global_batch_size": "10", "per_device_train_batch_size": None, **options}
     one, two = make_job(**shared), make_job(**shared, nproc_per_node="2", distribution=distribution)
     logs = finish(one), finish(two)
-    for key in (*KEYS, "eval_loss", "eval_margin", "eval_max_reward"):
-        found, expected = (metrics_of(log, key) for log in logs[::-1])
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5), key
+    check_metrics_are_alike(
+        logs[1], logs[0], (*KEYS, "eval_loss", "eval_margin", "eval_max_reward"), rel=1e-3, abs=1e-5
+    )
     assert two.manifest["export"]["proven"]
 
 
@@ -120,8 +103,7 @@ def test_packed_pairs_learn_what_padded_ones_do(make_job):
     packed, padded = make_job(**shared), make_job(**shared, packing="false")
     logs = finish(packed), finish(padded)
     assert "Packing: the rows of a batch share sequences" in logs[0]
-    for key in KEYS:
-        assert metrics_of(logs[0], key) == pytest.approx(metrics_of(logs[1], key), rel=1e-4, abs=1e-6), key
+    check_metrics_are_alike(logs[0], logs[1], KEYS, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.long

@@ -360,7 +360,7 @@ def test_rows_of_another_method_are_told_once_with_the_method_to_set(examine_tre
     problems = examine_tree("--method", "dpo").list_texts("error")
     told = [problem for problem in problems if "is a messages row, which method=dpo does not take" in problem]
     assert len(told) == 2  # of the training data and of the validation data
-    assert all("set method=sft, or give rows with 'chosen' with 'rejected'" in problem for problem in told)
+    assert all("set method=sft or distill, or give rows with 'chosen' with 'rejected'" in problem for problem in told)
 
 
 def test_a_template_that_leaves_the_end_of_a_turn_out_is_told(tree, examine_tree):
@@ -387,6 +387,35 @@ def test_rows_that_fill_no_batch_of_all_hosts_are_told(tree, examine_tree, words
     tree.write("input/config/resourceconfig.json", resources | {"hosts": ["algo-1", "algo-2"]})
     (problem,) = examine_tree("--dataloader_drop_last", "true", *words).list_texts("error")
     assert told in problem
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"reward_functions": '["math"]', "reward_options": '{"math": {"column": "truth"}}'}, "column 'truth'"),
+        ({"per_device_train_batch_size": "64"}, "has 2 prompts, and completions of 16 are written at once"),
+        ({"num_generations": "3"}, "num_generations=3 does not divide the 8 completions"),
+        ({"reward_functions": '["rewards.py:grade"]'}, "reward_functions='rewards.py:grade'"),
+    ],
+)
+def test_what_keeps_completions_from_being_rewarded_is_told(tree, examine_tree, options, told):
+    shared = {"method": "grpo", "num_generations": "4", "per_device_train_batch_size": "8", "use_cpu": "true"}
+    tree.change(**{**shared, "reward_functions": '["exact_match"]', **options})
+    tree.write("input/data/train/train.jsonl", '{"question": "1 + 1?", "answer": 2}\n{"question": "2?", "answer": 2}\n')
+    tree.write("input/data/validation/validation.json", [{"question": "1 + 2?", "answer": 3}])
+    tree.write(
+        "input/data/rewards/rewards.py", "def score(completions, **columns):\n    return [1.0] * len(completions)\n"
+    )
+    (error,) = examine_tree().list_texts("error")
+    assert told in error
+
+
+def test_a_group_that_several_devices_share_is_no_mistake_on_one(tree, examine_tree):
+    tree.change(method="grpo", reward_functions='["exact_match"]', per_device_train_batch_size="1", nproc_per_node="4")
+    tree.change(num_generations="4")
+    tree.write("input/data/train/train.jsonl", '{"question": "1 + 1?", "answer": 2}\n')
+    tree.write("input/data/validation/validation.json", [{"question": "1 + 2?", "answer": 3}])
+    assert examine_tree().list_texts("error") == []
 
 
 def test_a_missing_template_is_told(tree, examine_tree):

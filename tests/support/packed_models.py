@@ -5,7 +5,6 @@ import copy
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     BloomConfig,
     Gemma3TextConfig,
     GPT2Config,
@@ -20,6 +19,8 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+from llm_trainer.model.kinds.auto_class import choose_auto_class
+from llm_trainer.model.layers.reward_head import is_reward_model
 from llm_trainer.training.packing import PackingCollator
 
 BASE = {
@@ -64,7 +65,7 @@ LENGTHS = [40, 9, 21, 1, 13, 30]
 def build_model(config, attention="eager"):
     torch.manual_seed(0)
     config = copy.deepcopy(config)  # else all models of a config get the kernel of the last one
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    return choose_auto_class(config, is_reward_model(config)).from_config(config, attn_implementation=attention).eval()
 
 
 def make_rows(lengths=LENGTHS):

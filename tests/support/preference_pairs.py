@@ -94,3 +94,12 @@ def build_pair_trainer(
     base = AutoModelForCausalLM.from_pretrained(model) if base is None else base
     parts = TrainerParts(base, tokenizer, arguments, {"train": rows}, collator, lora)
     return build_trainer(method, parts, build_run_context(**(run or {})), patience=None)
+
+
+def compute_step(trainer, rows=None):
+    """Return the loss of all rows, and its gradients."""
+    batch = trainer._prepare_inputs(trainer.data_collator(list(rows or trainer.train_dataset)))
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    return loss.detach(), {name: each.grad for name, each in trainer.model.named_parameters() if each.requires_grad}

@@ -56,7 +56,8 @@ class JobOptions(BaseModel):
     )
     channels: dict[str, str] = Field(
         default={},
-        description="Folders of this machine or S3 prefixes by channel: train, validation, model, adapter, rewards.",
+        description="Folders of this machine or S3 prefixes by channel: train, validation, model, adapter, "
+        "teacher, rewards.",
     )
     fast_file: list[str] | None = Field(
         None, description="Channels that are read from S3 as the job needs them (FastFile), and not copied before."

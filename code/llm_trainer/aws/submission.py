@@ -12,6 +12,7 @@ from llm_trainer import __version__
 from llm_trainer.aws.options import JobOptions
 from llm_trainer.aws.request_limits import MAX_SECONDS, find_breaches
 from llm_trainer.common.metric_definitions import define_metrics
+from llm_trainer.config.hyperparameter_decoding import parse_literal
 
 CHECKPOINT_DIR = "/opt/ml/checkpoints"
 DEFAULT_RUN_SECONDS = 24 * 60 * 60  # SageMaker's own default
@@ -70,7 +71,7 @@ def build_request(submission: Submission, image: str, role: str) -> dict[str, An
         "AlgorithmSpecification": {
             "TrainingImage": image,
             "TrainingInputMode": "File",
-            "MetricDefinitions": define_metrics(submission.hyperparameters.get("method", "sft")),
+            "MetricDefinitions": define_job_metrics(submission.hyperparameters),
         },
         "RoleArn": role,
         "InputDataConfig": [build_channel(name, uri, options) for name, uri in submission.channels.items()],
@@ -87,6 +88,12 @@ def build_request(submission: Submission, image: str, role: str) -> dict[str, An
         "Tags": [{"Key": key, "Value": value} for key, value in {"llm-trainer": __version__, **options.tags}.items()],
     }
     return {name: value for name, value in request.items() if value not in ({}, [], False)}
+
+
+def define_job_metrics(hyperparameters: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return the MetricDefinitions of a job with these hyperparameters, its rewards among them."""
+    rewards = parse_literal(hyperparameters.get("reward_functions", ""))
+    return define_metrics(hyperparameters.get("method", "sft"), rewards if isinstance(rewards, list) else [])
 
 
 def build_channel(name: str, uri: str, options: JobOptions) -> dict[str, Any]:

@@ -258,6 +258,9 @@ def add_metrics(commands: "Commands[argparse.ArgumentParser]") -> None:
     parser.add_argument(
         "--method", default="sft", choices=("sft", *METHOD_METRICS), help="training method; default: sft"
     )
+    parser.add_argument(
+        "--reward", action="append", default=[], metavar="NAME", help="a reward of the job; may be given several times"
+    )
     parser.set_defaults(run=run_metrics)
 
 
@@ -448,4 +451,4 @@ def run_metrics(asked: argparse.Namespace) -> int:
     """Print the metric definitions, and return the exit code."""
     from llm_trainer.cli.metrics import print_definitions
 
-    return print_definitions(asked.method, asked.json)
+    return print_definitions(asked.method, asked.reward, asked.json)

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llm_trainer.cli.validation import Validation
@@ -11,6 +11,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.common.units import show_bytes
 from llm_trainer.config.checks import count_devices, count_usable_hosts
 from llm_trainer.config.environment import Environment
+from llm_trainer.config.generation import GenerationSettings, find_generation_problem
 from llm_trainer.config.global_batch import (
     PIECES,
     describe_batch,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, Target
+    from llm_trainer.model.teacher.teacher import Teacher
 
 
 def examine_batch(settings: Settings, environment: Environment, validation: Validation, runs_here: bool = True) -> None:
@@ -37,12 +39,24 @@ def examine_batch(settings: Settings, environment: Environment, validation: Vali
     parallelism = settings.parallelism
     is_here = runs_here and environment.num_gpus > 0
     is_known = is_here or parallelism.use_cpu or parallelism.is_given("nproc_per_node")
-    problems = find_batch_problem(settings.training, settings.data, count_devices(parallelism, environment))
+    num_devices = count_devices(parallelism, environment)
+    problems = [*find_batch_problem(settings.training, settings.data, num_devices)]
+    sections = GenerationSettings(settings.data, settings.methods, settings.training)
+    has_validation = bool(find_validation_sources(settings.data, environment)[0])
+    problems += find_generation_problem(sections, num_devices, has_validation)
     validation.add_findings("batch", "error" if is_known else "warning", problems)
 
 
+@dataclass(frozen=True, eq=False)
+class Models:
+    """The models that a job's memory has to hold."""
+
+    config: "PreTrainedConfig"  # of the one that is trained
+    teacher: "Teacher | None" = None  # of a distillation
+
+
 def examine_memory(
-    config: "PreTrainedConfig", settings: Settings, environment: Environment, longest_row: int, validation: Validation
+    models: Models, settings: Settings, environment: Environment, longest_row: int, validation: Validation
 ) -> "MemoryScenario | None":
     """Add what the job needs of the GPUs that are here, or of whichever GPUs it will run on.
 
@@ -55,12 +69,12 @@ def examine_memory(
         target = find_gpus(settings, environment)
         evaluates = bool(find_validation_sources(settings.data, environment)[0])
         if target is None:
-            scenario = build_elsewhere(config, settings, longest_row, evaluates)
+            scenario = build_elsewhere(models, settings, longest_row, evaluates)
             fit_elsewhere(scenario, list_splits(settings, num_devices), validation)
             return scenario
         if any(find_batch_problem(settings.training, settings.data, num_devices)):
             return None  # told already
-        scenario = build_scenario(config, settings, longest_row, target, evaluates)
+        scenario = build_scenario(models, settings, longest_row, target, evaluates)
         fit_here(scenario, validation)
         fit_fewer_hosts(scenario, count_usable_hosts(settings, environment), validation)
         return scenario
@@ -87,14 +101,15 @@ def find_gpus(settings: Settings, environment: Environment) -> "Target | None":
 
 
 def build_scenario(
-    config: "PreTrainedConfig", settings: Settings, longest_row: int, target: "Target", evaluates: bool
+    models: Models, settings: Settings, longest_row: int, target: "Target", evaluates: bool
 ) -> "MemoryScenario":
     """Return the job on these GPUs, with the kernels that the image has for them."""
     from llm_trainer.model.memory.fit import choose_kernels
     from llm_trainer.model.memory.scenario import MemoryScenario
 
     sections = collect_sections(settings)
-    return choose_kernels(MemoryScenario(config, sections, longest_row, target, evaluates=evaluates))
+    scenario = MemoryScenario(models.config, sections, longest_row, target, evaluates=evaluates, teacher=models.teacher)
+    return choose_kernels(scenario)
 
 
 def fit_here(scenario: "MemoryScenario", validation: Validation) -> None:
@@ -109,13 +124,12 @@ def fit_here(scenario: "MemoryScenario", validation: Validation) -> None:
     validation.add_findings("memory", "warning" if plan.warning else "ok", [plan.warning or plan.reason])
 
 
-def build_elsewhere(
-    config: "PreTrainedConfig", settings: Settings, longest_row: int, evaluates: bool
-) -> "MemoryScenario":
+def build_elsewhere(models: Models, settings: Settings, longest_row: int, evaluates: bool) -> "MemoryScenario":
     """Return the job on one current GPU, which need not be here."""
     from llm_trainer.model.memory.fit import move_elsewhere
 
-    return move_elsewhere(config, collect_sections(settings), longest_row, evaluates)
+    scenario = move_elsewhere(models.config, collect_sections(settings), longest_row, evaluates)
+    return replace(scenario, teacher=models.teacher)
 
 
 def fit_fewer_hosts(scenario: "MemoryScenario", counts: list[int], validation: Validation) -> None:

@@ -60,8 +60,8 @@ def merge_files(options: MergeOptions, adapter: Path, output: Path) -> tuple[Pat
     base = find_base(name, options.model_revision or adapter_config.get("revision"))
     silence_libraries()
     # Only now: torch and what is built on it take seconds, and mistakes need none of it.
-    from llm_trainer.merge.merge import write_merged_model
     from llm_trainer.merge.plan import MergeRequest
+    from llm_trainer.merge.whole_model import write_whole_model
     from llm_trainer.model.loading import read_config
     from llm_trainer.model.precision import DTYPES
 
@@ -70,9 +70,7 @@ def merge_files(options: MergeOptions, adapter: Path, output: Path) -> tuple[Pat
     config = read_config(str(base), ModelSettings.model_validate({"trust_remote_code": trusts}), is_reward)
     quantization = build_quantization(manifest) if options.merge_base == "dequantized" else None
     request = MergeRequest(base, adapter, config, DTYPES.get(options.dtype), quantization, trusts)
-    figures = write_merged_model(request, output)
-    write_tokenizer(adapter, base, output)
-    return base, figures
+    return base, write_whole_model(request, output)
 
 
 def read_adapter(adapter: Path, merge_base: str) -> tuple[dict[str, Any], Manifest]:
@@ -125,11 +123,3 @@ def build_quantization(manifest: Manifest) -> "BitsAndBytesConfig":
             torch.bfloat16 if arguments.get("bf16") else torch.float16 if arguments.get("fp16") else torch.float32
         ),
     )
-
-
-def write_tokenizer(adapter: Path, base: Path, output: Path) -> None:
-    """Write the tokenizer's files: the adapter's, which may have a template or tokens of its own, else the base's."""
-    from llm_trainer.model.tokenizer_files import copy_tokenizer, make_readable
-
-    copy_tokenizer(adapter if list(adapter.glob("tokenizer*")) else base, output)
-    make_readable(output)

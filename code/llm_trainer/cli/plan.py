@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.gpu_memory import build_elsewhere, examine_batch, examine_memory
+from llm_trainer.cli.gpu_memory import Models, build_elsewhere, examine_batch, examine_memory
 from llm_trainer.cli.plan_instances import (
     NO_OPTIONS,
     Basis,
@@ -23,26 +23,26 @@ from llm_trainer.cli.plan_instances import (
     examine_instances,
     read_basis,
 )
-from llm_trainer.cli.validate import prepare_data
+from llm_trainer.cli.validate import prepare_data, read_teacher
 from llm_trainer.cli.validation import Validation, collect_findings, print_validation
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.environment import read_environment
 from llm_trainer.config.schema import Settings
 from llm_trainer.config.sections import DataSettings
+from llm_trainer.config.teacher import derive_teacher
 from llm_trainer.job.earlier_adapter import find_adapter
-from llm_trainer.job.inputs import Inputs, find_inputs, find_model
+from llm_trainer.job.inputs import Inputs, find_inputs, find_model, find_teacher
 from llm_trainer.job.job import Job, collect_settings, fetch_earlier_adapter
 from llm_trainer.launcher.quick_imports import import_quickly
 from llm_trainer.launcher.worker_processes import build_library_variables
 from llm_trainer.readers.sources import find_train_sources, find_validation_sources
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
     from llm_trainer.data.splits import Split
     from llm_trainer.model.device import Device
     from llm_trainer.model.memory.scenario import MemoryScenario
     from llm_trainer.model.plan import ModelPlan, PlanSettings
+    from llm_trainer.model.teacher.teacher import Teacher
 
 USUAL_ROW_TOKENS = 1024  # where max_length=null sets no limit
 
@@ -68,32 +68,38 @@ def examine_loading(words: Sequence[str], options: PlanOptions, validation: Vali
     examine_batch(settings, environment, validation, runs_here=False)
     name, missing = find_model(settings.model, environment, needs_tokenizer=False)
     adapter, faults = find_adapter(settings.adapter, environment)
-    validation.add_findings("settings", "error", [*problems, *missing, *faults])
+    theirs = derive_teacher(settings.model, settings.methods, environment.channels)
+    teacher, lacks = find_teacher(settings.data.method, theirs, environment, needs_tokenizer=False)
+    validation.add_findings("settings", "error", [*problems, *missing, *faults, *lacks])
     basis = read_basis(options, validation)
-    if basis is None or problems or missing or faults:
+    if basis is None or problems or missing or faults or lacks:
         return
-    inputs = Inputs(name, [], [], environment.model_dir, environment.model_dir, adapter)
+    inputs = Inputs(name, [], [], environment.model_dir, environment.model_dir, adapter, teacher)
     job = Job(environment, settings, inputs)
     # All of it, as PEFT imports bitsandbytes where it makes an adapter, and a model's many parts are no garbage.
-    with import_quickly(settings.model, settings.training.optim, name):
+    with import_quickly((settings.model, settings.methods), settings.training.optim, name, teacher):
         examine_job(job, options, basis, validation)
 
 
 def examine_job(job: Job, options: PlanOptions, basis: Basis, validation: Validation) -> None:
     """Add how the model of a job would be loaded, and what it takes on instances. Sets environment variables."""
     try:
-        planned, settings = plan_loading(job, validation)
+        planned, settings, teacher = plan_loading(job, validation)
     except UserError as error:
         validation.add_findings("model", "error", error.problems)
         return
     validation.add_findings("model", "ok", [job.inputs.model, *planned.reasons])
+    validation.add_findings("teacher", "ok", [job.inputs.teacher] if teacher else [])
     job = Job(job.environment, settings, job.inputs)
     lengths = measure_lengths(job, options, validation)
     longest_row = choose_longest_row(lengths, settings.data, validation)
-    scenario = plan_memory(planned.config, job, longest_row, validation)
-    if scenario is not None and not validation.list_texts("error"):
+    scenario = plan_memory(Models(planned.config, teacher), job, longest_row, validation)
+    if settings.data.generates:
+        text = "how long the model writes its completions is not known, so no time and no price is told."
+        validation.add_findings("time", "warning", [text])
+    elif scenario is not None and not validation.list_texts("error"):
         outline = build_outline(scenario, lengths, settings.output.merge_weights, basis)
-        examine_instances(outline, validation, options.in_colour)
+        examine_instances(replace(outline, places=options.places), validation, options.in_colour)
 
 
 def choose_longest_row(lengths: Lengths, data: DataSettings, validation: Validation) -> int:
@@ -105,8 +111,8 @@ def choose_longest_row(lengths: Lengths, data: DataSettings, validation: Validat
     return longest_row
 
 
-def plan_loading(job: Job, validation: Validation) -> "tuple[ModelPlan, Settings]":
-    """Return how the model of a job would be loaded, and the settings with what an earlier adapter tells.
+def plan_loading(job: Job, validation: Validation) -> "tuple[ModelPlan, Settings, Teacher | None]":
+    """Return how the model of a job would be loaded, the settings with what an earlier adapter tells, and a teacher.
 
     Add what this machine's own GPU cannot do. Raises UserError where no GPU could load it.
     """
@@ -122,8 +128,10 @@ def plan_loading(job: Job, validation: Validation) -> "tuple[ModelPlan, Settings
         parts = settings.model, settings.adapter, settings.parallelism, settings.output
         sections = PlanSettings(*parts, settings.data.trains_rewards)
         planned = plan_on_device(folder, sections, validation)
-        data = bound_length(settings.data, planned.num_positions)
-        return planned, settings.model_copy(update={"data": data})
+        teacher = read_teacher(job, planned.config, None, Path(scratch_dir))
+        num_written = settings.methods.count_written(settings.data.method)
+        data = bound_length(settings.data, planned.num_positions, num_written)
+        return planned, settings.model_copy(update={"data": data}), teacher
 
 
 def plan_on_device(folder: str, sections: "PlanSettings", validation: Validation) -> "ModelPlan":
@@ -151,16 +159,14 @@ def plan_on_device(folder: str, sections: "PlanSettings", validation: Validation
         return planned
 
 
-def plan_memory(
-    config: "PreTrainedConfig", job: Job, longest_row: int, validation: Validation
-) -> "MemoryScenario | None":
+def plan_memory(models: Models, job: Job, longest_row: int, validation: Validation) -> "MemoryScenario | None":
     """Add what the job needs of GPUs, and return what was looked at, None where it is not known.
 
     What this machine's own GPUs lack is a warning: instances have others.
     """
     settings, environment = job.settings, job.environment
     here = Validation()
-    scenario = examine_memory(config, settings, environment, longest_row, here)
+    scenario = examine_memory(models, settings, environment, longest_row, here)
     is_elsewhere = environment.num_gpus > 0 and not settings.parallelism.use_cpu
     validation.memory |= here.memory
     for finding in here.findings:
@@ -170,7 +176,7 @@ def plan_memory(
         return scenario
     try:
         evaluates = bool(find_validation_sources(settings.data, environment)[0])
-        return build_elsewhere(config, settings, longest_row, evaluates)
+        return build_elsewhere(models, settings, longest_row, evaluates)
     except UserError as error:
         validation.add_findings("memory", "error", error.problems)
         return None

@@ -30,6 +30,7 @@ class PlanOptions:
     region: str | None = None
     learn_from: list[str] = field(default_factory=list)  # manifests of jobs that have ended
     in_colour: bool = False  # whether the text may have colours
+    places: tuple[tuple[str, int], ...] | None = None  # the types and numbers that are asked about; None: all
 
 
 NO_OPTIONS = PlanOptions()
@@ -94,7 +95,7 @@ def examine_instances(outline: "Outline", validation: Validation, in_colour: boo
 
 
 def add_candidates(outline: "Outline", validation: Validation, in_colour: bool) -> None:
-    """Add every instance type, one to sixteen of it, and the three that matter."""
+    """Add every instance type, one to sixteen of it, and the three that matter; or the places that are asked about."""
     from llm_trainer.planning.candidates import list_candidates
     from llm_trainer.planning.choice import choose, describe_choice, find_unable_gpus
     from llm_trainer.planning.instances import read_instances
@@ -108,6 +109,8 @@ def add_candidates(outline: "Outline", validation: Validation, in_colour: bool) 
         "prices": prices.origin if prices else None,
         "currency": prices.currency if prices else None,
     }
+    if not chosen and outline.places is not None:
+        return  # who asks about these tells by itself which of them do not fit
     if not chosen:
         validation.add_findings("instances", "error", [explain_lack(candidates)])
         validation.add_findings("instances", "warning", find_unable_gpus(candidates))

@@ -11,19 +11,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_trainer.cli.gpu_memory import examine_batch, examine_memory
+from llm_trainer.cli.gpu_memory import Models, examine_batch, examine_memory
 from llm_trainer.cli.validation import Validation, collect_findings, print_validation
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.checks import count_devices, find_missing_hardware, keep_valid
 from llm_trainer.config.environment import Environment, read_environment
+from llm_trainer.config.generation import GenerationSettings, choose_whole_groups, count_generated, count_group
 from llm_trainer.config.schema import Settings, describe_settings
 from llm_trainer.config.secret_references import VARIABLES, is_reference, read_secret_variables
+from llm_trainer.config.teacher import derive_teacher
 from llm_trainer.host.efa import inspect_efa
 from llm_trainer.host.findings import Verdict
 from llm_trainer.host.write_probe import find_write_problem
 from llm_trainer.job.checkpoint_lock import find_other_job
 from llm_trainer.job.disk_budget import BaseWeights, WriteSettings, inspect_disk_need
-from llm_trainer.job.inputs import Inputs, check_model, find_inputs, find_missing_weights, find_warnings
+from llm_trainer.job.inputs import Inputs, check_model, find_inputs, find_warnings, list_missing_weights
 from llm_trainer.job.job import Job, collect_settings, fetch_earlier_adapter, take_over_adapter
 from llm_trainer.job.kept_checkpoints import find_damaged_checkpoint
 from llm_trainer.job.model_objects import find_broken_objects
@@ -37,7 +39,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llm_trainer.config.sections import DataSettings
+    from llm_trainer.data.encoding import Vocabulary
     from llm_trainer.data.splits import Split
+    from llm_trainer.model.teacher.teacher import Teacher
 
 # Arguments that depend on the GPUs of the job: rules of the hardware judge them.
 GPU_ARGUMENTS = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "ddp_backend")
@@ -53,6 +57,7 @@ class PreparedData:
     tokenizer: "PreTrainedTokenizerBase"
     splits: "Mapping[str, Split]"
     problems: list[str]
+    teacher: "Teacher | None"  # of a distillation
 
 
 def validate(words: Sequence[str], as_json: bool) -> int:
@@ -134,14 +139,15 @@ def examine_inputs(settings: Settings, environment: Environment, validation: Val
     validation.add_findings("inputs", "error", problems)
     if not problems:
         adapter = [f"adapter to go on from: {inputs.adapter}"] if inputs.adapter else []
-        validation.add_findings("inputs", "ok", [inputs.model, *adapter])
+        teacher = [f"teacher: {inputs.teacher}"] if inputs.teacher else []
+        validation.add_findings("inputs", "ok", [inputs.model, *adapter, *teacher])
         validation.add_findings("inputs", "ok", [source.describe() for source in (*inputs.train, *inputs.validation)])
         is_alone = len(environment.hosts) == 1
         damaged = find_damaged_checkpoint(settings.training, inputs.checkpoint_dir, is_alone)
         validation.add_findings("checkpoints", "error", damaged)
     in_use = find_other_job(inputs.checkpoint_dir) if settings.training.use_checkpoints else None
     validation.add_findings("checkpoints", "error", [in_use] if in_use else [])
-    missing = [f"{text} Only train needs them." for text in find_missing_weights(inputs.model)]
+    missing = [f"{text} Only train needs them." for text in list_missing_weights(inputs)]
     validation.add_findings("weights", "warning", missing)
     return inputs
 
@@ -195,7 +201,8 @@ def examine_rows(job: Job, prepared: PreparedData, validation: Validation) -> No
     warnings = find_length_warnings(prepared.config, longest_row, job.settings.data.max_length)
     validation.add_findings("data", "warning", warnings)
     if not any(finding.subject == "model" and finding.verdict == "error" for finding in validation.findings):
-        examine_memory(prepared.config, job.settings, job.environment, longest_row, validation)
+        models = Models(prepared.config, prepared.teacher)
+        examine_memory(models, job.settings, job.environment, longest_row, validation)
 
 
 def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: Validation) -> PreparedData:
@@ -204,7 +211,7 @@ def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: V
     Raises UserError for a model or a tokenizer that cannot be used, and OSError for files that cannot be written.
     """
     settings, inputs = job.settings, job.inputs
-    with import_quickly(settings.model, settings.training.optim, inputs.model):
+    with import_quickly((settings.model, settings.methods), settings.training.optim, inputs.model, inputs.teacher):
         from llm_trainer.data.splits import prepare_splits
         from llm_trainer.model import loading  # Transformers has to find the variables set
         from llm_trainer.model.positions import count_positions
@@ -221,8 +228,39 @@ def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: V
     vocabulary = loading.build_vocabulary(folder, config, tokenizer, settings.model)
     if skeleton is not None and reads_base_from_hub(inputs):
         examine_download(job, folder, skeleton, validation)
+    teacher = examine_teacher(job, vocabulary, config, scratch_dir, validation)
     splits, problems = prepare_splits(inputs, vocabulary, data, rejected_rows)
-    return PreparedData(folder, settings.model_copy(update={"data": data}), config, tokenizer, splits, problems)
+    bounded = settings.model_copy(update={"data": data})
+    return PreparedData(folder, bounded, config, tokenizer, splits, problems, teacher)
+
+
+def examine_teacher(
+    job: Job, vocabulary: "Vocabulary", config: "PreTrainedConfig", scratch_dir: Path, validation: Validation
+) -> "Teacher | None":
+    """Add whether the job's teacher fits the model of this config. Returns the teacher, None where none fits."""
+    try:
+        teacher = read_teacher(job, config, vocabulary.tokenizer.get_vocab(), scratch_dir)
+    except UserError as error:
+        validation.add_findings("teacher", "error", error.problems)
+        return None
+    validation.add_findings("teacher", "ok", [teacher.describe()] if teacher else [])
+    return teacher
+
+
+def read_teacher(
+    job: Job, student: "PreTrainedConfig", words: "Mapping[str, int] | None", scratch_dir: Path
+) -> "Teacher | None":
+    """Return a job's teacher without its weights, None where it has none. Raises UserError for one that is unfit.
+
+    `words` are the tokens of the student's tokenizer with their numbers. None: no tokenizer needs to be there.
+    """
+    from llm_trainer.model.teacher.teacher import StudentVocabulary, TeacherSource, fetch_teacher
+
+    if not job.inputs.teacher:
+        return None
+    theirs = derive_teacher(job.settings.model, job.settings.methods, job.environment.channels)
+    source = TeacherSource(job.inputs.teacher, theirs)
+    return fetch_teacher(source, StudentVocabulary(student, words), scratch_dir, with_weights=False)
 
 
 def bound_rows(num_positions: int | None, settings: Settings, validation: Validation) -> "DataSettings":
@@ -230,7 +268,8 @@ def bound_rows(num_positions: int | None, settings: Settings, validation: Valida
     from llm_trainer.model.positions import bound_length
 
     try:
-        return bound_length(settings.data, num_positions)
+        num_written = settings.methods.count_written(settings.data.method)
+        return bound_length(settings.data, num_positions, num_written)
     except UserError as error:
         validation.add_findings("settings", "error", error.problems)
         return settings.data
@@ -239,7 +278,7 @@ def bound_rows(num_positions: int | None, settings: Settings, validation: Valida
 def examine_arguments(job: Job, validation: Validation) -> None:
     """Add what keeps the training's arguments from being taken. Those of a GPU are left out where there is none."""
     settings, inputs = job.settings, job.inputs
-    with import_quickly(settings.model, settings.training.optim, inputs.model):
+    with import_quickly((settings.model, settings.methods), settings.training.optim, inputs.model, inputs.teacher):
         import torch
 
         from llm_trainer.training.methods import choose_method
@@ -247,6 +286,8 @@ def examine_arguments(job: Job, validation: Validation) -> None:
         from llm_trainer.training.trainer_config import ArgumentSources, build_arguments
 
     given = {name: value for name, value in settings.given.items() if name not in GPU_ARGUMENTS}
+    if settings.data.generates:  # the devices of the job may be others: `examine_batch` judges groups
+        given |= choose_whole_groups(GenerationSettings(settings.data, settings.methods, settings.training))
     use_peft, has_validation = settings.adapter.use_peft, bool(inputs.validation)
     vision = settings.adapter.train_vision
     sources = ArgumentSources(given, settings.training, use_peft, has_validation, inputs.checkpoint_dir, vision)
@@ -273,6 +314,7 @@ def add_reports(splits: "Mapping[str, Split]", are_valid: bool, validation: Vali
 def examine_epoch(job: Job, split: "Split", validation: Validation) -> None:
     """Add what leaves an epoch without rows or batches. It is not known where this host has only a part of the rows."""
     from llm_trainer.data.datasets import check_full_batch, open_epoch
+    from llm_trainer.training.generation.prompts import find_prompt_problems
     from llm_trainer.training.packing import pack_split
 
     data, training, environment = job.settings.data, job.settings.training, job.environment
@@ -286,6 +328,11 @@ def examine_epoch(job: Job, split: "Split", validation: Validation) -> None:
             with tempfile.TemporaryDirectory(prefix="llm-trainer-") as folder:
                 num_sequences = len(pack_split(rows, data, Path(folder) / "train-packed.arrow"))
             check_full_batch(num_sequences, "sequences", training, num_devices)
+        if data.generates:
+            sections = GenerationSettings(data, job.settings.methods, training)
+            at_once = count_generated(sections, num_devices), count_group(sections)
+            problems = find_prompt_problems(rows, job.settings.methods, *at_once)
+            validation.add_findings("data", "error", problems)
     except UserError as error:
         validation.add_findings("data", "error", error.problems)
 
@@ -359,7 +406,7 @@ def examine_adapter(folder: str, skeleton: "PreTrainedModel", settings: Settings
 
     config = skeleton.config
     lora = build_lora_config(settings.model, settings.adapter, skeleton)
-    if settings.adapter.adapter_path:
+    if settings.adapter.goes_on:
         line = check_earlier_adapter(folder, config, settings.model, settings.adapter)
         validation.add_findings("adapter", "ok", [line])
     if not settings.output.merge_weights:

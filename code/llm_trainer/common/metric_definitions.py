@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The metric line, `train_loss=0.5123; step=20; ...`: its metrics, its format, and SageMaker's definitions of them."""
 
+from collections.abc import Iterable
+
 METRICS = {
     "train_loss": "loss on the tokens that are trained on",
     "train_token_accuracy": "share of these tokens that the model held for the likeliest",
@@ -54,16 +56,33 @@ METHOD_METRICS = {
         "min_reward": "lower reward of a pair",
         "max_reward": "higher reward of a pair",
     },
+    "distill": {
+        "entropy": "entropy of the student's probabilities of a token, in nats",
+    },
 }
+# Of methods whose model writes what it is trained on.
+GENERATION_METRICS = {
+    "reward": "mean over all completions of the weighted sum of their rewards",
+    "reward_std": "its standard deviation",
+    "frac_reward_zero_std": "share of completions whose group has one reward alone, from which nothing is learned",
+    "completions/mean_length": "tokens of a completion",
+    "completions/clipped_ratio": "share of completions that max_completion_length cut",
+    "entropy": "of the tokens' probabilities in completions",
+    "kl": "divergence from the reference, with beta above 0",
+}
+METHOD_METRICS |= dict.fromkeys(("grpo", "rloo"), GENERATION_METRICS)
 # What automatic model tuning may be told to minimize, or, of an accuracy, to maximize.
 OBJECTIVES = ("eval_loss", "train_loss", "eval_mean_token_accuracy")
 METHOD_OBJECTIVES = {
     "dpo": ("eval_rewards/accuracies", "eval_rewards/margins"),
     "kto": ("eval_rewards/margins",),
     "reward": ("eval_accuracy", "eval_margin"),
+    "grpo": ("eval_reward",),
+    "rloo": ("eval_reward",),
 }
 # Transformers' names -> ours. The others keep their name.
 RENAMED = {"loss": "train_loss", "mean_token_accuracy": "train_token_accuracy", "num_tokens": "tokens"}
+MAX_DEFINITIONS = 40  # that CreateTrainingJob takes
 # A finite number, since CloudWatch takes neither nan nor inf.
 NUMBER = r"(-?[0-9.]+(?:e[-+]?[0-9]+)?)"
 
@@ -94,10 +113,20 @@ def list_objectives(method: str) -> tuple[str, ...]:
     return OBJECTIVES + METHOD_OBJECTIVES.get(method, ())
 
 
-def define_metrics(method: str = "sft") -> list[dict[str, str]]:
+def list_reward_metrics(rewards: Iterable[str]) -> dict[str, str]:
+    """Return the metrics of rewards with these entries in `reward_functions`, with their meanings."""
+    names = [f"rewards/{entry.rpartition(':')[2]}/mean" for entry in rewards]
+    own = dict.fromkeys(names, "mean of this reward over the completions that have one")
+    return own | {f"eval_{name}": f"{name} of the validation data" for name in names}
+
+
+def define_metrics(method: str = "sft", rewards: Iterable[str] = ()) -> list[dict[str, str]]:
     """Return MetricDefinitions as CreateTrainingJob takes them: at most 40, of one capture group each.
+
+    `rewards` are the entries of `reward_functions`. Those of the last ones are left out where there are more.
 
     A key counts at the beginning of a line or after a semicolon: `Setting learning_rate=0.1` is no metric, and
     eval_loss is not read as train_loss.
     """
-    return [{"Name": key, "Regex": f"(?:^|; ){key}={NUMBER}"} for key in list_metrics(method)]
+    names = [*list_metrics(method), *list_reward_metrics(rewards)]
+    return [{"Name": key, "Regex": f"(?:^|; ){key}={NUMBER}"} for key in names[:MAX_DEFINITIONS]]

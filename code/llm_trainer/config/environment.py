@@ -23,7 +23,7 @@ MEMBERS = "LLM_TRAINER_MEMBERS"  # a JSON array, for the workers of a job that m
 BASE_DIR, DATA_DIR = "SAGEMAKER_BASE_DIR", "LLM_TRAINER_DATA_DIR"  # of --output-dir and --data-dir (cli/folders.py)
 # EC2 names instances with NVIDIA GPUs p... and g...; a host cannot look for the devices of another group's hosts.
 GPU_INSTANCE = re.compile(r"(ml\.)?[pg]\d")
-WHOLE_CHANNELS = ("model", "adapter", "config", "rewards")  # every host needs every file of these
+WHOLE_CHANNELS = ("model", "adapter", "teacher", "config", "rewards")  # every host needs every file of these
 PRICE_FILE = "prices.json"  # in the channel `config`, with settings or without
 
 

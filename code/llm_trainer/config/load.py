@@ -34,6 +34,8 @@ SYNONYMS = {
     "micro_batch_size": "per_device_train_batch_size",
     "train_batch_size": "global_batch_size",
 }
+# Bounds of a field, as pydantic names them -> how they are told.
+COMPARISONS = {"ge": "at least", "gt": "above", "lt": "below", "le": "at most", "min_length": "of a length of at least"}
 JOB_SECTION = "job"  # of a YAML file: what `submit` tells SageMaker (aws/options.py), and no setting
 
 
@@ -152,7 +154,12 @@ def restore_no(name: str, value: Any) -> Any:
 
 def list_choices(name: str) -> list[str]:
     """Return the texts among which a setting is one, or an empty list where it is free."""
-    parts = split_union(FIELDS[name].annotation)
+    return collect_choices(FIELDS[name])
+
+
+def collect_choices(field: FieldInfo) -> list[str]:
+    """Return the texts among which a field is one, of all methods that have it."""
+    parts = split_union(field.annotation)
     return [choice for part in parts if typing.get_origin(part) is Literal for choice in typing.get_args(part)]
 
 
@@ -188,22 +195,22 @@ def describe_rule(field: FieldInfo) -> str:
     """Return what a field takes, such as "a number, at least 0 and below 1"."""
     words = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
     words |= {"dict": "a JSON object", "list": "a list"}
-    kinds = []
+    choices = collect_choices(field)
+    kinds = [f"one of {', '.join(choices)}"] if choices else []
     for part in split_union(field.annotation):
         origin = typing.get_origin(part) or part
         if origin is Literal:
-            kinds.append("one of " + ", ".join(typing.get_args(part)))
-        elif part is type(None):
+            continue  # among the choices
+        if part is type(None):
             kinds.append("null")
         elif origin is list and typing.get_origin(typing.get_args(part)[0]) is Literal:
             kinds.append("a list of these")
         else:
             kinds.append("a text" if origin is SecretStr else words[origin.__name__])
-    comparisons = {"ge": "at least", "gt": "above", "lt": "below", "min_length": "of a length of at least"}
     bounds = [
         f"{phrase} {getattr(constraint, key):g}"
         for constraint in field.metadata
-        for key, phrase in comparisons.items()
+        for key, phrase in COMPARISONS.items()
         if getattr(constraint, key, None) is not None
     ]
     rule = " or ".join(kinds)

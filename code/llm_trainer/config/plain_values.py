@@ -13,6 +13,7 @@ from llm_trainer.common.bounded_parsing import TooMuch, check_value
 PATHS = (
     *("config", "model_id", "adapter_path", "chat_template_path", "train_dataset_path", "val_dataset_path"),
     *("output_dir", "checkpoint_dir"),
+    "teacher_model_name_or_path",
 )
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4000  # Linux: of a file's name, and of a path with room for names below it
 

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, create_model
 
 from llm_trainer.config.trl_config_fields import CONFIG_CLASSES, Argument, read_snapshot
 
-Method = Literal["sft", "dpo", "kto", "reward"]  # the training methods, as in CONFIG_CLASSES
+# The training methods, as in CONFIG_CLASSES.
+Method = Literal["sft", "dpo", "kto", "reward", "distill", "grpo", "rloo"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 DatasetFormat = Literal[
     "auto",
@@ -25,6 +26,7 @@ DatasetFormat = Literal[
     "text",
     "preference",
     "unpaired_preference",
+    "prompt",
 ]
 # method -> the formats of its rows. A row is of the first one whose fields it has.
 METHOD_FORMATS: dict[str, tuple[str, ...]] = {
@@ -32,6 +34,9 @@ METHOD_FORMATS: dict[str, tuple[str, ...]] = {
     "dpo": ("preference",),
     "kto": ("unpaired_preference", "preference"),
     "reward": ("preference",),
+    "distill": ("pretokenized", "messages", "sharegpt", "prompt_completion", "alpaca", "text"),
+    "grpo": ("prompt",),
+    "rloo": ("prompt",),
 }
 Attention = Literal[
     "auto",
@@ -96,6 +101,20 @@ RANGES: dict[str, dict[str, Any]] = {
     "precompute_ref_batch_size": {"ge": 1},
     "ref_model_mixup_alpha": {"ge": 0},
     "ref_model_sync_steps": {"ge": 1},
+    "num_generations": {"ge": 2},
+    "num_generations_eval": {"ge": 1},
+    "max_completion_length": {"ge": 1},
+    "generation_batch_size": {"ge": 1},
+    "steps_per_generation": {"ge": 1},
+    "num_iterations": {"ge": 1},
+    "temperature": {"gt": 0},
+    "top_p": {"gt": 0, "le": 1},
+    "top_k": {"ge": 0},
+    "min_p": {"ge": 0, "le": 1},
+    "repetition_penalty": {"gt": 0},
+    "epsilon": {"ge": 0},
+    "epsilon_high": {"ge": 0},
+    "top_entropy_quantile": {"gt": 0, "le": 1},
 }
 
 # Fields of SFTConfig whose default is this project's: what it is, in words.
@@ -170,6 +189,14 @@ class Section(BaseModel):
 
 PAIR_METHODS = ("dpo", "reward")  # a row of these holds two answers to a prompt
 REFERENCE_METHODS = ("dpo", "kto")  # these compare with the model before the first step
+WITHOUT_DIVERGENCE = "apo_zero_unpaired"  # KTO's loss that needs no estimate of a divergence
+IMITATION_METHODS = ("sft", "distill")  # a row of these is one text, whose tokens are learnt; rows may be packed
+GENERATION_METHODS = ("grpo", "rloo")  # the model writes what these train on, completions of prompts
+# Settings of methods that are this project's own -> the methods that have them.
+OWN_METHOD_FIELDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("teacher_load_in_4bit", "teacher_load_in_8bit"), ("distill",)),
+    **dict.fromkeys(("reward_functions", "reward_options", "reward_timeout_seconds"), GENERATION_METHODS),
+}
 SHARED_NAMES = ("loss_type",)  # fields of SFTConfig that are another thing in every method's config
 
 
@@ -312,6 +339,11 @@ class AdapterSettings(Section):
     adapter_revision: str | None = Field(
         None, description="Branch, tag or commit of an adapter on the Hub. Default: its main branch."
     )
+    merge_adapter: bool = Field(
+        False,
+        description="Merge the earlier adapter into the base before the training, which begins with a new adapter or "
+        "trains all weights. The result is a whole model.",
+    )
     lora_r: int = Field(8, ge=1, description="Rank of the adapter.")
     lora_alpha: float = Field(16, gt=0, description="Scale of the adapter: its output is multiplied by alpha / rank.")
     lora_dropout: float = Field(
@@ -344,6 +376,11 @@ class AdapterSettings(Section):
         "both are the same.",
     )
 
+    @property
+    def goes_on(self) -> bool:
+        """True where the values of an earlier adapter are trained on, and not merged into the base."""
+        return bool(self.adapter_path) and not self.merge_adapter
+
 
 @with_trl_config_fields(
     "completion_only_loss",
@@ -361,7 +398,9 @@ class DataSettings(Section):
     method: Method = Field(
         "sft",
         description="Training method. sft: rows to imitate. dpo: pairs of a preferred and a rejected answer. "
-        "kto: answers that are desirable or undesirable. reward: a reward model of such pairs as dpo has.",
+        "kto: answers that are desirable or undesirable. reward: a reward model of such pairs as dpo has. "
+        "distill: rows as sft has, and a teacher whose probabilities are learnt. "
+        "grpo, rloo: prompts, whose completions are rewarded.",
     )
     train_dataset_path: str | None = Field(
         None,
@@ -451,6 +490,11 @@ class DataSettings(Section):
     def has_answers(self) -> bool:
         """True where rows are answers to prompts, one or several a row, and have numbers."""
         return self.method in (*PAIR_METHODS, *REFERENCE_METHODS)
+
+    @property
+    def generates(self) -> bool:
+        """True where the model writes what it is trained on."""
+        return self.method in GENERATION_METHODS
 
 
 @with_trl_config_fields(
@@ -573,6 +617,32 @@ class OutputSettings(Section):
 @with_method_fields
 class MethodSettings(Section):
     """The settings that not all training methods have, or that differ between them. None: the method's default."""
+
+    teacher_load_in_4bit: bool = Field(
+        False, description="Load the teacher of distill in 4 bit, as `bnb_4bit_quant_type` says."
+    )
+    teacher_load_in_8bit: bool = Field(False, description="Load the teacher of distill in 8 bit (LLM.int8()).")
+
+    reward_functions: list[str] = Field(
+        [],
+        description="Rewards of grpo and rloo: built-in ones by name, such as exact_match, and functions of yours as "
+        "FILE.py:NAME.",
+    )
+    reward_options: dict[str, dict[str, Any]] = Field(
+        {}, description="Options of the rewards of grpo and rloo, by the names in `reward_functions`."
+    )
+    reward_timeout_seconds: float = Field(
+        60, gt=0, description="Seconds that a call of a reward function may take before the job ends."
+    )
+
+    def find_value(self, name: str, method: str) -> Any:
+        """Return a setting of the method, its default where it is not given."""
+        given = self.value(name)
+        return METHOD_FIELDS[name][method].default if given is None else given
+
+    def count_written(self, method: str) -> int:
+        """Return the tokens that a completion of a prompt has at most, 0 where the model writes none."""
+        return int(self.find_value("max_completion_length", method)) if method in GENERATION_METHODS else 0
 
 
 @with_trl_config_fields(

@@ -27,15 +27,31 @@ CONFIG_CLASSES = {
     "dpo": "DPOConfig",
     "kto": "KTOConfig",
     "reward": "RewardConfig",
+    "distill": "DistillationConfig",
+    "grpo": "GRPOConfig",
+    "rloo": "RLOOConfig",
 }
-# Fields that torchrun sets, and never a user.
-NOT_SETTINGS = ("local_rank",)
+# Fields that torchrun sets, and never a user; and those that TRL is about to remove.
+NOT_SETTINGS = ("local_rank", "use_transformers_paged", "vllm_importance_sampling_cap")
+# Fields about what a model writes itself, as TRL's student does: here it learns on the answers of the rows. The last
+# one could load other files of a teacher than were checked.
+WRITING = (
+    *("max_completion_length", "ds3_gather_for_generation", "top_p", "top_k", "min_p", "generation_kwargs"),
+    *("chat_template_kwargs", "repetition_penalty", "cache_implementation", "max_tool_calling_iterations"),
+    *("log_completions", "num_completions_to_print", "log_unique_prompts", "teacher_model_init_kwargs"),
+)
 # Texts that TRL compares in its code alone, so that a wrong one would end the first step.
 CHOICES = {
     "dpo loss_type": (
         *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot"),
         *("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
     ),
+    "grpo loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "scale_rewards": ("group", "batch", "none"),
+    "vllm_mode": ("colocate", "server"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
 }
 
@@ -84,11 +100,16 @@ def describe_config(method: str) -> dict[str, dict[str, Any]]:
     fields = {
         field.name: describe_field(field, hints[field.name])
         for field in dataclasses.fields(config)
-        if field.name not in NOT_SETTINGS
+        if field.name not in NOT_SETTINGS and not (method == "distill" and is_about_writing(field.name))
     }
     for name, field in fields.items():
         field["choices"] = field["choices"] or CHOICES.get(f"{method} {name}") or CHOICES.get(name)
     return fields
+
+
+def is_about_writing(name: str) -> bool:
+    """Tell whether a field of a config is about what a model writes itself."""
+    return name in WRITING or name.startswith(("vllm_", "use_vllm"))
 
 
 def is_same(field: dict[str, Any], other: dict[str, Any]) -> bool:

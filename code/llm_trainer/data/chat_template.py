@@ -195,6 +195,35 @@ class ChatTemplate:
                 ) from error
             raise RowError(f"is one with which the model's chat template {TOO_SLOW}: shorten or remove it.") from error
 
+    def render_prompt(self, conversation: Conversation) -> str:
+        """Return the text up to where the model answers, by the model's own template, as a server would.
+
+        Raises RowError where the template refuses the conversation or leaves out a part of it.
+        """
+        template = self.choose_template(conversation)
+        try:
+            template.check_roles(conversation)
+            template.check_tools(conversation)
+            messages = template.shape_messages(conversation.messages)
+            text = template.write_prompt(messages, conversation.tools)
+            check_parts(
+                replace(conversation, messages=messages),
+                text,
+                text,
+                lambda changed: (template.write_prompt(changed, conversation.tools),) * 2,
+            )
+        except TimeUp as error:
+            raise RowError(f"is one with which the model's chat template {TOO_SLOW}: shorten or remove it.") from error
+        return text
+
+    def write_prompt(self, messages: list[Fields], tools: list[Fields] | None) -> str:
+        """Return the text of messages and what the model's own template writes before an answer. Raises RowError."""
+        source, self.source = self.source, self.named_source
+        try:
+            return self.render(messages, tools, add_generation_prompt=True)[0]
+        finally:
+            self.source = source
+
     def choose_template(self, conversation: Conversation) -> "ChatTemplate":
         """Return the template that renders a conversation: with tools, the one that is named for them."""
         return self.for_tools if self.for_tools and conversation.tools else self

@@ -2,6 +2,7 @@
 """Encoding of examples: token ids and labels, by the rules of one tokenizer and one job."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from llm_trainer.common.errors import UserError, cut_quote, quote_error
 from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.chat_template import MAX_SECONDS, ChatTemplate, Span, limit_rows
 from llm_trainer.data.control_tokens import ControlTokens, EscapingTokenizer
-from llm_trainer.data.formats.examples import IGNORED, Conversation, Judged, Pair, RowError, Text, Tokens
+from llm_trainer.data.formats.examples import IGNORED, Conversation, Judged, Pair, Prompt, RowError, Text, Tokens
 from llm_trainer.data.images.processing import ImageProcessing
 from llm_trainer.data.labels import Ids, Labeller, read_ids
 from llm_trainer.readers.images import ImageRules, Picture
@@ -46,6 +47,7 @@ class EncodedRow:
     is_desirable: bool = True  # where rows are judged
     margin: float = 0.0  # of the pair that it is the chosen side of, where the row tells one
     pictures: tuple[PlacedPicture, ...] = ()  # in their order
+    content: str | None = None  # of a prompt: its row as JSON
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class Encoder:
         """Say for the log which tokens are trained on."""
         fixed = {"text": "all tokens", "pretokenized": "labels", "preference": "chosen and rejected answers"}
         fixed["unpaired_preference"] = "desirable and undesirable answers"
+        fixed["prompt"] = "what the model writes"
         if row_format in fixed:
             return fixed[row_format]
         if row_format == "prompt_completion" or not has_template:
@@ -150,6 +153,49 @@ class Encoder:
             row if isinstance(row, RowError) else replace(row, is_desirable=example.is_desirable)
             for row, example in zip(rows, examples, strict=True)
         ]
+
+    def encode_prompts(self, prompts: list[Prompt]) -> list[EncodedRow | RowError]:
+        """Return each prompt up to where the model goes on, with its row, or the error that says why there is none."""
+        rows: list[EncodedRow | RowError] = []
+        with limit_rows(MAX_SECONDS) as clock:
+            for clock.row, prompt in enumerate(prompts):
+                try:
+                    rows.append(self.encode_prompt(prompt))
+                except RowError as error:
+                    rows.append(error)
+        return rows
+
+    def encode_prompt(self, prompt: Prompt) -> EncodedRow:
+        """Return a prompt's tokens, none of them trained on. Raises RowError where there are none."""
+        rendered = self.render_prompt(prompt.prompt)
+        (tokens,) = self.tokenize([rendered.text], rendered.has_specials, rendered.escaping)
+        input_ids = np.array(tokens, dtype=np.int32) if isinstance(tokens, list) else read_ids(tokens)
+        labels = np.full_like(input_ids, IGNORED)
+        if rendered.escaping:
+            input_ids, labels = rendered.escaping.restore(input_ids, labels)
+        if rendered.has_specials and len(input_ids) > 1 and input_ids[-1] == self.tokenizer.eos_token_id:
+            input_ids, labels = input_ids[:-1], labels[:-1]  # which the tokenizer adds, and nothing follows
+        if not len(input_ids):
+            raise RowError("has a prompt without a token: fill or remove the row.")
+        self.check_ids("input_ids", input_ids)
+        self.check_without_images(input_ids)
+        try:
+            content = json.dumps(prompt.content, ensure_ascii=False)
+        except (TypeError, ValueError) as error:
+            raise RowError(f"has a column that is no JSON ({quote_error(error)}): write it as a text.") from error
+        return EncodedRow(input_ids, labels, control_tokens=rendered.control_tokens, content=content)
+
+    def render_prompt(self, prompt: Conversation | Text) -> Rendered:
+        """Return a prompt as one text, with the way to tokenize it. Raises RowError as `render` does."""
+        escapes = self.settings.escape_control_tokens
+        if isinstance(prompt, Text):
+            escaping = self.control_tokens.for_texts if escapes else None
+            return Rendered(0, prompt.text, None, escapes or not self.starts_with_bos(prompt.text), escaping)
+        found = frozenset(self.control_tokens.find_in_conversation(prompt))
+        if not found or not escapes:
+            return Rendered(0, self.template.render_prompt(prompt), None, control_tokens=found)
+        text = self.template.render_prompt(self.control_tokens.mark_conversation(prompt))
+        return Rendered(0, self.control_tokens.swap_marks(text), None, escaping=self.control_tokens.for_templates)
 
     def encode(
         self, examples: Sequence[Conversation | Text | Tokens], apart: bool = False
@@ -243,6 +289,14 @@ class Encoder:
         """The bounds of images by the settings."""
         return ImageRules(self.settings.max_image_pixels, self.settings.allow_remote_images)
 
+    def check_without_images(self, input_ids: Ids) -> None:
+        """Raise RowError where a row without images has the token of one."""
+        images = self.vocabulary.images
+        if images is not None and images.image_token_id is not None and (input_ids == images.image_token_id).any():
+            token = self.tokenizer.decode([images.image_token_id])
+            fix = "give the image, or remove the text" if self.settings.method == "sft" else "remove the text"
+            raise RowError(f"has the text {token} and no image: {fix}.")
+
     def place_pictures(self, row: EncodedRow, pictures: tuple[Picture, ...]) -> EncodedRow:
         """Return a row with the places of its images, whose tokens are not trained on.
 
@@ -252,9 +306,7 @@ class Encoder:
         if images is None:
             return row
         if not pictures:
-            if images.image_token_id is not None and (row.input_ids == images.image_token_id).any():
-                token = self.tokenizer.decode([images.image_token_id])
-                raise RowError(f"has the text {token} and no image: give the image, or remove the text.")
+            self.check_without_images(row.input_ids)
             return row
         labels, placed = row.labels.copy(), []
         for picture, (start, end) in zip(pictures, images.placeholders.locate(row.input_ids, pictures), strict=True):

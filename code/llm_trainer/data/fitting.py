@@ -27,6 +27,8 @@ class Fitter:
     def fit_row(self, row: Sequences, report: DataReport) -> Sequences | None:
         """Return the row, each sequence cut to `max_length`, and count it; None where it is left out."""
         limit = self.settings.max_length
+        if self.settings.generates:
+            return self.fit_prompt(row, report)
         for sequence in row:
             report.lengths[len(sequence.input_ids)] += 1
         if self.settings.has_answers:
@@ -50,6 +52,19 @@ class Fitter:
             return None
         report.num_rows += 1
         self.count_row(row, trained, report)
+        return row
+
+    def fit_prompt(self, row: Sequences, report: DataReport) -> Sequences | None:
+        """Return a prompt and count it; None where it is longer than `max_length`. A part of it would ask otherwise."""
+        (prompt,) = row
+        length, limit = len(prompt.input_ids), self.settings.max_length
+        report.lengths[length] += 1
+        if limit is not None and length > limit:
+            report.num_dropped_rows += 1
+            return None
+        report.num_rows += 1
+        report.num_tokens += length
+        report.control_tokens.update(prompt.control_tokens)
         return row
 
     def cut_row(self, row: Sequences, limit: int, report: DataReport) -> Sequences | None:

@@ -78,7 +78,7 @@ def find_data_warnings(name: str, report: DataReport) -> Iterator[str]:
         )
     if report.num_bad_rows:
         yield f"{report.num_bad_rows} bad rows of the {name} data are left out, see output/data/rejected_rows.jsonl."
-    if not report.num_supervised_eos:
+    if not report.num_supervised_eos and not report.has_prompts:
         yield f"no row of the {name} data trains the end-of-sequence token: all are cut before it."
 
 
@@ -91,7 +91,7 @@ def find_content_warnings(name: str, report: DataReport) -> Iterator[str]:
 
 
 def find_pair_warnings(name: str, report: DataReport) -> Iterator[str]:
-    """Yield sentences about answers that teach nothing, the reverse of what is meant, or mostly to write long ones."""
+    """Yield warnings of pairs: equal answers, swapped ones, answers that were cut, and one side that is longer."""
     if report.num_equal_pairs:
         yield (
             f"{report.num_equal_pairs} pairs of the {name} data are left out, since chosen and rejected are the same "

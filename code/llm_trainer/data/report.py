@@ -113,6 +113,11 @@ class DataReport:
         return not self.has_pairs and bool(self.chosen_lengths or self.rejected_lengths)
 
     @property
+    def has_prompts(self) -> bool:
+        """True where rows are prompts, which are not trained on themselves."""
+        return "prompt" in self.formats.values()
+
+    @property
     def num_left_out(self) -> int:
         """The rows that are left out, though nothing is wrong with their form."""
         return self.num_dropped_rows + self.num_unsupervised_rows + self.num_equal_pairs
@@ -149,6 +154,11 @@ class DataReport:
 
     def __str__(self) -> str:
         """Return the counts as one line for the log."""
+        if self.has_prompts:
+            return (
+                f"{self.num_rows} prompts, {self.num_tokens} tokens, longest prompt {self.longest_row_tokens} tokens, "
+                f"{self.num_left_out} left out, {self.num_bad_rows} bad"
+            )
         rows, sequence = ("pairs", "sequence") if self.has_pairs else ("rows", "row")
         images = f", {self.num_images} images" if self.num_images else ""
         return (
@@ -176,10 +186,8 @@ class DataReport:
             found = f"empty: {list_names(self.empty_files)}" if self.empty_files else "no file was read"
             return f"rows ({found}): put rows there."
         if not self.num_rows and self.num_dropped_rows:
-            return (
-                f"rows left ({self.num_dropped_rows} were longer than max_length): raise max_length or set "
-                "apply_truncation=true."
-            )
+            fix = "" if self.has_prompts else " or set apply_truncation=true"  # prompts are never cut
+            return f"rows left ({self.num_dropped_rows} were longer than max_length): raise max_length{fix}."
         if not self.num_rows and self.num_equal_pairs:
             return (
                 f"pairs left ({self.num_equal_pairs} have the same chosen and rejected answer within max_length): give "
@@ -197,6 +205,8 @@ class DataReport:
                 f"All {self.num_rows} rows of the {name} data are {word}, so there is nothing to compare: give "
                 "desirable and undesirable answers."
             )
+        elif self.has_prompts:
+            return
         elif not self.num_supervised_tokens:
             yield (
                 f"No token of the {name} data is trained on: every row needs an assistant message, a completion or a "

@@ -33,12 +33,14 @@ from llm_trainer.data.encoding import Encoder, Vocabulary
 from llm_trainer.data.fitting import Fitter, Sequences
 from llm_trainer.data.formats.detection import (
     OtherMethodError,
+    UntakenImagesError,
     detect_format,
     list_read_fields,
     list_sides,
     parse_example,
 )
-from llm_trainer.data.formats.examples import Conversation, Example, Fields, Pair, RowError, Text
+from llm_trainer.data.formats.examples import Conversation, Example, Fields, Pair, Prompt, RowError, Text
+from llm_trainer.data.formats.prompts import UNUSABLE_COLUMNS
 from llm_trainer.data.labels import Ids
 from llm_trainer.data.report import DataReport
 from llm_trainer.readers.images import ImageError, ImageFolder, ImagePlace, Picture, find_image, inspect_image
@@ -71,6 +73,8 @@ PICTURE = {
 }
 PICTURE_FEATURES = Features({**FEATURES, "pictures": List(PICTURE)})
 MARGIN_FEATURES = Features({**ANSWER_FEATURES, "margin": Value("float32")})
+# Of prompts: the row as JSON text, as columns of an Arrow file have one type and those of rows need not.
+PROMPT_FEATURES = Features({**FEATURES, "content": Value("string")})
 
 
 @dataclass
@@ -118,10 +122,9 @@ class Preparer:
             rejected.append({"row": number, **{name: make_writable(text) for name, text in row.items()}})
 
         examples: list[tuple[int, Example]] = []
-        for index, raw in enumerate(chunk.rows):
+        for index in range(len(chunk.rows)):
             try:
-                example = self.read_example(parse_fields(raw, chunk.numbers[index]), report)
-                examples.append((index, self.find_pictures(example, chunk, index)))
+                examples.append((index, self.read_row(chunk, index, report)))
             except RowError as error:
                 reject(index, str(error))
         kept = []
@@ -133,9 +136,24 @@ class Preparer:
             kept += [row for row in fitting if row]
         return PreparedChunk(build_table(kept, self.features), report, rejected)
 
+    def read_row(self, chunk: Chunk, index: int, report: DataReport) -> Example:
+        """Return a row's example, with its images found. Raises RowError where the row is bad.
+
+        Raises UserError for images where the method, the model or the job takes none at all.
+        """
+        try:
+            example = self.read_example(parse_fields(chunk.rows[index], chunk.numbers[index]), report)
+        except UntakenImagesError as error:
+            raise UserError(describe_place(chunk, index, str(error))) from error
+        return self.find_pictures(example, chunk, index)
+
     def encode(self, examples: list[Any]) -> Iterator[list[Sequences] | RowError]:
         """Yield the rows of each example, each with its sequences, or the error that says why there are none."""
-        encode = {"preference": self.encoder.encode_pairs, "unpaired_preference": self.encoder.encode_judged}
+        encode = {
+            "preference": self.encoder.encode_pairs,
+            "unpaired_preference": self.encoder.encode_judged,
+            "prompt": self.encoder.encode_prompts,
+        }
         encoded = encode.get(self.row_format, self.encoder.encode)(examples)  # type: ignore[operator]
         for row in encoded:
             if isinstance(row, RowError):
@@ -188,6 +206,8 @@ class Preparer:
     def list_unread_fields(self, fields: Fields, example: Example) -> set[str]:
         """Name the fields of a row and of its messages that nothing reads."""
         unread = {name for name in fields.keys() - self.read_fields if fields[name]}
+        if isinstance(example, Prompt):  # whose other columns go to the rewards
+            unread &= UNUSABLE_COLUMNS
         for side in list_sides(example):
             if isinstance(side, Conversation):
                 unread |= self.encoder.template.list_unread_fields(side)
@@ -238,6 +258,8 @@ def make_writable(text: str) -> str:
 
 def choose_features(settings: DataSettings, vocabulary: Vocabulary | None = None) -> Features:
     """Return the columns of the method's rows, with images where the model takes some."""
+    if settings.generates:
+        return PROMPT_FEATURES
     if settings.method == "sft" and vocabulary is not None and vocabulary.images is not None:
         return PICTURE_FEATURES
     if settings.is_judged:
@@ -264,6 +286,8 @@ def build_table(rows: list[Sequences], features: Features) -> pa.Table:
     if "pictures" in features:
         placed = [[vars(one) for one in row[0].pictures] for row in rows]
         columns.append(pa.array(placed, type=features.arrow_schema.field("pictures").type))
+    if "content" in features:
+        columns.append(pa.array([row[0].content for row in rows], type=pa.string()))
     return pa.table(dict(zip(features, columns, strict=True)))
 
 

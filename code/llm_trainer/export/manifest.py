@@ -26,6 +26,7 @@ class Origin:
 
     base_digest: str | None  # of some bytes of the base's weights, where its files are in a folder
     lineage: list[dict[str, Any]]  # the adapters that the training went on from, the newest first
+    teacher: str | None = None  # the same of a teacher, and how it was rounded
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def build_manifest(trainer: ResumableMixin, run: TrainedRun) -> Manifest:
         "model": run.model,
         "base_digest": run.origin.base_digest,
         "lineage": run.origin.lineage,
+        **({"teacher_digest": run.origin.teacher} if run.origin.teacher else {}),
         "training_arguments": {
             name: getattr(trainer.args, name)
             for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "seed", "bf16", "fp16")

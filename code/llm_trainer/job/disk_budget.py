@@ -2,6 +2,7 @@
 """An estimate of the bytes that a job writes to each disk, compared with the free space there."""
 
 import math
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ def estimate_writes(
     whole_bytes = max(base.num_bytes, 2 * num_weights)  # written in 16 bits, where it was in 4
     if base.download is not None:
         yield "download", *base.download
+    if settings.adapter.merge_adapter:
+        yield "merged base", Path(tempfile.gettempdir()), whole_bytes
     yield "result", inputs.model_dir, whole_bytes if writes_model else adapter_bytes
     yield "checkpoints", inputs.checkpoint_dir, num_checkpoints * 3 * trained_bytes
     yield "tokenized data", cache_dir, 2 * data_bytes

@@ -40,6 +40,14 @@ FIELD_OF = {
 FIXED = ("lora_r", "lora_alpha", "use_rslora", "use_dora")
 TOLD = ("training_job_name", "num_steps", "model")  # by an adapter's manifest, of the job that made it
 MAX_LINEAGE = 100  # entries
+NOTHING_TO_MERGE = (
+    "merge_adapter=true without an earlier adapter: give one as channel 'adapter' or with adapter_path, or remove "
+    "merge_adapter."
+)
+NOTHING_TO_TRAIN_ON = (
+    "channel 'adapter' with use_peft=false: full fine-tuning has no adapter to go on from; remove the channel, or set "
+    "merge_adapter=true."
+)
 
 
 def name_adapter(settings: AdapterSettings, environment: Environment) -> str:
@@ -54,11 +62,9 @@ def find_adapter(settings: AdapterSettings, environment: Environment, unpacks: b
     """
     place = name_adapter(settings, environment)
     if not place:
-        return "", []
-    if not settings.use_peft:  # a rule tells of the setting
-        told = bool(settings.adapter_path)
-        text = "channel 'adapter' with use_peft=false: full fine-tuning has no adapter; remove the channel."
-        return "", [] if told else [text]
+        return "", [NOTHING_TO_MERGE] if settings.merge_adapter else []
+    if not (settings.use_peft or settings.merge_adapter):  # a rule tells of the setting
+        return "", [] if settings.adapter_path else [NOTHING_TO_TRAIN_ON]
     if ADDRESS.match(place):
         return "", [
             f"adapter_path={place!r} is an address, and an adapter is read from a folder: give its S3 prefix as "
@@ -91,7 +97,8 @@ def check_adapter(settings: AdapterSettings, folder: Path) -> Iterator[str]:
     except UserError as error:
         yield from error.problems
     else:
-        yield from find_contradictions(settings, config, folder)
+        if not settings.merge_adapter:  # whose new adapter is as the settings say
+            yield from find_contradictions(settings, config, folder)
     yield from check_weights(folder)
 
 
@@ -181,11 +188,12 @@ def find_base_warnings(folder: Path, model: str, revision: str | None) -> Iterat
 def take_over(settings: AdapterSettings, folder: str) -> AdapterSettings:
     """Return the settings with the adapter's own values where the user gave none, and with the folder as its path.
 
+    An adapter that is merged tells nothing of the new one.
     Raises UserError for what is wrong with the adapter.
     """
     if problems := list(check_adapter(settings, Path(folder))):
         raise UserError(*problems)
-    told = read_config(Path(folder))
+    told = {} if settings.merge_adapter else read_config(Path(folder))
     own = {name: value for name, value in told.items() if not settings.is_given(name)}
     return settings.fill_in(**own, adapter_path=folder)
 

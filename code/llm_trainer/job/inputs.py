@@ -21,7 +21,16 @@ from llm_trainer.config.environment import Environment
 from llm_trainer.config.rules.methods import EARLIER_ADAPTER
 from llm_trainer.config.schema import Settings, show_value
 from llm_trainer.config.secret_references import is_reference
-from llm_trainer.config.sections import ADDRESS, HUB_ID, METRIC_SCHEDULES, SECRETS, ModelSettings, TrainingSettings
+from llm_trainer.config.sections import (
+    ADDRESS,
+    HUB_ID,
+    METRIC_SCHEDULES,
+    SECRETS,
+    ModelSettings,
+    OutputSettings,
+    TrainingSettings,
+)
+from llm_trainer.config.teacher import TEACHER_CHANNEL, derive_teacher, speak_of_teacher
 from llm_trainer.config.tracker_choice import find_idle_project
 from llm_trainer.host.write_probe import find_temp_problem, find_write_problem
 from llm_trainer.job.earlier_adapter import find_adapter, find_base_warnings
@@ -41,6 +50,7 @@ from llm_trainer.readers.sources import (
     find_unused_channels,
     find_validation_sources,
 )
+from llm_trainer.rewards.problems import find_problems
 from llm_trainer.serving.limits import find_settings_refusals
 
 TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "vocab.*", "*.model", "*.tiktoken")
@@ -59,6 +69,7 @@ class Inputs:
     model_dir: Path
     checkpoint_dir: Path
     adapter: str = ""  # the earlier one, a folder or a Hub id; "" for none
+    teacher: str = ""  # of distillation, a folder or a Hub id; "" for none
 
 
 def find_inputs(settings: Settings, environment: Environment, has_mistakes: bool = False) -> tuple[Inputs, list[str]]:
@@ -72,30 +83,43 @@ def find_inputs(settings: Settings, environment: Environment, has_mistakes: bool
     unpacks = not (missing or has_mistakes)
     model, problems = find_model(settings.model, environment, unpacks=unpacks)
     adapter, adapter_problems = find_adapter(settings.adapter, environment, unpacks)
-    problems += adapter_problems + missing
-    if settings.data.trains_rewards and "adapter" in environment.channels and not settings.adapter.adapter_path:
-        problems.append(f"channel 'adapter' with method=reward: {EARLIER_ADAPTER}")
+    theirs = derive_teacher(settings.model, settings.methods, environment.channels)
+    teacher, teacher_problems = find_teacher(settings.data.method, theirs, environment, unpacks=unpacks)
+    problems += [*adapter_problems, *teacher_problems, *missing]
     problems += check_evaluation(settings.training, has_validation=bool(validation))
     problems += find_objective_problems(
         read_objective(environment), settings.data.method, settings.training, has_validation=bool(validation)
     )
-    inputs = Inputs(
-        model=model,
-        train=train,
-        validation=validation,
-        model_dir=Path(settings.output.output_dir) if settings.output.output_dir else environment.model_dir,
-        checkpoint_dir=Path(settings.output.checkpoint_dir)
-        if settings.output.checkpoint_dir
-        else environment.checkpoint_dir,
-        adapter=adapter,
-    )
+    problems += find_method_problems(settings, environment)
+    folders = choose_folders(settings.output, environment)
+    inputs = Inputs(model, train, validation, *folders, adapter, teacher)
     problems += find_folder_problems(settings, environment, inputs)
     return inputs, problems
 
 
+def find_method_problems(settings: Settings, environment: Environment) -> Iterator[str]:
+    """Yield what is wrong with rewards, and a sentence where a reward model would go on from the channel's adapter.
+
+    A rule tells of `adapter_path`.
+    """
+    adapter, methods = settings.adapter, settings.methods
+    is_continued = "adapter" in environment.channels and not (adapter.adapter_path or adapter.merge_adapter)
+    if settings.data.trains_rewards and is_continued:
+        yield f"channel 'adapter' with method=reward: {EARLIER_ADAPTER}"
+    if settings.data.generates:
+        named = methods.reward_functions, methods.reward_options, methods.reward_weights
+        yield from find_problems(*named, environment.channels, columns=None)
+
+
+def choose_folders(output: OutputSettings, environment: Environment) -> tuple[Path, Path]:
+    """Return the folder of the result, and the one of the checkpoints."""
+    return Path(output.output_dir or environment.model_dir), Path(output.checkpoint_dir or environment.checkpoint_dir)
+
+
 def check_result_place(settings: Settings, environment: Environment, inputs: Inputs) -> Iterator[str]:
     """Yield sentences about a folder of the result in which it would meet what the job reads, or others' files."""
-    read = {"the folder of the model": Path(inputs.model)} if os.path.isdir(inputs.model) else {}
+    models = {"the folder of the model": inputs.model, "the folder of the teacher": inputs.teacher}
+    read = {name: Path(place) for name, place in models.items() if os.path.isdir(place)}
     if settings.training.use_checkpoints:
         read["the folder of the checkpoints"] = inputs.checkpoint_dir
     for name in ("train_dataset_path", "val_dataset_path"):
@@ -140,6 +164,29 @@ def find_model(
             return "", list(error.problems)
         return model, list(check_model(model, needs_tokenizer))
     return "", ["model_id is missing: give a Hugging Face model id, or the model's files as channel 'model'."]
+
+
+def find_teacher(
+    method: str, theirs: ModelSettings, environment: Environment, needs_tokenizer: bool = True, unpacks: bool = True
+) -> tuple[str, list[str]]:
+    """Return the teacher's folder or Hub id, "" for none, and a sentence for each thing wrong with it.
+
+    `theirs` are its settings by the names of a base's, and the other arguments those of `find_model`.
+    """
+    if method != "distill":
+        is_idle = TEACHER_CHANNEL in environment.channels
+        text = (
+            f"channel '{TEACHER_CHANNEL}' with method={method}: only method=distill has a teacher; "
+            "remove the channel, or set method."
+        )
+        return "", [text] * is_idle
+    if theirs.model_id is None:
+        return "", [
+            "teacher_model_name_or_path is missing with method=distill: give the teacher's Hugging Face id, or its "
+            f"files as channel '{TEACHER_CHANNEL}'."
+        ]
+    place, problems = find_model(theirs, environment, needs_tokenizer, unpacks)
+    return place, list(map(speak_of_teacher, problems))
 
 
 def find_denied_parts(place: str, template: str | None) -> Iterator[str]:
@@ -239,6 +286,11 @@ def find_missing_weights(model: str) -> Iterator[str]:
     )
 
 
+def list_missing_weights(inputs: Inputs) -> list[str]:
+    """Return a sentence for each of a job's models whose folder has no weights at all."""
+    return [*find_missing_weights(inputs.model), *map(speak_of_teacher, find_missing_weights(inputs.teacher))]
+
+
 def check_evaluation(settings: TrainingSettings, has_validation: bool) -> Iterator[str]:
     """Yield a sentence for each setting that needs validation data where there are none."""
     if has_validation:
@@ -284,7 +336,7 @@ def find_warnings(settings: Settings, environment: Environment, inputs: Inputs) 
             more = f" and {len(unread) - MAX_NAMED_FILES} more" if len(unread) > MAX_NAMED_FILES else ""
             yield f"{source.name} holds files that are not read: {', '.join(unread[:MAX_NAMED_FILES])}{more}"
     if unused := find_unused_channels(environment):
-        names = "train, train_..., validation or val, model, adapter, rewards and config"
+        names = "train, train_..., validation or val, model, adapter, teacher, rewards and config"
         yield f"nothing reads channel {', '.join(unused)}: a job reads {names}."
     for name in SECRETS:
         secret = settings.value(name)

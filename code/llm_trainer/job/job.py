@@ -10,11 +10,12 @@ from llm_trainer.common import log
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.checks import count_devices, find_missing_hardware
 from llm_trainer.config.environment import Environment, read_environment
+from llm_trainer.config.generation import GenerationSettings, find_generation_problem
 from llm_trainer.config.global_batch import find_batch_problem
 from llm_trainer.config.load import read_settings
 from llm_trainer.config.schema import Settings
 from llm_trainer.job.earlier_adapter import fetch_adapter, find_base_warnings, take_over
-from llm_trainer.job.inputs import Inputs, find_inputs, find_missing_weights
+from llm_trainer.job.inputs import Inputs, find_inputs, list_missing_weights
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,11 @@ def check_job(environment: Environment, arguments: Sequence[str]) -> Job:
     """Read the job of this environment. Raises UserError with every mistake there is."""
     settings, problems = collect_settings(environment, arguments)
     inputs, missing = find_inputs(settings, environment, has_mistakes=bool(problems))
-    missing += [*find_missing_weights(inputs.model), *find_missing_hardware(settings, environment)]
-    missing += find_batch_problem(settings.training, settings.data, count_devices(settings.parallelism, environment))
+    missing += [*list_missing_weights(inputs), *find_missing_hardware(settings, environment)]
+    num_devices = count_devices(settings.parallelism, environment)
+    missing += find_batch_problem(settings.training, settings.data, num_devices)
+    sections = GenerationSettings(settings.data, settings.methods, settings.training)
+    missing += find_generation_problem(sections, num_devices, bool(inputs.validation))
     if problems or missing:
         raise UserError(*problems, *missing)
     return take_over_adapter(Job(environment, settings, inputs))

@@ -33,6 +33,7 @@ class Manifest(TypedDict, total=False):
     model: str
     base_digest: str | None  # of some bytes of the base's weights
     lineage: list[dict[str, Any]]  # the adapters that the training went on from, the newest first
+    teacher_digest: str  # of some bytes of the teacher's weights, and how they were rounded
     settings: dict[str, Any]  # without secrets
     training_arguments: dict[str, Any]  # those that decide the result, and are left to a default
     trainable_parameters: int

@@ -23,6 +23,7 @@ RecordKind = Literal[
     "phase",
     "checkpoint",
     "generation",
+    "completions",
     "event",
     "manifest",
     "end",
@@ -129,6 +130,15 @@ class GenerationRecord(TypedDict, total=False):
     after: str
 
 
+class CompletionsRecord(TypedDict, total=False):
+    """Completions that the model wrote for a step, with their rewards: a bounded number of them."""
+
+    time: Required[float]
+    kind: Required[Literal["completions"]]
+    step: int
+    completions: list[dict[str, Any]]  # prompt, completion, rewards by name, advantage
+
+
 class EventRecord(TypedDict, total=False):
     """Something that a person should see, such as an XID error of a GPU."""
 
@@ -164,6 +174,7 @@ Record = (
     | PhaseRecord
     | CheckpointRecord
     | GenerationRecord
+    | CompletionsRecord
     | EventRecord
     | ManifestRecord
     | EndRecord

@@ -366,6 +366,7 @@ def log_job(job: Job) -> None:
         f"{environment.num_gpus} GPUs, {environment.num_cpus} CPU cores, {num_processes} worker processes",
         f"Model {inputs.model}",
         *([f"Adapter to go on from: {inputs.adapter}"] if inputs.adapter else []),
+        *([f"Teacher {inputs.teacher}"] if inputs.teacher else []),
         *(f"Training data: {source.describe()}" for source in inputs.train),
         *(f"Validation data: {source.describe()}" for source in inputs.validation),
         *(

@@ -7,19 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llm_trainer.config.sections import ModelSettings
+from llm_trainer.config.sections import MethodSettings, ModelSettings
 from llm_trainer.config.trl_config_fields import read_snapshot
+
+ModelSections = tuple[ModelSettings, MethodSettings]  # the sections that tell how models are loaded
 
 
 @contextmanager
-def import_quickly(model: ModelSettings, optim: str, folder: str) -> Iterator[None]:
+def import_quickly(sections: ModelSections, optim: str, *folders: str) -> Iterator[None]:
     """Import, within the block, without searching for garbage and without packages that this job has no use for.
 
-    `folder` is where the model lies, or its name on the Hub.
+    `folders` are where its models lie, or their names on the Hub; "" for one that it has not.
     """
     # Transformers would import scipy, for what finds things in pictures; a model's own code may ask for any package.
-    needless = [] if model.trust_remote_code else ["scipy"]
-    needless += [] if may_need_bitsandbytes(model, optim, folder) else ["bitsandbytes"]
+    needless = [] if sections[0].trust_remote_code else ["scipy"]
+    needless += [] if may_need_bitsandbytes(sections, optim, *folders) else ["bitsandbytes"]
     hidden = [name for name in needless if hide_package(name)]
     gc.disable()  # what imports make stays: to search it for garbage would take a sixth of their time
     try:
@@ -31,19 +33,24 @@ def import_quickly(model: ModelSettings, optim: str, folder: str) -> Iterator[No
         gc.enable()
 
 
-def may_need_bitsandbytes(model: ModelSettings, optim: str, folder: str) -> bool:
+def may_need_bitsandbytes(sections: ModelSections, optim: str, *folders: str) -> bool:
     """Tell whether a job quantizes, has an optimizer that torch lacks, or a model that may be quantized already.
 
     PEFT would import bitsandbytes, for seconds.
     """
-    config = Path(folder) / "config.json"
-    return (
-        model.load_in_4bit
-        or model.load_in_8bit
-        or optim in read_snapshot()["optim"].packages
-        or not config.is_file()
-        or "quantization_config" in config.read_text(encoding="utf-8")
+    model, methods = sections
+    quantizes = (
+        *(model.load_in_4bit, model.load_in_8bit),
+        *(methods.teacher_load_in_4bit, methods.teacher_load_in_8bit),
     )
+    return any(quantizes) or optim in read_snapshot()["optim"].packages or any(map(may_be_quantized, folders))
+
+
+def may_be_quantized(folder: str) -> bool:
+    """Tell whether a model may be stored in a quantization of bitsandbytes. One on the Hub may; "" is none."""
+    config = Path(folder) / "config.json"
+    stored = config.read_text(encoding="utf-8") if config.is_file() else None
+    return bool(folder) and (stored is None or ("quantization_config" in stored and '"mxfp4"' not in stored))
 
 
 def hide_package(name: str) -> bool:

@@ -108,9 +108,9 @@ def build_library_variables(inputs: Inputs, chat_template_path: str | None, push
 
 
 def reads_from_hub(inputs: Inputs, chat_template_path: str | None) -> bool:
-    """Tell whether the model, its chat template, an earlier adapter or data come from the Hugging Face Hub."""
+    """Tell whether a model, its chat template, an earlier adapter or data come from the Hugging Face Hub."""
     has_hub_data = any(isinstance(source, HubSource) for source in (*inputs.train, *inputs.validation))
-    places = (inputs.model, inputs.adapter, chat_template_path)
+    places = (inputs.model, inputs.adapter, inputs.teacher, chat_template_path)
     return has_hub_data or any(place and not os.path.exists(place) for place in places)
 
 

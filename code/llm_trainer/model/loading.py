@@ -73,15 +73,17 @@ class LoadOptions:
     is_reward: bool = False  # whether it gets the head of a reward model, which is new where the base has none
 
 
-def fetch_model(model: str, settings: ModelSettings, scratch_dir: Path, with_weights: bool = True) -> str:
-    """Return the folder of a model's files. Download a Hub model once a host.
+def fetch_model(
+    model: str, settings: ModelSettings, scratch_dir: Path, with_weights: bool = True, name: str = "model"
+) -> str:
+    """Return the folder of a model's files. Download a Hub model once a host. `name` tells a job's models apart.
 
     With `use_snapshot_download=false` the model's Hub id comes back, and each rank loads it from the Hub by itself.
     Raise UserError when the model cannot be downloaded, has no room on the disk, or is not a plain base model.
     """
     if Path(model).is_dir():
         return model
-    place = scratch_dir / "model_folder"
+    place = scratch_dir / f"{name}_folder"
     has_own_cache = "cache_dir" in (settings.model_init_kwargs or {})  # where the ranks alone look
 
     def download() -> None:
@@ -94,7 +96,7 @@ def fetch_model(model: str, settings: ModelSettings, scratch_dir: Path, with_wei
             check_room(model, Path(folder))
         write_verbatim(place, folder)
 
-    run_on_local_rank_zero(scratch_dir / "model.done", download)
+    run_on_local_rank_zero(scratch_dir / f"{name}.done", download)
     return place.read_text(encoding="utf-8") if settings.use_snapshot_download else model
 
 

@@ -40,15 +40,21 @@ PROBED: dict[tuple[type[PreTrainedModel], str], set[str] | None] = {}
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
+def find_base_model(model: nn.Module) -> PreTrainedModel:
+    """Return the model below an adapter, or the model itself where it has none."""
+    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
+
+
 def build_lora_config(
     model_settings: ModelSettings, settings: AdapterSettings, skeleton: PreTrainedModel
 ) -> LoraConfig:
-    """Return PEFT's config of the adapter: a new one, or the earlier one that `settings.adapter_path` names.
+    """Return PEFT's config of the adapter: a new one, or the earlier one that is trained on.
 
     `skeleton` is the base model, with or without its weights. Raise UserError for targets that the model lacks, and for
     options that PEFT cannot apply to them.
     """
-    if settings.adapter_path:
+    if settings.goes_on:
         return build_trained_config(settings)
     modules, parameters = choose_targets(model_settings, settings, skeleton)
     # PEFT's own LoftQ quantizes a whole base by itself. Ours (lora_init) begins on a quantized base.

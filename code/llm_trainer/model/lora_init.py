@@ -7,9 +7,11 @@ to that base alone. The export therefore holds its difference from the first val
 belongs to the base as it is stored.
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from llm_trainer.config.sections import MOVING_STARTS
 # In a checkpoint. A folder of its own would make PEFT load it as a second adapter.
 INITIAL_ADAPTER = "initial_adapter.safetensors"
 ADAPTER = "default"  # PEFT's name of the only adapter
+REFERENCE = "ref"  # the name by which TRL's trainers look for a copy of its first values
 # Fields that adapter_config.json has in any case: those that readers other than PEFT look for.
 SAID_FIELDS = (
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "bias"),
@@ -177,3 +180,28 @@ def leave_out_defaults(config: dict[str, Any]) -> dict[str, Any]:
         for name, value in config.items()
         if name in SAID_FIELDS or (name != "peft_version" and value not in (None, [], {}, defaults.get(name)))
     }
+
+
+@torch.no_grad()
+def copy_adapter(model: PeftModel) -> None:
+    """Give the model a frozen copy of its adapter, for the reference of an adapter that does not begin at zero."""
+    config = copy.deepcopy(model.peft_config[ADAPTER])
+    config.init_lora_weights = True  # its values come from the adapter, and the base stays as it is
+    model.add_adapter(REFERENCE, config)
+    for name, parameter in model.named_parameters():
+        if f".{ADAPTER}." in name:
+            kept = model.get_parameter(name.replace(f".{ADAPTER}.", f".{REFERENCE}."))
+            kept.data = parameter.detach().clone()
+            kept.requires_grad_(False)
+
+
+@contextmanager
+def hide_copy(model: Any) -> Iterator[None]:
+    """Have PEFT write the trained adapter alone in this context."""
+    configs = model.peft_config if isinstance(model, PeftModel) else {}
+    config = configs.pop(REFERENCE, None)
+    try:
+        yield
+    finally:
+        if config is not None:
+            configs[REFERENCE] = config

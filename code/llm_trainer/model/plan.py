@@ -99,7 +99,7 @@ def plan_model(folder: str, settings: PlanSettings, device: Device, precision: P
     lora = build_lora_config(model_settings, settings.adapter, skeleton) if settings.adapter.use_peft else None
     token_types = find_token_types(skeleton)
     float8_layers = choose_float8_layers(model_settings, skeleton, device, precision)
-    goes_on = lora is not None and settings.adapter.adapter_path
+    goes_on = lora is not None and settings.adapter.goes_on
     start = [check_earlier_adapter(folder, config, model_settings, settings.adapter)] if goes_on else []
     decided = (quantization, attention, liger, lora, token_types, float8_layers, count_positions(skeleton))
     plan = ModelPlan(folder, config, device, precision, *decided)

@@ -37,8 +37,10 @@ def count_positions(model: PreTrainedModel) -> int | None:
     return None
 
 
-def bound_length(settings: DataSettings, num_positions: int | None) -> DataSettings:
+def bound_length(settings: DataSettings, num_positions: int | None, num_written: int = 0) -> DataSettings:
     """Return the settings with a default of `max_length` that a model with so many positions can take.
+
+    The model writes up to `num_written` tokens behind a row.
 
     Rows that share a sequence each begin at position 0, so that only the rows' lengths count. Raises UserError where
     the user's own settings make rows that are longer.
@@ -46,6 +48,11 @@ def bound_length(settings: DataSettings, num_positions: int | None) -> DataSetti
     if num_positions is None:
         return settings
     has = f"the model has a table of {num_positions} positions"
+    if num_written:
+        has += f" with max_completion_length={num_written} of them for completions"
+        num_positions -= num_written
+        if num_positions < 2:
+            raise UserError(f"{has[0].upper()}{has[1:]}: lower max_completion_length.")
     if not settings.is_given("max_length"):
         settings = settings.fill_in(max_length=min(settings.max_length or num_positions, num_positions))
     length, multiple = settings.max_length, settings.pad_to_multiple_of

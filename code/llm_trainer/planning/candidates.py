@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every instance type, one to sixteen of it: whether a job fits, how, and what it takes in time and dollars."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,13 @@ class Outline:
     merges: bool  # whether the result has all weights though an adapter is trained
     learnt: Learnt
     prices: Prices | None  # None: not known
+    places: tuple[tuple[str, int], ...] | None = None  # the types and numbers that are asked about; None: all
+
+    def list_counts(self, name: str) -> Sequence[int]:
+        """Return the numbers of instances of a type that are asked about."""
+        if self.places is None:
+            return range(1, MAX_COUNT + 1)
+        return [count for asked, count in self.places if asked == name]
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class Candidate:
     spot: SpotRun | None = None
     dollars: float | None = None
     spot_dollars: float | None = None
+    spot_saving: float | None = None  # the share of the price that these rest on
+    is_saving_assumed: bool | None = None  # True where the user has told none
 
     @property
     def fits(self) -> bool:
@@ -111,6 +120,8 @@ class Candidate:
             "dollars_an_hour": self.dollars and self.instance_hours and self.dollars / self.instance_hours,
             "instance_hours": self.instance_hours and round(self.instance_hours, 3),
             "spot_dollars": self.spot_dollars and round(self.spot_dollars, 2),
+            "spot_saving": self.spot_saving,
+            "spot_saving_is_assumed": self.is_saving_assumed,
             "spot_hours": self.spot and round(self.spot.hours, 3),
             "interruptions": self.spot and round(self.spot.interruptions, 4),
             "by_formula": self.by_formula,
@@ -118,23 +129,29 @@ class Candidate:
 
 
 def list_candidates(outline: Outline) -> list[Candidate]:
-    """Return every instance type, one to sixteen of it, those that fit first and of them the cheapest."""
+    """Return every instance type, one to sixteen of it, or the places that are asked about.
+
+    Those that fit come first, and of them the cheapest.
+    """
     fits: dict[tuple[str, int], Fit | str] = {}
     asked = outline.fitter.job.settings.parallelism.nproc_per_node
     found: list[Candidate] = []
     for host in read_instances().types.values():
         if asked and asked > host.num_gpus:
             refusal = f"nproc_per_node={asked} is more than its GPUs"
-            found += [Candidate(host, count, refusal=refusal) for count in range(1, MAX_COUNT + 1)]
+            found += [Candidate(host, count, refusal=refusal) for count in outline.list_counts(host.name)]
         else:
-            found += list_counts(outline, replace(host, num_gpus=asked or host.num_gpus), fits)
+            found += try_counts(outline, replace(host, num_gpus=asked or host.num_gpus), fits)
     return sorted(found, key=lambda candidate: candidate.order)
 
 
-def list_counts(outline: Outline, host: InstanceType, fits: dict[tuple[str, int], Fit | str]) -> Iterator[Candidate]:
-    """Yield one to sixteen instances of a type. `fits` keeps what is known of a number of GPUs for other types."""
+def try_counts(outline: Outline, host: InstanceType, fits: dict[tuple[str, int], Fit | str]) -> Iterator[Candidate]:
+    """Yield the numbers of a type that are asked about.
+
+    `fits` keeps what is known of a number of GPUs for other types.
+    """
     offered = outline.prices is None or host.name in outline.prices.on_demand
-    for count in range(1, MAX_COUNT + 1):
+    for count in outline.list_counts(host.name):
         num_gpus = count * host.num_gpus
         key = host.gpu.name, num_gpus
         fit = fits[key] = fits[key] if key in fits else find_fit(outline.fitter, host, num_gpus)
@@ -190,14 +207,15 @@ def plan_run(outline: Outline, candidate: Candidate, rows_a_step: int, work: Wor
     between = run.steps / max(1, steps.checkpoints)
     spot = expect_interruptions(run.hours, run.start / 3600, between / 3600, count)
     prices = outline.prices
-    price, spot_price = (prices.on_demand.get(host.name), prices.spot.get(host.name)) if prices else (None, None)
+    timed = replace(candidate, steps=number, run=run, spot=spot)
+    if prices is None or host.name not in prices.on_demand:
+        return timed
     return replace(
-        candidate,
-        steps=number,
-        run=run,
-        spot=spot,
-        dollars=price and price * run.hours * count,
-        spot_dollars=spot_price and spot_price * spot.hours * count,
+        timed,
+        dollars=prices.on_demand[host.name] * run.hours * count,
+        spot_dollars=prices.spot[host.name] * spot.hours * count,
+        spot_saving=prices.find_spot_saving(host.name),
+        is_saving_assumed=host.name not in prices.spot_savings,
     )
 
 
@@ -216,7 +234,7 @@ def describe_steps(candidate: Candidate, number: int, work: Workload) -> Steps:
         reference_tokens=work.num_tokens + work.eval_tokens if settings.asks_reference_first else 0,
         tokens_per_second=candidate.tokens_per_second,
         checkpoints=count_checkpoints(settings.training, number, number * step.seconds),
-        asks_reference=settings.asks_reference,
+        untrained_passes=settings.untrained_passes,
     )
 
 

@@ -45,8 +45,11 @@ class Prices(BaseModel):
     @property
     def spot(self) -> dict[str, float]:
         """The price of an hour on spot by type: the one on demand less the saving that is known or assumed."""
-        savings = {name: self.spot_savings.get(name, ASSUMED_SPOT_SAVING) for name in self.on_demand}
-        return {name: price * (1 - savings[name]) for name, price in self.on_demand.items()}
+        return {name: price * (1 - self.find_spot_saving(name)) for name, price in self.on_demand.items()}
+
+    def find_spot_saving(self, name: str) -> float:
+        """Return the share of a type's price that spot saves, as it is known or assumed."""
+        return self.spot_savings.get(name, ASSUMED_SPOT_SAVING)
 
     @property
     def origin(self) -> str:

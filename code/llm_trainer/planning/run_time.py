@@ -67,12 +67,13 @@ class Steps:
     reference_tokens: int  # of rows that the reference is asked about before the first step
     tokens_per_second: float
     checkpoints: int
-    asks_reference: bool = False  # whether each batch goes through the reference, too
+    untrained_passes: int = 0  # that each batch takes beside the one that is trained on, such as a reference's
 
     @property
     def evaluation_share(self) -> float:
         """The share of a token's time in training that it takes without a backward pass."""
-        return 2 * EVALUATION_SHARE / (1 + EVALUATION_SHARE) if self.asks_reference else EVALUATION_SHARE
+        passes = 1 + self.untrained_passes
+        return passes * EVALUATION_SHARE / (1 + self.untrained_passes * EVALUATION_SHARE)
 
     def time_forward(self, tokens: int) -> float:
         """Return the seconds of so many tokens that are not trained on."""

@@ -131,7 +131,7 @@ def time_step(
 ) -> StepTime | None:
     """Return what a step takes on so many GPUs. None: the config does not tell how many experts a token goes to.
 
-    A reference that each batch goes through is another forward pass of the same model.
+    Each pass without gradients, such as a reference makes, is another forward pass of the same model.
     A sharded model is spread over the scenario's `world_size`, and replicated over the others. `row_tokens` is the
     length of the row that a token stands in. Raise UnknownShapeError where not even the model's parts are known.
     """
@@ -142,7 +142,7 @@ def time_step(
     efficiency = find_efficiency(host.gpu.name)
     rates = find_rates(host.gpu, efficiency, scenario)
     shards = scenario.target.world_size if plan.sharded else 1
-    forwards = 2 if scenario.settings.asks_reference else 1
+    forwards = 1 + scenario.settings.untrained_passes
     spread = Spread(gpus, shards, scenario.settings.training.gradient_accumulation_steps, forwards)
     traffic = count_traffic(scenario.shape, scenario.dtypes[1], shards)
     passes = add_copies(passes, traffic) if shards > 1 else passes
@@ -162,7 +162,7 @@ def list_rates(rates: Rates, efficiency: Efficiency) -> list[Rates]:
 def time_computing(passes: tuple[Pass, Pass], spread: Spread, update: float, rates: Rates) -> float:
     """Return the seconds of a step's batches, of an update that moves so many bytes, and of the pause between steps.
 
-    A forward pass for the reference keeps no activations.
+    A forward pass without gradients keeps no activations.
     """
     forward, backward = passes
     asking = (spread.forwards - 1) * replace(forward, offloaded=0.0).time(rates)

@@ -119,6 +119,7 @@ class StepChart(NamedTuple):
 
 STEP_CHARTS = (
     StepChart("loss", "Loss", {"train_loss": "training", "eval_loss": "evaluation"}, is_wide=True, may_be_log=True),
+    StepChart("reward", "Reward", {"reward": "training", "eval_reward": "evaluation"}),
     StepChart(
         "ranked_right",
         "Pairs ranked right",
@@ -136,6 +137,7 @@ STEP_CHARTS = (
         "Token accuracy",
         {"train_token_accuracy": "training", "eval_mean_token_accuracy": "evaluation"},
     ),
+    StepChart("entropy", "Entropy of a token", {"entropy": "training", "eval_entropy": "evaluation"}),
     StepChart("learning_rate", "Learning rate", {"learning_rate": "learning rate"}, smooth=False),
     StepChart("grad_norm", "Gradient norm", {"grad_norm": "gradient norm"}, may_be_log=True),
     StepChart("speed", "Throughput", {"tokens_per_second": "tokens a second"}, unit="tokens/s", from_zero=True),

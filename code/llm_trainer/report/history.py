@@ -12,6 +12,7 @@ from llm_trainer.common.units import count_instance_hours
 from llm_trainer.journal.journal import read_records
 from llm_trainer.journal.records import (
     CheckpointRecord,
+    CompletionsRecord,
     DataRecord,
     EndRecord,
     EventRecord,
@@ -63,6 +64,7 @@ class History:
     phases: list[Phase] = field(default_factory=list)
     checkpoints: list[CheckpointRecord] = field(default_factory=list)
     generations: list[GenerationRecord] = field(default_factory=list)
+    completions: list[CompletionsRecord] = field(default_factory=list)
     events: list[EventRecord] = field(default_factory=list)
     num_events: int = 0
     step: int = 0
@@ -172,6 +174,8 @@ def add_record(history: History, record: Record) -> None:
             history.checkpoints.append(record)
         case "generation":
             history.generations.append(record)
+        case "completions":
+            history.completions.append(record)
         case "event":
             add_event(history, record)
         case _:

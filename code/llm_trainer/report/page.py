@@ -39,10 +39,12 @@ OUTCOMES = {"done": "Done", "stopped": "Stopped", "failed": "Failed"}
 FIGURES = {
     "Training loss": ("train_loss",),
     "Evaluation loss": ("eval_loss",),
+    "Reward": ("eval_reward", "reward"),
     "Pairs ranked right": ("eval_rewards/accuracies", "rewards/accuracies"),
     "Token accuracy": ("eval_mean_token_accuracy", "train_token_accuracy"),
 }
 MAX_GENERATIONS = 20
+SHOWN_STEPS = 3  # at the beginning and at the end, of those whose completions are known
 MAX_TEXT = 5000  # characters of a generation, since one that never ended would make the page too large
 TEXTS: tuple[Literal["split", "prompt", "reference", "before", "after"], ...] = (
     "split",
@@ -89,6 +91,7 @@ def render_page(history: History, clock: Clock, curves: list[Chart]) -> str:
         drawings={chart.name: chart.describe_drawing() for charts in groups.values() for chart in charts},
         supervision=describe_supervision(history),
         generations=[shorten_texts(record) for record in history.generations[:MAX_GENERATIONS]],
+        completions=list(list_completions(history)),
         settings=list_settings(history),
         unset=sorted(name for name, value in history.settings.items() if value is None),
         versions=list_versions(history),
@@ -124,7 +127,7 @@ def list_facts(history: History) -> Iterator[tuple[str, str]]:
     for title, names in FIGURES.items():
         last = next((last for name in names if (last := history.find_metric(name).last) is not None), None)
         if last is not None:
-            yield title, show_number(last) if "loss" in names[0] else show_share(last)
+            yield title, show_share(last) if "accurac" in names[0] else show_number(last)
     if history.tokens:
         yield "Tokens", show_large(history.tokens)
     speed = history.find_metric("tokens_per_second")
@@ -208,6 +211,22 @@ def shorten_texts(generation: GenerationRecord) -> dict[str, str]:
     """Return a generation's texts, cut where they are too long for the page."""
     texts = {name: str(generation.get(name) or "") for name in TEXTS}
     return {name: text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} ..." for name, text in texts.items()}
+
+
+def list_completions(history: History) -> Iterator[dict[str, Any]]:
+    """Yield completions of the first and the last steps that have any, with their rewards as texts."""
+    records = history.completions
+    chosen = records if len(records) <= 2 * SHOWN_STEPS else [*records[:SHOWN_STEPS], *records[-SHOWN_STEPS:]]
+    for record in chosen:
+        for each in record.get("completions") or ():
+            rewards = {**(each.get("rewards") or {}), "advantage": each.get("advantage")}
+            shown = {name: "none" if value is None else show_number(value) for name, value in rewards.items()}
+            yield {
+                "step": record.get("step", 0),
+                "prompt": str(each.get("prompt") or ""),
+                "completion": str(each.get("completion") or ""),
+                "rewards": "\n".join(f"{name}: {value}" for name, value in shown.items()),
+            }
 
 
 def list_curves(history: History) -> dict[str, Any]:

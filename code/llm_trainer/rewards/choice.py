@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One chosen reward: a built-in one, or FILE.py:NAME, a function in a file of a channel."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +25,10 @@ class Choice:
     name: str  # of the built-in, or of the function
     options: Mapping[str, Any]
     file: Path | None = None  # None for a built-in one
+
+    def describe_content(self) -> str:
+        """Return the entry. A function of the user has the digest of its file behind it."""
+        return f"{self.entry} {hashlib.sha256(self.file.read_bytes()).hexdigest()[:12]}" if self.file else self.entry
 
 
 def parse_choice(entry: str, options: Mapping[str, Any], channels: Mapping[str, Path]) -> Choice:

@@ -9,7 +9,7 @@ from typing import Any
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.rewards.choice import Choice, parse_choice, read_schema
-from llm_trainer.rewards.options import find_column_problems, find_option_problems, suggest
+from llm_trainer.rewards.options import OPTIONS, find_column_problems, find_option_problems, suggest
 from llm_trainer.rewards.own_function import OWN_ARGUMENTS
 from llm_trainer.rewards.rewards import LOAD_SECONDS, load_reward
 
@@ -32,8 +32,7 @@ def find_problems(
     for name in reward_options:
         if name not in reward_functions:
             yield f"reward_options names {name!r}, which is not in reward_functions: {suggest(name, reward_functions)}"
-    for name in sorted({*OWN_ARGUMENTS} & {*(columns or ())}):
-        yield f"the rows have a column {name!r}, which a reward function gets from the trainer: rename the column."
+    yield from find_taken_columns(columns or ())
     choices: list[Choice] = []
     for entry in reward_functions:
         try:
@@ -43,6 +42,23 @@ def find_problems(
     yield from find_repeated_names(choices)
     for choice in {choice.entry: choice for choice in choices}.values():
         yield from find_choice_problems(choice, channels, columns)
+
+
+def find_taken_columns(columns: Collection[str]) -> Iterator[str]:
+    """Yield a sentence for each column whose name is an argument that every reward function gets."""
+    for name in sorted({*OWN_ARGUMENTS} & {*columns}):
+        yield f"the rows have a column {name!r}, which a reward function gets from the trainer: rename the column."
+
+
+def find_unfit_columns(
+    reward_functions: Sequence[str], reward_options: Mapping[str, Mapping[str, Any]], columns: Collection[str]
+) -> list[str]:
+    """Return a sentence for each column that the rows have and should not, or that a built-in reward lacks."""
+    problems = list(find_taken_columns(columns))
+    for name in reward_functions:
+        if name in OPTIONS:
+            problems += find_column_problems(name, reward_options.get(name, {}), columns)
+    return problems
 
 
 def find_weight_problems(reward_weights: Sequence[float] | None, num_functions: int) -> Iterator[str]:

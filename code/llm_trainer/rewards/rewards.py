@@ -193,10 +193,14 @@ def load_rewards(
     reward_options: Mapping[str, Mapping[str, Any]],
     channels: Mapping[str, Path],
     timeout_seconds: float,
+    columns: Collection[str] | None = None,
 ) -> list[Reward]:
-    """Return the rewards in their order, each with its process. Raises UserError where one cannot be loaded."""
+    """Return the rewards in their order, each with its process. Raises UserError where one cannot be loaded.
+
+    `columns` are those of the rows, None where they are not known.
+    """
     choices = [parse_choice(entry, reward_options.get(entry, {}), channels) for entry in reward_functions]
-    return [load_reward(read_schema(choice, channels), timeout_seconds) for choice in choices]
+    return [load_reward(read_schema(choice, channels), timeout_seconds, columns) for choice in choices]
 
 
 def load_reward(choice: Choice, timeout_seconds: float, columns: Collection[str] | None = None) -> Reward:

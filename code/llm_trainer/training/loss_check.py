@@ -6,11 +6,11 @@ scales that TRL does not know, would be left out of the loss without a word.
 """
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.nn.functional import log_softmax
 
 from llm_trainer.common.errors import UserError, quote_error
+from llm_trainer.model.lora import find_base_model
 
 NUM_ROWS, NUM_TOKENS = 2, 8
 # How far a token's logits may move with the last token, as a share of the largest. Other kernels may round otherwise.
@@ -21,10 +21,13 @@ APART = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.03}
 FIX = "give another model."
 
 
-def check_loss(model: nn.Module, vocabulary_size: int, device: torch.device, dtype: torch.dtype) -> None:
+def check_loss(
+    model: nn.Module, vocabulary_size: int, device: torch.device, dtype: torch.dtype, temperature: float = 1.0
+) -> None:
     """Raise UserError for a model that TRL's loss would not train as a causal language model.
 
     `model` is the trainer's, with TRL's output layer, and computes in `dtype`. Its code may fail with TRL's loss, too.
+    The loss is of logits that are divided by `temperature`.
     """
     was_training = model.training
     model.eval()
@@ -33,7 +36,7 @@ def check_loss(model: nn.Module, vocabulary_size: int, device: torch.device, dty
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits, after_others = compute_logits(model, rows)
             problem = find_dependence(logits, after_others, MOVED[dtype])
-            problem = problem or find_other_loss(model, rows, logits, APART[dtype])
+            problem = problem or find_other_loss(model, rows, logits / temperature, APART[dtype])
     except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         raise UserError(f"The model does not compute with TRL's loss ({quote_error(error)}): {FIX}") from error
     finally:
@@ -49,7 +52,7 @@ def check_rewards(model: nn.Module, vocabulary_size: int, device: torch.device, 
     """
     was_training = model.training
     model.eval()
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = find_base_model(model)
     row = torch.randint(vocabulary_size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
     row[row == base.config.get_text_config().pad_token_id] += 1  # which Transformers would pass over
     try:

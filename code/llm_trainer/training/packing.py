@@ -191,20 +191,52 @@ def choose_packing(
     Every rank must call this. Raises UserError where the model does not and the settings name packing. Where they leave
     it open, packing is off.
     """
-    if settings.packing is False:
-        return Packing("off", "packing=false")
+    if settings.generates or settings.packing is False:
+        return Packing("off", "completions are trained on padded" if settings.generates else "packing=false")
     flattens = is_flash_attention_requested(model.config)
     collator = PackingCollator(tokenizer.pad_token_id, settings.max_length, flattens, arguments.pad_to_multiple_of)
+    mode: Literal["data set", "batch"] = "data set" if settings.packing else "batch"
+    found = f"{model.config._attn_implementation} attention keeps them apart"
+    tried = [Packing(mode, found, replace(collator, num_axes=num_axes)) for num_axes in list_axes(model)]
+    reasons: list[str] = []
+    for packing in tried:
+        reason = find_reason_against(packing, model, arguments, group)
+        if reason is None:
+            return packing
+        reasons.append(reason)
+    return switch_off(settings, reasons[0])
+
+
+def examine_model(
+    packing: Packing,
+    model: PreTrainedModel,
+    arguments: SFTConfig,
+    settings: DataSettings,
+    group: dist.ProcessGroup | None,
+) -> Packing:
+    """Return the packing if another model that reads its sequences keeps their rows apart, too, else none.
+
+    Every rank must call this. Raises UserError as `choose_packing`.
+    """
+    if packing.collator is None:
+        return packing
+    reason = find_reason_against(packing, model, arguments, group)
+    return packing if reason is None else switch_off(settings, reason)
+
+
+def find_reason_against(
+    packing: Packing, model: PreTrainedModel, arguments: SFTConfig, group: dist.ProcessGroup | None
+) -> str | None:
+    """Return why a model would not read rows of a packing as if they were alone, None where it does.
+
+    Every rank must call this.
+    """
     if arguments.parallelism_config is not None:
-        reason: str | None = "parallelism_config may split a sequence over devices"
-    else:
-        with autocast_like_training(arguments):
-            collator, found = choose_axes(model, collator)
-        reason = agree_on_reason(found, group)
-    if reason is None:
-        mode: Literal["data set", "batch"] = "data set" if settings.packing else "batch"
-        return Packing(mode, f"{model.config._attn_implementation} attention keeps them apart", collator)
-    return switch_off(settings, reason)
+        return "parallelism_config may split a sequence over devices"
+    assert packing.collator is not None
+    with autocast_like_training(arguments):
+        found = find_cross_row_attention(model, replace(packing.collator, pad_token_id=0, max_length=None))
+    return agree_on_reason(found, group)
 
 
 def switch_off(settings: DataSettings, reason: str) -> Packing:
@@ -215,19 +247,13 @@ def switch_off(settings: DataSettings, reason: str) -> Packing:
     return Packing("off", reason)
 
 
-def choose_axes(model: PreTrainedModel, collator: PackingCollator) -> tuple[PackingCollator, str | None]:
-    """Return a collator whose positions the model understands, and why rows would not be as if they were alone.
+def list_axes(model: PreTrainedModel) -> tuple[int | None, ...]:
+    """Return the numbers of axes that positions may have for a model; None for a single one without a dimension.
 
     Models that see images count positions in time, height and width, or in one more. Of several axes they read where a
     row begins from another one before them, and from a single one they do not.
     """
-    reasons = []
-    for num_axes in (None, *(IMAGE_AXES if sees_images(model.config) else ())):
-        tried = replace(collator, num_axes=num_axes)
-        reasons.append(find_cross_row_attention(model, replace(tried, pad_token_id=0, max_length=None)))
-        if reasons[-1] is None:
-            return tried, None
-    return collator, reasons[0]
+    return (None, *IMAGE_AXES) if sees_images(model.config) else (None,)
 
 
 def autocast_like_training(arguments: SFTConfig) -> torch.autocast:

@@ -7,7 +7,7 @@ with an underscore are Transformers' own, of the pinned version.
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import RandomSampler
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerControl, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -28,11 +28,12 @@ from llm_trainer.common.ranks import local_rank
 from llm_trainer.job import checkpoint_dir
 from llm_trainer.journal.journal import Journal
 from llm_trainer.model import lora_init
+from llm_trainer.rewards.rewards import Reward
 from llm_trainer.training.filled_order import FilledOrder
 from llm_trainer.training.resume import make_gather, share_files
 from llm_trainer.training.sharding import checkpoint_kinds, fsdp
 from llm_trainer.training.step_start import RandomState, StepCounts, seed_rank
-from llm_trainer.training.stopping import StopConsensus
+from llm_trainer.training.stopping import StopConsensus, StopRequest
 
 CONVERSIONS = "_weight_conversions"  # a model's, between the names of its weights and those in its base's files
 DEFAULT_LIMIT = 2  # checkpoints that are kept where the settings do not tell
@@ -56,6 +57,9 @@ class RunContext:
     goes_on: bool = False  # whether the adapter begins with the values of an earlier one
     base_digest: str | None = None  # of the weights in the files that the training begins with
     saved: Path | None = None  # is created when there is a checkpoint
+    teacher: PreTrainedModel | None = None  # of distillation
+    rewards: Sequence[Reward] = ()  # of methods that generate
+    stop_request: StopRequest | None = None  # for steps that are too long to be waited for
 
 
 class ResumableMixin(Trainer):
@@ -65,6 +69,9 @@ class ResumableMixin(Trainer):
     """
 
     optimizer: Any  # None at first
+    has_reference = False  # whether the loss compares with the model as the training begins
+    makes_batches_of_rows = True  # whether what the model computes is in the rows
+    end_within_step: Callable[[TrainerState, TrainerControl], None]  # `SaveAndStop` sets it
     _signature_columns: Any  # a list, or None at first
 
     def __init__(self, *args: Any, run: RunContext, **kwargs: Any) -> None:
@@ -95,6 +102,11 @@ class ResumableMixin(Trainer):
     def stop(self, agreed_seconds: float, evaluation_due: bool) -> None:
         """Note that all ranks stop after this step. `agreed_seconds` have passed since the signal."""
         self.stopped, self.agreed_seconds, self.evaluation_due = True, agreed_seconds, evaluation_due
+
+    @property
+    def may_end_within_step(self) -> bool:
+        """True where a stop may come in the middle of a step."""
+        return self.args.gradient_accumulation_steps > 1
 
     def note_step_begin(self) -> None:
         """Keep the sums to which a stop in the middle of the step that begins goes back."""
@@ -180,12 +192,14 @@ class ResumableMixin(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Write weights by the names that the model has, by which Transformers looks for them when a run goes on.
 
-        It would write the names that the base has in its files, such as those of each expert.
+        It would write the names that the base has in its files, such as those of each expert. A copy of the adapter for
+        the reference is not written.
         """
         conversions = getattr(self.model, CONVERSIONS, None)
         setattr(self.model, CONVERSIONS, [])
         try:
-            super()._save(output_dir, state_dict)
+            with lora_init.hide_copy(self.model):
+                super()._save(output_dir, state_dict)
         finally:
             setattr(self.model, CONVERSIONS, conversions)
 
@@ -282,6 +296,8 @@ class ResumableMixin(Trainer):
 
     def train_from(self, checkpoint: Path | None) -> Any:
         """Train from the checkpoint on, or from the start. Return Transformers' `TrainOutput`."""
+        if self.has_reference and (self.run.adapter_start or self.run.goes_on):  # the base alone is not the beginning
+            lora_init.copy_adapter(self.model)
         if self.is_fsdp_enabled:
             fsdp.expose_packed_weights(self.model, self.args.device)
         if checkpoint is None:

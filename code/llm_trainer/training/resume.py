@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from llm_trainer.data.shard_exchange import send_file
 from llm_trainer.job import checkpoint_dir
 from llm_trainer.job.checkpoint_dir import Gather, Marker
 from llm_trainer.job.kept_checkpoints import explain_fault, find_state_fault, goes_on
+from llm_trainer.rewards.choice import Choice
 from llm_trainer.training.packing import Packing
 
 # Settings and arguments that a checkpoint restores whatever the user says, or that give its step a meaning.
@@ -38,8 +40,11 @@ ADAPTER_SETTINGS = (
     *("lora_r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters"),
     *("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio"),
 )
+# Settings of a method that something else in the identity tells: what is in the folder, wherever that lies.
+TOLD_BY_CONTENT = ("teacher_model_name_or_path", "teacher_model_revision")
 # A run that goes on may differ in these. They tell it how the checkpoint was written.
 FREE = ("distribution",)
+DERIVED = ("steps_per_generation",)  # from the accumulation, which differs on other devices
 TRAINING_ARGUMENTS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "seed", "data_seed"),
@@ -59,6 +64,8 @@ class RunParts:
     packing: Packing
     sharded: bool
     earlier_adapter: str | None = None  # digest of the adapter that the training goes on from
+    teacher: str | None = None  # digest of the teacher, and how it is rounded
+    rewards: Sequence[Choice] = ()  # of completions, with the schemas that their options name
 
     def value(self, name: str) -> Any:
         """Return the setting of that name."""
@@ -73,7 +80,11 @@ def identify_run(parts: RunParts, arguments: SFTConfig) -> dict[str, Any]:
     identity |= {name: getattr(arguments, name) for name in TRAINING_ARGUMENTS if hasattr(arguments, name)}
     if parts.data.method != "sft":  # checkpoints of earlier versions know no method
         own = [name for name, methods in METHOD_FIELDS.items() if parts.data.method in methods]
+        own = [name for name in own if name not in (*TOLD_BY_CONTENT, *DERIVED)]
         identity |= {"method": parts.data.method, **{name: getattr(arguments, name) for name in own}}
+    if parts.rewards:
+        identity["reward_functions"] = [reward.describe_content() for reward in parts.rewards]
+        identity["reward_options"] = {reward.entry: reward.options for reward in parts.rewards if reward.options}
     identity |= {"packing": parts.packing.mode, "packing_strategy": parts.data.packing_strategy}
     identity["distribution"] = "fsdp" if parts.sharded else "ddp"
     identity["rows a step"] = (
@@ -82,12 +93,20 @@ def identify_run(parts: RunParts, arguments: SFTConfig) -> dict[str, Any]:
     if parts.data.streaming:  # each rank, or process of a DataLoader, reads a stream of its own
         identity["streams"] = world_size() * max(1, arguments.dataloader_num_workers)
     identity["model"] = hashlib.sha256((Path(parts.base) / "config.json").read_bytes()).hexdigest()[:12]
-    identity["earlier adapter"] = parts.earlier_adapter and parts.earlier_adapter[:12]
+    identity["earlier adapter"] = describe_adapter(parts.earlier_adapter, parts.adapter.merge_adapter)
+    if parts.teacher is not None:
+        identity["teacher"] = parts.teacher
     report = parts.train_report
     files = sorted(file.get("sha256") or f"{file['name']} {file['bytes']}" for file in report.files)
     digest = hashlib.sha256("".join(files).encode(errors="backslashreplace")).hexdigest()[:12]  # a name may be no UTF-8
     identity["training data"] = f"{report.num_rows} rows {digest}"
     return json.loads(json.dumps(identity, default=str))
+
+
+def describe_adapter(digest: str | None, is_merged: bool) -> str | None:
+    """Return what tells an earlier adapter from others, None without one."""
+    merged = ", merged" if is_merged else ""
+    return digest and f"{digest[:12]}{merged}"
 
 
 def find_saved_note(scratch_dir: Path) -> Path:

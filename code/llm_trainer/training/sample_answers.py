@@ -93,7 +93,7 @@ class SampleAnswers:
                 "generation",
                 split=self.split,
                 prompt=self.tokenizer.decode(prompt.input_ids),
-                reference=self.decode(prompt.reference_ids[:MAX_NEW_TOKENS]),
+                reference=self.decode(prompt.reference_ids[:MAX_NEW_TOKENS]) if prompt.reference_ids else "",
                 before=before,
                 after=after,
             )
@@ -149,7 +149,7 @@ class SampleAnswers:
     def find_stops(self) -> set[int]:
         """Return the tokens that end an answer: the tokenizer's, the model's, and special ones that end a reference."""
         own = self.trainer.model.generation_config.eos_token_id
-        ends = {prompt.reference_ids[-1] for prompt in self.prompts}
+        ends = {prompt.reference_ids[-1] for prompt in self.prompts if prompt.reference_ids}
         stops = {self.tokenizer.eos_token_id, find_turn_end(self.tokenizer), *(own if isinstance(own, list) else [own])}
         return stops - {None} | ends & set(self.tokenizer.all_special_ids)
 
@@ -182,6 +182,10 @@ def find_prompts(rows: Dataset, max_tokens: int) -> Iterator[Prompt]:
         if row.get("pictures"):
             continue  # their pixels are no part of a prompt yet
         ids, labels = row["input_ids"], row["labels"]
+        if "content" in row:  # a prompt alone
+            if len(ids) <= max_tokens:
+                yield Prompt(ids, [])
+            continue
         trained = [place for place, label in enumerate(labels) if label != IGNORED]
         start = trained[0] if trained else 0
         if start <= 1:  # a text that is trained on from its first token, or from the one after BOS

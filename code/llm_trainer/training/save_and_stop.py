@@ -28,6 +28,7 @@ class SaveAndStop(TrainerCallback):
     def __init__(self, trainer: ResumableMixin, request: StopRequest, has_interval: bool) -> None:
         """Serve the trainer. With `has_interval` Transformers follows an interval of the user's own."""
         self.trainer = trainer
+        trainer.end_within_step = self.end_within_step
         self.request = request
         self.has_interval = has_interval
         self.in_epoch = False
@@ -50,7 +51,7 @@ class SaveAndStop(TrainerCallback):
     ) -> None:
         """Keep what a stop in the middle of the step goes back to."""
         self.num_batches, self.began_at = 0, time.monotonic()
-        if args.gradient_accumulation_steps > 1:
+        if self.trainer.may_end_within_step:
             self.trainer.note_step_begin()
 
     def on_substep_end(
@@ -60,10 +61,14 @@ class SaveAndStop(TrainerCallback):
         self.num_batches += 1
         between_polls = self.trainer.run.consensus.count_batches_between_polls(args.gradient_accumulation_steps)
         if self.num_batches % between_polls == 0 and self.poll_ranks(state)[0]:
-            self.trainer.return_to_last_step()
-            self.stop(control, evaluation_due=False)
-            self.ends_within_step = self.trainer.run.saves_checkpoints and state.global_step > self.saved_step
-            log.info(self.describe_return(state))
+            self.end_within_step(state, control)
+
+    def end_within_step(self, state: TrainerState, control: TrainerControl) -> None:
+        """End in the middle of a step, as after the last whole one."""
+        self.trainer.return_to_last_step()
+        self.stop(control, evaluation_due=False)
+        self.ends_within_step = self.trainer.run.saves_checkpoints and state.global_step > self.saved_step
+        log.info(self.describe_return(state))
 
     def describe_return(self, state: TrainerState) -> str:
         """Return the sentence on a stop in the middle of a step: where it was, and what the next start has."""
@@ -76,7 +81,7 @@ class SaveAndStop(TrainerCallback):
         """Agree with all ranks on a save and a stop after this step."""
         now = time.monotonic()
         self.step_seconds, self.step_at = now - self.step_at, now
-        if args.gradient_accumulation_steps > 1:
+        if self.trainer.may_end_within_step:
             self.trainer.note_step_end()
         self.warn_of_long_batches((now - self.began_at) / args.gradient_accumulation_steps)
         stop, save = self.poll_ranks(state)

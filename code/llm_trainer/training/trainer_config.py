@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from pydantic import SecretStr
 from torch import nn
 from transformers import (
@@ -36,6 +36,7 @@ from llm_trainer.data.images.collator import ImageCollator
 from llm_trainer.data.images.processing import ImageProcessing
 from llm_trainer.model.config_file import drop_contradictions
 from llm_trainer.model.layers.fused_adapters import fuse_adapters
+from llm_trainer.model.lora import find_base_model
 from llm_trainer.model.memory.fit import MemoryPlan
 from llm_trainer.model.memory.shape import find_layer_list
 from llm_trainer.model.precision import set_adapter_types
@@ -105,7 +106,7 @@ class KeepActivations(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """Tell the last layers, and what is in them."""
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = find_base_model(model)
         total = base.config.get_text_config().num_hidden_layers
         layers = model.get_submodule(find_layer_list(model, total))
         for module in (module for layer in layers[total - self.num_layers :] for module in layer.modules()):
@@ -235,8 +236,7 @@ def build_arguments(
     The computation runs in `dtype`. The memory plan is known once the data are. Without it the arguments serve to find
     mistakes early. Raises UserError for values that Transformers refuses.
     """
-    defaults = choose_defaults(sources, device, dtype, memory_plan)
-    defaults["learning_rate"] = method.learning_rate * (ADAPTER_FACTOR if sources.use_peft else 1)
+    defaults = choose_method_defaults(method, sources, choose_defaults(sources, device, dtype, memory_plan))
     values = defaults | select_given(method.name, sources.given) | sources.batch
     recomputes = values.pop("activation_checkpointing")
     try:
@@ -253,6 +253,17 @@ def build_arguments(
     arguments.activation_checkpointing = arguments.gradient_checkpointing = recomputes
     fsdp.reduce_in_float32(arguments)
     return arguments
+
+
+def choose_method_defaults(
+    method: TrainingMethod, sources: ArgumentSources, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a method whose defaults differ from TRL's. `defaults` are those of all methods."""
+    chosen = {name: value for name, value in defaults.items() if name in read_snapshot(method.name)}
+    chosen["learning_rate"] = method.learning_rate * (ADAPTER_FACTOR if sources.use_peft else 1)
+    if "metric_for_best_model" in defaults:
+        chosen["metric_for_best_model"] = method.best_metric
+    return chosen | method.choose_defaults(sources.given, world_size())
 
 
 def select_given(method: str, given: Mapping[str, Any]) -> dict[str, Any]:

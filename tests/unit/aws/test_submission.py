@@ -13,6 +13,7 @@ from llm_trainer.aws.submission import (
     Submission,
     build_request,
     choose_name,
+    define_job_metrics,
     encode_settings,
     find_request_problems,
 )
@@ -46,6 +47,13 @@ def test_a_plain_job():
     assert request["CheckpointConfig"] == {"S3Uri": "s3://bucket/checkpoints/job-1", "LocalPath": "/opt/ml/checkpoints"}
     assert request["Environment"] == {"LLM_TRAINER_IMAGE": IMAGE}
     assert not request.keys() & {"VpcConfig", "MlflowConfig", "EnableManagedSpotTraining", "EnableNetworkIsolation"}
+
+
+def test_rewards_of_the_job_are_defined():
+    encoded = encode_settings({"method": "rloo", "reward_functions": ["rewards.py:polite"]})
+    names = {each["Name"] for each in define_job_metrics(encoded)}
+    assert {"eval_reward", "rewards/polite/mean"} <= names
+    assert not any("polite" in each["Name"] for each in define_job_metrics({"reward_functions": "polite"}))
 
 
 def test_spot_has_time_to_wait():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_trainer.cli.merge import build_quantization, find_base, read_adapter, write_tokenizer
+from llm_trainer.cli.merge import build_quantization, find_base, read_adapter
 from llm_trainer.common.errors import UserError
 
 
@@ -42,19 +42,6 @@ def test_a_base_that_was_not_quantized_is_not_dequantized() -> None:
     with pytest.raises(UserError, match="the base was not quantized: use bf16"):
         build_quantization({"settings": {"load_in_4bit": False}})
     assert build_quantization({"settings": {"load_in_8bit": True}}).load_in_8bit
-
-
-def test_the_adapters_own_tokenizer_wins(tmp_path: Path) -> None:
-    adapter, base, output = (tmp_path / name for name in ("adapter", "base", "output"))
-    for folder in (adapter, base, output):
-        folder.mkdir()
-    (base / "tokenizer.json").write_text("base")
-    (base / "vocab.txt").write_text("base")
-    write_tokenizer(adapter, base, output)
-    assert {file.name: file.read_text() for file in output.iterdir()} == {"tokenizer.json": "base", "vocab.txt": "base"}
-    (adapter / "tokenizer.json").write_text("adapter")
-    write_tokenizer(adapter, base, output)
-    assert (output / "tokenizer.json").read_text() == "adapter"
 
 
 def test_a_mistake_needs_no_torch(tmp_path: Path) -> None:

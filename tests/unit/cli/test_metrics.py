@@ -10,12 +10,12 @@ from llm_trainer.common.metric_definitions import METRICS, OBJECTIVES, define_me
 
 
 def test_json_is_what_create_training_job_takes(capsys):
-    assert print_definitions("sft", as_json=True) == 0
+    assert print_definitions("sft", [], as_json=True) == 0
     assert json.loads(capsys.readouterr().out) == define_metrics()
 
 
 def test_a_person_sees_name_meaning_and_regex(capsys):
-    assert print_definitions("sft", as_json=False) == 0
+    assert print_definitions("sft", [], as_json=False) == 0
     *rows, objectives = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in rows] == list(METRICS)
     assert all(line.endswith(f"  {each['Regex']}") for line, each in zip(rows, define_metrics(), strict=True))

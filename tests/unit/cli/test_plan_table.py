@@ -107,6 +107,15 @@ def test_a_job_that_fits_nowhere_is_told_what_makes_it_fit():
     assert len(validation.instances["instances"]) == 16 * 50
 
 
+@pytest.mark.parametrize("place", [("ml.g5.xlarge", 1), ("ml.m5.xlarge", 1)])
+def test_who_asks_about_places_tells_what_does_not_fit(place):
+    validation = Validation()
+    outline = replace(outline_job(nproc_per_node=2, lengths={100: 10}), places=(place,))
+    add_candidates(outline, validation, in_colour=False)
+    assert not any(entry["fits"] for entry in validation.instances["instances"])
+    assert not validation.list_texts("error")
+
+
 def test_a_job_that_no_gpu_can_do_says_why():
     (candidate, *_) = candidates = list_candidates(outline_job(global_batch_size=7, per_device_train_batch_size=7))
     assert candidate.fits  # on one GPU

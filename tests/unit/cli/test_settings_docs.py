@@ -54,7 +54,7 @@ def test_help_on_a_method_lists_what_it_has():
 def test_own_settings_stand_below_the_headings_of_their_sections():
     text = format_own_settings()
     headings = [line.removeprefix("### ") for line in text.splitlines() if line.startswith("#")]
-    assert headings == ["Model", "Adapter", "Data", "Training", "Parallelism", "Tracking", "Output"]
+    assert headings == ["Model", "Adapter", "Data", "Methods", "Training", "Parallelism", "Tracking", "Output"]
     adapter = text.partition("### Adapter")[2].partition("### ")[0]
     assert "| `lora_r` | a whole number, at least 1 | `8` |" in adapter
     assert "`model_id`" not in adapter

@@ -43,6 +43,15 @@ def test_what_cloudwatch_does_not_take_is_not_read(value):
     assert read("step", format_line({"train_loss": value, "step": 3})) == [3]
 
 
+def test_rewards_are_defined_as_far_as_there_is_room():
+    names = [each["Name"] for each in define_metrics("grpo", ["math", "rewards.py:polite"])]
+    assert names[-4:] == [
+        *("rewards/math/mean", "rewards/polite/mean"),
+        *("eval_rewards/math/mean", "eval_rewards/polite/mean"),
+    ]
+    assert len(define_metrics("grpo", [f"r.py:f{number}" for number in range(9)])) == 40
+
+
 def test_other_lines_of_a_log_are_no_metrics():
     for line in ("Setting learning_rate=0.01", "learning_rate='x' is not valid", "  step=3", "lora_step=3; x_step=4"):
         assert all(read(name, line) == [] for name in METRICS)

@@ -52,13 +52,15 @@ def values_of(name: str) -> SearchStrategy[Any]:
     if name == "metric_for_best_model":
         return st.sampled_from(list_best_metrics("sft"))
     field = FIELDS[name]
-    bounds = {key: getattr(rule, key) for rule in field.metadata for key in ("ge", "gt", "lt") if hasattr(rule, key)}
+    bounds = {
+        key: getattr(rule, key) for rule in field.metadata for key in ("ge", "gt", "lt", "le") if hasattr(rule, key)
+    }
     values = st.one_of([values_of_type(part, bounds) for part in split_union(field.annotation)])
     return values.filter(lambda value: find_unusable_part(value) is None)  # no NUL, no more than 64 bits
 
 
 def values_of_type(kind: Any, bounds: dict[str, float]) -> SearchStrategy[Any]:
-    lowest, highest = bounds.get("ge", bounds.get("gt")), bounds.get("lt")
+    lowest, highest = bounds.get("ge", bounds.get("gt")), bounds.get("lt", bounds.get("le"))
     origin = typing.get_origin(kind) or kind
     if origin is Literal:
         return st.sampled_from(typing.get_args(kind))
@@ -66,7 +68,7 @@ def values_of_type(kind: Any, bounds: dict[str, float]) -> SearchStrategy[Any]:
         first = None if lowest is None else math.floor(lowest) + ("gt" in bounds)
         return st.integers(first, None if highest is None else math.ceil(highest) - 1)
     if origin is float:
-        options = {"exclude_min": "gt" in bounds, "exclude_max": highest is not None}
+        options = {"exclude_min": "gt" in bounds, "exclude_max": "lt" in bounds}
         return st.floats(lowest, highest, allow_nan=False, allow_infinity=False, **options)
     if origin is list:
         (element,) = typing.get_args(kind)
@@ -76,6 +78,7 @@ def values_of_type(kind: Any, bounds: dict[str, float]) -> SearchStrategy[Any]:
         _, values = typing.get_args(kind) or (str, None)
         return st.dictionaries(NAMES, values_of_type(values, {"gt": 0}) if values else JSON, max_size=3)
     return {
+        Any: JSON,
         bool: st.booleans(),
         str: TEXTS,
         SecretStr: TEXTS,

@@ -91,8 +91,8 @@ def test_pairs_come_back_with_their_sequences_and_duplicates_are_whole_pairs(mak
 def test_a_source_of_another_method_is_told_once(make_source, tmp_path):
     _, problems = prepare(tmp_path, [make_source("train", "a", "b")], method="dpo")
     assert problems == [
-        "train.jsonl row 1 is a text row, which method=dpo does not take: set method=sft, or give rows with 'chosen' "
-        "with 'rejected'."
+        "train.jsonl row 1 is a text row, which method=dpo does not take: set method=sft or distill, or give rows "
+        "with 'chosen' with 'rejected'."
     ]
 
 

@@ -73,7 +73,7 @@ def test_equal_rows_have_equal_digests():
     rows = [(EncodedRow(np.array(ids, np.int32), np.array(ids, np.int32)),) for ids in ([1, 2], [2, 1], [1, 2])]
     first, second, third = build_table(rows, FEATURES).column("digest").to_pylist()
     assert first == third != second
-    for method in ("sft", "dpo", "kto", "reward"):
+    for method in ("sft", "dpo", "kto", "reward", "grpo"):
         features = choose_features(Settings(method=method).data)
         empty = build_table([], features)
         assert (empty.num_rows, empty.column_names) == (0, [*features])
@@ -439,6 +439,28 @@ def test_images_for_a_model_of_texts_end_the_job_in_one_sentence(tmp_path):
     assert error.value.problems == (
         "a.jsonl row 1 has images, and the model takes texts alone: give an image-text model, or remove the images.",
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "row"),
+    [
+        ("dpo", {"prompt": "Red?", "chosen": "Yes.", "rejected": "No.", "images": ["a.png"]}),
+        ("distill", ask_about("a.png")),
+        ("grpo", {"prompt": "Red?", "images": ["a.png"]}),
+    ],
+)
+def test_images_for_another_method_than_sft_end_the_job_in_one_sentence(seeing, tmp_path, method, row):
+    with pytest.raises(UserError) as error:
+        prepare_rows(seeing, [row], tmp_path, method=method, max_bad_rows_fraction=0.9)
+    fix = "set method=sft, or remove them."
+    assert error.value.problems == (f"a.jsonl row 1 has images, which method={method} does not take: {fix}",)
+
+
+def test_the_token_of_an_image_in_a_prompt_is_told(seeing, tmp_path):
+    token = seeing.images.processor.image_token
+    rows, report = prepare_rows(seeing, [{"prompt": "Red"}, {"prompt": f"{token} red"}], tmp_path, method="grpo")
+    assert len(rows) == 1
+    assert report.bad_rows == [f"a.jsonl row 2 has the text {token} and no image: remove the text."]
 
 
 def test_streams_take_no_images(seeing, tmp_path):

@@ -18,10 +18,12 @@ from llm_trainer.config.global_batch import find_batch_problem
 from llm_trainer.config.load import JOB_SECTION, read_settings
 from llm_trainer.config.schema import Settings
 from llm_trainer.config.sections import ALIASES
+from llm_trainer.config.teacher import derive_teacher
 from llm_trainer.model.device import Device
 from llm_trainer.model.memory.fit import choose_kernels, choose_memory_plan
 from llm_trainer.model.memory.global_batch import split_global_batch
 from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, Target
+from llm_trainer.model.teacher.teacher import Teacher
 from support.environments import build_environment
 
 RECIPES = sorted((Path(__file__).parents[3] / "examples/recipes").glob("*.yaml"))
@@ -128,6 +130,12 @@ def recipe(request) -> Recipe:
     return Recipe(request.param, options.instance_count, INSTANCES[options.instance_type], memory)
 
 
+def describe_teacher(settings: Settings) -> Teacher | None:
+    """Return the teacher of a recipe by its config, None where it has none."""
+    theirs = derive_teacher(settings.model, settings.methods, {})
+    return Teacher("", CONFIGS[theirs.model_id], theirs, skeleton=None) if theirs.model_id else None
+
+
 def test_there_are_recipes():
     assert len(RECIPES) >= 9
 
@@ -149,7 +157,8 @@ def test_its_model_fits_its_instance_in_the_way_that_it_says(recipe):
     config = CONFIGS[settings.model.model_id]
     work = settings.data, settings.training, settings.parallelism, settings.methods
     sections = MemorySettings(settings.model, settings.adapter, *work)
-    scenario = MemoryScenario(config, sections, settings.data.max_length, target, "eager")
+    teacher = describe_teacher(settings)
+    scenario = MemoryScenario(config, sections, settings.data.max_length, target, "eager", teacher=teacher)
     fit = choose_memory_plan(split_global_batch(choose_kernels(scenario)))
     way = fit.parallelism.describe(target.world_size).partition(" with ")[2]
     size = f"{fit.estimate.total_bytes / GIB:.0f} GiB a {target.unit}"

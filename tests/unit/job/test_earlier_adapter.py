@@ -119,8 +119,15 @@ def test_a_path_comes_before_the_channel_and_a_hub_id_is_left_for_the_workers(tr
         ({"use_dora": "false"}, "use_dora=false: the adapter in {}, which the training goes on from, has true; remove"),
         ({"use_rslora": "true"}, "use_rslora=true: the adapter in {}, which the training goes on from, has false; "),
         ({"init_lora_weights": "gaussian"}, "init_lora_weights=gaussian with the adapter in {}: the training goes on "),
-        ({"use_peft": "false"}, "channel 'adapter' with use_peft=false: full fine-tuning has no adapter; remove the "),
+        (
+            {"use_peft": "false"},
+            "channel 'adapter' with use_peft=false: full fine-tuning has no adapter to go on from; ",
+        ),
         ({"use_peft": "false", "adapter_path": "a/b"}, "adapter_path='a/b' with use_peft=false: full fine-tuning has "),
+        (
+            {"merge_adapter": "true"},
+            "merge_adapter=true without merge_weights=true: the new adapter is for the merged ",
+        ),
         ({"adapter_path": "s3://a/b"}, "adapter_path='s3://a/b' is an address, and an adapter is read from a folder: "),
         ({"adapter_path": "/none"}, "adapter_path='/none' is neither a folder in the container nor a Hugging Face id:"),
         ({"adapter_revision": "v1"}, "adapter_revision='v1' without adapter_path: it would do nothing; give the "),
@@ -131,6 +138,26 @@ def test_what_contradicts_the_adapter_is_refused_in_one_sentence(tree, channel, 
     tree.change(**settings)
     (problem,) = find_problems()
     assert problem.startswith(sentence.format(channel))
+
+
+def test_an_adapter_that_is_merged_first_tells_nothing_of_the_new_one(tree, channel):
+    tree.change(merge_adapter="true", merge_weights="true", lora_r="4", init_lora_weights="pissa")
+    assert not find_problems()
+    adapter = read_job([]).settings.adapter
+    assert (adapter.adapter_path, adapter.lora_r, adapter.use_dora, adapter.goes_on) == (str(channel), 4, False, False)
+
+
+@pytest.mark.parametrize("settings", [{"use_peft": "false"}, {"method": "reward", "merge_weights": "true"}], ids=str)
+def test_all_weights_and_reward_models_begin_with_a_merged_adapter(tree, channel, settings):
+    tree.change(merge_adapter="true", **settings)
+    assert not [text for text in find_problems() if "adapter" in text]
+
+
+def test_there_has_to_be_an_adapter_to_merge(tree, monkeypatch):
+    monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(tree.base_dir))
+    tree.change(merge_adapter="true", merge_weights="true")
+    (problem,) = find_problems()
+    assert problem.startswith("merge_adapter=true without an earlier adapter: give one as channel 'adapter'")
 
 
 def test_the_same_values_contradict_nothing(tree, channel):

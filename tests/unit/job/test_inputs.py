@@ -278,4 +278,46 @@ def test_a_reward_model_goes_on_from_no_adapter(tree, inputs_of):
     tree.write("input/data/adapter/adapter_config.json", {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8})
     tree.write_job({"method": "reward"}, ("model", "adapter", "train"))
     (problem,) = [text for text in inputs_of()[1] if "method=reward" in text]
-    assert problem.startswith("channel 'adapter' with method=reward: a reward model begins with a base; merge the")
+    assert problem.startswith("channel 'adapter' with method=reward: a reward model begins with a base; set ")
+
+
+def test_a_distillation_has_a_teacher(tree, inputs_of):
+    tree.change(method="distill")
+    _, (problem,) = inputs_of()
+    assert problem == (
+        "teacher_model_name_or_path is missing with method=distill: give the teacher's Hugging Face id, or its files "
+        "as channel 'teacher'."
+    )
+    shutil.copytree(tree.base_dir / "input/data/model", tree.base_dir / "input/data/teacher")
+    inputs, problems = inputs_of()
+    assert not problems
+    assert inputs.teacher == str(tree.base_dir / "input/data/teacher")
+    tree.change(teacher_model_name_or_path="org/large")
+    assert inputs_of()[0].teacher == "org/large"
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("s3://bucket/teacher", "is an address, and a model is read from a folder: give its S3 prefix as channel 'te"),
+        ("not a name", "is neither a folder in the container nor a Hugging Face id"),
+    ],
+)
+def test_what_is_wrong_with_a_teacher_is_told_by_its_own_setting(tree, inputs_of, place, words):
+    tree.change(method="distill", teacher_model_name_or_path=place)
+    _, (problem,) = inputs_of()
+    assert problem.startswith(f"teacher_model_name_or_path={place!r} {words}")
+
+
+def test_a_teacher_needs_weights_too(tree, inputs_of):
+    shutil.copytree(tree.base_dir / "input/data/model", tree.base_dir / "input/data/teacher")
+    (tree.base_dir / "input/data/teacher/model.safetensors").unlink()
+    tree.change(method="distill")
+    with pytest.raises(UserError, match=f"Teacher's folder {tree.base_dir / 'input/data/teacher'} has no weights: put"):
+        read_job([])
+
+
+def test_no_other_method_has_a_teacher(tree, inputs_of):
+    tree.write("input/data/teacher/config.json", {})
+    _, (problem,) = inputs_of()
+    assert problem.startswith("channel 'teacher' with method=sft: only method=distill has a teacher; remove")

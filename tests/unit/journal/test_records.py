@@ -21,7 +21,7 @@ def test_a_record_of_an_unknown_kind_is_none():
 
 
 def test_every_kind_has_a_type():
-    assert len(get_args(Record)) == len(KINDS) == 11
+    assert len(get_args(Record)) == len(KINDS) == 12
 
 
 def test_a_column_of_gpus_is_read_as_a_name_for_each():

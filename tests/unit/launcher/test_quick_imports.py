@@ -9,13 +9,13 @@ import pytest
 # In a process of its own, as a package that was imported before stays.
 PROGRAM = """
 import gc, importlib.util, sys
-from llm_trainer.config.sections import ModelSettings
+from llm_trainer.config.sections import MethodSettings, ModelSettings
 from llm_trainer.launcher.quick_imports import hide_package, import_quickly
 
 def find(): return [name for name in ("scipy", "bitsandbytes") if importlib.util.find_spec(name)]
 before = find()
 hide_package("wave")  # stays hidden, as nothing below hid it
-with import_quickly(ModelSettings(**{settings}), {optim!r}, {folder!r}):
+with import_quickly((ModelSettings(**{settings}), MethodSettings()), {optim!r}, {folder!r}, ""):
     print([name for name in before if name not in find()], gc.isenabled())
 assert find() == before and gc.isenabled() and gc.get_freeze_count() and sys.modules["wave"] is None
 """
@@ -45,3 +45,9 @@ def test_a_package_that_may_be_needed_is_there(folder):
     assert list_hidden(folder / "elsewhere", trust_remote_code=True) == "[] False"
     (folder / "config.json").write_text('{"quantization_config": {}}')
     assert list_hidden(folder) == "['scipy'] False"
+
+
+def test_a_model_in_mxfp4_needs_no_bitsandbytes(folder):
+    pytest.importorskip("bitsandbytes")
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "mxfp4"}}')
+    assert list_hidden(folder) == "['scipy', 'bitsandbytes'] False"

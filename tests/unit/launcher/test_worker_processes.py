@@ -88,7 +88,7 @@ def test_segments_of_gpu_memory_grow_unless_the_user_sets_the_allocator(make_wor
 
 def make_inputs(model: str) -> Inputs:
     names = {field.name for field in dataclasses.fields(Inputs)}
-    values = {"model": model, "train": (), "validation": (), "adapter": None}
+    values = {"model": model, "train": (), "validation": (), "adapter": None, "teacher": ""}
     return Inputs(**values, **dict.fromkeys(names - values.keys(), Path("/nowhere")))
 
 

@@ -2,6 +2,7 @@
 """Every instance type, one to sixteen of it: the cheapest first, and in each what the job takes there."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from transformers import LlamaConfig
@@ -38,6 +39,13 @@ def test_each_type_comes_in_one_to_sixteen_and_the_cheapest_first(candidates):
     assert {*candidates[0].describe()} >= FIXED
 
 
+def test_only_places_that_are_asked_about_are_planned(candidates):
+    places = (("ml.g5.xlarge", 4), ("ml.p5.48xlarge", 1), ("ml.nothing", 1))
+    asked = replace(outline_job(lengths={100: 100_000}, prices=PRICES, gradient_accumulation_steps=4), places=places)
+    found = list_candidates(asked)
+    assert [each.describe() for each in found] == [find(candidates, *place).describe() for place in places[:2]]
+
+
 def test_more_instances_take_fewer_steps_and_more_dollars(candidates):
     one, four = (find(candidates, "ml.g5.xlarge", count) for count in (1, 4))
     assert (one.steps, four.steps) == (3 * 100_000 // 8, 3 * 100_000 // 32)
@@ -47,6 +55,15 @@ def test_more_instances_take_fewer_steps_and_more_dollars(candidates):
     assert four.spot.hours > four.run.hours
     assert four.spot_dollars == pytest.approx(0.5 * 4 * 1.4 * four.spot.hours)
     assert one.how == "training, batch 2 x 1 x 4"
+
+
+def test_an_assumed_saving_of_spot_is_marked():
+    prices = PRICES.model_copy(update={"spot_savings": {"ml.g5.xlarge": 0.6}})
+    places = (("ml.g5.xlarge", 1), ("ml.g5.12xlarge", 1), ("ml.p5.48xlarge", 1))
+    found = list_candidates(replace(outline_job(lengths={100: 1000}, prices=prices), places=places))
+    told = {each.host.name: each.describe() for each in found}
+    marks = {name: (each["spot_saving"], each["spot_saving_is_assumed"]) for name, each in told.items()}
+    assert marks == {"ml.g5.xlarge": (0.6, False), "ml.g5.12xlarge": (0.5, True), "ml.p5.48xlarge": (None, None)}
 
 
 def test_as_many_gpus_of_a_host_count_as_the_settings_ask_for():

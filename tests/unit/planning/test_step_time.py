@@ -167,3 +167,13 @@ def test_a_step_of_pairs_has_twice_the_rows_and_a_forward_pass_of_the_reference(
     assert first.seconds == pytest.approx(sft.seconds)
     assert 1.3 < each.seconds / first.seconds < 1.6  # an adapter's backward pass takes as much as its forward pass
     assert each.range_seconds[0] < each.seconds < each.range_seconds[1]
+
+
+def test_a_step_of_kto_has_three_passes_more_where_its_loss_estimates_a_divergence():
+    losses = ("apo_zero_unpaired", "kto")
+    plain, estimating = (
+        time_step(H200, build_scenario(method="kto", loss_type=loss), NO_SAVINGS, 1, 1024) for loss in losses
+    )
+    sft = time_step(H200, build_scenario(), NO_SAVINGS, 1, 1024)
+    forward = plain.compute_seconds - sft.compute_seconds
+    assert estimating.compute_seconds - sft.compute_seconds == pytest.approx(3 * forward)

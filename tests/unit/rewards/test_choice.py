@@ -26,6 +26,17 @@ def test_a_file_is_found_in_the_channel_of_rewards_before_the_one_of_settings(ch
     assert choice == Choice("mine/r.py:score", "score", {}, channels[holders[0]] / "mine/r.py")
 
 
+def test_a_function_is_told_by_what_is_in_its_file(channels):
+    file = channels["rewards"] / "r.py"
+    told = []
+    for content in ("a = 1", "a = 2", "a = 1"):
+        file.write_text(content)
+        told.append(parse_choice("r.py:score", {}, channels).describe_content())
+    assert told[0] == told[2] != told[1]
+    assert told[0].startswith("r.py:score ")
+    assert Choice("math", "math", {}).describe_content() == "math"
+
+
 def test_an_absolute_path_may_lie_in_any_channel(channels):
     file = channels["train"] / "r.py"
     file.touch()

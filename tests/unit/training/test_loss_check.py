@@ -10,8 +10,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.model.layers.reward_head import describe_rewards, read_last_tokens
+from llm_trainer.training.batches.batch_facts import use_facts
 from llm_trainer.training.loss_check import check_loss, check_rewards
-from llm_trainer.training.methods.batch_facts import use_facts
 from support.adapted_models import LLAMA
 from support.packed_models import LEAK
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows that share a sequence are trained as if they were alone, and little of a sequence is padding."""
 
+import copy
 import itertools
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.data.tokenize import FEATURES
+from llm_trainer.model.layers.reward_head import describe_rewards
 from llm_trainer.training.packing import SPARE_SHARE, Packing, choose_packing, plan_batch_bins
 from llm_trainer.training.packing_check import find_cross_row_attention
 from support.packed_models import BASE, KEEP_APART, LEAK, as_one, build_model, make_rows, stack
@@ -178,6 +181,18 @@ def test_rows_are_packed_by_default_where_the_model_keeps_them_apart():
     assert choose(KEEP_APART["llama"], packing=False).mode == "off"
     assert choose(KEEP_APART["llama"], bf16=True).mode == "batch"
     assert "may split a sequence" in str(choose(KEEP_APART["llama"], parallelism_config={"cp_size": 2}))
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "reward"])
+def test_answers_do_not_share_sequences_either_where_the_model_lets_them_see_each_other(method):
+    for configs, mode in ((KEEP_APART["qwen3"], "batch"), (LEAK["bloom"], "off")):
+        config = copy.deepcopy(configs)
+        if method == "reward":
+            describe_rewards(config)
+        packing = choose(config, method=method)
+        assert packing.mode == mode
+        assert (packing.collator is None) == (mode == "off")
+    assert re.search("Bloom.* lets a row see the one before it", str(packing))
 
 
 @pytest.mark.parametrize("name", ["packing", "eval_packing"])

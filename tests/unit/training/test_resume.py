@@ -180,3 +180,9 @@ def test_a_run_goes_on_from_a_checkpoint_of_the_other_distribution(folder):
         marker["run"]["distribution"] = "ddp"
         (folder / f"checkpoint-{step}/complete.json").write_text(json.dumps(marker))
     assert choose(folder, run={**RUN, "distribution": "fsdp"}) == folder / "checkpoint-2"
+
+
+def test_a_merged_adapter_is_another_beginning_than_one_that_is_trained_on():
+    assert resume.describe_adapter("0123456789abcdef", is_merged=False) == "0123456789ab"
+    assert resume.describe_adapter("0123456789abcdef", is_merged=True) == "0123456789ab, merged"
+    assert resume.describe_adapter(None, is_merged=False) is None

@@ -18,6 +18,7 @@ class Trainer(ResumableMixin):
     def __init__(self, run):
         self.run, self.stopped, self.evaluation_due, self.can_stop_evaluation = run, False, False, True
         self.agreed_seconds, self.checkpoint_seconds = 0.0, 0.0
+        self.args = SimpleNamespace(gradient_accumulation_steps=1)
 
     def estimate_checkpoint_bytes(self):
         return 1_250_000_000
@@ -91,7 +92,7 @@ def test_a_stop_saves_at_once_and_leaves_the_evaluation_to_the_next_run(make):
 def test_a_stop_is_looked_for_after_every_batch_of_a_first_step(make, capfd, evaluates_first, step):
     """Nobody knows yet how long it takes: a first poll that told 0 seconds put off the second one to its end."""
     run, control = make(), TrainerControl()
-    arguments = SimpleNamespace(gradient_accumulation_steps=64)
+    arguments = run.trainer.args = SimpleNamespace(gradient_accumulation_steps=64)
     run.state.global_step = step
     run.trainer.note_step_begin = run.trainer.return_to_last_step = lambda: None
     if evaluates_first:

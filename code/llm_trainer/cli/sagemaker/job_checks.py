@@ -13,6 +13,7 @@ from llm_trainer.config.environment import DEFAULT_BASE_DIR
 INPUT_PATHS = {
     "model_id": "model",
     "adapter_path": "adapter",
+    "teacher_model_name_or_path": "teacher",
     "train_dataset_path": "train",
     "val_dataset_path": "validation",
     "chat_template_path": "config",
@@ -47,11 +48,13 @@ def find_unreachable(options: JobOptions, settings: Mapping[str, Any], channels:
     """Yield a sentence for each thing that a job without a network would need one for."""
     if not options.network_isolation:
         return
-    if settings.get("model_id") and "model" not in channels:
-        yield (
-            f"network_isolation=true keeps the job from the Hub, which has model_id={settings['model_id']!r}: give the "
-            "model's files as channel model."
-        )
+    for name in ("model_id", "teacher_model_name_or_path"):
+        channel = INPUT_PATHS[name]
+        if settings.get(name) and channel not in channels:
+            yield (
+                f"network_isolation=true keeps the job from the Hub, which has {name}={settings[name]!r}: give the "
+                f"{channel}'s files as channel {channel}."
+            )
     if settings.get("push_to_hub"):
         yield "network_isolation=true keeps the job from the Hub: remove push_to_hub, and push what `fetch` brings."
     for name, value in {**settings, **options.environment}.items():

@@ -69,13 +69,18 @@ def take_budget(words: Sequence[str]) -> tuple[Budget, list[str]]:
     return Budget(dollars, tuple(plan_words)), rest
 
 
-def check_tree(tree: Path, commands: Sequence[str], plan_words: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+def check_tree(
+    tree: Path, commands: Sequence[str], places: Sequence[Place], plan_words: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
     """Return what `validate` and `plan`, those that are named, tell of the job of a tree, as JSON by their names.
+
+    `plan` is asked about these places alone.
 
     They run in one process of their own, which has torch. Raises UserError where it tells nothing.
     """
     variables = {name: value for name, value in os.environ.items() if name != DATA_DIR}
-    words = ["-m", "llm_trainer.cli.tree_checks", ",".join(commands), *plan_words]
+    instances = ",".join(f"{place.kind}={place.count}" for place in places)
+    words = ["-m", "llm_trainer.cli.tree_checks", ",".join(commands), instances, *plan_words]
     output, errors = run_to_the_end(bind_command([*PYTHON, *words]), variables | SAFE_PATH | {BASE_DIR: str(tree)})
     text = output.replace(str(tree), DEFAULT_BASE_DIR)
     try:

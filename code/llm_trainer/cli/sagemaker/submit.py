@@ -255,7 +255,7 @@ def rehearse(tree: Path, settings: Mapping[str, Any], request: JobRequest) -> tu
     if request.remote:
         log.error(f"Not checked from here: what S3 holds for {', '.join(request.remote)}. The job checks it first.")
     commands = ("plan",) if request.remote else ("validate", "plan")
-    found = check_tree(tree, commands, budget.plan_words)
+    found = check_tree(tree, commands, places, budget.plan_words)
     planned, problems = found["plan"], []
     if "validate" in found:
         tell_warnings(found["validate"])

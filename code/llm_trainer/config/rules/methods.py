@@ -5,7 +5,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llm_trainer.config.rules.rule import Rule
-from llm_trainer.config.sections import METHOD_FIELDS, METHOD_FORMATS, MOVING_STARTS
+from llm_trainer.config.sections import (
+    IMITATION_METHODS,
+    METHOD_FIELDS,
+    METHOD_FORMATS,
+    MOVING_STARTS,
+    OWN_METHOD_FIELDS,
+    WITHOUT_DIVERGENCE,
+)
 from llm_trainer.config.trl_config_fields import read_snapshot
 
 # Settings that this project acts on itself, whether or not TRL's config of the method has them.
@@ -13,14 +20,14 @@ FOR_ALL_METHODS = frozenset(
     {"max_length", "truncation_mode", "packing", "padding_free", "shuffle_dataset", "dataset_num_proc", "pad_token"}
     | {"activation_offloading", "chat_template_path", "eos_token"}
 )
+# The same for methods whose rows are those of SFT.
+FOR_IMITATION = frozenset({"assistant_only_loss", "completion_only_loss", "eval_packing", "packing_strategy"})
 # Losses of DPO that are made of the difference between the two answers' rewards alone.
 DIFFERENCE_LOSSES = frozenset(
     {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"},
 )
 # Why a reward model begins with a base alone. The head of rewards is no part of an adapter of SFT.
-EARLIER_ADAPTER = (
-    "a reward model begins with a base; merge the adapter with `llm-trainer merge`, and give the result as the model."
-)
+EARLIER_ADAPTER = "a reward model begins with a base; set merge_adapter=true, which merges the adapter first."
 SORTING_LOSSES = frozenset({"aot", "aot_unpaired"})  # these lose which answer belongs to which prompt
 
 
@@ -36,15 +43,26 @@ def list_losses(method: str, loss_type: str | list[str] | None) -> list[str]:
 
 def is_of_method(name: str, method: str) -> bool:
     """Tell whether a method has this setting: a field of its config, or one that is this project's own."""
+    if name in OWN_METHOD_FIELDS:
+        return method in OWN_METHOD_FIELDS[name]
+    if name in FOR_IMITATION and method in IMITATION_METHODS:
+        return True
     is_field = name in METHOD_FIELDS or name in read_snapshot()
     return not is_field or name in FOR_ALL_METHODS or name in read_snapshot(method)
+
+
+def list_methods(name: str) -> list[str]:
+    """Return the methods that have a setting."""
+    if name in OWN_METHOD_FIELDS:
+        return list(OWN_METHOD_FIELDS[name])
+    return list(IMITATION_METHODS if name in FOR_IMITATION else METHOD_FIELDS.get(name, ["sft"]))
 
 
 def find_foreign(method: str, given: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """Yield each given setting that the method does not have, with the methods that have it."""
     for name, value in given.items():
         if value is not None and not is_of_method(name, method):
-            yield {"foreign": name, "methods": " or ".join(METHOD_FIELDS.get(name, ["sft"]))}
+            yield {"foreign": name, "methods": " or ".join(list_methods(name))}
 
 
 def find_unknown_losses(method: str, loss_type: str | list[str] | None) -> Iterator[dict[str, str]]:
@@ -86,7 +104,7 @@ def refuse_single_row(name: str) -> Rule:
     """Return the rule that KTO estimates its divergence on more than one row, which this setting is about."""
     return Rule(
         (name, "loss_type"),
-        lambda s: s.data.method == "kto" and s.value(name) == 1 and s.methods.loss_type != "apo_zero_unpaired",
+        lambda s: s.data.method == "kto" and s.value(name) == 1 and s.methods.loss_type != WITHOUT_DIVERGENCE,
         f"{name}={{{name}}} with method=kto: its divergence is a mean over the rows that devices compute at once, and "
         "one row tells too little; give at least 2, or loss_type=apo_zero_unpaired.",
     )
@@ -109,9 +127,13 @@ UNFIT_FOR_REWARDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "the adapter holds the head too, which its difference from such a start would not; use default.",
     ),
     ("sample_prompts", bool, "a reward model answers no prompts; remove it."),
-    ("adapter_path", bool, EARLIER_ADAPTER),
 )
 METHOD_RULES = (
+    Rule(
+        ("adapter_path", "method"),
+        lambda s: s.data.trains_rewards and s.adapter.goes_on,
+        "adapter_path={adapter_path} with method=reward: " + EARLIER_ADAPTER,
+    ),
     Rule(
         ("method",),
         lambda s: any(find_foreign(s.data.method, s.given)),
@@ -126,9 +148,9 @@ METHOD_RULES = (
     ),
     Rule(
         ("packing", "method"),
-        lambda s: s.data.method != "sft" and bool(s.data.packing),
-        "packing=true with method={method}: only rows of method=sft fill sequences of max_length; leave it out, and "
-        "the answers of a batch share sequences.",
+        lambda s: s.data.method not in IMITATION_METHODS and bool(s.data.packing),
+        f"packing=true with method={{method}}: only rows of method={' and '.join(IMITATION_METHODS)} fill sequences of "
+        "max_length; leave it out, and the answers of a batch share sequences.",
     ),
     Rule(
         ("streaming", "method"),
@@ -140,6 +162,12 @@ METHOD_RULES = (
         lambda s: s.data.dataset_format not in ("auto", *METHOD_FORMATS[s.data.method]),
         "dataset_format={dataset_format} with method={method}, whose rows are {choices}: leave it out, or set method.",
         lambda s: [{"choices": " or ".join(METHOD_FORMATS[s.data.method])}],
+    ),
+    Rule(
+        ("train_vision", "method"),
+        lambda s: s.data.method != "sft" and s.adapter.train_vision,
+        "train_vision=true with method={method}: its rows have no images, and the vision tower would learn nothing; "
+        "remove it, or set method=sft.",
     ),
     *(refuse_single_row(name) for name in ("per_device_train_batch_size", "global_batch_size")),
     refuse_losses(

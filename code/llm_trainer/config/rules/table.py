@@ -13,6 +13,8 @@ from typing import Any
 from llm_trainer.common.metric_definitions import list_objectives
 from llm_trainer.common.redaction import hide_secrets
 from llm_trainer.config.global_batch import TOTALS, show_nearest
+from llm_trainer.config.rules.distillation import DISTILLATION_RULES
+from llm_trainer.config.rules.generation import GENERATION_RULES
 from llm_trainer.config.rules.methods import METHOD_RULES
 from llm_trainer.config.rules.rule import Rule
 from llm_trainer.config.schema import FIELDS, Settings
@@ -38,7 +40,6 @@ ADAPTER_CHOICES = (
     "use_dora",
     "init_lora_weights",
     "loraplus_lr_ratio",
-    "adapter_path",
 )
 # An adapter that began so cannot be told apart from its base once both are sharded.
 UNSHARDABLE_STARTS = (*MOVING_STARTS, "loftq")
@@ -416,6 +417,24 @@ PUBLISH_RULES = (
 ADAPTER_RULES = (
     *(refuse_without_adapter(name) for name in ADAPTER_CHOICES),
     Rule(
+        ("adapter_path", "use_peft"),
+        lambda s: s.adapter.goes_on and not s.adapter.use_peft,
+        "adapter_path={adapter_path!r} with use_peft=false: full fine-tuning has no adapter to go on from; remove "
+        "adapter_path, or set merge_adapter=true.",
+    ),
+    Rule(
+        ("merge_adapter", "merge_weights"),
+        lambda s: s.adapter.merge_adapter and s.adapter.use_peft and not s.output.merge_weights,
+        "merge_adapter=true without merge_weights=true: the new adapter is for the merged model, which the result "
+        "would lack; set merge_weights=true.",
+    ),
+    Rule(
+        ("merge_adapter", "use_mxfp4"),
+        lambda s: s.adapter.merge_adapter and bool(s.model.use_mxfp4),
+        "merge_adapter=true with use_mxfp4=true: the merged model is stored in bfloat16; merge the adapter with "
+        "`llm-trainer merge`, and give the result as the model.",
+    ),
+    Rule(
         ("adapter_revision", "adapter_path"),
         lambda s: bool(s.adapter.adapter_revision) and not s.adapter.adapter_path,
         "adapter_revision={adapter_revision!r} without adapter_path: it would do nothing; give the adapter's Hub id, "
@@ -768,4 +787,6 @@ RULES: tuple[Rule, ...] = (
     *BATCH_RULES,
     *DATA_RULES,
     *METHOD_RULES,
+    *DISTILLATION_RULES,
+    *GENERATION_RULES,
 )

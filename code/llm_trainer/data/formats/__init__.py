@@ -10,4 +10,5 @@ A row's fields tell its format (sources: TRL's "Dataset formats", ShareGPT's exp
     text                text
     unpaired_preference prompt, completion, label: whether the completion is desirable
     preference          chosen, rejected: two texts, or two lists of messages; prompt, unless both begin with it
+    prompt              prompt: a text, or a list of messages; any other columns, by which completions are judged
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detection of a row's format by its fields, and the choice of what parses it."""
+"""Formats of rows: which one a row has, by its fields, and which parser reads it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +13,7 @@ from llm_trainer.data.formats.examples import (
     Fields,
     Judged,
     Pair,
+    Prompt,
     RowError,
     Text,
     Tokens,
@@ -26,12 +27,17 @@ from llm_trainer.data.formats.imitation import (
 )
 from llm_trainer.data.formats.pictures import COLUMNS, VALUES, list_column, place_in_messages, place_in_text
 from llm_trainer.data.formats.preferences import list_preference_fields, parse_preference
+from llm_trainer.data.formats.prompts import ASKING_FIELDS, parse_prompt
 from llm_trainer.data.formats.unpaired import is_judged, list_unpaired_fields, list_unpaired_needs, parse_unpaired
 from llm_trainer.data.formats.values import parse_text
 
 
 class OtherMethodError(RowError):
     """A reason why a row cannot be used: it is of a format that another training method takes."""
+
+
+class UntakenImagesError(RowError):
+    """A reason why a row cannot be used, nor any like it: it has images, which its training method takes none of."""
 
 
 def detect_format(fields: Fields, settings: DataSettings) -> str:
@@ -41,6 +47,8 @@ def detect_format(fields: Fields, settings: DataSettings) -> str:
     """
     needs = list_needed_fields(settings)
     given = {name for name, value in fields.items() if value is not None}
+    if settings.generates and not given.isdisjoint(ASKING_FIELDS):
+        given.add("prompt")
     own = METHOD_FORMATS[settings.method] if settings.dataset_format == "auto" else (settings.dataset_format,)
     if settings.method == "sft" and settings.dataset_format == "auto" and is_judged(fields, settings.messages_field):
         raise OtherMethodError(
@@ -79,15 +87,19 @@ def list_needed_fields(settings: DataSettings) -> dict[str, list[tuple[str, ...]
         "text": [(settings.text_field,)],
         "preference": [("chosen", "rejected")],
         "unpaired_preference": list_unpaired_needs(settings.messages_field),
+        "prompt": [("prompt",)],
     }
 
 
 def list_foreign_formats(method: str) -> dict[str, list[str]]:
-    """Return each format that the method does not take, with the methods that do."""
+    """Return each format that the method does not take, with the methods that do.
+
+    A prompt alone tells no format: a row of any other has one too, and may have its answer under a wrong name.
+    """
     foreign: dict[str, list[str]] = {}
     for other, formats in METHOD_FORMATS.items():
         for name in formats:
-            if name not in METHOD_FORMATS[method]:
+            if name not in (*METHOD_FORMATS[method], "prompt"):
                 foreign.setdefault(name, []).append(other)
     return foreign
 
@@ -103,23 +115,30 @@ def parse_example(fields: Fields, row_format: str, settings: DataSettings, has_c
         "text": lambda: Text(parse_text(fields, settings.text_field)),
         "preference": lambda: parse_preference(fields, settings.messages_field, has_chat_template),
         "unpaired_preference": lambda: parse_unpaired(fields, settings.messages_field, has_chat_template),
+        "prompt": lambda: parse_prompt(fields, has_chat_template),
     }
     return take_pictures(parsers[row_format](), fields, settings.method)
 
 
 def take_pictures(example: Example, fields: Fields, method: str) -> Example:
-    """Return an example with the images of its row. Raises RowError where the row cannot be used with them."""
+    """Return an example with the images of its row.
+
+    Raises RowError where the row cannot be used with them, and UntakenImagesError where the method takes none.
+    """
     if isinstance(example, Tokens):
         return example
     column = list_column(fields)
+    if method != "sft":
+        if column or any(map(has_images, list_sides(example))):
+            raise UntakenImagesError(
+                f"has images, which method={method} does not take: set method=sft, or remove them."
+            )
+        return example
     if isinstance(example, Conversation):
         messages, values = place_in_messages(example.messages, column)
         return replace(example, messages=messages, images=values) if values else example
-    if isinstance(example, Text):
-        return place_in_example(example, column) if column else example
-    if column or any(has_images(side) for side in list_sides(example)):
-        raise RowError(f"has images, which method={method} does not take: set method=sft, or remove them.")
-    return example
+    assert isinstance(example, Text)  # as method=sft has no other rows
+    return place_in_example(example, column) if column else example
 
 
 def place_in_example(example: Text, column: list[Any]) -> Text:
@@ -141,6 +160,8 @@ def list_sides(example: Example) -> tuple[Example, ...]:
     """Return the parts of an example that are rendered by themselves."""
     if isinstance(example, Pair):
         return example.chosen, example.rejected
+    if isinstance(example, Prompt):
+        return (example.prompt,)
     return (example.answer if isinstance(example, Judged) else example,)
 
 
@@ -156,6 +177,7 @@ def list_read_fields(row_format: str, settings: DataSettings, has_chat_template:
         "text": (settings.text_field,),
         "preference": list_preference_fields(settings.messages_field),
         "unpaired_preference": list_unpaired_fields(settings.messages_field),
+        "prompt": ("prompt", *ASKING_FIELDS, "system", "tools"),
     }
     columns = () if row_format == "pretokenized" else COLUMNS
     return frozenset((*read[row_format], *columns))

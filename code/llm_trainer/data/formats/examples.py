@@ -74,4 +74,18 @@ class Judged:
     is_desirable: bool
 
 
-Example = Conversation | Text | Tokens | Pair | Judged
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that the model completes, and what its row says besides, by which completions are judged."""
+
+    prompt: Conversation | Text
+    columns: Fields
+
+    @property
+    def content(self) -> Fields:
+        """The row as trainers and rewards get it."""
+        is_text = isinstance(self.prompt, Text)
+        return {"prompt": self.prompt.text if is_text else self.prompt.messages, **self.columns}  # type: ignore[union-attr]
+
+
+Example = Conversation | Text | Tokens | Pair | Judged | Prompt

@@ -182,13 +182,17 @@ def build_sides(
     for name, side in zip(SIDES, sides, strict=True):
         if not any_answers(side[num_prompt:]):
             raise RowError(f"field {name!r} has no assistant message: there is no answer to prefer.")
-    system = prepend_system_prompt([], fields)
-    if system and is_same(system[0], sides[0][0]):
-        system = []
+    system = list_system_prompt(fields, sides[0])
     tools = parse_tools(fields.get("tools"))
     number = len(system) + num_prompt
     chosen, rejected = (Conversation([*system, *side], tools, number, finds_answer=True) for side in sides)
     return chosen, rejected
+
+
+def list_system_prompt(fields: Fields, messages: Messages) -> Messages:
+    """Return a row's system prompt as a message, none where it has none or the messages begin with it."""
+    system = prepend_system_prompt([], fields)
+    return [] if system and messages and is_same(system[0], messages[0]) else system
 
 
 def any_answers(messages: Messages) -> bool:

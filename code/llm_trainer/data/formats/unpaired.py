@@ -12,7 +12,7 @@ from llm_trainer.data.formats.preferences import (
     INSTRUCTION_FIELDS,
     any_answers,
     as_messages,
-    is_same,
+    list_system_prompt,
     read_prompt,
     read_side,
 )
@@ -70,10 +70,7 @@ def parse_answer(fields: Fields, messages_field: str, has_chat_template: bool) -
     before, after = as_messages(prompt, "user"), as_messages(answer, "assistant")
     if not any_answers(after):
         raise RowError(f"field {name!r} has no assistant message: there is no answer to judge.")
-    system = prepend_system_prompt([], fields)
-    if system and before and is_same(system[0], before[0]):
-        system = []
-    before = [*system, *before]
+    before = [*list_system_prompt(fields, before), *before]
     return Conversation([*before, *after], parse_tools(fields.get("tools")), len(before), finds_answer=True)
 
 

@@ -38,6 +38,8 @@ class Setup:
     kept_layers: int = 0  # the last so many layers keep their activations where others are recomputed
     evaluated: Batch | None = None  # the batch of evaluations between steps; None where there are none
     copies_adapter: bool = False  # whether a reference has a frozen copy of the adapter
+    teacher: ModelShape | None = None  # that reads each batch first, and is on each device as a whole
+    cache_bytes: int = 0  # keys and values of the completions that the model writes between steps
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,16 @@ def estimate_parts(shape: ModelShape, setup: Setup) -> Estimate:
     kept = trace_step(shape, replace(step, recompute_activations=False)) if setup.kept_layers else trace
     shards = setup.world_size if step.sharded else 1
     passes = list_passes(shape, step, setup.world_size, (trace, kept), setup.kept_layers)
-    moments = find_step_or_update_peak(shape, passes, setup), find_evaluation_peak(shape, setup)
+    moments = [find_step_or_update_peak(shape, passes, setup), find_evaluation_peak(shape, setup)]
+    moments += find_other_peaks(shape, setup)
     peak = max(moments, key=lambda moment: moment.total)
     is_replicated = setup.world_size > 1 and not step.sharded
     parts = {
         "base weights": sum(count_stored_bytes(shape, shards, in_adapter=False)),
         "adapter": sum(count_stored_bytes(shape, shards, in_adapter=True)),
         "reference's adapter": sum(count_stored_bytes(shape, shards, in_adapter=True)) if setup.copies_adapter else 0,
+        "teacher": setup.teacher.count_bytes() if setup.teacher else 0,
+        "teacher's states": count_taught_bytes(setup),
         "gathered weights": peak.gathered,
         "reduced gradients": peak.reduced,
         "gradients": peak.gradients,
@@ -136,11 +141,52 @@ def find_evaluation_peak(shape: ModelShape, setup: Setup) -> Peak:
     if batch is None:
         return Peak()
     step = replace(setup.step, num_sequences=batch.num_sequences, length=batch.length, num_scored=batch.num_scored)
+    return find_peak(list_forward(shape, step, setup.world_size), accumulated=0)
+
+
+def find_other_peaks(shape: ModelShape, setup: Setup) -> Iterator[Peak]:
+    """Yield the peaks that some methods have outside of steps: a teacher's, and of writing completions."""
+    if setup.teacher:
+        yield find_teacher_peak(setup.teacher, shape, setup)
+    if setup.cache_bytes:
+        yield find_generation_peak(shape, setup)
+
+
+def find_teacher_peak(teacher: ModelShape, shape: ModelShape, setup: Setup) -> Peak:
+    """Return the peak of a teacher that reads a batch before the student does, or the larger one of an evaluation.
+
+    Gradients of earlier batches are there where steps accumulate. Its output layer computes with the student's.
+    """
+    batch = setup.evaluated or Batch(0, 0)
+    num_sequences = max(setup.step.num_sequences, batch.num_sequences)
+    step = replace(setup.step, num_sequences=num_sequences, num_scored=None, teacher_width=None, sharded=False)
+    step = replace(step, fused_kernels=frozenset())
+    gradients = shape.trained_bytes // (setup.world_size if setup.step.sharded else 1)
+    return find_peak(list_forward(teacher, step, 1)[:-1], gradients if setup.accumulates else 0)
+
+
+def list_forward(shape: ModelShape, step: Step, world_size: int) -> list[Pass]:
+    """Return the passes of a model that reads a batch without gradients. The last one is the output layer's."""
     step = replace(step, trains=False, recompute_activations=False)
     trace = trace_step(shape, replace(step, offload_activations=False))
-    passes = list_passes(shape, step, setup.world_size, (trace, trace), 0)
-    until_head = [replace(each, unit=Unit()) for each in passes[: shape.num_layers + 2]]
-    return find_peak(until_head, accumulated=0)
+    passes = list_passes(shape, step, world_size, (trace, trace), 0)
+    return [replace(each, unit=Unit()) for each in passes[: shape.num_layers + 2]]
+
+
+def count_taught_bytes(setup: Setup) -> int:
+    """Return the bytes of a teacher's last hidden states at the tokens that are learnt, which a step keeps."""
+    step = setup.step
+    return step.find_num_scored() * (step.teacher_width or 0) * step.compute_dtype.itemsize
+
+
+def find_generation_peak(shape: ModelShape, setup: Setup) -> Peak:
+    """Return the peak of writing completions: the cache, and beside it a copy of one layer's part, which grows.
+
+    Gradients of earlier batches are there where steps accumulate.
+    """
+    growing = 2 * setup.cache_bytes // shape.num_layers
+    gradients = shape.trained_bytes if setup.accumulates else 0
+    return Peak(gradients, working=setup.cache_bytes + growing)
 
 
 def count_stored_bytes(shape: ModelShape, shards: int, *, in_adapter: bool) -> Iterator[int]:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from transformers import PreTrainedConfig
 
 from llm_trainer.common.errors import UserError
@@ -18,6 +17,7 @@ from llm_trainer.common.units import show_bytes
 from llm_trainer.model.attention import choose_attention, find_faults, read_needs
 from llm_trainer.model.device import Device, find_free_memory
 from llm_trainer.model.liger import KNOWN_TYPES, choose_liger, leave_out_experts
+from llm_trainer.model.lora import find_base_model
 from llm_trainer.model.memory.batch import Batch
 from llm_trainer.model.memory.estimate import Estimate
 from llm_trainer.model.memory.remedies import list_remedies
@@ -229,8 +229,7 @@ def choose_kernels(scenario: MemoryScenario) -> MemoryScenario:
         shape = scenario.shape
     except UnknownShapeError:  # told where the estimate is made
         return scenario
-    model = shape.skeleton
-    needs = read_needs(model.get_base_model() if isinstance(model, PeftModel) else model)
+    needs = read_needs(find_base_model(shape.skeleton))
     asked, compute = settings.attn_implementation, scenario.dtypes[1]
     attention = choose_attention(needs, asked, compute, device, find_faults(device))
     liger = leave_out_experts(liger, settings, bool(shape.count_weights("experts")))

@@ -18,15 +18,15 @@ NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # config
 
 
 def find_peak_tokens_per_second(
-    shape: ModelShape | None, config: PreTrainedConfig, device: Device, row_tokens: float, asks_reference: bool = False
+    shape: ModelShape | None, config: PreTrainedConfig, device: Device, row_tokens: float, untrained_passes: int = 0
 ) -> float | None:
     """Return the tokens a second at the device's peak, or None where the model or the device is not known.
 
-    `row_tokens` is the length of the row that a token stands in (`measure_row_tokens`). With `asks_reference` each
-    batch goes through a reference, too.
+    `row_tokens` is the length of the row that a token stands in (`measure_row_tokens`). Each batch takes
+    `untrained_passes` without gradients, too, such as a reference's.
     """
     peak = find_peak_flops(device)
-    needed = count_flops(shape, config, row_tokens, asks_reference) if shape and peak else None
+    needed = count_flops(shape, config, row_tokens, untrained_passes) if shape and peak else None
     return peak / needed if peak and needed else None
 
 
@@ -46,19 +46,19 @@ def measure_row_tokens(lengths: Mapping[int, int], max_length: int | None) -> fl
 
 
 def count_flops(
-    shape: ModelShape, config: PreTrainedConfig, row_tokens: float, asks_reference: bool = False
+    shape: ModelShape, config: PreTrainedConfig, row_tokens: float, untrained_passes: int = 0
 ) -> float | None:
     """Return the floating-point operations of a token, forward and backward, in a row of so many tokens.
 
     A weight of a matrix product takes two operations in the forward pass. The gradient of its input takes two, and its
     own gradient two more. That is 6 where it is trained, and 4 where it is frozen below an adapter. Embeddings are
-    looked up and take none. A reference, which is the same model, takes two more. Only those experts count that a token
-    goes to. None comes back where the config does not tell how many these are.
+    looked up and take none. Each pass without gradients, such as a reference makes, takes two more. Only those
+    experts count that a token goes to. None comes back where the config does not tell how many these are.
     Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
-    again = 2 if asks_reference else 0
+    again = 2 * untrained_passes
     products = count_products(shape, config, for_frozen=4 + again, for_trained=6 + again)
-    passes = 4 / 3 if asks_reference else 1.0  # attention's backward pass takes two thirds of its operations
+    passes = 1 + untrained_passes / 3  # attention's backward pass takes two thirds of its operations
     return None if products is None else products + passes * count_attention(config.get_text_config(), row_tokens)
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from llm_trainer.config.generation import GenerationSettings, count_generated
 from llm_trainer.config.rules.table import supports_fsdp
 from llm_trainer.config.sections import (
     REFERENCE_METHODS,
+    WITHOUT_DIVERGENCE,
     AdapterSettings,
     DataSettings,
     MethodSettings,
@@ -24,9 +26,10 @@ from llm_trainer.model.device import Device
 from llm_trainer.model.lora_init import begins_at_zero
 from llm_trainer.model.memory.batch import Batch
 from llm_trainer.model.memory.estimate import Estimate, Setup, estimate_memory
-from llm_trainer.model.memory.shape import ModelShape, read_shape
+from llm_trainer.model.memory.shape import ModelShape, count_cache_bytes, read_shape
 from llm_trainer.model.memory.step_trace import Step
 from llm_trainer.model.precision import choose_precision
+from llm_trainer.model.teacher.teacher import Teacher
 
 # A change of these changes the model's shape.
 SHAPE_SETTINGS = frozenset({"use_peft", "load_in_4bit", "base_compute", "torch_dtype"})
@@ -43,6 +46,11 @@ class MemorySettings:
     parallelism: ParallelismSettings
     methods: MethodSettings = field(default_factory=MethodSettings)
 
+    @property
+    def completion_tokens(self) -> int:
+        """The tokens that the model writes behind a row at most."""
+        return self.methods.count_written(self.data.method)
+
     def replace(self, **values: Any) -> "MemorySettings":
         """Return a copy with other values of some settings, by their flat names. They count as given."""
         changed: dict[str, Any] = {}
@@ -56,7 +64,12 @@ class MemorySettings:
     @property
     def can_shard(self) -> bool:
         """True where FSDP can shard a base that is loaded so, with an adapter that begins so."""
-        return supports_fsdp(self.model, self.adapter, self.training.optim)
+        return not self.data.generates and supports_fsdp(self.model, self.adapter, self.training.optim)
+
+    @property
+    def can_offload(self) -> bool:
+        """True where the method's trainer can keep activations in the host's memory."""
+        return self.data.method != "distill" and not self.data.generates
 
     @property
     def has_reference(self) -> bool:
@@ -71,13 +84,18 @@ class MemorySettings:
     @property
     def copies_adapter(self) -> bool:
         """True where the reference has a copy of the adapter, as switching it off would not bring the start back."""
-        moves = bool(self.adapter.adapter_path) or not begins_at_zero(self.adapter.init_lora_weights)
+        moves = self.adapter.goes_on or not begins_at_zero(self.adapter.init_lora_weights)
         return self.has_reference and self.adapter.use_peft and moves
 
     @property
-    def asks_reference(self) -> bool:
-        """True where each batch goes through the reference, too."""
-        return self.has_reference and not self.asks_reference_first
+    def untrained_passes(self) -> int:
+        """The forward passes that each batch takes without gradients, beside the one that is trained on.
+
+        The reference's is one. Where KTO estimates a divergence, model and reference are asked about other answers.
+        """
+        estimates = self.data.is_judged and self.methods.loss_type != WITHOUT_DIVERGENCE
+        asks_reference = self.has_reference and not self.asks_reference_first
+        return estimates + asks_reference * (1 + estimates)
 
 
 @dataclass(frozen=True)
@@ -134,7 +152,7 @@ def list_parallelism_plans(settings: MemorySettings, target: Target) -> list[Par
     distribution = {"ddp": (False,), "fsdp": (True,), "auto": spreads}
     checkpointing, offloading = parallelism.gradient_checkpointing, parallelism.activation_offloading
     ways = product(
-        open_choice if offloading is None and target.on_gpu else (bool(offloading),),
+        open_choice if offloading is None and target.on_gpu and settings.can_offload else (bool(offloading),),
         distribution[parallelism.distribution],
         open_choice if checkpointing is None else (checkpointing,),
     )
@@ -158,6 +176,7 @@ class MemoryScenario:
     evaluates: bool = False  # whether there are rows to evaluate between steps
     known_shape: ModelShape | None = None  # handed on to copies of the same model, as it takes long to read
     known_batch: Batch | None = None  # None: the largest that may come
+    teacher: Teacher | None = None  # of a distillation
 
     @functools.cached_property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
@@ -187,12 +206,17 @@ class MemoryScenario:
         )
 
     @property
+    def teacher_shape(self) -> ModelShape | None:
+        """The shape of the teacher, None where there is none. Raises UnknownShapeError."""
+        return read_teacher_shape(self.teacher, self.dtypes[1]) if self.teacher else None
+
+    @property
     def length(self) -> int:
         """The length of a sequence in tokens."""
         data = self.settings.data
         if data.packing and data.max_length:
             return data.max_length
-        length = min(data.max_length or self.longest_row, self.longest_row)
+        length = min(data.max_length or self.longest_row, self.longest_row) + self.settings.completion_tokens
         multiple = data.pad_to_multiple_of
         return length + -length % (int(multiple) if str(multiple).isdigit() else 1)
 
@@ -202,7 +226,18 @@ class MemoryScenario:
         data, training = self.settings.data, self.settings.training
         num_sequences = training.per_device_train_batch_size * data.sequences_a_row
         is_shared = num_sequences > 1 or bool(data.packing)
-        return self.known_batch or Batch(num_sequences, self.length, shares_sequences=is_shared)
+        num_scored = num_sequences * self.settings.completion_tokens or None
+        return self.known_batch or Batch(num_sequences, self.length, num_scored, shares_sequences=is_shared)
+
+    @property
+    def generated(self) -> Batch | None:
+        """The completions that a device writes at once, with their prompts; None where it writes none."""
+        settings = self.settings
+        if not settings.data.generates:
+            return None
+        num_devices = self.target.world_size
+        sections = GenerationSettings(settings.data, settings.methods, settings.training)
+        return Batch(-(-count_generated(sections, num_devices) // num_devices), self.length)
 
     @property
     def has_mask(self) -> bool:
@@ -225,6 +260,7 @@ class MemoryScenario:
             on_gpu=self.target.on_gpu,
             fused_kernels=self.fused_kernels,
             num_scored=batch.num_scored,
+            teacher_width=self.teacher.config.get_text_config().hidden_size if self.teacher else None,
         )
 
     def estimate(self, plan: ParallelismPlan) -> Estimate:
@@ -240,6 +276,8 @@ class MemoryScenario:
             plan.kept_layers,
             evaluated if self.evaluates or self.settings.asks_reference_first else None,
             self.settings.copies_adapter,
+            teacher=self.teacher_shape,
+            cache_bytes=self.count_cache_bytes(),
         )
         return estimate_memory(self.shape, setup)
 
@@ -249,6 +287,15 @@ class MemoryScenario:
         asked = settings.methods.precompute_ref_batch_size if settings.asks_reference_first else None
         evaluated = settings.training.per_device_eval_batch_size
         return max(asked or evaluated, evaluated if self.evaluates else 0)
+
+    def count_cache_bytes(self) -> int:
+        """Return the bytes of keys and values of all that a device writes at once, for its evaluations, too."""
+        batch = self.generated
+        if batch is None:
+            return 0
+        num_evaluated = self.settings.training.per_device_eval_batch_size if self.evaluates else 0
+        num_tokens = max(batch.num_sequences, num_evaluated) * batch.length
+        return count_cache_bytes(self.config, num_tokens, self.dtypes[1])
 
     def can_hold(self, need: Estimate, share: float = 1.0) -> bool:
         """Tell whether what is needed is at most this share of what is free on each device."""
@@ -262,3 +309,9 @@ class MemoryScenario:
     def replace_target(self, **values: Any) -> "MemoryScenario":
         """Return the same job on other devices, with other values of Target's fields."""
         return replace(self, target=replace(self.target, **values), known_shape=self.shape)
+
+
+@functools.lru_cache(maxsize=8)
+def read_teacher_shape(teacher: Teacher, dtype: torch.dtype) -> ModelShape:
+    """Return the shape of a teacher that computes in this type. Raise UnknownShapeError."""
+    return read_shape(teacher.config, teacher.settings, AdapterSettings(use_peft=False), dtype)

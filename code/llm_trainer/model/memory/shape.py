@@ -112,6 +112,20 @@ class ModelShape:
         return layers
 
 
+def count_cache_bytes(config: PreTrainedConfig, num_tokens: int, dtype: torch.dtype) -> int:
+    """Return the bytes of the keys and values of so many tokens, in all layers.
+
+    Layers that keep only a window of them, or a state in their place, take less.
+    """
+    text = config.get_text_config()
+    num_heads = getattr(text, "num_attention_heads", 0)
+    if not num_heads:
+        return 0
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    num_heads = getattr(text, "num_key_value_heads", None) or num_heads
+    return int(2 * text.num_hidden_layers * num_heads * head_size * num_tokens * dtype.itemsize)
+
+
 def read_shape(
     config: PreTrainedConfig,
     model_settings: ModelSettings,

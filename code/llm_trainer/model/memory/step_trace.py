@@ -15,7 +15,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,14 +23,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.integrations import moe
-from trl.kernels import chunked_logprob
+from trl.kernels import chunked_divergence, chunked_logprob
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
 from llm_trainer.common.errors import quote_error
 from llm_trainer.model.layers.kept_logits import KeptLogits
 from llm_trainer.model.layers.reward_head import is_reward_model, read_last_tokens
-from llm_trainer.model.lora import take_rows_as_whole
+from llm_trainer.model.lora import find_base_model, take_rows_as_whole
 from llm_trainer.model.memory import fused_kernels
 from llm_trainer.model.memory.offloading import Offload
 from llm_trainer.model.memory.shape import BLOCK_SIZE, ModelShape, UnknownShapeError
@@ -225,6 +225,11 @@ class Step:
     fused_kernels: frozenset[str] = frozenset()  # of Liger's, by the names of its options
     trains: bool = True  # an evaluation has a forward pass alone, and keeps nothing for another
     num_scored: int | None = None  # tokens that predict a label; None: all, as each may
+    teacher_width: int | None = None  # of the hidden states of a teacher whose probabilities are learnt; None without
+
+    def find_num_scored(self) -> int:
+        """Return the tokens that predict a label, or of those that may."""
+        return self.num_sequences * self.length if self.num_scored is None else self.num_scored
 
 
 @functools.lru_cache(maxsize=256)
@@ -246,14 +251,15 @@ def trace_step(shape: ModelShape, step: Step) -> StepTrace:
 def run_fake_step(shape: ModelShape, step: Step) -> StepTrace:
     """Run the step on a copy of the skeleton whose tensors have no numbers, and return what was counted."""
     mode, model = FakeTensorMode(), copy.deepcopy(shape.skeleton)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = find_base_model(model)
     with mode:
         make_computable(model, base, step)
         batch = build_batch(step, is_reward_model(base.config))
+        taught = build_taught(base, step) if step.teacher_width else ()
     layers = model.get_submodule(shape.layers_name)
     parameters = list(model.parameters())
     offload = Offload(parameters) if step.offload_activations else None
-    held = HeldBytes([*parameters, *model.buffers()], "embedding", offload)
+    held = HeldBytes([*parameters, *model.buffers(), *taught], "embedding", offload)
     tracer = LayerTracer(held, offload, len(layers))
     with mode, held, ExitStack() as hooks:
         for index, layer in enumerate(layers):
@@ -264,7 +270,7 @@ def run_fake_step(shape: ModelShape, step: Step) -> StepTrace:
         hooks.enter_context(fused_kernels.replace_rope(base, step.fused_kernels))
         hooks.enter_context(torch.set_grad_enabled(step.trains))
         with torch.autocast("cpu", step.compute_dtype, enabled=step.compute_dtype != torch.float32):
-            loss = compute_loss(model, batch)
+            loss = compute_divergence(base, batch, *taught) if taught else compute_loss(model, batch)
         tracer.note_moved()
         if step.trains:
             loss.backward()
@@ -278,6 +284,24 @@ def compute_loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     if ENDS in batch:
         return -nn.functional.logsigmoid(model(**batch).logits).mean()
     return -model(**batch, fused_lm_head=True).log_probs.sum()
+
+
+def compute_divergence(
+    base: PreTrainedModel, batch: dict[str, Any], taught_states: torch.Tensor, taught_head: torch.Tensor
+) -> torch.Tensor:
+    """Return TRL's loss of a student, from its teacher's hidden states and output layer."""
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
+    states = base.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    head = base.get_output_embeddings()
+    student = states, head.weight, head.bias
+    return ChunkedDivergenceFunction.apply(*student, taught_states, taught_head, None, 1.0)[0].sum()
+
+
+def build_taught(base: PreTrainedModel, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the hidden states (scored, width) of a teacher, and the weights of its output layer."""
+    rows = step.find_num_scored(), base.config.get_text_config().vocab_size
+    states, head = (torch.empty(number, step.teacher_width, dtype=step.compute_dtype) for number in rows)
+    return states, head
 
 
 def collect_trace(spans: dict[Hashable, Span], num_layers: int, moved_bytes: list[int]) -> StepTrace:
@@ -350,7 +374,7 @@ def build_batch(step: Step, is_reward: bool) -> dict[str, Any]:
 
 
 class ScoredPlaces:
-    """A hook that leaves the output layer the tokens that predict a label, as `training.methods.batch_facts` does."""
+    """A hook that leaves the output layer the tokens that predict a label, as `training.batches.batch_facts` does."""
 
     def __init__(self, number: int | None) -> None:
         self.number = number  # None: all, and the output stays as it is
@@ -520,6 +544,12 @@ def nothing(*args: Any, **kwargs: Any) -> None:
     """Take the place of a function that asks for numbers, or whose result takes no memory."""
 
 
+def project(tile: torch.Tensor, states: torch.Tensor, weight: torch.Tensor, bias: Any, *piece: Any) -> None:
+    """Fill a tile of logits as a GPU does: it adds up in float32, and copies neither factor."""
+    start, end, dtype = piece
+    weight[start:end].to(dtype)
+
+
 def can_group(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> bool:
     """Tell whether torch's grouped product takes the type on tensors without numbers; Transformers has another one."""
     return weight.dtype == torch.bfloat16
@@ -528,6 +558,10 @@ def can_group(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> bool
 def drop_numbers(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     """Compute dropout as a GPU does."""
     return torch.native_dropout(x, p, training)[0] if training and p else x
+
+
+# What stands for parts of TRL's divergence on a GPU, where kernels work on the logits in place.
+DIVERGENCE_ON_GPU = {"_project": project, "_stats_tile": nothing, "_backward_tile": nothing, "_addmm_fp32": nothing}
 
 
 @contextmanager
@@ -546,6 +580,7 @@ def replace_kernels(held: HeldBytes, on_gpu: bool) -> Iterator[None]:
             (nn.functional, "scaled_dot_product_attention", attention),
             (moe, "_can_use_grouped_mm", can_group),
             (chunked_logprob, "range", held.skip_alike),
+            (chunked_divergence, "range", held.skip_alike),
             (trl_utils, "_use_triton", nothing),  # the LM head scores all positions that it gets
             (trl_utils, "_ChunkedLogProbFunction", chunked_logprob.ChunkedLogProbFunction if on_gpu else KeptLogits),
         )
@@ -553,6 +588,7 @@ def replace_kernels(held: HeldBytes, on_gpu: bool) -> Iterator[None]:
             (chunked_logprob, "_forward_tile", nothing),
             (chunked_logprob, "_backward_tile", nothing),
             (chunked_logprob, "_addmm_fp32", nothing),
+            *((chunked_divergence, name, stand_in) for name, stand_in in DIVERGENCE_ON_GPU.items()),
             (nn.functional, "dropout", drop_numbers),
         )
         for owner, name, stand_in in (*on_both, *(only_on_gpu if on_gpu else ())):

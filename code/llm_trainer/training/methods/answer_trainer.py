@@ -10,15 +10,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from peft import PeftModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import FusedCausalLMOutput
 
 from llm_trainer.model.layers.kept_logits import keep_few_logits
+from llm_trainer.training.batches.batch_facts import BatchFacts
+from llm_trainer.training.batches.batch_means import NO_COUNTS, BatchMeans
 from llm_trainer.training.methods.answer_rows import AnswerRows
 from llm_trainer.training.methods.answers import ANSWERS, FIELDS, NO_INPUTS, AnswerCollator, Answers
-from llm_trainer.training.methods.batch_facts import BatchFacts, FindFacts, use_facts
-from llm_trainer.training.methods.batch_means import NO_COUNTS, BatchMeans
 from llm_trainer.training.methods.reference import ReferenceMixin, keep_own_reference
 from llm_trainer.training.methods.sft import compute_with_facts
 from llm_trainer.training.resumable import RunContext
@@ -43,13 +42,6 @@ class AnswerTrainer(BatchMeans, ReferenceMixin, AnswerRows):
         self.begin_reference(asks_first)
         self.precompute_ref_logps = True  # TRL's loss finds the reference's log-probabilities among its inputs
         self.loss_is_scaled_for_ga = True  # by the rows of a step, where TRL takes means of batches' means
-
-    def use_batch_facts(self) -> None:
-        """Have batches bring facts that their own rank finds."""
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        use_facts(base.base_model)
-        if not self.args.torch_compile:  # which would compile anew for each number of labels
-            self.data_collator = FindFacts(self.data_collator)
 
     def describe_batch(self, model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Return a batch as TRL's loss asks for it, with what the reference says of it."""

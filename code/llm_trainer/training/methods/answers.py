@@ -8,7 +8,7 @@ first of all rows first. So a batch tells where each of its trained tokens stand
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -22,8 +22,25 @@ FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs") 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
+class BatchPart:
+    """A part of a batch that holds tensors. Its classes are frozen dataclasses."""
+
+    def to(self, device: torch.device, **options: Any) -> Self:
+        """Return the part with its tensors on a device. Accelerate moves batches so."""
+        return self.replace_tensors(lambda tensor: tensor.to(device, **options))
+
+    def pin_memory(self) -> Self:
+        """Return the part with its tensors in pinned memory. PyTorch's loaders pin batches so."""
+        return self.replace_tensors(torch.Tensor.pin_memory)
+
+    def replace_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """Return the part with its tensors changed."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})  # type: ignore[type-var]
+
+
 @dataclass(frozen=True)
-class Answers:
+class Answers(BatchPart):
     """The places of a batch's trained tokens among its answers, which stand one below the other.
 
     The first answers of all rows come first, then the second ones.
@@ -42,14 +59,6 @@ class Answers:
     def num_rows(self) -> int:
         """The rows that count."""
         return 0 if self.is_blank else len(self.rows)
-
-    def to(self, device: torch.device, **options: Any) -> "Answers":
-        """Return the answers with their places on a device. Accelerate moves batches so."""
-        return replace(self, places=self.places.to(device, **options), rows=self.rows.to(device, **options))
-
-    def pin_memory(self) -> "Answers":
-        """Return the answers with their places in pinned memory. PyTorch's loaders pin batches so."""
-        return replace(self, places=self.places.pin_memory(), rows=self.rows.pin_memory())
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """Return the trained tokens' values [trained tokens] at their places [answers, slots], zero elsewhere."""

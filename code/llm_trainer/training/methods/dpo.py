@@ -14,7 +14,7 @@ from trl.trainer import dpo_trainer
 from llm_trainer.common.metric_definitions import RENAMED
 from llm_trainer.training.methods.answer_trainer import AnswerTrainer, compute_answers
 from llm_trainer.training.methods.answers import ANSWERS
-from llm_trainer.training.methods.training_method import TrainingMethod
+from llm_trainer.training.methods.training_method import TRAINER_METRICS, TrainingMethod
 
 REFERENCE_NAMES = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's
 
@@ -49,8 +49,5 @@ DPO = TrainingMethod(
     learning_rate=1e-6,
     columns=ResumableDPOTrainer.columns,
     metric_names=RENAMED,
-    hidden_metrics=(
-        *("total_flos", "entropy", "logits/chosen", "logits/rejected"),
-        *("num_input_tokens_seen", "train_runtime", "train_tokens_per_second"),
-    ),
+    hidden_metrics=(*TRAINER_METRICS, "entropy", "logits/chosen", "logits/rejected"),
 )

@@ -16,12 +16,11 @@ from trl import KTOConfig, KTOTrainer
 from trl.trainer import kto_trainer
 
 from llm_trainer.common.metric_definitions import RENAMED
+from llm_trainer.config.sections import WITHOUT_DIVERGENCE
+from llm_trainer.training.batches.batch_means import RowSums
 from llm_trainer.training.methods.answer_trainer import AnswerTrainer, compute_answers
 from llm_trainer.training.methods.answers import ANSWERS, DESIRABLE, MISMATCHED, Answers, Collator, keep_trained
-from llm_trainer.training.methods.batch_means import RowSums
-from llm_trainer.training.methods.training_method import TrainingMethod
-
-WITHOUT_DIVERGENCE = "apo_zero_unpaired"  # the loss that needs none
+from llm_trainer.training.methods.training_method import TRAINER_METRICS, TrainingMethod
 
 
 class ResumableKTOTrainer(AnswerTrainer, KTOTrainer):
@@ -131,5 +130,5 @@ KTO = TrainingMethod(
     learning_rate=1e-6,
     columns=ResumableKTOTrainer.columns,
     metric_names=RENAMED,
-    hidden_metrics=("total_flos", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second"),
+    hidden_metrics=TRAINER_METRICS,
 )

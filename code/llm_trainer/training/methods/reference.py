@@ -5,10 +5,7 @@ It is the base without the adapter. An adapter that does not begin at zero has a
 all weights are trained, what the reference says of all rows is computed before the first step.
 """
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -18,19 +15,17 @@ from peft import PeftModel
 from torch.utils.data import SequentialSampler
 
 from llm_trainer.common import log
-from llm_trainer.model.lora_init import ADAPTER
+from llm_trainer.training.batches.whole_batches import WholeBatches, fill_batches
 from llm_trainer.training.methods.answers import ANSWERS
 from llm_trainer.training.methods.reference_values import build_key, compute_values, keep_values, load_values
-from llm_trainer.training.methods.whole_batches import WholeBatches, fill_batches
 from llm_trainer.training.resumable import ResumableMixin
 from llm_trainer.training.resume import OWN_SETTINGS
-
-REFERENCE = "ref"  # the name by which TRL's trainers look for the copy
 
 
 class ReferenceMixin(ResumableMixin, WholeBatches):
     """A resumable trainer whose loss compares with a reference. It goes before TRL's trainer among the bases."""
 
+    has_reference = True
     ld_alpha: float | None = None  # TRL's, which decides what is summed up
     calculate_KL: bool = False  # TRL's, which decides what is asked  # noqa: N815
 
@@ -85,12 +80,6 @@ class ReferenceMixin(ResumableMixin, WholeBatches):
         own["kl"] = self.calculate_KL
         return {name: self.run.identity.get(name) for name in names} | own
 
-    def train_from(self, checkpoint: Path | None) -> Any:
-        """Train from the checkpoint on, or from the start, with the model as it is now for the reference."""
-        if self.run.adapter_start or self.run.goes_on:
-            copy_adapter(self.model)
-        return super().train_from(checkpoint)
-
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Load the weights of a checkpoint, once nobody needs the first ones."""
         self.prepare_reference()
@@ -106,11 +95,6 @@ class ReferenceMixin(ResumableMixin, WholeBatches):
         self.prepare_reference()
         return super().evaluate(*args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Write the weights that are trained, and not the reference's."""
-        with hide_copy(self.model):
-            super()._save(output_dir, state_dict)
-
 
 def keep_own_reference(trl_module: ModuleType) -> None:
     """Have a module of TRL neither load a second model for the reference, nor recompute all layers after its use.
@@ -120,28 +104,3 @@ def keep_own_reference(trl_module: ModuleType) -> None:
     """
     trl_module.create_model_from_path = lambda *arguments, **options: None  # type: ignore[attr-defined]
     trl_module.disable_gradient_checkpointing = lambda *arguments: nullcontext()  # type: ignore[attr-defined]
-
-
-@torch.no_grad()
-def copy_adapter(model: PeftModel) -> None:
-    """Give the model a frozen copy of its adapter, for the reference of an adapter that does not begin at zero."""
-    config = copy.deepcopy(model.peft_config[ADAPTER])
-    config.init_lora_weights = True  # its values come from the adapter, and the base stays as it is
-    model.add_adapter(REFERENCE, config)
-    for name, parameter in model.named_parameters():
-        if f".{ADAPTER}." in name:
-            kept = model.get_parameter(name.replace(f".{ADAPTER}.", f".{REFERENCE}."))
-            kept.data = parameter.detach().clone()
-            kept.requires_grad_(False)
-
-
-@contextmanager
-def hide_copy(model: Any) -> Iterator[None]:
-    """Have PEFT write the trained adapter alone in this context."""
-    configs = model.peft_config if isinstance(model, PeftModel) else {}
-    config = configs.pop(REFERENCE, None)
-    try:
-        yield
-    finally:
-        if config is not None:
-            configs[REFERENCE] = config

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -17,16 +16,25 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from llm_trainer.common.metric_definitions import RENAMED
 from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.model.layers.reward_head import read_last_tokens
+from llm_trainer.model.lora import find_base_model
+from llm_trainer.training.batches.batch_facts import BatchFacts, known
+from llm_trainer.training.batches.batch_means import BatchMeans
 from llm_trainer.training.methods.answer_rows import AnswerRows
-from llm_trainer.training.methods.answers import ANSWERS, NO_INPUTS, Collator, is_trained, keep_trained, list_answers
-from llm_trainer.training.methods.batch_facts import BatchFacts, FindFacts, known, use_facts
-from llm_trainer.training.methods.batch_means import BatchMeans
-from llm_trainer.training.methods.training_method import TrainingMethod
+from llm_trainer.training.methods.answers import (
+    ANSWERS,
+    NO_INPUTS,
+    BatchPart,
+    Collator,
+    is_trained,
+    keep_trained,
+    list_answers,
+)
+from llm_trainer.training.methods.training_method import TRAINER_METRICS, TrainingMethod
 from llm_trainer.training.resumable import ResumableMixin, RunContext
 
 
 @dataclass(frozen=True)
-class RewardedAnswers:
+class RewardedAnswers(BatchPart):
     """The last tokens of a batch's answers, the chosen ones first."""
 
     ends: torch.Tensor  # [answers], their slots in the sequences end to end
@@ -38,14 +46,6 @@ class RewardedAnswers:
     def num_rows(self) -> int:
         """The pairs that count."""
         return 0 if self.is_blank else len(self.margins)
-
-    def to(self, device: torch.device, **options: Any) -> "RewardedAnswers":
-        """Return the answers on a device. Accelerate moves batches so."""
-        return replace(self, ends=self.ends.to(device, **options), margins=self.margins.to(device, **options))
-
-    def pin_memory(self) -> "RewardedAnswers":
-        """Return the answers in pinned memory. PyTorch's loaders pin batches so."""
-        return replace(self, ends=self.ends.pin_memory(), margins=self.margins.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,8 @@ class ResumableRewardTrainer(BatchMeans, ResumableMixin, AnswerRows, RewardTrain
         """Take RewardTrainer's arguments, and what a resumable trainer needs to know of its job."""
         pad = DataCollatorForLanguageModeling(kwargs["processing_class"].pad_token_id)
         super().__init__(*args, run=run, data_collator=RewardCollator(data_collator or pad), **kwargs)
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        read_last_tokens(base)
-        use_facts(base.base_model)
-        if not self.args.torch_compile:  # which would compile anew for each number of answers
-            self.data_collator = FindFacts(self.data_collator)
+        read_last_tokens(find_base_model(self.model))
+        self.use_batch_facts()
         self.begin_sums()
         self.loss_is_scaled_for_ga = True  # by the pairs of a step, where TRL takes means of batches' means
 
@@ -129,5 +126,5 @@ REWARD = TrainingMethod(
     learning_rate=1e-5,
     columns=ResumableRewardTrainer.columns,
     metric_names=RENAMED,
-    hidden_metrics=("total_flos", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second"),
+    hidden_metrics=TRAINER_METRICS,
 )

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
@@ -16,10 +15,11 @@ from llm_trainer.common import log
 from llm_trainer.common.metric_definitions import RENAMED
 from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.model.layers.kept_logits import keep_few_logits
-from llm_trainer.training.methods.batch_facts import BatchFacts, FindFacts, known, shift_labels, use_facts
-from llm_trainer.training.methods.token_sums import begin_sums, compute_means, sum_batch
-from llm_trainer.training.methods.training_method import TrainingMethod
-from llm_trainer.training.methods.whole_batches import WholeBatches
+from llm_trainer.model.lora import find_base_model
+from llm_trainer.training.batches.batch_facts import BatchFacts, FindFacts, known, shift_labels, use_facts
+from llm_trainer.training.batches.token_sums import begin_sums, compute_means, sum_batch
+from llm_trainer.training.batches.whole_batches import WholeBatches
+from llm_trainer.training.methods.training_method import TRAINER_METRICS, TrainingMethod
 from llm_trainer.training.resumable import ResumableMixin, RunContext
 
 
@@ -77,8 +77,7 @@ class ResumableSFTTrainer(ResumableMixin, WholeBatches, SFTTrainer):
 
     def use_batch_facts(self) -> None:
         """Have batches bring facts that their own rank finds. Batches that one rank makes for all cannot."""
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        use_facts(base.base_model)
+        use_facts(find_base_model(self.model).base_model)
         is_own = isinstance(self.train_dataset, Dataset) and not self.accelerator.dispatch_batches
         if is_own and not self.args.torch_compile:  # which would compile anew for each number of labels
             self.data_collator = FindFacts(self.data_collator)
@@ -162,9 +161,5 @@ SFT = TrainingMethod(
     learning_rate=2e-5,
     columns=("input_ids", "labels"),
     metric_names=RENAMED,
-    hidden_metrics=(
-        *("total_flos", "entropy"),
-        # What include_num_input_tokens_seen adds to each line, which has it all already.
-        *("num_input_tokens_seen", "train_runtime", "train_tokens_per_second"),
-    ),
+    hidden_metrics=(*TRAINER_METRICS, "entropy"),
 )

@@ -21,6 +21,7 @@ from llm_trainer.common.ranks import rank
 from llm_trainer.config.sections import ModelSettings
 from llm_trainer.model.kinds.tower import list_tower
 from llm_trainer.model.loading import load_model
+from llm_trainer.model.lora import find_base_model
 from llm_trainer.model.plan import ModelPlan
 from llm_trainer.model.quantization import build_packed_weight, list_packed_layers, quantize_on
 
@@ -101,7 +102,7 @@ def find_last_norm(model: PreTrainedModel | PeftModel) -> nn.Module | None:
     TRL's loss reads the output layer without calling it. It gets its weights when the norm is called. Else the ranks'
     gradients of these weights would not be added up.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = find_base_model(model)
     places = (base.base_model, base.get_decoder())
     norms = [child for place in places for child in place.children() if "Norm" in type(child).__name__]
     return norms[-1] if norms else None

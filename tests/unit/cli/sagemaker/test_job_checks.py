@@ -16,6 +16,9 @@ def test_a_job_without_a_network_needs_none():
     assert [text.split(" names")[0].split()[-1] for text in told[2:]] == ["wandb_token", "HF_TOKEN"]
     assert list(find_unreachable(options, {"model_id": "Qwen/Qwen3-0.6B"}, ["train", "model"])) == [told[3]]
     assert list(find_unreachable(JobOptions(), settings, ["train"])) == []
+    taught = {"teacher_model_name_or_path": "Qwen/Qwen3-8B"}
+    (text,) = find_unreachable(JobOptions(network_isolation=True), taught, ["model"])
+    assert "teacher_model_name_or_path='Qwen/Qwen3-8B': give the teacher's files as channel teacher" in text
 
 
 def test_a_path_of_this_machine_is_none_of_the_jobs(tmp_path):

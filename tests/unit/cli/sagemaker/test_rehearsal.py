@@ -16,6 +16,8 @@ from llm_trainer.cli.sagemaker.rehearsal import (
 )
 from llm_trainer.common.errors import UserError
 
+PLACE = Place("ml.g6.2xlarge", 1)
+
 
 def test_a_budget_and_its_words(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -35,12 +37,20 @@ def test_a_mistake_is_told_as_the_job_would(tmp_path):
     with lay_out_tree(
         {"lora_r": "0", "model_id": "/opt/ml/input/data/model"}, {"model": None}, {}, "ml.g6.2xlarge", 1
     ) as tree:
-        found = check_tree(tree, ("validate", "plan"), ("--rows", "9"))
+        found = check_tree(tree, ("validate", "plan"), [PLACE], ("--rows", "9"))
     assert [*found] == ["validate", "plan"]
     for each in found.values():
         assert any("lora_r='0' is not valid" in text for text in each["problems"])
         assert not any(str(tree) in text for text in each["problems"])
     assert any("--rows and --tokens-per-row" in text for text in found["plan"]["problems"])
+
+
+def test_plan_is_asked_about_the_places_of_the_job_alone(tmp_path, tiny_model):
+    places = [Place("ml.g5.xlarge", 20), PLACE, Place("ml.m5.xlarge", 1)]
+    with lay_out_tree({}, {"model": tiny_model, "train": None}, {}, "ml.g5.xlarge", 20) as tree:
+        planned = check_tree(tree, ("plan",), places, ("--rows", "9", "--tokens-per-row", "5"))["plan"]
+    found = sorted((entry["instance_type"], entry["count"], entry["fits"]) for entry in planned["instances"])
+    assert found == [("ml.g5.xlarge", 20, True), ("ml.g6.2xlarge", 1, True)]
 
 
 def test_each_preference_has_to_hold_the_job():
@@ -92,4 +102,4 @@ def test_why_plan_knows_no_prices_is_told():
 
 def test_checks_that_tell_nothing_are_told(tmp_path):
     with pytest.raises(UserError, match=r"^The job could not be checked by nothing \(.*\)\.$"):
-        check_tree(tmp_path, ("nothing",))
+        check_tree(tmp_path, ("nothing",), [PLACE])

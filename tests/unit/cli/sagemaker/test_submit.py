@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from llm_trainer.cli.main import run_command
+from llm_trainer.cli.sagemaker.rehearsal import Place
 from support.aws_server import rehearse_well, write_rows
 from support.measures import ROOT
 
@@ -105,7 +106,7 @@ def test_a_job_that_would_fail_is_not_started(aws, channels, capsys):
 )
 def test_a_job_that_is_too_large_or_too_dear_is_not_started(aws, channels, monkeypatch, capsys, entry, words, told):
     planned = {"instances": [{"instance_type": "ml.g6.2xlarge", "count": 1, **entry}], "problems": [], "warnings": []}
-    monkeypatch.setattr(CHECK_TREE, lambda tree, commands, words: {"validate": NOTHING, "plan": planned})
+    monkeypatch.setattr(CHECK_TREE, lambda *asked: {"validate": NOTHING, "plan": planned})
     assert told in submit_wrongly(capsys, "--data-dir", str(channels), *words)
     assert aws.requests == []
 
@@ -114,8 +115,8 @@ def test_a_budget_that_is_kept_asks_plan_in_the_users_words(aws, channels, monke
     aws.furnish()
     asked = []
 
-    def check(tree, commands, words):
-        asked.append((commands, words))
+    def check(tree, commands, places, words):
+        asked.append((commands, places, words))
         entry = {"fits": True, "dollars": 9.5, "dollars_an_hour": 5.0}
         instances = [{"instance_type": "ml.g6.2xlarge", "count": 1, **entry}]
         return {"validate": NOTHING, "plan": {"instances": instances} | NOTHING}
@@ -125,7 +126,7 @@ def test_a_budget_that_is_kept_asks_plan_in_the_users_words(aws, channels, monke
     given = [*OPTIONS, "--instance_type", "ml.g6.2xlarge", "--data-dir", str(channels)]
     assert run_command(["submit", *given, *words]) == 0
     plan_words = ("--prices-file", str(tmp_path / "prices.json"), "--rows", "100")
-    assert asked == [(("validate", "plan"), plan_words)]
+    assert asked == [(("validate", "plan"), [Place("ml.g6.2xlarge", 1)], plan_words)]
     (request,) = aws.list_arguments("CreateTrainingJob")
     assert request["StoppingCondition"] == {"MaxRuntimeInSeconds": 7200}
     assert request["HyperParameters"]["max_run_seconds"] == "7200"

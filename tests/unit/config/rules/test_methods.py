@@ -14,9 +14,10 @@ def problems_of(**values):
 
 def test_a_setting_of_another_method_is_told_with_its_method():
     (problem,) = problems_of(beta=0.2)
-    assert problem == "beta is a setting of method=dpo or kto and this job has method=sft: remove it, or set method."
+    methods = "dpo or kto or distill or grpo or rloo"
+    assert problem.startswith(f"beta is a setting of method={methods} and this job has method=sft: remove")
     (problem,) = problems_of(method="dpo", completion_only_loss=True)
-    assert problem.startswith("completion_only_loss is a setting of method=sft and this job has method=dpo")
+    assert problem.startswith("completion_only_loss is a setting of method=sft or distill and this job has method=dpo")
 
 
 def test_a_format_of_another_method_is_refused():
@@ -81,11 +82,11 @@ def test_kto_has_one_loss_that_compares_several_rows(values, begin):
 @pytest.mark.parametrize(
     ("values", "begin"),
     [
-        ({"beta": 0.1}, "beta is a setting of method=dpo or kto and this job has method=reward"),
+        ({"beta": 0.1}, "beta is a setting of method=dpo or kto or distill or grpo or rloo and this job has"),
         ({"loss_type": "sigmoid"}, "loss_type is a setting of method="),
         ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa with method=reward: the adapter holds the head too"),
         ({"sample_prompts": 1}, "sample_prompts=1 with method=reward: a reward model answers no prompts"),
-        ({"adapter_path": "/a"}, "adapter_path=/a with method=reward: a reward model begins with a base; merge"),
+        ({"adapter_path": "/a"}, "adapter_path=/a with method=reward: a reward model begins with a base; set "),
         ({"lora_dropout": 0.1}, "lora_dropout=0.1 with method=reward"),
     ],
 )

@@ -55,7 +55,8 @@ def test_a_row_of_another_method_is_told_with_the_method_that_takes_it():
     with pytest.raises(OtherMethodError) as caught:
         detect_format({"messages": CHAT}, Settings(method="dpo").data)
     assert str(caught.value) == (
-        "is a messages row, which method=dpo does not take: set method=sft, or give rows with 'chosen' with 'rejected'."
+        "is a messages row, which method=dpo does not take: set method=sft or distill, or give rows with 'chosen' with "
+        "'rejected'."
     )
     assert problem_of({"answer": "b"}, method="dpo") == (
         "has no field 'chosen' with 'rejected' (found: answer): rename the field."

@@ -6,7 +6,7 @@ import base64
 import pytest
 
 from llm_trainer.config.schema import Settings
-from llm_trainer.data.formats.detection import detect_format, list_read_fields, parse_example
+from llm_trainer.data.formats.detection import UntakenImagesError, detect_format, list_read_fields, parse_example
 from llm_trainer.data.formats.examples import RowError
 from llm_trainer.data.formats.pictures import IMAGE_MARK, split_parts
 from llm_trainer.readers.rows import FilePart
@@ -153,10 +153,16 @@ def test_a_row_without_a_question_has_no_place_for_its_images():
         ),
         ("dpo", {"prompt": "Red?", "chosen": "Yes.", "rejected": "No.", "images": ["a"]}),
         ("kto", {"prompt": "Red?", "completion": "Yes.", "label": True, "images": ["a"]}),
+        ("reward", {"prompt": "Red?", "chosen": "Yes.", "rejected": "No.", "image": "a"}),
+        ("distill", ask([{"type": "image", "image": "a"}])),
+        ("distill", {"text": "Red", "images": ["a"]}),
+        ("grpo", {"prompt": ask([{"type": "image", "image": "a"}])["messages"][:1]}),
+        ("rloo", {"question": "Red?", "images": ["a"]}),
     ],
 )
 def test_other_methods_refuse_images(method, row):
-    assert f"has images, which method={method} does not take" in find_problem(row, method)
+    with pytest.raises(UntakenImagesError, match=f"has images, which method={method} does not take: set method=sft"):
+        parse(row, method)
 
 
 def test_a_text_with_marks_becomes_parts():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import AutoModelForCausalLM, LlamaConfig
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
@@ -39,10 +40,12 @@ STEP = Step(
 )
 
 
-def expect(settings=None, config=CONFIG, dtype=torch.float32, world_size=1, optim="adamw_torch", more=(), **step):
+def expect(
+    settings=None, config=CONFIG, dtype=torch.float32, world_size=1, optim="adamw_torch", more=(), teacher=None, **step
+):
     settings = settings or Settings(use_peft=False)
     shape = read_shape(config, settings.model, settings.adapter, dtype)
-    setup = Setup(replace(STEP, **step), world_size, f"{optim}", False, *more)
+    setup = Setup(replace(STEP, **step), world_size, f"{optim}", False, *more, teacher=teacher)
     return estimate_memory(shape, setup)
 
 
@@ -87,6 +90,44 @@ def test_a_real_evaluation_holds_what_was_estimated(monkeypatch, sequences, dtyp
             model(input_ids=ids, labels=ids, position_ids=torch.arange(128)[None], fused_lm_head=True)
         held.begin("over")
     assert find_evaluation_peak(shape, setup).total == pytest.approx(held.spans["evaluation"].peak, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_real_distillation_holds_what_was_estimated(dtype):
+    """The teacher has read the batch, of which its last hidden states are left."""
+    teacher_config = LlamaConfig(**{**CONFIG.to_dict(), "hidden_size": 256})
+    settings = Settings(use_peft=False)
+    teacher = read_shape(teacher_config, settings.model, settings.adapter, dtype)
+    shape = read_shape(CONFIG, settings.model, settings.adapter, torch.float32)
+    step = replace(STEP, compute_dtype=dtype, teacher_width=256)
+    expected = estimate_memory(shape, Setup(step, 1, "adamw_torch_fused", False, teacher=teacher))
+    student = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32, attn_implementation="sdpa").train()
+    master = AutoModelForCausalLM.from_config(teacher_config, dtype=dtype, attn_implementation="sdpa").eval()
+    assert expected.parts["teacher"] == sum(weight.nbytes for weight in master.parameters())
+    ids = torch.randint(0, 1000, (2, 128))
+    inputs = {"input_ids": ids, "position_ids": torch.arange(128)[None], "use_cache": False}
+    known = [*student.parameters(), *student.buffers(), *master.parameters(), *master.buffers(), ids]
+    with HeldBytes(known, "step") as held, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.no_grad():
+            taught = master.model(**inputs).last_hidden_state.flatten(0, 1)
+        states = student.model(**inputs).last_hidden_state.flatten(0, 1)
+        heads = (states, student.lm_head.weight, None), (taught, master.lm_head.weight, None)
+        loss = ChunkedDivergenceFunction.apply(*heads[0], *heads[1], 1.0)[0].sum()
+        loss.backward()
+        held.begin("over")
+    names = ("gradients", "activations", "working memory", "teacher's states")
+    assert sum(expected.parts[name] for name in names) == pytest.approx(held.spans["step"].peak, rel=0.05)
+
+
+def test_a_teacher_of_long_rows_needs_more_than_its_student():
+    """The student recomputes its layers, and the teacher is wide."""
+    settings = Settings(use_peft=False)
+    wide = LlamaConfig(**{**CONFIG.to_dict(), "hidden_size": 1024, "intermediate_size": 8192})
+    teacher = read_shape(wide, settings.model, settings.adapter, torch.float32)
+    step = {"length": 2048, "num_sequences": 8, "recompute_activations": True, "num_scored": 8}
+    without = expect(**step, teacher_width=1024)
+    found = expect(**step, teacher_width=1024, teacher=teacher)
+    assert found.parts["working memory"] > without.parts["working memory"]
 
 
 def test_only_tokens_with_a_label_are_scored():

@@ -118,7 +118,9 @@ def test_the_speed_at_the_peak():
     assert find_peak_tokens_per_second(shape, llama_8b, h100, 2048) == pytest.approx(
         989.4e12 / (6 * 7.505e9 + 3.22e9), rel=1e-3
     )
-    with_reference = find_peak_tokens_per_second(shape, llama_8b, h100, 2048, asks_reference=True)
+    with_reference = find_peak_tokens_per_second(shape, llama_8b, h100, 2048, untrained_passes=1)
     assert with_reference == pytest.approx(989.4e12 / (8 * 7.505e9 + 3.22e9 * 4 / 3), rel=1e-3)
+    with_divergence = find_peak_tokens_per_second(shape, llama_8b, h100, 2048, untrained_passes=3)
+    assert with_divergence == pytest.approx(989.4e12 / (12 * 7.505e9 + 3.22e9 * 2), rel=1e-3)
     assert find_peak_tokens_per_second(None, llama_8b, h100, 2048) is None
     assert find_peak_tokens_per_second(shape, llama_8b, Device(torch.device("cpu")), 2048) is None

@@ -104,20 +104,24 @@ def test_less_is_needed_where_more_is_saved():
 
 
 @pytest.mark.parametrize(
-    ("options", "first", "each", "copies"),
+    ("options", "first", "passes", "copies"),
     [
-        ({}, False, False, False),
-        ({"method": "dpo"}, False, True, False),
-        ({"method": "dpo", "precompute_ref_log_probs": True}, True, False, False),
-        ({"method": "dpo", "use_peft": False}, True, False, False),
-        ({"method": "dpo", "adapter_path": "adapter"}, False, True, True),
-        ({"method": "dpo", "init_lora_weights": "pissa"}, False, True, True),
+        ({}, False, 0, False),
+        ({"method": "dpo"}, False, 1, False),
+        ({"method": "dpo", "precompute_ref_log_probs": True}, True, 0, False),
+        ({"method": "dpo", "use_peft": False}, True, 0, False),
+        ({"method": "dpo", "adapter_path": "adapter"}, False, 1, True),
+        ({"method": "dpo", "init_lora_weights": "pissa"}, False, 1, True),
+        ({"method": "kto"}, False, 3, False),
+        ({"method": "kto", "use_peft": False}, True, 1, False),
+        ({"method": "kto", "loss_type": "apo_zero_unpaired"}, False, 1, False),
+        ({"method": "kto", "loss_type": "apo_zero_unpaired", "use_peft": False}, True, 0, False),
     ],
     ids=str,
 )
-def test_a_reference_is_asked_first_or_with_each_batch(options, first, each, copies):
+def test_a_reference_is_asked_first_or_with_each_batch(options, first, passes, copies):
     asked = sections(**options)
-    assert (asked.asks_reference_first, asked.asks_reference, asked.copies_adapter) == (first, each, copies)
+    assert (asked.asks_reference_first, asked.untrained_passes, asked.copies_adapter) == (first, passes, copies)
 
 
 def test_a_reference_that_is_asked_first_counts_like_an_evaluation():

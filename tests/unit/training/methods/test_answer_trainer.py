@@ -4,9 +4,9 @@
 import pytest
 import torch
 
+from llm_trainer.training.batches.whole_batches import fill_batches
 from llm_trainer.training.methods.answer_trainer import compute_answers
 from llm_trainer.training.methods.answers import ANSWERS
-from llm_trainer.training.methods.whole_batches import fill_batches
 from llm_trainer.training.packing import PackingCollator
 from support.preference_pairs import build_judged_rows, build_lora, build_pair_trainer, build_rows
 

@@ -13,7 +13,7 @@ from llm_trainer.common.metric_definitions import list_metrics
 from llm_trainer.config.sections import METHOD_FIELDS
 from llm_trainer.training.methods.dpo import DPO, ResumableDPOTrainer
 from llm_trainer.training.packing import PackingCollator
-from support.preference_pairs import build_lora, build_pair_trainer, build_pairs, build_rows
+from support.preference_pairs import build_lora, build_pair_trainer, build_pairs, build_rows, compute_step
 
 LOSSES = {
     **{name: {"loss_type": [name]} for name in METHOD_FIELDS["loss_type"]["dpo"].choices},
@@ -44,15 +44,6 @@ def build_trls(model, folder, lora, **options):
         processing_class=AutoTokenizer.from_pretrained(model),
         peft_config=lora,
     )
-
-
-def compute_step(trainer):
-    """Return the loss of all rows, its gradients, and TRL's metrics."""
-    batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
-    trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, batch)
-    loss.backward()
-    return loss.detach(), {name: each.grad for name, each in trainer.model.named_parameters() if each.requires_grad}
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import KTOConfig, KTOTrainer
 
 from llm_trainer.common.metric_definitions import list_metrics
+from llm_trainer.training.batches.whole_batches import fill_batches
 from llm_trainer.training.methods.kto import KTO, ResumableKTOTrainer
-from llm_trainer.training.methods.whole_batches import fill_batches
 from llm_trainer.training.packing import PackingCollator
-from support.preference_pairs import build_judged, build_judged_rows, build_lora, build_pair_trainer
+from support.preference_pairs import build_judged, build_judged_rows, build_lora, build_pair_trainer, compute_step
 
 LOSSES = {
     "kto": {},
@@ -48,15 +48,6 @@ def build_trls(model, folder, lora, **options):
 def build_ours(model, folder, packing="stacked", lora=None, rows=None, **options):
     rows = build_judged_rows(NUM_ROWS) if rows is None else rows
     return build_pair_trainer(model, rows, folder, PACKINGS[packing], lora, method="kto", **options)
-
-
-def compute_step(trainer, rows=None):
-    """Return the loss of all rows, and its gradients."""
-    batch = trainer._prepare_inputs(trainer.data_collator(list(rows or trainer.train_dataset)))
-    trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, batch)
-    loss.backward()
-    return loss.detach(), {name: each.grad for name, each in trainer.model.named_parameters() if each.requires_grad}
 
 
 def move_away(*trainers):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from llm_trainer.training.methods.reference import REFERENCE, copy_adapter, hide_copy
+from llm_trainer.model.lora_init import REFERENCE, copy_adapter, hide_copy
 from support.preference_pairs import build_lora, build_pair_trainer, build_rows
 
 ROWS = build_rows(5)

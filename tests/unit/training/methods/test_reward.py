@@ -13,7 +13,7 @@ from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.training.methods.answers import ANSWERS
 from llm_trainer.training.methods.reward import REWARD, ResumableRewardTrainer, RewardCollator
 from llm_trainer.training.packing import PackingCollator
-from support.preference_pairs import build_pair_trainer, build_pairs, build_rows
+from support.preference_pairs import build_pair_trainer, build_pairs, build_rows, compute_step
 
 NUM_PAIRS = 6
 MARGINS = [0.0, 0.5, 1.0, -0.5, 0.0, 2.0]
@@ -63,15 +63,6 @@ def build_trls(folder, tmp_path, lora, **options):
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=lora,
     )
-
-
-def compute_step(trainer):
-    """Return the loss of all rows, and its gradients."""
-    batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
-    trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, batch)
-    loss.backward()
-    return loss.detach(), {name: each.grad for name, each in trainer.model.named_parameters() if each.requires_grad}
 
 
 @pytest.mark.parametrize("options", [{}, {"center_rewards_coefficient": 0.1}], ids=["margins", "centred"])

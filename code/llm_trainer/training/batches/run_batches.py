@@ -30,7 +30,7 @@ def find_run_batches(trainer: ResumableMixin, first_step: int, scored_share: flo
     `scored_share` of all tokens have a label.
     """
     rows = trainer.train_dataset
-    if not isinstance(rows, Dataset) or trainer.state.global_step <= first_step:
+    if not (isinstance(rows, Dataset) and trainer.makes_batches_of_rows) or trainer.state.global_step <= first_step:
         return None
     steps = islice(list_steps(trainer), first_step, trainer.state.global_step)
     batches = [batch for step in steps for batch in step]

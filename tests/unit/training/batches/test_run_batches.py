@@ -10,7 +10,7 @@ from torch.utils.data import RandomSampler
 
 from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.model.memory.batch import Batch
-from llm_trainer.training.methods.run_batches import find_run_batches, list_steps
+from llm_trainer.training.batches.run_batches import find_run_batches, list_steps
 from llm_trainer.training.packing import PackingCollator
 
 LENGTHS = (10, 20, 30, 40, 50)
@@ -29,6 +29,7 @@ def build_trainer(steps, **arguments):
     given = {"train_batch_size": 2, "gradient_accumulation_steps": 1, "world_size": 1, "process_index": 0, **arguments}
     return SimpleNamespace(
         train_dataset=rows,
+        makes_batches_of_rows=True,
         data_collator=PackingCollator(0, 64, flattens=False),
         order_rows=order_rows,
         state=SimpleNamespace(global_step=steps),

@@ -38,12 +38,16 @@ def fill_batches(rows: Dataset, batch_rows: int, num_sequences: int = 1) -> Data
 
     Each of these has `num_sequences` sequences of a token, as attention over none is no number.
     """
-    num_missing = -len(rows) % batch_rows
-    if not num_missing:
-        return rows
     blank = {"input_ids": rows[0]["input_ids"][:1] * num_sequences, "labels": [IGNORED] * num_sequences}
     blank |= {"length": num_sequences, "seq_lengths": [1] * num_sequences, "row": 0, "desirable": False}
     blank |= {"margin": 0.0, "pictures": []}
     blank |= {"other_ids": rows[0]["input_ids"][:1], "other_labels": [IGNORED]}
-    blank = {name: blank[name] for name in rows.column_names}
+    return fill_up(rows, batch_rows, {name: blank[name] for name in rows.column_names})
+
+
+def fill_up(rows: Dataset, batch_rows: int, blank: dict[str, Any]) -> Dataset:
+    """Return the rows, and after them a blank one as often as fills the last batch of `batch_rows` rows."""
+    num_missing = -len(rows) % batch_rows
+    if not num_missing:
+        return rows
     return concatenate_datasets([rows, Dataset.from_list([blank] * num_missing, features=rows.features)])

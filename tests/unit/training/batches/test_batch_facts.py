@@ -7,8 +7,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, masking_utils
 
 from llm_trainer.data.formats.examples import IGNORED
+from llm_trainer.training.batches.batch_facts import BatchFacts, FindFacts, find_shared_sequences, known
 from llm_trainer.training.methods import sft
-from llm_trainer.training.methods.batch_facts import BatchFacts, FindFacts, find_shared_sequences, known
 from llm_trainer.training.packing import PackingCollator
 from support.trainers import build_full_trainer
 from support.waits import count_waits

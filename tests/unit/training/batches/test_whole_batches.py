@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset
 
 from llm_trainer.data.formats.examples import IGNORED
-from llm_trainer.training.methods.whole_batches import fill_batches
+from llm_trainer.training.batches.whole_batches import fill_batches
 
 ROWS = Dataset.from_list(
     [{"input_ids": [7] * length, "labels": [7] * length, "length": length} for length in (4, 2, 9)]

@@ -5,7 +5,7 @@ import math
 
 from accelerate import Accelerator
 
-from llm_trainer.training.methods.batch_means import RowSums
+from llm_trainer.training.batches.batch_means import RowSums
 
 
 def test_a_batch_counts_by_its_rows():

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, MixtralConfig
 
 from llm_trainer.data.formats.examples import IGNORED
-from llm_trainer.training.methods.token_sums import begin_sums, sum_batch
+from llm_trainer.training.batches.token_sums import begin_sums, sum_batch
 from llm_trainer.training.packing import PackingCollator
 from support.trainers import build_full_trainer, spawn_ranks
 from support.waits import count_waits
