@@ -23,9 +23,10 @@ from llm_trainer.config.schema import Settings
 from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.data.tokenize import FEATURES
 from llm_trainer.model.layers.reward_head import describe_rewards
-from llm_trainer.training.packing import SPARE_SHARE, Packing, choose_packing, plan_batch_bins
+from llm_trainer.training.packing import SPARE_SHARE, Packing, choose_packing, examine_model, plan_batch_bins
 from llm_trainer.training.packing_check import find_cross_row_attention
 from support.packed_models import BASE, KEEP_APART, LEAK, as_one, build_model, make_rows, stack
+from support.tiny_image_models import build_tiny_config
 from support.tiny_model import build_tokenizer
 
 
@@ -160,14 +161,13 @@ def test_a_data_set_is_packed_into_full_sequences_once_a_host(tmp_path):
         assert described["filled"] == packing.splits["train"].fill_ratio
 
 
+def build_arguments(**values):
+    usual = {"pad_to_multiple_of": None, "parallelism_config": None, "device": torch.device("cpu")}
+    return SimpleNamespace(**{**usual, "fp16": False, "bf16": False, **values})
+
+
 def choose(config, **settings):
-    arguments = SimpleNamespace(
-        pad_to_multiple_of=None,
-        parallelism_config=settings.get("parallelism_config"),
-        device=torch.device("cpu"),
-        fp16=False,
-        bf16=settings.pop("bf16", False),
-    )
+    arguments = build_arguments(parallelism_config=settings.get("parallelism_config"), bf16=settings.pop("bf16", False))
     return choose_packing(build_model(config), build_tokenizer(), arguments, Settings(**settings).data, None)
 
 
@@ -193,6 +193,17 @@ def test_answers_do_not_share_sequences_either_where_the_model_lets_them_see_eac
         assert packing.mode == mode
         assert (packing.collator is None) == (mode == "off")
     assert re.search("Bloom.* lets a row see the one before it", str(packing))
+
+
+def test_a_teacher_reads_the_positions_of_its_student():
+    """A model that sees counts them on several axes, and one of texts does not: its rows are padded then."""
+    images, texts, settings = build_tiny_config("qwen2_5_vl"), KEEP_APART["llama"], Settings(method="distill").data
+    packing = choose(images, method="distill")
+    assert packing.collator.num_axes == 4
+    assert examine_model(packing, build_model(images), build_arguments(), settings, None) is packing
+    assert examine_model(packing, build_model(texts), build_arguments(), settings, None).mode == "off"
+    padded = choose(LEAK["mamba"])
+    assert examine_model(padded, build_model(texts), build_arguments(), settings, None) is padded
 
 
 @pytest.mark.parametrize("name", ["packing", "eval_packing"])

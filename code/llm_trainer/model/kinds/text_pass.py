@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.model.kinds.auto_class import sees_images
+from llm_trainer.model.layers.reward_head import is_reward_model
 
 NUM_TOKENS = 8
 BACKBONE = "text_backbone"  # the name under which a class without a backbone of its own gets one
@@ -45,7 +46,8 @@ def check_texts(model: str, skeleton: PreTrainedModel) -> None:
     kind = f"model_id={model!r} is a {type(skeleton).__name__}"
     if skeleton.config.is_encoder_decoder or skeleton.config.get_text_config().is_encoder_decoder:
         raise UserError(f"{kind}, which encodes texts before it answers: give a decoder such as Qwen3-VL or Gemma 3.")
-    if not (skeleton.can_generate() and hasattr(skeleton, "prepare_inputs_for_generation")):
+    generates = skeleton.can_generate() and hasattr(skeleton, "prepare_inputs_for_generation")
+    if not (generates or is_reward_model(skeleton.config)):
         raise UserError(f"{kind}, which does not write token by token: give a decoder such as Qwen3-VL or Gemma 3.")
     error = attempt_text(skeleton)
     if isinstance(error, (TypeError, ValueError)) and DEMANDS_IMAGES.search(str(error)):

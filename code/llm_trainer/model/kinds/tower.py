@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tower of a model that sees images: its encoders of images and sounds, and what projects them to tokens' vectors.
 
-It is found by the model's structure: all that is no part of the decoder, the embeddings or the output layer.
+It is found by the model's structure: all that is no part of the decoder, the embeddings or the head.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.model.kinds.auto_class import sees_images
+from llm_trainer.model.layers.reward_head import find_head
 
 
 def list_tower(model: PreTrainedModel) -> list[str]:
@@ -22,7 +23,7 @@ def list_tower(model: PreTrainedModel) -> list[str]:
 
 
 def list_language(model: PreTrainedModel) -> Iterator[nn.Parameter]:
-    """Yield the parameters of the decoder, without models of other types within it, of embeddings and output layer."""
+    """Yield the parameters of the decoder, without models of other types within it, of embeddings and the head."""
     decoder = model.get_decoder()
     parts = [module for module in decoder.modules() if isinstance(module, PreTrainedModel)]
     others = [
@@ -30,7 +31,7 @@ def list_language(model: PreTrainedModel) -> Iterator[nn.Parameter]:
     ]  # such as an image tokenizer
     within = {parameter for part in others for parameter in part.parameters()}
     yield from (parameter for parameter in decoder.parameters() if parameter not in within)
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+    for module in (model.get_input_embeddings(), find_head(model)):
         yield from module.parameters() if module is not None else ()
 
 

@@ -47,6 +47,7 @@ def test_losses_are_the_methods_own():
     ("values", "begin"),
     [
         ({"packing": True}, "packing=true with method=dpo"),
+        ({"train_vision": True}, "train_vision=true with method=dpo: its rows have no images"),
         ({"dataset_format": "text"}, "dataset_format=text with method=dpo, whose rows are preference: leave it out"),
         ({"streaming": True, "max_steps": 1}, "streaming=true with method=dpo"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights=[1.0] with loss_type=sigmoid, sft"),

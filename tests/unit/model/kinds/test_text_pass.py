@@ -15,6 +15,7 @@ from llm_trainer.model.kinds.text_pass import (
     give_token_types,
     has_exposed_backbone,
 )
+from llm_trainer.model.layers.reward_head import describe_rewards
 from llm_trainer.model.loading import build_on_meta
 from support.adapted_models import LLAMA
 from support.tiny_image_models import build_tiny_config
@@ -43,6 +44,12 @@ def test_what_does_not_continue_texts_is_refused(model_type, reason):
 def test_what_continues_texts_is_taken():
     check_texts("base", build("qwen3_vl"))
     check_texts("base", build_on_meta(LLAMA, None, trust_remote_code=False))
+
+
+def test_a_reward_model_need_not_write():
+    config = build_tiny_config("gemma3")
+    describe_rewards(config)
+    check_texts("base", build_on_meta(config, None, trust_remote_code=False))
 
 
 def test_a_class_that_demands_token_types_gets_them_in_a_training_alone():

@@ -5,6 +5,7 @@ import pytest
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.model.kinds.tower import check_tower, describe_tower, freeze_tower, list_tower, name_parts
+from llm_trainer.model.layers.reward_head import describe_rewards
 from llm_trainer.model.loading import build_on_meta
 from support.adapted_models import LLAMA
 from support.tiny_image_models import build_tiny_config
@@ -33,6 +34,15 @@ def test_a_tower_is_all_but_the_language_model(model_type):
     assert trained == {name for name, _ in model.named_parameters()} - {*list_tower(model)}
     assert all(name.startswith(tuple(PARTS[model_type])) for name in list_tower(model))
     assert not any(name.startswith(tuple(PARTS[model_type])) for name in trained)
+
+
+def test_the_head_of_rewards_is_no_part_of_the_tower():
+    config = build_tiny_config("gemma3")
+    describe_rewards(config)
+    model = build_on_meta(config, None, trust_remote_code=False)
+    assert name_parts(model) == PARTS["gemma3"]
+    freeze_tower(model)
+    assert model.score.weight.requires_grad
 
 
 def test_a_model_of_texts_has_no_tower():

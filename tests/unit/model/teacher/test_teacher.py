@@ -22,6 +22,7 @@ from llm_trainer.model.teacher.teacher import (
     plan_teacher,
 )
 from support.fake_hub import MODEL
+from support.image_sweep import write_base
 from support.teachers import write_teacher
 
 CPU = Device(torch.device("cpu"), "a CPU", None)
@@ -67,6 +68,15 @@ def test_a_teacher_comes_from_the_hub_like_a_model(fake_hub, tiny_model, tmp_pat
 
 def test_a_teacher_that_lacks_the_students_kernel_has_its_own(fetch):
     assert plan_teacher(fetch(), torch.float32, CPU, "flash_attention_2").options.attention == "sdpa"
+
+
+def test_the_tower_of_a_quantized_teacher_is_left_as_it_is(tmp_path):
+    write_base("gemma3", tmp_path)
+    settings = ModelSettings(model_id=str(tmp_path), load_in_8bit=True)
+    student = StudentVocabulary(AutoConfig.from_pretrained(tmp_path), None)
+    teacher = fetch_teacher(TeacherSource(str(tmp_path), settings), student, tmp_path)
+    skipped = plan_teacher(teacher, torch.float32, CPU, "sdpa").options.quantization.llm_int8_skip_modules
+    assert {"model.vision_tower", "model.multi_modal_projector", "lm_head"} <= set(skipped)
 
 
 def test_an_identity_tells_weights_and_how_they_are_rounded(fetch, folder):
