@@ -103,7 +103,7 @@ lock transformers4.txt "transformers==4.57.6 tokenizers==0.22.1 huggingface-hub=
 # Liger's kernels for Triton's interpreter, which runs them on CPUs in a test.
 lock interpreter.txt "liger-kernel triton" --universal --no-deps --constraints docker/requirements/cuda.txt
 
-# Fails where a pin has no wheel for a Python and a machine. Two packages come as sources only, the CPU builds of torch
+# Fails where a pin has no wheel for a Python and a machine. Three packages come as sources only, the CPU builds of torch
 # from elsewhere.
 check_wheels() {
   local file version platform
@@ -113,7 +113,7 @@ check_wheels() {
       for platform in x86_64-manylinux_2_28 aarch64-manylinux_2_28 aarch64-apple-darwin; do
         MACOSX_DEPLOYMENT_TARGET=14.0 "$tools/venv/bin/uv" pip install --quiet --dry-run --target "$tools/none" --no-deps \
           --require-hashes --python "$tools/venv/bin/python" --python-version "$version" --python-platform "$platform" \
-          --only-binary :all: --no-binary inotify-simple --no-binary sagemaker-training -r "$file" \
+          --only-binary :all: --no-binary docopt --no-binary inotify-simple --no-binary sagemaker-training -r "$file" \
           || { echo "$file does not hold for Python $version on $platform." >&2; return 1; }
       done
     done

@@ -26,11 +26,11 @@ def test_every_pin_has_a_hash(file):
 
 
 def test_the_cuda_lock_resolves_for_the_bases_python(tmp_path):
-    """Metadata only: nothing is downloaded but the two packages that have no wheel."""
+    """Metadata only: nothing is downloaded but the three packages that have no wheel."""
     result = subprocess.run(
         [
             *(sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--no-deps", "--require-hashes"),
-            *("--only-binary=:all:", "--no-binary=inotify-simple,sagemaker-training", "--no-build-isolation"),
+            *("--only-binary=:all:", "--no-binary=docopt,inotify-simple,sagemaker-training", "--no-build-isolation"),
             *("--python-version=3.12", *(f"--platform={platform}" for platform in PLATFORMS)),
             *("--target", str(tmp_path), "-r", str(FOLDER / "cuda.txt")),
         ],
