@@ -8,7 +8,8 @@ from datasets import Dataset, Image, List
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.encoding import Encoder, Vocabulary
 from llm_trainer.data.formats.detection import detect_format
-from llm_trainer.data.images.processing import ImageProcessing, load_processor
+from llm_trainer.data.images.processing import ImageProcessing
+from llm_trainer.data.images.processors import load_processor
 from llm_trainer.data.tokenize import Preparer
 from llm_trainer.readers.images import ImageFolder
 from llm_trainer.readers.rows import Chunk

@@ -11,7 +11,7 @@ from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 
-from llm_trainer.data.images.processing import without_videos
+from llm_trainer.data.images.processors import without_videos
 from support.tiny_model import build_tokenizer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"  # those of the families, as TRL has them, and with marks

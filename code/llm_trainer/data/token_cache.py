@@ -43,8 +43,8 @@ CODE_THAT_DECIDES_TOKENS = (
     *("data/chat_template.py", "data/encoding.py", "data/labels.py", "data/fitting.py"),
     *("data/formats/detection.py", "data/formats/examples.py", "data/formats/imitation.py"),
     *("data/formats/pictures.py", "data/formats/preferences.py", "data/formats/prompts.py", "data/formats/turns.py"),
-    *("data/formats/unpaired.py", "data/formats/values.py", "data/images/processing.py"),
-    *("data/messages.py", "data/control_tokens.py"),
+    *("data/formats/unpaired.py", "data/formats/values.py"),
+    *("data/images/processing.py", "data/images/processors.py", "data/messages.py", "data/control_tokens.py"),
     *("data/tokenize.py", "data/token_cache.py", "data/report.py", "data/streaming.py"),
 )
 # Settings that decide how a row is read and tokenized.

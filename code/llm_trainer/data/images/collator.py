@@ -2,20 +2,18 @@
 """Batches of rows with images and of rows without: decoded and processed when they are needed, in a process beside."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.data.formats.examples import IGNORED
-from llm_trainer.data.images.processing import ImageProcessing, find_part, process_images
-from llm_trainer.data.labels import Ids
+from llm_trainer.data.images.processing import ImageProcessing, find_part
+from llm_trainer.data.images.processors import process_images
 from llm_trainer.readers.images import ImageError, ImageRef, ImageRules, open_image
 
-TEXT_INPUTS = ("input_ids", "attention_mask")  # of the placeholders alone
-TOKEN_TYPES = "mm_token_type_ids"
 PLACE = ("path", "offset", "size", "data")  # of an image's encoded bytes
 
 Row = dict[str, Any]
@@ -51,10 +49,8 @@ class ImageCollator:
         }
         if not any(row["pictures"] for row in rows):
             return batch
-        made = self.process(rows)
-        types = self.find_types(rows, ids, made)
-        batch |= {name: value for name, value in made.items() if name not in (*TEXT_INPUTS, TOKEN_TYPES)}
-        return batch | ({TOKEN_TYPES: self.pad(types, 0)} if types else {})
+        made = self.process(rows, {name: own for name, own in batch.items() if name != "labels"})
+        return batch | {name: widen(own) for name, own in made.items() if name not in batch}
 
     def pad(self, values: list[Any], filler: int) -> torch.Tensor:
         """Return the values of each row [rows, slots], filled up at the right."""
@@ -65,43 +61,61 @@ class ImageCollator:
             padded[number, : len(own)] = torch.as_tensor(own)
         return padded
 
-    def process(self, rows: list[Row]) -> Any:
-        """Return what the processor makes of the images. Raises UserError for one that can no longer be used."""
+    def process(self, rows: list[Row], tokens: dict[str, torch.Tensor]) -> Any:
+        """Return what the processor makes of the rows' tokens and images.
+
+        Raises UserError for an image that can no longer be used, or is another.
+        """
         try:
-            opened = [[open_image(find_ref(placed), self.rules) for placed in row["pictures"]] for row in rows]
+            images = [[open_image(find_ref(placed), self.rules) for placed in row["pictures"]] for row in rows]
         except ImageError as error:
             raise UserError(f"A row {error}") from error
-        options = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
-        return process_images(self.images.processor, opened, **options)
+        try:
+            made, texts = self.run(images, tokens)
+        except Exception:  # the code of any processor runs here; it counts tokens, and refuses shapes
+            for row, own in zip(rows, images, strict=True):
+                self.check_alone(row, own)
+            raise
+        for row, text in zip(rows, texts, strict=True):
+            self.check_text(row, text)
+        return made
 
-    def find_types(self, rows: list[Row], ids: list[Ids], made: Any) -> list[Ids]:
-        """Return the types of each row's tokens, as the processor tells them; none where it tells none.
-
-        Raises UserError where the tokens of an image are not those that the row has.
-        """
-        types = [np.zeros_like(own) for own in ids]
-        for number, row in enumerate(rows):
-            whole, begin = made["input_ids"][number].numpy(), 0
-            is_left = whole == self.image_token
-            for placed in row["pictures"]:
-                place = slice(placed["start"], placed["start"] + placed["tokens"])
-                begin = max(0, find_part(whole, ids[number][place], begin))
-                end = begin + placed["tokens"]
-                if not np.array_equal(whole[begin:end], ids[number][place]):
-                    raise UserError(describe_change(row))
-                is_left[begin:end] = False
-                if TOKEN_TYPES in made:
-                    types[number][place] = made[TOKEN_TYPES][number][begin:end].numpy()
-                begin = end
-            if is_left.any():
-                raise UserError(describe_change(row))
-        return types if TOKEN_TYPES in made else []
-
-    @cached_property
-    def image_token(self) -> int:
-        """The token that stands for a piece of an image."""
+    def run(
+        self, images: list[list[Image.Image]], tokens: dict[str, torch.Tensor] | None = None
+    ) -> tuple[Any, list[str]]:
+        """Return what the processor makes of each row's images, and the text that it writes for them."""
         processor = self.images.processor
-        return int(processor.tokenizer.convert_tokens_to_ids(processor.image_token))
+        return process_images(processor, [processor.image_token * len(own) for own in images], images, tokens)
+
+    def check_alone(self, row: Row, images: list[Image.Image]) -> None:
+        """Raise UserError where the images of a row are not those that the row was made of."""
+        if not images:
+            return
+        try:
+            _, (text,) = self.run([images])
+        except Exception as error:  # the code of any processor runs here
+            raise UserError(describe_change(row)) from error
+        self.check_text(row, text)
+
+    def check_text(self, row: Row, text: str) -> None:
+        """Raise UserError where the text of a row's images has other tokens of images than the row."""
+        placeholders = self.images.placeholders
+        whole, begin = placeholders.tokenize(text), 0
+        is_left = np.isin(whole, placeholders.image_tokens)
+        for placed in row["pictures"]:
+            tokens = np.asarray(row["input_ids"][placed["start"] : placed["start"] + placed["tokens"]], dtype=np.int32)
+            begin = find_part(whole, tokens, begin)
+            if begin < 0:
+                raise UserError(describe_change(row))
+            is_left[begin : begin + len(tokens)] = False
+            begin += len(tokens)
+        if is_left.any():
+            raise UserError(describe_change(row))
+
+
+def widen(values: Any) -> Any:
+    """Return numbers of 16 bit, which some processors give, as those of 32 that weights of any kind take."""
+    return values.float() if isinstance(values, torch.Tensor) and values.is_floating_point() else values
 
 
 def describe_change(row: Row) -> str:

@@ -6,33 +6,30 @@ the processor is run once for each size, on a white image. The first images are 
 """
 
 import hashlib
-import importlib.util
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image
-from transformers import AutoProcessor
-from transformers.processing_utils import ProcessorMixin
 
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.data.formats.examples import RowError
 from llm_trainer.data.formats.pictures import IMAGE_MARK
+from llm_trainer.data.images.processors import FILES, load_processor, process_images
 from llm_trainer.data.labels import Ids
 from llm_trainer.readers.images import ImageRef, ImageRules, Picture, open_image
 
 Size = tuple[int, int]  # height and width in pixels
 Span = tuple[int, int]
 
-FILES = ("*processor_config.json", "*.jinja", "chat_template.json")
-LOADING_ERRORS = (OSError, ValueError, TypeError, ImportError, AttributeError, LookupError, RuntimeError)
 # Sizes that tell whether an image is a number of equal tokens: large ones, of both shapes, and no square alone.
 PROBE_SIZES: tuple[Size, ...] = ((336, 1344), (1344, 336), (700, 930), (64, 96))
+PROBE_TEXT = "a{0}b{0}{0} c\n{0}\n"  # of images beside letters, white space and each other
 NUM_COMPARED = 3  # images of a process that are processed themselves, to compare
 
 
@@ -64,50 +61,6 @@ class ImageProcessing:
         return Placeholders(self.processor)
 
 
-def load_processor(folder: str, trust_remote_code: bool = False) -> Any:
-    """Return the processor of a model's folder. Raises UserError where there is none that takes images."""
-    fix = "put the model's own preprocessor_config.json and processor_config.json there, or remove the images."
-    if not any(Path(folder).glob(FILES[0])):
-        raise UserError(f"The data has images and {folder} has no processor for them: {fix}")
-    try:
-        with without_videos():
-            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except LOADING_ERRORS as error:
-        raise UserError(
-            f"The data has images and the processor of {folder} could not be loaded ({quote_error(error)}): {fix}"
-        ) from error
-    if not hasattr(processor, "image_processor") or getattr(processor, "image_token", None) is None:
-        raise UserError(
-            f"The data has images and {folder} has a {type(processor).__name__}, which writes no token for an image: "
-            "give a model whose processor does, or remove the images."
-        )
-    return processor
-
-
-@contextmanager
-def without_videos() -> Iterator[None]:
-    """Have processors load without the part for videos, which needs torchvision, where that is not installed."""
-    if importlib.util.find_spec("torchvision") is not None:
-        yield
-        return
-    own = ProcessorMixin.__dict__["get_attributes"]
-
-    def list_others(cls: Any) -> list[str]:
-        return [name for name in own.__func__(cls) if "video" not in name]
-
-    ProcessorMixin.get_attributes = classmethod(list_others)
-    try:
-        yield
-    finally:
-        ProcessorMixin.get_attributes = own
-
-
-def process_images(processor: Any, images: list[list[Any]], **options: Any) -> Any:
-    """Return what the processor makes of rows of images, and of a text of one placeholder for each."""
-    texts = [processor.image_token * len(row) for row in images]
-    return processor(images=images, text=texts, add_special_tokens=False, **options)
-
-
 @dataclass(eq=False)
 class Placeholders:
     """The text, and its tokens, that a processor writes in place of an image's placeholder."""
@@ -115,7 +68,24 @@ class Placeholders:
     processor: Any
     texts: dict[Size, str] = field(default_factory=dict)
     tokens: dict[str, Ids] = field(default_factory=dict)
+    numbers: dict[tuple[Size, ...], list[int]] = field(default_factory=dict)  # of tokens, of images in one text
     num_compared: int = 0
+
+    def __post_init__(self) -> None:
+        """Try the processor. Raises UserError where rows with images cannot be trained on with it."""
+        try:
+            text = self.write_blank(PROBE_SIZES[0])
+        except Exception as error:  # the code of any processor runs here
+            self.refuse(f"does not tell which tokens an image becomes ({quote_error(error)})", error)
+        if not np.isin(self.tokenize(text), self.image_tokens).any():
+            self.refuse("writes no token for an image")
+
+    def refuse(self, reason: str, error: Exception | None = None) -> NoReturn:
+        """Raise UserError for a processor that cannot be trained with."""
+        raise UserError(
+            f"The model's {type(self.processor).__name__} {reason}: rows with images cannot be trained on with this "
+            "model; remove the images."
+        ) from error
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -123,74 +93,96 @@ class Placeholders:
         return re.compile(f"{re.escape(self.processor.image_token)}|{IMAGE_MARK}")
 
     @cached_property
+    def image_tokens(self) -> list[int]:
+        """The tokens that stand for the pieces of an image."""
+        given = [token for token in getattr(self.processor, "image_token_ids", ()) if token is not None]
+        return given or [int(self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token))]
+
+    @cached_property
+    def piece(self) -> str:
+        """The text of the token that stands for a piece of an image."""
+        return str(self.processor.tokenizer.convert_ids_to_tokens(self.image_tokens[0]))
+
+    @cached_property
+    def is_joined(self) -> bool:
+        """True where an image's text depends on what stands beside it, such as a space that Idefics2 writes then."""
+        text, size = PROBE_TEXT.format(self.processor.image_token), PROBE_SIZES[-1]
+        alone = self.write_blank(size)
+        return self.process(text, [blank(size)] * PROBE_TEXT.count("{0}")) != PROBE_TEXT.format(alone)
+
+    @cached_property
     def frame(self) -> tuple[str, str] | None:
         """The texts around the image tokens, where an image is a number of equal tokens; None where it is not."""
         found = set()
         for size in PROBE_SIZES:
             begin, tokens, end = self.split(self.write_blank(size))
-            if tokens != self.processor.image_token * self.count(size) or not tokens:
+            if tokens != self.piece * self.count(size) or not tokens:
                 return None
             found.add((begin, end))
         return found.pop() if len(found) == 1 else None
 
     def split(self, text: str) -> tuple[str, str, str]:
         """Return a text's part before its first image token, up to its last one, and after it."""
-        token = self.processor.image_token
-        first, last = text.find(token), text.rfind(token) + len(token)
+        first, last = text.find(self.piece), text.rfind(self.piece) + len(self.piece)
         return (text[:first], text[first:last], text[last:]) if first >= 0 else ("", "", "")
 
     def count(self, size: Size) -> int:
         """Return the number of an image's tokens by the processor's own count; 0 where it counts none."""
         try:
             counted = self.processor._get_num_multimodal_tokens(image_sizes=[size])["num_image_tokens"]
-        except (AttributeError, NotImplementedError, TypeError, LookupError, ValueError):
+        except Exception:  # the code of any processor runs here
             return 0
         return int(counted[0])
 
     def write(self, picture: Picture, rules: ImageRules) -> str:
-        """Return the text of an image. Raises UserError where the processor writes another for the image itself."""
+        """Return the text of an image. Raises RowError where the processor does not take the image.
+
+        Raises UserError where the processor writes another text for the image itself.
+        """
         size = (picture.height, picture.width)
-        if size not in self.texts:
-            if self.frame is None:
-                self.texts[size] = self.write_blank(size)
-            else:
-                begin, end = self.frame
-                self.texts[size] = begin + self.processor.image_token * self.count(size) + end
-        if self.num_compared < NUM_COMPARED:
-            self.num_compared += 1
-            self.compare(picture.ref, self.texts[size], rules)
+        try:
+            if size not in self.texts:
+                self.texts[size] = self.write_size(size)
+            if self.num_compared < NUM_COMPARED:
+                self.num_compared += 1
+                self.compare(picture.ref, self.texts[size], rules)
+        except UserError:
+            raise
+        except Exception as error:  # the code of any processor runs here
+            raise RowError(
+                f"has {picture.ref.describe()} of {picture.width} x {picture.height} pixels, which the model's "
+                f"{type(self.processor).__name__} does not take ({quote_error(error)}): give it another shape, or "
+                "remove the row."
+            ) from error
         return self.texts[size]
+
+    def write_size(self, size: Size) -> str:
+        """Return the text of any image of a size."""
+        num_tokens = 0 if self.frame is None else self.count(size)
+        if not num_tokens or self.frame is None:
+            return self.write_blank(size)
+        begin, end = self.frame
+        return begin + self.piece * num_tokens + end
 
     def write_blank(self, size: Size) -> str:
         """Return the text of a white image of a size."""
-        height, width = size
-        return self.process(Image.new("RGB", (width, height), "white"))
+        return self.process(self.processor.image_token, [blank(size)])
 
-    def process(self, image: Image.Image) -> str:
-        """Return the text that the processor writes for an image. Raises UserError where it does not tell it."""
-        try:
-            made = process_images(self.processor, [[image]], return_text_replacement_offsets=True)
-            return str(made["text_replacement_offsets"][0][0]["replacement"])
-        except (LookupError, TypeError, NotImplementedError, AttributeError) as error:
-            raise UserError(
-                f"The model's {type(self.processor).__name__} does not tell which tokens an image becomes "
-                f"({quote_error(error)}): rows with images cannot be trained on with this model; remove the images."
-            ) from error
+    def process(self, text: str, images: list[Image.Image]) -> str:
+        """Return what the processor makes of a text with placeholders and their images."""
+        return process_images(self.processor, [text], [images])[1][0]
 
     def compare(self, ref: ImageRef, text: str, rules: ImageRules) -> None:
         """Raise UserError where the processor writes another text for an image than it writes for its size."""
-        if self.process(open_image(ref, rules)) != text:
-            raise UserError(
-                f"The model's {type(self.processor).__name__} makes other tokens of {ref.describe()} than of a white "
-                "image of the same size: rows with images cannot be trained on with this model; remove the images."
-            )
+        if self.process(self.processor.image_token, [open_image(ref, rules)]) != text:
+            self.refuse(f"makes other tokens of {ref.describe()} than of a white image of the same size")
 
     def expand(
         self, text: str, spans: list[Span] | None, pictures: tuple[Picture, ...], rules: ImageRules
     ) -> tuple[str, list[Span] | None]:
         """Return a text with each placeholder replaced by its image's text, and the spans at their new places.
 
-        Raises RowError where the text has not one placeholder for each image.
+        Raises RowError where the text has not one placeholder for each image, or an image is not taken.
         """
         found = [match.span() for match in self.pattern.finditer(text)]
         if len(found) != len(pictures):
@@ -198,9 +190,11 @@ class Placeholders:
                 f"has {len(pictures)} images, and the model's chat template writes {len(found)} places for them: take "
                 f"the text {self.processor.image_token} out of its messages, or give another chat_template_path."
             )
+        written = [self.write(picture, rules) for picture in pictures]
+        if self.is_joined:
+            written = self.write_together(self.pattern.split(text), pictures)
         pieces, edges, last = [], [(0, 0)], 0  # an edge: a place in the old text, and what the text before it grew by
-        for (start, end), picture in zip(found, pictures, strict=True):
-            new = self.write(picture, rules)
+        for (start, end), new in zip(found, written, strict=True):
             pieces += [text[last:start], new]
             edges.append((end, edges[-1][1] + len(new) - (end - start)))
             last = end
@@ -211,27 +205,65 @@ class Placeholders:
         moved = spans and [(move(start), move(end)) for start, end in spans]
         return "".join([*pieces, text[last:]]), moved
 
+    def write_together(self, pieces: list[str], pictures: tuple[Picture, ...]) -> list[str]:
+        """Return the texts of images that stand between pieces of a text. Raises RowError where they change these."""
+        sizes = list_sizes(pictures)
+        whole = self.process(self.processor.image_token.join(pieces), [blank(size) for size in sizes])
+        between = f"(.*?{re.escape(self.piece)}.*?)"
+        found = re.fullmatch(between.join(map(re.escape, pieces)), whole, re.DOTALL)
+        if found is None:
+            raise RowError("has images whose processor changes the text beside them: put a space around each.")
+        self.numbers[sizes] = [text.count(self.piece) for text in found.groups()]
+        return list(found.groups())
+
+    def tokenize(self, text: str) -> Ids:
+        """Return a text's tokens."""
+        return np.array(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+
     def find_tokens(self, picture: Picture) -> Ids:
         """Return the tokens of an image, without texts around them that may join others, such as line breaks."""
         text = self.texts[picture.height, picture.width]
         if text not in self.tokens:
-            tokenizer = self.processor.tokenizer
-            ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
-            special = np.flatnonzero(np.isin(ids, list(tokenizer.added_tokens_decoder)))
-            self.tokens[text] = ids[special[0] : special[-1] + 1] if len(special) else ids
+            ids = self.tokenize(text)
+            places = np.flatnonzero(np.isin(ids, list(self.processor.tokenizer.added_tokens_decoder)))
+            self.tokens[text] = ids[places[0] : places[-1] + 1]
         return self.tokens[text]
 
     def locate(self, input_ids: Ids, pictures: tuple[Picture, ...]) -> list[Span]:
         """Return the first token and the one after the last of each image. Raises RowError where one is not found."""
-        spans, begin = [], 0
-        for picture in pictures:
-            tokens = self.find_tokens(picture)
+        spans = list(self.locate_joined(input_ids, pictures) if self.is_joined else self.search(input_ids, pictures))
+        if len(spans) < len(pictures):
+            raise RowError("has an image whose tokens join those of its text: put a space around it.")
+        return spans
+
+    def search(self, input_ids: Ids, pictures: tuple[Picture, ...]) -> Iterator[Span]:
+        """Yield the places of images by the tokens of each, up to the first that is not found."""
+        begin = 0
+        for tokens in map(self.find_tokens, pictures):
             begin = find_part(input_ids, tokens, begin)
             if begin < 0:
-                raise RowError("has an image whose tokens join those of its text: put a space around it.")
-            spans.append((begin, begin + len(tokens)))
+                return
+            yield begin, begin + len(tokens)
             begin += len(tokens)
-        return spans
+
+    def locate_joined(self, input_ids: Ids, pictures: tuple[Picture, ...]) -> Iterator[Span]:
+        """Yield the places of images by the numbers of their tokens; none where there are other tokens of images."""
+        places = np.flatnonzero(np.isin(input_ids, self.image_tokens))
+        edges = np.cumsum([0, *self.numbers[list_sizes(pictures)]])
+        if edges[-1] == len(places):
+            for first, last in pairwise(edges):
+                yield int(places[first]), int(places[last - 1]) + 1
+
+
+def list_sizes(pictures: tuple[Picture, ...]) -> tuple[Size, ...]:
+    """Return the size of each image."""
+    return tuple((one.height, one.width) for one in pictures)
+
+
+def blank(size: Size) -> Image.Image:
+    """Return a white image of a size."""
+    height, width = size
+    return Image.new("RGB", (width, height), "white")
 
 
 def find_part(ids: Ids, part: Ids, begin: int) -> int:

@@ -20,6 +20,10 @@ def placeholders(request):
     return Placeholders(build_processor(request.param))
 
 
+def write_alone(placeholders, image):
+    return placeholders.process(placeholders.processor.image_token, [image])
+
+
 def save(folder, height, width, name="a.png"):
     draw(width, height).save(folder / name)
     return Picture(ImageRef(str(folder / name)), height, width)
@@ -28,7 +32,7 @@ def save(folder, height, width, name="a.png"):
 def test_the_text_of_a_size_is_that_of_each_image_of_it(placeholders, tmp_path):
     for number, size in enumerate(SIZES):
         text = placeholders.write(save(tmp_path, *size, f"{number}.png"), RULES)
-        assert text == placeholders.process(draw(size[1], size[0], seed=9))
+        assert text == write_alone(placeholders, draw(size[1], size[0], seed=9))
     assert placeholders.num_compared == 3
 
 
@@ -41,7 +45,7 @@ def test_a_processor_whose_count_is_wrong_is_run_for_each_size(placeholders, tmp
     monkeypatch.setattr(placeholders, "count", lambda size: 5)
     picture = save(tmp_path, 60, 100)
     assert placeholders.frame is None
-    assert placeholders.write(picture, RULES) == placeholders.process(draw(100, 60))
+    assert placeholders.write(picture, RULES) == write_alone(placeholders, draw(100, 60))
 
 
 def test_a_processor_that_looks_at_the_image_itself_is_refused(placeholders, tmp_path):
@@ -50,13 +54,27 @@ def test_a_processor_that_looks_at_the_image_itself_is_refused(placeholders, tmp
         placeholders.write(save(tmp_path, 60, 100), RULES)
 
 
-def test_a_processor_that_tells_no_text_is_refused(placeholders, tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise NotImplementedError
+def refuse(*_, **__):
+    raise ValueError("too thin")
 
-    monkeypatch.setattr(placeholders.processor, "replace_image_token", refuse)
-    with pytest.raises(UserError, match="does not tell which tokens an image becomes"):
+
+def test_a_processor_that_fails_at_any_image_is_refused(monkeypatch):
+    processor = build_processor("qwen")
+    monkeypatch.setattr(processor, "replace_image_token", refuse)
+    with pytest.raises(UserError, match=r"does not tell which tokens an image becomes \(too thin\)"):
+        Placeholders(processor)
+    monkeypatch.setattr(processor, "replace_image_token", lambda *_, **__: "")
+    with pytest.raises(UserError, match="writes no token for an image"):
+        Placeholders(processor)
+
+
+@pytest.mark.parametrize("num_before", [0, 3])
+def test_an_image_that_the_processor_does_not_take_makes_a_bad_row(num_before, tmp_path):
+    placeholders = Placeholders(build_processor("qwen"))
+    for _ in range(num_before):  # the images that are compared
         placeholders.write(save(tmp_path, 60, 100), RULES)
+    with pytest.raises(RowError, match=r"has the image a\.png of 5 x 2000 pixels, which the model's Qwen2VLProcessor"):
+        placeholders.write(save(tmp_path, 2000, 5), RULES)
 
 
 def test_spans_move_with_the_text(placeholders, tmp_path):
@@ -97,19 +115,6 @@ def test_images_are_found_among_the_tokens_of_their_row(placeholders, tmp_path):
 def test_a_part_is_found_behind_a_place():
     ids, part = np.array([1, 2, 1, 2, 3, 1], dtype=np.int32), np.array([1, 2], dtype=np.int32)
     assert [find_part(ids, part, begin) for begin in range(7)] == [0, 2, 2, -1, -1, -1, -1]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_processor_is_read_from_the_models_folder(kind, tmp_path):
-    assert type(save_processor(kind, tmp_path)) is type(ImageProcessing(str(tmp_path)).processor)
-
-
-def test_a_folder_without_a_processor_is_told(tmp_path):
-    with pytest.raises(UserError, match="has no processor for them"):
-        ImageProcessing(str(tmp_path)).placeholders  # noqa: B018
-    (tmp_path / "preprocessor_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"the processor of .* could not be loaded"):
-        ImageProcessing(str(tmp_path)).placeholders  # noqa: B018
 
 
 def test_the_fingerprint_is_that_of_the_processors_files(tmp_path):

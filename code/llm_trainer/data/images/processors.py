@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processor of a model's images: loaded from the model's folder, and run beside its tokenizer."""
+
+import copy
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoProcessor
+from transformers.processing_utils import ProcessorMixin
+
+from llm_trainer.common.errors import UserError, quote_error
+
+FILES = ("*processor_config.json", "*.jinja", "chat_template.json")
+LOADING_ERRORS = (OSError, ValueError, TypeError, ImportError, AttributeError, LookupError, RuntimeError)
+TORCHVISION = "torchvision"
+
+
+def load_processor(folder: str, trust_remote_code: bool = False) -> Any:
+    """Return the processor of a model's folder. Raises UserError where there is none that takes images."""
+    fix = "put the model's own preprocessor_config.json and processor_config.json there, or remove the images."
+    if not any(Path(folder).glob(FILES[0])):
+        raise UserError(f"The data has images and {folder} has no processor for them: {fix}")
+    try:
+        with without_videos():
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except LOADING_ERRORS as error:
+        if TORCHVISION in str(error).lower() and not has_torchvision():
+            raise UserError(
+                f"The data has images and the processor of {folder} needs torchvision, which is not installed: install "
+                "it, or remove the images."
+            ) from error
+        raise UserError(
+            f"The data has images and the processor of {folder} could not be loaded ({quote_error(error)}): {fix}"
+        ) from error
+    if not hasattr(processor, "image_processor") or getattr(processor, "image_token", None) is None:
+        raise UserError(
+            f"The data has images and {folder} has a {type(processor).__name__}, which writes no token for an image: "
+            "give a model whose processor does, or remove the images."
+        )
+    return processor
+
+
+def has_torchvision() -> bool:
+    """Tell whether torchvision is installed."""
+    return importlib.util.find_spec(TORCHVISION) is not None
+
+
+@contextmanager
+def without_videos() -> Iterator[None]:
+    """Have processors load without the part for videos, which needs torchvision, where that is not installed."""
+    if has_torchvision():
+        yield
+        return
+    names, load = (ProcessorMixin.__dict__[name] for name in ("get_attributes", "_get_arguments_from_pretrained"))
+
+    def list_others(cls: Any) -> list[str]:
+        return [name for name in names.__func__(cls) if "video" not in name]
+
+    def load_others(cls: Any, *places: Any, **options: Any) -> list[Any]:
+        parts = iter(load.__func__(cls, *places, **options))
+        return [None if "video" in name else next(parts) for name in names.__func__(cls)]
+
+    ProcessorMixin.get_attributes = classmethod(list_others)
+    ProcessorMixin._get_arguments_from_pretrained = classmethod(load_others)
+    try:
+        yield
+    finally:
+        ProcessorMixin.get_attributes, ProcessorMixin._get_arguments_from_pretrained = names, load
+
+
+class TokenizerStandIn:
+    """A processor's tokenizer that keeps the texts that the processor gives it.
+
+    It may answer with tokens of its own. Then the processor derives from these what depends on tokens.
+    """
+
+    def __init__(self, tokenizer: Any, tokens: dict[str, Any] | None = None) -> None:
+        """Take the true tokenizer, and the tensors [rows, slots] to answer with."""
+        self.tokenizer, self.tokens = tokenizer, tokens
+        self.texts: list[str] = []
+
+    def __call__(self, text: list[str], **options: Any) -> Any:
+        """Keep the texts, and return their tokens."""
+        self.texts = list(text)
+        made = self.tokenizer(text, **options)  # which also tells which characters a token has
+        for name, own in (self.tokens or {}).items():
+            made[name] = own if options.get("return_tensors") is not None else own.tolist()
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["tokenizer"], name)
+
+
+def process_images(
+    processor: Any, texts: list[str], images: list[list[Any]], tokens: dict[str, Any] | None = None
+) -> tuple[Any, list[str]]:
+    """Return what a processor makes of texts with placeholders and their images, and the texts that it tokenizes.
+
+    Each text gets the token that begins any, as some processors write it where it is missing. `tokens` stand in the
+    result in place of the texts' own.
+    """
+    own = copy.copy(processor)
+    own.tokenizer = TokenizerStandIn(processor.tokenizer, tokens)
+    begin = processor.tokenizer.bos_token or ""
+    options = {"padding": True, "padding_side": "right", "return_tensors": "pt", "add_special_tokens": False}
+    made = own(images=images, text=[begin + text for text in texts], **options)
+    return made, [text.removeprefix(begin) for text in own.tokenizer.texts]

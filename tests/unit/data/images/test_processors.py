@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processors of images load from a model's folder, and one that cannot is told by a sentence."""
+
+import json
+
+import pytest
+import torch
+
+from llm_trainer.common.errors import UserError
+from llm_trainer.data.images.processing import ImageProcessing
+from llm_trainer.data.images.processors import has_torchvision, load_processor, process_images
+from support.image_families import FAMILIES
+from support.tiny_model import build_tokenizer
+from support.tiny_processors import KINDS, build_processor, draw, save_processor
+
+UNAVAILABLE = [name for name, family in FAMILIES.items() if family.needs_torchvision and not has_torchvision()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_processor_is_read_from_the_models_folder(kind, tmp_path):
+    assert type(save_processor(kind, tmp_path)) is type(ImageProcessing(str(tmp_path)).processor)
+
+
+def test_a_folder_without_a_processor_is_told(tmp_path):
+    with pytest.raises(UserError, match="has no processor for them"):
+        ImageProcessing(str(tmp_path)).placeholders  # noqa: B018
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"the processor of .* could not be loaded"):
+        ImageProcessing(str(tmp_path)).placeholders  # noqa: B018
+
+
+def test_a_processor_that_needs_torchvision_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_trainer.data.images.processors.has_torchvision", lambda: False)
+
+    def refuse(*_, **__):
+        raise ImportError("PixtralProcessor requires the Torchvision library but it was not found")
+
+    monkeypatch.setattr("llm_trainer.data.images.processors.AutoProcessor.from_pretrained", refuse)
+    (tmp_path / "processor_config.json").write_text("{}")
+    with pytest.raises(UserError, match="needs torchvision, which is not installed: install it, or remove the images"):
+        load_processor(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", UNAVAILABLE)
+def test_a_family_that_needs_torchvision_is_told(name, tmp_path):
+    family = FAMILIES[name]
+    build_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": family.processor}))
+    kind = {"image_processor_type": family.images.split(".")[1], "processor_class": family.processor}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(kind))
+    with pytest.raises(UserError, match="needs torchvision, which is not installed"):
+        load_processor(str(tmp_path))
+
+
+def test_what_depends_on_tokens_is_made_of_those_that_are_given():
+    processor = build_processor("qwen")
+    image, token = draw(40, 40), processor.image_token
+    made, texts = process_images(processor, [token], [[image]])
+    ids = torch.cat([torch.tensor([[1, 2]]), made["input_ids"], torch.tensor([[3]])], 1)
+    own, again = process_images(processor, [token], [[image]], {"input_ids": ids})
+    assert again == texts and texts[0].startswith(token)
+    assert torch.equal(own["input_ids"], ids) and torch.equal(own["pixel_values"], made["pixel_values"])
+    assert own["mm_token_type_ids"].shape == ids.shape and own["mm_token_type_ids"][0, [0, 1, -1]].sum() == 0
