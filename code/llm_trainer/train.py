@@ -28,10 +28,11 @@ from llm_trainer.config.sections import AdapterSettings, MethodSettings
 from llm_trainer.config.teacher import about_teacher, derive_teacher
 from llm_trainer.data.datasets import Data, DataPlaces, check_full_batch, load_data
 from llm_trainer.data.fingerprints import describe_split
+from llm_trainer.data.images.collator import ImageCollator
 from llm_trainer.data.preview import advise_weights, log_data
 from llm_trainer.data.streaming import AUDITED_ROWS
 from llm_trainer.export.export import finish_result, place_result, publish_result, warn_of_failure
-from llm_trainer.export.logits_check import attempt_logits, choose_check_rows, compute_logits
+from llm_trainer.export.logits_check import CheckRow, attempt_logits, choose_check_rows, compute_logits
 from llm_trainer.export.manifest import Origin, TrainedRun, begin_manifest, build_manifest, describe_weights
 from llm_trainer.export.result import ExportPlaces, ExportSettings, TrainingResult
 from llm_trainer.export.side_files import KnownParts, find_side_file_problems
@@ -157,6 +158,7 @@ class Built:
     packing: Packing
     checkpoint: Path | None  # to go on from; None for a new run
     peak: Peak
+    images: ImageCollator | None  # where rows have some
 
     @property
     def first_step(self) -> int:
@@ -173,7 +175,7 @@ class Outcome:
     answers: SampleAnswers
     progress: Progress
     weights: dict[str, torch.Tensor] | None  # on rank 0, where the model holds only shards
-    check_rows: list[list[int]]  # tokens of some training rows
+    check_rows: list[CheckRow]  # some rows of the training
     logits: list[torch.Tensor] | None  # of the trained model on these rows; None after a stop, and on other ranks
     unproven: str | None  # why they could not be computed
 
@@ -287,7 +289,8 @@ def plan(context: Context, prepared: Prepared) -> Planned:
         log.warning(shortage)
     job = replace(context.job, settings=settings.model_copy(update={"training": scenario.settings.training}))
     device, dtype = model_plan.device.torch, model_plan.precision.compute
-    arguments = build_arguments(prepared.method, collect_argument_sources(job), device, dtype, memory)
+    sources = replace(collect_argument_sources(job), leaves_idle=model_plan.leaves_idle)
+    arguments = build_arguments(prepared.method, sources, device, dtype, memory)
     rewards = start_rewards(settings.methods, context.job.environment.channels, prepared.data, arguments)
     return Planned(job, scenario, memory, arguments, rewards)
 
@@ -319,13 +322,14 @@ def build(context: Context, prepared: Prepared, planned: Planned) -> Built:
         log.info(float8.convert_base(trainer.model, model_plan.float8_layers))
     check_trained_loss(context, prepared, planned, trainer)
     add_callbacks(context, prepared, planned, trainer, peak)
-    return Built(planned.scenario, planned.memory, trainer, packing, checkpoint, peak)
+    return Built(planned.scenario, planned.memory, trainer, packing, checkpoint, peak, images)
 
 
 def run(context: Context, prepared: Prepared, planned: Planned, built: Built) -> Outcome:
     """Train, and take from the trained model what the export needs while all ranks are there."""
     trainer, timeline = built.trainer, context.timeline
     describe_run(trainer, built.packing)
+    check_rows = choose_check_rows(prepared.data.sample, built.images)  # while its images are there for sure
     timeline.journal.write("model", model=context.job.inputs.model, **describe_weights(trainer.model))
     num_prompts = 0 if context.settings.data.trains_rewards else context.settings.tracking.sample_prompts
     answers = SampleAnswers(trainer, prepared.data, prepared.tokenizer, num_prompts, timeline)
@@ -343,7 +347,6 @@ def run(context: Context, prepared: Prepared, planned: Planned, built: Built) ->
     timeline.mark("training")
 
     measured_bytes = built.peak.read_bytes()
-    check_rows = choose_check_rows(prepared.data.sample)
     logits, unproven = compute_expected(trainer, check_rows, prepared.model_plan.device.torch, planned.memory.sharded)
     weights = fsdp.gather_weights(trainer.model) if planned.memory.sharded else None
     if torch.distributed.is_initialized():
@@ -398,7 +401,6 @@ def collect_argument_sources(job: Job) -> ArgumentSources:
         use_peft=job.settings.adapter.use_peft,
         has_validation=bool(job.inputs.validation),
         checkpoint_dir=job.inputs.checkpoint_dir,
-        train_vision=job.settings.adapter.train_vision,
     )
 
 
@@ -564,7 +566,7 @@ def add_callbacks(context: Context, prepared: Prepared, planned: Planned, traine
 
 
 def compute_expected(
-    trainer: ResumableMixin, rows: list[list[int]], device: torch.device, is_sharded: bool
+    trainer: ResumableMixin, rows: list[CheckRow], device: torch.device, is_sharded: bool
 ) -> tuple[list[torch.Tensor] | None, str | None]:
     """Return the trained model's logits on rows, and why they could not be computed.
 

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A job trains an image-text model on rows with images and rows without, and stops at a bad image before it loads."""
 
-import json
-import shutil
-
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText
 
-from support.image_rows import ROWS, save_pictures
-from support.sagemaker_tree import metrics_of
-from support.tiny_processors import KINDS, save_processor
-from support.tiny_vision_models import build_vision_model
+from llm_trainer.model.kinds.tower import list_tower
+from support.compared_jobs import check_stop_changes_nothing
+from support.sagemaker_tree import finish, metrics_of
+from support.seeing_jobs import give_images
+from support.tiny_processors import KINDS
 
 pytestmark = pytest.mark.long
 
@@ -17,14 +17,7 @@ pytestmark = pytest.mark.long
 @pytest.fixture(params=KINDS)
 def seeing_tree(request, tree):
     """A tree with a model of one of the kinds, and rows of which every second has an image."""
-    data = tree.base_dir / "input/data"
-    shutil.rmtree(data / "model")
-    processor = save_processor(request.param, data / "model")
-    build_vision_model(request.param, processor).save_pretrained(data / "model")
-    save_pictures(data / "train")
-    rows = ROWS[:2] * 8
-    (data / "train/train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    tree.write_job({"num_train_epochs": "2", "per_device_train_batch_size": "4"}, ("train", "model"))
+    give_images(tree, request.param)
     return tree
 
 
@@ -44,3 +37,30 @@ def test_an_image_that_is_not_there_stops_the_job_before_it_loads(seeing_tree):
     assert result.returncode == 1
     assert "train.jsonl row 1 names the image file '0.png', which is not there" in seeing_tree.failure
     assert "Starting from the base model" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "use_peft", "train_vision"),
+    [("qwen", "true", "true"), ("idefics", "false", "true"), ("idefics", "true", "false"), ("qwen", "false", "false")],
+)
+def test_the_tower_is_trained_where_it_is_asked_for_and_the_result_sees(tree, kind, use_peft, train_vision):
+    options = {"use_peft": use_peft, "merge_weights": use_peft, "train_vision": train_vision}
+    base = give_images(tree, kind, gradient_checkpointing="true", **options)
+    finish(tree)
+    export = tree.manifest["export"]
+    assert export["proven"] and len(export["checks"]) == (2 if use_peft == "true" else 1)
+    assert all(check["tokens"] > 100 for check in export["checks"])  # those of images, too
+    trained = AutoModelForImageTextToText.from_pretrained(tree.base_dir / "model")
+    kept = [torch.equal(trained.get_parameter(name), base.get_parameter(name)) for name in list_tower(base)]
+    assert all(kept) == (train_vision == "false")
+
+
+@pytest.mark.parametrize(("kind", "num_workers"), [("idefics", "0"), ("qwen", "2")])
+def test_a_stop_changes_nothing(make_tree, start, kind, num_workers):
+    options = {"num_train_epochs": "15", "lora_dropout": "0.1", "logging_steps": "1", "train_vision": "true"}
+    options["dataloader_num_workers"] = num_workers
+    whole, stopped = make_tree(), make_tree()
+    for tree in (whole, stopped):
+        tree.environment["OMP_NUM_THREADS"] = "1"
+        give_images(tree, kind, **options)
+    check_stop_changes_nothing(whole, stopped, start)

@@ -159,6 +159,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "qk_head_dim": 24,
         }
     },
+    "mllama": {"text_config": {"cross_attention_layers": [1]}},  # which texts pass over
     "molmo2": {
         "adapter_config": {"vision_feature_layer": [1, 0], "text_hidden_size": 64},
         "vision_config": {"image_size": [32, 32], "num_position_embeddings": 16},

@@ -16,12 +16,16 @@ from transformers import PreTrainedModel
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.units import show_bytes
+from llm_trainer.data.images.collator import ImageCollator
 from llm_trainer.job.failure_reasons import is_shortage
 from llm_trainer.model.device import Device, find_free_memory
 
 CHECKED_ROWS, CHECKED_TOKENS = 3, 128
+SEARCHED_ROWS = 100  # for some with images
+NO_INPUTS = ("labels", "num_tokens")  # parts of a batch that say nothing to a model
 # Largest difference of logits that rounding explains, relative to the largest logit.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+CheckRow = list[int] | dict[str, torch.Tensor]  # its tokens; with an image, what a model reads of it
 ROOM = 1.2  # memory that loading and the logits take, as a multiple of the weights' size
 
 
@@ -38,39 +42,59 @@ class CheckPlace:
     placement: dict[str, Any] = field(default_factory=dict)  # Transformers' options for several places
 
 
-def choose_check_rows(sample: Dataset) -> list[list[int]]:
+def choose_check_rows(sample: Dataset, collator: ImageCollator | None = None) -> list[CheckRow]:
     """Return the first tokens of a few training rows, and of pairs those of the chosen answers.
 
-    Their number is fixed: ranks that hold shards must compute equally often.
+    `collator` is there where rows have images. Those that have some come first, each with its first image and what
+    follows. Their number is fixed: ranks that hold shards must compute equally often.
     """
+    if collator is not None:
+        searched = sorted(sample.take(min(len(sample), SEARCHED_ROWS)), key=lambda row: not row["pictures"])
+        return list(islice(cycle(build_row(row, collator) for row in searched[:CHECKED_ROWS]), CHECKED_ROWS))
     rows = sample[:CHECKED_ROWS]
-    if "pictures" in rows:
-        texts = map(leave_out_images, rows["input_ids"], rows["pictures"])
-        return list(islice(cycle(text[:CHECKED_TOKENS] for text in texts), CHECKED_ROWS))
     ends = [lengths[0] for lengths in rows["seq_lengths"]] if "seq_lengths" in rows else [CHECKED_TOKENS] * CHECKED_ROWS
     first = [row[: min(end, CHECKED_TOKENS)] for row, end in zip(rows["input_ids"], ends, strict=False)]
     return list(islice(cycle(first), CHECKED_ROWS))
 
 
-def leave_out_images(input_ids: list[int], pictures: list[dict[str, Any]]) -> list[int]:
-    """Return a row's tokens without those of images, whose pixels are not checked."""
-    taken = {place for one in pictures for place in range(one["start"], one["start"] + one["tokens"])}
-    return [token for place, token in enumerate(input_ids) if place not in taken]
+def build_row(row: dict[str, Any], collator: ImageCollator) -> CheckRow:
+    """Return what a model reads of a row and of its first image."""
+    batch = collator([cut_behind_image(row)])
+    return {name: value for name, value in batch.items() if name not in NO_INPUTS}
+
+
+def cut_behind_image(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row's beginning: its first image with the tokens that follow, but no part of a second one."""
+    pictures = row["pictures"]
+    end = CHECKED_TOKENS + (pictures[0]["start"] + pictures[0]["tokens"] if pictures else 0)
+    end = min([end, *(placed["start"] for placed in pictures[1:])])
+    return {"input_ids": row["input_ids"][:end], "labels": row["labels"][:end], "pictures": pictures[:1]}
 
 
 @torch.no_grad()
-def compute_logits(model: torch.nn.Module, rows: Sequence[list[int]], device: torch.device) -> list[torch.Tensor]:
-    """Return the logits of each row, (tokens, vocabulary) in float32 on the CPU.
+def compute_logits(model: torch.nn.Module, rows: Sequence[CheckRow], device: torch.device) -> list[torch.Tensor]:
+    """Return the logits of each row's last tokens, (tokens, vocabulary) in float32 on the CPU.
 
     Every rank that holds shards must call this.
     """
     model.eval()  # without dropout
-    tokens = [torch.tensor([row], device=device) for row in rows]
-    return [model(input_ids=row, use_cache=False).logits[0].float().cpu() for row in tokens]
+    outputs = (model(**build_inputs(row, model.dtype, device), use_cache=False) for row in rows)
+    return [output.logits[0, -CHECKED_TOKENS:].float().cpu() for output in outputs]
+
+
+def build_inputs(row: CheckRow, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return what a model reads of a row, on a device. Pixels get the type of the model's weights."""
+    inputs = row if isinstance(row, dict) else {"input_ids": torch.tensor([row])}
+    return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in inputs.items()}
+
+
+def count_tokens(row: CheckRow) -> int:
+    """Return the tokens of a row."""
+    return row["input_ids"].numel() if isinstance(row, dict) else len(row)
 
 
 def attempt_logits(
-    model: torch.nn.Module, rows: Sequence[list[int]], device: torch.device
+    model: torch.nn.Module, rows: Sequence[CheckRow], device: torch.device
 ) -> tuple[list[torch.Tensor] | None, str | None]:
     """Return the logits of a trained model that one rank holds whole, and None; or None, and why there are none.
 
@@ -114,7 +138,7 @@ def choose_place(weights_bytes: int, device: Device, scratch_dir: Path) -> Check
 class Expectation:
     """The logits that a written model has to compute on some rows."""
 
-    rows: Sequence[list[int]]
+    rows: Sequence[CheckRow]
     logits: list[torch.Tensor]
     tolerance: float | None  # relative to the largest logit
 
@@ -140,7 +164,7 @@ def compare_logits(
         "what": what,
         "loaded": place.words,
         "rows": len(rows),
-        "tokens": sum(map(len, rows)),
+        "tokens": sum(map(count_tokens, rows)),
         "relative_logit_difference": difference,
         "tolerance": tolerance,
     }

@@ -17,6 +17,7 @@ from llm_trainer.config.sections import (
     TrackingSettings,
 )
 from llm_trainer.export.base_source import BaseSource
+from llm_trainer.export.logits_check import CheckRow
 from llm_trainer.export.stop_watch import StopWatch
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.model.kinds.auto_class import choose_auto_class, sees_images
@@ -54,7 +55,7 @@ class TrainingResult:
     plan: ModelPlan
     trainer: ResumableMixin
     weights: dict[str, torch.Tensor] | None  # those that were trained, where the model holds only shards of them
-    rows: list[list[int]]  # tokens of training rows
+    rows: list[CheckRow]  # of the training
     logits: list[torch.Tensor] | None  # the trained model's on the rows; None after a stop, or a failure
     unproven: str | None  # what kept the logits from being computed; None after a stop too
     tokenizer: PreTrainedTokenizerBase

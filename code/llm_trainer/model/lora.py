@@ -198,6 +198,12 @@ def find_trained_layers(model: PreTrainedModel) -> set[str] | None:
     return PROBED[key]
 
 
+def has_idle_layers(model: PreTrainedModel) -> bool:
+    """Tell whether texts pass over linear layers of the decoder, such as those of Mllama that attend to an image."""
+    trained = find_trained_layers(model)
+    return trained is not None and any(name not in trained for name, _ in list_decoder_layers(model))
+
+
 def probe_layers(probe: PreTrainedModel, numberless: AbstractContextManager[Any]) -> set[str] | None:
     """Return what `find_trained_layers` does. Each layer's output gets a zero added, as a new adapter adds it.
 

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_trainer.common.errors import UserError
+from llm_trainer.common.ranks import world_size
 from llm_trainer.config.sections import AdapterSettings, ModelSettings, OutputSettings, ParallelismSettings
 from llm_trainer.model.adapter_fit import check_earlier_adapter
 from llm_trainer.model.attention import AttentionChoice, choose_attention, find_faults, read_needs
@@ -18,7 +19,7 @@ from llm_trainer.model.layers.float8 import check_float8
 from llm_trainer.model.layers.reward_head import is_reward_model
 from llm_trainer.model.liger import LigerChoice, choose_liger, find_known_types, leave_out_experts, try_on
 from llm_trainer.model.loading import LoadOptions, build_skeleton, check_fit, read_config
-from llm_trainer.model.lora import build_lora_config, list_trained_layers
+from llm_trainer.model.lora import build_lora_config, has_idle_layers, list_trained_layers
 from llm_trainer.model.parameter_roles import has_experts
 from llm_trainer.model.positions import count_positions
 from llm_trainer.model.precision import Precision, find_stored_dtype
@@ -58,6 +59,7 @@ class ModelPlan:
     token_types: str | None = None  # name of an input that a training has to give, and that texts say nothing by
     float8_layers: tuple[str, ...] = ()  # names of the linear layers of the base that multiply in float8
     num_positions: int | None = None  # of its table, which no row may exceed; None where positions are computed
+    leaves_idle: bool = False  # whether a batch may give some of the trained weights no gradient, as ranks have to know
     reasons: tuple[str, ...] = ()  # lines for the log
 
     @property
@@ -97,14 +99,14 @@ def plan_model(folder: str, settings: PlanSettings, device: Device, precision: P
     liger = leave_out_experts(liger, model_settings, has_experts(skeleton))
     liger = try_on(liger, model_settings, skeleton) if device.is_here else liger
     lora = build_lora_config(model_settings, settings.adapter, skeleton) if settings.adapter.use_peft else None
-    token_types = find_token_types(skeleton)
     float8_layers = choose_float8_layers(model_settings, skeleton, device, precision)
     goes_on = lora is not None and settings.adapter.goes_on
     start = [check_earlier_adapter(folder, config, model_settings, settings.adapter)] if goes_on else []
-    decided = (quantization, attention, liger, lora, token_types, float8_layers, count_positions(skeleton))
-    plan = ModelPlan(folder, config, device, precision, *decided)
+    found = find_token_types(skeleton), float8_layers, count_positions(skeleton)
+    plan = ModelPlan(folder, config, device, precision, quantization, attention, liger, lora, *found)
+    idle = settings.adapter.train_vision or (lora is None and world_size() > 1 and has_idle_layers(skeleton))
     reasons = [*describe_left_out(left_out), *describe_plan(plan, skeleton, settings), *start]
-    return replace(plan, reasons=tuple(reasons))
+    return replace(plan, leaves_idle=idle, reasons=tuple(reasons))
 
 
 def choose_float8_layers(

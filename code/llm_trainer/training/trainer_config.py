@@ -35,6 +35,7 @@ from llm_trainer.config.trl_config_fields import read_snapshot
 from llm_trainer.data.images.collator import ImageCollator
 from llm_trainer.data.images.processing import ImageProcessing
 from llm_trainer.model.config_file import drop_contradictions
+from llm_trainer.model.kinds.tower import spare_gradients
 from llm_trainer.model.layers.fused_adapters import fuse_adapters
 from llm_trainer.model.lora import find_base_model
 from llm_trainer.model.memory.fit import MemoryPlan
@@ -77,7 +78,7 @@ class ArgumentSources:
     use_peft: bool
     has_validation: bool
     checkpoint_dir: Path
-    train_vision: bool = False
+    leaves_idle: bool = False  # whether a batch may give some of the trained weights no gradient
 
     @property
     def batch(self) -> dict[str, int]:
@@ -119,16 +120,15 @@ def build_trainer(method: TrainingMethod, parts: TrainerParts, run: RunContext, 
 
     Raises UserError for a combination of arguments that TRL or PEFT refuses.
     """
-    arguments = parts.arguments
     check_columns(method, parts.splits["train"])
     prepare_config(parts.model, parts.tokenizer)
-    set_seed(arguments.seed)  # Transformers does so too, but after the adapter has drawn its first values
-    if arguments.fsdp:
+    set_seed(parts.arguments.seed)  # Transformers does so too, but after the adapter has drawn its first values
+    if parts.arguments.fsdp:
         fsdp.allow_cpu_ranks()
     try:
         trainer = method.trainer_class(
             model=parts.model,
-            args=arguments,
+            args=parts.arguments,
             data_collator=parts.collator,
             train_dataset=parts.splits["train"],
             eval_dataset=parts.splits.get("validation"),
@@ -140,6 +140,7 @@ def build_trainer(method: TrainingMethod, parts: TrainerParts, run: RunContext, 
         raise UserError(f"TRL refuses these settings: {quote_error(error)}.") from error
     if parts.lora is not None:
         fuse_adapters(set_adapter_types(trainer.model))
+    spare_gradients(find_base_model(trainer.model))
     trainer.remove_callback(PrinterCallback)
     for callback in list_callbacks(parts.kept_layers, patience):
         trainer.add_callback(callback)
@@ -164,7 +165,8 @@ def build_image_collator(
         arguments.dataloader_num_workers = min(MAX_IMAGE_WORKERS, cores)
         log.info(f"Images are processed in {arguments.dataloader_num_workers} processes a device")
     rules = ImageRules(data.max_image_pixels, data.allow_remote_images)
-    return ImageCollator(images, rules, tokenizer.pad_token_id, arguments.pad_to_multiple_of)
+    is_sharded = bool(arguments.fsdp)
+    return ImageCollator(images, rules, tokenizer.pad_token_id, arguments.pad_to_multiple_of, is_sharded)
 
 
 def list_callbacks(kept_layers: int, patience: int | None) -> Iterator[TrainerCallback]:
@@ -296,8 +298,8 @@ def choose_defaults(
         "activation_checkpointing_kwargs": RECOMPUTATION,
         "activation_offloading": memory_plan is not None and memory_plan.activation_offloading,
         "ddp_broadcast_buffers": False,  # they are the checkpoint's on every rank, and no training moves them
-        # The search costs a pass over the graph a step. It finds the tower where a batch has no image, else nothing.
-        "ddp_find_unused_parameters": sources.train_vision,
+        # The search costs a pass over the graph a step. It finds what a batch without images leaves out, else nothing.
+        "ddp_find_unused_parameters": sources.leaves_idle,
         "disable_tqdm": True,  # its carriage returns spoil a log; metric lines show the progress
         "prediction_loss_only": True,
         "train_sampling_strategy": "random",  # KTO's config would keep the rows in their order

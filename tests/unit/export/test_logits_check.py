@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
+from llm_trainer.data.images.collator import ImageCollator
 from llm_trainer.export import logits_check
 from llm_trainer.export.logits_check import (
     CheckPlace,
@@ -16,10 +17,17 @@ from llm_trainer.export.logits_check import (
     choose_place,
     compare_logits,
     compute_logits,
+    cut_behind_image,
     measure_difference,
 )
 from llm_trainer.model.device import Device
+from llm_trainer.model.kinds.tower import list_tower
 from llm_trainer.model.loading import LoadOptions, load_model
+from llm_trainer.readers.images import ImageRules
+from support.image_rows import ROWS as ROWS_OF_IMAGES
+from support.image_rows import build_vocabulary, prepare_rows, save_pictures
+from support.tiny_processors import KINDS
+from support.tiny_vision_models import build_vision_model
 
 CPU = Device(torch.device("cpu"))
 WHOLE = CheckPlace(torch.device("cpu"), "whole on the CPU")
@@ -107,3 +115,31 @@ def test_a_model_larger_than_the_memory_is_asked_layer_by_layer(tiny_model, tmp_
     assert "disk" in model.hf_device_map.values()
     expected = compute_logits(load(tiny_model), ROWS, torch.device("cpu"))
     assert compare_logits("The export", Expectation(ROWS, expected, 1e-6), model, place)["loaded"] == place.words
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tower_that_was_lost_is_noticed_by_rows_with_images(kind, tmp_path):
+    save_pictures(tmp_path)
+    vocabulary = build_vocabulary(kind, tmp_path)
+    sample, _ = prepare_rows(vocabulary, [ROWS_OF_IMAGES[1], ROWS_OF_IMAGES[2], ROWS_OF_IMAGES[0]], tmp_path)
+    collator = ImageCollator(vocabulary.images, ImageRules(10**7), vocabulary.tokenizer.pad_token_id)
+    rows = choose_check_rows(sample, collator)
+    assert ["pixel_values" in row for row in rows] == [True, True, False]
+    model = build_vision_model(kind, vocabulary.images.processor)
+    expected = compute_logits(model, rows, torch.device("cpu"))
+    assert all(len(logits) <= logits_check.CHECKED_TOKENS for logits in expected)
+    record = compare_logits("The same", Expectation(rows, expected, 1e-4), model, WHOLE)
+    assert record["tokens"] == sum(row["input_ids"].numel() for row in rows)
+    with torch.no_grad():
+        for name in list_tower(model):
+            model.get_parameter(name).mul_(2)
+    with pytest.raises(UserError, match="does not compute what was trained"):
+        compare_logits("Another tower", Expectation(rows, expected, 1e-4), model, WHOLE)
+
+
+def test_a_checked_row_ends_before_a_second_image():
+    pictures = [{"start": 3, "tokens": 500}, {"start": 600, "tokens": 20}]
+    row = {"input_ids": [*range(700)], "labels": [*range(700)], "pictures": pictures}
+    assert len(cut_behind_image(row)["input_ids"]) == 600
+    assert len(cut_behind_image({**row, "pictures": pictures[:1]})["input_ids"]) == 503 + logits_check.CHECKED_TOKENS
+    assert len(cut_behind_image({**row, "pictures": []})["input_ids"]) == logits_check.CHECKED_TOKENS

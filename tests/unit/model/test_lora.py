@@ -368,3 +368,9 @@ def test_an_adapter_stays_out_of_a_tower_that_is_not_trained(targets):
 def test_targets_in_a_frozen_tower_alone_are_refused():
     with pytest.raises(UserError, match=r"^target_modules=\['fc1'\] lies in model.vision_model, .*: set train_vision"):
         plan_adapter(build_seeing_config("smolvlm"), target_modules=["fc1"])
+
+
+@pytest.mark.parametrize(("model_type", "passes"), [("mllama", True), ("gemma3", False), ("qwen2_5_vl", False)])
+def test_layers_that_texts_pass_over_are_known(model_type, passes):
+    skeleton = build_skeleton("", build_seeing_config(model_type), trust_remote_code=False)
+    assert lora.has_idle_layers(skeleton) == passes

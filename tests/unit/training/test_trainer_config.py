@@ -42,6 +42,13 @@ def test_the_learning_rate_depends_on_what_is_trained_unless_it_is_given(tmp_pat
     assert build(tmp_path, learning_rate=0.5).learning_rate == 0.5
 
 
+def test_ranks_look_for_weights_without_a_gradient_only_where_there_may_be_some(tmp_path):
+    sources = collect_sources(Settings(), tmp_path)
+    for idle in (True, False):
+        arguments = choose_defaults(replace(sources, leaves_idle=idle), torch.device("cpu"), torch.float32, None)
+        assert arguments["ddp_find_unused_parameters"] == idle
+
+
 @pytest.mark.parametrize("given", [{}, {"bf16": True}, {"fp16": True}])
 def test_shards_of_gradients_are_summed_in_float32(tmp_path, monkeypatch, given):
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # which the libraries change

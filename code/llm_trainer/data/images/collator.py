@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of rows with images and of rows without: decoded and processed when they are needed, in a process beside."""
 
+import io
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,11 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.data.images.processing import ImageProcessing, find_part
 from llm_trainer.data.images.processors import process_images
-from llm_trainer.readers.images import ImageError, ImageRef, ImageRules, open_image
+from llm_trainer.data.labels import Ids
+from llm_trainer.readers.images import ImageError, ImageRef, ImageRules, Picture, open_image
 
 PLACE = ("path", "offset", "size", "data")  # of an image's encoded bytes
+BLANK_SIDE = 32  # pixels of the white image that a batch of texts gets; processors enlarge what is too small
 
 Row = dict[str, Any]
 
@@ -29,18 +33,52 @@ class ImageCollator:
     """Makes a batch of rows of tokens, padded at the right, with what the processor makes of their images.
 
     It is what the processor gives for the same conversations: the images of each row, in the order of the rows.
+
+    Where weights are sharded, ranks gather those of each block of a model together, when they come to it. A rank whose
+    batch has no image would not come to the tower, and the others would wait for it. With `always_sees` such a batch
+    gets a white image behind the last token of its shortest row. No token before it sees it, and none is trained on. So
+    the gradients are those without it, and the tower's are zero.
     """
 
     images: ImageProcessing
     rules: ImageRules
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    always_sees: bool = False
 
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
         """Return `input_ids`, `labels`, `attention_mask` [rows, slots] and the processor's tensors.
 
+        Before a batch with a white image come the rows' tokens without it, `num_tokens` [rows], as in a packed batch.
+
         Raises UserError for an image that has changed since it was counted.
         """
+        if not self.always_sees or any(row["pictures"] for row in rows):
+            return self.collate(rows)
+        lengths = [len(row["input_ids"]) * any(label != IGNORED for label in row["labels"]) for row in rows]
+        return {"num_tokens": torch.tensor(lengths), **self.collate(self.add_blank(rows))}
+
+    def add_blank(self, rows: list[Row]) -> list[Row]:
+        """Return the rows with a white image at the end of the shortest one."""
+        shortest = min(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))
+        row, (ref, tokens) = rows[shortest], self.blank
+        placed = {**vars(ref), "start": len(row["input_ids"]), "tokens": len(tokens)}
+        longer = {"input_ids": [*row["input_ids"], *tokens], "labels": [*row["labels"], *[IGNORED] * len(tokens)]}
+        return [*rows[:shortest], {**row, **longer, "pictures": [placed]}, *rows[shortest + 1 :]]
+
+    @cached_property
+    def blank(self) -> tuple[ImageRef, Ids]:
+        """A small white image, and its tokens."""
+        file, placeholders = io.BytesIO(), self.images.placeholders
+        Image.new("RGB", (BLANK_SIDE, BLANK_SIDE), "white").save(file, "PNG")
+        picture = Picture(ImageRef(data=file.getvalue()), BLANK_SIDE, BLANK_SIDE)
+        text, _ = placeholders.expand(self.images.processor.image_token, None, (picture,), self.rules)
+        ids = placeholders.tokenize(text)
+        ((start, end),) = placeholders.locate(ids, (picture,))
+        return picture.ref, ids[start:end]
+
+    def collate(self, rows: list[Row]) -> dict[str, Any]:
+        """Return the batch of rows as they are."""
         ids = [np.asarray(row["input_ids"], dtype=np.int32) for row in rows]
         batch = {
             "input_ids": self.pad(ids, self.pad_token_id),

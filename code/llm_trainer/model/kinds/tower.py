@@ -5,7 +5,10 @@ It is found by the model's structure: all that is no part of the decoder, the em
 """
 
 from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -39,6 +42,32 @@ def freeze_tower(model: PreTrainedModel) -> None:
     """Have a training leave the tower as it is."""
     for name in list_tower(model):
         model.get_parameter(name).requires_grad_(False)
+
+
+def spare_gradients(model: PreTrainedModel) -> None:
+    """Have frozen parts of a tower compute without gradients. `model` has its adapter already.
+
+    For recomputed layers, libraries have the output of every embedding ask for a gradient, a tower's too. The training
+    would go back through all of it for nothing.
+    """
+    modules = dict(model.named_modules())
+    parts = (modules[name] for name in name_parts(model) if name in modules)
+    for part in parts:
+        if not any(parameter.requires_grad for parameter in part.parameters()):
+            modes: list[bool] = []  # of the calls that go on
+            part.register_forward_pre_hook(partial(switch_gradients_off, modes))
+            part.register_forward_hook(partial(restore_gradients, modes), always_call=True)
+
+
+def switch_gradients_off(modes: list[bool], *call: Any) -> None:
+    """Compute what follows without gradients. Remember in `modes` whether they were on."""
+    modes.append(torch.is_grad_enabled())
+    torch.set_grad_enabled(False)
+
+
+def restore_gradients(modes: list[bool], *call: Any) -> None:
+    """Compute what follows with gradients, or without, as before `switch_gradients_off`."""
+    torch.set_grad_enabled(modes.pop())
 
 
 def name_parts(model: PreTrainedModel) -> list[str]:

@@ -52,13 +52,14 @@ class ResumableSFTTrainer(ResumableMixin, WholeBatches, SFTTrainer):
 
         Count all tokens. TRL would count the slots of a sequence, and leave out ranks at the end of an epoch.
         """
-        facts, packed = BatchFacts.take(inputs), "num_tokens" in inputs
-        if packed:  # there is no mask; without one TRL would put a number on the device, and wait for that
-            inputs["attention_mask"] = inputs.pop("num_tokens")
-            all_tokens = inputs["attention_mask"].sum()
-        else:  # a row without a label fills the batch
+        facts, counts = BatchFacts.take(inputs), inputs.pop("num_tokens", None)
+        packed = "attention_mask" not in inputs
+        if packed:  # without a mask TRL would put a number on the device, and wait for that
+            inputs["attention_mask"] = counts
+        elif counts is None:  # a row without a label fills the batch
             has_label = (inputs["labels"] != IGNORED).any(dim=-1, keepdim=True)
-            all_tokens = (inputs["attention_mask"] * has_label).sum()
+            counts = inputs["attention_mask"] * has_label
+        all_tokens = counts.sum()
 
         def compute_outputs(**inputs: Any) -> Any:
             if packed:

@@ -12,6 +12,9 @@ from llm_trainer.data.images.collator import ImageCollator
 from llm_trainer.readers.images import ImageRules
 from support.image_rows import CONVERSATIONS, ROWS, build_vocabulary, prepare_rows, save_pictures
 from support.tiny_processors import KINDS, draw, read_template
+from support.tiny_vision_models import build_vision_model
+
+LONGER = {"messages": [{"role": "user", "content": "Who " * 9}, {"role": "assistant", "content": "Me, and you."}]}
 
 
 @pytest.fixture(params=KINDS)
@@ -98,3 +101,34 @@ def test_batches_are_made_in_processes_beside(vocabulary, kind, tmp_path):
         own = collator([rows[place] for place in places])
         assert batch.keys() == own.keys()
         assert all(torch.equal(batch[name], own[name]) for name in own)
+
+
+def compute_loss(vocabulary, kind, batch):
+    """The loss of a batch, and the gradients of all weights."""
+    model = build_vision_model(kind, vocabulary.images.processor).train()
+    inputs = {name: value for name, value in batch.items() if name != "num_tokens"}
+    loss = model(**inputs, use_cache=False).loss
+    loss.backward()
+    return loss, dict(model.named_parameters())
+
+
+def test_a_batch_of_texts_has_the_gradients_of_its_texts_though_it_sees_a_white_image(vocabulary, kind, tmp_path):
+    rows, _ = prepare_rows(vocabulary, [ROWS[1], LONGER], tmp_path)
+    plain, seeing = collate(vocabulary, rows), collate(vocabulary, rows, always_sees=True)
+    assert next(iter(seeing)) == "num_tokens"
+    assert seeing["num_tokens"].tolist() == plain["attention_mask"].sum(-1).tolist()
+    assert (seeing["labels"] != IGNORED).sum() == (plain["labels"] != IGNORED).sum()
+    assert "pixel_values" in seeing and "pixel_values" not in plain
+    (loss, found), (expected_loss, expected) = (compute_loss(vocabulary, kind, batch) for batch in (seeing, plain))
+    assert torch.allclose(loss, expected_loss)
+    for name, weight in found.items():
+        assert weight.grad is not None, f"{name} has no gradient, and other ranks wait for it"
+        other = expected[name].grad
+        torch.testing.assert_close(weight.grad, torch.zeros_like(weight) if other is None else other, msg=name)
+
+
+def test_a_batch_with_an_image_gets_no_white_one(vocabulary, kind, tmp_path):
+    rows, _ = prepare_rows(vocabulary, ROWS[:2], tmp_path)
+    plain, seeing = collate(vocabulary, rows), collate(vocabulary, rows, always_sees=True)
+    assert plain.keys() == seeing.keys()
+    assert torch.equal(plain["pixel_values"], seeing["pixel_values"])

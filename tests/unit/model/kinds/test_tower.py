@@ -2,9 +2,17 @@
 """The tower of a model is found by its structure, and frozen as a whole."""
 
 import pytest
+import torch
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.model.kinds.tower import check_tower, describe_tower, freeze_tower, list_tower, name_parts
+from llm_trainer.model.kinds.tower import (
+    check_tower,
+    describe_tower,
+    freeze_tower,
+    list_tower,
+    name_parts,
+    spare_gradients,
+)
 from llm_trainer.model.layers.reward_head import describe_rewards
 from llm_trainer.model.loading import build_on_meta
 from support.adapted_models import LLAMA
@@ -59,3 +67,25 @@ def test_the_log_names_the_parts_and_their_fate():
     assert frozen.startswith("Vision: model.vision_tower, model.multi_modal_projector (")
     assert frozen.endswith(" weights) are frozen: train_vision=true trains them")
     assert trained.endswith(" weights) are trained")
+
+
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_no_gradient_goes_through_a_frozen_tower_though_recomputed_layers_ask_for_one(is_frozen):
+    model = build("llava_next").train()
+    model.enable_input_require_grads()
+    if is_frozen:
+        freeze_tower(model)
+    spare_gradients(model)
+    image = torch.empty(1, 3, *[model.config.vision_config.image_size] * 2, device="meta")
+    seen = model.get_submodule("model.vision_tower")(image).last_hidden_state
+    assert seen.requires_grad != is_frozen
+    assert torch.is_grad_enabled()
+
+
+def test_gradients_are_on_again_after_a_frozen_tower_that_failed():
+    model = build("llava_next")
+    freeze_tower(model)
+    spare_gradients(model)
+    with pytest.raises(AttributeError):
+        model.get_submodule("model.vision_tower")("no image")
+    assert torch.is_grad_enabled()

@@ -2,12 +2,14 @@
 """Supervised fine-tuning as a training method: found by its name, it counts the tokens of packed rows."""
 
 import pytest
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from llm_trainer.common.metric_definitions import METRICS
 from llm_trainer.data.images.collator import ImageCollator
+from llm_trainer.model.kinds.tower import freeze_tower, list_tower
 from llm_trainer.readers.images import ImageRules
 from llm_trainer.training.methods import METHODS, choose_method
 from llm_trainer.training.methods.sft import SFT
@@ -75,16 +77,22 @@ def train_with_trl(model, processor, kind, folder):
     return list_losses(trainer)
 
 
+@pytest.mark.parametrize("train_vision", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_losses_of_rows_with_and_without_images_are_those_of_trls_own_trainer(kind, tmp_path):
+def test_the_losses_of_rows_with_and_without_images_are_those_of_trls_own_trainer(kind, train_vision, tmp_path):
     save_pictures(tmp_path)
     vocabulary = build_vocabulary(kind, tmp_path)
     rows, _ = prepare_rows(vocabulary, ROWS, tmp_path)
     processor, tokenizer = vocabulary.images.processor, vocabulary.tokenizer
     collator = ImageCollator(vocabulary.images, ImageRules(10**7), tokenizer.pad_token_id)
-    model = build_vision_model(kind, processor)
+    model, theirs, base = (build_vision_model(kind, processor) for _ in range(3))
+    if not train_vision:
+        freeze_tower(model)
+        freeze_tower(theirs)
     trainer = build_full_trainer(model, tokenizer, rows, collator, tmp_path, dataloader_num_workers=1, **STEPS)
     trainer.train_from(None)
     losses = list_losses(trainer)
-    expected = train_with_trl(build_vision_model(kind, processor), processor, kind, tmp_path / "trl")
+    expected = train_with_trl(theirs, processor, kind, tmp_path / "trl")
     assert losses == pytest.approx(expected, abs=1e-5) and losses[1] < losses[0]
+    kept = [torch.equal(model.get_parameter(name), base.get_parameter(name)) for name in list_tower(base)]
+    assert not any(kept) if train_vision else all(kept)
