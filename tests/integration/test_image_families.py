@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llm_trainer.data.encoding import Vocabulary
 from llm_trainer.data.formats.examples import IGNORED
@@ -70,6 +71,39 @@ def test_a_batch_is_what_the_families_processor_gives(prepared):
             assert batch.keys() == TEXT_ALONE
         with torch.no_grad():
             assert torch.isfinite(model(**batch).loss)
+
+
+def test_a_batch_of_texts_runs_the_tower_as_one_with_images_does(prepared):
+    """Ranks whose batches have images and ranks whose batches have none call the same blocks, each of them once."""
+    vocabulary, model, rows = prepared
+    collator = ImageCollator(vocabulary.images, ImageRules(10**7), vocabulary.tokenizer.pad_token_id, always_sees=True)
+    calls: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.register_forward_hook(lambda *call, name=name: calls.append(name))
+    called = []
+    for places in ([1], [0], [2], [0, 1, 2]):
+        batch = collator([rows[place] for place in places])
+        batch.pop("num_tokens", None)
+        model(**batch, use_cache=False)
+        called.append([*calls])
+        calls.clear()
+    assert len({*called[0]}) == len(called[0]) and all(each == called[0] for each in called), called
+
+
+def test_no_token_of_a_text_sees_the_white_image(prepared):
+    vocabulary, model, rows = prepared
+    plain, seeing = (
+        ImageCollator(vocabulary.images, ImageRules(10**7), vocabulary.tokenizer.pad_token_id, always_sees=sees)(
+            [rows[1]]
+        )
+        for sees in (False, True)
+    )
+    assert seeing.pop("num_tokens").tolist() == [len(rows[1]["input_ids"])]
+    model.eval()
+    with torch.no_grad():
+        logits = [model(**batch, use_cache=False).logits for batch in (plain, seeing)]
+    torch.testing.assert_close(logits[1][:, : logits[0].shape[1]], logits[0])
 
 
 def test_the_page_names_each_family():
