@@ -239,7 +239,7 @@ def save_family(name: str, folder: Path) -> None:
     make = getattr(transformers, family.processor)
     parts = {"image_processor": images, "tokenizer": tokenizer, **family.options}
     if "video_processor" in inspect.signature(make.__init__).parameters:
-        parts["video_processor"] = build_video_processor(name) if has_torchvision() else None
+        parts["video_processor"] = build_video_processor(name)
     with without_videos():
         processor = make(**parts)
         processor.chat_template = tokenizer.chat_template
@@ -247,7 +247,9 @@ def save_family(name: str, folder: Path) -> None:
 
 
 def build_video_processor(name: str) -> Any:
-    """Return what processes a family's videos, which no test has."""
+    """Return what processes a family's videos, which no test has; None without torchvision, which it needs."""
+    if not has_torchvision():
+        return None
     kind = VIDEO_PROCESSOR_MAPPING_NAMES[name]
     return getattr(transformers, kind["torchvision"] if isinstance(kind, dict) else kind)()
 

@@ -12,6 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 
 from llm_trainer.data.images.processors import without_videos
+from support.image_families import build_video_processor
 from support.tiny_model import build_tokenizer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"  # those of the families, as TRL has them, and with marks
@@ -36,7 +37,8 @@ def build_processor(kind):
         tokenizer.add_special_tokens({"additional_special_tokens": QWEN_TOKENS})
         sizes = {"size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 16}}
         with without_videos():
-            processor = Qwen2VLProcessor(Qwen2VLImageProcessorPil(**sizes), tokenizer)
+            images, videos = Qwen2VLImageProcessorPil(**sizes), build_video_processor("qwen2_vl")
+            processor = Qwen2VLProcessor(images, tokenizer, video_processor=videos)
     processor.chat_template = tokenizer.chat_template
     return processor
 
