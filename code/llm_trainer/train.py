@@ -29,7 +29,7 @@ from llm_trainer.config.teacher import about_teacher, derive_teacher
 from llm_trainer.data.datasets import Data, DataPlaces, check_full_batch, load_data
 from llm_trainer.data.fingerprints import describe_split
 from llm_trainer.data.images.collator import ImageCollator
-from llm_trainer.data.preview import advise_weights, log_data
+from llm_trainer.data.preview import advise_weights, choose_sample, log_data
 from llm_trainer.data.streaming import AUDITED_ROWS
 from llm_trainer.export.export import finish_result, place_result, publish_result, warn_of_failure
 from llm_trainer.export.logits_check import CheckRow, attempt_logits, choose_check_rows, compute_logits
@@ -74,6 +74,7 @@ from llm_trainer.planning.fitting import Fit, Fitter
 from llm_trainer.planning.learning import Learnt
 from llm_trainer.planning.other_instances import add_other_instances
 from llm_trainer.planning.workload import measure_work
+from llm_trainer.readers.images import ImageRules
 from llm_trainer.rewards.rewards import Reward, load_rewards
 from llm_trainer.training.batches.run_batches import find_run_batches
 from llm_trainer.training.generation.prompts import find_prompt_problems, list_columns
@@ -92,7 +93,7 @@ from llm_trainer.training.resume import (
     find_saved_note,
     identify_run,
 )
-from llm_trainer.training.sample_answers import SampleAnswers
+from llm_trainer.training.sample_answers import AnswerRules, SampleAnswers
 from llm_trainer.training.save_and_stop import SaveAndStop
 from llm_trainer.training.sharding import fsdp
 from llm_trainer.training.stopping import StopConsensus, StopRequest
@@ -332,7 +333,8 @@ def run(context: Context, prepared: Prepared, planned: Planned, built: Built) ->
     check_rows = choose_check_rows(prepared.data.sample, built.images)  # while its images are there for sure
     timeline.journal.write("model", model=context.job.inputs.model, **describe_weights(trainer.model))
     num_prompts = 0 if context.settings.data.trains_rewards else context.settings.tracking.sample_prompts
-    answers = SampleAnswers(trainer, prepared.data, prepared.tokenizer, num_prompts, timeline)
+    rules = AnswerRules(num_prompts, built.images)
+    answers = SampleAnswers(trainer, prepared.data, prepared.tokenizer, rules, timeline)
     answers.before_training()
     beginning = describe_beginning(context.job.inputs, context.settings.adapter.merge_adapter)
     log.info(f"Resuming from {built.checkpoint}" if built.checkpoint else beginning)
@@ -422,12 +424,15 @@ def report_data(context: Context, data: Data, tokenizer: PreTrainedTokenizerBase
     inputs = context.job.inputs
     if context.settings.data.streaming:
         log.info(f"Data train: streamed; what follows is of the first {AUDITED_ROWS} rows of each source")
-    log_data(data, tokenizer, in_colour=sys.stdout.isatty())
+    sample = choose_sample([data.sample], ImageRules.from_settings(context.settings.data))
+    assert sample is not None, "a split without rows has been refused"
+    log_data(data, sample, tokenizer, in_colour=sys.stdout.isatty())
     for text in advise_weights(data.reports["train"], context.settings.methods):
         log.warning(text)
     sources = {"train": inputs.train, "validation": inputs.validation}
     for split, report in data.reports.items():
-        context.timeline.journal.write("data", **describe_split(split, report, sources[split]))
+        shown = sample.describe(tokenizer) if split == "train" else {}
+        context.timeline.journal.write("data", **describe_split(split, report, sources[split]), **shown)
 
 
 def warn_of_side_files(context: Context, plan: ModelPlan, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:

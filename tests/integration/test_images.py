@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A job trains an image-text model on rows with images and rows without, and stops at a bad image before it loads."""
 
+import json
+import re
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
 from llm_trainer.model.kinds.tower import list_tower
+from llm_trainer.readers.thumbnails import MAX_CHARACTERS
 from support.compared_jobs import check_stop_changes_nothing
 from support.sagemaker_tree import finish, metrics_of
 from support.seeing_jobs import give_images
-from support.tiny_processors import KINDS
+from support.tiny_processors import KINDS, draw
 
 pytestmark = pytest.mark.long
 
@@ -29,6 +34,25 @@ def test_a_job_learns_from_rows_with_and_without_images(seeing_tree):
     losses = metrics_of(result.stdout, "train_loss")
     assert losses[-1] < losses[0]
     assert {"adapter_model.safetensors", "processor_config.json"} <= seeing_tree.model_files
+
+
+def test_the_report_shows_small_images_beside_the_answers_to_them(seeing_tree):
+    picture = seeing_tree.base_dir / "input/data/train/0.png"
+    draw(1200, 900).save(picture)
+    shutil.rmtree(seeing_tree.base_dir / "input/data/validation")
+    seeing_tree.change(num_train_epochs=None, max_steps="1")
+    result = seeing_tree.run()
+    assert result.returncode == 0, result.stdout
+    assert "Data train, the first row with images" in result.stdout
+    assert "image 1: 0.png, 1200 x 900 pixels, " in result.stdout
+    page = (seeing_tree.base_dir / "output/data/report.html").read_text()
+    thumbnails = re.findall(r'<img src="(data:image/jpeg;base64,[^"]*)" alt="0.png, 1200 x 900 pixels, ', page)
+    assert len(thumbnails) == 2  # of the row of the data, and of the prompt
+    assert max(map(len, thumbnails)) <= MAX_CHARACTERS < picture.stat().st_size
+    records = map(json.loads, (seeing_tree.base_dir / "output/data/metrics.jsonl").read_text().splitlines())
+    answers = [record for record in records if record["kind"] == "generation"]
+    assert sorted(len(record["images"]) for record in answers) == [0, 1]
+    assert all(record["before"] and record["after"] for record in answers)
 
 
 def test_an_image_that_is_not_there_stops_the_job_before_it_loads(seeing_tree):

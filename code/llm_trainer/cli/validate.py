@@ -34,6 +34,7 @@ from llm_trainer.launcher.user_script import names_a_script
 from llm_trainer.launcher.worker_processes import build_library_variables
 from llm_trainer.planning.prices import find_price_file, read_prices
 from llm_trainer.planning.prices import find_warnings as find_price_warnings
+from llm_trainer.readers.images import ImageRules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -165,7 +166,7 @@ def set_variables(settings: Settings, inputs: Inputs, validation: Validation) ->
 
 def examine_data(job: Job, validation: Validation, in_colour: bool) -> None:
     """Prepare the data as the job would, and add what becomes of them, and a sample."""
-    from llm_trainer.data.preview import advise_weights, mark_sample
+    from llm_trainer.data.preview import advise_weights, choose_sample
 
     output_dir = job.environment.output_dir
     is_writable = find_write_problem(output_dir) is None
@@ -188,8 +189,9 @@ def examine_data(job: Job, validation: Validation, in_colour: bool) -> None:
         validation.add_findings("train", "warning", warnings)
         examine_rows(replace(job, settings=prepared.settings), prepared, validation)
         examine_side_files(prepared, job.settings, validation)
-    row = prepared.splits["train"].find_first_row()
-    validation.sample = mark_sample(row, prepared.tokenizer, in_colour) if row else ""
+    datasets, rules = prepared.splits["train"].open_datasets(), ImageRules.from_settings(job.settings.data)
+    if sample := choose_sample(datasets.values(), rules):
+        validation.sample, validation.sample_name = sample.mark(prepared.tokenizer, in_colour), sample.name
 
 
 def examine_rows(job: Job, prepared: PreparedData, validation: Validation) -> None:

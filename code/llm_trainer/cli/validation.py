@@ -26,6 +26,7 @@ class Validation:
     reports: dict[str, DataReport] = field(default_factory=dict)  # by the name of the split
     memory: dict[str, Any] = field(default_factory=dict)  # bytes that a GPU needs, and their parts
     sample: str = ""  # a training row whose trained part is marked
+    sample_name: str = "the first row"
     instances: dict[str, Any] = field(default_factory=dict)  # what `plan` tells of instance types, for JSON
     instance_lines: list[str] = field(default_factory=list)  # and for a person
 
@@ -104,7 +105,7 @@ def format_text(validation: Validation, in_colour: bool) -> Iterator[str]:
         from llm_trainer.data.preview import describe_marks
 
         marks = describe_marks(in_colour, validation.reports["train"].has_pairs)
-        yield from ("", f"The first training row ({marks}):", validation.sample)
+        yield from ("", f"Data train, {validation.sample_name} ({marks}):", validation.sample)
     num_warnings = len(validation.list_texts("warning"))
     is_plan = validation.memory and not validation.reports
     verdict = "fail" if errors else "start by its plan (`validate` checks its data)" if is_plan else "start"

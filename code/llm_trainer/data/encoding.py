@@ -287,7 +287,7 @@ class Encoder:
     @cached_property
     def image_rules(self) -> ImageRules:
         """The bounds of images by the settings."""
-        return ImageRules(self.settings.max_image_pixels, self.settings.allow_remote_images)
+        return ImageRules.from_settings(self.settings)
 
     def check_without_images(self, input_ids: Ids) -> None:
         """Raise RowError where a row without images has the token of one."""

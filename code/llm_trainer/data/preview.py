@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preview of the data before the first step: counts, warnings, and one row as it is trained on."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llm_trainer.common import log
 from llm_trainer.config.sections import MethodSettings
 from llm_trainer.data.datasets import Data
 from llm_trainer.data.formats.examples import IGNORED
+from llm_trainer.data.images.shown import Piece, decode_pieces, find_shown_row, replace_images, show_images
 from llm_trainer.data.report import DataReport, compute_mean, list_names
+from llm_trainer.journal.records import SampleRow, ShownImage
+from llm_trainer.readers.images import ImageRules
+from llm_trainer.readers.thumbnails import MAX_A_ROW, describe_image
 
 MAX_SAMPLE_TOKENS = 200
 MOST_WEIGHT = 1.33  # of all desirable answers, over the weight of all undesirable ones; the least is 1
@@ -20,9 +27,42 @@ PLAIN = ("⟦", "⟧")
 REJECTED_COLOURED = ("\x1b[31m", "\x1b[0m")  # red
 REJECTED_PLAIN = ("⟪", "⟫")
 
+Labelled = tuple[Piece, int]  # a token, or the words for an image, with its label
 
-def log_data(data: Data, tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> None:
-    """Log what is trained on: counts, formats, warnings, and the first row."""
+
+@dataclass(frozen=True)
+class Sample:
+    """A row that a person is shown: the first, or the first with images."""
+
+    row: dict[str, Any]
+    images: list[ShownImage]
+
+    @property
+    def name(self) -> str:
+        """The name of the row in a sentence."""
+        return "the first row with images" if self.images else "the first row"
+
+    def mark(self, tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> str:
+        """Return the row's text as `mark_sample` does, and a line for each of its images."""
+        text = mark_sample(self.row, tokenizer, in_colour, self.images)
+        return "\n".join(
+            [text, *(f"image {number}: {describe_image(own)}" for number, own in enumerate(self.images, 1))]
+        )
+
+    def describe(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, SampleRow]:
+        """Return the field of a journal's record for a row with images; none for a row of text."""
+        text = mark_sample(self.row, tokenizer, False, self.images)
+        return {"sample": SampleRow(text=text, images=self.images)} if self.images else {}
+
+
+def choose_sample(datasets: Iterable[Dataset], rules: ImageRules) -> Sample | None:
+    """Return the row to show among those of a split's sources; None where there is no row."""
+    row = find_shown_row(datasets)
+    return Sample(row, show_images(row.get("pictures") or (), rules, MAX_A_ROW)) if row else None
+
+
+def log_data(data: Data, sample: Sample, tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> None:
+    """Log what is trained on: counts, formats, warnings, and one row."""
     for name, report in data.reports.items():
         log.info(f"Data {name}: {report}; lengths: {list_figures(report.length_percentiles())}")
         if report.has_pairs:
@@ -35,9 +75,8 @@ def log_data(data: Data, tokenizer: PreTrainedTokenizerBase, in_colour: bool) ->
             log.info(f"Data {name}: {source} has {row_format} rows; trained on: {report.loss_on[source]}")
         for text in find_data_warnings(name, report):
             log.warning(text)
-    sample = mark_sample(data.sample[0], tokenizer, in_colour)
     marks = describe_marks(in_colour, data.reports["train"].has_pairs)
-    log.info(f"Data train, the first row ({marks}):\n{sample}")
+    log.info(f"Data train, {sample.name} ({marks}):\n{sample.mark(tokenizer, in_colour)}")
 
 
 def describe_judgements(report: DataReport) -> str:
@@ -167,15 +206,19 @@ def name_marks(marks: tuple[str, str]) -> str:
     return f"between {' and '.join(marks)}"
 
 
-def mark_sample(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> str:
+def mark_sample(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, in_colour: bool, images: Sequence[ShownImage] = ()
+) -> str:
     """Return a row's text with the parts that are trained on in colour or between marks.
 
-    A long text is shown by its first and last MAX_SAMPLE_TOKENS / 2 tokens. Of a pair, the beginning that both sides
-    share is shown once.
+    A long text is shown by its first and last MAX_SAMPLE_TOKENS / 2 tokens, and an image by a few words. Of a pair, the
+    beginning that both sides share is shown once.
     """
     marks = COLOURED if in_colour else PLAIN
-    tokens = list(zip(row["input_ids"], row["labels"], strict=True))
+    tokens: list[Labelled] = list(zip(row["input_ids"], row["labels"], strict=True))
     end, *others = row.get("seq_lengths", [len(tokens)])
+    end -= sum(image["tokens"] - 1 for image in images if image["start"] < end)
+    tokens = replace_images(tokens, images, lambda words: (words, IGNORED))
     if not others:
         return mark_ends(tokens, tokenizer, marks)
     chosen, rejected = tokens[:end], tokens[end:]
@@ -189,30 +232,28 @@ def mark_sample(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, i
     )
 
 
-def count_shared_prompt(chosen: list[tuple[int, int]], rejected: list[tuple[int, int]]) -> int:
+def count_shared_prompt(chosen: list[Labelled], rejected: list[Labelled]) -> int:
     """Return how many tokens, given with their labels, begin both sides of a pair and are not trained on."""
     pairs = enumerate(zip(chosen, rejected, strict=False))
     differing = (place for place, (one, other) in pairs if one != other or one[1] != IGNORED)
     return next(differing, min(len(chosen), len(rejected)))
 
 
-def mark_ends(tokens: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, marks: tuple[str, str]) -> str:
+def mark_ends(tokens: list[Labelled], tokenizer: PreTrainedTokenizerBase, marks: tuple[str, str]) -> str:
     """Return the marked text of tokens, given with their labels, without the middle of many."""
     half = MAX_SAMPLE_TOKENS // 2
     parts = [tokens[:half], tokens[-half:]] if len(tokens) > MAX_SAMPLE_TOKENS else [tokens]
     return "\n[...]\n".join(mark_trained_tokens(part, tokenizer, marks) for part in parts)
 
 
-def mark_trained_tokens(
-    pairs: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, marks: tuple[str, str]
-) -> str:
+def mark_trained_tokens(pairs: list[Labelled], tokenizer: PreTrainedTokenizerBase, marks: tuple[str, str]) -> str:
     """Return the text of tokens, given with their labels, with marks around each run that is trained on."""
     begin, end = marks
-    runs: list[tuple[bool, list[int]]] = []
+    runs: list[tuple[bool, list[Piece]]] = []
     for token, label in pairs:
         is_trained = label != IGNORED
         if not runs or runs[-1][0] != is_trained:
             runs.append((is_trained, []))
         runs[-1][1].append(token)
-    texts = ((is_trained, tokenizer.decode(ids)) for is_trained, ids in runs)
+    texts = ((is_trained, decode_pieces(pieces, tokenizer)) for is_trained, pieces in runs)
     return "".join(f"{begin}{text}{end}" if is_trained else text for is_trained, text in texts)

@@ -37,10 +37,6 @@ class Split:
             for name, files in self.files.items()
         }
 
-    def find_first_row(self) -> dict[str, Any] | None:
-        """Return the first row of the first source that has one; None without rows."""
-        return next((rows[0] for rows in self.open_datasets().values() if len(rows)), None)
-
     def to_json(self) -> dict[str, Any]:
         """Return the split as values ready for JSON."""
         return {"report": vars(self.report), "files": self.files}

@@ -48,6 +48,24 @@ class JobRecord(TypedDict, total=False):
     attempt: int  # 1 is the first
 
 
+class ShownImage(TypedDict, total=False):
+    """An image of a row, for people. One that could no longer be opened has no size."""
+
+    name: Required[str]
+    start: Required[int]  # its first token in the row
+    tokens: Required[int]
+    width: int  # in pixels
+    height: int
+    thumbnail: str  # a data URI (readers/thumbnails.py)
+
+
+class SampleRow(TypedDict):
+    """A training row with images, for people."""
+
+    text: str  # with marks around what is trained on
+    images: list[ShownImage]
+
+
 class DataRecord(TypedDict, total=False):
     """A description of a split's data."""
 
@@ -62,6 +80,7 @@ class DataRecord(TypedDict, total=False):
     sources: list[dict[str, Any]]  # files with name, uri and digest
     digest: str  # of the content of all files
     summary: dict[str, Any]  # as DataReport.summary() gives it
+    sample: SampleRow  # of training rows with images
 
 
 class ModelRecord(TypedDict, total=False):
@@ -128,6 +147,7 @@ class GenerationRecord(TypedDict, total=False):
     reference: str
     before: str
     after: str
+    images: list[ShownImage]  # of the prompt
 
 
 class CompletionsRecord(TypedDict, total=False):

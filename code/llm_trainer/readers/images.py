@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llm_trainer.common.errors import cut_quote, quote_error
+from llm_trainer.config.sections import DataSettings
 from llm_trainer.readers.rows import FilePart
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others run programs, or are as good as never met
@@ -46,6 +47,11 @@ class ImageRules:
     max_pixels: int
     allow_remote: bool = False
 
+    @classmethod
+    def from_settings(cls, settings: DataSettings) -> "ImageRules":
+        """Return the rules of a job."""
+        return cls(settings.max_image_pixels, settings.allow_remote_images)
+
 
 @dataclass(frozen=True)
 class ImageRef:
@@ -65,6 +71,11 @@ class ImageRef:
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return io.BytesIO(file.read(self.size))
+
+    @property
+    def name(self) -> str:
+        """The name of the image's file, for people."""
+        return cut_quote(Path(self.path).name) if self.path else "bytes of the row"
 
     def describe(self) -> str:
         """Return the image's name for a message."""
@@ -135,6 +146,16 @@ def decode_uri(uri: str) -> bytes:
         raise ImageError(
             f"has an image whose data URI cannot be read ({error}): write data:image/png;base64,... ."
         ) from error
+
+
+def encode_uri(file: Path) -> str:
+    """Return an image file as a data URI, byte for byte. Raises ImageError where it is none that is read."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            kind = Image.MIME[str(image.format)]
+        return f"{DATA_URI}{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
+        raise ImageError(f"{cut_quote(str(file))!r} is no {READABLE} file that can be read: give one.") from error
 
 
 def fetch(address: str) -> bytes:

@@ -32,6 +32,7 @@ from llm_trainer.report.charts import (
 )
 from llm_trainer.report.curve_image import write_image
 from llm_trainer.report.history import History, read_history
+from llm_trainer.report.pictures import Thumbnails
 
 PAGE = files("llm_trainer.report") / "assets"
 OUTCOMES = {"done": "Done", "stopped": "Stopped", "failed": "Failed"}
@@ -90,7 +91,7 @@ def render_page(history: History, clock: Clock, curves: list[Chart]) -> str:
         groups=groups,
         drawings={chart.name: chart.describe_drawing() for charts in groups.values() for chart in charts},
         supervision=describe_supervision(history),
-        generations=[shorten_texts(record) for record in history.generations[:MAX_GENERATIONS]],
+        **list_rows(history),
         completions=list(list_completions(history)),
         settings=list_settings(history),
         unset=sorted(name for name, value in history.settings.items() if value is None),
@@ -207,10 +208,37 @@ def list_versions(history: History) -> list[tuple[str, str]]:
     return [(name, show_setting(value)) for name, value in [*image.items(), *sorted(packages.items())]]
 
 
+def list_rows(history: History) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows and the generations that the page shows. Their thumbnails share its room."""
+    thumbnails = Thumbnails()
+    return {
+        "samples": list(list_samples(history, thumbnails)),
+        "generations": list(list_generations(history, thumbnails)),
+    }
+
+
+def list_samples(history: History, thumbnails: Thumbnails) -> Iterator[dict[str, Any]]:
+    """Yield name, text and images of a row with images of each split that has one."""
+    for name, record in history.data.items():
+        if sample := record.get("sample"):
+            text = shorten_text(str(sample.get("text") or ""))
+            yield {"split": name, "text": text, "images": thumbnails.describe(sample.get("images"))}
+
+
+def list_generations(history: History, thumbnails: Thumbnails) -> Iterator[dict[str, Any]]:
+    """Yield texts and images of the first generations."""
+    for record in history.generations[:MAX_GENERATIONS]:
+        yield {**shorten_texts(record), "images": thumbnails.describe(record.get("images"))}
+
+
 def shorten_texts(generation: GenerationRecord) -> dict[str, str]:
     """Return a generation's texts, cut where they are too long for the page."""
-    texts = {name: str(generation.get(name) or "") for name in TEXTS}
-    return {name: text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} ..." for name, text in texts.items()}
+    return {name: shorten_text(str(generation.get(name) or "")) for name in TEXTS}
+
+
+def shorten_text(text: str) -> str:
+    """Return a text, cut where it is too long for the page."""
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} ..."
 
 
 def list_completions(history: History) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,8 @@ Nothing depends on them. No random number is drawn, the time is bounded, and a m
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -14,24 +16,30 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_trainer.common import log
-from llm_trainer.common.errors import quote_error
+from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.ranks import rank
 from llm_trainer.data.chat_template import find_turn_end
 from llm_trainer.data.datasets import Data
 from llm_trainer.data.formats.examples import IGNORED
+from llm_trainer.data.images.collator import ImageCollator, find_ref
+from llm_trainer.data.images.shown import decode_pieces, replace_images, show_images
+from llm_trainer.journal.records import ShownImage
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.model.positions import count_positions
+from llm_trainer.readers.thumbnails import MAX_A_JOB
 from llm_trainer.training.resumable import ResumableMixin
 
 MAX_NEW_TOKENS = 64
 MAX_PROMPT_TOKENS = 1024
+MAX_IMAGE_PROMPT_TOKENS = 4096  # of a prompt with images, which is alone in its batch
 MAX_ROWS = 1000  # the rows among which prompts are looked for
 MAX_TEXT_PROMPT_TOKENS = 64  # the beginning of a row without a prompt that serves as one
 BATCH_PROMPTS = 8
 # The time of all answers, before and after: a share of the training's, within bounds. One token may exceed it.
 SHARE, MIN_SECONDS, MAX_SECONDS = 0.05, 2.0, 20.0
-# Raised by models' own code for generating, and by kernels. Memory that runs out is a RuntimeError.
-ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+# Raised by models' own code for generating, by kernels, and for images that have changed. Memory that runs out is a
+# RuntimeError.
+ERRORS = (UserError, RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,20 @@ class Prompt:
 
     input_ids: list[int]
     reference_ids: list[int]
+    pictures: tuple[dict[str, Any], ...] = ()  # as rows have them
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """The tokens and the images: those of two images of the same size are the same."""
+        return tuple(self.input_ids), tuple(map(find_ref, self.pictures))
+
+
+@dataclass(frozen=True)
+class AnswerRules:
+    """The number of prompts that are answered, and what makes pixels of their images."""
+
+    num_prompts: int
+    images: ImageCollator | None
 
 
 class SampleAnswers:
@@ -54,22 +76,24 @@ class SampleAnswers:
         trainer: ResumableMixin,
         data: Data,
         tokenizer: PreTrainedTokenizerBase,
-        num_prompts: int,
+        rules: AnswerRules,
         timeline: Timeline,
     ) -> None:
-        """Choose at most `num_prompts` prompts from the validation rows, or from training rows where there are none."""
+        """Choose prompts from the validation rows, or from training rows where there are none."""
         self.trainer, self.tokenizer = trainer, tokenizer
         self.timeline, self.journal = timeline, timeline.journal
         self.split = "validation" if "validation" in data.splits else "train"
         self.prompts: list[Prompt] = []
         self.before: list[str] = []
         self.seconds = 0.0
-        if num_prompts and trainer.is_fsdp_enabled:
+        self.collator = rules.images
+        if rules.num_prompts and trainer.is_fsdp_enabled:
             text = "no sample answers, since the model is sharded over the devices"
             self.journal.write("event", level="info", text=text, host=timeline.host)
-        elif num_prompts and rank() == 0:
+        elif rules.num_prompts and rank() == 0:
             rows = data.splits["validation"] if self.split == "validation" else data.sample
-            self.prompts = choose_prompts(rows, num_prompts, find_longest_prompt(trainer.model))
+            limits = find_longest_prompt(trainer.model), find_longest_prompt(trainer.model, MAX_IMAGE_PROMPT_TOKENS)
+            self.prompts = choose_prompts(rows, rules.num_prompts, *limits)
         self.stops = self.find_stops() if self.prompts else set()
 
     def before_training(self) -> None:
@@ -88,17 +112,25 @@ class SampleAnswers:
             with self.trainer.model.disable_adapter():
                 self.before = self.ask()
         answers = zip(self.prompts, self.before, self.ask(), strict=False)
+        num_thumbnails = MAX_A_JOB
         for prompt, before, after in answers:
+            images = self.show(prompt, num_thumbnails)
+            num_thumbnails -= sum("thumbnail" in image for image in images)
             self.journal.write(
                 "generation",
                 split=self.split,
-                prompt=self.tokenizer.decode(prompt.input_ids),
+                prompt=decode_pieces(replace_images(prompt.input_ids, images, str), self.tokenizer),
                 reference=self.decode(prompt.reference_ids[:MAX_NEW_TOKENS]) if prompt.reference_ids else "",
                 before=before,
                 after=after,
+                images=images,
             )
         log.info(f"Answers to {self.split} prompts before and after the training: {self.seconds:.1f} s")
         self.timeline.mark("answers")
+
+    def show(self, prompt: Prompt, num_thumbnails: int) -> list[ShownImage]:
+        """Return what is told of a prompt's images."""
+        return show_images(prompt.pictures, self.collator.rules, num_thumbnails) if self.collator else []
 
     def ask(self) -> list[str]:
         """Return an answer to each prompt, to fewer where the time is up, to none where the model cannot generate."""
@@ -107,10 +139,10 @@ class SampleAnswers:
         model.eval()
         try:
             with self.trainer.accelerator.autocast():
-                for first in range(0, len(self.prompts), BATCH_PROMPTS):
+                for prompts in split_batches(self.prompts):
                     left = self.find_limit() / 2 - (time.monotonic() - started)
                     if left > 0:
-                        answers += self.answer(self.prompts[first : first + BATCH_PROMPTS], left)
+                        answers += self.answer(prompts, left)
         except ERRORS as error:
             text = f"no sample answers, since the model cannot generate here: {quote_error(error)}"
             log.warning(text)
@@ -127,12 +159,7 @@ class SampleAnswers:
 
     def answer(self, prompts: list[Prompt], max_seconds: float) -> list[str]:
         """Return the answers to a batch of prompts."""
-        longest = max(len(prompt.input_ids) for prompt in prompts)
-        pad, device = self.tokenizer.pad_token_id, self.trainer.model.device
-        padding = [longest - len(prompt.input_ids) for prompt in prompts]  # at the left: answers follow at the right
-        batch = zip(padding, prompts, strict=True)
-        input_ids = torch.tensor([[pad] * slots + prompt.input_ids for slots, prompt in batch], device=device)
-        mask = torch.tensor([[0] * slots + [1] * (longest - slots) for slots in padding], device=device)
+        batch = self.build_batch(prompts)
         config = GenerationConfig(
             do_sample=False,
             num_beams=1,
@@ -141,10 +168,27 @@ class SampleAnswers:
             max_time=max_seconds,
             use_cache=True,  # the model's config has it off for the training
             eos_token_id=sorted(self.stops),
-            pad_token_id=pad,
+            pad_token_id=self.tokenizer.pad_token_id,
         )
-        output = self.trainer.model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
-        return [self.decode(ids) for ids in output[:, longest:].tolist()]
+        output = self.trainer.model.generate(**batch, generation_config=config)
+        return [self.decode(ids) for ids in output[:, batch["input_ids"].shape[1] :].tolist()]
+
+    def build_batch(self, prompts: list[Prompt]) -> dict[str, torch.Tensor]:
+        """Return the inputs of the model: texts padded at the left, or one prompt with what is made of its images."""
+        device = self.trainer.model.device
+        if self.collator and prompts[0].pictures:
+            (prompt,) = prompts
+            made = self.collator([{**vars(prompt), "labels": prompt.input_ids}])
+            return {name: value.to(device) for name, value in made.items() if name != "labels"}
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        padding = [longest - len(prompt.input_ids) for prompt in prompts]  # at the left: answers follow at the right
+        filled = zip(padding, prompts, strict=True)
+        ids = [[self.tokenizer.pad_token_id] * slots + prompt.input_ids for slots, prompt in filled]
+        mask = [[0] * slots + [1] * (longest - slots) for slots in padding]
+        return {
+            "input_ids": torch.tensor(ids, device=device),
+            "attention_mask": torch.tensor(mask, device=device),
+        }
 
     def find_stops(self) -> set[int]:
         """Return the tokens that end an answer: the tokenizer's, the model's, and special ones that end a reference."""
@@ -160,36 +204,43 @@ class SampleAnswers:
         return f"{text}…" if end is None else text
 
 
-def find_longest_prompt(model: PreTrainedModel) -> int:
+def split_batches(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
+    """Yield the prompts in their order, BATCH_PROMPTS at most at once. One with images is alone."""
+    for has_images, group in groupby(prompts, lambda prompt: bool(prompt.pictures)):
+        own, size = list(group), 1 if has_images else BATCH_PROMPTS
+        yield from (own[first : first + size] for first in range(0, len(own), size))
+
+
+def find_longest_prompt(model: PreTrainedModel, most: int = MAX_PROMPT_TOKENS) -> int:
     """Return the tokens of the longest prompt whose answer stays within the positions that the model has."""
     num_positions = count_positions(model)
-    return MAX_PROMPT_TOKENS if num_positions is None else min(MAX_PROMPT_TOKENS, num_positions - MAX_NEW_TOKENS)
+    return most if num_positions is None else min(most, num_positions - MAX_NEW_TOKENS)
 
 
-def choose_prompts(rows: Dataset, num_prompts: int, max_tokens: int) -> list[Prompt]:
-    """Return the first `num_prompts` different prompts that have at most `max_tokens`."""
-    prompts: dict[tuple[int, ...], Prompt] = {}
-    for prompt in find_prompts(rows, max_tokens):
+def choose_prompts(rows: Dataset, num_prompts: int, max_tokens: int, max_image_tokens: int) -> list[Prompt]:
+    """Return the first `num_prompts` different prompts that have at most so many tokens."""
+    prompts: dict[tuple[Any, ...], Prompt] = {}
+    for prompt in find_prompts(rows):
         if len(prompts) == num_prompts:
             break
-        prompts.setdefault(tuple(prompt.input_ids), prompt)
+        if len(prompt.input_ids) <= (max_image_tokens if prompt.pictures else max_tokens):
+            prompts.setdefault(prompt.identity, prompt)
     return list(prompts.values())
 
 
-def find_prompts(rows: Dataset, max_tokens: int) -> Iterator[Prompt]:
-    """Yield the prompts of the first rows, as far as they have at most `max_tokens`."""
+def find_prompts(rows: Dataset) -> Iterator[Prompt]:
+    """Yield the prompts of the first rows."""
     for row in rows.select(range(min(MAX_ROWS, len(rows)))):
-        if row.get("pictures"):
-            continue  # their pixels are no part of a prompt yet
-        ids, labels = row["input_ids"], row["labels"]
+        ids, labels, pictures = row["input_ids"], row["labels"], row.get("pictures") or ()
         if "content" in row:  # a prompt alone
-            if len(ids) <= max_tokens:
-                yield Prompt(ids, [])
+            yield Prompt(ids, [])
             continue
         trained = [place for place, label in enumerate(labels) if label != IGNORED]
         start = trained[0] if trained else 0
         if start <= 1:  # a text that is trained on from its first token, or from the one after BOS
             start = min(len(ids) // 2, MAX_TEXT_PROMPT_TOKENS)
+        if any(own["start"] + own["tokens"] > start for own in pictures):
+            continue  # a processor may make something else of an image where others are missing
         end = next((place for place in range(start, len(ids)) if labels[place] == IGNORED), len(ids))
-        if 0 < start <= max_tokens and start < end:
-            yield Prompt(ids[:start], ids[start:end])
+        if 0 < start < end:
+            yield Prompt(ids[:start], ids[start:end], tuple(pictures))

@@ -164,8 +164,7 @@ def build_image_collator(
         cores = len(os.sched_getaffinity(0)) // local_world_size()
         arguments.dataloader_num_workers = min(MAX_IMAGE_WORKERS, cores)
         log.info(f"Images are processed in {arguments.dataloader_num_workers} processes a device")
-    rules = ImageRules(data.max_image_pixels, data.allow_remote_images)
-    is_sharded = bool(arguments.fsdp)
+    rules, is_sharded = ImageRules.from_settings(data), bool(arguments.fsdp)
     return ImageCollator(images, rules, tokenizer.pad_token_id, arguments.pad_to_multiple_of, is_sharded)
 
 

@@ -14,6 +14,7 @@ from llm_trainer.data.encoding import Encoder, Vocabulary
 from llm_trainer.data.formats.examples import IGNORED, Conversation
 from llm_trainer.data.preview import (
     advise_weights,
+    choose_sample,
     describe_judgements,
     describe_marks,
     find_data_warnings,
@@ -21,8 +22,12 @@ from llm_trainer.data.preview import (
     mark_sample,
 )
 from llm_trainer.data.report import DataReport
+from llm_trainer.readers.images import ImageRules
+from llm_trainer.readers.thumbnails import is_thumbnail
+from support.image_rows import ROWS, build_vocabulary, prepare_rows, save_pictures
 from support.tiny_model import build_tokenizer
 
+RULES = ImageRules(10**7)
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 
 
@@ -60,7 +65,8 @@ def test_counts_warnings_and_the_sample_are_logged_in_order(capsys):
         lengths=Counter({4: 2}),
     )
     rows = Dataset.from_list([encode_chat(tokenizer)])
-    log_data(Data({"train": rows}, rows, {"train": report}), tokenizer, in_colour=False)
+    sample = choose_sample([rows], RULES)
+    log_data(Data({"train": rows}, rows, {"train": report}), sample, tokenizer, in_colour=False)
     assert capsys.readouterr().out.splitlines()[:4] == [
         f"Data train: {report}; lengths: p50 4, p90 4, p95 4, p99 4, longest 4",
         "Data train: train has messages rows; trained on: assistant turns",
@@ -174,3 +180,40 @@ def test_weights_that_do_not_make_up_for_uneven_kinds_are_told(desirable, undesi
 
 def test_rows_that_nobody_judged_need_no_weights():
     assert list(advise_weights(build_pair_report([1, 1], [1]), Settings(method="dpo").methods)) == []
+
+
+def test_the_sample_is_the_first_row_with_images_and_tells_each(tmp_path):
+    save_pictures(tmp_path)
+    vocabulary = build_vocabulary("qwen", tmp_path)
+    rows, _ = prepare_rows(vocabulary, [ROWS[1], ROWS[2], ROWS[0]], tmp_path)
+    sample = choose_sample([rows], RULES)
+    *_, text, first, second = sample.mark(vocabulary.tokenizer, in_colour=False).rsplit("\n", 2)
+    first_words, second_words = (line.removeprefix(f"image {number}: ") for number, line in ((1, first), (2, second)))
+    assert sample.name == "the first row with images"
+    text = text.replace("<|vision_start|>", "").replace("<|vision_end|>", "")
+    assert f"[image 1: {first_words}] and [image 2: {second_words}] differ?" in text
+    assert "⟦Much." in text and "<|image_pad|>" not in text
+    starts = [own["start"] for own in rows[1]["pictures"]]
+    assert [words.split(", ")[:2] for words in (first_words, second_words)] == [
+        ["bytes of the row", "40 x 90 pixels"],
+        ["2.png", "30 x 30 pixels"],
+    ]
+    assert [f"from token {start} on" in words for start, words in zip(starts, (first_words, second_words), strict=True)]
+    shown = sample.describe(vocabulary.tokenizer)["sample"]
+    assert [is_thumbnail(image["thumbnail"]) for image in shown["images"]] == [True, True]
+    assert not shown["text"].endswith(second)
+
+
+def test_a_sample_of_texts_is_the_first_row_and_leaves_nothing_in_the_journal(tmp_path):
+    rows = Dataset.from_list([encode_chat(build_tokenizer())])
+    sample = choose_sample([rows.select([]), rows], RULES)
+    assert (sample.row, sample.name, sample.describe(build_tokenizer())) == (rows[0], "the first row", {})
+    assert choose_sample([rows.select([])], RULES) is None
+
+
+def test_an_image_that_is_gone_is_told_without_its_size(tmp_path):
+    save_pictures(tmp_path)
+    rows, _ = prepare_rows(build_vocabulary("qwen", tmp_path), ROWS[:1], tmp_path)
+    (tmp_path / "0.png").unlink()
+    (image,) = choose_sample([rows], RULES).images
+    assert image.keys() == {"name", "start", "tokens"} and image["name"] == "0.png"

@@ -47,7 +47,6 @@ def test_rows_of_all_sources_come_back_from_json(make_source, tmp_path):
     assert split == splits["train"]
     lengths = {name: rows["length"][:] for name, rows in split.open_datasets().items()}
     assert lengths == {"train_a": [2, 3], "train_b": [4]}
-    assert TOKENIZER.decode(split.find_first_row()["input_ids"]) == "a<|im_end|>"
 
 
 def test_duplicates_are_counted_within_a_split_and_between_splits(make_source, tmp_path):
@@ -65,10 +64,6 @@ def test_problems_of_all_splits_are_told_together_and_bad_rows_listed_anew(make_
     assert [problem.split(" field")[0] for problem in problems] == ["train.jsonl row 2", "validation.jsonl row 1"]
     rejected = [json.loads(line) for line in (tmp_path / "rejected_rows.jsonl").read_text().splitlines()]
     assert [(row["split"], row["row"]) for row in rejected] == [("train", 2), ("validation", 1)]
-
-
-def test_a_split_without_rows_has_no_first_row():
-    assert Split().find_first_row() is None
 
 
 def test_pairs_come_back_with_their_sequences_and_duplicates_are_whole_pairs(make_source, tmp_path):

@@ -19,6 +19,8 @@ from llm_trainer.readers.images import (
     ImagePlace,
     ImageRef,
     ImageRules,
+    decode_uri,
+    encode_uri,
     find_image,
     inspect_image,
     open_image,
@@ -244,3 +246,18 @@ def test_an_address_is_asked_only_if_the_settings_allow_it(place, monkeypatch):
     monkeypatch.setattr(images, "MAX_EMBEDDED_BYTES", 8)
     with pytest.raises(ImageError, match="of more than"):
         find_image("https://host/b", place, open_rules)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_an_image_file_becomes_a_data_uri_byte_for_byte(tmp_path, kind):
+    Image.new("RGB", (4, 3), "red").save(tmp_path / "cat", kind)
+    uri = encode_uri(tmp_path / "cat")
+    assert uri.startswith(f"data:image/{kind.lower()};base64,")
+    assert decode_uri(uri) == (tmp_path / "cat").read_bytes()
+
+
+def test_what_is_no_image_becomes_no_data_uri(tmp_path):
+    (tmp_path / "cat.png").write_text("cat")
+    for name in ("cat.png", "dog.png", "."):
+        with pytest.raises(ImageError, match=r"is no JPEG, PNG, .* file that can be read: give one"):
+            encode_uri(tmp_path / name)

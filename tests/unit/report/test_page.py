@@ -5,10 +5,12 @@ from html.parser import HTMLParser
 
 import pytest
 
+from llm_trainer.readers.thumbnails import write_thumbnail
 from llm_trainer.report.charts import draw_lengths
 from llm_trainer.report.history import read_history
 from llm_trainer.report.page import compute_script_hash, write_report
 from support.journals import HOSTILE, FakeJournal, write_long_job
+from support.tiny_processors import draw
 
 
 class Texts(HTMLParser):
@@ -171,3 +173,60 @@ def test_the_histogram_splits_no_bin_of_the_journal(tmp_path, lengths, labels):
     (chart,) = draw_lengths(read_history(journal.write()))
     assert chart.data["labels"][: len(labels)] == labels
     assert sum(chart.data["series"][0]["values"]) == pytest.approx(100, abs=0.01)
+
+
+class Images(HTMLParser):
+    """The source and the alternative text of each image of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.found.append((dict(attrs)["src"], dict(attrs)["alt"]))
+
+
+def shown(name="cat.png", **fields):
+    return {"name": name, "start": 3, "tokens": 9, "width": 40, "height": 30, **fields}
+
+
+def write_images(folder, images, sample=None):
+    journal = FakeJournal(folder / "metrics.jsonl")
+    data = {"split": "train", "rows": 1, "tokens": 9, "supervised_tokens": 3, "lengths": {}, "summary": {}}
+    journal.add(1, "data", **data, **({"sample": sample} if sample else {}))
+    texts = {name: name for name in ("split", "prompt", "reference", "before", "after")}
+    journal.add(2, "generation", **texts, images=images)
+    return report_of(journal.write(), folder)
+
+
+def test_images_of_prompts_and_of_one_row_stand_in_the_page(tmp_path):
+    uri = write_thumbnail(draw(400, 300))
+    sample = {"text": "<image> ⟦yes⟧", "images": [shown("dog.png", thumbnail=uri)]}
+    page = write_images(tmp_path, [shown(thumbnail=uri), shown("far.png")], sample)
+    words = "40 x 30 pixels, 9 tokens from token 3 on"
+    assert Images(page).found == [(uri, f"dog.png, {words}"), (uri, f"cat.png, {words}")]
+    assert f"far.png, {words}" in str(Texts(page)) and "<image> ⟦yes⟧" in str(Texts(page))
+    assert "img-src data:;" in page
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        [shown(thumbnail="https://example.com/cat.jpg")],
+        [shown(thumbnail='data:image/jpeg;base64,AAAA" onerror="alert(1)')],
+        [shown(thumbnail="data:image/jpeg;base64," + "A" * 200_000)],
+        [shown(thumbnail=7), "cat.png", None],
+        "cat.png",
+    ],
+    ids=["address", "markup", "huge", "odd", "no list"],
+)
+def test_what_is_no_thumbnail_is_never_loaded(tmp_path, images):
+    assert Images(write_images(tmp_path, images)).found == []
+
+
+def test_the_names_of_images_are_text(tmp_path):
+    page = write_images(tmp_path, [shown(HOSTILE, thumbnail=write_thumbnail(draw(9, 9)))])
+    ((_, words),) = Images(page).found
+    assert HOSTILE not in page and words.startswith(HOSTILE)

@@ -13,13 +13,26 @@ from trl import SFTConfig
 
 from llm_trainer.data.datasets import Data
 from llm_trainer.data.formats.examples import IGNORED
+from llm_trainer.data.images.collator import ImageCollator
 from llm_trainer.journal.journal import Journal
 from llm_trainer.journal.timeline import Timeline
+from llm_trainer.readers.images import ImageRules
 from llm_trainer.training import sample_answers
 from llm_trainer.training.methods.sft import ResumableSFTTrainer
-from llm_trainer.training.sample_answers import SampleAnswers, choose_prompts, find_longest_prompt
-from support.trainers import build_run_context
+from llm_trainer.training.sample_answers import (
+    MAX_IMAGE_PROMPT_TOKENS,
+    AnswerRules,
+    SampleAnswers,
+    choose_prompts,
+    find_longest_prompt,
+    split_batches,
+)
+from support.image_rows import CONVERSATIONS, ROWS, build_vocabulary, prepare_rows, save_pictures
+from support.tiny_processors import KINDS, draw, read_template
+from support.tiny_vision_models import build_vision_model
+from support.trainers import build_full_trainer, build_run_context
 
+RULES = ImageRules(10**7)
 PROMPTS = ["one", "two", "three", "four"]
 
 
@@ -63,7 +76,7 @@ def make(tiny_model, tokenizer, tmp_path):
         trainer.is_fsdp_enabled = sharded
         splits = {"train": rows, **({"validation": rows.select([2, 3, 3])} if validation else {})}
         timeline = Timeline(0.0, Journal(tmp_path / "metrics.jsonl"), "algo-1")
-        return trainer, SampleAnswers(trainer, Data(splits, rows, {}), tokenizer, number, timeline)
+        return trainer, SampleAnswers(trainer, Data(splits, rows, {}), tokenizer, AnswerRules(number, None), timeline)
 
     return build
 
@@ -180,14 +193,15 @@ def test_no_answer_goes_beyond_the_positions_of_the_model():
         models = [GPT2LMHeadModel(GPT2Config(n_positions=length, **config)) for length in (128, 2048)]
     assert [find_longest_prompt(model) for model in models] == [64, 1024]
     row = {"input_ids": [7] * 100, "labels": [IGNORED] * 70 + [7] * 30}
-    assert choose_prompts(Dataset.from_list([row]), 1, 64) == []
-    assert len(choose_prompts(Dataset.from_list([row]), 1, 1024)) == 1
+    assert choose_prompts(Dataset.from_list([row]), 1, 64, 64) == []
+    assert len(choose_prompts(Dataset.from_list([row]), 1, 1024, 1024)) == 1
 
 
 def test_prompts_end_where_the_loss_begins(tokenizer):
     def prompts(*rows, number=9):
         return [
-            (prompt.input_ids, prompt.reference_ids) for prompt in choose_prompts(Dataset.from_list(rows), number, 1024)
+            (prompt.input_ids, prompt.reference_ids)
+            for prompt in choose_prompts(Dataset.from_list(rows), number, 1024, 1024)
         ]
 
     two_turns = {"input_ids": [1, 2, 3, 4, 5, 6], "labels": [IGNORED, IGNORED, 3, 4, IGNORED, 6]}
@@ -200,3 +214,86 @@ def test_prompts_end_where_the_loss_begins(tokenizer):
     assert prompts(long, untrained, {"input_ids": [7], "labels": [7]}, two_turns) == [([1, 2], [3, 4])]
     other = {**two_turns, "input_ids": [0, 2, 3, 4, 5, 6]}
     assert len(prompts(two_turns, other, number=1)) == 1
+
+
+@pytest.fixture(params=KINDS)
+def seeing(request, tmp_path):
+    """A model that sees, its vocabulary, rows with images and without, and answers to all of them."""
+    save_pictures(tmp_path)
+    vocabulary = build_vocabulary(request.param, tmp_path)
+    rows, _ = prepare_rows(vocabulary, ROWS, tmp_path)
+    collator = ImageCollator(vocabulary.images, RULES, vocabulary.tokenizer.pad_token_id)
+    model = build_vision_model(request.param, vocabulary.images.processor)
+    trainer = build_full_trainer(model, vocabulary.tokenizer, rows, collator, tmp_path, max_steps=1)
+    timeline = Timeline(0.0, Journal(tmp_path / "metrics.jsonl"), "algo-1")
+    data = Data({"train": rows}, rows, {}, vocabulary.images)
+    answers = SampleAnswers(trainer, data, vocabulary.tokenizer, AnswerRules(9, collator), timeline)
+    return request.param, model, vocabulary, answers
+
+
+def test_answers_to_images_are_those_to_what_the_processor_makes_of_the_question(seeing, tmp_path):
+    kind, model, vocabulary, asked = seeing
+    asked.before_training()
+    asked.after_training()
+    records = read(tmp_path, "generation")
+    questions = [CONVERSATIONS[0][:1], CONVERSATIONS[1][:1], CONVERSATIONS[2][:1]]
+    for record, question in zip(records, questions, strict=True):
+        inputs = vocabulary.images.processor.apply_chat_template(
+            question,
+            chat_template=read_template(kind),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"add_special_tokens": False},
+        )
+        assert inputs["input_ids"].tolist() == [asked.prompts[records.index(record)].input_ids]
+        made = model.generate(**inputs, do_sample=False, max_new_tokens=64, eos_token_id=sorted(asked.stops))
+        assert record["after"] == asked.decode(made[0, inputs["input_ids"].shape[1] :].tolist())
+    assert [[image["name"] for image in record["images"]] for record in records] == [
+        ["0.png"],
+        [],
+        ["bytes of the row", "2.png"],
+    ]
+    assert "[image 1: 0.png, 100 x 60 pixels, " in records[0]["prompt"]
+    assert vocabulary.images.processor.image_token not in records[0]["prompt"]
+
+
+def test_thumbnails_of_prompts_are_bounded_in_number(seeing, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_answers, "MAX_A_JOB", 2)
+    *_, asked = seeing
+    asked.before_training()
+    asked.after_training()
+    images = [image for record in read(tmp_path, "generation") for image in record["images"]]
+    assert ["thumbnail" in image for image in images] == [True, True, False]
+
+
+def test_the_same_question_to_two_images_of_one_size_makes_two_prompts():
+    place = {"path": "", "offset": 0, "size": 0, "start": 1, "tokens": 2}
+    row = {"input_ids": [1, 2, 2, 4, 5], "labels": [IGNORED] * 4 + [5]}
+    rows = Dataset.from_list([{**row, "pictures": [{**place, "data": data}]} for data in (b"a", b"b", b"a")])
+    prompts = choose_prompts(rows, 9, 1024, MAX_IMAGE_PROMPT_TOKENS)
+    assert [prompt.pictures[0]["data"] for prompt in prompts] == [b"a", b"b"]
+    assert [len(batch) for batch in split_batches(prompts)] == [1, 1]
+    assert choose_prompts(rows, 9, 1024, 3) == []
+
+
+def test_a_prompt_has_all_images_of_its_row():
+    place = {"path": "", "offset": 0, "size": 0, "data": b"a", "tokens": 80}
+    text = {"input_ids": [1] * 100, "labels": [1] * 100}
+    within = {**text, "pictures": [{**place, "start": 10}]}
+    later = {"input_ids": [1] * 100, "labels": [IGNORED, IGNORED, 1] + [IGNORED] * 97}
+    later["pictures"] = [{**place, "start": 5}]
+    assert choose_prompts(Dataset.from_list([within, later]), 9, 1024, 1024) == []
+
+
+def test_an_image_that_has_changed_costs_the_answers_alone(seeing, tmp_path):
+    *_, asked = seeing
+    draw(7, 300).save(tmp_path / "0.png")
+    asked.before_training()
+    asked.after_training()
+    (event,) = read(tmp_path, "event")
+    assert event["text"].startswith(
+        "no sample answers, since the model cannot generate here: A row has the image 0.png"
+    )
+    assert read(tmp_path, "generation") == []
