@@ -186,7 +186,7 @@ def test_a_job_is_one_run_with_all_that_was_measured(server, make_reporter):
     assert json.loads(data_set.dataset.profile) == {"rows": 32, "tokens": 900, "supervised_tokens": 100}
     assert data_set.tags[0].value == "training"
     files = {file.path for file in MlflowClient(server.uri).list_artifacts(run.info.run_id)}
-    assert files == {"training_manifest.json", "report.html"}
+    assert files == {"training_manifest.json", "report.html", "sample_answers.json"}
 
 
 @pytest.mark.parametrize("kind", ["run", "experiment"])

@@ -4,13 +4,18 @@
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
+from PIL import Image
+
 from llm_trainer.common.log import show_line, show_plainly
-from llm_trainer.journal.records import JobRecord, Record
+from llm_trainer.journal.records import GenerationRecord, JobRecord, Record
+from llm_trainer.readers.thumbnails import MAX_A_ROW, join_images, read_thumbnail
 
 MODEL_CHARACTERS = 100  # in a run's name, for which W&B takes 128
+ANSWER_TABLE = "sample_answers"
+ANSWER_TEXTS = ("split", "prompt", "reference", "before", "after")
 MAX_LISTED_FILES = 100  # of a split, since MLflow takes at most 64 KiB about a source
 
 
@@ -34,6 +39,13 @@ class DataSet(NamedTuple):
     digest: str
     source: dict[str, Any]
     sizes: dict[str, int]
+
+
+class Answer(NamedTuple):
+    """A sample prompt with its answers. `images` are the thumbnails of its images, side by side."""
+
+    texts: dict[str, str]
+    images: Image.Image | None
 
 
 def read_rows(records: Iterable[Record], started: float) -> Iterator[Row]:
@@ -102,6 +114,30 @@ def find_data_sets(records: Iterable[Record]) -> Iterator[DataSet]:
             sources = record["sources"]
             source = {"num_files": len(sources), "files": sources[:MAX_LISTED_FILES]}
             yield DataSet(record["split"], record["digest"], source, sizes)
+
+
+def collect_answers(records: Iterable[Record]) -> list[Answer]:
+    """Return the sample prompts among the records, with their answers and images."""
+    return [
+        Answer({name: show_plainly(str(record.get(name) or "")) for name in ANSWER_TEXTS}, join_thumbnails(record))
+        for record in records
+        if record["kind"] == "generation"
+    ]
+
+
+def join_thumbnails(record: GenerationRecord) -> Image.Image | None:
+    """Return the thumbnails of a prompt's images side by side; None where it has none."""
+    read = [read_thumbnail(image.get("thumbnail")) for image in (record.get("images") or ())[:MAX_A_ROW]]
+    found = [image for image in read if image is not None]
+    return join_images(found) if found else None
+
+
+def build_columns(answers: Sequence[Answer]) -> dict[str, list[Any]]:
+    """Return the columns of a table of answers. Images are a column where one answer has some: white for the others."""
+    columns: dict[str, list[Any]] = {name: [answer.texts[name] for answer in answers] for name in ANSWER_TEXTS}
+    if any(answer.images for answer in answers):
+        columns["images"] = [answer.images or join_images([]) for answer in answers]
+    return columns
 
 
 def choose_run_name(job: JobRecord, given: str | None) -> str:

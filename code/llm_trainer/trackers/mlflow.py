@@ -19,8 +19,12 @@ from llm_trainer.config.tracker_choice import SQLITE
 from llm_trainer.journal.manifest import list_whole_result
 from llm_trainer.journal.records import EndStatus, JobRecord, Record
 from llm_trainer.trackers.events import (
+    ANSWER_TABLE,
+    Answer,
     DataSet,
+    build_columns,
     choose_run_name,
+    collect_answers,
     find_data_sets,
     find_parameters,
     find_surroundings,
@@ -52,6 +56,7 @@ class MlflowTracker:
     def __init__(self, identity_dir: Path | None, scratch_dir: Path) -> None:
         """Keep the run's identity in `identity_dir`, if given, and leave it in `scratch_dir` for the workers."""
         self.identity_dir, self.scratch_dir = identity_dir, scratch_dir
+        self.answers: list[Answer] = []  # that are not in a table yet
 
     def begin(self, job: JobRecord) -> str:
         """Make the job's run or continue it. Return where it is."""
@@ -145,6 +150,7 @@ class MlflowTracker:
         ]
         for batch in split_batches(metrics, METRICS_A_REQUEST):
             self.client.log_batch(self.run_id, metrics=batch, synchronous=True)
+        self.answers += collect_answers(records)  # last: what fails before it is sent again
 
     def send_texts(self, records: Sequence[Record]) -> None:
         """Send parameters and tags. MLflow never changes a parameter, so a resumed job's new value becomes a tag."""
@@ -162,9 +168,12 @@ class MlflowTracker:
             self.client.log_batch(self.run_id, tags=some, synchronous=True)
 
     def upload(self, files: list[Path]) -> None:
-        """Log files as artifacts of the run."""
+        """Log files as artifacts of the run, and the answers to sample prompts as a table."""
         for file in files:
             self.client.log_artifact(self.run_id, str(file))
+        if self.answers:
+            self.client.log_table(self.run_id, build_columns(self.answers), f"{ANSWER_TABLE}.json")
+            self.answers = []  # a second attempt would append them to the table
 
     def upload_model(self, folder: Path) -> None:
         """Log the result in the model's folder, unless the worker that registers the model has logged it."""

@@ -20,7 +20,17 @@ from llm_trainer.common.errors import quote_error
 from llm_trainer.common.log import show_line
 from llm_trainer.journal.manifest import list_whole_result
 from llm_trainer.journal.records import EndStatus, JobRecord, Record
-from llm_trainer.trackers.events import choose_run_name, find_data_sets, find_parameters, find_surroundings, read_rows
+from llm_trainer.trackers.events import (
+    ANSWER_TABLE,
+    Answer,
+    build_columns,
+    choose_run_name,
+    collect_answers,
+    find_data_sets,
+    find_parameters,
+    find_surroundings,
+    read_rows,
+)
 from llm_trainer.trackers.feed import TrackerUsageError
 from llm_trainer.trackers.run_identity import RunIdentity, recall_run, remember_run
 
@@ -37,6 +47,7 @@ class WandbTracker:
     def __init__(self, identity_dir: Path | None, data_dir: Path) -> None:
         """Keep the run's identity in `identity_dir`, if given, and W&B's files in `data_dir`."""
         self.identity_dir, self.data_dir = identity_dir, data_dir
+        self.answers: list[Answer] = []  # that are not in a table yet
 
     def begin(self, job: JobRecord) -> str:
         """Make the job's run or continue it. Return where it is."""
@@ -87,12 +98,16 @@ class WandbTracker:
             self.run.config.update(config, allow_val_change=True)  # type: ignore[no-untyped-call]
         for row in read_rows(records, self.started):
             self.run.log({**row.values, row.axis: row.step, "_timestamp": row.time})
+        self.answers += collect_answers(records)
 
     def upload(self, files: list[Path]) -> None:
-        """Copy files into the run's folder, and save them with the run."""
+        """Copy files into the run's folder, and save them with the run. Answers to sample prompts become a table."""
         for file in files:
             copy = shutil.copy(file, self.run.dir)
             self.run.save(copy, base_path=self.run.dir, policy="now")
+        if self.answers:
+            self.run.log({ANSWER_TABLE: build_table(self.answers)})
+            self.answers = []
 
     def upload_model(self, folder: Path) -> None:
         """Log the result in the model's folder as an artifact."""
@@ -108,6 +123,14 @@ class WandbTracker:
             self.run.summary["failure_reason"] = reason
         self.run.finish(exit_code=1 if status == "failed" else 0)
         wandb.teardown()
+
+
+def build_table(answers: list[Answer]) -> wandb.Table:
+    """Return a table of answers, with the images of their prompts."""
+    columns = build_columns(answers)
+    if "images" in columns:
+        columns["images"] = [wandb.Image(image) for image in columns["images"]]
+    return wandb.Table(columns=list(columns), data=[list(row) for row in zip(*columns.values(), strict=True)])
 
 
 def check_variables() -> None:

@@ -5,14 +5,18 @@ import math
 
 import pytest
 
+from llm_trainer.readers.thumbnails import write_thumbnail
 from llm_trainer.trackers.events import (
     MAX_LISTED_FILES,
+    build_columns,
     choose_run_name,
+    collect_answers,
     find_data_sets,
     find_parameters,
     find_surroundings,
     read_rows,
 )
+from support.tiny_processors import draw
 
 JOB = {
     "time": 1_790_000_000.0,
@@ -99,3 +103,18 @@ def test_control_characters_reach_no_tracker():
         assert name == "a\\x1b[31m\\u202eb c\\x00"
     shown = "a\\x1b[31m\\u202eb\nc\\x00"
     assert find_parameters([job])["note"] == find_surroundings([job])["training_job_name"] == shown
+
+
+def answer_record(*images, **texts):
+    return {"time": 1.0, "kind": "generation", "prompt": "Why\x1b?", "after": "So.", **texts, "images": list(images)}
+
+
+def test_answers_are_a_table_with_the_images_of_their_prompts_side_by_side():
+    image = {"name": "cat.png", "thumbnail": write_thumbnail(draw(40, 30))}
+    answers = collect_answers([JOB, answer_record(), answer_record(image, image, {"name": "far.png"})])
+    columns = build_columns(answers)
+    assert columns["prompt"] == [r"Why\x1b?"] * 2 and columns["before"] == [""] * 2
+    assert [sheet.width for sheet in columns["images"]][1] == 80
+    assert "images" not in build_columns(answers[:1])
+    address = {"name": "cat.png", "thumbnail": "https://example.com/cat.jpg"}
+    assert "images" not in build_columns(collect_answers([answer_record(address)]))

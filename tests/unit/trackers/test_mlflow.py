@@ -10,12 +10,15 @@ from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.dbmodels.models import SqlExperiment, SqlRun
 from mlflow.utils import validation
+from PIL import Image
 
 from llm_trainer.config.tracker_names import LIMITS, takes_name
+from llm_trainer.readers.thumbnails import write_thumbnail
 from llm_trainer.trackers.events import DataSet
 from llm_trainer.trackers.feed import TrackerUsageError
 from llm_trainer.trackers.mlflow import DIGEST_CHARACTERS, FORBIDDEN, MlflowTracker, describe_data_set, split_batches
 from support.journals import write_listed_result
+from support.tiny_processors import draw
 
 
 @pytest.mark.parametrize(
@@ -129,3 +132,21 @@ def test_a_run_that_has_been_deleted_is_told_as_that(begin, store):
 def test_what_the_server_does_not_have_is_told_as_that(begin, variable, value, sentence):
     with pytest.raises(TrackerUsageError, match=sentence):
         begin(**{variable: value})
+
+
+def test_answers_become_one_table_with_images_even_after_a_failure(tmp_path):
+    tracker, image = MlflowTracker(None, tmp_path), {"name": "cat.png", "thumbnail": write_thumbnail(draw(40, 30))}
+    tracker.client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = tracker.client.create_experiment("answers", str(tmp_path / "artifacts"))
+    tracker.run_id, tracker.parameters = tracker.client.create_run(experiment).info.run_id, {}
+    tracker.started = 0.0
+    record = {"time": 1.0, "kind": "generation", "prompt": "What is it?", "after": "A cat.", "images": [image]}
+    tracker.send([record])
+    with pytest.raises(OSError):
+        tracker.upload([tmp_path / "missing"])
+    for _ in range(2):
+        tracker.upload([])
+    table = json.loads((tmp_path / "artifacts" / tracker.run_id / "artifacts/sample_answers.json").read_text())
+    ((split, prompt, reference, before, after, shown),) = table["data"]
+    assert (split, prompt, reference, before, after) == ("", "What is it?", "", "", "A cat.")
+    assert Image.open(tmp_path / "artifacts" / tracker.run_id / "artifacts" / shown["filepath"]).size == (40, 30)

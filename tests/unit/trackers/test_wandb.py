@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from llm_trainer.readers.thumbnails import write_thumbnail
 from llm_trainer.trackers.feed import TrackerUsageError
 from llm_trainer.trackers.wandb import WandbTracker, choose_run_id
 from support.journals import write_listed_result
+from support.tiny_processors import draw
 
 ARN = "arn:aws:sagemaker:eu-west-1:123456789012:training-job/trial"
 
@@ -47,3 +49,18 @@ def test_only_the_result_becomes_an_artifact(tmp_path):
     listed = write_listed_result(tmp_path)
     tracker.upload_model(tmp_path)
     assert sorted(sent[0].manifest.entries) == listed
+
+
+def test_answers_become_a_table_with_images_once(tmp_path):
+    tracker, logged = WandbTracker(None, tmp_path), []
+    tracker.run, tracker.started = SimpleNamespace(log=logged.append), 0.0
+    image = {"name": "cat.png", "thumbnail": write_thumbnail(draw(40, 30))}
+    texts = {"prompt": "What is it?", "before": "?", "after": "A cat."}
+    tracker.send([{"time": 1.0, "kind": "generation", **texts, "images": [image]}])
+    for _ in range(2):
+        tracker.upload([])
+    ((table,),) = (each.values() for each in logged)
+    assert table.columns == ["split", "prompt", "reference", "before", "after", "images"]
+    ((_, *found, shown),) = table.data
+    assert found == ["What is it?", "", "?", "A cat."]
+    assert shown.image.size == (40, 30)
