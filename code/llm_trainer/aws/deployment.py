@@ -7,7 +7,7 @@ Model, configuration and endpoint have one name, so that one name deletes them.
 import json
 import tarfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from llm_trainer.aws.uploads import list_sizes
 from llm_trainer.aws.watching import find_result
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError
-from llm_trainer.serving.lmi_files import ADAPTER_NAME, ENVIRONMENT
+from llm_trainer.serving.lmi_files import ADAPTER_NAME, ENVIRONMENT, LIMIT, read_image_limit
 
 PAUSE_SECONDS = 15.0
 STARTUP_SECONDS, DOWNLOAD_SECONDS = 1800, 3600  # for a large model; SageMaker's limits are 3600 each
@@ -174,12 +174,23 @@ def await_endpoint(name: str) -> None:
         time.sleep(PAUSE_SECONDS)
 
 
-def ask_endpoint(name: str, question: str, max_tokens: int) -> dict[str, Any]:
-    """Return an endpoint's answer to a question, in OpenAI's words. Asks the adapter where the endpoint has one."""
+def ask_endpoint(name: str, question: str, max_tokens: int, images: Sequence[str] = ()) -> dict[str, Any]:
+    """Return an endpoint's answer to a question, in OpenAI's words. Asks the adapter where the endpoint has one.
+
+    `images` are addresses or data URIs, which come before the question. Raises UserError for more than it takes.
+    """
     model = open_client("sagemaker").describe_model(ModelName=name)
     variables = (model.get("PrimaryContainer") or {}).get("Environment") or {}
     adapter = {"adapters": ADAPTER_NAME} if variables.get(USES_ADAPTER) == "true" else {}
-    body = {"messages": [{"role": "user", "content": question}], "max_tokens": max_tokens, **adapter}
+    limit = read_image_limit(variables)
+    if limit is not None and len(images) > limit:
+        raise UserError(
+            f"{len(images)} images and endpoint {name} takes {limit} a request (its {LIMIT}): leave some out, or train "
+            "with a larger max_images_per_row."
+        )
+    parts = [{"type": "image_url", "image_url": {"url": image}} for image in images]
+    content = [*parts, {"type": "text", "text": question}] if parts else question
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": max_tokens, **adapter}
     client = open_client("sagemaker-runtime")
     answer = client.invoke_endpoint(EndpointName=name, ContentType="application/json", Body=json.dumps(body))
     return json.loads(answer["Body"].read())

@@ -316,6 +316,9 @@ def add_endpoints(commands: "Commands[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("invoke", help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
     parser.add_argument("name", metavar="ENDPOINT", help="name of the endpoint")
     parser.add_argument("question", metavar="QUESTION", help="the user's words")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="image before the question; several"
+    )
     parser.add_argument("--max_tokens", type=int, default=512, metavar="N", help="longest answer; default: 512 tokens")
     parser.add_argument("--json", action="store_true", help=JSON_HELP)
     parser.set_defaults(run=run_invoke)
@@ -411,9 +414,10 @@ def run_deploy(asked: argparse.Namespace) -> int:
 
 def run_invoke(asked: argparse.Namespace) -> int:
     """Ask an endpoint, and return the exit code."""
-    from llm_trainer.cli.sagemaker.endpoints import invoke
+    from llm_trainer.cli.sagemaker.endpoints import InvokeOptions, invoke
 
-    return invoke(asked.name, asked.question, asked.max_tokens, asked.json)
+    names = ("name", "question", "max_tokens", "json", "image")
+    return invoke(InvokeOptions(**{name: getattr(asked, name) for name in names}))
 
 
 def run_delete(asked: argparse.Namespace) -> int:

@@ -455,6 +455,12 @@ class DataSettings(Section):
         description="Pixels of the largest image that a row may have: three bytes of memory each. Larger ones make bad "
         "rows.",
     )
+    max_images_per_row: int | None = Field(
+        None,
+        ge=1,
+        description="Most images that a row may have, and a request to a server of the result. Rows with more are bad "
+        "rows. Default: any number, and twice the most of a row for a server.",
+    )
     allow_remote_images: bool = Field(
         False, description="Fetch images that rows name by an address of the internet, once, before the training."
     )

@@ -94,8 +94,10 @@ class Fitter:
             report.num_supervised_tokens += int(np.count_nonzero(is_trained))
         report.num_supervised_eos += trains_stop
         report.num_missed_stops += misses_stop
-        report.num_images += sum(len(sequence.pictures) for sequence in row)
-        report.num_rows_with_images += any(sequence.pictures for sequence in row)
+        num_images = sum(len(sequence.pictures) for sequence in row)
+        report.num_images += num_images
+        report.most_images_a_row = max(report.most_images_a_row, num_images)
+        report.num_rows_with_images += num_images > 0
         report.num_desirable_rows += self.settings.is_judged and row[0].is_desirable
         report.num_rows_in_pieces += any(sequence.is_in_pieces for sequence in row)
         report.control_tokens.update(frozenset().union(*(sequence.control_tokens for sequence in row)))

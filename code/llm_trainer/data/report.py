@@ -11,6 +11,7 @@ from llm_trainer.common.errors import MAX_LISTED_PROBLEMS
 MAX_NAMED_FILES = 10
 MAX_COUNTED_FIELDS = 100
 PERCENTILES = (50, 90, 95, 99)
+LARGEST = ("sequences_a_row", "most_images_a_row")  # added up, these stay the largest
 PAIR_COUNTS = ("sequences_a_row", "num_equal_pairs", "num_swapped_pairs", "num_cut_answers", "num_desirable_rows")
 # Fields that a summary has in another form, or not at all.
 UNLISTED = frozenset({"lengths", "bad_rows", "damage", "chosen_lengths", "rejected_lengths", *PAIR_COUNTS})
@@ -40,6 +41,7 @@ class DataReport:
     num_bad_rows: int = 0
     num_images: int = 0
     num_rows_with_images: int = 0
+    most_images_a_row: int = 0
     num_duplicate_rows: int = 0  # the same tokens as an earlier row of the data set
     num_rows_in_validation: int = 0
     bad_rows: list[str] = field(default_factory=list)  # sentences about the first of them
@@ -77,8 +79,8 @@ class DataReport:
                 own.update(value)  # a Counter adds up
             elif name == "bad_rows":
                 own.extend(value[: MAX_LISTED_PROBLEMS - len(own)])
-            elif name == "sequences_a_row":
-                self.sequences_a_row = max(own, value)
+            elif name in LARGEST:
+                setattr(self, name, max(own, value))
             else:
                 setattr(self, name, own + value)
 

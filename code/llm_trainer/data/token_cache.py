@@ -50,7 +50,7 @@ CODE_THAT_DECIDES_TOKENS = (
 # Settings that decide how a row is read and tokenized.
 SETTINGS_THAT_DECIDE_TOKENS = (
     *("method", "dataset_format", "text_field", "messages_field", "max_length", "apply_truncation", "truncation_mode"),
-    *("max_image_pixels", "allow_remote_images"),
+    *("max_image_pixels", "max_images_per_row", "allow_remote_images"),
     *("assistant_only_loss", "completion_only_loss", "escape_control_tokens"),
 )
 

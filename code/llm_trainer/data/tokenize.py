@@ -182,6 +182,11 @@ class Preparer:
             return example
         if problem := self.encoder.find_image_problem():
             raise UserError(f"{describe_place(chunk, index)} has images, {problem}")
+        most, found = self.settings.max_images_per_row, len(example.images)
+        if most is not None and found > most:
+            raise RowError(
+                f"has {found} images and max_images_per_row={most}: remove some, or raise max_images_per_row."
+            )
         try:
             place = ImagePlace(chunk.path, self.folder)
             return replace(example, images=tuple(self.find_picture(value, place) for value in example.images))

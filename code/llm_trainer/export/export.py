@@ -41,7 +41,7 @@ from llm_trainer.model.layers.reward_head import is_reward_model
 from llm_trainer.model.loading import restore_generation_config
 from llm_trainer.model.lora_init import BaseReference, save_adapter
 from llm_trainer.model.tokenizer_files import list_tokenizer_files, save_tokenizer
-from llm_trainer.serving.lmi_files import SERVING_FILES, ServedModel, write_serving_files
+from llm_trainer.serving.lmi_files import SERVING_FILES, ServedImages, ServedModel, write_serving_files
 
 REJECTED = "rejected_export"  # in output/data
 UNFINISHED = "the job ended before the comparison did"
@@ -424,4 +424,11 @@ def describe_served(folder: Path, trained: TrainingResult, manifest: Manifest) -
         trust_remote_code=trained.settings.model.trust_remote_code,
         is_reward=is_reward_model(trained.plan.config),
         has_stop_tokens=(folder / GENERATION_CONFIG_NAME).is_file(),
+        images=describe_served_images(manifest, trained.settings.data.max_images_per_row),
     )
+
+
+def describe_served_images(manifest: Manifest, given: int | None) -> ServedImages | None:
+    """Return how many images a request may have, by those of a row; None where rows are texts alone."""
+    most = max((split.get("most_images_a_row", 0) for split in manifest["data"].values()), default=0)
+    return ServedImages(most, given) if most else None

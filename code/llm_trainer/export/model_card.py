@@ -17,6 +17,7 @@ from llm_trainer.common.log import show_line
 from llm_trainer.config.sections import HUB_ID
 from llm_trainer.export.base_source import BaseSource
 from llm_trainer.journal.manifest import Manifest
+from llm_trainer.serving.lmi_files import ADAPTER_NAME
 
 CARD = "README.md"
 REPOSITORY = "sagemaker-llm-trainer"
@@ -29,6 +30,9 @@ REWARD_SERVING = (
     "and answer as the chat template writes them, gives the reward as the only number of `probs`. On SageMaker: AWS's "
     "vLLM container with `SM_VLLM_MODEL=/opt/ml/model` and `SM_VLLM_RUNNER=pooling`. AWS's LMI container serves no "
     "reward models, so that there are no files for it."
+)
+IMAGE_REQUEST = (
+    "A request may have images, as addresses or data URIs. `limit_mm_per_prompt` in these files says how many:"
 )
 MAX_CARD_DEPTH = 32  # of the metadata; the parser's time grows with the depth
 # Characters to which Markdown gives a meaning, and those by which readers of the Hub make links of plain addresses.
@@ -180,8 +184,7 @@ def describe_lineage(manifest: Manifest) -> Iterator[str]:
 
 def describe_use(manifest: Manifest, base: BaseSource, is_adapter: bool, refusals: list[str]) -> Iterator[str]:
     """Yield how the result is loaded, what serves it, and how it was checked."""
-    write = write_reward_snippet if gives_rewards(manifest) else write_snippet
-    yield f"```python\n{write(base, is_adapter)}\n```"
+    yield f"```python\n{write_example(manifest, base, is_adapter)}\n```"
     if refusals:
         yield "\n".join(f"- {quote_text(refusal)}" for refusal in refusals)
     elif gives_rewards(manifest):
@@ -191,6 +194,8 @@ def describe_use(manifest: Manifest, base: BaseSource, is_adapter: bool, refusal
             "On SageMaker: AWS's LMI container (vLLM) serves this folder by its `serving.properties`, or with the "
             "variables of `serving.env`."
         )
+        if saw_images(manifest):
+            yield f"{IMAGE_REQUEST}\n\n```json\n{json.dumps(build_image_request(is_adapter), indent=2)}\n```"
     targets = (manifest.get("adapter") or {}).get("targets", ())
     if is_adapter and any("experts" in name for name in targets):
         yield "Transformers 5 loads it. Transformers 4 has no fused experts, and would leave out what they learned."
@@ -199,6 +204,18 @@ def describe_use(manifest: Manifest, base: BaseSource, is_adapter: bool, refusal
     check = manifest.get("export")
     if check:
         yield f"Checked when it was written:\n\n```json\n{json.dumps(check, indent=2, default=str)}\n```"
+
+
+def saw_images(manifest: Manifest) -> bool:
+    """Tell whether the model was trained on rows with images."""
+    return any(report.get("num_images") for report in manifest["data"].values())
+
+
+def build_image_request(is_adapter: bool) -> dict[str, Any]:
+    """Return a request to a server with an image, in OpenAI's words. An adapter is asked by its name."""
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}
+    message = {"role": "user", "content": [image, {"type": "text", "text": "What is it?"}]}
+    return {"messages": [message], "max_tokens": 100, **({"adapters": ADAPTER_NAME} if is_adapter else {})}
 
 
 def choose_task(manifest: Manifest, base: BaseSource) -> str:
@@ -233,7 +250,7 @@ def write_loading(base: BaseSource, is_adapter: bool, auto_class: str, options: 
 
 
 def write_reward_snippet(base: BaseSource, is_adapter: bool) -> str:
-    """Return a Python program that rewards an answer, to be run in the folder of the artefacts."""
+    """Return a Python program that rewards an answer."""
     return "\n".join(
         [
             *write_loading(base, is_adapter, "AutoModelForSequenceClassification", ", num_labels=1"),
@@ -245,13 +262,23 @@ def write_reward_snippet(base: BaseSource, is_adapter: bool) -> str:
     )
 
 
-def write_image_snippet(base: BaseSource, is_adapter: bool) -> str:
-    """Return a Python program that answers a message to a model that sees, to be run in the folder of the artefacts."""
+def write_example(manifest: Manifest, base: BaseSource, is_adapter: bool) -> str:
+    """Return a Python program that uses the result, to be run in the folder of the artefacts."""
+    if gives_rewards(manifest):
+        return write_reward_snippet(base, is_adapter)
+    if base.sees_images:
+        return write_image_snippet(base, is_adapter, saw_images(manifest))
+    return write_snippet(base, is_adapter)
+
+
+def write_image_snippet(base: BaseSource, is_adapter: bool, with_image: bool) -> str:
+    """Return a Python program that answers a message to a model that sees, with an image or without."""
+    image = '{"type": "image", "path": "path/to/an/image.png"}, ' if with_image else ""
     loading = "\n".join(write_loading(base, is_adapter, "AutoModelForImageTextToText"))
     return "\n".join(
         [
             loading.replace("AutoTokenizer", "AutoProcessor").replace("tokenizer =", "processor ="),
-            'messages = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]',
+            f'messages = [{{"role": "user", "content": [{image}{{"type": "text", "text": "Hello"}}]}}]',
             "inputs = processor.apply_chat_template(",
             '    messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True',
             ")",
@@ -262,9 +289,7 @@ def write_image_snippet(base: BaseSource, is_adapter: bool) -> str:
 
 
 def write_snippet(base: BaseSource, is_adapter: bool) -> str:
-    """Return a Python program that answers a message, to be run in the folder of the artefacts."""
-    if base.sees_images:
-        return write_image_snippet(base, is_adapter)
+    """Return a Python program that answers a message."""
     return "\n".join(
         [
             *write_loading(base, is_adapter, "AutoModelForCausalLM"),

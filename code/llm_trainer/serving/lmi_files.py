@@ -4,8 +4,9 @@
 Sources: the code of djl-serving (LMI v27) and of vLLM 0.23.
 """
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 PROPERTIES, ENVIRONMENT = "serving.properties", "serving.env"
 MODEL_DIR = "/opt/ml/model"  # where SageMaker puts the artefacts of an endpoint, and LMI looks for a model
 ADAPTERS, ADAPTER_NAME = "adapters", "trained"  # LMI registers each folder in `adapters` under its name
+LIMIT = "limit_mm_per_prompt"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SERVING_FILES = (PROPERTIES, ENVIRONMENT, *(f"{ADAPTERS}/{ADAPTER_NAME}/{name}" for name in ADAPTER_FILES))
 DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}  # LMI refuses the long names
@@ -29,6 +31,7 @@ DEGREES = (1, 2, 4, 8)  # numbers of GPUs that SageMaker's instances have
 GPU_GB = (24, 80)  # memory of an L4 or A10G, and of an A100 or H100
 USABLE_SHARE = 0.9  # share of a GPU's memory that vLLM uses by default, its gpu_memory_utilization
 OVERHEAD = 1.2  # memory of weights, activations, CUDA graphs and buffers, relative to the weights
+IMAGE_ROOM = 2  # images of a request, relative to the most of a row
 LENGTH_STEP = 1024  # tokens to which a length is rounded down
 
 DEEPSEEK_CALLS = "<\uff5ctool\u2581calls\u2581begin\uff5c>"
@@ -71,6 +74,19 @@ REASONING_ENDS = ("</think>", "[/THINK]", "</seed:think>", "<|channel|>final", "
 
 
 @dataclass(frozen=True)
+class ServedImages:
+    """The images that a request may have."""
+
+    most_trained: int  # images of one row
+    given: int | None = None  # the limit that the user sets
+
+    @property
+    def limit(self) -> int:
+        """The most images of a request: with room for a conversation that goes on, unless the user sets it."""
+        return self.given or IMAGE_ROOM * self.most_trained
+
+
+@dataclass(frozen=True)
 class ServedModel:
     """The model that a server loads."""
 
@@ -85,6 +101,7 @@ class ServedModel:
     trust_remote_code: bool
     is_reward: bool = False  # LMI serves no reward model
     has_stop_tokens: bool = False  # whether generation_config.json beside an adapter names other ones than the base's
+    images: "ServedImages | None" = None  # None where it was trained on texts alone
 
     @property
     def text_config(self) -> "PreTrainedConfig":
@@ -142,6 +159,7 @@ def choose_options(model: ServedModel) -> dict[str, str]:
         "tensor_parallel_degree": choose_degree(model),
         **choose_adapter_options(model),
         **choose_parsers(model),
+        **choose_image_limit(model),
         **({"trust_remote_code": "true"} if model.trust_remote_code else {}),
     }
 
@@ -178,6 +196,20 @@ def choose_parsers(model: ServedModel) -> dict[str, str]:
     return options | ({"reasoning_parser": reasoning} if reasoning else {})
 
 
+def choose_image_limit(model: ServedModel) -> dict[str, str]:
+    """Return the option that bounds the images of a request, in the JSON that vLLM takes; none for texts alone."""
+    return {LIMIT: json.dumps({"image": model.images.limit}, separators=(",", ":"))} if model.images else {}
+
+
+def read_image_limit(variables: Mapping[str, str]) -> int | None:
+    """Return the most images of a request by an endpoint's variables; None where they do not tell."""
+    try:
+        limit = json.loads(variables.get(f"OPTION_{LIMIT.upper()}", ""))["image"]
+    except (ValueError, TypeError, LookupError):
+        return None
+    return limit if isinstance(limit, int) else None
+
+
 def describe_choices(model: ServedModel) -> Iterator[str]:
     """Yield the lines that explain the options to a reader of the files."""
     yield "For AWS's LMI container with vLLM, v27 (vLLM 0.23) or newer. serving.env has the same as variables."
@@ -187,6 +219,11 @@ def describe_choices(model: ServedModel) -> Iterator[str]:
         yield (
             f"max_model_len: the model takes {limit} tokens (it was trained on rows of at most {trained}); as many as "
             "the GPUs below hold beside the weights; raise it on larger ones."
+        )
+    if model.images:
+        yield (
+            f"{LIMIT}: a request may have {model.images.limit} images (rows had {model.images.most_trained} at most); "
+            "max_model_len counts their tokens, too."
         )
     gpus = advise_gpus(model)
     size = f"{compute_weight_bytes(model) / 1e9:.1f} GB of weights"

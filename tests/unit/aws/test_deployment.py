@@ -140,3 +140,16 @@ def test_an_adapter_is_asked_by_its_name(aws, settings, adapter):
     (asked,) = aws.list_arguments("InvokeEndpoint")
     assert asked == {"messages": [{"role": "user", "content": "Why?"}], "max_tokens": 64, **adapter}
     assert json.dumps(asked)
+
+
+def test_images_come_before_the_question_and_no_more_than_the_server_takes(aws):
+    settings = {"OPTION_MODEL_ID": "/opt/ml/model", "OPTION_LIMIT_MM_PER_PROMPT": '{"image":1}'}
+    create_endpoint(Deployment("served", "ml.m4.xlarge", 1, "image", ROLE), PLACE, settings)
+    aws.answers["InvokeEndpoint"] = lambda asked: {}
+    ask_endpoint("served", "Why?", 64, ["data:image/png;base64,AA=="])
+    (asked,) = aws.list_arguments("InvokeEndpoint")
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    assert asked["messages"] == [{"role": "user", "content": [image, {"type": "text", "text": "Why?"}]}]
+    with pytest.raises(UserError, match=r"^2 images and endpoint served takes 1 a request .*: leave some out, or "):
+        ask_endpoint("served", "Why?", 64, ["a", "b"])
+    assert len(aws.list_arguments("InvokeEndpoint")) == 1

@@ -119,6 +119,7 @@ def test_a_row_is_never_cut_within_an_image(max_length, length, starts):
     assert (len(fitted.input_ids), len(fitted.labels)) == (length, length)
     assert [placed.start for placed in fitted.pictures] == starts
     assert (report.num_images, report.num_rows_with_images) == (len(starts), int(bool(starts)))
+    assert report.most_images_a_row == len(starts)
     assert report.num_truncated_rows == int(max_length < 20)
 
 

@@ -114,3 +114,10 @@ def test_answers_that_are_all_of_one_kind_are_a_flaw(num_desirable, word):
     report.num_desirable_rows = 1
     assert list(report.find_flaws("train")) == []
     assert report.summary()["judged"]["desirable_share"] == 0.3333
+
+
+def test_several_reports_have_the_largest_number_of_images_of_a_row():
+    report = DataReport(most_images_a_row=2)
+    for most in (3, 1):
+        report.add_report(DataReport(most_images_a_row=most))
+    assert report.most_images_a_row == 3

@@ -92,6 +92,7 @@ OTHER_VALUES = {
     "completion_only_loss": True,
     "escape_control_tokens": True,
     "max_image_pixels": 9,
+    "max_images_per_row": 9,
     "allow_remote_images": True,
 }
 

@@ -414,6 +414,13 @@ def test_bad_images_are_bad_rows_with_file_row_and_reason(seeing, tmp_path):
         assert told.startswith(f"a.jsonl row {number} ") and reason in told
     large, report = prepare_rows(seeing, [ask_about("a.png")], tmp_path, max_image_pixels=5999)
     assert not len(large) and "max_image_pixels=5999" in report.bad_rows[0]
+    two = {"messages": [{"role": "user", "content": "Equal?"}, {"role": "assistant", "content": "Yes."}]}
+    two["images"] = ["a.png", "a.png"]
+    many, report = prepare_rows(seeing, [two], tmp_path, max_images_per_row=1)
+    assert not len(many)
+    assert report.bad_rows == [
+        "a.jsonl row 1 has 2 images and max_images_per_row=1: remove some, or raise max_images_per_row."
+    ]
 
 
 def test_rows_of_one_text_and_other_images_are_no_duplicates(seeing, tmp_path):

@@ -190,5 +190,18 @@ def test_the_card_of_a_model_that_sees_loads_it_whole(tmp_path):
     program = card.text.partition("```python\n")[2].partition("```")[0]
     assert "from transformers import AutoModelForImageTextToText, AutoProcessor" in program
     assert 'processor = AutoProcessor.from_pretrained(".")' in program
-    assert "tokenizer" not in program
+    assert "tokenizer" not in program and "image.png" not in program
     compile(program, "card", "exec")
+    assert "image_url" not in card.text
+
+
+def test_the_card_of_a_model_trained_on_images_shows_a_request_with_one(tmp_path):
+    base = BaseSource("org/base", "abc", sees_images=True)
+    data = {"train": {**MANIFEST["data"]["train"], "num_images": 3}}
+    card = build_model_card(tmp_path, {**MANIFEST, "data": data}, Path("/nowhere"), base, [])
+    program, request = (card.partition(f"```{kind}\n")[2].partition("```")[0] for kind in ("python", "json"))
+    assert '[{"type": "image", "path": "path/to/an/image.png"}, {"type": "text", "text": "Hello"}]' in program
+    compile(program, "card", "exec")
+    (message,) = json.loads(request)["messages"]
+    assert [part["type"] for part in message["content"]] == ["image_url", "text"]
+    assert "`limit_mm_per_prompt` in these files says how many" in card

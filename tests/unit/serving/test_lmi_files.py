@@ -7,7 +7,7 @@ from peft import LoraConfig
 from transformers import AutoConfig
 
 from llm_trainer.serving import lmi_files
-from llm_trainer.serving.lmi_files import ServedModel, write_serving_files
+from llm_trainer.serving.lmi_files import ServedImages, ServedModel, read_image_limit, write_serving_files
 
 TURNS = "{% for message in messages %}{{ message.role }}: {{ message.content }}{% endfor %}"
 TOOLS = "{% if tools %}"
@@ -149,3 +149,20 @@ def test_a_32_bit_adapter_is_served_in_16_bit_and_whole_weights_are_not(tmp_path
     adapter, _ = serve(tmp_path, dtype=torch.float32, lora=LoraConfig(target_modules=["q_proj"]))
     whole, _ = serve(tmp_path / "whole", dtype=torch.float32)
     assert (adapter["dtype"], whole["dtype"]) == ("bf16", "fp32")
+
+
+def test_a_request_may_have_twice_the_images_of_a_row_unless_the_user_sets_a_limit(tmp_path):
+    options, _ = serve(tmp_path, images=ServedImages(3))
+    assert options["limit_mm_per_prompt"] == '{"image":6}'
+    lines = (tmp_path / "serving.env").read_text().splitlines()
+    assert 'OPTION_LIMIT_MM_PER_PROMPT={"image":6}' in lines
+    assert any("a request may have 6 images (rows had 3 at most); max_model_len counts" in line for line in lines)
+    assert read_image_limit(dict(line.split("=", 1) for line in lines if "=" in line)) == 6
+    options, _ = serve(tmp_path, images=ServedImages(3, given=4))
+    assert options["limit_mm_per_prompt"] == '{"image":4}'
+    assert "limit_mm_per_prompt" not in serve(tmp_path)[0]
+
+
+@pytest.mark.parametrize("value", [None, "image=2", '{"video":1}', '{"image":{"count":2}}', "2"], ids=str)
+def test_a_limit_that_is_told_otherwise_is_not_known(value):
+    assert read_image_limit({"OPTION_LIMIT_MM_PER_PROMPT": value} if value else {}) is None

@@ -2,8 +2,9 @@
 """`llm-trainer deploy`, `invoke` and `delete`: endpoints that serve what training jobs have left."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llm_trainer.aws.clients import find_region, find_role
@@ -24,6 +25,7 @@ from llm_trainer.cli.sagemaker.jobs import ask_aws, tell_stop
 from llm_trainer.common import log
 from llm_trainer.common.errors import UserError
 from llm_trainer.launcher.stop_signal import withhold_stops
+from llm_trainer.readers.images import ImageError, encode_uri
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,32 @@ def plan_deployment(options: DeployOptions, job: Mapping[str, Any], settings: Ma
     )
 
 
-def invoke(name: str, question: str, max_tokens: int, as_json: bool) -> int:
+@dataclass(frozen=True)
+class InvokeOptions:
+    """The arguments of `llm-trainer invoke`."""
+
+    name: str
+    question: str
+    max_tokens: int
+    json: bool = False
+    image: Sequence[str] = ()  # names of files
+
+
+def read_images(files: Sequence[str]) -> list[str]:
+    """Return image files as data URIs. Raises UserError where one is no image."""
+    try:
+        return [encode_uri(Path(file)) for file in files]
+    except ImageError as error:
+        raise UserError(f"--image {error}") from error
+
+
+def invoke(options: InvokeOptions) -> int:
     """Print an endpoint's answer to a question, and return the exit code."""
+    name = options.name
 
     def ask() -> int:
-        answer = ask_endpoint(name, question, max_tokens)
-        if as_json:
+        answer = ask_endpoint(name, options.question, options.max_tokens, read_images(options.image))
+        if options.json:
             print(json.dumps(answer))
             return 0
         try:

@@ -6,6 +6,7 @@ import pytest
 from llm_trainer.aws import deployment
 from llm_trainer.cli.main import run_command
 from support.aws_server import FINISHED_JOB, RESULT
+from support.tiny_processors import draw
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def job(aws, monkeypatch):
     return aws
 
 
-def test_a_job_is_served_asked_and_deleted(job, capsys):
+def test_a_job_is_served_asked_and_deleted(job, capsys, tmp_path):
     assert run_command(["deploy", "job-1", "--instance_type", "ml.m4.xlarge"]) == 0
     (model,) = job.list_arguments("CreateModel")
     assert model["ExecutionRoleArn"] == FINISHED_JOB["RoleArn"]
@@ -31,6 +32,13 @@ def test_a_job_is_served_asked_and_deleted(job, capsys):
     job.answers["InvokeEndpoint"] = lambda asked: answer
     assert run_command(["invoke", "job-1", "Why do cats purr?"]) == 0
     assert capsys.readouterr().out == "Because they can.\n"
+    draw(4, 3).save(tmp_path / "cat.webp")
+    assert run_command(["invoke", "job-1", "What is it?", "--image", str(tmp_path / "cat.webp")]) == 0
+    (image, _) = job.list_arguments("InvokeEndpoint")[-1]["messages"][0]["content"]
+    assert image["image_url"]["url"].startswith("data:image/webp;base64,")
+    assert capsys.readouterr().out == "Because they can.\n"
+    assert run_command(["invoke", "job-1", "What is it?", "--image", str(tmp_path)]) == 1
+    assert "is no JPEG, PNG, WebP, GIF, BMP or TIFF file that can be read: give one." in capsys.readouterr().err
     answer["choices"] = []
     assert run_command(["invoke", "job-1", "Why?"]) == 1
     assert "--json shows them" in capsys.readouterr().err
