@@ -19,6 +19,7 @@ from llm_trainer.config.sections import DataSettings
 from llm_trainer.data.chat_template import MAX_SECONDS, ChatTemplate, Span, limit_rows
 from llm_trainer.data.control_tokens import ControlTokens, EscapingTokenizer
 from llm_trainer.data.formats.examples import IGNORED, Conversation, Judged, Pair, Prompt, RowError, Text, Tokens
+from llm_trainer.data.formats.pictures import drop_added_marks
 from llm_trainer.data.images.processing import ImageProcessing
 from llm_trainer.data.labels import Ids, Labeller, read_ids
 from llm_trainer.readers.images import ImageRules, Picture
@@ -32,6 +33,7 @@ class PlacedPicture:
     offset: int
     size: int
     data: bytes
+    name: str
     start: int
     tokens: int
 
@@ -231,6 +233,8 @@ class Encoder:
     def render_example(self, place: int, example: Conversation | Text) -> Rendered:
         """Return an example as one text, with the way to tokenize it. Raises RowError as `render` does."""
         if isinstance(example, Text):
+            if example.images and self.vocabulary.images is not None:
+                example = drop_added_marks(example, self.vocabulary.images.processor.image_token)
             text, spans = self.render(example)
             if self.settings.escape_control_tokens:
                 if example.images:
@@ -401,7 +405,12 @@ class Encoder:
         return EncodedRow(input_ids.astype(np.int32), labels.astype(np.int32))
 
     def check_ids(self, name: str, ids: npt.NDArray[Any]) -> None:
-        """Raise RowError where an id lies outside the model's vocabulary."""
+        """Raise RowError where an id lies outside the model's vocabulary.
+
+        The token of an image may: Mllama writes none, and has no logit for it.
+        """
+        if self.vocabulary.images is not None and name == "input_ids":
+            ids = ids[ids != self.vocabulary.images.image_token_id]
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocabulary.size):
             unknown = ids[(ids < 0) | (ids >= self.vocabulary.size)][0]
             raise RowError(

@@ -70,16 +70,26 @@ class Fitter:
     def cut_row(self, row: Sequences, limit: int, report: DataReport) -> Sequences | None:
         """Return the row with each sequence cut, and count the answers of a pair that lose tokens by it.
 
-        None where its end alone would be kept, without images that it may speak of.
+        None where its end alone would be kept, without images that it may speak of, or nothing before an image is
+        trained on.
         """
         keeps_end = self.settings.truncation_mode == "keep_end"
         if keeps_end and any(sequence.pictures for sequence in row):
             return None
         cut = tuple(cut_sequence(sequence, limit, keeps_end) for sequence in row)
+        loses_images = any(len(part.pictures) < len(whole.pictures) for whole, part in zip(row, cut, strict=True))
+        if loses_images and not all(map(self.can_lose_images, cut)):
+            return None
         if self.settings.has_answers:
             lost = (count_trained(whole) > count_trained(part) for whole, part in zip(row, cut, strict=True))
             report.num_cut_answers += sum(lost)
         return cut
+
+    def can_lose_images(self, part: EncodedRow) -> bool:
+        """Tell whether a sequence that lost images is of use: it is trained on, and those left have the same tokens."""
+        images = self.encoder.vocabulary.images
+        joins = bool(part.pictures) and images is not None and images.placeholders.is_joined
+        return bool(find_trained(part).any()) and not joins
 
     def count_row(self, row: Sequences, trained: list[npt.NDArray[np.bool_]], report: DataReport) -> None:
         """Count a row that is kept; `trained` has an array [length] a sequence, true at tokens that are trained on."""
@@ -104,10 +114,16 @@ class Fitter:
 
 
 def cut_sequence(sequence: EncodedRow, limit: int, keeps_end: bool) -> EncodedRow:
-    """Return a sequence of at most `limit` tokens. One with images ends before the first that would be cut."""
+    """Return a sequence of at most `limit` tokens.
+
+    One with images ends before the first that would be cut, with the last token that is trained on. So nothing of the
+    image's turn is left.
+    """
+    lost = [placed.start for placed in sequence.pictures if placed.start + placed.tokens > limit]
+    if lost:
+        trained = np.flatnonzero(sequence.labels[: min(limit, lost[0])] != IGNORED)
+        limit = int(trained[-1]) + 1 if len(trained) else 0
     pictures = tuple(placed for placed in sequence.pictures if placed.start + placed.tokens <= limit)
-    if len(pictures) < len(sequence.pictures):
-        limit = min(limit, sequence.pictures[len(pictures)].start)
     kept = slice(-limit, None) if keeps_end else slice(limit)
     return replace(sequence, input_ids=sequence.input_ids[kept], labels=sequence.labels[kept], pictures=pictures)
 

@@ -39,7 +39,7 @@ ROWS, REPORT = "rows.arrow", "report.json"
 # Files of this package that decide what tokens a row becomes. A test compares them with what the cache imports.
 CODE_THAT_DECIDES_TOKENS = (
     *("readers/rows.py", "readers/json.py", "readers/tables.py", "readers/files.py", "readers/discovery.py"),
-    *("readers/sources.py", "readers/images.py", "readers/tar_shards.py"),
+    *("readers/sources.py", "readers/images.py", "readers/addresses.py", "readers/tar_shards.py"),
     *("data/chat_template.py", "data/encoding.py", "data/labels.py", "data/fitting.py"),
     *("data/formats/detection.py", "data/formats/examples.py", "data/formats/imitation.py"),
     *("data/formats/pictures.py", "data/formats/preferences.py", "data/formats/prompts.py", "data/formats/turns.py"),

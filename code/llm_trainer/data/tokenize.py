@@ -40,6 +40,7 @@ from llm_trainer.data.formats.detection import (
     parse_example,
 )
 from llm_trainer.data.formats.examples import Conversation, Example, Fields, Pair, Prompt, RowError, Text
+from llm_trainer.data.formats.pictures import refuse_marks
 from llm_trainer.data.formats.prompts import UNUSABLE_COLUMNS
 from llm_trainer.data.labels import Ids
 from llm_trainer.data.report import DataReport
@@ -68,6 +69,7 @@ PICTURE = {
     "offset": Value("int64"),
     "size": Value("int64"),
     "data": Value("binary"),
+    "name": Value("string"),
     "start": Value("int32"),
     "tokens": Value("int32"),
 }
@@ -168,6 +170,7 @@ class Preparer:
 
     def read_example(self, fields: Fields, report: DataReport) -> Example:
         """Parse a row's fields, and count what is odd about them. Raises RowError where the row is bad."""
+        refuse_marks(fields)
         example = self.parse_fields_as_example(fields)
         report.note_unread_fields(self.list_unread_fields(fields, example))
         report.num_swapped_pairs += isinstance(example, Pair) and example.is_swapped

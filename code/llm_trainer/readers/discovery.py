@@ -12,6 +12,7 @@ from pathlib import Path
 from llm_trainer.common.bounded_parsing import UnreadableTextError, read_json
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.files import check_access, explain_denied, find_barrier
+from llm_trainer.readers.tar_shards import IMAGE_SUFFIXES
 
 TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")  # which are compressed within
@@ -29,14 +30,14 @@ COMPANIONS = {
 HUB_SHARD = re.compile(
     r"(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.\w+"
 )  # such as test-00000-of-00001.parquet
-# Reasons why a file is passed over. The first two are as anybody expects; the others are told with the file's name.
-HIDDEN, ABOUT_ROWS, NO_DATA_SUFFIX = "hidden", "about the data", "of no kind that is read"
+# Reasons why a file is passed over. The first three are as anybody expects; the others are told with the file's name.
+HIDDEN, ABOUT_ROWS, IMAGE, NO_DATA_SUFFIX = "hidden", "about the data", "images of rows", "of no kind that is read"
 UNFINISHED, TWICE, OTHER_SPLIT = (
     "in a folder that begins with _",
     "the same file under another name",
     "of another split",
 )
-EXPECTED_REASONS = (HIDDEN, ABOUT_ROWS)
+EXPECTED_REASONS = (HIDDEN, ABOUT_ROWS, IMAGE)  # images that rows name, which are told where they lack
 
 
 PassedOver = dict[Path, str]  # a file that is not read -> the reason
@@ -89,7 +90,9 @@ def find_reason(file: Path, folder: Path) -> str:
         return UNFINISHED
     if is_about_rows(file) or any(fnmatch(name, known) for known in EXPECTED_BESIDE_ROWS):
         return ABOUT_ROWS
-    return "" if name.endswith(SUFFIXES) else NO_DATA_SUFFIX
+    if name.endswith(SUFFIXES):
+        return ""
+    return IMAGE if file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES else NO_DATA_SUFFIX
 
 
 def is_unfinished(folder: str) -> bool:

@@ -8,29 +8,30 @@ unless the settings allow it. What is opened is one of a few formats, and small 
 import base64
 import binascii
 import io
+import re
 import stat
-import urllib.request
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
-from urllib.error import URLError
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llm_trainer.common.errors import cut_quote, quote_error
 from llm_trainer.config.sections import DataSettings
+from llm_trainer.readers.addresses import FetchError, fetch
 from llm_trainer.readers.rows import FilePart
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others run programs, or are as good as never met
 READABLE = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the tag of Exif, and its values that swap width and height
 DATA_URI, ADDRESSES = "data:", ("http://", "https://")
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)  # of any scheme
 MAX_EMBEDDED_BYTES = 64 * 2**20
-FETCH_SECONDS = 30
 SMALL = (64, 64)  # a JPEG is read to its end at the scale that is next to this, in a fraction of the time
 # Raised by Pillow for files that are cut, damaged, or made to harm. Its readers raise almost anything.
 UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError)
@@ -61,6 +62,7 @@ class ImageRef:
     offset: int = 0
     size: int = 0  # of the part; 0: the whole file
     data: bytes = b""
+    name: str = ""  # as a row gives it, for messages; empty for bytes
 
     def open(self) -> IO[bytes]:
         """Return the encoded bytes as a file."""
@@ -73,13 +75,13 @@ class ImageRef:
             return io.BytesIO(file.read(self.size))
 
     @property
-    def name(self) -> str:
-        """The name of the image's file, for people."""
-        return cut_quote(Path(self.path).name) if self.path else "bytes of the row"
+    def title(self) -> str:
+        """The name of the image, for people."""
+        return cut_quote(self.name or Path(self.path).name) or "bytes of the row"
 
     def describe(self) -> str:
         """Return the image's name for a message."""
-        return f"the image {cut_quote(Path(self.path).name)}" if self.path else "an image given by its bytes"
+        return f"the image {self.title}" if self.name or self.path else "an image given by its bytes"
 
 
 @dataclass(frozen=True)
@@ -113,35 +115,37 @@ def find_image(value: Any, place: ImagePlace, rules: ImageRules) -> ImageRef:
     if not (ref.path and place.folder.is_sharded):
         return ref
     with ref.open() as file:
-        return ImageRef(data=file.read(MAX_EMBEDDED_BYTES))
+        data = file.read(MAX_EMBEDDED_BYTES + 1)
+    if len(data) > MAX_EMBEDDED_BYTES:
+        raise ImageError(f"has {ref.describe()} of more than {MAX_EMBEDDED_BYTES // 2**20} MiB: shrink it.")
+    return ImageRef(data=data, name=ref.name)
 
 
 def locate_image(value: Any, place: ImagePlace, rules: ImageRules) -> ImageRef:
     """Return the place on this host of the image that a row's value gives. Raises ImageError."""
     if isinstance(value, FilePart):
-        return ImageRef(str(value.path), value.offset, value.size)
+        return ImageRef(str(value.path), value.offset, value.size, name=value.name)
     if isinstance(value, bytes):
         return ImageRef(data=value)
     assert isinstance(value, str)
-    if value.startswith(DATA_URI):
+    if value[: len(DATA_URI)].lower() == DATA_URI:
         return ImageRef(data=decode_uri(value))
-    if value.startswith(ADDRESSES):
-        if not rules.allow_remote:
-            raise ImageError(
-                f"has an image at the address {cut_quote(value)!r}: put the file beside the data, or set "
-                "allow_remote_images=true."
-            )
-        return ImageRef(data=fetch(value))
-    return ImageRef(str(find_file(value, place)))
+    if ADDRESS.match(value):
+        return ImageRef(data=ask_address(value, rules), name=value)
+    return ImageRef(str(find_file(value, place)), name=value)
 
 
 def decode_uri(uri: str) -> bytes:
-    """Return the bytes of a data URI. Raises ImageError where it is not base64."""
+    """Return the bytes of a data URI, whatever kind it says that they are. Raises ImageError where it is not base64.
+
+    Either alphabet of base64 is read, in lines, percent-encoded, or without the signs that fill it up.
+    """
     head, comma, text = uri.partition(",")
     try:
-        if not comma or not head.endswith(";base64"):
+        if not comma or not head.lower().replace(" ", "").endswith(";base64"):
             raise ValueError("no ;base64, in it")
-        return base64.b64decode(text, validate=True)
+        code = b"".join(unquote_to_bytes(text).split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+        return base64.b64decode(code + b"=" * (-len(code) % 4), validate=True)
     except (ValueError, binascii.Error) as error:
         raise ImageError(
             f"has an image whose data URI cannot be read ({error}): write data:image/png;base64,... ."
@@ -158,19 +162,22 @@ def encode_uri(file: Path) -> str:
         raise ImageError(f"{cut_quote(str(file))!r} is no {READABLE} file that can be read: give one.") from error
 
 
-def fetch(address: str) -> bytes:
-    """Return what is at an address. Raises ImageError where none comes, or more than MAX_EMBEDDED_BYTES."""
-    try:
-        with urllib.request.urlopen(address, timeout=FETCH_SECONDS) as answer:
-            data: bytes = answer.read(MAX_EMBEDDED_BYTES + 1)
-    except (URLError, OSError, ValueError) as error:
+def ask_address(address: str, rules: ImageRules) -> bytes:
+    """Return what is at an address. Raises ImageError where it is not to be asked, or does not give an image."""
+    quoted = cut_quote(address)
+    if not address.lower().startswith(ADDRESSES):
         raise ImageError(
-            f"has an image at {cut_quote(address)!r} that does not come ({quote_error(error)}): put the file beside "
-            "the data."
-        ) from error
-    if len(data) > MAX_EMBEDDED_BYTES:
-        raise ImageError(f"has an image at {cut_quote(address)!r} of more than {MAX_EMBEDDED_BYTES // 2**20} MiB.")
-    return data
+            f"has an image at the address {quoted!r}: put the file beside the data, and give its name relative to the "
+            "data file."
+        )
+    if not rules.allow_remote:
+        raise ImageError(
+            f"has an image at the address {quoted!r}: put the file beside the data, or set allow_remote_images=true."
+        )
+    try:
+        return fetch(address, MAX_EMBEDDED_BYTES)
+    except FetchError as error:
+        raise ImageError(f"has an image at {quoted!r}, which {error}: put the file beside the data.") from error
 
 
 def find_file(name: str, place: ImagePlace) -> Path:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows and pairs are cut to max_length, left out where that leaves nothing to learn, and counted."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -105,15 +108,15 @@ def test_a_stop_that_begins_the_second_side_is_not_the_first_ones():
 PICTURED = EncodedRow(
     np.arange(20, dtype=np.int32),
     np.where(np.isin(np.arange(20), [1, 2, 7, 8, 19]), np.arange(20), IGNORED).astype(np.int32),
-    pictures=tuple(PlacedPicture(f"{start}.png", 0, 0, b"", start, 4) for start in (3, 12)),
+    pictures=tuple(PlacedPicture(f"{start}.png", 0, 0, b"", "", start, 4) for start in (3, 12)),
 )
 
 
 @pytest.mark.parametrize(
     ("max_length", "length", "starts"),
-    [(20, 20, [3, 12]), (16, 16, [3, 12]), (15, 12, [3]), (12, 12, [3]), (7, 7, [3]), (6, 3, []), (3, 3, [])],
+    [(20, 20, [3, 12]), (16, 16, [3, 12]), (15, 9, [3]), (12, 9, [3]), (7, 3, []), (6, 3, []), (3, 3, [])],
 )
-def test_a_row_is_never_cut_within_an_image(max_length, length, starts):
+def test_a_row_is_never_cut_within_an_image_or_its_turn(max_length, length, starts):
     report = DataReport()
     (fitted,) = build_fitter(max_length=max_length).fit_row((PICTURED,), report)
     assert (len(fitted.input_ids), len(fitted.labels)) == (length, length)
@@ -121,6 +124,18 @@ def test_a_row_is_never_cut_within_an_image(max_length, length, starts):
     assert (report.num_images, report.num_rows_with_images) == (len(starts), int(bool(starts)))
     assert report.most_images_a_row == len(starts)
     assert report.num_truncated_rows == int(max_length < 20)
+
+
+def test_a_row_is_left_out_where_its_images_would_have_other_tokens_without_one():
+    images = SimpleNamespace(placeholders=SimpleNamespace(is_joined=True))
+    chosen = Settings(max_length=15).data
+    fitter = Fitter(Encoder(replace(VOCABULARY, images=images), chosen, "pretokenized"), chosen)
+    report = DataReport()
+    assert fitter.fit_row((PICTURED,), report) is None
+    assert report.num_dropped_rows == 1
+    fitter.settings = Settings(max_length=6).data
+    (fitted,) = fitter.fit_row((PICTURED,), report)
+    assert fitted.pictures == ()
 
 
 def test_the_end_of_a_row_with_images_is_not_kept_without_them():
@@ -132,6 +147,6 @@ def test_the_end_of_a_row_with_images_is_not_kept_without_them():
 
 def test_a_row_that_would_begin_within_an_image_is_left_out():
     report = DataReport()
-    first = EncodedRow(PICTURED.input_ids, PICTURED.labels, pictures=(PlacedPicture("a.png", 0, 0, b"", 0, 9),))
+    first = EncodedRow(PICTURED.input_ids, PICTURED.labels, pictures=(PlacedPicture("a.png", 0, 0, b"", "", 0, 9),))
     assert build_fitter(max_length=5).fit_row((first,), report) is None
-    assert report.num_unsupervised_rows == 1
+    assert (report.num_dropped_rows, report.num_unsupervised_rows, report.num_truncated_rows) == (1, 0, 0)

@@ -5,18 +5,22 @@ import itertools
 import json
 import os
 import signal
+import tarfile
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Image, List
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.encoding import EncodedRow, Encoder, Vocabulary
 from llm_trainer.data.formats.examples import IGNORED, RowError
+from llm_trainer.data.formats.pictures import IMAGE_MARK
 from llm_trainer.data.report import DataReport
 from llm_trainer.data.streaming import SourceHead
 from llm_trainer.data.tokenize import (
@@ -30,6 +34,7 @@ from llm_trainer.data.tokenize import (
     prepare_chunks,
     write_chunks,
 )
+from llm_trainer.readers.files import read_chunks
 from llm_trainer.readers.rows import BadRow, Chunk
 from support.file_kinds import load_as_hub, write_kinds
 from support.image_rows import build_vocabulary, prepare_rows
@@ -518,3 +523,48 @@ def test_a_text_with_images_is_tokenized_as_it_is(seeing, tmp_path):
     row = {"text": "See <image> here.", "images": ["a.png"]}
     _, report = prepare_rows(seeing, [row], tmp_path, escape_control_tokens=True)
     assert "which escape_control_tokens=true does not take" in report.bad_rows[0]
+
+
+@pytest.mark.parametrize("field", ["text", "prompt"])
+def test_the_models_own_token_is_the_place_of_an_image_as_trl_writes_it(seeing, tmp_path, field):
+    token = seeing.images.processor.image_token
+    others = {"completion": " here."} if field == "prompt" else {}
+    texts = [f"See {place}{'' if others else ' here.'}" for place in (token, "<image>")]
+    rows, report = prepare_rows(seeing, [{field: text, "images": ["a.png"], **others} for text in texts], tmp_path)
+    assert not report.bad_rows
+    assert rows[0] == rows[1]
+
+
+def test_a_row_that_hides_or_doubles_its_images_is_a_bad_row(seeing, tmp_path):
+    rows = [{**ask_about("a.png"), "image": "b.png"}, ask_about("a.png", answer=IMAGE_MARK), ask_about("a.png")]
+    kept, report = prepare_rows(seeing, rows, tmp_path)
+    assert (len(kept), report.num_bad_rows) == (1, 2)
+    assert "in both columns" in report.bad_rows[0] and "private characters" in report.bad_rows[1]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_images_of_datasets_are_read_from_bytes_and_by_their_path(seeing, tmp_path, kind):
+    data = (tmp_path / "a.png").read_bytes()
+    given = [{"bytes": data, "path": None}, {"bytes": data, "path": "elsewhere.png"}, {"bytes": None, "path": "b.png"}]
+    rows = Dataset.from_list([ask_about(value) for value in given]).cast_column("images", List(Image()))
+    file, table = tmp_path / f"rows.{kind}", rows.data.table  # datasets itself would put the bytes in place of the path
+    if kind == "parquet":
+        pq.write_table(table, file)
+    else:
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    chunks = list(read_chunks(file, file.name, 100))
+    rows, report = prepare_rows(seeing, [row for chunk in chunks for row in chunk.rows], tmp_path)
+    assert not report.bad_rows
+    found = [(Path(placed["path"]).name, placed["data"]) for (placed,) in rows["pictures"]]
+    assert found == [("", data), ("", data), ("b.png", b"")]
+
+
+def test_a_member_of_a_shard_is_told_by_its_name(seeing, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        (tmp_path / "1.json").write_text(json.dumps({"messages": ask_about("a.png")["messages"]}))
+        shard.add(tmp_path / "1.json", "deep/1.json")
+        shard.add(tmp_path / "cut.png", "deep/1.png")
+    (chunk,) = read_chunks(tmp_path / "a.tar", "a.tar", 100)
+    _, report = prepare_rows(seeing, chunk.rows, tmp_path)
+    assert "has the image a.tar:deep/1.png, which is damaged or cut off" in report.bad_rows[0]

@@ -24,7 +24,15 @@ def test_data_files_are_found_by_path_and_the_others_are_told(tmp_path):
         "i.arrow",
     ]
     quiet = [".hidden.json", ".h/y.json", "README.md", "LICENSE", "notes.md", "_SUCCESS", "dataset_infos.json"]
-    quiet += ["cache-1234.arrow", "x.lock", "dataset_info.json", "g/state.json", "g/left-over.arrow"]
+    quiet += [
+        "1.png",
+        "images/2.JPEG",
+        "cache-1234.arrow",
+        "x.lock",
+        "dataset_info.json",
+        "g/state.json",
+        "g/left-over.arrow",
+    ]
     told = ["a/c.txt", "data.JSONL", "train.parquet.gz", "z.zip"]
     for name in data + quiet + told:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -33,7 +41,9 @@ def test_data_files_are_found_by_path_and_the_others_are_told(tmp_path):
     files, passed_over = find_files(tmp_path)
     assert files == [tmp_path / name for name in sorted(data, key=Path)]
     assert list_unexpected(passed_over, tmp_path) == sorted(told, key=Path)
-    assert describe_passed_over(passed_over) == "10 about the data, 2 hidden, 4 of no kind that is read"
+    assert (
+        describe_passed_over(passed_over) == "10 about the data, 2 hidden, 2 images of rows, 4 of no kind that is read"
+    )
     assert find_files(tmp_path / "a/c.txt") == ([tmp_path / "a/c.txt"], {})
     assert find_files(tmp_path / "none") == ([], {})
 

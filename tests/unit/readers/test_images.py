@@ -6,12 +6,14 @@ import io
 import random
 import struct
 import zlib
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from llm_trainer.readers import images
+from llm_trainer.readers.addresses import FetchError
 from llm_trainer.readers.images import (
     FORMATS,
     ImageError,
@@ -184,12 +186,19 @@ def test_an_image_is_found_by_each_value_that_a_row_may_have(place):
     part = FilePart(shard, 6, len(data), "a.tar:1.png")
     for value in (data, uri, part):
         assert inspect_image(find_image(value, place, RULES), RULES) == (2, 3)
-    assert find_image("a.png", place, RULES) == ImageRef(str(place.file.with_name("a.png")))
+    assert find_image("a.png", place, RULES) == ImageRef(str(place.file.with_name("a.png")), name="a.png")
+    assert find_image(part, place, RULES).describe() == "the image a.tar:1.png"
 
 
-def test_the_files_of_a_sharded_channel_come_with_the_row(place):
+def test_the_files_of_a_sharded_channel_come_with_the_row(place, monkeypatch):
     sharded = ImagePlace(place.file, ImageFolder(place.folder.path, is_sharded=True))
-    assert find_image("a.png", sharded, RULES) == ImageRef(data=place.file.with_name("a.png").read_bytes())
+    assert find_image("a.png", sharded, RULES) == ImageRef(
+        data=place.file.with_name("a.png").read_bytes(), name="a.png"
+    )
+    draw(400, 400).save(place.file.with_name("large.bmp"))
+    monkeypatch.setattr(images, "MAX_EMBEDDED_BYTES", 2**17)
+    with pytest.raises(ImageError, match=r"has the image large\.bmp of more than 0 MiB: shrink it"):
+        find_image("large.bmp", sharded, RULES)
 
 
 @pytest.mark.parametrize("name", ["../outside.png", "/etc/passwd", "deep/../../outside.png", "", " ", "a\0.png"])
@@ -226,26 +235,56 @@ def test_a_data_uri_that_is_not_base64_is_told(place, uri):
         find_image(uri, place, RULES)
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        *("data:image/png;base64", "data:image/jpg;base64", "data:application/octet-stream;base64", "data:;base64"),
+        *("DATA:IMAGE/PNG;BASE64", "data:image/png;charset=utf-8;base64", "data:image/x-ms-bmp; base64"),
+    ],
+)
+def test_a_data_uri_of_any_kind_is_read(place, head):
+    data = encode(draw(3, 2))
+    assert find_image(f"{head},{base64.b64encode(data).decode()}", place, RULES).data == data
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda data: base64.encodebytes(data).decode(),
+        lambda data: base64.urlsafe_b64encode(data).decode(),
+        lambda data: base64.b64encode(data).decode().rstrip("="),
+        lambda data: quote(base64.b64encode(data).decode(), safe=""),
+    ],
+)
+def test_base64_is_read_as_it_is_met(place, write):
+    data = encode(draw(9, 5))
+    assert find_image(f"data:image/png;base64,{write(data)}", place, RULES).data == data
+
+
+@pytest.mark.parametrize("address", ["file:///etc/passwd", "FILE:/etc/passwd", "s3://bucket/a.png", "ftp://host/a.png"])
+@pytest.mark.parametrize("allow_remote", [False, True])
+def test_an_address_that_is_not_http_is_refused(place, address, allow_remote):
+    with pytest.raises(ImageError, match=f"at the address '{address}': put the file beside the data, and give its"):
+        find_image(address, place, ImageRules(100, allow_remote))
+
+
 def test_an_address_is_asked_only_if_the_settings_allow_it(place, monkeypatch):
     asked = []
 
-    def answer(address, timeout):
+    def answer(address, max_bytes):
         asked.append(address)
         if address.endswith("gone"):
-            raise OSError("no route")
-        return io.BytesIO(b"image" if address.endswith("a") else bytes(9))
+            raise FetchError("does not come (no route)")
+        return b"image"
 
-    monkeypatch.setattr(images.urllib.request, "urlopen", answer)
+    monkeypatch.setattr(images, "fetch", answer)
     with pytest.raises(ImageError, match="allow_remote_images=true"):
         find_image("https://host/a", place, RULES)
     assert not asked
     open_rules = ImageRules(100, allow_remote=True)
-    assert find_image("https://host/a", place, open_rules) == ImageRef(data=b"image")
-    with pytest.raises(ImageError, match="that does not come"):
+    assert find_image("HTTPS://host/a", place, open_rules) == ImageRef(data=b"image", name="HTTPS://host/a")
+    with pytest.raises(ImageError, match=r"at 'https://host/gone', which does not come \(no route\): put the file"):
         find_image("https://host/gone", place, open_rules)
-    monkeypatch.setattr(images, "MAX_EMBEDDED_BYTES", 8)
-    with pytest.raises(ImageError, match="of more than"):
-        find_image("https://host/b", place, open_rules)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -261,3 +300,12 @@ def test_what_is_no_image_becomes_no_data_uri(tmp_path):
     for name in ("cat.png", "dog.png", "."):
         with pytest.raises(ImageError, match=r"is no JPEG, PNG, .* file that can be read: give one"):
             encode_uri(tmp_path / name)
+
+
+def test_a_text_in_a_png_that_unpacks_to_much_is_refused():
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    whole = encode(draw(4, 4))
+    bomb = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(100 * 2**20)))
+    assert "Decompressed data too large" in find_reason(whole[:33] + bomb + whole[33:])

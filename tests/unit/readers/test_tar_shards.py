@@ -48,6 +48,41 @@ def test_members_of_one_key_are_a_row(tmp_path):
     assert rows == [{"messages": []}, {"text": "Zwölf"}, {"text": "alone"}, {"mp4": "4 bytes"}]
 
 
+def test_members_of_a_key_may_stand_apart(tmp_path):
+    members = [
+        *(("a/1.png", b"1"), ("b/1.png", b"2"), ("./a/2.jpg", b"3"), ("Bild 3.JPEG", b"4")),
+        *(("a/2.json", b'{"n": 2}'), ("b/1.json", b'{"n": 3}'), ("a/1.json", b'{"n": 1}'), ("Bild 3.txt", b"<image>")),
+    ]
+    rows = read(write_shard(tmp_path / "a.tar", members))
+    images = [[(part.name, open_part(part)) for part in row.pop("images")] for row in rows]
+    assert images == [
+        *([("a.tar:a/1.png", b"1")], [("a.tar:b/1.png", b"2")], [("a.tar:./a/2.jpg", b"3")]),
+        [("a.tar:Bild 3.JPEG", b"4")],
+    ]
+    assert rows == [{"n": 1}, {"n": 3}, {"n": 2}, {"text": "<image>"}]
+
+
+def test_a_member_without_its_partner_makes_a_bad_row(tmp_path):
+    members = [
+        *(("a/1.png", b"1"), ("a/2.png", b"2"), ("a/2.json", b"{}"), ("a/3.json", b'{"text": "<image> red"}')),
+        *(("a/4.json", b'{"text": "red"}'), ("a/5.json", b'{"text": "<image>", "images": ["5.png"]}')),
+    ]
+    rows = read(write_shard(tmp_path / "a.tar", members))
+    assert rows[0] == BadRow("has the image a/1.png and no member .json or .txt beside it")
+    assert rows[2] == BadRow("has the text <image> in a/3.json and no image beside it")
+    assert not any(isinstance(rows[place], BadRow) for place in (1, 3, 4))
+
+
+def test_a_shard_of_texts_alone_may_speak_of_placeholders(tmp_path):
+    rows = read(write_shard(tmp_path / "a.tar", [("1.txt", b"Write <image>.")]))
+    assert rows == [{"text": "Write <image>."}]
+
+
+def test_two_members_of_one_name_make_a_bad_row(tmp_path):
+    rows = read(write_shard(tmp_path / "a.tar", [("1.txt", b"a"), ("2.txt", b"b"), ("1.txt", b"c")]))
+    assert rows == [BadRow("has two members 1.txt"), {"text": "b"}]
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'{"a": 1, "a": 2}'])
 def test_a_text_that_cannot_be_read_makes_a_bad_row_alone(tmp_path, content):
     rows = read(write_shard(tmp_path / "a.tar", [("1.json", content), ("2.txt", b"good")]))
@@ -59,8 +94,9 @@ def test_a_shard_that_is_cut_off_is_told_after_its_rows(tmp_path):
     file = write_shard(tmp_path / "a.tar", [(f"{number}.txt", bytes(2000)) for number in range(9)])
     file.write_bytes(file.read_bytes()[:8000])
     rows = []
-    with pytest.raises(DamagedFile, match=r"a\.tar is damaged"):
-        rows += [row for chunk in read_chunks(file, file.name, 1) for row in chunk.rows]
+    with pytest.raises(DamagedFile, match=r"a\.tar is damaged after row 3"):
+        rows.extend(row for chunk in read_chunks(file, file.name, 1) for row in chunk.rows)
+    assert len(rows) == 3
 
 
 def test_what_is_no_tar_file_is_told(tmp_path):

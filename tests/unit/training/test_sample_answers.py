@@ -269,7 +269,7 @@ def test_thumbnails_of_prompts_are_bounded_in_number(seeing, tmp_path, monkeypat
 
 
 def test_the_same_question_to_two_images_of_one_size_makes_two_prompts():
-    place = {"path": "", "offset": 0, "size": 0, "start": 1, "tokens": 2}
+    place = {"path": "", "offset": 0, "size": 0, "name": "", "start": 1, "tokens": 2}
     row = {"input_ids": [1, 2, 2, 4, 5], "labels": [IGNORED] * 4 + [5]}
     rows = Dataset.from_list([{**row, "pictures": [{**place, "data": data}]} for data in (b"a", b"b", b"a")])
     prompts = choose_prompts(rows, 9, 1024, MAX_IMAGE_PROMPT_TOKENS)
@@ -279,7 +279,7 @@ def test_the_same_question_to_two_images_of_one_size_makes_two_prompts():
 
 
 def test_a_prompt_has_all_images_of_its_row():
-    place = {"path": "", "offset": 0, "size": 0, "data": b"a", "tokens": 80}
+    place = {"path": "", "offset": 0, "size": 0, "data": b"a", "name": "", "tokens": 80}
     text = {"input_ids": [1] * 100, "labels": [1] * 100}
     within = {**text, "pictures": [{**place, "start": 10}]}
     later = {"input_ids": [1] * 100, "labels": [IGNORED, IGNORED, 1] + [IGNORED] * 97}

@@ -6,9 +6,10 @@ Or it has a column `images` or `image`, and a placeholder for each: a part witho
 """
 
 import re
+from dataclasses import replace
 from typing import Any
 
-from llm_trainer.data.formats.examples import Fields, RowError
+from llm_trainer.data.formats.examples import Fields, RowError, Text
 from llm_trainer.data.formats.values import describe_value, parse_json_text
 from llm_trainer.readers.images import DATA_URI
 from llm_trainer.readers.rows import FilePart
@@ -23,12 +24,30 @@ VALUES = IMAGE_MARK  # the key of a message's own images, until its row is whole
 
 
 def list_column(fields: Fields) -> list[Any]:
-    """Return the values of a row's column of images; none where it has no such column, or nothing in it."""
-    for name in COLUMNS:
-        value = parse_json_text(fields.get(name))
-        if value is not None and value != "":
-            return value if isinstance(value, list) else [value]
-    return []
+    """Return the values of a row's column of images; none where it has no such column, or nothing in it.
+
+    Raises RowError where both columns have images.
+    """
+    values = [parse_json_text(fields.get(name)) for name in COLUMNS]
+    given = [value for value in values if value not in (None, "", [])]
+    if len(given) > 1:
+        raise RowError(f"has images in both columns {' and '.join(map(repr, COLUMNS))}: put all of them into one.")
+    return [own for value in given for own in (value if isinstance(value, list) else [value])]
+
+
+def refuse_marks(value: Any) -> None:
+    """Raise RowError where a text of a row has the characters that stand for an image here."""
+    if isinstance(value, str):
+        if IMAGE_MARK in value:
+            raise RowError(
+                f"has the private characters {IMAGE_MARK!a} in a text, which stand for an image: remove them."
+            )
+    elif isinstance(value, dict):
+        for part in value.values():
+            refuse_marks(part)
+    elif isinstance(value, list):
+        for part in value:
+            refuse_marks(part)
 
 
 def is_image_part(part: Any) -> bool:
@@ -127,6 +146,19 @@ def mark_message(message: Fields) -> Fields:
     pieces = re.split(f"({IMAGE_MARK}|{PLACEHOLDER})", message["content"])
     values = [next(own) if piece == IMAGE_MARK else None for piece in pieces[1::2]]
     return {**message, "content": IMAGE_MARK.join(pieces[::2]), VALUES: values}
+
+
+def drop_added_marks(example: Text, token: str) -> Text:
+    """Return a text that has the model's own token for each image without the marks that were put at its beginning.
+
+    TRL writes so the texts of its standard format.
+    """
+    marks = IMAGE_MARK * len(example.images)
+    own = example.text.removeprefix(marks)
+    if own == example.text or IMAGE_MARK in own or own.count(token) != len(example.images):
+        return example
+    end = example.num_prompt_characters
+    return replace(example, text=own, num_prompt_characters=None if end is None else end - len(marks))
 
 
 def place_in_text(text: str, column: list[Any]) -> tuple[str, tuple[Any, ...]]:

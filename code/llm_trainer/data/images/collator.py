@@ -17,7 +17,7 @@ from llm_trainer.data.images.processors import process_images
 from llm_trainer.data.labels import Ids
 from llm_trainer.readers.images import ImageError, ImageRef, ImageRules, Picture, open_image
 
-PLACE = ("path", "offset", "size", "data")  # of an image's encoded bytes
+PLACE = ("path", "offset", "size", "data", "name")  # of an image's encoded bytes
 BLANK_SIDE = 32  # pixels of the white image that a batch of texts gets; processors enlarge what is too small
 
 Row = dict[str, Any]

@@ -44,7 +44,7 @@ def show_images(pictures: Sequence[dict[str, Any]], rules: ImageRules, num_thumb
 def show_image(placed: dict[str, Any], rules: ImageRules, with_thumbnail: bool) -> ShownImage:
     """Return what is told of an image. One that can no longer be opened has no size."""
     ref = find_ref(placed)
-    shown = ShownImage(name=show_line(ref.name), start=placed["start"], tokens=placed["tokens"])
+    shown = ShownImage(name=show_line(ref.title), start=placed["start"], tokens=placed["tokens"])
     try:
         image = open_image(ref, rules)
     except ImageError:

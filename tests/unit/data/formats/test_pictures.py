@@ -8,7 +8,7 @@ import pytest
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.formats.detection import UntakenImagesError, detect_format, list_read_fields, parse_example
 from llm_trainer.data.formats.examples import RowError
-from llm_trainer.data.formats.pictures import IMAGE_MARK, split_parts
+from llm_trainer.data.formats.pictures import IMAGE_MARK, drop_added_marks, refuse_marks, split_parts
 from llm_trainer.readers.rows import FilePart
 
 ANSWER = {"role": "assistant", "content": "A cat."}
@@ -163,6 +163,47 @@ def test_a_row_without_a_question_has_no_place_for_its_images():
 def test_other_methods_refuse_images(method, row):
     with pytest.raises(UntakenImagesError, match=f"has images, which method={method} does not take: set method=sft"):
         parse(row, method)
+
+
+@pytest.mark.parametrize("value", ["b.png", ["b.png"], '["b.png"]', {"path": "b.png"}])
+def test_a_row_with_both_columns_is_refused(value):
+    assert "has images in both columns 'images' and 'image'" in find_problem(ask("Red?", images=["a.png"], image=value))
+    assert look("Red?", images=["a.png"], image=None) == look("Red?", images=[], image="a.png") == ("MRed?", ("a.png",))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"text": f"a{IMAGE_MARK}"},
+        ask(IMAGE_MARK),
+        ask([{"type": "text", "text": IMAGE_MARK}, {"type": "image", "image": "a.png"}]),
+        ask("<image>", tools=[{"name": IMAGE_MARK}], images=["a.png"]),
+    ],
+)
+def test_the_characters_of_a_mark_are_refused_in_a_row(fields):
+    with pytest.raises(RowError, match=r"has the private characters '\\ue7c3\\ue7a8\\ue7c3' in a text"):
+        refuse_marks(fields)
+
+
+def test_a_row_without_marks_is_taken():
+    refuse_marks(ask("Red?", images=["a.png"], n=1, none=None, parts=[b"a", {"b": [1.0]}]))
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("<pad>", "<pad>"),
+        ("Is <s><pad></s> red?", "Is <s><pad></s> red?"),
+        ("Red?", "MRed?"),
+        ("Is <image> <pad> red?", "Is M <pad> red?"),
+        ("<pad> and <pad>", "M<pad> and <pad>"),
+    ],
+)
+def test_the_models_own_token_of_an_image_is_a_place_for_it(text, seen):
+    plain = drop_added_marks(parse({"text": text, "images": ["a.png"]}), "<pad>")
+    assert (plain.text.replace(IMAGE_MARK, "M"), plain.images) == (seen, ("a.png",))
+    pair = drop_added_marks(parse({"prompt": text, "completion": "Yes.", "images": ["a.png"]}), "<pad>")
+    assert pair.text[: pair.num_prompt_characters].replace(IMAGE_MARK, "M") == seen
 
 
 def test_a_text_with_marks_becomes_parts():

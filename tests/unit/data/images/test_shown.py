@@ -9,7 +9,7 @@ from support.tiny_model import build_tokenizer
 from support.tiny_processors import draw
 
 RULES = ImageRules(10**7)
-IMAGE = {"path": "", "offset": 0, "size": 0, "data": b"", "start": 1, "tokens": 2}
+IMAGE = {"path": "", "offset": 0, "size": 0, "data": b"", "name": "", "start": 1, "tokens": 2}
 
 
 def test_the_first_row_with_images_is_shown_else_the_first():
