@@ -19,9 +19,11 @@ from mlflow import MlflowClient
 
 from llm_trainer.journal.journal import FILE_NAME, Journal
 from llm_trainer.launcher.reporter_process import ReporterOptions, ReporterProcess
+from llm_trainer.readers.thumbnails import write_thumbnail
 from support.mlflow_server import MlflowServer
 from support.sagemaker_tree import HOSTS
 from support.small_disk import small_disk
+from support.tiny_processors import draw
 from support.waiting import GUARD_SECONDS, wait_until
 
 pytestmark = pytest.mark.long
@@ -159,6 +161,8 @@ def test_a_job_is_one_run_with_all_that_was_measured(server, make_reporter):
     reporter.write_training(range(1, 9))
     journal.write("checkpoint", step=8, seconds=0.5)
     journal.write("manifest", metrics={"eval_loss": 0.25, "note": "none"}, num_steps=8)
+    image = {"name": "cat.png", "thumbnail": write_thumbnail(draw(40, 30))}
+    journal.write("generation", split="train", prompt="What is it?", after="A cat.", images=[image])
     (reporter.folder / "model/training_manifest.json").write_text("{}")
     (reporter.folder / "output/data/report.html").write_text("<html>")
     log = reporter.end()
@@ -186,7 +190,7 @@ def test_a_job_is_one_run_with_all_that_was_measured(server, make_reporter):
     assert json.loads(data_set.dataset.profile) == {"rows": 32, "tokens": 900, "supervised_tokens": 100}
     assert data_set.tags[0].value == "training"
     files = {file.path for file in MlflowClient(server.uri).list_artifacts(run.info.run_id)}
-    assert files == {"training_manifest.json", "report.html", "sample_answers.json"}
+    assert files == {"training_manifest.json", "report.html", "sample_answers.json", "table_images"}
 
 
 @pytest.mark.parametrize("kind", ["run", "experiment"])
@@ -499,7 +503,7 @@ def test_two_hosts_are_one_run_in_every_tracker_and_no_secret_leaves(server, mak
     assert {f"host/{host}/" for host in HOSTS} <= {re.sub(r"[^/]*$", "", name) for name in run.data.metrics}
     assert {item.tags[0].value: item.dataset.name for item in run.inputs.dataset_inputs}["training"] == "train"
     files = {file.path for file in MlflowClient(server.uri).list_artifacts(run.info.run_id)}
-    assert files == {"training_manifest.json", "report.html"}
+    assert files == {"training_manifest.json", "report.html", "sample_answers.json"}
     first, second = (tree.base_dir / "output/data" for tree in trees)
     (folder,) = (first / "wandb").glob("offline-run-*")
     assert [row["step"] for row in read_wandb(next(folder.glob("*.wandb")))[0] if "train_loss" in row] == steps
