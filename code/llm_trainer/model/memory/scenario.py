@@ -69,7 +69,7 @@ class MemorySettings:
     @property
     def can_shard(self) -> bool:
         """True where FSDP can shard a base that is loaded so, with an adapter that begins so."""
-        return not self.data.generates and supports_fsdp(self.model, self.adapter, self.training.optim)
+        return supports_fsdp(self.model, self.adapter, self.training.optim)
 
     @property
     def can_offload(self) -> bool:
