@@ -80,7 +80,7 @@ class GenerationMixin(WholeEvaluations):
 
     @property
     def reshards(self) -> bool:
-        """Whether FSDP gives gathered weights back after a forward pass."""
+        """True where FSDP gives gathered weights back after a forward pass."""
         return self.is_fsdp_enabled and bool(self.accelerator.state.fsdp_plugin.reshard_after_forward)
 
     def is_stop_wanted(self) -> bool:
