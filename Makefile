@@ -16,7 +16,7 @@ REQUIREMENTS := docker/requirements
 BUILD_OPTIONS ?=
 # FLASH_ATTN_CUDA_ARCHS=90, or "80;90", compiles flash-attn for these GPUs alone; an empty one leaves it out of the image.
 FLASH_ATTN = $(if $(filter undefined,$(origin FLASH_ATTN_CUDA_ARCHS)),,--build-arg "FLASH_ATTN_CUDA_ARCHS=$(FLASH_ATTN_CUDA_ARCHS)")
-# METHOD=dpo has `make demo` go on from its own result with preferences.
+# METHOD=dpo has `make demo` go on from its own result with preferences; METHOD=grpo trains the base on rewards.
 METHOD ?= sft
 # JUNIT=--junit-xml=FILE has the tests leave a report that CI systems read.
 JUNIT ?=
@@ -63,10 +63,11 @@ venv: .venv/.made ## Create .venv from the hash-locked requirements
 	@PYTHON="$(PYTHON)" docker/venv.sh
 	@touch $@
 
-demo: venv .demo/download ## Fine-tune SmolLM2-135M on this machine's CPU, and measure it before and after; METHOD=dpo: then on preferences
-	@test -e .demo/opt/ml/model/training_manifest.json -a $(METHOD) != sft \
+demo: venv .demo/download ## Fine-tune SmolLM2-135M on this machine's CPU, and measure it before and after; METHOD=dpo: then on preferences; METHOD=grpo: on rewards
+	@test $(METHOD) = grpo -o -e .demo/opt/ml/model/training_manifest.json -a $(METHOD) != sft \
 		|| .venv/bin/python examples/demo/run.py .demo/download/*.whl .demo/opt/ml
 	@test $(METHOD) != dpo || .venv/bin/python examples/demo/prefer.py .demo/opt/ml .demo/dpo/opt/ml
+	@test $(METHOD) != grpo || .venv/bin/python examples/demo/reward.py .demo/download/*.whl .demo/grpo/opt/ml
 
 .demo/download: $(REQUIREMENTS)/demo.txt
 	rm -rf $@

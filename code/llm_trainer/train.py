@@ -562,7 +562,7 @@ def add_callbacks(context: Context, prepared: Prepared, planned: Planned, traine
     if arguments.bf16 or arguments.fp16:
         row_tokens = measure_row_tokens(prepared.data.reports["train"].lengths, settings.data.max_length)
         shape = planned.memory.shape
-        untrained_passes = planned.scenario.settings.untrained_passes
+        untrained_passes = planned.scenario.untrained_passes
         config, device = model_plan.config, model_plan.device
         peak_speed = find_peak_tokens_per_second(shape, config, device, row_tokens, untrained_passes)
     trainer.add_callback(MetricLines(trainer, prepared.method, context.timeline, peak, peak_speed))
@@ -610,7 +610,8 @@ def compare_run(context: Context, prepared: Prepared, built: Built, outcome: Out
     timeline, environment, step_seconds = context.timeline, context.job.environment, outcome.progress.step_seconds
     count = len(environment.hosts)
     host = find_host(environment.instance_type, prepared.model_plan.device, world_size() // count)
-    if host is None or expected is None or context.settings.data.generates:  # the time of writing is not planned
+    # Completions may end long before the plan has them end, from which --learn would learn nothing.
+    if host is None or expected is None or context.settings.data.generates:
         return
     start = sum(seconds for phase, seconds in timeline.seconds.items() if phase != "training")
     hours = sum(timeline.seconds.values()) / 3600
@@ -630,7 +631,7 @@ def outline_run(context: Context, prepared: Prepared, built: Built) -> Outline:
     eval_lengths = reports["validation"].lengths if "validation" in reports else {}
     lengths, share = reports["train"].lengths, reports["train"].supervised_share
     # Lengths are empty where rows are streamed and none has come.
-    work = measure_work(lengths, eval_lengths, context.settings.data, share) if lengths else None
+    work = measure_work(lengths, eval_lengths, built.scenario.settings.generation, share) if lengths else None
     prices = read_prices_beside(channels.get("config"))
     return Outline(Fitter(built.scenario), work, context.settings.output.merge_weights, Learnt(), prices)
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from llm_trainer.journal.journal import read_records
-from support.compared_jobs import check_stop_changes_nothing
+from support.compared_jobs import check_metrics_are_alike, check_stop_changes_nothing
 from support.sagemaker_tree import finish, metrics_of, read_weights
 
 PROMPTS = [{"question": f"What is {a} plus {b}?", "answer": a + b} for a in range(8) for b in range(4)]
@@ -72,8 +72,9 @@ def test_an_adapter_is_merged_and_proven(make_job):
         {"num_train_epochs": "2"},
         {"num_iterations": "2", "steps_per_generation": "4", "per_device_train_batch_size": "4"},
         {"method": "rloo", "gradient_accumulation_steps": "4", "per_device_train_batch_size": "4"},
+        {"nproc_per_node": "2", "distribution": "fsdp", "per_device_train_batch_size": "4"},
     ],
-    ids=["a generation a step", "several steps a generation", "rloo"],
+    ids=["a generation a step", "several steps a generation", "rloo", "shards"],
 )
 def test_a_stopped_run_ends_with_the_same_weights(make_job, start, options):
     shared = {"save_steps": "1", **ALL_WEIGHTS, "learning_rate": "0.01", "method": "grpo", **options}
@@ -125,6 +126,21 @@ def test_two_ranks_share_the_groups(make_job):
     assert set(metrics_of(log, "eval_rewards/answers/mean")) == {1}
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "options",
+    [ALL_WEIGHTS, {"beta": "0.1", "learning_rate": "0.01"}, {**ALL_WEIGHTS, "method": "rloo"}],
+    ids=["full", "lora with a reference", "rloo"],
+)
+def test_shards_write_and_learn_what_copies_do(make_job, options):
+    shared = {"per_device_train_batch_size": "8", "max_steps": "4", "nproc_per_node": "2", "method": "grpo", **options}
+    jobs = [make_job(**shared, distribution=distribution) for distribution in ("ddp", "fsdp")]
+    copies, shards = map(finish, jobs)
+    keys = ("reward", "grad_norm", "completions/mean_length", "entropy", "eval_reward")
+    check_metrics_are_alike(shards, copies, keys, rel=1e-4, abs=1e-5)
+    assert jobs[1].manifest["export"]["proven"]
+
+
 @pytest.mark.parametrize(
     ("code", "options", "sentence"),
     [
@@ -149,7 +165,6 @@ def test_a_reward_that_fails_ends_the_job(make_job, code, options, sentence):
         ({"reward_functions": "[]"}, "reward_functions is empty"),
         ({"use_vllm": "true"}, "use_vllm=true and vllm is not installed"),
         ({"use_peft": "false", "beta": "0.1"}, "the reference would be a second model in memory"),
-        ({"distribution": "fsdp"}, "distribution=fsdp with method=grpo"),
         (
             {"reward_functions": '["math"]', "reward_options": '{"math": {"column": "truth"}}'},
             "needs the column 'truth'",

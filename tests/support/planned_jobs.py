@@ -34,5 +34,5 @@ def outline_job(config=TINY, lengths=None, prices=None, learnt=None, **settings)
     sections = MemorySettings(given.model, given.adapter, given.data, given.training, given.parallelism, given.methods)
     target = Target(Device(torch.device("cuda"), "a GPU", (9, 0)), 1, 0)
     scenario = MemoryScenario(config, sections, 128, target, "flash_attention_2")
-    work = measure_work(lengths, {}, given.data) if lengths else None
+    work = measure_work(lengths, {}, given) if lengths else None
     return Outline(Fitter(scenario), work, False, learnt or Learnt(), prices)

@@ -5,7 +5,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from llm_trainer.config.schema import Settings
+from llm_trainer.model.loading import build_on_meta
+from llm_trainer.model.teacher.teacher import Teacher
 
 WIDTH_FACTOR = 2
 
@@ -21,6 +25,11 @@ def build_teacher(student: Path) -> PreTrainedModel:
             for weight in teacher.parameters():
                 weight.add_(0.1 * torch.randn_like(weight))
     return teacher
+
+
+def describe_teacher(config: PreTrainedConfig) -> Teacher:
+    """Return a teacher with this config, as far as a plan looks at one."""
+    return Teacher("", config, Settings().model, build_on_meta(config, torch.bfloat16, trust_remote_code=False))
 
 
 def write_teacher(student: Path, folder: Path) -> Path:

@@ -7,7 +7,7 @@ The model's config.json is enough: neither data nor weights nor a GPU are needed
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -94,12 +94,26 @@ def examine_job(job: Job, options: PlanOptions, basis: Basis, validation: Valida
     lengths = measure_lengths(job, options, validation)
     longest_row = choose_longest_row(lengths, settings.data, validation)
     scenario = plan_memory(Models(planned.config, teacher), job, longest_row, validation)
-    if settings.data.generates:
-        text = "how long the model writes its completions is not known, so no time and no price is told."
-        validation.add_findings("time", "warning", [text])
-    elif scenario is not None and not validation.list_texts("error"):
+    validation.add_findings("time", "warning", find_time_warnings(settings))
+    if settings.data.generates and settings.methods.use_vllm:
+        return
+    if scenario is not None and not validation.list_texts("error"):
         outline = build_outline(scenario, lengths, settings.output.merge_weights, basis)
         examine_instances(replace(outline, places=options.places), validation, options.in_colour)
+
+
+def find_time_warnings(settings: Settings) -> Iterator[str]:
+    """Yield a sentence where the time of a job is not known, or rests on the length of what its model will write."""
+    if not settings.data.generates:
+        return
+    if settings.methods.use_vllm:
+        yield "use_vllm=true: how long vLLM takes to write completions is not known, so no time and no price is told."
+        return
+    written = settings.methods.count_written(settings.data.method)
+    yield (
+        f"all completions count as max_completion_length={written} tokens long, and the low end of the range as half "
+        "of that. The time of reward functions is not known and not in it. --learn does not change the steps."
+    )
 
 
 def choose_longest_row(lengths: Lengths, data: DataSettings, validation: Validation) -> int:
@@ -185,6 +199,7 @@ def plan_memory(models: Models, job: Job, longest_row: int, validation: Validati
 def measure_lengths(job: Job, options: PlanOptions, validation: Validation) -> Lengths:
     """Return the lengths of the rows that the options name, else of the data of the job where they are there."""
     if options.rows and options.tokens_per_row:
+        validation.add_findings("options", "error", find_long_prompts(options.tokens_per_row, job.settings.data))
         num_sequences = options.rows * job.settings.data.sequences_a_row
         return Lengths(Counter({options.tokens_per_row: num_sequences}))
     if not find_train_sources(job.settings.data, job.environment)[0]:
@@ -201,6 +216,15 @@ def measure_lengths(job: Job, options: PlanOptions, validation: Validation) -> L
     longest_row = max(split.report.longest_row_tokens for split in splits.values())
     report = splits["train"].report
     return Lengths(report.lengths, validated, longest_row, report.supervised_share)
+
+
+def find_long_prompts(tokens_per_row: int, data: DataSettings) -> Iterator[str]:
+    """Yield a sentence where prompts of so many tokens would all be left out."""
+    if data.generates and data.max_length and tokens_per_row > data.max_length:
+        yield (
+            f"--tokens-per-row={tokens_per_row} is above max_length={data.max_length}, and longer prompts are left out "
+            f"with method={data.method}: give at most {data.max_length}, or raise max_length."
+        )
 
 
 def tokenize_data(job: Job, validation: Validation) -> "Mapping[str, Split]":

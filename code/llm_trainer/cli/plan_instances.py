@@ -149,6 +149,6 @@ def build_outline(scenario: "MemoryScenario", lengths: Lengths, merges: bool, ba
     from llm_trainer.planning.fitting import Fitter
     from llm_trainer.planning.workload import measure_work
 
-    counted = lengths.train, lengths.validation, scenario.settings.data, lengths.scored_share
+    counted = lengths.train, lengths.validation, scenario.settings.generation, lengths.scored_share
     work = measure_work(*counted) if lengths.train else None
     return Outline(Fitter(scenario), work, merges, basis.learnt, basis.prices)

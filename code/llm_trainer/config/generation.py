@@ -33,6 +33,22 @@ def count_generated(settings: GenerationSettings, num_devices: int) -> int:
     return int(training.per_device_train_batch_size * num_devices * steps)
 
 
+def count_batches(settings: GenerationSettings, num_devices: int) -> float:
+    """Return the batches that a device trains on from one generation to the next."""
+    at_once = settings.training.per_device_train_batch_size * num_devices
+    return count_generated(settings, num_devices) / at_once * count_iterations(settings)
+
+
+def count_scorings(settings: GenerationSettings, num_devices: int) -> int:
+    """Return how often each completion is scored before it is trained on: by its own model, and by the reference.
+
+    RLOO always asks the model. GRPO asks it where a later step goes on with the same completions.
+    """
+    method, accumulated = settings.data.method, settings.training.gradient_accumulation_steps
+    is_asked = method == "rloo" or accumulated % count_batches(settings, num_devices) != 0
+    return is_asked + bool(settings.methods.find_value("beta", method))
+
+
 def find_generation_problem(settings: GenerationSettings, num_devices: int, has_validation: bool) -> Iterator[str]:
     """Yield a sentence where what is generated at once does not hold whole groups of completions."""
     if not settings.data.generates:
@@ -69,6 +85,11 @@ def find_evaluation_problem(settings: GenerationSettings, num_devices: int) -> I
 def count_group(settings: GenerationSettings) -> int:
     """Return the completions of each prompt in a training."""
     return int(settings.methods.find_value("num_generations", settings.data.method))
+
+
+def count_iterations(settings: GenerationSettings) -> int:
+    """Return how often each completion is trained on."""
+    return int(settings.methods.find_value("num_iterations", settings.data.method))
 
 
 def count_eval_group(settings: GenerationSettings) -> int:

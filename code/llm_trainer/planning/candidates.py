@@ -188,8 +188,9 @@ def plan_time(outline: Outline, candidate: Candidate) -> Candidate:
     step = time_step(host, scenario, fit.plan, candidate.num_gpus, row_tokens)
     if step is None:
         return candidate
-    step = outline.learnt.correct_step(step, host, scenario.shape)
     training = scenario.settings.training
+    if not scenario.settings.data.generates:  # other jobs' steps tell nothing of how long it takes to write
+        step = outline.learnt.correct_step(step, host, scenario.shape)
     batches = candidate.num_gpus * training.gradient_accumulation_steps
     rows = training.per_device_train_batch_size * batches
     tokens_a_second = batches * scenario.batch.num_tokens / step.seconds
@@ -229,12 +230,13 @@ def describe_steps(candidate: Candidate, number: int, work: Workload) -> Steps:
         step.seconds,
         low,
         high,
-        tokens=work.num_tokens,
+        tokens=work.read_tokens,
         eval_tokens=count_evaluations(settings.training, number) * work.eval_tokens,
         reference_tokens=work.num_tokens + work.eval_tokens if settings.asks_reference_first else 0,
         tokens_per_second=candidate.tokens_per_second,
         checkpoints=count_checkpoints(settings.training, number, number * step.seconds),
-        untrained_passes=settings.untrained_passes,
+        untrained_passes=step.untrained_passes,
+        evaluation_passes=step.evaluation_passes,
     )
 
 

@@ -62,18 +62,19 @@ class Steps:
     seconds: float
     low_seconds: float
     high_seconds: float
-    tokens: int  # of an epoch
+    tokens: int  # that are tokenized
     eval_tokens: int  # of all evaluations
     reference_tokens: int  # of rows that the reference is asked about before the first step
     tokens_per_second: float
     checkpoints: int
-    untrained_passes: int = 0  # that each batch takes beside the one that is trained on, such as a reference's
+    # The time of a batch beside its own forward and backward pass, in forward passes: of a reference, for example.
+    untrained_passes: float = 0.0
+    evaluation_passes: float = 0.0  # the same in evaluations
 
     @property
     def evaluation_share(self) -> float:
         """The share of a token's time in training that it takes without a backward pass."""
-        passes = 1 + self.untrained_passes
-        return passes * EVALUATION_SHARE / (1 + self.untrained_passes * EVALUATION_SHARE)
+        return (1 + self.evaluation_passes) * EVALUATION_SHARE / (1 + self.untrained_passes * EVALUATION_SHARE)
 
     def time_forward(self, tokens: int) -> float:
         """Return the seconds of so many tokens that are not trained on."""
@@ -85,7 +86,7 @@ def time_run(host: InstanceType, count: int, steps: Steps, sizes: Sizes) -> RunT
     training = steps.number * steps.seconds
     evaluations, asking = steps.time_forward(steps.eval_tokens), steps.time_forward(steps.reference_tokens)
     checkpoints = steps.checkpoints * sizes.checkpoint / DISK_BYTES
-    start = time_start(host, count, sizes.base, steps.tokens + steps.eval_tokens)
+    start = time_start(host, count, sizes.base, steps.tokens)
     export = sizes.base / DISK_BYTES + sizes.result / find_download_rate(host)
     other, computing = start + export, training + evaluations + asking
     return RunTime(

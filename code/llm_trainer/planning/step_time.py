@@ -3,19 +3,23 @@
 
 Products of matrices and attention are counted by `flops`. `step_trace` counts all that is read and written besides, and
 the operations that the host starts one by one. A formula does so for a model whose code does not run without numbers.
-`traffic` adds what GPUs exchange.
+`traffic` adds what GPUs exchange. A model that writes completions reads its prompts in one pass, and makes another one
+for each token.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
 
+from llm_trainer.config.generation import count_batches
 from llm_trainer.model.layers.kept_logits import MAX_LOGITS_BYTES
 from llm_trainer.model.layers.reward_head import is_reward_model
+from llm_trainer.model.memory.batch import Batch
 from llm_trainer.model.memory.flops import count_attention, count_head_products, count_products
 from llm_trainer.model.memory.gpus import Gpu
 from llm_trainer.model.memory.scenario import MemoryScenario, ParallelismPlan
-from llm_trainer.model.memory.shape import UnknownShapeError
+from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError, count_cache_bytes
 from llm_trainer.model.memory.step_trace import Span, StepTrace, trace_step
 from llm_trainer.planning.efficiency import Efficiency, find_efficiency, read_host
 from llm_trainer.planning.instances import InstanceType
@@ -31,6 +35,15 @@ PCIE_BYTES = 25e9  # a second, of activations that wait in the host's memory: wh
 # A row takes the time of so many tokens more in attention: tiles that a causal mask cuts, and the start of each. 8B in
 # rows of 1,024 shows it (bench/RESULTS.md, GPU). flash-attn's own figures say 530 (arXiv:2407.08608, figures 5 and 6).
 ROW_START = 650
+# A pass for one token starts so many operations in a layer more than one in a training, for its keys and values, and so
+# many besides, to choose the token. Counted in Transformers 5.23: a small Llama starts 39 in a layer, and 65 besides.
+TOKEN_LAUNCHES = (4, 55)
+CACHE_MOVES = 3  # keys and values are read and written, as they are copied to where one more has room, and read again
+# Completions end by themselves, at a length that nobody knows before. A step takes at least this share of the time
+# of the longest: an assumption. The last one of a batch to end decides, and a limit of twice what it needs is wide.
+SHORTEST_SHARE = 0.5
+READS = ParallelismPlan(sharded=False, recompute_activations=False, offload_activations=False)
+Work = list[tuple[float, "Pass"]]  # passes, each with the number of times that a step takes it
 Others = tuple[float, float, int, int]  # the last fields of a Pass, from `moved` on
 
 
@@ -45,11 +58,14 @@ class Pass:
     offloaded: float  # bytes to or from the host's memory
     launches: int  # operations that the host starts
     functions: int  # autograd functions in Python that it goes through
+    weights: float = 0.0  # bytes that products of few tokens read, which may take longer than their operations
 
     def time(self, rates: "Rates") -> float:
         """Return the seconds that it takes at these rates. A host starts operations while a GPU runs others."""
         products = self.products / rates.products + self.float8_products / rates.float8_products
-        computing = products + self.attention / rates.attention + self.moved / rates.moved
+        computing = (
+            max(products, self.weights / rates.moved) + self.attention / rates.attention + self.moved / rates.moved
+        )
         starting = self.launches * rates.launch_seconds + self.functions * rates.function_seconds
         if rates.is_own_host:
             return computing + starting
@@ -109,6 +125,9 @@ class StepTime:
     low: float  # a step may take this share of its seconds
     high: float  # or so many times its seconds
     is_traced: bool  # whether what moves is counted; else it follows from a formula
+    # What a batch takes beside its own two passes, in forward passes: of a reference, a teacher, or to write it.
+    untrained_passes: float = 0.0
+    evaluation_passes: float = 0.0  # the same in evaluations
 
     @property
     def seconds(self) -> float:
@@ -123,7 +142,10 @@ class StepTime:
     def scale(self, share: float, low: float, high: float) -> "StepTime":
         """Return the time that is this share of it, with another range."""
         computing, waiting = share * self.compute_seconds, share * self.waiting_seconds
-        return StepTime(computing, waiting, share * self.traffic_seconds, low, high, self.is_traced)
+        traffic = share * self.traffic_seconds
+        return replace(
+            self, compute_seconds=computing, waiting_seconds=waiting, traffic_seconds=traffic, low=low, high=high
+        )
 
 
 def time_step(
@@ -131,26 +153,38 @@ def time_step(
 ) -> StepTime | None:
     """Return what a step takes on so many GPUs. None: the config does not tell how many experts a token goes to.
 
-    Each pass without gradients, such as a reference makes, is another forward pass of the same model.
-    A sharded model is spread over the scenario's `world_size`, and replicated over the others. `row_tokens` is the
-    length of the row that a token stands in. Raise UnknownShapeError where not even the model's parts are known.
+    None comes back, too, where a teacher's shape is not known. A sharded model is spread over the scenario's
+    `world_size`, and replicated over the others. `row_tokens` is the length of the row that a token stands in. Raise
+    UnknownShapeError where not even the model's parts are known.
     """
     trace = find_trace(scenario, plan)
     passes = count_passes(scenario, plan, trace, row_tokens)
-    if passes is None:
+    taught = count_teaching(scenario, row_tokens)
+    if passes is None or taught is None:
         return None
     efficiency = find_efficiency(host.gpu.name)
     rates = find_rates(host.gpu, efficiency, scenario)
     shards = scenario.target.world_size if plan.sharded else 1
-    forwards = 1 + scenario.settings.untrained_passes
-    spread = Spread(gpus, shards, scenario.settings.training.gradient_accumulation_steps, forwards)
     traffic = count_traffic(scenario.shape, scenario.dtypes[1], shards)
     passes = add_copies(passes, traffic) if shards > 1 else passes
-    update = UPDATE_BYTES * scenario.shape.num_trained / shards
-    computing, low, high = (time_computing(passes, spread, update, each) for each in list_rates(rates, efficiency))
+    besides, in_evaluation = ([*taught, *list_besides(scenario, passes[0], evaluates)] for evaluates in (False, True))
+    work = list_step(scenario, [*((1.0, each) for each in passes), *besides], shards)
+    computing, low, high = (time_work(work, each) + each.between_seconds for each in list_rates(rates, efficiency))
+    least = SHORTEST_SHARE if scenario.settings.data.generates else 1.0
+    pieces = scenario.settings.training.gradient_accumulation_steps
+    spread = Spread(gpus, shards, pieces, forwards=1 + scenario.untrained_passes)
     forward, backward = (each.time(rates) for each in passes)
     waiting, everything = time_waits(host, traffic, spread, forward, backward) if gpus > 1 else (0.0, 0.0)
-    return StepTime(computing, waiting, everything, low / computing, high / computing, is_traced=trace is not None)
+    shares = least * low / computing, high / computing
+    others = (time_work(each, rates) / forward for each in (besides, in_evaluation))
+    return StepTime(computing, waiting, everything, *shares, trace is not None, *others)
+
+
+def list_step(scenario: MemoryScenario, batch: Work, shards: int) -> Work:
+    """Return the passes of a step whose batches take these, with the update of so many shards."""
+    pieces = scenario.settings.training.gradient_accumulation_steps
+    update = Pass(0.0, 0.0, 0.0, UPDATE_BYTES * scenario.shape.num_trained / shards, 0.0, 0, 0)
+    return [*((pieces * times, each) for times, each in batch), (1.0, update)]
 
 
 def list_rates(rates: Rates, efficiency: Efficiency) -> list[Rates]:
@@ -159,15 +193,79 @@ def list_rates(rates: Rates, efficiency: Efficiency) -> list[Rates]:
     return [rates, rates.slow_down(efficiency.low, host.low), rates.slow_down(efficiency.high, host.high)]
 
 
-def time_computing(passes: tuple[Pass, Pass], spread: Spread, update: float, rates: Rates) -> float:
-    """Return the seconds of a step's batches, of an update that moves so many bytes, and of the pause between steps.
+def time_work(work: Work, rates: Rates) -> float:
+    """Return the seconds of passes, each as often as it comes."""
+    return sum(times * each.time(rates) for times, each in work)
 
-    A forward pass without gradients keeps no activations.
+
+def count_teaching(scenario: MemoryScenario, row_tokens: float) -> Work | None:
+    """Return the pass of a teacher, if there is one, over the student's batch. None: its shape is not known."""
+    if scenario.teacher is None:
+        return []
+    try:
+        shape = scenario.teacher_shape
+    except UnknownShapeError:
+        return None
+    own = replace(scenario, config=scenario.teacher.config, known_shape=shape, known_batch=scenario.batch, teacher=None)
+    own = replace(own, fused_kernels=frozenset())
+    passes = count_passes(own, READS, find_trace(own, READS, trains=False), row_tokens)
+    return passes and [(1.0, passes[0])]
+
+
+def list_besides(scenario: MemoryScenario, forward: Pass, evaluates: bool) -> Work:
+    """Return what the model itself computes for a batch beside its own two passes.
+
+    Each pass without gradients, such as a reference makes, is another forward pass. It keeps no activations.
     """
-    forward, backward = passes
-    asking = (spread.forwards - 1) * replace(forward, offloaded=0.0).time(rates)
-    batch = asking + forward.time(rates) + backward.time(rates)
-    return spread.pieces * batch + update / rates.moved + rates.between_seconds
+    asked = scenario.untrained_passes, replace(forward, offloaded=0.0)
+    return [asked, *list_writing(scenario, forward, evaluates)]
+
+
+def list_writing(scenario: MemoryScenario, forward: Pass, evaluates: bool) -> Work:
+    """Return the passes that write a batch's completions, as parts of those that write many at once.
+
+    `forward` is the model's pass over the batch. All completions are as long as `max_completion_length` allows, and the
+    pass over the prompts gives the first token. What rewards take is not known.
+    """
+    settings, written = scenario.settings, scenario.settings.completion_tokens
+    if scenario.generated is None:
+        return []
+    at_once = scenario.generated.num_sequences
+    share = 1 / count_batches(settings.generation, scenario.target.world_size)
+    if evaluates:
+        at_once = settings.training.per_device_eval_batch_size
+        share = scenario.batch.num_sequences / at_once
+    prompt = scenario.batch.length - written
+    reading = count_reading(scenario, forward, Batch(at_once, prompt, at_once))
+    token = count_reading(scenario, forward, Batch(at_once, 1, at_once))
+    before = at_once * (prompt + written // 2)  # tokens whose keys and values a pass reads, on average
+    cache = CACHE_MOVES * count_cache_bytes(scenario.config, before, scenario.dtypes[1])
+    launches = token.launches + TOKEN_LAUNCHES[0] * scenario.shape.num_layers + TOKEN_LAUNCHES[1]
+    token = replace(token, moved=token.moved + cache, launches=launches)
+    return [(share, reading), (share * (written - 1), token)]
+
+
+def count_reading(scenario: MemoryScenario, forward: Pass, batch: Batch) -> Pass:
+    """Return a pass over other tokens than `forward` goes over. It moves as many bytes for each of them."""
+    other = replace(scenario, known_batch=batch, known_shape=scenario.shape)
+    passes = count_passes(other, READS, None, batch.length)
+    assert passes is not None
+    moved = forward.moved * batch.num_tokens / scenario.batch.num_tokens
+    weights = count_read_bytes(scenario.shape, scenario.dtypes[1])
+    counts = forward.launches, forward.functions
+    return replace(passes[0], moved=moved, launches=counts[0], functions=counts[1], weights=weights)
+
+
+@functools.lru_cache(maxsize=64)
+def count_read_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
+    """Return the bytes of all weights that a pass reads, with copies of those that are of another type.
+
+    Embeddings are looked up, unless they are the output's weights, too. Of experts, some token of many reads each.
+    """
+    looked_up = ("embeddings",) if shape.count_weights("output") else ()
+    parts = [part for part in shape.parts if part.role not in looked_up]
+    copied = sum(part.num_weights for part in parts if part.data_bytes != part.num_weights * dtype.itemsize)
+    return sum(part.data_bytes + part.scales_bytes for part in parts) + 2 * dtype.itemsize * copied
 
 
 def add_copies(passes: tuple[Pass, Pass], traffic: Traffic) -> tuple[Pass, Pass]:
@@ -180,9 +278,11 @@ def add_copies(passes: tuple[Pass, Pass], traffic: Traffic) -> tuple[Pass, Pass]
     )
 
 
-def find_trace(scenario: MemoryScenario, plan: ParallelismPlan) -> tuple[StepTrace, StepTrace] | None:
+def find_trace(
+    scenario: MemoryScenario, plan: ParallelismPlan, trains: bool = True
+) -> tuple[StepTrace, StepTrace] | None:
     """Return the step's trace, and the trace of layers that keep their activations. None: it cannot be traced."""
-    step = scenario.build_step(plan)
+    step = replace(scenario.build_step(plan), trains=trains)
     try:
         trace = trace_step(scenario.shape, step)
         kept = trace_step(scenario.shape, replace(step, recompute_activations=False)) if plan.kept_layers else trace

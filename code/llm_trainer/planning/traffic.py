@@ -29,7 +29,7 @@ class Spread:
     gpus: int
     shards: int
     pieces: int  # batches that are added up
-    forwards: int = 1  # forward passes over a batch: a reference adds one, for example
+    forwards: float = 1  # forward passes over a batch: a reference adds one, for example
 
     @property
     def replicas(self) -> int:

@@ -6,7 +6,9 @@ import pytest
 from llm_trainer.config.generation import (
     GenerationSettings,
     choose_eval_rows,
+    count_batches,
     count_generated,
+    count_scorings,
     find_generation_problem,
     show_divisors,
 )
@@ -34,6 +36,27 @@ def find(num_devices=1, has_validation=False, **settings):
 )
 def test_what_is_generated_at_once(settings, num_devices, expected):
     assert count_generated(select("grpo", **settings), num_devices) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "batches", "scorings"),
+    [
+        ("grpo", {}, 1, 0),
+        ("grpo", {"gradient_accumulation_steps": 4}, 4, 0),
+        ("grpo", {"beta": 0.04}, 1, 1),
+        ("grpo", {"num_iterations": 2}, 2, 1),
+        ("grpo", {"gradient_accumulation_steps": 4, "steps_per_generation": 2}, 2, 0),
+        ("grpo", {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "beta": 0.04}, 4, 2),
+        ("grpo", {"generation_batch_size": 48, "gradient_accumulation_steps": 6}, 3, 0),
+        ("rloo", {"beta": 0.0}, 1, 1),
+        ("rloo", {}, 1, 2),
+    ],
+)
+def test_completions_are_scored_where_later_steps_go_on_with_them_and_by_a_reference(
+    method, settings, batches, scorings
+):
+    generation = select(method, **settings)
+    assert (count_batches(generation, 2), count_scorings(generation, 2)) == (batches, scorings)
 
 
 def test_a_group_that_does_not_fit_is_told_with_the_nearest_numbers():

@@ -59,13 +59,14 @@ def test_a_reference_is_asked_in_the_start_or_makes_evaluations_longer():
     first = time_run(P4D, 1, read, SIZES)
     assert first.start - plain.start == pytest.approx(EVALUATION_SHARE * 10**6 / 5e4)
     assert (first.steps, first.low < first.seconds < first.high) == (plain.steps, True)
-    each = replace(STEPS, eval_tokens=10**6, untrained_passes=1)
-    alone = time_run(P4D, 1, replace(each, untrained_passes=0), SIZES).evaluations
+    each = replace(STEPS, eval_tokens=10**6, untrained_passes=1, evaluation_passes=1)
+    alone = time_run(P4D, 1, replace(each, untrained_passes=0, evaluation_passes=0), SIZES).evaluations
     assert time_run(P4D, 1, each, SIZES).evaluations == pytest.approx(alone * 2 / (1 + EVALUATION_SHARE))
 
 
 def test_kto_asks_the_reference_about_two_answers_of_each_row():
-    read = replace(STEPS, reference_tokens=10**6, untrained_passes=1)  # the step's is the model's own, of other answers
+    # The step's pass is the model's own, of other answers.
+    read = replace(STEPS, reference_tokens=10**6, untrained_passes=1, evaluation_passes=1)
     asking = time_run(P4D, 1, read, SIZES).start - time_run(P4D, 1, STEPS, SIZES).start
     training = 10**6 / 5e4 / (1 + EVALUATION_SHARE)  # without that pass
     assert asking == pytest.approx(2 * EVALUATION_SHARE * training)

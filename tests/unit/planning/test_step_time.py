@@ -22,10 +22,13 @@ from llm_trainer.planning.efficiency import read_host
 from llm_trainer.planning.instances import read_instances
 from llm_trainer.planning.step_time import (
     ROW_START,
+    SHORTEST_SHARE,
     Pass,
     Rates,
     computes_logits_again,
     count_causal_attention,
+    count_read_bytes,
+    list_writing,
     time_step,
 )
 
@@ -33,6 +36,8 @@ BENCH = Path(__file__).parents[3] / "bench"
 sys.path.append(str(BENCH))
 from scaling import LLAMA_8B  # noqa: E402
 from step_times import JOBS, list_published, plan_step  # noqa: E402
+
+from support.teachers import describe_teacher  # noqa: E402
 
 FIGURES = json.loads((BENCH / "gpu-h200.json").read_text())
 PUBLISHED = {f"{name} on {case.host}": (case, seconds) for name, case, seconds in list_published()}
@@ -177,3 +182,75 @@ def test_a_step_of_kto_has_three_passes_more_where_its_loss_estimates_a_divergen
     sft = time_step(H200, build_scenario(), NO_SAVINGS, 1, 1024)
     forward = plain.compute_seconds - sft.compute_seconds
     assert estimating.compute_seconds - sft.compute_seconds == pytest.approx(3 * forward)
+
+
+WRITING = {"method": "grpo", "max_length": 64, "num_generations": 8, "max_completion_length": 128}
+
+
+def time_writing(config="tiny", **settings):
+    """The seconds of a step in which completions are written."""
+    return time_step(H200, build_scenario(config, **{**WRITING, **settings}), NO_SAVINGS, 1, 1024)
+
+
+def test_each_token_that_is_written_takes_a_pass_over_the_model():
+    sft = time_step(H200, build_scenario("tiny", max_length=192), NO_SAVINGS, 1, 1024)
+    short, long = time_writing(), time_writing(max_length=192, max_completion_length=256)
+    passes = list_writing(build_scenario("tiny", **WRITING), Pass(1, 0, 1, 1, 0, 100, 10), evaluates=False)
+    assert [times for times, _ in passes] == [1, 127]  # the pass over the prompts gives the first token
+    assert short.seconds > 20 * sft.seconds
+    assert (long.seconds - sft.seconds) / (short.seconds - sft.seconds) == pytest.approx(255 / 127, rel=0.1)
+    low, high = short.range_seconds
+    host = read_host(of_gpus=True)
+    assert (low, high) == pytest.approx(
+        (SHORTEST_SHARE * host.low * short.seconds, host.high * short.seconds), rel=0.01
+    )
+
+
+def test_steps_that_share_a_generation_share_its_time():
+    one, two, four = (
+        time_writing(**settings).seconds - time_writing(max_completion_length=1).seconds
+        for settings in ({}, {"num_iterations": 2}, {"gradient_accumulation_steps": 4})
+    )
+    assert two == pytest.approx(one / 2, rel=0.1)
+    assert four == pytest.approx(one, rel=0.2)  # written at once, and the host is what a token waits for
+
+
+def test_a_large_model_reads_its_weights_for_each_token():
+    written = time_writing("8B", max_completion_length=65).seconds - time_writing("8B", max_completion_length=1).seconds
+    weights = count_read_bytes(build_scenario("8B", **WRITING).shape, torch.bfloat16)
+    assert 15e9 < weights < 16.1e9  # all but the embeddings, of which few are looked up
+    assert written / 64 > weights / 4.8e12
+
+
+def test_evaluations_write_too_in_batches_of_their_own():
+    scenario = build_scenario("tiny", **WRITING, per_device_eval_batch_size=2)
+    writes = [list_writing(scenario, Pass(1, 0, 1, 1, 0, 100, 10), evaluates) for evaluates in (False, True)]
+    assert [times for times, _ in writes[1]] == [4 * times for times, _ in writes[0]]
+    step = time_step(H200, scenario, NO_SAVINGS, 1, 1024)
+    assert step.evaluation_passes == pytest.approx(4 * step.untrained_passes, rel=0.01)
+
+
+def test_a_teacher_adds_a_forward_pass_of_its_own_shape():
+    plain = build_scenario("8B", method="distill")
+    times = [
+        time_step(H200, scenario, NO_SAVINGS, 1, 1024)
+        for scenario in (
+            replace(plain, known_shape=plain.shape),
+            *(replace(plain, teacher=describe_teacher(CONFIGS[name]), known_shape=plain.shape) for name in CONFIGS),
+        )
+    ]
+    without, large, small = (each.compute_seconds for each in times)
+    assert 0.25 < (large - without) / without < 0.5  # a third of four passes, where a frozen base takes two others
+    assert 0 < small - without < 0.1 * (large - without)
+    assert times[0].untrained_passes == 0
+    assert times[1].untrained_passes == times[1].evaluation_passes == pytest.approx(1, rel=0.2)
+
+
+def test_a_teacher_of_unknown_shape_leaves_the_time_unknown(monkeypatch):
+    def refuse(teacher, dtype):
+        raise UnknownShapeError("its code asks for numbers")
+
+    scenario = replace(build_scenario("tiny", method="distill"), teacher=describe_teacher(TINY))
+    assert time_step(H200, scenario, NO_SAVINGS, 1, 1024)
+    monkeypatch.setattr(step_time.MemoryScenario, "teacher_shape", property(lambda own: refuse(own, None)))
+    assert time_step(H200, scenario, NO_SAVINGS, 1, 1024) is None

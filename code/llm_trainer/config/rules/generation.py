@@ -30,12 +30,6 @@ GENERATION_RULES = (
         "is not offered; set beta=0, or train an adapter, whose reference is the base.",
     ),
     Rule(
-        ("distribution", "method"),
-        lambda s: s.data.generates and (s.parallelism.distribution == "fsdp" or bool(s.parallelism.fsdp)),
-        "distribution=fsdp with method={method}: a model in shards would gather all weights for each token that it "
-        "writes; leave it out, and take load_in_4bit or GPUs with more memory.",
-    ),
-    Rule(
         ("steps_per_generation", "generation_batch_size"),
         lambda s: s.methods.steps_per_generation is not None and s.methods.generation_batch_size is not None,
         "steps_per_generation={steps_per_generation} with generation_batch_size={generation_batch_size}: both say how "

@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_trainer.common.units import GIB, MIB
 from llm_trainer.model.memory.batch import Batch
-from llm_trainer.model.memory.passes import Pass, Peak, Unit, find_peak, list_passes
+from llm_trainer.model.memory.passes import Pass, Peak, Unit, count_gathered_bytes, find_peak, list_passes
 from llm_trainer.model.memory.shape import ModelShape
 from llm_trainer.model.memory.step_trace import Step, trace_step
 
@@ -182,11 +182,13 @@ def count_taught_bytes(setup: Setup) -> int:
 def find_generation_peak(shape: ModelShape, setup: Setup) -> Peak:
     """Return the peak of writing completions: the cache, and beside it a copy of one layer's part, which grows.
 
-    Gradients of earlier batches are there where steps accumulate.
+    Gradients of earlier batches are there where steps accumulate. Of a sharded model each device then has all weights.
     """
+    step, shards = setup.step, setup.world_size if setup.step.sharded else 1
     growing = 2 * setup.cache_bytes // shape.num_layers
-    gradients = shape.trained_bytes if setup.accumulates else 0
-    return Peak(gradients, working=setup.cache_bytes + growing)
+    gradients = shape.trained_bytes // shards if setup.accumulates else 0
+    whole = count_gathered_bytes([*shape.parts], step.compute_dtype, shards) if step.sharded else 0
+    return Peak(gradients, working=setup.cache_bytes + growing, gathered=whole)
 
 
 def count_stored_bytes(shape: ModelShape, shards: int, *, in_adapter: bool) -> Iterator[int]:

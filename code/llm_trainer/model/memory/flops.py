@@ -18,7 +18,7 @@ NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # config
 
 
 def find_peak_tokens_per_second(
-    shape: ModelShape | None, config: PreTrainedConfig, device: Device, row_tokens: float, untrained_passes: int = 0
+    shape: ModelShape | None, config: PreTrainedConfig, device: Device, row_tokens: float, untrained_passes: float = 0
 ) -> float | None:
     """Return the tokens a second at the device's peak, or None where the model or the device is not known.
 
@@ -46,7 +46,7 @@ def measure_row_tokens(lengths: Mapping[int, int], max_length: int | None) -> fl
 
 
 def count_flops(
-    shape: ModelShape, config: PreTrainedConfig, row_tokens: float, untrained_passes: int = 0
+    shape: ModelShape, config: PreTrainedConfig, row_tokens: float, untrained_passes: float = 0
 ) -> float | None:
     """Return the floating-point operations of a token, forward and backward, in a row of so many tokens.
 
@@ -62,7 +62,7 @@ def count_flops(
     return None if products is None else products + passes * count_attention(config.get_text_config(), row_tokens)
 
 
-def count_products(shape: ModelShape, config: PreTrainedConfig, for_frozen: int, for_trained: int) -> float | None:
+def count_products(shape: ModelShape, config: PreTrainedConfig, for_frozen: float, for_trained: float) -> float | None:
     """Return the operations of a token in products of matrices, for so many a frozen and a trained weight.
 
     None comes back where the config does not tell how many experts a token goes to.
@@ -74,7 +74,7 @@ def count_products(shape: ModelShape, config: PreTrainedConfig, for_frozen: int,
 
 
 @functools.lru_cache(maxsize=64)
-def sum_products(shape: ModelShape, experts_share: float, for_frozen: int, for_trained: int) -> float:
+def sum_products(shape: ModelShape, experts_share: float, for_frozen: float, for_trained: float) -> float:
     """Return the same where a token goes to a known share of the experts. `plan` asks for it hundreds of times."""
     total = 0.0
     for part in shape.parts:
@@ -86,7 +86,7 @@ def sum_products(shape: ModelShape, experts_share: float, for_frozen: int, for_t
     return total
 
 
-def count_head_products(shape: ModelShape, for_frozen: int, for_trained: int) -> float:
+def count_head_products(shape: ModelShape, for_frozen: float, for_trained: float) -> float:
     """Return the operations of a token in the output layer, for so many a frozen and a trained weight."""
     role = "output" if shape.count_weights("output") else "embeddings"
     table = max((part for part in shape.parts if part.role == role), key=lambda part: part.num_weights)

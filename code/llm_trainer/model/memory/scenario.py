@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from llm_trainer.config.generation import GenerationSettings, count_generated
+from llm_trainer.config.generation import GenerationSettings, count_generated, count_iterations, count_scorings
 from llm_trainer.config.rules.table import supports_fsdp
 from llm_trainer.config.sections import (
     REFERENCE_METHODS,
@@ -47,6 +47,11 @@ class MemorySettings:
     methods: MethodSettings = field(default_factory=MethodSettings)
 
     @property
+    def generation(self) -> GenerationSettings:
+        """The sections that decide how many completions are written."""
+        return GenerationSettings(self.data, self.methods, self.training)
+
+    @property
     def completion_tokens(self) -> int:
         """The tokens that the model writes behind a row at most."""
         return self.methods.count_written(self.data.method)
@@ -64,7 +69,7 @@ class MemorySettings:
     @property
     def can_shard(self) -> bool:
         """True where FSDP can shard a base that is loaded so, with an adapter that begins so."""
-        return not self.data.generates and supports_fsdp(self.model, self.adapter, self.training.optim)
+        return supports_fsdp(self.model, self.adapter, self.training.optim)
 
     @property
     def can_offload(self) -> bool:
@@ -86,16 +91,6 @@ class MemorySettings:
         """True where the reference has a copy of the adapter, as switching it off would not bring the start back."""
         moves = self.adapter.goes_on or not begins_at_zero(self.adapter.init_lora_weights)
         return self.has_reference and self.adapter.use_peft and moves
-
-    @property
-    def untrained_passes(self) -> int:
-        """The forward passes that each batch takes without gradients, beside the one that is trained on.
-
-        The reference's is one. Where KTO estimates a divergence, model and reference are asked about other answers.
-        """
-        estimates = self.data.is_judged and self.methods.loss_type != WITHOUT_DIVERGENCE
-        asks_reference = self.has_reference and not self.asks_reference_first
-        return estimates + asks_reference * (1 + estimates)
 
 
 @dataclass(frozen=True)
@@ -236,8 +231,22 @@ class MemoryScenario:
         if not settings.data.generates:
             return None
         num_devices = self.target.world_size
-        sections = GenerationSettings(settings.data, settings.methods, settings.training)
-        return Batch(-(-count_generated(sections, num_devices) // num_devices), self.length)
+        return Batch(-(-count_generated(settings.generation, num_devices) // num_devices), self.length)
+
+    @property
+    def untrained_passes(self) -> float:
+        """The forward passes that each batch takes without gradients, beside the one that is trained on.
+
+        The reference's is one. Where KTO estimates a divergence, model and reference are asked about other answers.
+        Completions are scored once, however often they are trained on.
+        """
+        settings = self.settings
+        if settings.data.generates:
+            scorings = count_scorings(settings.generation, self.target.world_size)
+            return scorings / count_iterations(settings.generation)
+        estimates = settings.data.is_judged and settings.methods.loss_type != WITHOUT_DIVERGENCE
+        asks_reference = settings.has_reference and not settings.asks_reference_first
+        return estimates + asks_reference * (1 + estimates)
 
     @property
     def has_mask(self) -> bool:

@@ -11,6 +11,7 @@ from llm_trainer.training.generation.prompts import COLUMNS, TOKENS, collate_pro
 from llm_trainer.training.generation.state import load_state, save_states
 from llm_trainer.training.generation.stops import EndsEarly, GenerationStop, ending_early, has_any
 from llm_trainer.training.resumable import RunContext
+from llm_trainer.training.sharding.fsdp import hold_whole
 
 EPOCH_NAMES = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
 
@@ -71,11 +72,16 @@ class GenerationMixin(WholeEvaluations):
         """Write completions. Raises GenerationStop in a training where all ranks know of a stop."""
         is_training = self.model.training
         criterion = EndsEarly(lambda: (is_training or self.can_stop_evaluation) and self.is_stop_wanted())
-        with ending_early(self.model, criterion):
+        with hold_whole(self.model, self.reshards), ending_early(self.model, criterion):
             completions = super()._generate_single_turn(*args, **kwargs)
         if is_training and has_any(criterion.has_ended, self.run.consensus.group):
             raise GenerationStop
         return completions
+
+    @property
+    def reshards(self) -> bool:
+        """True where FSDP gives gathered weights back after a forward pass."""
+        return self.is_fsdp_enabled and bool(self.accelerator.state.fsdp_plugin.reshard_after_forward)
 
     def is_stop_wanted(self) -> bool:
         """Tell whether this rank knows of a stop."""

@@ -34,11 +34,14 @@ class EndsEarly(StoppingCriteria):
 @contextmanager
 def ending_early(model: Any, criterion: EndsEarly) -> Iterator[None]:
     """Have the model write no further in this context than the criterion says. TRL hands on no criteria."""
+    outer = vars(model).get("generate")
     model.generate = partial(model.generate, stopping_criteria=StoppingCriteriaList([criterion]))
     try:
         yield
     finally:
         del model.generate
+        if outer is not None:
+            model.generate = outer
 
 
 def has_any(own: bool, group: dist.ProcessGroup | None) -> bool:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """FSDP2: torch's `fully_shard`, used by Accelerate. Each rank holds a shard of the weights and of the optimizer."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from accelerate.utils.modeling import get_non_persistent_buffers
 from peft import PeftModel
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig
@@ -194,3 +195,25 @@ def gather_weights(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor
     trained_only = isinstance(model, PeftModel)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
     return get_model_state_dict(model, options=options)
+
+
+@contextmanager
+def hold_whole(model: Any, reshards: bool) -> Iterator[None]:
+    """Have each rank hold all weights while the model generates, in place of gathering them again for each token.
+
+    Ranks may therefore write texts of different lengths: after the first token none waits for another. `reshards` is
+    what a forward pass does outside. A model that is not sharded stays as it is.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    register_fsdp_forward_method(model, "generate")  # which goes past the model's own forward method
+    model.set_reshard_after_forward(False)
+    try:
+        yield
+    finally:
+        del model.generate
+        model.set_reshard_after_forward(reshards)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

@@ -41,11 +41,19 @@ STEP = Step(
 
 
 def expect(
-    settings=None, config=CONFIG, dtype=torch.float32, world_size=1, optim="adamw_torch", more=(), teacher=None, **step
+    settings=None,
+    config=CONFIG,
+    dtype=torch.float32,
+    world_size=1,
+    optim="adamw_torch",
+    more=(),
+    teacher=None,
+    cache_bytes=0,
+    **step,
 ):
     settings = settings or Settings(use_peft=False)
     shape = read_shape(config, settings.model, settings.adapter, dtype)
-    setup = Setup(replace(STEP, **step), world_size, f"{optim}", False, *more, teacher=teacher)
+    setup = Setup(replace(STEP, **step), world_size, f"{optim}", False, *more, teacher=teacher, cache_bytes=cache_bytes)
     return estimate_memory(shape, setup)
 
 
@@ -160,6 +168,12 @@ def test_what_shards_and_what_does_not():
     assert sharded.parts["gathered weights"] > 0
     assert (alone.parts["gathered weights"], alone.parts["reduced gradients"]) == (0, 0)
     assert expect(world_size=4).parts["DDP's buckets"] == alone.parts["base weights"]
+
+
+def test_a_sharded_model_is_whole_while_it_writes():
+    writing = expect(sharded=True, world_size=4, cache_bytes=2**30)
+    assert writing.parts["gathered weights"] == pytest.approx(expect().parts["base weights"], rel=0.01)
+    assert expect(world_size=4, cache_bytes=2**30).parts["gathered weights"] == 0
 
 
 def test_a_sharded_step_copies_gradients_when_activations_are_gone():

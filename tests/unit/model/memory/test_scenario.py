@@ -116,12 +116,16 @@ def test_less_is_needed_where_more_is_saved():
         ({"method": "kto", "use_peft": False}, True, 1, False),
         ({"method": "kto", "loss_type": "apo_zero_unpaired"}, False, 1, False),
         ({"method": "kto", "loss_type": "apo_zero_unpaired", "use_peft": False}, True, 0, False),
+        ({"method": "grpo"}, False, 0, False),
+        ({"method": "grpo", "beta": 0.04, "num_iterations": 4}, False, 0.5, False),
+        ({"method": "rloo"}, False, 2, False),
     ],
     ids=str,
 )
 def test_a_reference_is_asked_first_or_with_each_batch(options, first, passes, copies):
-    asked = sections(**options)
-    assert (asked.asks_reference_first, asked.untrained_passes, asked.copies_adapter) == (first, passes, copies)
+    scenario = make_scenario(**options)
+    asked = scenario.settings
+    assert (asked.asks_reference_first, scenario.untrained_passes, asked.copies_adapter) == (first, passes, copies)
 
 
 def test_a_reference_that_is_asked_first_counts_like_an_evaluation():
