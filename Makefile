@@ -18,6 +18,8 @@ BUILD_OPTIONS ?=
 FLASH_ATTN = $(if $(filter undefined,$(origin FLASH_ATTN_CUDA_ARCHS)),,--build-arg "FLASH_ATTN_CUDA_ARCHS=$(FLASH_ATTN_CUDA_ARCHS)")
 # METHOD=dpo has `make demo` go on from its own result with preferences; METHOD=grpo trains the base on rewards.
 METHOD ?= sft
+# MODEL=vision has it train a small model of random weights on pictures instead, and download none.
+MODEL ?= text
 # JUNIT=--junit-xml=FILE has the tests leave a report that CI systems read.
 JUNIT ?=
 UNIT_TESTS ?= tests/unit
@@ -63,11 +65,19 @@ venv: .venv/.made ## Create .venv from the hash-locked requirements
 	@PYTHON="$(PYTHON)" docker/venv.sh
 	@touch $@
 
+ifeq ($(MODEL),vision)
+demo: venv ## With MODEL=vision: have a small model of random weights learn to count shapes in pictures; downloads no model
+	@test $(METHOD) = sft || { echo "MODEL=vision goes with METHOD=sft alone, not with METHOD=$(METHOD)."; exit 1; }
+	@.venv/bin/python examples/demo/see.py .demo/vision
+else
+
 demo: venv .demo/download ## Fine-tune SmolLM2-135M on this machine's CPU, and measure it before and after; METHOD=dpo: then on preferences; METHOD=grpo: on rewards
 	@test $(METHOD) = grpo -o -e .demo/opt/ml/model/training_manifest.json -a $(METHOD) != sft \
 		|| .venv/bin/python examples/demo/run.py .demo/download/*.whl .demo/opt/ml
 	@test $(METHOD) != dpo || .venv/bin/python examples/demo/prefer.py .demo/opt/ml .demo/dpo/opt/ml
 	@test $(METHOD) != grpo || .venv/bin/python examples/demo/reward.py .demo/download/*.whl .demo/grpo/opt/ml
+
+endif
 
 .demo/download: $(REQUIREMENTS)/demo.txt
 	rm -rf $@
