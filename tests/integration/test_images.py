@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 from llm_trainer.model.kinds.tower import list_tower
 from llm_trainer.readers.thumbnails import MAX_CHARACTERS
 from support.compared_jobs import check_stop_changes_nothing
+from support.image_rows import PAIRS
 from support.sagemaker_tree import finish, metrics_of
 from support.seeing_jobs import give_images
 from support.tiny_processors import KINDS, draw
@@ -87,4 +88,39 @@ def test_a_stop_changes_nothing(make_tree, start, kind, num_workers):
     for tree in (whole, stopped):
         tree.environment["OMP_NUM_THREADS"] = "1"
         give_images(tree, kind, **options)
+    check_stop_changes_nothing(whole, stopped, start)
+
+
+TWO_IMAGES = {
+    "prompt": "<image> and <image> differ?",
+    "chosen": "Much.",
+    "rejected": "No.",
+    "images": ["1.png", "2.png"],
+}
+NO_IMAGE = {"prompt": [{"role": "user", "content": "Who?"}], "chosen": "Me, and you.", "rejected": "Them."}
+
+
+def give_pairs(tree, kind, **hyperparameters):
+    give_images(tree, kind, [PAIRS[0], TWO_IMAGES, NO_IMAGE] * 4, method="dpo", **hyperparameters)
+    tree.write("input/data/validation/validation.json", [NO_IMAGE] * 2)
+
+
+@pytest.mark.parametrize("distribution", ["", "fsdp"])
+def test_pairs_with_images_and_without_train(tree, distribution):
+    options = {"num_train_epochs": "3", "train_vision": "true", "merge_weights": "true"}
+    ranks = {"distribution": distribution, "nproc_per_node": "2"} if distribution else {}
+    give_pairs(tree, "qwen", **options, **ranks, per_device_train_batch_size="2")
+    log = finish(tree)
+    assert "12 pairs" in log and "24 images" in log
+    assert metrics_of(log, "rewards/accuracies")[-1] > 0.5
+    assert tree.manifest["export"]["proven"]
+    assert all(check["tokens"] > 60 for check in tree.manifest["export"]["checks"])
+
+
+def test_a_stopped_run_of_pairs_with_images_ends_with_the_same_weights(make_tree, start):
+    options = {"num_train_epochs": "9", "use_peft": "false", "dataloader_num_workers": "1"}
+    whole, stopped = make_tree(), make_tree()
+    for tree in (whole, stopped):
+        tree.environment["OMP_NUM_THREADS"] = "1"
+        give_pairs(tree, "idefics", **options, logging_steps="1")
     check_stop_changes_nothing(whole, stopped, start)

@@ -84,7 +84,10 @@ def test_rows_of_text_train_more_types(make_job, model_type, method):
 
 @pytest.mark.parametrize(
     ("method", "row"),
-    [("dpo", {**PAIR, "images": ["a.png"]}), ("distill", {"messages": [{"role": "user", "content": [IMAGE]}, ANSWER]})],
+    [
+        ("reward", {**PAIR, "images": ["a.png"]}),
+        ("distill", {"messages": [{"role": "user", "content": [IMAGE]}, ANSWER]}),
+    ],
 )
 def test_images_are_refused_before_weights_load(make_job, method, row):
     tree, _ = make_job(method, "gemma3", [row])

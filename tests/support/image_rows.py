@@ -66,16 +66,45 @@ def save_pictures(folder):
         picture.save(folder / f"{number}.png")
 
 
-def build_raw_rows():
-    """The conversations as TRL takes them: messages with placeholders, and a column of images."""
+PAIRS = [
+    {
+        "prompt": [{"role": "user", "content": "<image>\nWhat is it?"}],
+        "chosen": [{"role": "assistant", "content": "A cat."}],
+        "rejected": [{"role": "assistant", "content": "No idea at all."}],
+        "images": ["0.png"],
+    },
+    {
+        "prompt": [say("user", show({"bytes": encode(PICTURES[1]), "path": None}), " and ", show("2.png"), " differ?")],
+        "chosen": [{"role": "assistant", "content": "Much, and more."}],
+        "rejected": [{"role": "assistant", "content": "No."}],
+    },
+]
+
+
+def build_raw_pairs():
+    """The pairs as TRL takes them: with a column of images."""
+    prompts = [CONVERSATIONS[0][:1], CONVERSATIONS[2][:1]]
+    images = [[{"bytes": encode(picture), "path": None} for picture in own] for own in (PICTURES[:1], PICTURES[1:])]
+    rows = [
+        {"prompt": plain, **{side: [say("assistant", pair[side][0]["content"])] for side in ("chosen", "rejected")}}
+        for plain, pair in zip(map(leave_marks, prompts), PAIRS, strict=True)
+    ]
+    return Dataset.from_list(rows).add_column("images", images).cast_column("images", List(Image()))
+
+
+def leave_marks(conversation):
+    """A conversation with places for images, and none of them."""
 
     def without_image(part):
         return part if part["type"] == "text" else {"type": "image"}
 
-    rows = [
-        {"messages": [{**turn, "content": [*map(without_image, turn["content"])]} for turn in conversation]}
-        for conversation in CONVERSATIONS
-    ]
+    return [{**turn, "content": [*map(without_image, turn["content"])]} for turn in conversation]
+
+
+def build_raw_rows():
+    """The conversations as TRL takes them: messages with placeholders, and a column of images."""
+
+    rows = [{"messages": leave_marks(conversation)} for conversation in CONVERSATIONS]
     parts = [[part for turn in conversation for part in turn["content"]] for conversation in CONVERSATIONS]
     images = [[{"bytes": encode(part["image"]), "path": None} for part in own if "image" in part] for own in parts]
     return Dataset.from_list(rows).add_column("images", images).cast_column("images", List(Image()))

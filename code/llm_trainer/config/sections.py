@@ -38,6 +38,7 @@ METHOD_FORMATS: dict[str, tuple[str, ...]] = {
     "grpo": ("prompt",),
     "rloo": ("prompt",),
 }
+IMAGE_METHODS = ("sft", "dpo")  # methods whose rows may have images
 Attention = Literal[
     "auto",
     "flash_attention_2",

@@ -15,7 +15,7 @@ from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from llm_trainer.common.errors import UserError, cut_quote, quote_error
-from llm_trainer.config.sections import DataSettings
+from llm_trainer.config.sections import IMAGE_METHODS, DataSettings
 from llm_trainer.data.chat_template import MAX_SECONDS, ChatTemplate, Span, limit_rows
 from llm_trainer.data.control_tokens import ControlTokens, EscapingTokenizer
 from llm_trainer.data.formats.examples import IGNORED, Conversation, Judged, Pair, Prompt, RowError, Text, Tokens
@@ -298,7 +298,7 @@ class Encoder:
         images = self.vocabulary.images
         if images is not None and images.image_token_id is not None and (input_ids == images.image_token_id).any():
             token = self.tokenizer.decode([images.image_token_id])
-            fix = "give the image, or remove the text" if self.settings.method == "sft" else "remove the text"
+            fix = "give the image, or remove the text" if self.settings.method in IMAGE_METHODS else "remove the text"
             raise RowError(f"has the text {token} and no image: {fix}.")
 
     def place_pictures(self, row: EncodedRow, pictures: tuple[Picture, ...]) -> EncodedRow:

@@ -28,7 +28,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.common.files import append_rows
 from llm_trainer.common.processes import bind_to_parent
 from llm_trainer.common.redaction import hide_known
-from llm_trainer.config.sections import DataSettings
+from llm_trainer.config.sections import IMAGE_METHODS, DataSettings
 from llm_trainer.data.encoding import Encoder, Vocabulary
 from llm_trainer.data.fitting import Fitter, Sequences
 from llm_trainer.data.formats.detection import (
@@ -73,7 +73,6 @@ PICTURE = {
     "start": Value("int32"),
     "tokens": Value("int32"),
 }
-PICTURE_FEATURES = Features({**FEATURES, "pictures": List(PICTURE)})
 MARGIN_FEATURES = Features({**ANSWER_FEATURES, "margin": Value("float32")})
 # Of prompts: the row as JSON text, as columns of an Arrow file have one type and those of rows need not.
 PROMPT_FEATURES = Features({**FEATURES, "content": Value("string")})
@@ -181,6 +180,8 @@ class Preparer:
 
         Raises RowError where one cannot be used, and UserError where the model or the job takes no images at all.
         """
+        if isinstance(example, Pair):
+            return self.find_pictures_of_pair(example, chunk, index)
         if not isinstance(example, Conversation | Text) or not example.images:
             return example
         if problem := self.encoder.find_image_problem():
@@ -195,6 +196,14 @@ class Preparer:
             return replace(example, images=tuple(self.find_picture(value, place) for value in example.images))
         except ImageError as error:
             raise RowError(str(error)) from error
+
+    def find_pictures_of_pair(self, pair: Pair, chunk: Chunk, index: int) -> Pair:
+        """Return a pair whose images are found: once where both sides have the same. Raises as `find_pictures`."""
+        chosen: Any = self.find_pictures(pair.chosen, chunk, index)
+        if pair.rejected.images == pair.chosen.images:
+            return replace(pair, chosen=chosen, rejected=replace(pair.rejected, images=chosen.images))
+        rejected: Any = self.find_pictures(pair.rejected, chunk, index)
+        return replace(pair, chosen=chosen, rejected=rejected)
 
     def find_picture(self, value: Any, place: ImagePlace) -> Picture:
         """Return the image that a row's value gives. Raises ImageError."""
@@ -268,8 +277,8 @@ def choose_features(settings: DataSettings, vocabulary: Vocabulary | None = None
     """Return the columns of the method's rows, with images where the model takes some."""
     if settings.generates:
         return PROMPT_FEATURES
-    if settings.method == "sft" and vocabulary is not None and vocabulary.images is not None:
-        return PICTURE_FEATURES
+    if settings.method in IMAGE_METHODS and vocabulary is not None and vocabulary.images is not None:
+        return Features({**(ANSWER_FEATURES if settings.has_answers else FEATURES), "pictures": List(PICTURE)})
     if settings.is_judged:
         return JUDGED_FEATURES
     if settings.trains_rewards:
@@ -292,11 +301,20 @@ def build_table(rows: list[Sequences], features: Features) -> pa.Table:
     if "margin" in features:
         columns.append(np.array([row[0].margin for row in rows], dtype=np.float32))
     if "pictures" in features:
-        placed = [[vars(one) for one in row[0].pictures] for row in rows]
-        columns.append(pa.array(placed, type=features.arrow_schema.field("pictures").type))
+        columns.append(pa.array(map(list_placed, rows), type=features.arrow_schema.field("pictures").type))
     if "content" in features:
         columns.append(pa.array([row[0].content for row in rows], type=pa.string()))
     return pa.table(dict(zip(features, columns, strict=True)))
+
+
+def list_placed(row: Sequences) -> list[dict[str, Any]]:
+    """Return the images of a row. Each starts at a token of the row, whose sequences stand one behind the other."""
+    begins = itertools.accumulate((len(sequence.input_ids) for sequence in row), initial=0)
+    return [
+        {**vars(one), "start": begin + one.start}
+        for sequence, begin in zip(row, begins, strict=False)
+        for one in sequence.pictures
+    ]
 
 
 def compute_row_digest(ids: Ids, row: Sequences) -> int:

@@ -64,10 +64,14 @@ def build_row(row: dict[str, Any], collator: ImageCollator) -> CheckRow:
 
 
 def cut_behind_image(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row's beginning: its first image with the tokens that follow, but no part of a second one."""
-    pictures = row["pictures"]
+    """Return a row's beginning: its first image with the tokens that follow, but no part of a second one.
+
+    Of a pair the chosen answer is taken.
+    """
+    length = row["seq_lengths"][0] if "seq_lengths" in row else len(row["input_ids"])
+    pictures = [placed for placed in row["pictures"] if placed["start"] < length]
     end = CHECKED_TOKENS + (pictures[0]["start"] + pictures[0]["tokens"] if pictures else 0)
-    end = min([end, *(placed["start"] for placed in pictures[1:])])
+    end = min([end, length, *(placed["start"] for placed in pictures[1:])])
     return {"input_ids": row["input_ids"][:end], "labels": row["labels"][:end], "pictures": pictures[:1]}
 
 

@@ -456,12 +456,12 @@ def test_images_for_a_model_of_texts_end_the_job_in_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     ("method", "row"),
     [
-        ("dpo", {"prompt": "Red?", "chosen": "Yes.", "rejected": "No.", "images": ["a.png"]}),
+        ("reward", {"prompt": "Red?", "chosen": "Yes.", "rejected": "No.", "images": ["a.png"]}),
         ("distill", ask_about("a.png")),
         ("grpo", {"prompt": "Red?", "images": ["a.png"]}),
     ],
 )
-def test_images_for_another_method_than_sft_end_the_job_in_one_sentence(seeing, tmp_path, method, row):
+def test_images_for_a_method_that_takes_none_end_the_job_in_one_sentence(seeing, tmp_path, method, row):
     with pytest.raises(UserError) as error:
         prepare_rows(seeing, [row], tmp_path, method=method, max_bad_rows_fraction=0.9)
     fix = "set method=sft, or remove them."

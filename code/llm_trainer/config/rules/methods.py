@@ -6,6 +6,7 @@ from typing import Any
 
 from llm_trainer.config.rules.rule import Rule
 from llm_trainer.config.sections import (
+    IMAGE_METHODS,
     IMITATION_METHODS,
     METHOD_FIELDS,
     METHOD_FORMATS,
@@ -165,9 +166,9 @@ METHOD_RULES = (
     ),
     Rule(
         ("train_vision", "method"),
-        lambda s: s.data.method != "sft" and s.adapter.train_vision,
+        lambda s: s.data.method not in IMAGE_METHODS and s.adapter.train_vision,
         "train_vision=true with method={method}: its rows have no images, and the vision tower would learn nothing; "
-        "remove it, or set method=sft.",
+        "remove it, or set method=sft or dpo.",
     ),
     *(refuse_single_row(name) for name in ("per_device_train_batch_size", "global_batch_size")),
     refuse_losses(

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from llm_trainer.common.errors import cut_quote
-from llm_trainer.config.sections import METHOD_FORMATS, DataSettings
+from llm_trainer.config.sections import IMAGE_METHODS, METHOD_FORMATS, DataSettings
 from llm_trainer.data.formats.examples import (
     Conversation,
     Example,
@@ -128,17 +128,25 @@ def take_pictures(example: Example, fields: Fields, method: str) -> Example:
     if isinstance(example, Tokens):
         return example
     column = list_column(fields)
-    if method != "sft":
+    if method not in IMAGE_METHODS:
         if column or any(map(has_images, list_sides(example))):
             raise UntakenImagesError(
                 f"has images, which method={method} does not take: set method=sft, or remove them."
             )
         return example
-    if isinstance(example, Conversation):
-        messages, values = place_in_messages(example.messages, column)
-        return replace(example, messages=messages, images=values) if values else example
-    assert isinstance(example, Text)  # as method=sft has no other rows
-    return place_in_example(example, column) if column else example
+    if isinstance(example, Pair):
+        chosen, rejected = (place_in_side(side, column) for side in (example.chosen, example.rejected))
+        return replace(example, chosen=chosen, rejected=rejected)
+    assert isinstance(example, Conversation | Text)  # as these methods have no other rows
+    return place_in_side(example, column)
+
+
+def place_in_side(example: Conversation | Text, column: list[Any]) -> Conversation | Text:
+    """Return a conversation or a text with the images of its row. Raises RowError."""
+    if isinstance(example, Text):
+        return place_in_example(example, column) if column else example
+    messages, values = place_in_messages(example.messages, column)
+    return replace(example, messages=messages, images=values) if values else example
 
 
 def place_in_example(example: Text, column: list[Any]) -> Text:

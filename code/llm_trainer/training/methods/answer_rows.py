@@ -24,8 +24,8 @@ class AnswerRows(WholeBatches):
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keep the columns of a row, which TRL knows by other names."""
-        self._signature_columns = self._signature_columns or [*self.columns]
+        """Keep the columns of a row, which TRL knows by other names, and its images, which the collator opens."""
+        self._signature_columns = self._signature_columns or [*self.columns, "pictures"]
         super()._set_signature_columns_if_needed()
 
     def use_batch_facts(self) -> None:

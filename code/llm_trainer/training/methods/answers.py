@@ -89,8 +89,8 @@ class AnswerCollator:
         num_slots = max(len(ids) for ids, _ in answers) - 1
         # In place of labels stand numbers, by which each token is found again wherever the other collator puts it.
         numbered = [
-            {"input_ids": ids, "labels": number_labels(labels, row * num_slots - 1)}
-            for row, (ids, labels) in enumerate(answers)
+            {"input_ids": ids, "labels": number_labels(labels, row * num_slots - 1), "pictures": pictures}
+            for row, ((ids, labels), pictures) in enumerate(zip(answers, list_pictures(kept), strict=True))
         ]
         batch = self.collate(numbered)
         numbers = batch["labels"]
@@ -118,8 +118,26 @@ def list_answers(examples: list[dict[str, Any]]) -> list[tuple[list[int], list[i
 
 def cut_row(example: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
     """Return the ids and labels of each sequence of a row."""
-    edges = itertools.pairwise([0, *itertools.accumulate(example["seq_lengths"])])
-    return [(example["input_ids"][start:end], example["labels"][start:end]) for start, end in edges]
+    return [(example["input_ids"][start:end], example["labels"][start:end]) for start, end in list_edges(example)]
+
+
+def list_pictures(examples: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return the images of each of the rows' sequences, at their places in it. They come as those of `list_answers`."""
+    return [pictures for place in zip(*map(cut_pictures, examples), strict=True) for pictures in place]
+
+
+def cut_pictures(example: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """Return the images of each sequence of a row, at their places in it."""
+    placed = example.get("pictures", ())
+    return [
+        [{**one, "start": one["start"] - start} for one in placed if start <= one["start"] < end]
+        for start, end in list_edges(example)
+    ]
+
+
+def list_edges(example: dict[str, Any]) -> list[tuple[int, int]]:
+    """Return the first token of each sequence of a row, and the one after its last."""
+    return list(itertools.pairwise([0, *itertools.accumulate(example["seq_lengths"])]))
 
 
 def number_labels(labels: list[int], first: int) -> list[int]:

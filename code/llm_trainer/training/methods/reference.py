@@ -5,7 +5,8 @@ It is the base without the adapter. An adapter that does not begin at zero has a
 all weights are trained, what the reference says of all rows is computed before the first step.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import SequentialSampler
+from trl.trainer import utils as trl_utils
 
 from llm_trainer.common import log
 from llm_trainer.training.batches.whole_batches import WholeBatches, fill_batches
@@ -99,8 +101,23 @@ class ReferenceMixin(ResumableMixin, WholeBatches):
 def keep_own_reference(trl_module: ModuleType) -> None:
     """Have a module of TRL neither load a second model for the reference, nor recompute all layers after its use.
 
-    TRL has no options for it: two names are replaced in this process. After a reference's forward pass, TRL would
-    recompute the activations of those layers, too, that keep them.
+    TRL has no options for it: three names are replaced in this process. After a reference's forward pass, TRL would
+    recompute the activations of those layers, too, that keep them, and PEFT may leave weights frozen.
     """
+    trl_module.use_adapter = use_adapter  # type: ignore[attr-defined]
     trl_module.create_model_from_path = lambda *arguments, **options: None  # type: ignore[attr-defined]
     trl_module.disable_gradient_checkpointing = lambda *arguments: nullcontext()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def use_adapter(model: PeftModel, adapter_name: str | None) -> Iterator[None]:
+    """Have a model compute with another adapter, or with none, and then train the same weights as before.
+
+    PEFT freezes the adapter meanwhile. Where weights are sharded, those outside of blocks are whole from the forward
+    pass on. It would then open the whole ones, and leave the shards frozen, which belong to no result.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with trl_utils.use_adapter(model, adapter_name):
+        yield
+    for parameter in trained:
+        parameter.requires_grad_(True)

@@ -43,11 +43,17 @@ def test_losses_are_the_methods_own():
     assert problem.startswith("loss_type=nll with method=dpo, which has sigmoid, hinge")
 
 
+@pytest.mark.parametrize("method", ["kto", "reward", "distill", "grpo", "rloo"])
+def test_a_tower_is_trained_by_methods_whose_rows_may_have_images(method):
+    assert problems_of(train_vision=True) == problems_of(train_vision=True, method="dpo") == []
+    (problem,) = [text for text in problems_of(train_vision=True, method=method) if "train_vision" in text]
+    assert problem.startswith(f"train_vision=true with method={method}: its rows have no images")
+
+
 @pytest.mark.parametrize(
     ("values", "begin"),
     [
         ({"packing": True}, "packing=true with method=dpo"),
-        ({"train_vision": True}, "train_vision=true with method=dpo: its rows have no images"),
         ({"dataset_format": "text"}, "dataset_format=text with method=dpo, whose rows are preference: leave it out"),
         ({"streaming": True, "max_steps": 1}, "streaming=true with method=dpo"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights=[1.0] with loss_type=sigmoid, sft"),

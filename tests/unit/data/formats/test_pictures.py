@@ -12,6 +12,7 @@ from llm_trainer.data.formats.pictures import IMAGE_MARK, drop_added_marks, refu
 from llm_trainer.readers.rows import FilePart
 
 ANSWER = {"role": "assistant", "content": "A cat."}
+SIDES = {side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "Yes."), ("rejected", "No."))}
 BYTES = b"\x89PNG"
 
 
@@ -148,10 +149,9 @@ def test_a_row_without_a_question_has_no_place_for_its_images():
     ("method", "row"),
     [
         (
-            "dpo",
-            {"prompt": ask([{"type": "image", "image": "a"}])["messages"][:1], "chosen": [ANSWER], "rejected": "No."},
+            "reward",
+            {"prompt": ask([{"type": "image", "image": "a"}])["messages"][:1], "chosen": "Yes.", "rejected": "No."},
         ),
-        ("dpo", {"prompt": "Red?", "chosen": "Yes.", "rejected": "No.", "images": ["a"]}),
         ("kto", {"prompt": "Red?", "completion": "Yes.", "label": True, "images": ["a"]}),
         ("reward", {"prompt": "Red?", "chosen": "Yes.", "rejected": "No.", "image": "a"}),
         ("distill", ask([{"type": "image", "image": "a"}])),
@@ -204,6 +204,29 @@ def test_the_models_own_token_of_an_image_is_a_place_for_it(text, seen):
     assert (plain.text.replace(IMAGE_MARK, "M"), plain.images) == (seen, ("a.png",))
     pair = drop_added_marks(parse({"prompt": text, "completion": "Yes.", "images": ["a.png"]}), "<pad>")
     assert pair.text[: pair.num_prompt_characters].replace(IMAGE_MARK, "M") == seen
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": ask([{"type": "image", "image": "a"}, {"type": "text", "text": "Red?"}])["messages"][:1]},
+        {"prompt": ask("Red?")["messages"][:1], "images": ["a"]},
+        {"prompt": "<image>Red?", "images": ["a"]},
+        {"prompt": "Red?", "image": "a"},
+    ],
+)
+def test_both_sides_of_a_pair_have_the_images_of_its_prompt(row):
+    answers = {"chosen": "Yes.", "rejected": "No."} if isinstance(row["prompt"], str) else SIDES
+    pair = parse({**row, **answers}, "dpo")
+    for side, answer in ((pair.chosen, "Yes."), (pair.rejected, "No.")):
+        assert side.images == ("a",)
+        texts = [turn["content"] for turn in side.messages] if isinstance(row["prompt"], list) else [side.text]
+        assert "".join(texts) == f"{IMAGE_MARK}Red?{answer}"
+
+
+def test_a_pair_needs_a_place_for_each_image():
+    with pytest.raises(RowError, match="has 1 images and 2 placeholders for them"):
+        parse({"prompt": "<image><image>Red?", "chosen": "Yes.", "rejected": "No.", "images": ["a"]}, "dpo")
 
 
 def test_a_text_with_marks_becomes_parts():

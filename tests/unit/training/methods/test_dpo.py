@@ -11,9 +11,15 @@ from trl import DPOConfig, DPOTrainer
 
 from llm_trainer.common.metric_definitions import list_metrics
 from llm_trainer.config.sections import METHOD_FIELDS
+from llm_trainer.data.images.collator import ImageCollator
+from llm_trainer.model.kinds.tower import freeze_tower
+from llm_trainer.readers.images import ImageRules
 from llm_trainer.training.methods.dpo import DPO, ResumableDPOTrainer
 from llm_trainer.training.packing import PackingCollator
+from support.image_rows import PAIRS, build_raw_pairs, build_vocabulary, prepare_rows, save_pictures
 from support.preference_pairs import build_lora, build_pair_trainer, build_pairs, build_rows, compute_step
+from support.tiny_processors import KINDS, read_template
+from support.tiny_vision_models import build_vision_model
 
 LOSSES = {
     **{name: {"loss_type": [name]} for name in METHOD_FIELDS["loss_type"]["dpo"].choices},
@@ -96,3 +102,45 @@ def test_a_step_is_the_mean_over_its_pairs_however_they_are_cut(tiny_model, tmp_
 def test_its_metrics_are_defined():
     logged = {*ResumableDPOTrainer.metric_names} - {*DPO.hidden_metrics}
     assert {DPO.metric_names.get(name, name) for name in logged} <= list_metrics("dpo").keys()
+
+
+def build_trls_on_images(model, processor, kind, folder):
+    processor.chat_template = read_template(kind)
+    arguments = DPOConfig(
+        str(folder), per_device_train_batch_size=2, report_to="none", bf16=False, max_length=None, use_cpu=True
+    )
+    return DPOTrainer(
+        model,
+        ref_model=copy.deepcopy(model),
+        args=arguments,
+        train_dataset=build_raw_pairs(),
+        processing_class=processor,
+    )
+
+
+@pytest.mark.parametrize("train_vision", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_of_pairs_with_images_is_that_of_trls_own_trainer(kind, train_vision, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_TRAINER_CACHE", str(tmp_path / "cache"))
+    save_pictures(tmp_path)
+    vocabulary = build_vocabulary(kind, tmp_path)
+    rows, report = prepare_rows(vocabulary, PAIRS, tmp_path, method="dpo")
+    assert (report.num_rows, report.num_images, report.num_rows_with_images) == (2, 6, 2)
+    processor = vocabulary.images.processor
+    model, other = (build_vision_model(kind, processor) for _ in range(2))
+    if not train_vision:
+        freeze_tower(model)
+        freeze_tower(other)
+    collator = ImageCollator(vocabulary.images, ImageRules(10**7), vocabulary.tokenizer.pad_token_id)
+    theirs = build_trls_on_images(other, processor, kind, tmp_path / "trl")
+    rows = rows.remove_columns("digest").add_column("row", [*range(len(rows))])
+    ours = build_pair_trainer(tmp_path, rows, tmp_path, collator, base=model)
+    ours.prepare_reference()
+    for trainer in (ours, theirs):  # away from the reference
+        with torch.no_grad():
+            for weight in trainer.model.parameters():
+                weight.mul_(1.05)
+    (found, gradients), (expected, expected_gradients) = compute_step(ours), compute_step(theirs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-5)
+    assert any("vision" in name or "visual" in name for name in gradients) == train_vision

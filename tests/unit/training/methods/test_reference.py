@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 
 from llm_trainer.model.lora_init import REFERENCE, copy_adapter, hide_copy
+from llm_trainer.training.methods.reference import use_adapter
 from support.preference_pairs import build_lora, build_pair_trainer, build_rows
 
 ROWS = build_rows(5)
@@ -102,3 +103,14 @@ def test_with_an_adapter_it_is_asked_first_on_wish(tiny_model, tmp_path):
     trainer.prepare_reference()
     assert isinstance(trainer.model, PeftModel)
     torch.testing.assert_close(trainer.reference["train"], ask(trainer))
+
+
+def test_weights_that_are_whole_for_a_while_train_on_as_shards(tiny_model, tmp_path):
+    """FSDP2 has other parameters in their places from the reference's forward pass on."""
+    model = build(tiny_model, tmp_path).model
+    layer = next(module for name, module in model.named_modules() if name.endswith("q_proj.lora_A.default"))
+    shard = layer.weight
+    with use_adapter(model, None):
+        assert not shard.requires_grad
+        layer.weight = torch.nn.Parameter(shard.detach().clone(), requires_grad=False)
+    assert shard.requires_grad and layer.weight.requires_grad
