@@ -104,7 +104,7 @@ class Fitter:
             report.num_supervised_tokens += int(np.count_nonzero(is_trained))
         report.num_supervised_eos += trains_stop
         report.num_missed_stops += misses_stop
-        num_images = sum(len(sequence.pictures) for sequence in row)
+        num_images = max(len(sequence.pictures) for sequence in row)  # both sides of a pair see those of its prompt
         report.num_images += num_images
         report.most_images_a_row = max(report.most_images_a_row, num_images)
         report.num_rows_with_images += num_images > 0

@@ -231,7 +231,9 @@ def choose_prompts(rows: Dataset, num_prompts: int, max_tokens: int, max_image_t
 def find_prompts(rows: Dataset) -> Iterator[Prompt]:
     """Yield the prompts of the first rows."""
     for row in rows.select(range(min(MAX_ROWS, len(rows)))):
-        ids, labels, pictures = row["input_ids"], row["labels"], row.get("pictures") or ()
+        ids, labels = row["input_ids"], row["labels"]
+        first_length = (row.get("seq_lengths") or [len(ids)])[0]  # of a pair's chosen side
+        pictures = [own for own in row.get("pictures") or () if own["start"] < first_length]
         if "content" in row:  # a prompt alone
             yield Prompt(ids, [])
             continue

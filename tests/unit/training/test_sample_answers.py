@@ -297,3 +297,13 @@ def test_an_image_that_has_changed_costs_the_answers_alone(seeing, tmp_path):
         "no sample answers, since the model cannot generate here: A row has the image 0.png"
     )
     assert read(tmp_path, "generation") == []
+
+
+def test_a_pair_asks_with_the_images_of_one_side():
+    place = {"path": "", "offset": 0, "size": 0, "data": b"a", "name": "", "tokens": 4}
+    side = {"input_ids": [1] * 10, "labels": [IGNORED] * 8 + [1] * 2}
+    pair = {name: values * 2 for name, values in side.items()} | {"seq_lengths": [10, 10]}
+    pair["pictures"] = [{**place, "start": start} for start in (2, 12)]
+    (prompt,) = choose_prompts(Dataset.from_list([pair]), 9, 1024, 1024)
+    assert (len(prompt.input_ids), len(prompt.reference_ids)) == (8, 2)
+    assert [own["start"] for own in prompt.pictures] == [2]

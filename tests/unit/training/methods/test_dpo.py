@@ -125,7 +125,7 @@ def test_the_loss_of_pairs_with_images_is_that_of_trls_own_trainer(kind, train_v
     save_pictures(tmp_path)
     vocabulary = build_vocabulary(kind, tmp_path)
     rows, report = prepare_rows(vocabulary, PAIRS, tmp_path, method="dpo")
-    assert (report.num_rows, report.num_images, report.num_rows_with_images) == (2, 6, 2)
+    assert (report.num_rows, report.num_images, report.num_rows_with_images) == (2, 3, 2)
     processor = vocabulary.images.processor
     model, other = (build_vision_model(kind, processor) for _ in range(2))
     if not train_vision:
