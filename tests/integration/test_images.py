@@ -35,6 +35,8 @@ def test_a_job_learns_from_rows_with_and_without_images(seeing_tree):
     losses = metrics_of(result.stdout, "train_loss")
     assert losses[-1] < losses[0]
     assert {"adapter_model.safetensors", "processor_config.json"} <= seeing_tree.model_files
+    assert 'OPTION_LIMIT_MM_PER_PROMPT={"image":2}' in (seeing_tree.base_dir / "model/serving.env").read_text()
+    assert '"type": "image_url"' in (seeing_tree.base_dir / "model/README.md").read_text()
 
 
 def test_the_report_shows_small_images_beside_the_answers_to_them(seeing_tree):
