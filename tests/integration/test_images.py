@@ -126,3 +126,13 @@ def test_a_stopped_run_of_pairs_with_images_ends_with_the_same_weights(make_tree
         tree.environment["OMP_NUM_THREADS"] = "1"
         give_pairs(tree, "idefics", **options, logging_steps="1")
     check_stop_changes_nothing(whole, stopped, start)
+
+
+def test_a_quantized_language_part_learns_from_images(tree):
+    pytest.importorskip("bitsandbytes")
+    give_images(tree, "qwen", load_in_4bit="true", learning_rate="0.01", merge_weights="true")
+    log = finish(tree)
+    losses = metrics_of(log, "train_loss")
+    assert losses[-1] < losses[0]
+    assert tree.manifest["export"]["proven"]
+    assert all(check["tokens"] > 100 for check in tree.manifest["export"]["checks"])
