@@ -29,6 +29,7 @@ from llm_trainer.config.teacher import about_teacher, derive_teacher
 from llm_trainer.data.datasets import Data, DataPlaces, check_full_batch, load_data
 from llm_trainer.data.fingerprints import describe_split
 from llm_trainer.data.images.collator import ImageCollator
+from llm_trainer.data.images.row_images import find_row_images
 from llm_trainer.data.preview import advise_weights, choose_sample, log_data
 from llm_trainer.data.streaming import AUDITED_ROWS
 from llm_trainer.export.export import finish_result, place_result, publish_result, warn_of_failure
@@ -283,7 +284,8 @@ def plan(context: Context, prepared: Prepared) -> Planned:
     evaluates = bool(context.job.inputs.validation)
     job_parts = model_plan.config, sections, longest_row, target, *kernels, evaluates
     teacher = prepared.teacher.teacher if prepared.teacher else None
-    scenario = split_global_batch(MemoryScenario(*job_parts, teacher=teacher))
+    images = find_row_images(prepared.data.list_datasets(), prepared.data.images, settings.data)
+    scenario = split_global_batch(MemoryScenario(*job_parts, teacher=teacher, images=images))
     memory = choose_memory_plan(scenario, earlier)
     log.info(*describe_memory_plan(memory))
     if shortage := describe_fewer_hosts(scenario, count_usable_hosts(settings, context.job.environment)):

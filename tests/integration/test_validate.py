@@ -28,6 +28,8 @@ from llm_trainer.model.device import Device
 from llm_trainer.model.memory import shape, step_trace
 from support.fake_hub import MODEL, FakeHub
 from support.sagemaker_tree import LLM_TRAINER
+from support.tiny_processors import save_processor
+from support.tiny_vision_models import build_config
 from support.waiting import GUARD_SECONDS
 
 PRETOKENIZED = {"input_ids": [1, 50, 51, 2], "labels": [-100, 50, 51, 2]}
@@ -522,3 +524,28 @@ def test_a_plan_counts_the_rows_of_the_channel_and_needs_both_numbers_in_their_p
     assert given.instances["instances"][0]["steps"] > counted.instances["instances"][0]["steps"]
     assert counted.instances["cheapest"]["settings"]["per_device_train_batch_size"]
     assert "stand for data together" in half.list_texts("error")[0]
+
+
+def test_a_plan_counts_images_that_are_not_there(tmp_path):
+    build_config("qwen", save_processor("qwen", tmp_path)).save_pretrained(tmp_path)
+    rows = {"rows": 100, "tokens_per_row": 20}
+    texts, seen = (
+        examine_model(["--model_id", str(tmp_path)], PlanOptions(**rows, images_per_row=images))
+        for images in (None, "2x1000x600")
+    )
+    assert not seen.list_texts("error")
+    pixels = [found.memory["training"]["parts"]["pixels"] for found in (texts, seen)]
+    assert pixels[0] == 0 < pixels[1]
+    first = [found.instances["instances"][0] for found in (texts, seen)]
+    assert first[0]["steps"] == first[1]["steps"]
+    assert first[0]["step_seconds"] < first[1]["step_seconds"]
+
+
+@pytest.mark.parametrize(
+    ("images", "told"),
+    [("many", "is no number and size of images"), ("1x64x64", "and the model takes texts alone")],
+)
+def test_images_that_cannot_be_planned_are_told(tiny_model, images, told):
+    found = examine_model(["--model_id", str(tiny_model)], PlanOptions(images_per_row=images))
+    (problem,) = found.list_texts("error")
+    assert told in problem

@@ -110,9 +110,9 @@ def build_raw_rows():
     return Dataset.from_list(rows).add_column("images", images).cast_column("images", List(Image()))
 
 
-def build_vocabulary(kind, folder):
+def build_vocabulary(kind, folder, sizes=None, options=None):
     """What the encoding of rows needs to know of a model whose processor is in the folder."""
-    save_processor(kind, folder)
+    save_processor(kind, folder, sizes, options)
     processor = load_processor(str(folder))
     tokenizer = processor.tokenizer
     stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_ENDS[kind])}

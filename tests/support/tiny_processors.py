@@ -19,6 +19,11 @@ TEMPLATES = Path(trl.__file__).parent / "chat_templates"  # those of the familie
 NAMES = {"idefics": "idefics3", "qwen": "qwen2_5_vl"}
 KINDS = tuple(NAMES)
 TURN_ENDS = {"idefics": "<end_of_utterance>", "qwen": "<|im_end|>"}
+SIZES = {
+    "idefics": {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}},
+    "qwen": {"size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 16}},
+}
+OPTIONS = {"idefics": {"image_seq_len": 4}, "qwen": {}}
 QWEN_TOKENS = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
 
 
@@ -26,16 +31,15 @@ def read_template(kind, suffix=""):
     return (TEMPLATES / f"{NAMES[kind]}{suffix}.jinja").read_text()
 
 
-def build_processor(kind):
+def build_processor(kind, sizes=None, options=None):
+    sizes, others = sizes or SIZES[kind], {**OPTIONS[kind], **(options or {})}
     tokenizer = build_tokenizer()
     tokenizer.chat_template = read_template(kind)
     if kind == "idefics":
         tokenizer.eos_token = "<|endoftext|>"
-        sizes = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
-        processor = Idefics3Processor(Idefics3ImageProcessorPil(**sizes), tokenizer, image_seq_len=4)
+        processor = Idefics3Processor(Idefics3ImageProcessorPil(**sizes), tokenizer, **others)
     else:
         tokenizer.add_special_tokens({"additional_special_tokens": QWEN_TOKENS})
-        sizes = {"size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 16}}
         with without_videos():
             images, videos = Qwen2VLImageProcessorPil(**sizes), build_video_processor("qwen2_vl")
             processor = Qwen2VLProcessor(images, tokenizer, video_processor=videos)
@@ -43,9 +47,9 @@ def build_processor(kind):
     return processor
 
 
-def save_processor(kind, folder):
+def save_processor(kind, folder, sizes=None, options=None):
     """The processor, and its files in the folder as a model's lie there."""
-    processor = build_processor(kind)
+    processor = build_processor(kind, sizes, options)
     with without_videos():
         processor.save_pretrained(folder)
     return processor

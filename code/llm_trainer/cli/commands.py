@@ -27,15 +27,16 @@ JSON_HELP = "print JSON, for a program to read"
 HELP = frozenset({"-h", "--help"})
 # The options of the commands that take settings. All their other words are settings, which have a syntax of their own
 # (`job.parse_arguments`): a lone `--flag` means true, and dashes may stand for underscores.
+STAND_INS = ("--rows", "--tokens-per-row", "--images-per-row")  # for data that are not there
 OWN_OPTIONS = {
     "train": HELP,
     "validate": HELP | {"--json"},
-    "plan": HELP | {"--json", "--prices", "--rows", "--tokens-per-row", "--prices-file", "--region", "--learn"},
+    "plan": HELP | {"--json", "--prices", "--prices-file", "--region", "--learn", *STAND_INS},
     "doctor": HELP,
     "submit": HELP | {"--dry-run"},
 }
 # As many words as an option takes behind it. Others take none.
-NUM_VALUES = {"--rows": 1, "--tokens-per-row": 1, "--prices-file": 1, "--region": 1, "--learn": 1000}
+NUM_VALUES = {**dict.fromkeys(STAND_INS, 1), "--prices-file": 1, "--region": 1, "--learn": 1000}
 
 # The commands about training jobs that were submitted, and what each does.
 ON_AWS = {
@@ -176,9 +177,11 @@ def add_plan(commands: "Commands[argparse.ArgumentParser]") -> None:
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what stands for data that are not there, where prices come from, and jobs to learn from."""
     rows = "rows of an epoch, with a pair as one, where the channel train is not there"
-    tokens = "mean length of these rows; of a pair, of an answer with its prompt"
+    tokens = "mean length of these rows without images; of a pair, of an answer with its prompt"
+    images = "images of each row and their size, such as 1x1280x960; their tokens come on top"
     parser.add_argument("--rows", type=int, metavar="N", help=rows)
     parser.add_argument("--tokens-per-row", type=int, metavar="N", help=tokens)
+    parser.add_argument("--images-per-row", metavar="NxWxH", help=images)
     parser.add_argument(
         "--prices", action="store_true", help="ask AWS's price list, and keep the answer in prices.json"
     )
@@ -274,7 +277,7 @@ def add_submit(commands: "Commands[argparse.ArgumentParser]", lists_options: boo
         "The command line wins over both.\n\n--data-dir FOLDER holds a folder for each channel to upload.\n"
         "--max-dollars N refuses a job that `plan` finds dearer, by the prices of --prices or --prices-file FILE.\n"
         "It also lowers the job's limit of time to what N pays for.\n"
-        "--rows N and --tokens-per-row N tell `plan` of data that are in S3.",
+        "--rows N, --tokens-per-row N and --images-per-row NxWxH tell `plan` of data that are in S3.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if lists_options:
@@ -379,6 +382,7 @@ def read_plan_options(asked: argparse.Namespace) -> "PlanOptions":
     return PlanOptions(
         rows=asked.rows,
         tokens_per_row=asked.tokens_per_row,
+        images_per_row=asked.images_per_row,
         asks_prices=asked.prices,
         prices_file=asked.prices_file,
         region=asked.region,

@@ -27,6 +27,7 @@ from llm_trainer.readers.sources import find_validation_sources
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from llm_trainer.data.images.row_images import RowImages
     from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, Target
     from llm_trainer.model.teacher.teacher import Teacher
 
@@ -49,10 +50,11 @@ def examine_batch(settings: Settings, environment: Environment, validation: Vali
 
 @dataclass(frozen=True, eq=False)
 class Models:
-    """The models that a job's memory has to hold."""
+    """The models that a job's memory has to hold, and the images that they see."""
 
     config: "PreTrainedConfig"  # of the one that is trained
     teacher: "Teacher | None" = None  # of a distillation
+    images: "RowImages | None" = None  # of the row with the most, where rows have some
 
 
 def examine_memory(
@@ -108,8 +110,8 @@ def build_scenario(
     from llm_trainer.model.memory.scenario import MemoryScenario
 
     sections = collect_sections(settings)
-    scenario = MemoryScenario(models.config, sections, longest_row, target, evaluates=evaluates, teacher=models.teacher)
-    return choose_kernels(scenario)
+    scenario = MemoryScenario(models.config, sections, longest_row, target, evaluates=evaluates)
+    return choose_kernels(replace(scenario, teacher=models.teacher, images=models.images))
 
 
 def fit_here(scenario: "MemoryScenario", validation: Validation) -> None:
@@ -129,7 +131,7 @@ def build_elsewhere(models: Models, settings: Settings, longest_row: int, evalua
     from llm_trainer.model.memory.fit import move_elsewhere
 
     scenario = move_elsewhere(models.config, collect_sections(settings), longest_row, evaluates)
-    return replace(scenario, teacher=models.teacher)
+    return replace(scenario, teacher=models.teacher, images=models.images)
 
 
 def fit_fewer_hosts(scenario: "MemoryScenario", counts: list[int], validation: Validation) -> None:

@@ -7,7 +7,7 @@ The model's config.json is enough: neither data nor weights nor a GPU are needed
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from llm_trainer.cli.plan_instances import (
     examine_instances,
     read_basis,
 )
-from llm_trainer.cli.validate import prepare_data, read_teacher
+from llm_trainer.cli.validate import PreparedData, prepare_data, read_teacher
 from llm_trainer.cli.validation import Validation, collect_findings, print_validation
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.environment import read_environment
@@ -38,7 +38,7 @@ from llm_trainer.launcher.worker_processes import build_library_variables
 from llm_trainer.readers.sources import find_train_sources, find_validation_sources
 
 if TYPE_CHECKING:
-    from llm_trainer.data.splits import Split
+    from llm_trainer.data.images.row_images import DrawnImages
     from llm_trainer.model.device import Device
     from llm_trainer.model.memory.scenario import MemoryScenario
     from llm_trainer.model.plan import ModelPlan, PlanSettings
@@ -84,16 +84,16 @@ def examine_loading(words: Sequence[str], options: PlanOptions, validation: Vali
 def examine_job(job: Job, options: PlanOptions, basis: Basis, validation: Validation) -> None:
     """Add how the model of a job would be loaded, and what it takes on instances. Sets environment variables."""
     try:
-        planned, settings, teacher = plan_loading(job, validation)
+        planned, settings, teacher, drawn = plan_loading(job, options, validation)
     except UserError as error:
         validation.add_findings("model", "error", error.problems)
         return
     validation.add_findings("model", "ok", [job.inputs.model, *planned.reasons])
     validation.add_findings("teacher", "ok", [job.inputs.teacher] if teacher else [])
     job = Job(job.environment, settings, job.inputs)
-    lengths = measure_lengths(job, options, validation)
+    lengths = measure_lengths(job, options, drawn, validation)
     longest_row = choose_longest_row(lengths, settings.data, validation)
-    scenario = plan_memory(Models(planned.config, teacher), job, longest_row, validation)
+    scenario = plan_memory(Models(planned.config, teacher, lengths.images), job, longest_row, validation)
     validation.add_findings("time", "warning", find_time_warnings(settings))
     if settings.data.generates and settings.methods.use_vllm:
         return
@@ -125,10 +125,13 @@ def choose_longest_row(lengths: Lengths, data: DataSettings, validation: Validat
     return longest_row
 
 
-def plan_loading(job: Job, validation: Validation) -> "tuple[ModelPlan, Settings, Teacher | None]":
+def plan_loading(
+    job: Job, options: PlanOptions, validation: Validation
+) -> "tuple[ModelPlan, Settings, Teacher | None, DrawnImages]":
     """Return how the model of a job would be loaded, the settings with what an earlier adapter tells, and a teacher.
 
-    Add what this machine's own GPU cannot do. Raises UserError where no GPU could load it.
+    With them come images of the size that the options tell. Add what this machine's own GPU cannot do. Raises UserError
+    where no GPU could load it.
     """
     settings, inputs = job.settings, job.inputs
     os.environ.update(build_library_variables(inputs, settings.model.chat_template_path, settings.output.push_to_hub))
@@ -145,7 +148,27 @@ def plan_loading(job: Job, validation: Validation) -> "tuple[ModelPlan, Settings
         teacher = read_teacher(job, planned.config, None, Path(scratch_dir))
         num_written = settings.methods.count_written(settings.data.method)
         data = bound_length(settings.data, planned.num_positions, num_written)
-        return planned, settings.model_copy(update={"data": data}), teacher
+        return planned, settings.model_copy(update={"data": data}), teacher, draw_images(options, folder, planned)
+
+
+def draw_images(options: PlanOptions, folder: str, planned: "ModelPlan") -> "DrawnImages":
+    """Return the images of a row as the options tell them.
+
+    Raises UserError where the model sees none, or its folder has no processor.
+    """
+    from llm_trainer.data.images.processing import ImageProcessing
+    from llm_trainer.data.images.row_images import DrawnImages, draw_row_images
+    from llm_trainer.model.kinds.auto_class import sees_images
+
+    if options.images_per_row is None:
+        return DrawnImages()
+    if not sees_images(planned.config):
+        raise UserError(
+            f"--images-per-row={options.images_per_row} and the model takes texts alone: give an image-text model, or "
+            "leave it out."
+        )
+    number, *size = map(int, options.images_per_row.split("x"))
+    return draw_row_images(number, (size[0], size[1]), ImageProcessing(folder))
 
 
 def plan_on_device(folder: str, sections: "PlanSettings", validation: Validation) -> "ModelPlan":
@@ -196,16 +219,18 @@ def plan_memory(models: Models, job: Job, longest_row: int, validation: Validati
         return None
 
 
-def measure_lengths(job: Job, options: PlanOptions, validation: Validation) -> Lengths:
+def measure_lengths(job: Job, options: PlanOptions, drawn: "DrawnImages", validation: Validation) -> Lengths:
     """Return the lengths of the rows that the options name, else of the data of the job where they are there."""
     if options.rows and options.tokens_per_row:
         validation.add_findings("options", "error", find_long_prompts(options.tokens_per_row, job.settings.data))
         num_sequences = options.rows * job.settings.data.sequences_a_row
-        return Lengths(Counter({options.tokens_per_row: num_sequences}))
-    if not find_train_sources(job.settings.data, job.environment)[0]:
-        return Lengths()
+        length = options.tokens_per_row + drawn.num_tokens
+        return Lengths(Counter({length: num_sequences}), images=drawn.images)
+    if drawn.images or not find_train_sources(job.settings.data, job.environment)[0]:
+        return Lengths(images=drawn.images)
     inputs, problems = find_inputs(job.settings, job.environment)
-    splits = {} if problems else tokenize_data(Job(job.environment, job.settings, inputs), validation)
+    prepared = None if problems else tokenize_data(Job(job.environment, job.settings, inputs), validation)
+    splits = prepared.splits if prepared else {}
     if not any(split.report.lengths for split in splits.values()):
         text = "The tokens of the data are not known (`validate` says why): give --rows and --tokens-per-row."
         validation.add_findings("data", "warning", [text])
@@ -215,7 +240,8 @@ def measure_lengths(job: Job, options: PlanOptions, validation: Validation) -> L
     validated = splits["validation"].report.lengths if "validation" in splits else Counter[int]()
     longest_row = max(split.report.longest_row_tokens for split in splits.values())
     report = splits["train"].report
-    return Lengths(report.lengths, validated, longest_row, report.supervised_share)
+    images = prepared.images if prepared else None
+    return Lengths(report.lengths, validated, longest_row, report.supervised_share, images)
 
 
 def find_long_prompts(tokens_per_row: int, data: DataSettings) -> Iterator[str]:
@@ -227,8 +253,8 @@ def find_long_prompts(tokens_per_row: int, data: DataSettings) -> Iterator[str]:
         )
 
 
-def tokenize_data(job: Job, validation: Validation) -> "Mapping[str, Split]":
-    """Return the splits of a job, tokenized as `validate` does; none where that is not possible."""
+def tokenize_data(job: Job, validation: Validation) -> PreparedData | None:
+    """Return the data of a job, tokenized as `validate` does; None where that is not possible."""
     with tempfile.TemporaryDirectory(prefix="llm-trainer-") as folder, suppress(UserError, OSError):
-        return prepare_data(job, Path(folder), Path(folder) / "rejected_rows.jsonl", validation).splits
-    return {}
+        return prepare_data(job, Path(folder), Path(folder) / "rejected_rows.jsonl", validation)
+    return None

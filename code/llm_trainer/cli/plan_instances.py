@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The part of `llm-trainer plan` about instances: what a job takes on each type, in time and dollars."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,14 +10,18 @@ from typing import TYPE_CHECKING
 
 from llm_trainer.cli.plan_table import format_plan
 from llm_trainer.cli.validation import Validation
-from llm_trainer.common.errors import UserError
+from llm_trainer.common.errors import UserError, cut_quote
 from llm_trainer.config.environment import read_environment
 
 if TYPE_CHECKING:
+    from llm_trainer.data.images.row_images import RowImages
     from llm_trainer.model.memory.scenario import MemoryScenario
     from llm_trainer.planning.candidates import Candidate, Outline
     from llm_trainer.planning.learning import Learnt
     from llm_trainer.planning.prices import Prices
+
+
+IMAGES = r"[1-9]\d?x[1-9]\d{0,3}x[1-9]\d{0,3}"  # of a row: their number, width and height
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class PlanOptions:
 
     rows: int | None = None  # of an epoch
     tokens_per_row: int | None = None
+    images_per_row: str | None = None  # number and size, as in 2x1280x960
     asks_prices: bool = False
     prices_file: str | None = None
     region: str | None = None
@@ -44,6 +50,7 @@ class Lengths:
     validation: Counter[int] = field(default_factory=Counter)
     longest_row: int | None = None  # where data are there
     scored_share: float = 1.0  # of all tokens, those that predict a label
+    images: "RowImages | None" = None  # of the row with the most; None without
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,11 @@ def find_row_problems(options: PlanOptions) -> Iterator[str]:
     given = [options.rows, options.tokens_per_row]
     if any(number is not None for number in given) and not all(number is not None and number > 0 for number in given):
         yield "--rows and --tokens-per-row stand for data together: give both, as whole numbers above zero."
+    if options.images_per_row is not None and not re.fullmatch(IMAGES, options.images_per_row):
+        yield (
+            f"--images-per-row={cut_quote(options.images_per_row)!r} is no number and size of images: write "
+            "NUMBERxWIDTHxHEIGHT, such as 1x1280x960."
+        )
 
 
 def examine_instances(outline: "Outline", validation: Validation, in_colour: bool) -> None:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from llm_trainer.config.sections import DataSettings
     from llm_trainer.data.encoding import Vocabulary
+    from llm_trainer.data.images.row_images import RowImages
     from llm_trainer.data.splits import Split
     from llm_trainer.model.teacher.teacher import Teacher
 
@@ -59,6 +60,7 @@ class PreparedData:
     splits: "Mapping[str, Split]"
     problems: list[str]
     teacher: "Teacher | None"  # of a distillation
+    images: "RowImages | None" = None  # of the row with the most, where rows have some
 
 
 def validate(words: Sequence[str], as_json: bool) -> int:
@@ -203,7 +205,7 @@ def examine_rows(job: Job, prepared: PreparedData, validation: Validation) -> No
     warnings = find_length_warnings(prepared.config, longest_row, job.settings.data.max_length)
     validation.add_findings("data", "warning", warnings)
     if not any(finding.subject == "model" and finding.verdict == "error" for finding in validation.findings):
-        models = Models(prepared.config, prepared.teacher)
+        models = Models(prepared.config, prepared.teacher, prepared.images)
         examine_memory(models, job.settings, job.environment, longest_row, validation)
 
 
@@ -214,6 +216,7 @@ def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: V
     """
     settings, inputs = job.settings, job.inputs
     with import_quickly((settings.model, settings.methods), settings.training.optim, inputs.model, inputs.teacher):
+        from llm_trainer.data.images.row_images import find_row_images
         from llm_trainer.data.splits import prepare_splits
         from llm_trainer.model import loading  # Transformers has to find the variables set
         from llm_trainer.model.positions import count_positions
@@ -233,7 +236,9 @@ def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: V
     teacher = examine_teacher(job, vocabulary, config, scratch_dir, validation)
     splits, problems = prepare_splits(inputs, vocabulary, data, rejected_rows)
     bounded = settings.model_copy(update={"data": data})
-    return PreparedData(folder, bounded, config, tokenizer, splits, problems, teacher)
+    datasets = [rows for split in splits.values() for rows in split.open_datasets().values()]
+    images = None if problems else find_row_images(datasets, vocabulary.images, data)
+    return PreparedData(folder, bounded, config, tokenizer, splits, problems, teacher, images)
 
 
 def examine_teacher(

@@ -50,6 +50,10 @@ class Data:
     reports: dict[str, DataReport]  # split -> its report
     images: ImageProcessing | None = None  # what processes the images of rows; None where no row has any
 
+    def list_datasets(self) -> list[Dataset]:
+        """Return the splits that are no streams."""
+        return [rows for rows in self.splits.values() if isinstance(rows, Dataset)]
+
     def find_longest_row_tokens(self, settings: DataSettings) -> int:
         """Return the tokens of the longest row of all splits.
 

@@ -21,6 +21,7 @@ from llm_trainer.model.memory.gpus import Gpu
 from llm_trainer.model.memory.scenario import MemoryScenario, ParallelismPlan
 from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError, count_cache_bytes
 from llm_trainer.model.memory.step_trace import Span, StepTrace, trace_step
+from llm_trainer.model.memory.tower_trace import trace_tower
 from llm_trainer.planning.efficiency import Efficiency, find_efficiency, read_host
 from llm_trainer.planning.instances import InstanceType
 from llm_trainer.planning.traffic import Spread, Traffic, count_traffic, time_waits
@@ -162,6 +163,7 @@ def time_step(
     taught = count_teaching(scenario, row_tokens)
     if passes is None or taught is None:
         return None
+    passes = add_tower(passes, scenario, plan)
     efficiency = find_efficiency(host.gpu.name)
     rates = find_rates(host.gpu, efficiency, scenario)
     shards = scenario.target.world_size if plan.sharded else 1
@@ -320,6 +322,30 @@ def count_passes(
             *moved[1],
         ),
     )
+
+
+def add_tower(passes: tuple[Pass, Pass], scenario: MemoryScenario, plan: ParallelismPlan) -> tuple[Pass, Pass]:
+    """Return the passes with the work of the tower on the images of a mean row.
+
+    Its products take twice as much backward as forward where it learns. A tower that is recomputed computes once more.
+    """
+    step = scenario.build_step(plan)
+    tower = trace_tower(scenario.shape, step, accumulates=False)
+    if tower is None or step.images is None:
+        return passes
+    share = step.images.mean_share
+    backward = (2 + plan.recompute_activations) * tower.flops if tower.backward.launches else 0.0
+    works = (tower.flops, tower.forward), (backward, tower.backward)
+    first, second = (
+        replace(
+            each,
+            products=each.products + share * products,
+            moved=each.moved + share * span.moved,
+            launches=each.launches + round(share * span.launches),
+        )
+        for each, (products, span) in zip(passes, works, strict=True)
+    )
+    return first, second
 
 
 def computes_logits_again(scenario: MemoryScenario) -> bool:

@@ -68,9 +68,11 @@ def test_the_options_of_plan_take_their_values_and_leave_the_settings():
         "a.json",
         "b.json",
         "--tokens-per-row=5",
+        "--images-per-row=1x64x64",
         "--use_dora",
         "--prices",
     ]
     asked = parse_command(["plan", *words])
+    assert asked.images_per_row == "1x64x64"
     assert (asked.rows, asked.tokens_per_row, asked.prices, asked.learn) == (10, 5, True, ["a.json", "b.json"])
     assert asked.settings == ["--lora_r", "8", "--use_dora"]

@@ -144,7 +144,7 @@ def test_every_command_and_option_of_ours_is_there():
     pieces += [(block.document, command) for block in COMMANDS for command in block.list_commands()]
     options = {"help", "version", "json", "adapter", "output", "base", "dtype", "data-dir", "output-dir"}
     options |= {"dry-run", "max-dollars", "max_tokens", "name", "reward", *OPTIONS}
-    options |= {"prices", "prices-file", "region", "rows", "tokens-per-row", "learn"}
+    options |= {"prices", "prices-file", "region", "rows", "tokens-per-row", "images-per-row", "learn"}
     wrong = []
     for document, piece in pieces:
         words = piece.split()

@@ -20,6 +20,7 @@ from llm_trainer.config.environment import BASE_DIR, DATA_DIR, DEFAULT_BASE_DIR
 ASKS_PRICES = "--prices"
 PRICES_FILE = "prices-file"
 NUMBERS = ("rows", "tokens-per-row")
+IMAGES = "images-per-row"
 STOP_SECONDS = 5.0  # for the checks to clear away what they have begun
 
 
@@ -54,7 +55,7 @@ def take_budget(words: Sequence[str]) -> tuple[Budget, list[str]]:
     amount, rest = take_option(words, "max-dollars")
     plan_words = [word for word in rest if word == ASKS_PRICES]
     rest = [word for word in rest if word != ASKS_PRICES]
-    for name in (PRICES_FILE, *NUMBERS):
+    for name in (PRICES_FILE, IMAGES, *NUMBERS):
         value, rest = take_option(rest, name)
         if name in NUMBERS and value is not None and not value.isdecimal():
             raise UserError(f"--{name}={value!r} is no whole number: write one above 0.")

@@ -4,6 +4,7 @@
 It is found by the model's structure: all that is no part of the decoder, the embeddings or the head.
 """
 
+import functools
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -39,9 +40,26 @@ def list_language(model: PreTrainedModel) -> Iterator[nn.Parameter]:
 
 
 def freeze_tower(model: PreTrainedModel) -> None:
-    """Have a training leave the tower as it is."""
-    for name in list_tower(model):
+    """Have a training leave the tower as it is, and keep nothing of it for a backward pass.
+
+    Where activations are recomputed, Transformers would have the patches of images need gradients, as tokens do.
+    """
+    tower = list_tower(model)
+    for name in tower:
         model.get_parameter(name).requires_grad_(False)
+    if tower:
+        model.enable_input_require_grads = functools.partial(require_token_gradients, model)
+
+
+def require_token_gradients(model: PreTrainedModel) -> None:
+    """Have the vectors of tokens need gradients, from `disable_input_require_grads` on no more."""
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    model._require_grads_hook, model._require_grads_hooks = hook, [hook]
+
+
+def learns_to_see(model: PreTrainedModel) -> bool:
+    """Tell whether a training changes any weight of the tower, or of an adapter within it."""
+    return any(model.get_parameter(name).requires_grad for name in list_tower(model))
 
 
 def spare_gradients(model: PreTrainedModel) -> None:

@@ -3,6 +3,8 @@
 
 from dataclasses import dataclass
 
+from llm_trainer.data.images.row_images import RowImages
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -12,6 +14,7 @@ class Batch:
     length: int  # tokens of a sequence, with its padding
     num_scored: int | None = None  # tokens that predict a label; None: all, as each may
     shares_sequences: bool = True  # whether a sequence may have several rows, or padding
+    images: RowImages | None = None  # of its rows; None without
 
     @property
     def num_tokens(self) -> int:

@@ -8,9 +8,19 @@ from typing import Any
 
 from llm_trainer.common.units import GIB, MIB
 from llm_trainer.model.memory.batch import Batch
-from llm_trainer.model.memory.passes import Pass, Peak, Unit, count_gathered_bytes, find_peak, list_passes
+from llm_trainer.model.memory.passes import (
+    Pass,
+    Peak,
+    Unit,
+    add_tower,
+    count_gathered_bytes,
+    find_peak,
+    list_passes,
+    weigh_tower,
+)
 from llm_trainer.model.memory.shape import ModelShape
 from llm_trainer.model.memory.step_trace import Step, trace_step
+from llm_trainer.model.memory.tower_trace import trace_tower
 
 # The workspace that torch gives cuBLAS on Hopper, the largest of all GPUs (aten/src/ATen/cuda/CUDABlas.cpp).
 CUBLAS_WORKSPACE_BYTES = 32 * MIB
@@ -40,6 +50,7 @@ class Setup:
     copies_adapter: bool = False  # whether a reference has a frozen copy of the adapter
     teacher: ModelShape | None = None  # that reads each batch first, and is on each device as a whole
     cache_bytes: int = 0  # keys and values of the completions that the model writes between steps
+    pixel_bytes: int = 0  # of images that are on the device, for this batch and for others
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,7 @@ def estimate_parts(shape: ModelShape, setup: Setup) -> Estimate:
     kept = trace_step(shape, replace(step, recompute_activations=False)) if setup.kept_layers else trace
     shards = setup.world_size if step.sharded else 1
     passes = list_passes(shape, step, setup.world_size, (trace, kept), setup.kept_layers)
+    passes = see_images(passes, shape, step, setup)
     moments = [find_step_or_update_peak(shape, passes, setup), find_evaluation_peak(shape, setup)]
     moments += find_other_peaks(shape, setup)
     peak = max(moments, key=lambda moment: moment.total)
@@ -97,6 +109,7 @@ def estimate_parts(shape: ModelShape, setup: Setup) -> Estimate:
         "reference's adapter": sum(count_stored_bytes(shape, shards, in_adapter=True)) if setup.copies_adapter else 0,
         "teacher": setup.teacher.count_bytes() if setup.teacher else 0,
         "teacher's states": count_taught_bytes(setup),
+        "pixels": setup.pixel_bytes,
         "gathered weights": peak.gathered,
         "reduced gradients": peak.reduced,
         "gradients": peak.gradients,
@@ -141,7 +154,8 @@ def find_evaluation_peak(shape: ModelShape, setup: Setup) -> Peak:
     if batch is None:
         return Peak()
     step = replace(setup.step, num_sequences=batch.num_sequences, length=batch.length, num_scored=batch.num_scored)
-    return find_peak(list_forward(shape, step, setup.world_size), accumulated=0)
+    step = replace(step, trains=False, recompute_activations=False)
+    return find_peak(see_images(list_forward(shape, step, setup.world_size), shape, step, setup), accumulated=0)
 
 
 def find_other_peaks(shape: ModelShape, setup: Setup) -> Iterator[Peak]:
@@ -160,7 +174,7 @@ def find_teacher_peak(teacher: ModelShape, shape: ModelShape, setup: Setup) -> P
     batch = setup.evaluated or Batch(0, 0)
     num_sequences = max(setup.step.num_sequences, batch.num_sequences)
     step = replace(setup.step, num_sequences=num_sequences, num_scored=None, teacher_width=None, sharded=False)
-    step = replace(step, fused_kernels=frozenset())
+    step = replace(step, fused_kernels=frozenset(), images=None)
     gradients = shape.trained_bytes // (setup.world_size if setup.step.sharded else 1)
     return find_peak(list_forward(teacher, step, 1)[:-1], gradients if setup.accumulates else 0)
 
@@ -171,6 +185,12 @@ def list_forward(shape: ModelShape, step: Step, world_size: int) -> list[Pass]:
     trace = trace_step(shape, replace(step, offload_activations=False))
     passes = list_passes(shape, step, world_size, (trace, trace), 0)
     return [replace(each, unit=Unit()) for each in passes[: shape.num_layers + 2]]
+
+
+def see_images(passes: list[Pass], shape: ModelShape, step: Step, setup: Setup) -> list[Pass]:
+    """Return the passes of a step or an evaluation with those of its images through the tower, where it has some."""
+    tower = trace_tower(shape, step, setup.accumulates)
+    return add_tower(passes, tower, weigh_tower(shape, step, setup.world_size)) if tower else passes
 
 
 def count_taught_bytes(setup: Setup) -> int:

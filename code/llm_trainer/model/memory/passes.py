@@ -12,6 +12,7 @@ import torch
 
 from llm_trainer.model.memory.shape import ModelShape, Part
 from llm_trainer.model.memory.step_trace import Span, Step, StepTrace
+from llm_trainer.model.memory.tower_trace import TowerTrace
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,25 @@ def list_passes(
         *backward[::-1],
         Pass(traces[0].end, at_end, first.gathered),
     ]
+
+
+def add_tower(passes: list[Pass], tower: TowerTrace, unit: Unit) -> list[Pass]:
+    """Return the passes of a step with those of its images: after the embedding, and last where the tower learns."""
+    gathered = passes[0].gathered + unit.gathered
+    return [passes[0], Pass(tower.forward, gathered=gathered), *passes[1:], Pass(tower.backward, unit, gathered)]
+
+
+def weigh_tower(shape: ModelShape, step: Step, world_size: int) -> Unit:
+    """Return the bytes of a tower's units: of what is in no block, and of two blocks, as the next one is on its way.
+
+    Without FSDP the gradients of a tower are counted in its trace.
+    """
+    if not step.sharded:
+        return Unit()
+    whole = weigh_unit([part for part in shape.parts if part.role == "tower"], step, world_size)
+    blocks = shape.list_tower_blocks()
+    share = 1 - (sum(blocks) - 2 * max(blocks)) / max(1, shape.count_weights("tower")) if len(blocks) > 2 else 1.0
+    return Unit(round(share * whole.gathered), whole.made, whole.kept, round(share * whole.reduced))
 
 
 def split_others(shape: ModelShape) -> tuple[list[Part], list[Part]]:

@@ -22,6 +22,7 @@ from llm_trainer.config.sections import (
     Section,
     TrainingSettings,
 )
+from llm_trainer.data.images.row_images import RowImages
 from llm_trainer.model.device import Device
 from llm_trainer.model.lora_init import begins_at_zero
 from llm_trainer.model.memory.batch import Batch
@@ -172,6 +173,7 @@ class MemoryScenario:
     known_shape: ModelShape | None = None  # handed on to copies of the same model, as it takes long to read
     known_batch: Batch | None = None  # None: the largest that may come
     teacher: Teacher | None = None  # of a distillation
+    images: RowImages | None = None  # of the row with the most; None without
 
     @functools.cached_property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
@@ -222,7 +224,7 @@ class MemoryScenario:
         num_sequences = training.per_device_train_batch_size * data.sequences_a_row
         is_shared = num_sequences > 1 or bool(data.packing)
         num_scored = num_sequences * self.settings.completion_tokens or None
-        return self.known_batch or Batch(num_sequences, self.length, num_scored, shares_sequences=is_shared)
+        return self.known_batch or Batch(num_sequences, self.length, num_scored, is_shared, self.images)
 
     @property
     def generated(self) -> Batch | None:
@@ -270,6 +272,7 @@ class MemoryScenario:
             fused_kernels=self.fused_kernels,
             num_scored=batch.num_scored,
             teacher_width=self.teacher.config.get_text_config().hidden_size if self.teacher else None,
+            images=batch.images,
         )
 
     def estimate(self, plan: ParallelismPlan) -> Estimate:
@@ -287,6 +290,7 @@ class MemoryScenario:
             self.settings.copies_adapter,
             teacher=self.teacher_shape,
             cache_bytes=self.count_cache_bytes(),
+            pixel_bytes=self.count_pixel_bytes(),
         )
         return estimate_memory(self.shape, setup)
 
@@ -305,6 +309,18 @@ class MemoryScenario:
         num_evaluated = self.settings.training.per_device_eval_batch_size if self.evaluates else 0
         num_tokens = max(batch.num_sequences, num_evaluated) * batch.length
         return count_cache_bytes(self.config, num_tokens, self.dtypes[1])
+
+    def count_pixel_bytes(self) -> int:
+        """Return the bytes of the images that lie on a device: those of a step's batches, or of an evaluation's.
+
+        The next batch is fetched before a step, which on a CPU is the same memory.
+        """
+        batch, training = self.batch, self.settings.training
+        if batch.images is None:
+            return 0
+        num_trained = batch.num_sequences * (training.gradient_accumulation_steps + (not self.target.on_gpu))
+        num_evaluated = self.count_evaluated() * (1 + (not self.target.on_gpu)) if self.evaluates else 0
+        return batch.images.count_bytes(max(num_trained, num_evaluated))
 
     def can_hold(self, need: Estimate, share: float = 1.0) -> bool:
         """Tell whether what is needed is at most this share of what is free on each device."""

@@ -23,7 +23,7 @@ from llm_trainer.common.errors import quote_error
 from llm_trainer.config.sections import AdapterSettings, ModelSettings
 from llm_trainer.model import lora
 from llm_trainer.model.kinds.text_pass import find_token_types, give_token_types
-from llm_trainer.model.kinds.tower import freeze_tower
+from llm_trainer.model.kinds.tower import freeze_tower, list_tower
 from llm_trainer.model.layers.fused_adapters import fuse_adapters
 from llm_trainer.model.loading import build_on_meta
 from llm_trainer.model.parameter_roles import Role, assign_roles
@@ -102,6 +102,14 @@ class ModelShape:
     def trained_bytes(self) -> int:
         """The bytes of trained weights."""
         return sum(part.trained_bytes for part in self.parts)
+
+    def list_tower_blocks(self) -> list[int]:
+        """Return the number of weights of each block of the tower, which FSDP2 gathers by itself."""
+        base = lora.find_base_model(self.skeleton)
+        tower = {base.get_parameter(name) for name in list_tower(base)}
+        blocks = (module for module in base.modules() if isinstance(module, GradientCheckpointingLayer))
+        weights = ([*block.parameters()] for block in blocks)
+        return [sum(each.numel() for each in own) for own in weights if own and tower.issuperset(own)]
 
     def list_layers(self) -> list[list[Part]]:
         """Return the parts of each layer, in the order of the layers."""

@@ -29,6 +29,8 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
 from llm_trainer.common.errors import quote_error
+from llm_trainer.data.images.row_images import RowImages
+from llm_trainer.model.kinds.tower import learns_to_see
 from llm_trainer.model.layers.kept_logits import KeptLogits
 from llm_trainer.model.layers.reward_head import is_reward_model, read_last_tokens
 from llm_trainer.model.lora import find_base_model, take_rows_as_whole
@@ -226,6 +228,7 @@ class Step:
     trains: bool = True  # an evaluation has a forward pass alone, and keeps nothing for another
     num_scored: int | None = None  # tokens that predict a label; None: all, as each may
     teacher_width: int | None = None  # of the hidden states of a teacher whose probabilities are learnt; None without
+    images: RowImages | None = None  # of its rows, which are alike; None without
 
     def find_num_scored(self) -> int:
         """Return the tokens that predict a label, or of those that may."""
@@ -341,7 +344,8 @@ def make_computable(model: nn.Module, base: PreTrainedModel, step: Step) -> None
         base.set_attn_implementation("sdpa" if base._supports_sdpa else FUSED)
     if step.recompute_activations:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-        base.enable_input_require_grads()
+    if step.recompute_activations or (step.images is not None and learns_to_see(base)):
+        base.enable_input_require_grads()  # as vectors of images among those of tokens do
     if base._can_set_experts_implementation():
         base.set_experts_implementation("grouped_mm")  # the plain loop asks for numbers
     prepare_head(base, step.num_scored)

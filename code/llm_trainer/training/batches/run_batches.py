@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from llm_trainer.data.formats.examples import IGNORED
+from llm_trainer.data.images.row_images import RowImages
 from llm_trainer.model.memory.batch import Batch
 from llm_trainer.training.resumable import ResumableMixin
 
@@ -72,4 +73,4 @@ def collate(trainer: ResumableMixin, places: list[int]) -> Batch:
     num_tokens = sum(len(example["input_ids"]) for example in examples)
     num_scored = int((made["labels"][:, 1:] != IGNORED).sum())
     is_shared = num_rows > num_sequences or num_tokens < num_sequences * length
-    return Batch(num_sequences, length, num_scored, is_shared)
+    return Batch(num_sequences, length, num_scored, is_shared, RowImages.of(made))
