@@ -159,11 +159,10 @@ def time_step(
     UnknownShapeError where not even the model's parts are known.
     """
     trace = find_trace(scenario, plan)
-    passes = count_passes(scenario, plan, trace, row_tokens)
+    passes = add_tower(count_passes(scenario, plan, trace, row_tokens), scenario, plan)
     taught = count_teaching(scenario, row_tokens)
     if passes is None or taught is None:
         return None
-    passes = add_tower(passes, scenario, plan)
     efficiency = find_efficiency(host.gpu.name)
     rates = find_rates(host.gpu, efficiency, scenario)
     shards = scenario.target.world_size if plan.sharded else 1
@@ -324,14 +323,16 @@ def count_passes(
     )
 
 
-def add_tower(passes: tuple[Pass, Pass], scenario: MemoryScenario, plan: ParallelismPlan) -> tuple[Pass, Pass]:
+def add_tower(
+    passes: tuple[Pass, Pass] | None, scenario: MemoryScenario, plan: ParallelismPlan
+) -> tuple[Pass, Pass] | None:
     """Return the passes with the work of the tower on the images of a mean row.
 
     Its products take twice as much backward as forward where it learns. A tower that is recomputed computes once more.
     """
     step = scenario.build_step(plan)
     tower = trace_tower(scenario.shape, step, accumulates=False)
-    if tower is None or step.images is None:
+    if passes is None or tower is None or step.images is None:
         return passes
     share = step.images.mean_share
     backward = (2 + plan.recompute_activations) * tower.flops if tower.backward.launches else 0.0

@@ -66,7 +66,7 @@ def find_row_images(
     (row,) = table.slice(int(tokens.argmax()), 1).to_pylist()
     made = RowImages.of(collator([row]))
     share = float(np.concatenate(counted).mean() / tokens.max())
-    return made and replace(made, mean_share=share)
+    return made and replace(made, num_rows=len(row.get("seq_lengths") or [row]), mean_share=share)
 
 
 @dataclass(frozen=True, eq=False)
