@@ -24,11 +24,12 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "tests"))
 
 SIZE = 1280, 960
 NUM_PICTURES, ROWS_A_BATCH, NUM_STEPS = 16, 4, 12
-# kind -> sizes of its images, other options, and the size to which a picture becomes
+# kind -> sizes of its images, and other options of its processor
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "idefics": ({"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}}, {"image_seq_len": 64}),
     "qwen": ({"size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}}, {}),
 }
+# The width and height that a picture gets, and how.
 RESIZED = {"idefics": (2048, 1536), "qwen": (1148, 868)}
 FILTERS = {"idefics": Image.Resampling.LANCZOS, "qwen": Image.Resampling.BICUBIC}
 
