@@ -10,7 +10,6 @@ REFUSED = [
     {"use_vllm": True},
     {"beta": 0.1, "use_peft": False},
     {"method": "rloo", "use_peft": False},
-    {"distribution": "fsdp"},
     {"steps_per_generation": 2, "generation_batch_size": 8},
     {"steps_per_generation": 2, "global_batch_size": 8},
     {"generation_batch_size": 8, "global_batch_size": 8},
