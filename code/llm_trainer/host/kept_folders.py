@@ -46,8 +46,7 @@ def find_folder(kind: str, key: str, content: str) -> Path:
 def write_folder(folder: Path, write: Callable[[Path], None], activity: str) -> Path:
     """Have `write` fill a folder, which is whole once it has its name, and return it."""
     remove_oldest(folder.parent, int(shutil.disk_usage(folder.parent).total * MAX_SHARE_OF_DISK))
-    unfinished = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
-    hold_folder(unfinished)
+    unfinished = make_unfinished(folder.parent)
     try:
         with note_activity(activity, find_cache_dir().parent):
             write(unfinished)
@@ -56,6 +55,15 @@ def write_folder(folder: Path, write: Callable[[Path], None], activity: str) -> 
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def make_unfinished(parent: Path) -> Path:
+    """Return a new folder that is held. Another job may take one for a leftover, and remove it, before it is."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=".", dir=parent))
+        hold_folder(folder)
+        if folder.is_dir():
+            return folder
 
 
 def publish_folder(unfinished: Path, folder: Path) -> None:

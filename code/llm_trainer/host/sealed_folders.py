@@ -119,9 +119,10 @@ def remove_oldest(parent: Path, max_bytes: int) -> None:
 def measure_folder(folder: Path) -> int:
     """Return the bytes of a folder's files; one that is removed meanwhile counts 0."""
     total = 0
-    for file in folder.iterdir():
-        with suppress(OSError):
-            total += file.stat().st_size
+    with suppress(OSError):
+        for file in folder.iterdir():
+            with suppress(OSError):
+                total += file.stat().st_size
     return total
 
 

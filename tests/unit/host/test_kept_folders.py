@@ -3,6 +3,7 @@
 
 import pytest
 
+from llm_trainer.host import kept_folders
 from llm_trainer.host.kept_folders import find_folder, publish_folder, write_folder
 
 
@@ -43,3 +44,17 @@ def test_the_folder_of_the_first_stays(tmp_path):
     (unfinished / "a.txt").write_text("b")
     publish_folder(unfinished, folder)
     assert (folder / "a.txt").read_text() == "a"
+
+
+def test_a_folder_that_another_job_removes_before_it_is_held_is_made_again(monkeypatch):
+    taken = []
+
+    def remove_first(folder):
+        if folder.name.startswith(".") and not taken:
+            taken.append(folder)
+            folder.rmdir()
+
+    monkeypatch.setattr(kept_folders, "hold_folder", remove_first)
+    folder = keep("a")
+    assert (folder / "a.txt").read_text() == "a"
+    assert not taken[0].exists()

@@ -13,6 +13,7 @@ from llm_trainer.host.sealed_folders import (
     hold_folder,
     is_private,
     make_private_folder,
+    measure_folder,
     remove_oldest,
     seal_folder,
 )
@@ -92,3 +93,4 @@ def test_the_oldest_folders_go_first_and_those_in_use_never(tmp_path):
 def test_a_folder_that_is_gone_can_be_asked_for(tmp_path):
     hold_folder(tmp_path / "none")
     assert find_damage(tmp_path / "none", "key") == "could be written by others"
+    assert measure_folder(tmp_path / "none") == 0  # another job has finished it since it was listed
