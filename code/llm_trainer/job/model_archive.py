@@ -23,6 +23,7 @@ from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.safetensors_files import ADAPTER_CONFIG
 from llm_trainer.common.units import show_bytes
 from llm_trainer.host.free_space import FIX, describe_lack, find_free_bytes
+from llm_trainer.host.kept_folders import publish_folder
 
 SAGEMAKER_ARCHIVE = "model.tar.gz"
 ENDINGS = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz")
@@ -62,8 +63,7 @@ def unpack_archive(archive: Path) -> Path:
     unfinished = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
     try:
         extract_members(archive, unfinished)
-        if not folder.is_dir():  # or another process was faster
-            unfinished.rename(folder)
+        publish_folder(unfinished, folder)
     except OSError as error:
         lacks = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = describe_lack(unfinished, error.errno == errno.EDQUOT) if lacks else f"failed: {quote_error(error)}."
