@@ -4,20 +4,21 @@
 docs/architecture.md tells how to add one. `choose_method` is the only place that chooses one.
 """
 
-from llm_trainer.training.methods.distill import DISTILL
-from llm_trainer.training.methods.dpo import DPO
-from llm_trainer.training.methods.grpo import GRPO
-from llm_trainer.training.methods.kto import KTO
-from llm_trainer.training.methods.reward import REWARD
-from llm_trainer.training.methods.rloo import RLOO
-from llm_trainer.training.methods.sft import SFT
+from importlib import import_module
+
 from llm_trainer.training.methods.training_method import TrainingMethod
 
 __all__ = ["METHODS", "TrainingMethod", "choose_method"]
 
-METHODS = {method.name: method for method in (SFT, DPO, KTO, REWARD, DISTILL, GRPO, RLOO)}
+METHODS = ("sft", "dpo", "kto", "reward", "distill", "grpo", "rloo")
 
 
-def choose_method(name: str = SFT.name) -> TrainingMethod:
-    """Return the training method of that name. Raises KeyError for one that does not exist."""
-    return METHODS[name]
+def choose_method(name: str = "sft") -> TrainingMethod:
+    """Return the training method of that name. Raises KeyError for one that does not exist.
+
+    Its module alone is imported: TRL's trainers import libraries, such as bitsandbytes, that other methods do without.
+    """
+    if name not in METHODS:
+        raise KeyError(name)
+    method: TrainingMethod = getattr(import_module(f"{__name__}.{name}"), name.upper())
+    return method

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from llm_trainer.common.metric_definitions import define_metrics, list_metrics
-from llm_trainer.training.methods import METHODS
+from llm_trainer.training.methods import choose_method
 from support.preference_pairs import build_lora
 from support.written_completions import PROMPTS, build_writing_trainer, count_letters
 
@@ -79,4 +79,4 @@ def test_a_step_is_that_of_trls_own_trainer(tiny_model, tmp_path, method, option
 def test_its_metrics_can_be_defined(method):
     assert {"reward", "eval_reward", "kl"} <= list_metrics(method).keys()
     assert len(define_metrics(method)) <= 40
-    assert METHODS[method].best_metric in list_metrics(method)
+    assert choose_method(method).best_metric in list_metrics(method)
