@@ -3,13 +3,11 @@
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
-import psutil
 from evaluate import read_rows
 from rank import ranked_right
-from run import describe_failure, lay_out, train
+from run import lay_out, train_between
 
 PAIRS = Path(__file__).parent / "pairs"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -39,15 +37,10 @@ def main() -> int:
     channels["adapter"] = [adapter / name for name in (*ADAPTER_FILES, "training_manifest.json")]
     lay_out(base_dir, HYPERPARAMETERS, channels, model)
     rows = read_rows(PAIRS / "heldout.jsonl")
-    print(f"demo: ranking {len(rows)} held-out pairs by the first demo's adapter", flush=True)
-    before = ranked_right(model, rows, adapter)
-    if train(base_dir, "demo-dpo") != 0:
-        return describe_failure(base_dir)
-    print("demo: ranking the same pairs again, by the new adapter", flush=True)
-    after = ranked_right(model, rows, base_dir / "model")
-    seconds = time.time() - psutil.Process().create_time()  # from the start, so that the imports above count
-    print(f"demo: pairs ranked right before {before:.2f} after {after:.2f} in {seconds:.0f} s")
-    return 0
+    asks = f"ranking {len(rows)} held-out pairs"
+    return train_between(
+        base_dir, "demo-dpo", "pairs ranked right", lambda new: ranked_right(model, rows, new or adapter), asks
+    )
 
 
 if __name__ == "__main__":

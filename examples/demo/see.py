@@ -4,19 +4,17 @@
 import argparse
 import os
 import sys
-import time
 from collections import Counter
 from operator import eq
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from evaluate import Row, read_rows
 from make_pictures import SPLITS, write_pictures
 from make_vision_model import write_model
 from PIL import Image
-from run import describe_failure, lay_out, train
+from run import lay_out, train_between
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 BATCH = 80
@@ -78,18 +76,10 @@ def main() -> int:
     held_out = pictures / "heldout"
     rows = read_rows(held_out / "heldout.jsonl")
     chance = max(Counter(map(right_answer, rows)).values()) / len(rows)
-    print(
-        f"demo: asking a model of random weights about {len(rows)} held-out pictures; chance is {chance:.2f}",
-        flush=True,
+    asks = f"asking about {len(rows)} held-out pictures (chance is {chance:.2f})"
+    return train_between(
+        base_dir, "demo-vision", "accuracy", lambda trained: accuracy(trained or model, rows, held_out), asks
     )
-    before = accuracy(model, rows, held_out)
-    if train(base_dir, "demo-vision") != 0:
-        return describe_failure(base_dir)
-    print("demo: asking the trained model about the same pictures", flush=True)
-    after = accuracy(base_dir / "model", rows, held_out)
-    seconds = time.time() - psutil.Process().create_time()  # from the start, so that the imports above count
-    print(f"demo: accuracy before {before:.2f} after {after:.2f} in {seconds:.0f} s")
-    return 0
 
 
 if __name__ == "__main__":
