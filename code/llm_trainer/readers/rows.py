@@ -23,6 +23,9 @@ class BadRow:
     reason: str  # the rest of a sentence that begins with the row's place, such as "has the key 'text' twice"
 
 
+PLACEHOLDER = "<image>"  # of an image, in a text
+
+
 @dataclass(frozen=True)
 class FilePart:
     """Bytes of a file on disk, such as a member of a tar shard."""

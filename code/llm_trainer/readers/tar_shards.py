@@ -11,14 +11,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llm_trainer.readers.json import find_double, parse_json
-from llm_trainer.readers.rows import MAX_ROW_BYTES, TOO_LONG, BadRow, FilePart, Numbered
+from llm_trainer.readers.rows import MAX_ROW_BYTES, PLACEHOLDER, TOO_LONG, BadRow, FilePart, Numbered
 
 TEXT_FIELD = "text"  # of a member .txt
 IMAGES_FIELD = "images"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 SKIPPED = ("__key__", "__url__", "cls", "key")  # members that other programs add to a row
-
-PLACEHOLDER = b"<image>"  # of an image, in a text
 
 Member = tuple[str, tarfile.TarInfo]  # suffix without a dot in lower case, entry
 
@@ -105,11 +103,11 @@ def build_row(
                 row |= parse_text(data, kind)
             except (ValueError, UnicodeDecodeError) as error:
                 return BadRow(f"has a member {entry.name} that cannot be read ({error})")
-            waits |= PLACEHOLDER in data
+            waits |= PLACEHOLDER.encode() in data
         elif kind not in SKIPPED:
             row[suffix] = f"{entry.size} bytes"  # so that the field is told as one that nothing reads
     if waits and has_images and not images and IMAGES_FIELD not in row:
-        return BadRow(f"has the text {PLACEHOLDER.decode()} in {members[0][1].name} and no image beside it")
+        return BadRow(f"has the text {PLACEHOLDER} in {members[0][1].name} and no image beside it")
     return {**row, IMAGES_FIELD: images} if images else row
 
 

@@ -12,11 +12,10 @@ from typing import Any
 from llm_trainer.data.formats.examples import Fields, RowError, Text
 from llm_trainer.data.formats.values import describe_value, parse_json_text
 from llm_trainer.readers.images import DATA_URI
-from llm_trainer.readers.rows import FilePart
+from llm_trainer.readers.rows import PLACEHOLDER, FilePart
 
 # Stands for an image in a text. These characters are for private use.
 IMAGE_MARK = "\ue7c3\ue7a8\ue7c3"
-PLACEHOLDER = "<image>"
 COLUMNS = ("images", "image")
 PART_KINDS = ("image", "image_url", "input_image")
 PART_VALUES = ("image", "image_url", "url", "path", "base64", "bytes")

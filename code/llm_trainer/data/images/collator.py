@@ -2,7 +2,7 @@
 """Batches of rows with images and of rows without: decoded and processed when they are needed, in a process beside."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -12,12 +12,10 @@ from PIL import Image
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.data.formats.examples import IGNORED
-from llm_trainer.data.images.processing import ImageProcessing, find_part
+from llm_trainer.data.images.processing import ImageProcessing, Size, blank, find_part
 from llm_trainer.data.images.processors import process_images
-from llm_trainer.data.labels import Ids
 from llm_trainer.readers.images import ImageError, ImageRef, ImageRules, Picture, open_image
 
-PLACE = ("path", "offset", "size", "data", "name")  # of an image's encoded bytes
 BLANK_SIDE = 32  # pixels of the white image that a batch of texts gets; processors enlarge what is too small
 
 Row = dict[str, Any]
@@ -25,7 +23,22 @@ Row = dict[str, Any]
 
 def find_ref(placed: Row) -> ImageRef:
     """Return where the encoded bytes of a row's image are."""
-    return ImageRef(**{name: placed[name] for name in PLACE})
+    return ImageRef(**{field.name: placed[field.name] for field in fields(ImageRef)})
+
+
+def draw_blank_row(images: ImageProcessing, size: Size, number: int = 1) -> Row:
+    """Return a tokenized row of so many white images of a height and width, and of nothing else.
+
+    Raises UserError where the model's folder has no processor.
+    """
+    file, placeholders = io.BytesIO(), images.placeholders
+    blank(size).save(file, "PNG")
+    ref, rules = ImageRef(data=file.getvalue()), ImageRules(size[0] * size[1])
+    pictures = (Picture(ref, *size),) * number
+    text, _ = placeholders.expand(images.processor.image_token * number, None, pictures, rules)
+    ids = placeholders.tokenize(text)
+    placed = [{**vars(ref), "start": start, "tokens": end - start} for start, end in placeholders.locate(ids, pictures)]
+    return {"input_ids": ids, "labels": ids, "pictures": placed}
 
 
 @dataclass(frozen=True)
@@ -61,21 +74,16 @@ class ImageCollator:
     def add_blank(self, rows: list[Row]) -> list[Row]:
         """Return the rows with a white image at the end of the shortest one."""
         shortest = min(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))
-        row, (ref, tokens) = rows[shortest], self.blank
-        placed = {**vars(ref), "start": len(row["input_ids"]), "tokens": len(tokens)}
+        row, (placed,) = rows[shortest], self.blank_row["pictures"]
+        tokens = self.blank_row["input_ids"][placed["start"] : placed["start"] + placed["tokens"]]
+        placed = {**placed, "start": len(row["input_ids"])}
         longer = {"input_ids": [*row["input_ids"], *tokens], "labels": [*row["labels"], *[IGNORED] * len(tokens)]}
         return [*rows[:shortest], {**row, **longer, "pictures": [placed]}, *rows[shortest + 1 :]]
 
     @cached_property
-    def blank(self) -> tuple[ImageRef, Ids]:
-        """A small white image, and its tokens."""
-        file, placeholders = io.BytesIO(), self.images.placeholders
-        Image.new("RGB", (BLANK_SIDE, BLANK_SIDE), "white").save(file, "PNG")
-        picture = Picture(ImageRef(data=file.getvalue()), BLANK_SIDE, BLANK_SIDE)
-        text, _ = placeholders.expand(self.images.processor.image_token, None, (picture,), self.rules)
-        ids = placeholders.tokenize(text)
-        ((start, end),) = placeholders.locate(ids, (picture,))
-        return picture.ref, ids[start:end]
+    def blank_row(self) -> Row:
+        """A row of a small white image."""
+        return draw_blank_row(self.images, (BLANK_SIDE, BLANK_SIDE))
 
     def collate(self, rows: list[Row]) -> dict[str, Any]:
         """Return the batch of rows as they are."""

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tensors that a processor makes of the images of rows, as far as memory and time of a step depend on them."""
 
-import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,12 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from PIL import Image
 
 from llm_trainer.config.sections import DataSettings
-from llm_trainer.data.images.collator import ImageCollator
+from llm_trainer.data.images.collator import ImageCollator, draw_blank_row
 from llm_trainer.data.images.processing import ImageProcessing
-from llm_trainer.readers.images import ImageRef, ImageRules, Picture
+from llm_trainer.readers.images import ImageRules
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,15 +80,9 @@ def draw_row_images(number: int, size: tuple[int, int], images: ImageProcessing)
 
     Raises UserError where the model's folder has no processor.
     """
-    file = io.BytesIO()
-    Image.new("RGB", size, "white").save(file, "PNG")
-    ref, rules = ImageRef(data=file.getvalue()), ImageRules(size[0] * size[1])
-    pictures, placeholders = (Picture(ref, size[1], size[0]),) * number, images.placeholders
-    text, _ = placeholders.expand(images.processor.image_token * number, None, pictures, rules)
-    ids = placeholders.tokenize(text)
-    placed = [{**vars(ref), "start": start, "tokens": end - start} for start, end in placeholders.locate(ids, pictures)]
-    made = ImageCollator(images, rules, pad_token_id=0)([{"input_ids": ids, "labels": ids, "pictures": placed}])
-    return DrawnImages(RowImages.of(made), sum(each["tokens"] for each in placed))
+    row, rules = draw_blank_row(images, (size[1], size[0]), number), ImageRules(size[0] * size[1])
+    made = ImageCollator(images, rules, pad_token_id=0)([row])
+    return DrawnImages(RowImages.of(made), sum(placed["tokens"] for placed in row["pictures"]))
 
 
 def count_image_tokens(pictures: pa.ChunkedArray) -> npt.NDArray[np.float64]:
