@@ -22,7 +22,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(params=KINDS)
 def seeing_tree(request, tree):
-    """A tree with a model of one of the kinds, and rows of which every second has an image."""
+    """A tree with a model of one of the kinds, and rows; every second one has an image."""
     give_images(tree, request.param)
     return tree
 

@@ -22,6 +22,6 @@ def check_stop_changes_nothing(whole, stopped, start, step=4):
 
 
 def check_metrics_are_alike(found, expected, keys, **tolerance):
-    """Compare the metrics of two logs, line by line. `tolerance` is that of pytest.approx."""
+    """Compare the metrics of two logs, line by line. `tolerance` goes to pytest.approx."""
     for key in keys:
         assert metrics_of(found, key) == pytest.approx(metrics_of(expected, key), **tolerance), key

@@ -36,9 +36,9 @@ class Family:
     """A family of models: what its processor is made of, and what its config needs to fit that."""
 
     processor: str  # its class
-    images: str  # the class of what processes pixels, without its backend, and the module of it
+    images: str  # module and class of the image processor, without its backend
     tokens: tuple[str, ...]  # that the tokenizer has for images
-    sizes: dict[str, Any] = field(default_factory=dict)  # of what processes pixels
+    sizes: dict[str, Any] = field(default_factory=dict)  # options of the image processor
     options: dict[str, Any] = field(default_factory=dict)  # of the processor
     names: dict[str, str] = field(default_factory=dict)  # of tokens, by which the tokenizer has them as attributes
     ids: dict[str, str] = field(default_factory=dict)  # of the config: the token of each

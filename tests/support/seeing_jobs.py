@@ -10,7 +10,7 @@ from support.tiny_vision_models import build_vision_model
 
 
 def give_images(tree, kind, rows=(), **hyperparameters):
-    """Give a job a model that sees, and rows of which every second has an image. Return the model."""
+    """Give a job a model that sees, and rows; every second one has an image. Return the model."""
     data = tree.base_dir / "input/data"
     shutil.rmtree(data / "model")
     processor = save_processor(kind, data / "model")

@@ -103,7 +103,7 @@ def examine_job(job: Job, options: PlanOptions, basis: Basis, validation: Valida
 
 
 def find_time_warnings(settings: Settings) -> Iterator[str]:
-    """Yield a sentence where the time of a job is not known, or rests on the length of what its model will write."""
+    """Yield a sentence where the time of a job is not known, or rests on how long its completions become."""
     if not settings.data.generates:
         return
     if settings.methods.use_vllm:

@@ -219,7 +219,7 @@ def build_image_request(is_adapter: bool) -> dict[str, Any]:
 
 
 def choose_task(manifest: Manifest, base: BaseSource) -> str:
-    """Return the Hub's name of what the result is for."""
+    """Return the Hub's name of the result's task."""
     if gives_rewards(manifest):
         return "text-classification"
     return "image-text-to-text" if base.sees_images else "text-generation"

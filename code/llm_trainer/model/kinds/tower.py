@@ -4,7 +4,6 @@
 It is found by the model's structure: all that is no part of the decoder, the embeddings or the head.
 """
 
-import functools
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -48,7 +47,7 @@ def freeze_tower(model: PreTrainedModel) -> None:
     for name in tower:
         model.get_parameter(name).requires_grad_(False)
     if tower:
-        model.enable_input_require_grads = functools.partial(require_token_gradients, model)
+        model.enable_input_require_grads = partial(require_token_gradients, model)
 
 
 def require_token_gradients(model: PreTrainedModel) -> None:

@@ -91,7 +91,7 @@ def add_tower(passes: list[Pass], tower: TowerTrace, unit: Unit) -> list[Pass]:
 
 
 def weigh_tower(shape: ModelShape, step: Step, world_size: int) -> Unit:
-    """Return the bytes of a tower's units: of what is in no block, and of two blocks, as the next one is on its way.
+    """Return the bytes of a tower's units: those outside of blocks, and two blocks, as the next one is on its way.
 
     Without FSDP the gradients of a tower are counted in its trace.
     """

@@ -6,11 +6,10 @@ docs/architecture.md tells how to add one. `choose_method` is the only place tha
 
 from importlib import import_module
 
+from llm_trainer.config.sections import METHOD_FORMATS
 from llm_trainer.training.methods.training_method import TrainingMethod
 
-__all__ = ["METHODS", "TrainingMethod", "choose_method"]
-
-METHODS = ("sft", "dpo", "kto", "reward", "distill", "grpo", "rloo")
+__all__ = ["TrainingMethod", "choose_method"]
 
 
 def choose_method(name: str = "sft") -> TrainingMethod:
@@ -18,7 +17,7 @@ def choose_method(name: str = "sft") -> TrainingMethod:
 
     Its module alone is imported: TRL's trainers import libraries, such as bitsandbytes, that other methods do without.
     """
-    if name not in METHODS:
+    if name not in METHOD_FORMATS:
         raise KeyError(name)
     method: TrainingMethod = getattr(import_module(f"{__name__}.{name}"), name.upper())
     return method
