@@ -31,8 +31,10 @@ class Validation:
     instance_lines: list[str] = field(default_factory=list)  # and for a person
 
     def add_findings(self, subject: str, verdict: Verdict, texts: Iterable[str]) -> None:
-        """Add a finding for each text."""
-        self.findings += [Finding(subject, verdict, text) for text in texts]
+        """Add a finding for each text that is not among them yet."""
+        for finding in (Finding(subject, verdict, text) for text in texts):
+            if finding not in self.findings:
+                self.findings.append(finding)
 
     def list_texts(self, verdict: Verdict) -> list[str]:
         """Return the texts of the findings with this verdict."""
@@ -94,7 +96,8 @@ def format_text(validation: Validation, in_colour: bool) -> Iterator[str]:
     if unlisted:
         yield f"and {len(unlisted)} more errors, which --json lists."
     if validation.reports:
-        rows = {name: format_counts(report) for name, report in validation.reports.items()}
+        has_images = any(report.num_images for report in validation.reports.values())
+        rows = {name: format_counts(report, has_images) for name, report in validation.reports.items()}
         yield from ("", *format_table(rows, "data"))
     yield from format_answers(validation.reports)
     if validation.instance_lines:
@@ -112,10 +115,11 @@ def format_text(validation: Validation, in_colour: bool) -> Iterator[str]:
     yield f"errors: {len(errors)}, warnings: {num_warnings}; this job would {verdict}."
 
 
-def format_counts(report: DataReport) -> dict[str, str]:
-    """Return the figures of a split by the names of their columns."""
+def format_counts(report: DataReport, has_images: bool) -> dict[str, str]:
+    """Return the figures of a split by the names of their columns, with its images where any split has some."""
     counts = {
         "rows": report.num_rows,
+        **({"images": report.num_images} if has_images else {}),
         "tokens": report.num_tokens,
         "trained on": f"{report.supervised_share:.1%}",
         **report.length_percentiles(),
@@ -176,4 +180,4 @@ def format_table(rows: dict[str, dict[str, str]], title: str) -> Iterator[str]:
     widths = {column: max(len(column), *(len(row.get(column, "")) for row in rows.values())) for column in columns}
     name_width = max(10, *map(len, rows))
     for name, cells in (title, columns), *rows.items():
-        yield f"{name:{name_width}}" + "".join(f"  {cells[column]:>{widths[column]}}" for column in cells)
+        yield f"{name:{name_width}}" + "".join(f"  {cells.get(column, ''):>{widths[column]}}" for column in columns)

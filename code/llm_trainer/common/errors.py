@@ -21,11 +21,14 @@ QUOTES_A_WORKER = "Original Traceback (most recent call last)"  # PyTorch quotes
 
 
 class UserError(Exception):
-    """One or more mistakes of the user, one sentence each: key or file, value found, rule and fix."""
+    """One or more mistakes of the user, one sentence each: key or file, value found, rule and fix.
+
+    A sentence that several parts of a job found comes once.
+    """
 
     def __init__(self, *problems: str) -> None:
-        self.problems = problems
-        super().__init__(list_problems(problems))
+        self.problems = tuple(dict.fromkeys(problems))
+        super().__init__(list_problems(self.problems))
 
 
 @dataclass(frozen=True)

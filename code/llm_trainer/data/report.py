@@ -188,7 +188,8 @@ class DataReport:
             found = f"empty: {list_names(self.empty_files)}" if self.empty_files else "no file was read"
             return f"rows ({found}): put rows there."
         if not self.num_rows and self.num_dropped_rows:
-            fix = "" if self.has_prompts else " or set apply_truncation=true"  # prompts are never cut
+            cuts = ", or set apply_truncation=true, which cuts rows, but never within an image"
+            fix = "" if self.has_prompts else cuts  # prompts are never cut
             return f"rows left ({self.num_dropped_rows} were longer than max_length): raise max_length{fix}."
         if not self.num_rows and self.num_equal_pairs:
             return (

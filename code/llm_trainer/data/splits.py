@@ -2,7 +2,7 @@
 """Preparation of the training and validation data: sources tokenized, hosts' parts exchanged, all of it judged."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,21 @@ def prepare_splits(
         own += splits[name].report.find_bad_rows(name, settings.max_bad_rows_fraction)
         # Where rows are missing, other flaws may only follow from that.
         problems += own or splits[name].report.find_flaws(name)
+    problems += find_packing_problems(splits, settings)
     if rank_zero_group:
         problems = rank_zero_group.merge_problems(problems)
         if not problems:
             exchange_shards(splits, inputs, rank_zero_group)
     count_duplicates(splits)
     return splits, problems
+
+
+def find_packing_problems(splits: dict[str, Split], settings: DataSettings) -> Iterator[str]:
+    """Yield a sentence for each setting that asks for packing where rows have images, which are padded."""
+    if any(split.report.num_images for split in splits.values()):
+        for name in ("packing", "eval_packing"):
+            if settings.value(name):
+                yield f"{name}=true: rows have images, and such rows are padded: leave {name} out."
 
 
 def list_sources(inputs: Inputs, streaming: bool) -> dict[str, Sequence[Source | SourceHead]]:

@@ -37,8 +37,10 @@ from llm_trainer.journal.records import SCHEMA_VERSION
 from llm_trainer.merge.merge import write_merged_model
 from llm_trainer.merge.plan import MergeRequest
 from llm_trainer.model.config_file import add_stop_tokens, write_config, write_generation_config
+from llm_trainer.model.kinds.tower import learns_to_see
 from llm_trainer.model.layers.reward_head import is_reward_model
 from llm_trainer.model.loading import restore_generation_config
+from llm_trainer.model.lora import find_base_model
 from llm_trainer.model.lora_init import BaseReference, save_adapter
 from llm_trainer.model.tokenizer_files import list_tokenizer_files, save_tokenizer
 from llm_trainer.serving.lmi_files import SERVING_FILES, ServedImages, ServedModel, write_serving_files
@@ -425,6 +427,7 @@ def describe_served(folder: Path, trained: TrainingResult, manifest: Manifest) -
         is_reward=is_reward_model(trained.plan.config),
         has_stop_tokens=(folder / GENERATION_CONFIG_NAME).is_file(),
         images=describe_served_images(manifest, trained.settings.data.max_images_per_row),
+        sees=is_adapter and learns_to_see(find_base_model(trained.trainer.model)),
     )
 
 

@@ -198,8 +198,9 @@ def add_description(history: History, record: Record) -> None:
 
 
 def add_job(history: History, record: JobRecord) -> None:
-    """Take the beginning of an attempt. The end of the one before does not count."""
+    """Take the beginning of an attempt. The end of the one before does not count, nor do its answers to prompts."""
     history.job = record
+    history.generations = []
     history.end = EndRecord(time=0, kind="end")
     history.attempts.append(record["time"])
 

@@ -24,8 +24,13 @@ SUBJECT = "vLLM and LMI cannot load this adapter"
 FIX = "set merge_weights=true to serve it there."
 
 
-def find_adapter_refusals(lora: "LoraConfig", model_type: str) -> Iterator[str]:
-    """Yield a sentence for each property of an adapter that vLLM, and with it LMI, cannot load."""
+def find_adapter_refusals(lora: "LoraConfig", model_type: str, sees: bool = False) -> Iterator[str]:
+    """Yield a sentence for each property of an adapter that vLLM, and with it LMI, cannot load.
+
+    `sees` tells whether the adapter also sits on what the model sees images with.
+    """
+    if sees:
+        yield f"{SUBJECT}: it sits on the vision tower, too, where vLLM leaves it out; {FIX}"
     if lora.modules_to_save:
         yield f"{SUBJECT}: it holds whole modules ({', '.join(lora.modules_to_save)}); {FIX}"
     if lora.use_dora:
@@ -65,6 +70,8 @@ def find_settings_refusals(settings: AdapterSettings, merge_weights: bool) -> It
     """
     if not settings.use_peft or merge_weights:
         return
+    if settings.train_vision:
+        yield f"train_vision=true: vLLM and LMI leave out what an adapter learns in the vision tower; {FIX}"
     if settings.use_dora:
         yield f"use_dora=true: vLLM and LMI cannot load DoRA adapters; {FIX}"
     # These initial values change the base. The export stores the difference, which has twice the rank.

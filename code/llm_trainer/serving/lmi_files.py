@@ -102,6 +102,7 @@ class ServedModel:
     is_reward: bool = False  # LMI serves no reward model
     has_stop_tokens: bool = False  # whether generation_config.json beside an adapter names other ones than the base's
     images: "ServedImages | None" = None  # None where it was trained on texts alone
+    sees: bool = False  # whether the adapter sits on what the model sees images with, too
 
     @property
     def text_config(self) -> "PreTrainedConfig":
@@ -121,7 +122,9 @@ def write_serving_files(folder: Path, model: ServedModel, artefacts: Path) -> li
     Returns a sentence for each reason why vLLM cannot load the adapter. Nothing is written then: the container would
     serve the base alone, or not start. Nothing is written for a reward model, which vLLM serves and LMI does not.
     """
-    refusals = list(find_adapter_refusals(model.lora, model.text_config.model_type)) if model.lora else []
+    refusals = (
+        [] if model.lora is None else [*find_adapter_refusals(model.lora, model.text_config.model_type, model.sees)]
+    )
     if refusals or model.is_reward:
         return refusals
     if model.lora is not None:

@@ -116,13 +116,15 @@ def find_data_sets(records: Iterable[Record]) -> Iterator[DataSet]:
             yield DataSet(record["split"], record["digest"], source, sizes)
 
 
-def collect_answers(records: Iterable[Record]) -> list[Answer]:
-    """Return the sample prompts among the records, with their answers and images."""
-    return [
-        Answer({name: show_plainly(str(record.get(name) or "")) for name in ANSWER_TEXTS}, join_thumbnails(record))
-        for record in records
-        if record["kind"] == "generation"
-    ]
+def renew_answers(answers: list[Answer], records: Iterable[Record]) -> list[Answer]:
+    """Return the answers with those among the records. Each attempt of a job gives all of them anew."""
+    for record in records:
+        if record["kind"] == "job":
+            answers = []
+        elif record["kind"] == "generation":
+            texts = {name: show_plainly(str(record.get(name) or "")) for name in ANSWER_TEXTS}
+            answers = [*answers, Answer(texts, join_thumbnails(record))]
+    return answers
 
 
 def join_thumbnails(record: GenerationRecord) -> Image.Image | None:

@@ -24,11 +24,11 @@ from llm_trainer.trackers.events import (
     DataSet,
     build_columns,
     choose_run_name,
-    collect_answers,
     find_data_sets,
     find_parameters,
     find_surroundings,
     read_rows,
+    renew_answers,
 )
 from llm_trainer.trackers.feed import TrackerUsageError
 from llm_trainer.trackers.run_identity import MODEL_PATH, RunIdentity, leave_run, log_files, recall_run, remember_run
@@ -150,7 +150,7 @@ class MlflowTracker:
         ]
         for batch in split_batches(metrics, METRICS_A_REQUEST):
             self.client.log_batch(self.run_id, metrics=batch, synchronous=True)
-        self.answers += collect_answers(records)  # last: what fails before it is sent again
+        self.answers = renew_answers(self.answers, records)  # last: what fails before it is sent again
 
     def send_texts(self, records: Sequence[Record]) -> None:
         """Send parameters and tags. MLflow never changes a parameter, so a resumed job's new value becomes a tag."""

@@ -25,11 +25,11 @@ from llm_trainer.trackers.events import (
     Answer,
     build_columns,
     choose_run_name,
-    collect_answers,
     find_data_sets,
     find_parameters,
     find_surroundings,
     read_rows,
+    renew_answers,
 )
 from llm_trainer.trackers.feed import TrackerUsageError
 from llm_trainer.trackers.run_identity import RunIdentity, recall_run, remember_run
@@ -37,6 +37,7 @@ from llm_trainer.trackers.run_identity import RunIdentity, recall_run, remember_
 INIT_SECONDS = 15
 TAG_CHARACTERS = 64
 SYSTEM_METRICS = ("gpu/*", "host/*")
+IMAGES_BESIDE = "sample_images"  # of an offline run
 
 
 class WandbTracker:
@@ -98,7 +99,7 @@ class WandbTracker:
             self.run.config.update(config, allow_val_change=True)  # type: ignore[no-untyped-call]
         for row in read_rows(records, self.started):
             self.run.log({**row.values, row.axis: row.step, "_timestamp": row.time})
-        self.answers += collect_answers(records)
+        self.answers = renew_answers(self.answers, records)
 
     def upload(self, files: list[Path]) -> None:
         """Copy files into the run's folder, and save them with the run. Answers to sample prompts become a table."""
@@ -106,7 +107,7 @@ class WandbTracker:
             copy = shutil.copy(file, self.run.dir)
             self.run.save(copy, base_path=self.run.dir, policy="now")
         if self.answers:
-            self.run.log({ANSWER_TABLE: build_table(self.answers)})
+            self.run.log(build_media(self.answers, self.run.offline))
             self.answers = []
 
     def upload_model(self, folder: Path) -> None:
@@ -125,12 +126,22 @@ class WandbTracker:
         wandb.teardown()
 
 
-def build_table(answers: list[Answer]) -> wandb.Table:
-    """Return a table of answers, with the images of their prompts."""
-    columns = build_columns(answers)
+def build_media(answers: list[Answer], is_offline: bool) -> dict[str, Any]:
+    """Return a table of answers, with the images of their prompts.
+
+    W&B keeps the images of a table outside of the run's folder, and an offline run leaves that folder alone. So they
+    come beside the table then.
+    """
+    columns, beside = build_columns(answers), {}
     if "images" in columns:
-        columns["images"] = [wandb.Image(image) for image in columns["images"]]
-    return wandb.Table(columns=list(columns), data=[list(row) for row in zip(*columns.values(), strict=True)])
+        columns["images"] = [
+            wandb.Image(image, caption=prompt)
+            for image, prompt in zip(columns["images"], columns["prompt"], strict=True)
+        ]
+        if is_offline:
+            beside = {IMAGES_BESIDE: columns.pop("images")}
+    table = wandb.Table(columns=list(columns), data=[list(row) for row in zip(*columns.values(), strict=True)])
+    return {ANSWER_TABLE: table, **beside}
 
 
 def check_variables() -> None:

@@ -5,6 +5,7 @@ import json
 import sys
 
 from llm_trainer.cli.validation import Validation, collect_findings, format_table, format_text, print_validation
+from llm_trainer.data.report import DataReport
 
 
 def build_validation(num_errors: int = 0) -> Validation:
@@ -26,6 +27,21 @@ def test_the_last_line_is_the_verdict():
     assert verdict == "errors: 0, warnings: 1; this job would start."
     *_, verdict = format_text(build_validation(num_errors=1), in_colour=False)
     assert verdict == "errors: 1, warnings: 1; this job would fail."
+
+
+def test_what_two_splits_have_in_common_is_told_once():
+    validation = build_validation(num_errors=2)
+    validation.add_findings("inputs", "error", ["wrong 1", "wrong 2", "wrong 2"])
+    assert validation.list_texts("error") == ["wrong 0", "wrong 1", "wrong 2"]
+
+
+def test_images_are_a_column_where_a_split_has_some():
+    validation = build_validation()
+    validation.reports = {"train": DataReport(num_rows=4, num_images=3), "validation": DataReport(num_rows=2)}
+    table = [line.split() for line in format_text(validation, in_colour=False)][-4:-1]
+    assert [line[1:3] for line in table] == [["rows", "images"], ["4", "3"], ["2", "0"]]
+    validation.reports["train"].num_images = 0
+    assert "images" not in " ".join(format_text(validation, in_colour=False))
 
 
 def test_many_errors_are_counted():
@@ -51,6 +67,12 @@ def test_cells_are_right_aligned_below_the_names_of_their_columns():
         "data         rows    cut",
         "train       1,000      0",
         "validation      4  12345",
+    ]
+    rows = {"train": {"rows": "0", "bad": "4"}, "validation": {"rows": "4", "p50": "9", "bad": "0"}}
+    assert list(format_table(rows, "data")) == [
+        "data        rows  bad  p50",
+        "train          0    4     ",
+        "validation     4    0    9",
     ]
 
 

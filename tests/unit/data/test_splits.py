@@ -11,6 +11,7 @@ from llm_trainer.data.encoding import Vocabulary
 from llm_trainer.data.splits import Split, list_sources, prepare_splits
 from llm_trainer.data.streaming import SourceHead
 from llm_trainer.readers.sources import FileSource
+from support.image_rows import ROWS, build_vocabulary, save_pictures
 from support.tiny_model import build_tokenizer
 
 TOKENIZER = build_tokenizer()
@@ -97,3 +98,16 @@ def test_a_shard_without_files_has_the_columns_of_the_other_hosts(tmp_path, monk
     (rows,) = splits["train"].open_datasets().values()
     assert rows.column_names == ["input_ids", "labels", "length", "seq_lengths"]
     assert splits["train"].report.sequences_a_row == 2
+
+
+def test_packing_is_refused_where_a_row_has_an_image_also_where_its_tokens_were_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_TRAINER_CACHE", str(tmp_path / "cache"))
+    vocabulary = build_vocabulary("qwen", tmp_path)
+    save_pictures(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]))
+    inputs = SimpleNamespace(train=[FileSource("train", tmp_path, (tmp_path / "rows.jsonl",))], validation=[])
+    found = []
+    for packing in (None, True):
+        data = Settings(packing=packing).data
+        found.append(prepare_splits(inputs, vocabulary, data, tmp_path / "rejected_rows.jsonl")[1])
+    assert found == [[], ["packing=true: rows have images, and such rows are padded: leave packing out."]]

@@ -23,6 +23,14 @@ def test_a_restart_continues_the_curve_at_its_checkpoint(tmp_path):
     assert (history.step, len(history.attempts), history.end.get("status")) == (40, 2, None)
 
 
+def test_an_attempt_that_answers_again_doubles_no_answer(tmp_path):
+    journal = FakeJournal(tmp_path / "metrics.jsonl")
+    for number in (1, 2):
+        journal.add(number, "job")
+        journal.add(number, "generation", prompt="Why?", after=str(number))
+    assert [answer["after"] for answer in read_history(journal.write()).generations] == ["2"]
+
+
 def test_a_phase_that_began_before_the_first_record_is_in_the_duration(tmp_path):
     journal = FakeJournal(tmp_path / "metrics.jsonl")
     journal.add(0, "job", name="trial")

@@ -209,6 +209,7 @@ def test_images_of_prompts_and_of_one_row_stand_in_the_page(tmp_path):
     assert Images(page).found == [(uri, f"dog.png, {words}"), (uri, f"cat.png, {words}")]
     assert f"far.png, {words}" in str(Texts(page)) and "<image> ⟦yes⟧" in str(Texts(page))
     assert "img-src data:;" in page
+    assert 'number">Images</th>' in page and 'number">Images</th>' not in write_images(tmp_path, [])
 
 
 @pytest.mark.parametrize(

@@ -40,14 +40,21 @@ def test_what_vllm_loads_is_not_refused(lora, model_type):
     assert list(find_adapter_refusals(LoraConfig(**{"target_modules": ["q_proj"], **lora}), model_type)) == []
 
 
+def test_an_adapter_on_the_vision_tower_is_refused_which_vllm_would_leave_out():
+    (sentence,) = find_adapter_refusals(LoraConfig(target_modules=["q_proj"]), "qwen3_vl_text", sees=True)
+    assert sentence.startswith("vLLM and LMI cannot load this adapter: it sits on the vision tower")
+
+
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
         ({"use_dora": True}, "use_dora=true: vLLM"),
+        ({"train_vision": True}, "train_vision=true: vLLM"),
         ({"lora_r": 600}, "lora_r=600: vLLM"),
         ({"lora_r": 300, "init_lora_weights": "pissa"}, "lora_r=300, exported as 600 with init_lora_weights=pissa"),
         ({"use_dora": True, "merge_weights": True}, None),
         ({"lora_r": 600, "use_peft": False}, None),
+        ({"train_vision": True, "merge_weights": True}, None),
         ({}, None),
     ],
 )

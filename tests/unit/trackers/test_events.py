@@ -10,11 +10,11 @@ from llm_trainer.trackers.events import (
     MAX_LISTED_FILES,
     build_columns,
     choose_run_name,
-    collect_answers,
     find_data_sets,
     find_parameters,
     find_surroundings,
     read_rows,
+    renew_answers,
 )
 from support.tiny_processors import draw
 
@@ -111,10 +111,15 @@ def answer_record(*images, **texts):
 
 def test_answers_are_a_table_with_the_images_of_their_prompts_side_by_side():
     image = {"name": "cat.png", "thumbnail": write_thumbnail(draw(40, 30))}
-    answers = collect_answers([JOB, answer_record(), answer_record(image, image, {"name": "far.png"})])
+    answers = renew_answers([], [JOB, answer_record(), answer_record(image, image, {"name": "far.png"})])
     columns = build_columns(answers)
     assert columns["prompt"] == [r"Why\x1b?"] * 2 and columns["before"] == [""] * 2
     assert [sheet.width for sheet in columns["images"]][1] == 80
     assert "images" not in build_columns(answers[:1])
     address = {"name": "cat.png", "thumbnail": "https://example.com/cat.jpg"}
-    assert "images" not in build_columns(collect_answers([answer_record(address)]))
+    assert "images" not in build_columns(renew_answers([], [answer_record(address)]))
+
+
+def test_an_attempt_that_answers_again_doubles_no_answer():
+    first = renew_answers([], [JOB, answer_record(after="No."), answer_record()])
+    assert [answer.texts["after"] for answer in renew_answers(first, [JOB, answer_record()])] == ["So."]

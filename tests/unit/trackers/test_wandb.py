@@ -51,16 +51,18 @@ def test_only_the_result_becomes_an_artifact(tmp_path):
     assert sorted(sent[0].manifest.entries) == listed
 
 
-def test_answers_become_a_table_with_images_once(tmp_path):
+@pytest.mark.parametrize("is_offline", [False, True])
+def test_answers_become_a_table_with_images_once(tmp_path, is_offline):
     tracker, logged = WandbTracker(None, tmp_path), []
-    tracker.run, tracker.started = SimpleNamespace(log=logged.append), 0.0
+    tracker.run, tracker.started = SimpleNamespace(log=logged.append, offline=is_offline), 0.0
     image = {"name": "cat.png", "thumbnail": write_thumbnail(draw(40, 30))}
     texts = {"prompt": "What is it?", "before": "?", "after": "A cat."}
     tracker.send([{"time": 1.0, "kind": "generation", **texts, "images": [image]}])
     for _ in range(2):
         tracker.upload([])
-    ((table,),) = (each.values() for each in logged)
-    assert table.columns == ["split", "prompt", "reference", "before", "after", "images"]
-    ((_, *found, shown),) = table.data
-    assert found == ["What is it?", "", "?", "A cat."]
+    ((table, *beside),) = (each.values() for each in logged)
+    assert table.columns == ["split", "prompt", "reference", "before", "after", *(() if is_offline else ("images",))]
+    ((_, *found),) = table.data
+    assert found[:4] == ["What is it?", "", "?", "A cat."]
+    (shown,) = beside[0] if is_offline else found[4:]  # offline, W&B would keep it where no user finds it
     assert shown.image.size == (40, 30)

@@ -30,6 +30,7 @@ from llm_trainer.data.formats.preferences import list_preference_fields, parse_p
 from llm_trainer.data.formats.prompts import ASKING_FIELDS, parse_prompt
 from llm_trainer.data.formats.unpaired import is_judged, list_unpaired_fields, list_unpaired_needs, parse_unpaired
 from llm_trainer.data.formats.values import parse_text
+from llm_trainer.readers.rows import PLACEHOLDER
 
 
 class OtherMethodError(RowError):
@@ -141,12 +142,27 @@ def take_pictures(example: Example, fields: Fields, method: str) -> Example:
     return place_in_side(example, column)
 
 
-def place_in_side(example: Conversation | Text, column: list[Any]) -> Conversation | Text:
-    """Return a conversation or a text with the images of its row. Raises RowError."""
+def place_in_side(example: Conversation | Text, column: list[Any] | None) -> Conversation | Text:
+    """Return a conversation or a text with the images of its row, whose column is None where it has none.
+
+    Raises RowError.
+    """
+    if column == []:
+        refuse_placeholders(example)
     if isinstance(example, Text):
         return place_in_example(example, column) if column else example
-    messages, values = place_in_messages(example.messages, column)
+    messages, values = place_in_messages(example.messages, column or [])
     return replace(example, messages=messages, images=values) if values else example
+
+
+def refuse_placeholders(example: Conversation | Text) -> None:
+    """Raise RowError where a text waits for an image that its row's column lacks."""
+    texts = [example.text] if isinstance(example, Text) else [message["content"] for message in example.messages]
+    if any(PLACEHOLDER in text for text in texts):
+        raise RowError(
+            f"has the text {PLACEHOLDER} and nothing in its column of images: put the image there, or leave the column "
+            "out where this is text."
+        )
 
 
 def place_in_example(example: Text, column: list[Any]) -> Text:

@@ -22,12 +22,14 @@ PART_VALUES = ("image", "image_url", "url", "path", "base64", "bytes")
 VALUES = IMAGE_MARK  # the key of a message's own images, until its row is whole: no row has such a key
 
 
-def list_column(fields: Fields) -> list[Any]:
-    """Return the values of a row's column of images; none where it has no such column, or nothing in it.
+def list_column(fields: Fields) -> list[Any] | None:
+    """Return the values of a row's column of images, None where it has no such column.
 
     Raises RowError where both columns have images.
     """
-    values = [parse_json_text(fields.get(name)) for name in COLUMNS]
+    values = [parse_json_text(fields[name]) for name in COLUMNS if name in fields]
+    if not values:
+        return None
     given = [value for value in values if value not in (None, "", [])]
     if len(given) > 1:
         raise RowError(f"has images in both columns {' and '.join(map(repr, COLUMNS))}: put all of them into one.")

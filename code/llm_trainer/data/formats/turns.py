@@ -113,8 +113,11 @@ def join_parts(parts: list[Any]) -> str:
     for part in parts:
         if not is_text_part(part):
             kind = part.get("type") if isinstance(part, dict) else None
-            name = f"of type {kind!r}" if kind else f"that is {describe_value(part)}"
-            raise RowError(f"whose 'content' has a part {name}: only texts and images are read.")
+            name = f"of type {kind!r}" if kind else f"that is {describe_value(part)} without a 'type'"
+            raise RowError(
+                f"whose 'content' has a part {name}: only texts and images are read, such as {{'type': 'image', "
+                "'image': 'cat.png'}."
+            )
         texts.append(part["text"])
     return "".join(texts)
 

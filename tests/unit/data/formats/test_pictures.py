@@ -119,9 +119,19 @@ def test_other_formats_have_images_too():
     assert (text.text, text.num_prompt_characters) == (f"{IMAGE_MARK}Red? Yes.", len(f"{IMAGE_MARK}Red? "))
 
 
-@pytest.mark.parametrize("fields", [{}, {"images": []}, {"images": None}, {"image": ""}])
+@pytest.mark.parametrize("fields", [{"images": []}, {"images": None}, {"image": ""}])
 def test_without_images_a_text_stays_as_it_is(fields):
-    assert look("Write <image>", **fields) == ("Write <image>", ())
+    assert look("Write <image>") == ("Write <image>", ())
+    assert look("Write", **fields) == ("Write", ())
+
+
+@pytest.mark.parametrize("fields", [{"images": []}, {"images": None}, {"image": ""}])
+def test_an_empty_column_leaves_no_placeholder(fields):
+    """Such as that of a table in which an image is lost: its question would be trained on without it."""
+    assert "has the text <image> and nothing in its column of images" in find_problem(ask("<image>\nRed?", **fields))
+    assert "has the text <image>" in find_problem({"text": "A <image>", **fields})
+    assert "has the text <image>" in find_problem({"prompt": "<image>?", **SIDES, **fields}, "dpo")
+    assert parse({"text": "A cat.", **fields}).text == "A cat."
 
 
 @pytest.mark.parametrize(
