@@ -59,6 +59,12 @@ HUB_TOKEN = re.compile(r"(?<![A-Za-z0-9])(?P<secret>hf_[A-Za-z0-9]{30,})")
 PATTERNS = (ADDRESS_USER, ASSIGNMENT, SIGNATURE, AUTHORIZATION, BEARER, HUB_TOKEN)
 NO_SECRETS = re.compile(r"none|true|false|null|\*+|withheld|arn:.*", re.IGNORECASE)
 LINE_BREAKS = re.compile(r"(?:\s|\\[nr])+")
+# Up to white space or the end of a text of JSON, which may write a slash as \/ and any character as \u0026.
+ADDRESS = re.compile(
+    r"""(?P<begin>:(?:\\?/)+)(?:(?:[^\s"/?#\\]|\\(?!["nrt/]))*@)?(?P<place>(?:[^\s"?#\\]|\\(?!["nrt]))*)
+    (?:[?#](?:[^\s"\\]|\\(?!["nrt]))*)?""",
+    re.VERBOSE,
+)
 
 noted: set[str] = set()  # the secrets that this process was given, besides those of its environment
 
@@ -89,6 +95,11 @@ def hide_known(text: str) -> str:
         if letters in unbroken:
             text = re.sub(r"(?:\s|\\[nr])*".join(map(re.escape, letters)), REDACTED, text)
     return text
+
+
+def hide_queries(text: str) -> str:
+    """Return a text whose addresses have no user, query or fragment, as in a query anybody may sign an access to it."""
+    return ADDRESS.sub(r"\g<begin>\g<place>", text)
 
 
 def hide_in(value: Any) -> Any:

@@ -27,7 +27,7 @@ from datasets.arrow_writer import ArrowWriter
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.files import append_rows
 from llm_trainer.common.processes import bind_to_parent
-from llm_trainer.common.redaction import hide_known
+from llm_trainer.common.redaction import hide_known, hide_queries
 from llm_trainer.config.sections import IMAGE_METHODS, DataSettings
 from llm_trainer.data.encoding import Encoder, Vocabulary
 from llm_trainer.data.fitting import Fitter, Sequences
@@ -263,9 +263,9 @@ def describe_place(chunk: Chunk, index: int, reason: str = "") -> str:
 
 
 def quote_row(raw: Any) -> str:
-    """Return a bad row as text, without secrets, and cut to MAX_QUOTED_ROW_CHARACTERS."""
+    """Return a bad row as text, without secrets and queries of addresses, and cut to MAX_QUOTED_ROW_CHARACTERS."""
     text = raw.decode("utf-8", errors="replace") if isinstance(raw, bytes) else json.dumps(raw, default=str)
-    return hide_known(text)[:MAX_QUOTED_ROW_CHARACTERS]
+    return hide_queries(hide_known(text))[:MAX_QUOTED_ROW_CHARACTERS]
 
 
 def make_writable(text: str) -> str:

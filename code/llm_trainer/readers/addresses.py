@@ -9,75 +9,99 @@ import ipaddress
 import time
 import urllib.request
 from typing import Any
+from urllib.parse import quote, urlsplit
 
 from llm_trainer.common.errors import quote_error
+from llm_trainer.common.redaction import hide_queries
 
 SECONDS = 30  # that a server may keep silent, and four times as long for all of a file
 SCHEMES = ("http", "https")
 BLOCK_BYTES = 2**18
+KEPT_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"  # besides letters and digits, in an address that is written as it is asked
+# What ipaddress takes for public: addresses of protocols, and those of version 6 that may stand for one of version 4.
+INTERNET_6, RELAYS = ipaddress.IPv6Network("2000::/3"), ipaddress.IPv6Network("2002::/16")
+PROTOCOLS = ipaddress.IPv4Network("192.0.0.0/24")
 
 
 class FetchError(OSError):
     """A reason why nothing came from an address: the rest of a sentence that begins with it."""
 
 
-def fetch(address: str, max_bytes: int) -> bytes:
-    """Return what is at an http address. Raises FetchError where it does not come, or is longer than that.
+def encode_address(address: str) -> str:
+    """Return an address as it is asked, with white space, quotes and letters beyond ASCII as their codes."""
+    return quote(address, safe=KEPT_CHARACTERS, errors="backslashreplace")
 
-    A proxy that the environment names is asked for all addresses, and decides which to reach.
+
+def fetch(address: str, max_bytes: int) -> bytes:
+    """Return what is at an encoded address. Raises FetchError where it does not come, or is longer than that.
+
+    A proxy that the environment names for it is asked instead, and decides which addresses to reach.
     """
-    handlers = () if urllib.request.getproxies() else (OpenHandler, SecureHandler)
-    opener = urllib.request.build_opener(*handlers, SameSchemes)
-    end = time.monotonic() + 4 * SECONDS
-    pieces, size = [], 0
+    opener = urllib.request.build_opener(OpenHandler, SecureHandler, CheckedRedirects)
     try:
+        check_address(address)
+        end = time.monotonic() + 4 * SECONDS
         with opener.open(address, timeout=SECONDS) as answer:
-            while piece := answer.read(BLOCK_BYTES):
-                pieces.append(piece)
-                size += len(piece)
-                if size > max_bytes:
-                    raise FetchError(f"is longer than {max_bytes // 2**20} MiB")
-                if time.monotonic() > end:
-                    raise FetchError(f"does not come within {4 * SECONDS} seconds")
+            return read_answer(answer, max_bytes, end)
     except FetchError:
         raise
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        told = str(reason) if isinstance(reason, FetchError) else f"does not come ({quote_error(error)})"
-        raise FetchError(told) from error
+        is_own = isinstance(reason, FetchError)
+        raise FetchError(str(reason) if is_own else f"does not come ({hide_queries(quote_error(error))})") from error
+
+
+def read_answer(answer: http.client.HTTPResponse, max_bytes: int, end: float) -> bytes:
+    """Return the body of an answer. Raises FetchError where it is too long, cut off, or late."""
+    pieces, size = [], 0
+    while piece := answer.read1(BLOCK_BYTES):  # read would wait for a whole block
+        pieces.append(piece)
+        size += len(piece)
+        if size > max_bytes:
+            raise FetchError(f"is longer than {max_bytes // 2**20} MiB")
+        if time.monotonic() > end:
+            raise FetchError(f"does not come within {4 * SECONDS} seconds")
+    if answer.length:
+        raise FetchError("ends too early")
     return b"".join(pieces)
+
+
+def check_address(address: str) -> None:
+    """Raise FetchError where an address is none of http, or names a user."""
+    parts = urlsplit(address)
+    if parts.scheme not in SCHEMES:
+        raise FetchError(f"leads to an address of the scheme {parts.scheme!r}")
+    if "@" in parts.netloc:
+        raise FetchError("names a user, and none is told to a server")
 
 
 def is_public(host: str) -> bool:
     """Tell whether a numeric address is one of the internet, and not of this host or of a private network."""
     address = ipaddress.ip_address(host.partition("%")[0])
-    return address.is_global and not address.is_multicast
-
-
-def check_peer(connection: http.client.HTTPConnection) -> None:
-    """Raise FetchError where a connection leads into a private network. It is closed before anything is sent."""
-    host = connection.sock.getpeername()[0]
-    if not is_public(host):
-        connection.close()
-        raise FetchError(f"leads to {host} in a private network, where no image is fetched")
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped:
+            return is_public(str(address.ipv4_mapped))
+        return address.is_global and address in INTERNET_6 and address not in RELAYS
+    return address.is_global and not address.is_multicast and address not in PROTOCOLS
 
 
 class OpenConnection(http.client.HTTPConnection):
     """A connection to a server of the internet."""
 
     def connect(self) -> None:
-        """Connect. Raises FetchError where the server is in a private network, whatever its name was resolved to."""
+        """Connect. Raises FetchError where the server is in a private network, whatever its name was resolved to.
+
+        The connection is closed before anything is sent.
+        """
         super().connect()
-        check_peer(self)
+        host = self.sock.getpeername()[0]
+        if not is_public(host):
+            self.close()
+            raise FetchError(f"leads to {host} in a private network, where no image is fetched")
 
 
-class SecureConnection(http.client.HTTPSConnection):
-    """A connection by TLS to a server of the internet."""
-
-    def connect(self) -> None:
-        """Connect. Raises FetchError as `OpenConnection` does."""
-        super().connect()
-        check_peer(self)
+class SecureConnection(http.client.HTTPSConnection, OpenConnection):
+    """A connection by TLS to a server of the internet. Its greeting is sent after the check."""
 
 
 class OpenHandler(urllib.request.HTTPHandler):
@@ -85,7 +109,7 @@ class OpenHandler(urllib.request.HTTPHandler):
 
     def http_open(self, request: urllib.request.Request) -> Any:
         """Return a server's answer."""
-        return self.do_open(OpenConnection, request)
+        return self.do_open(http.client.HTTPConnection if is_proxied(request) else OpenConnection, request)
 
 
 class SecureHandler(urllib.request.HTTPSHandler):
@@ -93,15 +117,18 @@ class SecureHandler(urllib.request.HTTPSHandler):
 
     def https_open(self, request: urllib.request.Request) -> Any:
         """Return a server's answer."""
-        return self.do_open(SecureConnection, request)
+        return self.do_open(http.client.HTTPSConnection if is_proxied(request) else SecureConnection, request)
 
 
-class SameSchemes(urllib.request.HTTPRedirectHandler):
-    """Follower of servers that lead on to another address, if that is http or https, too."""
+def is_proxied(request: urllib.request.Request) -> bool:
+    """Tell whether a proxy is asked, which may be in a private network: in its own words, or for a way through it."""
+    return request.has_proxy() or getattr(request, "_tunnel_host", None) is not None
+
+
+class CheckedRedirects(urllib.request.HTTPRedirectHandler):
+    """Follower of servers that lead on to another address, if that is one that is asked."""
 
     def redirect_request(self, request: Any, *answer: Any) -> Any:
-        """Return the request for the address that ends the answer. Raises FetchError for one of another scheme."""
-        scheme = answer[-1].partition(":")[0].lower()
-        if scheme not in SCHEMES:
-            raise FetchError(f"leads on to an address of the scheme {scheme!r}")
+        """Return the request for the address that ends the answer. Raises FetchError as `check_address` does."""
+        check_address(answer[-1])
         return super().redirect_request(request, *answer)

@@ -10,7 +10,7 @@ from urllib.parse import quote, quote_plus
 import pytest
 from pydantic import SecretStr
 
-from llm_trainer.common.redaction import hide_in, hide_known, hide_secrets, is_secret_name, note_secrets
+from llm_trainer.common.redaction import hide_in, hide_known, hide_queries, hide_secrets, is_secret_name, note_secrets
 
 SECRET = "hf_Ab/+d\"e'f%12 \u00e9"
 NAMED = (
@@ -122,6 +122,33 @@ def test_secrets_are_hidden_however_deep_they_lie():
     assert hide_in(value) == {"a": ["https://***@host", 1, None, 0.5, True], "b": [{"c": "***"}], "***": "**********"}
 
 
+@pytest.mark.parametrize(
+    "write", [str, json.dumps, lambda text: json.dumps(text).replace("/", "\\/").replace("&", "\\u0026")]
+)
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://host/a%20b.png?X-Amz-Signature=5ec&x='5ec'#5ec", "https://host/a%20b.png"),
+        ("https://me:p@ss@host:80/a.png#5ec", "https://host:80/a.png"),
+        ("s3://bucket/a.png?versionId=1", "s3://bucket/a.png"),
+        ("file:/a.png?b", "file:/a.png"),
+        ("https://host/@scope/a.png", "https://host/@scope/a.png"),
+        ("a#1?.png", "a#1?.png"),
+    ],
+)
+def test_an_address_is_shown_without_what_may_sign_it(write, address, shown):
+    assert hide_queries(write(address)) == write(shown)
+    assert hide_queries(write(f"Is {address}\nred? {address}")) == write(f"Is {shown}\nred? {shown}")
+    assert hide_queries(write(json.dumps({"url": address}))) == write(json.dumps({"url": shown}))
+
+
 def test_the_time_grows_with_the_length_alone():
-    for text in ("a" * 10**5, "://" * 10**4, "token='" * 10**4, "://a:" * 10**4, "authorization" * 10**4):
-        assert len(hide_secrets(text)) <= len(text)
+    for text in (
+        "a" * 10**5,
+        "://" * 10**4,
+        "token='" * 10**4,
+        "://a:" * 10**4,
+        "authorization" * 10**4,
+        "://" + "a@" * 10**5,
+    ):
+        assert len(hide_secrets(text)) <= len(text) >= len(hide_queries(text))

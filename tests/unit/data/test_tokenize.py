@@ -96,6 +96,17 @@ def test_fields_that_are_not_utf_8_are_told():
         parse_fields(b'{"a": "\xff"}', 3)
 
 
+@pytest.mark.parametrize("write", [lambda row: json.dumps(row).encode(), lambda row: row], ids=["line", "cells"])
+def test_a_bad_row_is_quoted_without_what_signs_an_address(write):
+    row = {
+        "messages": [],
+        "images": ["https://host/a.png?X-Amz-Signature=5ec2e7&x=5ec2e7", "https://me:5ec2e7@host/b.png"],
+    }
+    (rejected,) = build_preparer().prepare_chunk(Chunk("a.jsonl", [7], [write(row)])).rejected
+    assert (rejected["file"], rejected["row"]) == ("a.jsonl", 7)
+    assert json.loads(rejected["content"]) == {"messages": [], "images": ["https://host/a.png", "https://host/b.png"]}
+
+
 def test_a_long_bad_row_is_quoted_in_part():
     (rejected,) = build_preparer().prepare_chunk(Chunk("a.jsonl", [1], [b"x" * 99_999])).rejected
     assert rejected["content"] == "x" * MAX_QUOTED_ROW_CHARACTERS
