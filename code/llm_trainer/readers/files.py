@@ -86,6 +86,7 @@ def read_rows(file: Path, name: str, max_rows: int, max_bytes: int) -> Iterator[
     elif container in (".arrow", ".feather"):
         yield from read_table(read_arrow(file, name), name, max_rows, max_bytes)
     elif container == ".tar":
+        refuse_compressed(file, name)
         yield from read_tar(file, name)
     else:
         with open_stream(file, name) as stream:
@@ -95,6 +96,15 @@ def read_rows(file: Path, name: str, max_rows: int, max_bytes: int) -> Iterator[
                 yield from read_csv(stream, name, SEPARATORS[container])
             else:
                 yield from read_json(stream, name, container in (".jsonl", ".ndjson"))
+
+
+def refuse_compressed(file: Path, name: str) -> None:
+    """Raise DamagedFile for a shard that is compressed, whose images have no place of their own in the file."""
+    with file.open("rb") as stream:
+        head = stream.read(4)
+    codec = next((CODECS[suffix] for suffix, magic in MAGIC.items() if magic.match(head)), None)
+    if codec:
+        raise DamagedFile(f"{name} is compressed by {codec}, and a shard is read in place: unpack it to a .tar file.")
 
 
 @contextmanager

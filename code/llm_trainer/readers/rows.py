@@ -24,6 +24,7 @@ class BadRow:
 
 
 PLACEHOLDER = "<image>"  # of an image, in a text
+IMAGE_COLUMNS = ("images", "image")  # of a row
 
 
 @dataclass(frozen=True)

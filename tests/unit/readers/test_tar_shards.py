@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tar shard gives the rows that it was written from."""
 
+import gzip
 import io
 import json
 import tarfile
 
 import pytest
 
+from llm_trainer.readers import tar_shards
 from llm_trainer.readers.files import read_chunks
 from llm_trainer.readers.images import ImageRef
-from llm_trainer.readers.rows import BadRow, DamagedFile
+from llm_trainer.readers.rows import TOO_LONG, BadRow, DamagedFile
+from support.data_files import compress_zstd
 
 
 def write_shard(file, members):
@@ -45,7 +48,7 @@ def test_members_of_one_key_are_a_row(tmp_path):
     rows = read(write_shard(tmp_path / "a.tar", members))
     images = [[open_part(part) for part in row.pop("images", [])] for row in rows]
     assert images == [[b"first"], [b"left", b"right"], [], []]
-    assert rows == [{"messages": []}, {"text": "Zwölf"}, {"text": "alone"}, {"mp4": "4 bytes"}]
+    assert rows == [{"messages": []}, {"text": "Zwölf"}, {"text": "alone"}, {".mp4": "4 bytes"}]
 
 
 def test_members_of_a_key_may_stand_apart(tmp_path):
@@ -78,6 +81,61 @@ def test_a_shard_of_texts_alone_may_speak_of_placeholders(tmp_path):
     assert rows == [{"text": "Write <image>."}]
 
 
+def test_a_member_of_another_kind_is_no_field_that_a_format_reads(tmp_path):
+    rows = read(write_shard(tmp_path / "a.tar", [("1.text", b"a"), ("2.prompt", b"b"), ("2.completion", b"c")]))
+    assert rows == [{".text": "1 bytes"}, {".prompt": "1 bytes", ".completion": "1 bytes"}]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE])
+def test_a_link_or_a_file_with_holes_makes_a_bad_row(tmp_path, kind):
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for name, data in (("1.txt", b"text"), ("1.png", b"image"), ("2.txt", b"alone")):
+            entry = tarfile.TarInfo(name)
+            entry.type = kind if data == b"image" else tarfile.REGTYPE
+            entry.linkname, entry.size = ("0.png", 0) if data == b"image" else ("", len(data))
+            shard.addfile(entry, io.BytesIO(data))
+    bad, good = read(tmp_path / "a.tar")
+    assert "has the member 1.png, a link or a file with holes" in bad.reason and good == {"text": "alone"}
+
+
+@pytest.mark.parametrize(
+    ("members", "field"),
+    [
+        ([("v1.0_a.json", b'{"n": 1}'), ("v1.0_b.json", b'{"n": 2}')], "n"),
+        ([("1.json", b'{"text": "a"}'), ("1.txt", b"b")], "text"),
+    ],
+)
+def test_two_members_with_one_field_make_a_bad_row(tmp_path, members, field):
+    (row,) = read(write_shard(tmp_path / "a.tar", members))
+    assert f"cannot be read (another member has the field '{field}', too)" in row.reason
+
+
+@pytest.mark.parametrize(
+    ("names", "row"),
+    [
+        ({"images": ["x/1.png"]}, {}),
+        ({"image": "1.png"}, {}),
+        ({"image": None, "n": 1}, {"image": None, "n": 1}),
+        ({"images": ["1.png", "2.png"]}, BadRow("names 2 images and has 1 beside its text")),
+    ],
+)
+def test_the_images_of_a_key_take_the_place_of_their_names(tmp_path, names, row):
+    (read_row,) = read(write_shard(tmp_path / "a.tar", [("1.json", json.dumps(names).encode()), ("1.png", b"image")]))
+    if isinstance(row, dict):
+        assert [open_part(part) for part in read_row.pop("images")] == [b"image"]
+        row = {name: value for name, value in row.items() if name != "image"}
+    assert read_row == row
+
+
+def test_texts_of_members_count_as_those_of_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_shards, "MAX_ROW_BYTES", 20)
+    members = [("1.json", b'{"a": ["' + b"x" * 20 + b'"]}'), ("2.json", b"{}"), ("3.json", b'{"a": ["xxxx"]}')]
+    file = write_shard(tmp_path / "a.tar", [*members, ("2.png", bytes(100))])
+    lengths = [(row, length) for _, row, length in tar_shards.read_tar(file, "a.tar")]
+    assert lengths[0][0] == BadRow(TOO_LONG) and lengths[2] == ({"a": ["xxxx"]}, 15)
+    assert [length for _, length in lengths] == [31, 2, 15]
+
+
 def test_two_members_of_one_name_make_a_bad_row(tmp_path):
     rows = read(write_shard(tmp_path / "a.tar", [("1.txt", b"a"), ("2.txt", b"b"), ("1.txt", b"c")]))
     assert rows == [BadRow("has two members 1.txt"), {"text": "b"}]
@@ -97,6 +155,38 @@ def test_a_shard_that_is_cut_off_is_told_after_its_rows(tmp_path):
     with pytest.raises(DamagedFile, match=r"a\.tar is damaged after row 3"):
         rows.extend(row for chunk in read_chunks(file, file.name, 1) for row in chunk.rows)
     assert len(rows) == 3
+
+
+def test_a_shard_behind_another_is_told_after_the_rows_of_the_first(tmp_path):
+    file = write_shard(tmp_path / "a.tar", [("1.txt", b"a")])
+    file.write_bytes(file.read_bytes() * 2)
+    with pytest.raises(DamagedFile, match=r"a\.tar is damaged after row 1 \(more behind the mark of its end\)"):
+        read(file)
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [(-512, b"0"), (-1024, b"S"), (2**62, b"x"), (2**62, b"L"), (-512, b"x")],
+)
+def test_a_header_made_to_harm_is_told_after_the_rows_before_it(tmp_path, size, kind):
+    entry = tarfile.TarInfo("2.txt")
+    entry.type, entry.size = kind, size
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as shard:
+        first = tarfile.TarInfo("1.txt")
+        first.size = 1
+        shard.addfile(first, io.BytesIO(b"a"))
+        header = entry.tobuf(tarfile.GNU_FORMAT)
+        shard.fileobj.write(header)
+    with pytest.raises(DamagedFile, match=r"a\.tar is damaged (after row 1|before its first row)"):
+        read(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize(("compress", "codec"), [(gzip.compress, "gzip"), (compress_zstd, "zstd")])
+def test_a_shard_that_is_compressed_is_told(tmp_path, compress, codec):
+    file = write_shard(tmp_path / "a.tar", [("1.txt", b"a")])
+    file.write_bytes(compress(file.read_bytes()))
+    with pytest.raises(DamagedFile, match=rf"a\.tar is compressed by {codec}, and a shard is read in place: unpack it"):
+        read(file)
 
 
 def test_what_is_no_tar_file_is_told(tmp_path):

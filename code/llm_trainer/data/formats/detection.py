@@ -25,12 +25,12 @@ from llm_trainer.data.formats.imitation import (
     parse_prompt_completion,
     parse_tokens,
 )
-from llm_trainer.data.formats.pictures import COLUMNS, VALUES, list_column, place_in_messages, place_in_text
+from llm_trainer.data.formats.pictures import VALUES, list_column, place_in_messages, place_in_text
 from llm_trainer.data.formats.preferences import list_preference_fields, parse_preference
 from llm_trainer.data.formats.prompts import ASKING_FIELDS, parse_prompt
 from llm_trainer.data.formats.unpaired import is_judged, list_unpaired_fields, list_unpaired_needs, parse_unpaired
 from llm_trainer.data.formats.values import parse_text
-from llm_trainer.readers.rows import PLACEHOLDER
+from llm_trainer.readers.rows import IMAGE_COLUMNS, PLACEHOLDER
 
 
 class OtherMethodError(RowError):
@@ -203,5 +203,5 @@ def list_read_fields(row_format: str, settings: DataSettings, has_chat_template:
         "unpaired_preference": list_unpaired_fields(settings.messages_field),
         "prompt": ("prompt", *ASKING_FIELDS, "system", "tools"),
     }
-    columns = () if row_format == "pretokenized" else COLUMNS
+    columns = () if row_format == "pretokenized" else IMAGE_COLUMNS
     return frozenset((*read[row_format], *columns))

@@ -12,11 +12,10 @@ from typing import Any
 from llm_trainer.data.formats.examples import Fields, RowError, Text
 from llm_trainer.data.formats.values import describe_value, parse_json_text
 from llm_trainer.readers.images import DATA_URI
-from llm_trainer.readers.rows import PLACEHOLDER, FilePart
+from llm_trainer.readers.rows import IMAGE_COLUMNS, PLACEHOLDER, FilePart
 
 # Stands for an image in a text. These characters are for private use.
 IMAGE_MARK = "\ue7c3\ue7a8\ue7c3"
-COLUMNS = ("images", "image")
 PART_KINDS = ("image", "image_url", "input_image")
 PART_VALUES = ("image", "image_url", "url", "path", "base64", "bytes")
 VALUES = IMAGE_MARK  # the key of a message's own images, until its row is whole: no row has such a key
@@ -27,12 +26,13 @@ def list_column(fields: Fields) -> list[Any] | None:
 
     Raises RowError where both columns have images.
     """
-    values = [parse_json_text(fields[name]) for name in COLUMNS if name in fields]
+    values = [parse_json_text(fields[name]) for name in IMAGE_COLUMNS if name in fields]
     if not values:
         return None
     given = [value for value in values if value not in (None, "", [])]
     if len(given) > 1:
-        raise RowError(f"has images in both columns {' and '.join(map(repr, COLUMNS))}: put all of them into one.")
+        both = " and ".join(map(repr, IMAGE_COLUMNS))
+        raise RowError(f"has images in both columns {both}: put all of them into one.")
     return [own for value in given for own in (value if isinstance(value, list) else [value])]
 
 
@@ -44,7 +44,8 @@ def refuse_marks(value: Any) -> None:
                 f"has the private characters {IMAGE_MARK!a} in a text, which stand for an image: remove them."
             )
     elif isinstance(value, dict):
-        for part in value.values():
+        for name, part in value.items():
+            refuse_marks(name)
             refuse_marks(part)
     elif isinstance(value, list):
         for part in value:
@@ -75,7 +76,7 @@ def read_part(part: Fields) -> Any:
     if not given:
         return None
     name, value = given[0]
-    if name == "base64" and isinstance(value, str) and not value.startswith(DATA_URI):
+    if name == "base64" and isinstance(value, str) and value[: len(DATA_URI)].lower() != DATA_URI:
         value = f"{DATA_URI}image;base64,{value}"
     return read_value(value)
 
@@ -115,7 +116,7 @@ def place_in_messages(messages: list[Fields], column: list[Any]) -> tuple[list[F
     if own.count(None) != len(column):
         raise RowError(
             f"has {len(column)} images and {own.count(None)} placeholders for them: give each image its {PLACEHOLDER}, "
-            f"and each placeholder its image in the column {COLUMNS[0]!r}."
+            f"and each placeholder its image in the column {IMAGE_COLUMNS[0]!r}."
         )
     given = iter(column)
     plain = [{name: value for name, value in message.items() if name != VALUES} for message in messages]

@@ -48,6 +48,7 @@ def look(content, **fields):
         ({"type": "image", "path": "a.png", "text": None}, "a.png"),
         ({"type": "image", "url": "https://host/a.png"}, "https://host/a.png"),
         ({"type": "image", "base64": "QUJD"}, "data:image;base64,QUJD"),
+        ({"type": "image", "base64": "DATA:image/png;base64,QUJD"}, "DATA:image/png;base64,QUJD"),
         ({"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}, "data:image/png;base64,QUJD"),
         ({"type": "image_url", "image_url": "a.png"}, "a.png"),
         ({"type": "input_image", "image_url": "a.png"}, "a.png"),
@@ -188,6 +189,7 @@ def test_a_row_with_both_columns_is_refused(value):
         ask(IMAGE_MARK),
         ask([{"type": "text", "text": IMAGE_MARK}, {"type": "image", "image": "a.png"}]),
         ask("<image>", tools=[{"name": IMAGE_MARK}], images=["a.png"]),
+        {"messages": [{"role": "user", "content": "Red?", IMAGE_MARK: ["a.png"]}, ANSWER]},
     ],
 )
 def test_the_characters_of_a_mark_are_refused_in_a_row(fields):
