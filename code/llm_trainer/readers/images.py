@@ -8,6 +8,7 @@ unless the settings allow it. What is opened is one of a few formats, and small 
 import base64
 import binascii
 import io
+import os
 import re
 import stat
 import warnings
@@ -19,22 +20,31 @@ from typing import IO, Any
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from llm_trainer.common.errors import cut_quote, quote_error
+from llm_trainer.common.redaction import hide_queries
 from llm_trainer.config.sections import DataSettings
-from llm_trainer.readers.addresses import FetchError, fetch
+from llm_trainer.readers.addresses import FetchError, encode_address, fetch
 from llm_trainer.readers.rows import FilePart
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others run programs, or are as good as never met
 READABLE = "JPEG, PNG, WebP, GIF, BMP or TIFF"
-ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the tag of Exif, and its values that swap width and height
+ORIENTATION = 0x0112  # the tag of Exif
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SWAPS = (5, 6, 7, 8)  # the turns that swap width and height
 DATA_URI, ADDRESSES = "data:", ("http://", "https://")
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)  # of any scheme
-MAX_EMBEDDED_BYTES = 64 * 2**20
+MAX_HELD_BYTES = 64 * 2**20  # of an image's encoded bytes that do not stay in a file of their own
 SMALL = (64, 64)  # a JPEG is read to its end at the scale that is next to this, in a fraction of the time
-# Raised by Pillow for files that are cut, damaged, or made to harm. Its readers raise almost anything.
-UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError)
 
 
 class ImageError(ValueError):
@@ -112,17 +122,33 @@ class ImagePlace:
 def find_image(value: Any, place: ImagePlace, rules: ImageRules) -> ImageRef:
     """Return where the image is that a row's value gives. Raises ImageError."""
     ref = locate_image(value, place, rules)
-    if not (ref.path and place.folder.is_sharded):
-        return ref
-    with ref.open() as file:
-        data = file.read(MAX_EMBEDDED_BYTES + 1)
-    if len(data) > MAX_EMBEDDED_BYTES:
-        raise ImageError(f"has {ref.describe()} of more than {MAX_EMBEDDED_BYTES // 2**20} MiB: shrink it.")
+    try:
+        f"{ref.path}{ref.name}".encode()
+    except UnicodeEncodeError as error:
+        raise ImageError(f"has {ref.describe()}, whose name is not UTF-8: rename it.") from error
+    if ref.size > MAX_HELD_BYTES:
+        raise ImageError(describe_length(ref))
+    return embed_image(ref) if ref.path and place.folder.is_sharded else ref
+
+
+def embed_image(ref: ImageRef) -> ImageRef:
+    """Return an image of a file with its encoded bytes. Raises ImageError where these are too many, or do not come."""
+    with told(ref), ref.open() as file:
+        data = file.read(MAX_HELD_BYTES + 1)
+    if len(data) > MAX_HELD_BYTES:
+        raise ImageError(describe_length(ref))
     return ImageRef(data=data, name=ref.name)
+
+
+def describe_length(ref: ImageRef) -> str:
+    """Return the reason why an image has too many encoded bytes."""
+    return f"has {ref.describe()} of more than {MAX_HELD_BYTES // 2**20} MiB: shrink it."
 
 
 def locate_image(value: Any, place: ImagePlace, rules: ImageRules) -> ImageRef:
     """Return the place on this host of the image that a row's value gives. Raises ImageError."""
+    if isinstance(value, FilePart) and not value.size:
+        return ImageRef(name=value.name)  # as a part of no bytes is not the whole file
     if isinstance(value, FilePart):
         return ImageRef(str(value.path), value.offset, value.size, name=value.name)
     if isinstance(value, bytes):
@@ -131,7 +157,8 @@ def locate_image(value: Any, place: ImagePlace, rules: ImageRules) -> ImageRef:
     if value[: len(DATA_URI)].lower() == DATA_URI:
         return ImageRef(data=decode_uri(value))
     if ADDRESS.match(value):
-        return ImageRef(data=ask_address(value, rules), name=value)
+        address = encode_address(value)
+        return ImageRef(data=ask_address(address, rules), name=hide_queries(address))
     return ImageRef(str(find_file(value, place)), name=value)
 
 
@@ -156,15 +183,15 @@ def encode_uri(file: Path) -> str:
     """Return an image file as a data URI, byte for byte. Raises ImageError where it is none that is read."""
     try:
         with Image.open(file, formats=FORMATS) as image:
-            kind = Image.MIME[str(image.format)]
+            kind = Image.MIME["JPEG" if image.format == "MPO" else str(image.format)]  # MPO: with more images behind it
         return f"{DATA_URI}{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
-    except (*UNREADABLE, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise almost anything
         raise ImageError(f"{cut_quote(str(file))!r} is no {READABLE} file that can be read: give one.") from error
 
 
 def ask_address(address: str, rules: ImageRules) -> bytes:
-    """Return what is at an address. Raises ImageError where it is not to be asked, or does not give an image."""
-    quoted = cut_quote(address)
+    """Return what is at an encoded address. Raises ImageError where it is not to be asked, or nothing comes."""
+    quoted = cut_quote(hide_queries(address))
     if not address.lower().startswith(ADDRESSES):
         raise ImageError(
             f"has an image at the address {quoted!r}: put the file beside the data, and give its name relative to the "
@@ -175,7 +202,7 @@ def ask_address(address: str, rules: ImageRules) -> bytes:
             f"has an image at the address {quoted!r}: put the file beside the data, or set allow_remote_images=true."
         )
     try:
-        return fetch(address, MAX_EMBEDDED_BYTES)
+        return fetch(address, MAX_HELD_BYTES)
     except FetchError as error:
         raise ImageError(f"has an image at {quoted!r}, which {error}: put the file beside the data.") from error
 
@@ -211,12 +238,9 @@ def inspect_image(ref: ImageRef, rules: ImageRules) -> tuple[int, int]:
     """Return an image's height and width, after it was read to its end. Raises ImageError as `open_image` does."""
     with opened(ref, rules) as image:
         width, height = image.size
-        if image.getexif().get(ORIENTATION) in TURNED:
-            width, height = height, width
         image.draft("RGB", SMALL)  # of a JPEG alone
         image.load()
-        refuse_floats(image, ref)
-    return height, width
+        return (width, height) if find_turn(image) in SWAPS else (height, width)
 
 
 def open_image(ref: ImageRef, rules: ImageRules) -> Image.Image:
@@ -226,29 +250,49 @@ def open_image(ref: ImageRef, rules: ImageRules) -> Image.Image:
     """
     with opened(ref, rules) as image:
         image.load()
-        refuse_floats(image, ref)
-        return convert_to_rgb(ImageOps.exif_transpose(image))
+        turn = TURNS.get(find_turn(image))
+        return convert_to_rgb(image if turn is None else image.transpose(turn))
+
+
+def find_turn(image: Image.Image) -> int:
+    """Return how a loaded image is turned by its Exif data. None that can be read say that it is upright."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # Pillow's readers raise almost anything
+        return 1
 
 
 @contextmanager
 def opened(ref: ImageRef, rules: ImageRules) -> Iterator[Image.Image]:
     """Open an image by its header. Raises ImageError, also for what fails within the block."""
-    try:
-        with warnings.catch_warnings(), ref.open() as file:
-            warnings.simplefilter("ignore")  # of bombs, which are refused below, and of odd metadata
+    with told(ref), warnings.catch_warnings(), ref.open() as file:
+        warnings.simplefilter("ignore")  # of bombs, which are refused below, and of odd metadata
+        try:
             image = Image.open(file, formats=FORMATS)
-            if image.width * image.height > rules.max_pixels:
-                raise ImageError(describe_excess(ref, f"{image.width} x {image.height} pixels", rules))
-            yield image
+        except Image.DecompressionBombError as error:
+            raise ImageError(describe_excess(ref, "hundreds of millions of pixels", rules)) from error
+        if image.width * image.height > rules.max_pixels:
+            raise ImageError(describe_excess(ref, f"{image.width} x {image.height} pixels", rules))
+        if image.mode == "F":  # no file tells their white
+            raise ImageError(f"has {ref.describe()}, whose pixels are fractions: write it with 8 or 16 bit a colour.")
+        yield image
+
+
+@contextmanager
+def told(ref: ImageRef) -> Iterator[None]:
+    """Raise ImageError for whatever fails within the block, where an image is read."""
+    try:
+        yield
     except ImageError:
         raise
-    except Image.DecompressionBombError as error:
-        raise ImageError(describe_excess(ref, "hundreds of millions of pixels", rules)) from error
     except UnidentifiedImageError as error:
         raise ImageError(f"has {ref.describe()}, which is no {READABLE} file: convert or remove it.") from error
-    except FileNotFoundError as error:
-        raise ImageError(f"has {ref.describe()}, which is no longer there: put it back.") from error
-    except UNREADABLE as error:
+    except Exception as error:  # Pillow's readers raise almost anything for a file that is damaged, or made to harm
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ImageError(
+                f"has {ref.describe()}, which cannot be read ({os.strerror(error.errno)}): check that it is there and "
+                "readable."
+            ) from error
         raise ImageError(
             f"has {ref.describe()}, which is damaged or cut off ({quote_error(error)}): write it again, or remove the "
             "row."
@@ -263,12 +307,6 @@ def describe_excess(ref: ImageRef, found: str, rules: ImageRules) -> str:
     )
 
 
-def refuse_floats(image: Image.Image, ref: ImageRef) -> None:
-    """Raise ImageError for an image of fractions, whose white no file tells."""
-    if image.mode == "F":
-        raise ImageError(f"has {ref.describe()}, whose pixels are fractions: write it with 8 or 16 bit a colour.")
-
-
 def convert_to_rgb(image: Image.Image) -> Image.Image:
     """Return an image of any mode as RGB, on white where it is transparent."""
     if image.mode.startswith("I"):
@@ -280,6 +318,7 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def reduce_depth(image: Image.Image) -> Image.Image:
-    """Return an image of 16 bit, which Pillow may hold in 32, with the upper 8 of them."""
+    """Return an image of 16 bit, which Pillow may hold in 32, with the upper 8 of them, on white."""
     values = np.asarray(image).astype(np.int64).clip(0, 2**16 - 1)
+    values[values == image.info.get("transparency", -1)] = 2**16 - 1
     return Image.fromarray((values >> 8).astype(np.uint8), "L")

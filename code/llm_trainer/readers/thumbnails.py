@@ -10,6 +10,8 @@ from typing import Any
 
 from PIL import Image
 
+from llm_trainer.readers.images import ImageError, ImageRef, ImageRules, open_image
+
 MAX_SIDE = 160  # pixels
 QUALITY = 75
 MAX_CHARACTERS = 48 * 1024  # of the data URI; noise of MAX_SIDE, which compresses worst, needs fewer
@@ -53,12 +55,10 @@ def read_thumbnail(uri: object) -> Image.Image | None:
     if not is_thumbnail(uri):
         return None
     try:
-        image = Image.open(io.BytesIO(base64.b64decode(str(uri)[len(PREFIX) :])), formats=("JPEG",))
-        if max(image.size) > MAX_SIDE:
-            return None
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, binascii.Error):
+        image = open_image(ImageRef(data=base64.b64decode(str(uri)[len(PREFIX) :])), ImageRules(MAX_SIDE**2))
+    except (ImageError, binascii.Error):
         return None
+    return image if max(image.size) <= MAX_SIDE else None
 
 
 def join_images(images: Sequence[Image.Image]) -> Image.Image:

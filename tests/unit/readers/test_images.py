@@ -2,15 +2,18 @@
 """Images open within bounds, whatever a row names and whatever a file holds."""
 
 import base64
+import errno
 import io
+import os
 import random
+import re
 import struct
 import zlib
 from urllib.parse import quote
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from llm_trainer.readers import images
 from llm_trainer.readers.addresses import FetchError
@@ -75,12 +78,37 @@ def test_each_format_that_is_read_opens(kind):
     assert open_bytes(encode(draw(9, 5), kind)).size == (9, 5)
 
 
+CORNERS = [RED, BLUE, WHITE, (0, 0, 0)]
+
+
+def draw_corners():
+    """An image with a colour of its own in each quarter."""
+    image = Image.new("RGB", (64, 32))
+    for colour, place in zip(CORNERS, [(0, 0), (32, 0), (0, 16), (32, 16)], strict=True):
+        image.paste(colour, (*place, place[0] + 32, place[1] + 16))
+    return image
+
+
 @pytest.mark.parametrize("turn", range(1, 9))
-def test_an_image_stands_upright(turn):
-    image = Image.new("RGB", (32, 16), RED)
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "TIFF", "WEBP"])
+def test_an_image_stands_upright_as_pillow_turns_it(kind, turn):
     exif = Image.Exif()
     exif[images.ORIENTATION] = turn
-    assert open_bytes(encode(image, "JPEG", exif=exif)).size == ((16, 32) if turn > 4 else (32, 16))
+    data = encode(draw_corners(), kind, exif=exif)
+    opened, expected = open_bytes(data), ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert opened.size == expected.size == ((32, 64) if turn > 4 else (64, 32))
+    assert np.array_equal(np.asarray(opened), np.asarray(expected.convert("RGB")))
+
+
+@pytest.mark.parametrize("exif", [b"II*\0", b"XX", b"MM\0*\0\0\0\x08\xff\xff", b""])
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_exif_data_that_cannot_be_read_turn_nothing(kind, exif):
+    assert open_bytes(encode(draw(8, 4), kind, exif=b"Exif\0\0" + exif)).size == (8, 4)
+
+
+def test_of_several_images_in_a_jpeg_the_first_is_seen():
+    data = encode(Image.new("RGB", (16, 8), RED), "MPO", save_all=True, append_images=[Image.new("RGB", (16, 8), BLUE)])
+    assert open_bytes(data).getpixel((4, 4))[0] > 250
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "CMYK", "YCbCr", "I;16", "I"])
@@ -101,6 +129,16 @@ def test_sixteen_bit_keep_their_upper_eight():
     values = np.array([[0, 0x1234, 0xFFFF]], dtype=np.uint16)
     opened = open_bytes(encode(Image.fromarray(values)))
     assert [opened.getpixel((place, 0))[0] for place in range(3)] == [0, 0x12, 0xFF]
+
+
+def write_chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_of_sixteen_bit_what_is_transparent_is_white():
+    whole = encode(Image.fromarray(np.array([[0x1234, 0x1235]], dtype=np.uint16)))
+    opened = open_bytes(whole[:33] + write_chunk(b"tRNS", b"\x12\x34") + whole[33:])
+    assert [opened.getpixel((place, 0))[0] for place in range(2)] == [255, 0x12]
 
 
 def test_what_is_transparent_is_white():
@@ -133,15 +171,12 @@ def test_an_image_with_too_many_pixels_is_refused_by_its_header():
 
 
 def test_a_bomb_is_refused_before_it_is_decoded():
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     bomb = (
         b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(bytes(10**6)))
-        + chunk(b"IEND", b"")
+        + write_chunk(b"IHDR", header)
+        + write_chunk(b"IDAT", zlib.compress(bytes(10**6)))
+        + write_chunk(b"IEND", b"")
     )
     assert "pixels and max_image_pixels=150000000" in find_reason(bomb, ImageRules(150_000_000))
 
@@ -153,19 +188,28 @@ def test_a_file_that_is_cut_off_is_told(kind):
     assert reason.startswith("has an image given by its bytes, which is")
 
 
-def test_whatever_a_damaged_file_holds_is_an_image_or_told():
-    generator = random.Random(0)
-    for kind in FORMATS:
-        whole = encode(draw(16, 16), kind)
-        for _ in range(60):
-            data = bytearray(whole)
-            for _ in range(generator.randrange(1, 20)):
-                data[generator.randrange(len(data))] = generator.randrange(256)
-            try:
-                inspect_image(ImageRef(data=bytes(data)), RULES)
-                open_image(ImageRef(data=bytes(data)), RULES)
-            except ImageError as error:
-                assert str(error).endswith(".")
+def look(data):
+    """The size of an image by both ways to read it, or the sentence."""
+    found = set()
+    for read in (inspect_image, lambda *given: open_image(*given).size[::-1]):
+        try:
+            found.add(read(ImageRef(data=data), RULES))
+        except ImageError as error:
+            assert str(error).endswith(".")
+            found.add("told")
+    return found
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_whatever_a_damaged_file_holds_is_an_image_or_told_when_it_is_looked_at(kind):
+    generator, exif = random.Random(0), Image.Exif()
+    exif[images.ORIENTATION] = 6
+    whole = encode(draw(16, 9), kind, **({} if kind in ("GIF", "BMP") else {"exif": exif}))
+    for number in range(60):
+        data = bytearray(whole[: len(whole) - number % 2 * generator.randrange(len(whole) // 2)])
+        for _ in range(generator.randrange(1, 20)):
+            data[generator.randrange(len(data))] = generator.randrange(256)
+        assert len(look(bytes(data))) == 1
 
 
 @pytest.mark.parametrize("data", [b"", b"<svg/>", b"%!PS-Adobe-3.0 EPSF-3.0", b"PK\x03\x04", b"\0" * 100])
@@ -196,9 +240,45 @@ def test_the_files_of_a_sharded_channel_come_with_the_row(place, monkeypatch):
         data=place.file.with_name("a.png").read_bytes(), name="a.png"
     )
     draw(400, 400).save(place.file.with_name("large.bmp"))
-    monkeypatch.setattr(images, "MAX_EMBEDDED_BYTES", 2**17)
+    monkeypatch.setattr(images, "MAX_HELD_BYTES", 2**17)
     with pytest.raises(ImageError, match=r"has the image large\.bmp of more than 0 MiB: shrink it"):
         find_image("large.bmp", sharded, RULES)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_file_that_may_not_be_read_is_told(place, is_sharded, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "secret path")
+
+    monkeypatch.setattr(ImageRef, "open", refuse)
+    with pytest.raises(ImageError, match=r"^has the image a\.png, which cannot be read \(Permission denied\): check"):
+        inspect_image(
+            find_image("a.png", ImagePlace(place.file, ImageFolder(place.folder.path, is_sharded)), RULES), RULES
+        )
+
+
+def test_a_file_that_has_gone_is_told(place):
+    ref = find_image("a.png", place, RULES)
+    place.file.with_name("a.png").unlink()
+    with pytest.raises(ImageError, match=r"cannot be read \(No such file or directory\): check that it is there"):
+        open_image(ref, RULES)
+
+
+def test_a_name_that_is_not_utf_8_is_told(place):
+    name = os.fsdecode(b"\xf6.png")
+    draw(4, 4).save(place.file.with_name(name))
+    for value in (name, FilePart(place.file, 0, 9, name)):
+        with pytest.raises(ImageError, match="whose name is not UTF-8: rename it"):
+            find_image(value, place, RULES)
+
+
+def test_a_part_of_a_file_is_bounded_and_never_the_whole_file(place, monkeypatch):
+    empty = find_image(FilePart(place.file.with_name("a.png"), 0, 0, "a.tar:1.png"), place, RULES)
+    with pytest.raises(ImageError, match=r"has the image a\.tar:1\.png, which is no JPEG"):
+        inspect_image(empty, RULES)
+    monkeypatch.setattr(images, "MAX_HELD_BYTES", 8)
+    with pytest.raises(ImageError, match=r"has the image a\.tar:1\.png of more than 0 MiB"):
+        find_image(FilePart(place.file, 0, 9, "a.tar:1.png"), place, RULES)
 
 
 @pytest.mark.parametrize("name", ["../outside.png", "/etc/passwd", "deep/../../outside.png", "", " ", "a\0.png"])
@@ -287,11 +367,12 @@ def test_an_address_is_asked_only_if_the_settings_allow_it(place, monkeypatch):
         find_image("https://host/gone", place, open_rules)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_an_image_file_becomes_a_data_uri_byte_for_byte(tmp_path, kind):
-    Image.new("RGB", (4, 3), "red").save(tmp_path / "cat", kind)
+@pytest.mark.parametrize(("kind", "name"), [("PNG", "png"), ("JPEG", "jpeg"), ("MPO", "jpeg"), ("WEBP", "webp")])
+def test_an_image_file_becomes_a_data_uri_byte_for_byte(tmp_path, kind, name):
+    frames = {"save_all": True, "append_images": [Image.new("RGB", (4, 3))]} if kind == "MPO" else {}
+    Image.new("RGB", (4, 3), "red").save(tmp_path / "cat", kind, **frames)
     uri = encode_uri(tmp_path / "cat")
-    assert uri.startswith(f"data:image/{kind.lower()};base64,")
+    assert uri.startswith(f"data:image/{name};base64,")
     assert decode_uri(uri) == (tmp_path / "cat").read_bytes()
 
 
@@ -303,9 +384,30 @@ def test_what_is_no_image_becomes_no_data_uri(tmp_path):
 
 
 def test_a_text_in_a_png_that_unpacks_to_much_is_refused():
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     whole = encode(draw(4, 4))
-    bomb = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(100 * 2**20)))
+    bomb = write_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(100 * 2**20)))
     assert "Decompressed data too large" in find_reason(whole[:33] + bomb + whole[33:])
+
+
+SIGNED = "https://me:pass@host/Zw%C3%B6lf%20a.png?X-Amz-Signature=5ec2e7&x=5ec2e7#5ec2e7"
+
+
+@pytest.mark.parametrize("address", [SIGNED, "https://me:pass@host/Zwölf a.png?a=5ec2e7", "HTTPS://host/a.png#5ec2e7"])
+def test_a_signed_address_is_asked_whole_and_shown_without_what_signs_it(place, monkeypatch, address):
+    asked = []
+
+    def answer(address, max_bytes):
+        asked.append(address)
+        if "gone" in address:
+            raise FetchError("does not come")
+        return b"image"
+
+    monkeypatch.setattr(images, "fetch", answer)
+    told = [find_image(address, place, ImageRules(100, allow_remote=True)).describe()]
+    assert asked == [quote(address, safe="%:/@?&=#")]
+    for value, rules in ((address, RULES), (f"{address}gone", ImageRules(100, True)), (f"s3{address[5:]}", RULES)):
+        with pytest.raises(ImageError) as error:
+            find_image(value, place, rules)
+        told.append(str(error.value))
+    assert not re.search("5ec2e7|pass|X-Amz", "".join(told))
+    assert all("a.png" in text for text in told)

@@ -89,7 +89,7 @@ def test_an_image_that_has_changed_or_gone_is_told(vocabulary, kind, tmp_path, s
     with pytest.raises(UserError, match=r"the image 0\.png, of another size than when the data were read"):
         collate(vocabulary, rows)
     (tmp_path / "0.png").unlink()
-    with pytest.raises(UserError, match=r"A row has the image 0\.png, which is no longer there"):
+    with pytest.raises(UserError, match=r"A row has the image 0\.png, which cannot be read"):
         collate(vocabulary, rows)
 
 
