@@ -117,37 +117,38 @@ class ImageCollator:
         except ImageError as error:
             raise UserError(f"A row {error}") from error
         try:
-            made, texts = self.run(images, tokens)
+            made, written = self.run(images, tokens)
         except Exception:  # the code of any processor runs here; it counts tokens, and refuses shapes
             for row, own in zip(rows, images, strict=True):
                 self.check_alone(row, own)
             raise
-        for row, text in zip(rows, texts, strict=True):
-            self.check_text(row, text)
+        for row, ids in zip(rows, written, strict=True):
+            self.check_tokens(row, ids)
         return made
 
     def run(
         self, images: list[list[Image.Image]], tokens: dict[str, torch.Tensor] | None = None
-    ) -> tuple[Any, list[str]]:
-        """Return what the processor makes of each row's images, and the text that it writes for them."""
+    ) -> tuple[Any, list[list[int]]]:
+        """Return what the processor makes of each row's images, and the tokens of the text that it writes for them."""
         processor = self.images.processor
-        return process_images(processor, [processor.image_token * len(own) for own in images], images, tokens)
+        texts = [processor.image_token * len(own) for own in images]
+        made, written = process_images(processor, texts, images, tokens)
+        return made, written.own_tokens["input_ids"]
 
     def check_alone(self, row: Row, images: list[Image.Image]) -> None:
         """Raise UserError where the images of a row are not those that the row was made of."""
         if not images:
             return
         try:
-            _, (text,) = self.run([images])
+            _, (ids,) = self.run([images])
         except Exception as error:  # the code of any processor runs here
             raise UserError(describe_change(row)) from error
-        self.check_text(row, text)
+        self.check_tokens(row, ids)
 
-    def check_text(self, row: Row, text: str) -> None:
-        """Raise UserError where the text of a row's images has other tokens of images than the row."""
-        placeholders = self.images.placeholders
-        whole, begin = placeholders.tokenize(text), 0
-        is_left = np.isin(whole, placeholders.image_tokens)
+    def check_tokens(self, row: Row, ids: list[int]) -> None:
+        """Raise UserError where the tokens that the processor writes for a row's images are not those of the row."""
+        whole, begin = np.array(ids, dtype=np.int32), 0
+        is_left = np.isin(whole, self.images.placeholders.image_tokens)
         for placed in row["pictures"]:
             tokens = np.asarray(row["input_ids"][placed["start"] : placed["start"] + placed["tokens"]], dtype=np.int32)
             begin = find_part(whole, tokens, begin)

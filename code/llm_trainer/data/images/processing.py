@@ -170,7 +170,7 @@ class Placeholders:
 
     def process(self, text: str, images: list[Image.Image]) -> str:
         """Return what the processor makes of a text with placeholders and their images."""
-        return process_images(self.processor, [text], [images])[1][0]
+        return process_images(self.processor, [text], [images])[1].plain_texts[0]
 
     def compare(self, ref: ImageRef, text: str, rules: ImageRules) -> None:
         """Raise UserError where the processor writes another text for an image than it writes for its size."""

@@ -3,12 +3,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.data.images.processing import ImageProcessing
-from llm_trainer.data.images.processors import has_torchvision, load_processor, process_images
+from llm_trainer.data.images.processors import has_torchvision, lay_out_by_channel, load_processor, process_images
 from support.image_families import FAMILIES
 from support.tiny_model import build_tokenizer
 from support.tiny_processors import KINDS, build_processor, draw, save_processor
@@ -19,6 +20,18 @@ UNAVAILABLE = [name for name, family in FAMILIES.items() if family.needs_torchvi
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_processor_is_read_from_the_models_folder(kind, tmp_path):
     assert type(save_processor(kind, tmp_path)) is type(ImageProcessing(str(tmp_path)).processor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pixels_that_lie_by_channel_have_the_same_numbers(kind):
+    plain, laid_out = (build_processor(kind).image_processor for _ in range(2))
+    lay_out_by_channel(laid_out)
+    image = draw(100, 60)
+    expected, found = (images(image, return_tensors="pt")["pixel_values"] for images in (plain, laid_out))
+    assert torch.equal(found, expected)
+    by_pixel = np.asarray(image).transpose(2, 0, 1)
+    assert not plain.rescale(by_pixel, 0.5).flags.c_contiguous
+    assert laid_out.rescale(by_pixel, 0.5).flags.c_contiguous
 
 
 def test_a_folder_without_a_processor_is_told(tmp_path):
@@ -52,12 +65,34 @@ def test_a_family_that_needs_torchvision_is_told(name, tmp_path):
         load_processor(str(tmp_path))
 
 
+def test_the_texts_of_a_batch_are_tokenized_once():
+    processor = build_processor("idefics")
+    token, calls = processor.image_token, []
+    encode = type(processor.tokenizer).__call__
+
+    class Counted(type(processor.tokenizer)):
+        def __call__(self, *args, **options):
+            calls.append(options)
+            return encode(self, *args, **options)
+
+    processor.tokenizer.__class__ = Counted
+    images = [[draw(40, 40)], [draw(90, 30)] * 2]
+    texts = [token * len(own) for own in images]
+    whole = process_images(processor, texts, images)[0]
+    calls.clear()
+    tokens = {name: whole[name] for name in ("input_ids", "attention_mask")}
+    made, written = process_images(processor, texts, images, tokens)
+    lengths = whole["attention_mask"].sum(-1).tolist()
+    assert [len(ids) for ids in written.own_tokens["input_ids"]] == lengths and len(calls) == 1
+    assert all(torch.equal(made[name], value) for name, value in whole.items())
+
+
 def test_what_depends_on_tokens_is_made_of_those_that_are_given():
     processor = build_processor("qwen")
     image, token = draw(40, 40), processor.image_token
-    made, texts = process_images(processor, [token], [[image]])
+    made, written = process_images(processor, [token], [[image]])
     ids = torch.cat([torch.tensor([[1, 2]]), made["input_ids"], torch.tensor([[3]])], 1)
     own, again = process_images(processor, [token], [[image]], {"input_ids": ids})
-    assert again == texts and texts[0].startswith(token)
+    assert again.plain_texts == written.plain_texts and written.plain_texts[0].startswith(token)
     assert torch.equal(own["input_ids"], ids) and torch.equal(own["pixel_values"], made["pixel_values"])
     assert own["mm_token_type_ids"].shape == ids.shape and own["mm_token_type_ids"][0, [0, 1, -1]].sum() == 0
