@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from llm_trainer.common.errors import UserError
@@ -39,21 +40,9 @@ def list_language(model: PreTrainedModel) -> Iterator[nn.Parameter]:
 
 
 def freeze_tower(model: PreTrainedModel) -> None:
-    """Have a training leave the tower as it is, and keep nothing of it for a backward pass.
-
-    Where activations are recomputed, Transformers would have the patches of images need gradients, as tokens do.
-    """
-    tower = list_tower(model)
-    for name in tower:
+    """Have a training leave the tower as it is."""
+    for name in list_tower(model):
         model.get_parameter(name).requires_grad_(False)
-    if tower:
-        model.enable_input_require_grads = partial(require_token_gradients, model)
-
-
-def require_token_gradients(model: PreTrainedModel) -> None:
-    """Have the vectors of tokens need gradients, from `disable_input_require_grads` on no more."""
-    hook = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-    model._require_grads_hook, model._require_grads_hooks = hook, [hook]
 
 
 def learns_to_see(model: PreTrainedModel) -> bool:
@@ -62,24 +51,25 @@ def learns_to_see(model: PreTrainedModel) -> bool:
 
 
 def spare_gradients(model: PreTrainedModel) -> None:
-    """Have frozen parts of a tower compute without gradients. `model` has its adapter already.
+    """Have frozen parts of a tower compute without gradients, but behind parts that are trained.
 
     For recomputed layers, libraries have the output of every embedding ask for a gradient, a tower's too. The training
-    would go back through all of it for nothing.
+    would go back through all of it for nothing. `model` has its adapter already.
     """
     modules = dict(model.named_modules())
     parts = (modules[name] for name in name_parts(model) if name in modules)
     for part in parts:
         if not any(parameter.requires_grad for parameter in part.parameters()):
             modes: list[bool] = []  # of the calls that go on
-            part.register_forward_pre_hook(partial(switch_gradients_off, modes))
+            part.register_forward_pre_hook(partial(switch_gradients_off, modes), with_kwargs=True)
             part.register_forward_hook(partial(restore_gradients, modes), always_call=True)
 
 
-def switch_gradients_off(modes: list[bool], *call: Any) -> None:
-    """Compute what follows without gradients. Remember in `modes` whether they were on."""
+def switch_gradients_off(modes: list[bool], part: nn.Module, places: Any, names: Any) -> None:
+    """Compute what follows without gradients where no input needs one. Remember in `modes` whether they were on."""
     modes.append(torch.is_grad_enabled())
-    torch.set_grad_enabled(False)
+    needed = any(isinstance(each, torch.Tensor) and each.requires_grad for each in tree_leaves((places, names)))
+    torch.set_grad_enabled(modes[-1] and needed)
 
 
 def restore_gradients(modes: list[bool], *call: Any) -> None:

@@ -30,7 +30,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from llm_trainer.common.errors import quote_error
 from llm_trainer.data.images.row_images import RowImages
-from llm_trainer.model.kinds.tower import learns_to_see
+from llm_trainer.model.kinds.tower import learns_to_see, spare_gradients
 from llm_trainer.model.layers.kept_logits import KeptLogits
 from llm_trainer.model.layers.reward_head import is_reward_model, read_last_tokens
 from llm_trainer.model.lora import find_base_model, take_rows_as_whole
@@ -342,14 +342,21 @@ def make_computable(model: nn.Module, base: PreTrainedModel, step: Step) -> None
     base.tie_weights()
     if not step.stores_scores:
         base.set_attn_implementation("sdpa" if base._supports_sdpa else FUSED)
-    if step.recompute_activations:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-    if step.recompute_activations or (step.images is not None and learns_to_see(base)):
-        base.enable_input_require_grads()  # as vectors of images among those of tokens do
+    prepare_gradients(base, step)
     if base._can_set_experts_implementation():
         base.set_experts_implementation("grouped_mm")  # the plain loop asks for numbers
     prepare_head(base, step.num_scored)
     model.train(step.trains)
+
+
+def prepare_gradients(base: PreTrainedModel, step: Step) -> None:
+    """Have activations recomputed as a training does, and the decoder's input need a gradient where it does there."""
+    if step.recompute_activations:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    elif step.images is not None and learns_to_see(base):  # the vectors of images among those of tokens
+        base.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    spare_gradients(base)
 
 
 def prepare_head(base: PreTrainedModel, num_scored: int | None) -> None:

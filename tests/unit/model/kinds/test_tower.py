@@ -82,6 +82,17 @@ def test_no_gradient_goes_through_a_frozen_tower_though_recomputed_layers_ask_fo
     assert torch.is_grad_enabled()
 
 
+def test_gradients_go_through_a_frozen_part_to_a_trained_one_before_it():
+    """The projector of Gemma 3 has no linear layer, and with that no adapter."""
+    config = build_tiny_config("gemma3")
+    config.mm_tokens_per_image = 4
+    model = build_on_meta(config, None, trust_remote_code=False).train()
+    model.get_submodule("model.multi_modal_projector").requires_grad_(False)
+    spare_gradients(model)
+    image = torch.empty(1, 3, *[config.vision_config.image_size] * 2, device="meta")
+    assert model.get_image_features(image).pooler_output.requires_grad
+
+
 def test_gradients_are_on_again_after_a_frozen_tower_that_failed():
     model = build("llava_next")
     freeze_tower(model)
