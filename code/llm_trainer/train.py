@@ -55,7 +55,7 @@ from llm_trainer.model.kinds.tower import freeze_tower
 from llm_trainer.model.layers import float8
 from llm_trainer.model.liger import apply_liger
 from llm_trainer.model.memory.fit import MemoryPlan, choose_memory_plan, describe_memory_plan, find_target
-from llm_trainer.model.memory.flops import find_peak_tokens_per_second, measure_row_tokens
+from llm_trainer.model.memory.flops import find_peak_tokens_per_second
 from llm_trainer.model.memory.global_batch import describe_fewer_hosts, split_global_batch
 from llm_trainer.model.memory.peak import Peak
 from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings
@@ -559,14 +559,10 @@ def build_run_context(
 
 def add_callbacks(context: Context, prepared: Prepared, planned: Planned, trainer: ResumableMixin, peak: Peak) -> None:
     """Have the trainer show its metrics, save checkpoints and obey a stop."""
-    settings, arguments, model_plan = context.settings, planned.arguments, prepared.model_plan
+    settings, arguments = context.settings, planned.arguments
     peak_speed = None
     if arguments.bf16 or arguments.fp16:
-        row_tokens = measure_row_tokens(prepared.data.reports["train"].lengths, settings.data.max_length)
-        shape = planned.memory.shape
-        untrained_passes = planned.scenario.untrained_passes
-        config, device = model_plan.config, model_plan.device
-        peak_speed = find_peak_tokens_per_second(shape, config, device, row_tokens, untrained_passes)
+        peak_speed = find_peak_tokens_per_second(planned.scenario, prepared.data.reports["train"].lengths)
     trainer.add_callback(MetricLines(trainer, prepared.method, context.timeline, peak, peak_speed))
     has_interval = settings.is_given("save_steps") or settings.is_given("save_strategy")
     trainer.add_callback(SaveAndStop(trainer, prepared.stop_request, has_interval))

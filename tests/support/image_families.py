@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
 from llm_trainer.data.images.processors import has_torchvision, without_videos
@@ -229,8 +235,8 @@ def build_named_tokenizer(family: Family) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_family(name: str, folder: Path) -> None:
-    """Write a family's processor to the folder as a model's lies there."""
+def build_family_processor(name: str) -> Any:
+    """Return a family's processor, with its chat template."""
     family, tokenizer = FAMILIES[name], build_named_tokenizer(FAMILIES[name])
     module, kind = family.images.split(".")
     backend = "" if has_torchvision() else "_pil"
@@ -243,7 +249,13 @@ def save_family(name: str, folder: Path) -> None:
     with without_videos():
         processor = make(**parts)
         processor.chat_template = tokenizer.chat_template
-        processor.save_pretrained(folder)
+    return processor
+
+
+def save_family(name: str, folder: Path) -> None:
+    """Write a family's processor to the folder as a model's lies there."""
+    with without_videos():
+        build_family_processor(name).save_pretrained(folder)
 
 
 def build_video_processor(name: str) -> Any:
@@ -254,12 +266,17 @@ def build_video_processor(name: str) -> Any:
     return getattr(transformers, kind["torchvision"] if isinstance(kind, dict) else kind)()
 
 
-def build_family_model(name: str, processor: Any) -> PreTrainedModel:
-    """Return a tiny model of random weights that fits a family's processor."""
-    family, tokenizer = FAMILIES[name], processor.tokenizer
+def build_family_model(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Return a tiny model of random weights that fits a family's tokenizer."""
+    torch.manual_seed(0)
+    return AutoModelForImageTextToText.from_config(build_family_config(name, tokenizer), attn_implementation="eager")
+
+
+def build_family_config(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """Return the config of a tiny model that fits a family's tokenizer."""
+    family = FAMILIES[name]
     config = build_tiny_config(family.model_type or name)
     ids = {key: tokenizer.convert_tokens_to_ids(token) for key, token in family.ids.items()}
     text = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": 1024}
     own = combine(combine(config.to_dict(), {"text_config": text}), {**family.config, **ids})
-    torch.manual_seed(0)
-    return AutoModelForImageTextToText.from_config(type(config)(**own), attn_implementation="eager")
+    return type(config)(**own)

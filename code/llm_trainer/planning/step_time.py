@@ -16,7 +16,7 @@ from llm_trainer.config.generation import count_batches
 from llm_trainer.model.layers.kept_logits import MAX_LOGITS_BYTES
 from llm_trainer.model.layers.reward_head import is_reward_model
 from llm_trainer.model.memory.batch import Batch
-from llm_trainer.model.memory.flops import count_attention, count_head_products, count_products
+from llm_trainer.model.memory.flops import PLAIN, count_attention, count_head_products, count_products
 from llm_trainer.model.memory.gpus import Gpu
 from llm_trainer.model.memory.scenario import MemoryScenario, ParallelismPlan
 from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError, count_cache_bytes
@@ -43,7 +43,6 @@ CACHE_MOVES = 3  # keys and values are read and written, as they are copied to w
 # Completions end by themselves, at a length that nobody knows before. A step takes at least this share of the time
 # of the longest: an assumption. The last one of a batch to end decides, and a limit of twice what it needs is wide.
 SHORTEST_SHARE = 0.5
-READS = ParallelismPlan(sharded=False, recompute_activations=False, offload_activations=False)
 Work = list[tuple[float, "Pass"]]  # passes, each with the number of times that a step takes it
 Others = tuple[float, float, int, int]  # the last fields of a Pass, from `moved` on
 
@@ -209,7 +208,7 @@ def count_teaching(scenario: MemoryScenario, row_tokens: float) -> Work | None:
         return None
     own = replace(scenario, config=scenario.teacher.config, known_shape=shape, known_batch=scenario.batch, teacher=None)
     own = replace(own, fused_kernels=frozenset())
-    passes = count_passes(own, READS, find_trace(own, READS, trains=False), row_tokens)
+    passes = count_passes(own, PLAIN, find_trace(own, PLAIN, trains=False), row_tokens)
     return passes and [(1.0, passes[0])]
 
 
@@ -249,7 +248,7 @@ def list_writing(scenario: MemoryScenario, forward: Pass, evaluates: bool) -> Wo
 def count_reading(scenario: MemoryScenario, forward: Pass, batch: Batch) -> Pass:
     """Return a pass over other tokens than `forward` goes over. It moves as many bytes for each of them."""
     other = replace(scenario, known_batch=batch, known_shape=scenario.shape)
-    passes = count_passes(other, READS, None, batch.length)
+    passes = count_passes(other, PLAIN, None, batch.length)
     assert passes is not None
     moved = forward.moved * batch.num_tokens / scenario.batch.num_tokens
     weights = count_read_bytes(scenario.shape, scenario.dtypes[1])
@@ -326,17 +325,13 @@ def count_passes(
 def add_tower(
     passes: tuple[Pass, Pass] | None, scenario: MemoryScenario, plan: ParallelismPlan
 ) -> tuple[Pass, Pass] | None:
-    """Return the passes with the work of the tower on the images of a mean row.
-
-    Its products take twice as much backward as forward where it learns. A tower that is recomputed computes once more.
-    """
+    """Return the passes with the work of the tower on the images of a mean row."""
     step = scenario.build_step(plan)
     tower = trace_tower(scenario.shape, step, accumulates=False)
     if passes is None or tower is None or step.images is None:
         return passes
     share = step.images.mean_share
-    backward = (2 + plan.recompute_activations) * tower.flops if tower.backward.launches else 0.0
-    works = (tower.flops, tower.forward), (backward, tower.backward)
+    works = (tower.flops, tower.forward), (tower.backward_flops, tower.backward)
     first, second = (
         replace(
             each,

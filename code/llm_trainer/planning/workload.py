@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from llm_trainer.config.generation import GenerationSettings, count_eval_group, count_group, count_iterations
 from llm_trainer.config.sections import TrainingSettings
-from llm_trainer.model.memory.flops import measure_row_tokens
+from llm_trainer.model.memory.flops import count_tokens, measure_row_tokens
 from llm_trainer.model.memory.scenario import MemoryScenario
 
 FILLED_SHARE = 0.999  # of packed sequences (bench/RESULTS.md, Data)
@@ -102,8 +102,3 @@ def complete(prompts: Mapping[int, int], group: int, settings: GenerationSetting
     """
     written, limit = settings.methods.count_written(settings.data.method), settings.data.max_length
     return {length + written: rows * group for length, rows in prompts.items() if length <= (limit or length)}
-
-
-def count_tokens(lengths: Mapping[int, int], max_length: int | None) -> int:
-    """Return the tokens of so many sequences of each length, cut to `max_length`."""
-    return sum(rows * min(length, max_length or length) for length, rows in lengths.items())

@@ -12,28 +12,40 @@ from transformers import PreTrainedConfig
 
 from llm_trainer.model.device import Device
 from llm_trainer.model.memory.gpus import find_gpu
-from llm_trainer.model.memory.shape import ModelShape
+from llm_trainer.model.memory.scenario import MemoryScenario, ParallelismPlan
+from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError
+from llm_trainer.model.memory.tower_trace import trace_tower
 
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # configs differ in the name
+PLAIN = ParallelismPlan(sharded=False, recompute_activations=False, offload_activations=False)  # which repeats nothing
 
 
-def find_peak_tokens_per_second(
-    shape: ModelShape | None, config: PreTrainedConfig, device: Device, row_tokens: float, untrained_passes: float = 0
-) -> float | None:
+def find_peak_tokens_per_second(scenario: MemoryScenario, lengths: Mapping[int, int]) -> float | None:
     """Return the tokens a second at the device's peak, or None where the model or the device is not known.
 
-    `row_tokens` is the length of the row that a token stands in (`measure_row_tokens`). Each batch takes
-    `untrained_passes` without gradients, too, such as a reference's.
+    `lengths` counts the rows of each length in tokens. Rows are cut to `max_length`.
     """
-    peak = find_peak_flops(device)
-    needed = count_flops(shape, config, row_tokens, untrained_passes) if shape and peak else None
-    return peak / needed if peak and needed else None
+    peak, max_length = find_peak_flops(scenario.target.device), scenario.settings.data.max_length
+    if peak is None:
+        return None
+    try:
+        row_tokens, passes = measure_row_tokens(lengths, max_length), scenario.untrained_passes
+        needed = count_flops(scenario.shape, scenario.config, row_tokens, passes)
+        mean_tokens = count_tokens(lengths, max_length) / max(1, sum(lengths.values()))
+        return peak / (needed + count_tower_flops(scenario, mean_tokens)) if needed else None
+    except UnknownShapeError:
+        return None
 
 
 def find_peak_flops(device: Device) -> float | None:
     """Return a device's 16-bit operations a second. None: its rating is not known."""
     gpu = find_gpu(device.name)
     return gpu.peak_flops if gpu else None
+
+
+def count_tokens(lengths: Mapping[int, int], max_length: int | None) -> int:
+    """Return the tokens of so many rows of each length, cut to `max_length`."""
+    return sum(rows * min(length, max_length or length) for length, rows in lengths.items())
 
 
 def measure_row_tokens(lengths: Mapping[int, int], max_length: int | None) -> float:
@@ -43,6 +55,19 @@ def measure_row_tokens(lengths: Mapping[int, int], max_length: int | None) -> fl
     """
     cut = [(min(length, max_length or length), rows) for length, rows in lengths.items()]
     return sum(rows * length**2 for length, rows in cut) / max(1, sum(rows * length for length, rows in cut))
+
+
+def count_tower_flops(scenario: MemoryScenario, mean_tokens: float) -> float:
+    """Return the operations of the tower for a token, with the images and tokens of the mean row; 0 without images.
+
+    A frozen tower has a forward pass alone. Passes without gradients see the images, too. Raise UnknownShapeError.
+    """
+    step = scenario.build_step(PLAIN)
+    tower = trace_tower(scenario.shape, step, accumulates=False)
+    if tower is None or step.images is None:
+        return 0.0
+    flops = (1 + scenario.untrained_passes) * tower.flops + tower.backward_flops
+    return step.images.mean_share * flops / step.num_sequences / max(1, mean_tokens)
 
 
 def count_flops(

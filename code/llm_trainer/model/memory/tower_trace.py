@@ -46,6 +46,7 @@ class TowerTrace:
     forward: Span
     backward: Span  # nothing where the tower is frozen
     flops: float  # operations of the forward pass, in products and attention
+    backward_flops: float  # the same of the backward pass, with what is computed again
 
 
 def trace_tower(shape: ModelShape, step: Step, accumulates: bool) -> TowerTrace | None:
@@ -65,6 +66,8 @@ def trace_images(shape: ModelShape, step: Step, accumulates: bool) -> TowerTrace
     """Return the same for a step that differs from others in nothing but what the tower depends on."""
     try:
         return run_fake_tower(shape, step, accumulates)
+    except UnknownShapeError:
+        raise
     except Exception as error:  # the code of any model runs here, which may ask for anything
         raise UnknownShapeError(f"its tower does not run without numbers: {quote_error(error)}") from error
 
@@ -87,7 +90,7 @@ def run_fake_tower(shape: ModelShape, step: Step, accumulates: bool) -> TowerTra
         hooks.enter_context(torch.set_grad_enabled(step.trains))
         with torch.autocast("cpu", step.compute_dtype, enabled=step.compute_dtype != torch.float32):
             features = look(base, inputs)
-        flops = counted.flops
+        forward_flops = counted.flops
         held.begin("backward")
         learning = [each for each in features if each.requires_grad]
         if accumulates:
@@ -95,7 +98,7 @@ def run_fake_tower(shape: ModelShape, step: Step, accumulates: bool) -> TowerTra
         if learning:
             torch.autograd.backward(learning, [torch.empty_like(each) for each in learning])
         held.begin("over")
-    return TowerTrace(held.spans["forward"], held.spans["backward"], flops)
+    return TowerTrace(held.spans["forward"], held.spans["backward"], forward_flops, counted.flops - forward_flops)
 
 
 def fake_pixels(step: Step, mode: FakeTensorMode) -> dict[str, torch.Tensor]:
@@ -110,9 +113,12 @@ def fake_pixels(step: Step, mode: FakeTensorMode) -> dict[str, torch.Tensor]:
 
 
 def look(base: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Return what a model's tower makes of images. Raise AttributeError where the model's class does not tell."""
-    taken = inspect.signature(base.get_image_features).parameters
-    seen = base.get_image_features(**{name: value for name, value in inputs.items() if name in taken})
+    """Return what a model's tower makes of images. Raise UnknownShapeError where no class of the model tells."""
+    seer: Any = next((module for module in base.modules() if hasattr(module, "get_image_features")), None)
+    if seer is None:
+        raise UnknownShapeError(f"{type(base).__name__} does not tell what its tower makes of images")
+    taken = inspect.signature(seer.get_image_features).parameters
+    seen = seer.get_image_features(**{name: value for name, value in inputs.items() if name in taken})
     return list_tensors([getattr(seen, name, None) for name in FEATURES]) or list_tensors(seen)
 
 
@@ -140,18 +146,25 @@ class Numbers(TorchDispatchMode):
 
     @contextmanager
     def count_attention(self) -> Iterator[None]:
-        """Count, within the block, the operations of fused attention."""
+        """Count, within the block, the operations of fused attention: its backward pass has twice as many."""
         attend = nn.functional.scaled_dot_product_attention
 
         def counted(q: torch.Tensor, k: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
-            self.flops += 4 * q.numel() * k.shape[-2]
-            return attend(q, k, *others, **options)
+            self.flops += (forward := 4 * q.numel() * k.shape[-2])
+            out = attend(q, k, *others, **options)
+            if out.requires_grad:
+                out.register_hook(functools.partial(self.count_backward, 2 * forward))
+            return out
 
         nn.functional.scaled_dot_product_attention = counted
         try:
             yield
         finally:
             nn.functional.scaled_dot_product_attention = attend
+
+    def count_backward(self, flops: float, gradient: torch.Tensor) -> None:
+        """Count the operations of a backward pass that a gradient has come to."""
+        self.flops += flops
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, packet = kwargs or {}, func.overloadpacket

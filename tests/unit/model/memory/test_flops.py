@@ -2,22 +2,38 @@
 """The operations of a token agree with what PyTorch counts of a real step; peaks with data sheets."""
 
 from collections import Counter
+from dataclasses import replace
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 from peft import get_peft_model
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, PreTrainedConfig
 
 from llm_trainer.config.schema import Settings
+from llm_trainer.data.images.processors import process_images
+from llm_trainer.data.images.row_images import RowImages
 from llm_trainer.model import lora
 from llm_trainer.model.device import Device
 from llm_trainer.model.memory.flops import count_flops, find_peak_flops, find_peak_tokens_per_second, measure_row_tokens
-from llm_trainer.model.memory.shape import read_shape
+from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, Target
+from llm_trainer.model.memory.shape import UnknownShapeError, read_shape
+from support.tiny_processors import build_processor
+from support.tiny_vision_models import build_config
 
 SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
 TINY = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
 ROW = 48
+
+
+def plan_job(config, **options) -> MemoryScenario:
+    """A job on one H100."""
+    given = Settings(**options)
+    sections = MemorySettings(given.model, given.adapter, given.data, given.training, given.parallelism, given.methods)
+    h100 = Device(torch.device("cuda"), "NVIDIA H100 80GB HBM3", (9, 0))
+    return MemoryScenario(config, sections, 4096, Target(h100, 1, 0))
 
 
 def shape_of(config, settings, dtype):
@@ -112,15 +128,50 @@ def test_the_speed_at_the_peak():
         num_attention_heads=32,
         num_key_value_heads=8,
     )
-    shape = shape_of(llama_8b, Settings(use_peft=False), torch.bfloat16)
-    h100 = Device(torch.device("cuda"), "NVIDIA H100 80GB HBM3", (9, 0))
+    job = plan_job(llama_8b, use_peft=False, max_length=2048)
+
+    def find_peak(passes, job=job):
+        with patch.object(MemoryScenario, "untrained_passes", passes):
+            return find_peak_tokens_per_second(job, {4096: 1})
+
     # 8.03e9 weights but 0.53e9 of embeddings, and 12 x 32 layers x 4096 x 2048 tokens.
-    assert find_peak_tokens_per_second(shape, llama_8b, h100, 2048) == pytest.approx(
-        989.4e12 / (6 * 7.505e9 + 3.22e9), rel=1e-3
-    )
-    with_reference = find_peak_tokens_per_second(shape, llama_8b, h100, 2048, untrained_passes=1)
+    assert find_peak(0) == pytest.approx(989.4e12 / (6 * 7.505e9 + 3.22e9), rel=1e-3)
+    with_reference, with_divergence = find_peak(1), find_peak(3)
     assert with_reference == pytest.approx(989.4e12 / (8 * 7.505e9 + 3.22e9 * 4 / 3), rel=1e-3)
-    with_divergence = find_peak_tokens_per_second(shape, llama_8b, h100, 2048, untrained_passes=3)
     assert with_divergence == pytest.approx(989.4e12 / (12 * 7.505e9 + 3.22e9 * 2), rel=1e-3)
-    assert find_peak_tokens_per_second(None, llama_8b, h100, 2048) is None
-    assert find_peak_tokens_per_second(shape, llama_8b, Device(torch.device("cpu")), 2048) is None
+    assert find_peak(0, replace(job, target=Target(Device(torch.device("cpu")), 1, 0))) is None
+
+
+# In a piece of 32 x 32 pixels are 16 patches of 8 x 8 in 3 colours. Two layers of width 32 follow, with 4 matrices of
+# attention, 2 of 64 numbers, and attention. The connector makes 4 tokens of the 16.
+PIECE = 2 * 16 * 3 * 8 * 8 * 32 + 2 * (2 * 16 * (4 * 32 * 32 + 2 * 32 * 64) + 4 * 16 * 16 * 32) + 2 * 4 * (4 * 32) * 32
+PATCHES = 2 * 16 * 3 * 8 * 8 * 32  # whose pixels need no gradient
+
+
+@pytest.mark.parametrize(
+    ("options", "tower"),
+    [
+        ({"use_peft": False}, PIECE),
+        ({"use_peft": False, "train_vision": True}, 3 * PIECE - PATCHES),
+        ({"use_peft": False, "train_vision": True, "gradient_checkpointing": True}, 3 * PIECE - PATCHES),
+        ({"method": "dpo"}, 2 * PIECE),
+    ],
+    ids=str,
+)
+def test_images_take_the_operations_of_the_tower(options, tower):
+    processor = build_processor("idefics")
+    config = build_config("idefics", processor)
+    made, _ = process_images(processor, [processor.image_token], [[Image.new("RGB", (100, 60), "white")]])
+    images = replace(RowImages.of({**made, "input_ids": torch.zeros(1, 1)}), mean_share=0.5)
+    lengths = {100: 2, 400: 2}
+    texts, seen = (replace(plan_job(config, **options), images=each) for each in (None, images))
+    of_texts, of_images = (989.4e12 / find_peak_tokens_per_second(job, lengths) for job in (texts, seen))
+    num_pieces = made["pixel_values"].shape[1]
+    assert of_images - of_texts == pytest.approx(num_pieces * 0.5 * tower / 250, rel=1e-6)
+
+
+def test_operations_of_a_tower_that_asks_for_numbers_are_not_known(monkeypatch):
+    processor = build_processor("idefics")
+    job = plan_job(build_config("idefics", processor))
+    monkeypatch.setattr("llm_trainer.model.memory.flops.trace_tower", Mock(side_effect=UnknownShapeError("numbers")))
+    assert find_peak_tokens_per_second(job, {100: 1}) is None

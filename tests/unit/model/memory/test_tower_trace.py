@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A traced tower takes what a real one takes on images, and nothing for a backward pass while it is frozen."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +16,19 @@ from llm_trainer.data.images.row_images import RowImages
 from llm_trainer.model.memory.shape import UnknownShapeError, read_shape
 from llm_trainer.model.memory.step_trace import HeldBytes, Span, Step
 from llm_trainer.model.memory.tower_trace import look, trace_tower
+from support.image_families import FAMILIES, build_family_config, build_family_processor, build_named_tokenizer
 from support.tiny_processors import KINDS, build_processor
 from support.tiny_vision_models import build_config
 
 NOTHING = Span(0, 0)
+PAGE = Path(__file__).parents[4] / "docs/vision.md"
+TWO_PATCHES = {"pixel_values": torch.empty(1, 3, 32, 64), "image_sizes": torch.tensor([[32, 64]])}
+# What processors that need torchvision make of an image.
+MADE = {
+    "llama4": {"pixel_values": torch.empty(2, 3, 32, 32)},
+    "mistral3": TWO_PATCHES,
+    "pixtral": TWO_PATCHES,
+}
 STEP = Step(2, 64, False, True, torch.float32, False, False, sharded=False, on_gpu=False)
 
 
@@ -33,14 +44,21 @@ def processor(kind):
 
 @pytest.fixture
 def images(processor):
+    return RowImages.of({**process(processor), "input_ids": torch.zeros(1, 1)})
+
+
+def process(processor):
     white = Image.new("RGB", (100, 60), "white")
-    made, _ = process_images(processor, [processor.image_token], [[white]])
-    return RowImages.of({**made, "input_ids": torch.zeros(1, 1)})
+    return process_images(processor, [processor.image_token], [[white]])[0]
 
 
 def read(kind, processor, **options):
+    return read_config(build_config(kind, processor), **options)
+
+
+def read_config(config, **options):
     settings = Settings(**options)
-    return read_shape(build_config(kind, processor), settings.model, settings.adapter, torch.float32)
+    return read_shape(config, settings.model, settings.adapter, torch.float32)
 
 
 def run_really(kind, processor, images, rows):
@@ -106,3 +124,23 @@ def test_a_tower_that_asks_for_numbers_is_not_known(kind, processor, images, mon
     monkeypatch.setattr(type(base), "get_image_features", ask)
     with pytest.raises(UnknownShapeError, match="its tower does not run without numbers"):
         trace_tower(shape, replace(STEP, images=images), accumulates=False)
+
+
+@pytest.fixture(scope="module")
+def unknown_families():
+    """The families whose page says that their memory is not known."""
+    return re.findall(r"^\| `(\w+)` \|.*memory is not known \|$", PAGE.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_page_says_whose_tower_is_not_followed(name, unknown_families):
+    """Adapters of each family's tower get gradients, whatever is behind them."""
+    made = MADE.get(name) or process(build_family_processor(name))
+    step = replace(STEP, images=RowImages.of({**made, "input_ids": torch.zeros(1, 1)}))
+    shape = read_config(build_family_config(name, build_named_tokenizer(FAMILIES[name])), train_vision=True)
+    if name in unknown_families:
+        with pytest.raises(UnknownShapeError, match="does not tell what its tower makes of images"):
+            trace_tower(shape, step, accumulates=False)
+    else:
+        traced = trace_tower(shape, step, accumulates=False)
+        assert traced.flops > 0 and traced.backward_flops > 0
