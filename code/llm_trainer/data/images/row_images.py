@@ -25,6 +25,7 @@ class RowImages:
     inputs: dict[str, torch.Tensor]
     num_rows: int = 1
     mean_share: float = 1.0  # the tokens of images in the mean row of the data, as a share of those here
+    longest_text: int = 0  # tokens of the data's longest sequence without images, with the white image that it may get
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> "RowImages | None":
@@ -64,7 +65,14 @@ def find_row_images(
     (row,) = table.slice(int(tokens.argmax()), 1).to_pylist()
     made = RowImages.of(collator([row]))
     share = float(np.concatenate(counted).mean() / tokens.max())
-    return made and replace(made, num_rows=len(row.get("seq_lengths") or [row]), mean_share=share)
+    (white,) = collator.blank_row["pictures"]
+    longest_text = max(map(measure_longest_text, tables, counted))
+    return made and replace(
+        made,
+        num_rows=len(row.get("seq_lengths") or [row]),
+        mean_share=share,
+        longest_text=longest_text + white["tokens"] if longest_text else 0,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +91,13 @@ def draw_row_images(number: int, size: tuple[int, int], images: ImageProcessing)
     row, rules = draw_blank_row(images, (size[1], size[0]), number), ImageRules(size[0] * size[1])
     made = ImageCollator(images, rules, pad_token_id=0)([row])
     return DrawnImages(RowImages.of(made), sum(placed["tokens"] for placed in row["pictures"]))
+
+
+def measure_longest_text(table: pa.Table, image_tokens: npt.NDArray[np.float64]) -> int:
+    """Return the tokens of the longest sequence in rows without images; 0 where all rows have some."""
+    lengths = table["seq_lengths" if "seq_lengths" in table.column_names else "length"]
+    texts = lengths.filter(pa.array(image_tokens == 0))
+    return pc.max(pc.list_flatten(texts) if pa.types.is_list(texts.type) else texts).as_py() or 0
 
 
 def count_image_tokens(pictures: pa.ChunkedArray) -> npt.NDArray[np.float64]:

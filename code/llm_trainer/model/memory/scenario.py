@@ -257,11 +257,12 @@ class MemoryScenario:
         return self.batch.shares_sequences and not reads_lengths
 
     def build_step(self, plan: ParallelismPlan) -> Step:
-        """Return a step in this way."""
+        """Return a step in this way. Where weights are sharded, a batch of texts alone gets a white image."""
         batch = self.batch
+        longest_text = batch.images.longest_text if batch.images and plan.sharded else 0
         return Step(
             num_sequences=batch.num_sequences,
-            length=max(2, batch.length),
+            length=max(2, batch.length, longest_text),
             has_mask=self.has_mask,
             stores_scores=self.attention == "eager",
             compute_dtype=self.traced_dtype,

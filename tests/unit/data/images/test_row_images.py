@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The images of a row stand for those of a batch: the tensors that the model's processor makes of them."""
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from datasets import concatenate_datasets
@@ -9,7 +11,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.images.collator import ImageCollator
 from llm_trainer.data.images.processing import ImageProcessing
-from llm_trainer.data.images.row_images import RowImages, draw_row_images, find_row_images
+from llm_trainer.data.images.row_images import RowImages, draw_row_images, find_row_images, measure_longest_text
 from llm_trainer.readers.images import ImageRules
 from support.image_rows import ROWS, build_vocabulary, prepare_rows, save_pictures
 from support.tiny_processors import KINDS
@@ -48,6 +50,23 @@ def test_rows_are_found_in_many_chunks(vocabulary, tmp_path):
     rows, _ = prepare_rows(vocabulary, ROWS[1:2] * 3 + ROWS[:1], tmp_path)
     joined = concatenate_datasets([rows.select([0, 1]), rows.select([2, 3])])
     assert find_row_images([joined], vocabulary.images, SETTINGS).count_bytes(1) > 0
+
+
+def test_the_longest_row_of_text_has_the_white_image_of_a_sharded_training(vocabulary, tmp_path):
+    long_text = {"messages": [{"role": "user", "content": "Why? " * 99}, {"role": "assistant", "content": "So."}]}
+    rows, _ = prepare_rows(vocabulary, [ROWS[0], ROWS[1], long_text], tmp_path)
+    found = find_row_images([rows], vocabulary.images, SETTINGS)
+    rules, pad = ImageRules(10**7), vocabulary.tokenizer.pad_token_id
+    batch = ImageCollator(vocabulary.images, rules, pad, always_sees=True)([rows[2]])
+    assert found.longest_text == batch["input_ids"].shape[1] > rows[2]["length"]
+    seeing, _ = prepare_rows(vocabulary, ROWS[:1], tmp_path)
+    assert find_row_images([seeing], vocabulary.images, SETTINGS).longest_text == 0
+
+
+def test_a_pair_of_texts_is_as_long_as_its_longest_answer():
+    table = pa.table({"seq_lengths": [[3, 9], [8, 4], [99, 2]], "length": [12, 12, 101]})
+    assert measure_longest_text(table, np.array([0.0, 0.0, 5.0])) == 9
+    assert measure_longest_text(table, np.ones(3)) == 0
 
 
 def test_rows_of_texts_have_none(vocabulary, tmp_path):

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A job's memory scenario: the ways that its settings leave open, and its copies with other settings."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from llm_trainer.common.units import GIB
 from llm_trainer.config.schema import Settings
+from llm_trainer.data.images.row_images import RowImages
 from llm_trainer.model.device import Device
 from llm_trainer.model.memory.scenario import (
     MemoryScenario,
@@ -74,6 +77,12 @@ def test_ways_have_names_for_messages():
 )
 def test_a_sequence_is_as_long_as_the_longest_row_that_is_left(options, length):
     assert make_scenario(**options).length == length
+
+
+@pytest.mark.parametrize(("longest_text", "sharded", "length"), [(120, True, 120), (90, True, 100), (120, False, 100)])
+def test_a_sharded_batch_of_texts_is_longer_by_a_white_image(longest_text, sharded, length):
+    scenario = replace(make_scenario(), images=RowImages({}, longest_text=longest_text))
+    assert scenario.build_step(ParallelismPlan(sharded, False, False)).length == length
 
 
 def test_a_kernel_that_reads_lengths_has_no_mask():
