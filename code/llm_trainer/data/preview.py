@@ -12,7 +12,14 @@ from llm_trainer.common import log
 from llm_trainer.config.sections import MethodSettings
 from llm_trainer.data.datasets import Data
 from llm_trainer.data.formats.examples import IGNORED
-from llm_trainer.data.images.shown import Piece, decode_pieces, find_shown_row, replace_images, show_images
+from llm_trainer.data.images.shown import (
+    Piece,
+    decode_pieces,
+    find_shown_row,
+    list_pictures,
+    replace_images,
+    show_images,
+)
 from llm_trainer.data.report import DataReport, compute_mean, list_names
 from llm_trainer.journal.records import SampleRow, ShownImage
 from llm_trainer.readers.images import ImageRules
@@ -58,7 +65,7 @@ class Sample:
 def choose_sample(datasets: Iterable[Dataset], rules: ImageRules) -> Sample | None:
     """Return the row to show among those of a split's sources; None where there is no row."""
     row = find_shown_row(datasets)
-    return Sample(row, show_images(row.get("pictures") or (), rules, MAX_A_ROW)) if row else None
+    return Sample(row, show_images(list_pictures(row), rules, MAX_A_ROW)) if row else None
 
 
 def log_data(data: Data, sample: Sample, tokenizer: PreTrainedTokenizerBase, in_colour: bool) -> None:
@@ -216,20 +223,18 @@ def mark_sample(
     """
     marks = COLOURED if in_colour else PLAIN
     tokens: list[Labelled] = list(zip(row["input_ids"], row["labels"], strict=True))
+
+    def mark_part(first: int, last: int, own_marks: tuple[str, str]) -> str:
+        pieces = replace_images(tokens[first:last], images, lambda words: (words, IGNORED), first)
+        return mark_ends(pieces, tokenizer, own_marks)
+
     end, *others = row.get("seq_lengths", [len(tokens)])
-    end -= sum(image["tokens"] - 1 for image in images if image["start"] < end)
-    tokens = replace_images(tokens, images, lambda words: (words, IGNORED))
     if not others:
-        return mark_ends(tokens, tokenizer, marks)
-    chosen, rejected = tokens[:end], tokens[end:]
-    num_shared = count_shared_prompt(chosen, rejected)
-    return "\n".join(
-        (
-            mark_ends(chosen[:num_shared], tokenizer, marks),
-            mark_ends(chosen[num_shared:], tokenizer, marks),
-            mark_ends(rejected[num_shared:], tokenizer, REJECTED_COLOURED if in_colour else REJECTED_PLAIN),
-        )
-    )
+        return mark_part(0, end, marks)
+    num_shared = count_shared_prompt(tokens[:end], tokens[end:])
+    rejected_marks = REJECTED_COLOURED if in_colour else REJECTED_PLAIN
+    parts = (0, num_shared, marks), (num_shared, end, marks), (end + num_shared, len(tokens), rejected_marks)
+    return "\n".join(mark_part(*part) for part in parts)
 
 
 def count_shared_prompt(chosen: list[Labelled], rejected: list[Labelled]) -> int:

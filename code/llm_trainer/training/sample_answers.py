@@ -22,7 +22,7 @@ from llm_trainer.data.chat_template import find_turn_end
 from llm_trainer.data.datasets import Data
 from llm_trainer.data.formats.examples import IGNORED
 from llm_trainer.data.images.collator import ImageCollator, find_ref
-from llm_trainer.data.images.shown import decode_pieces, replace_images, show_images
+from llm_trainer.data.images.shown import decode_pieces, list_pictures, replace_images, show_images
 from llm_trainer.journal.records import ShownImage
 from llm_trainer.journal.timeline import Timeline
 from llm_trainer.model.positions import count_positions
@@ -232,8 +232,7 @@ def find_prompts(rows: Dataset) -> Iterator[Prompt]:
     """Yield the prompts of the first rows."""
     for row in rows.select(range(min(MAX_ROWS, len(rows)))):
         ids, labels = row["input_ids"], row["labels"]
-        first_length = (row.get("seq_lengths") or [len(ids)])[0]  # of a pair's chosen side
-        pictures = [own for own in row.get("pictures") or () if own["start"] < first_length]
+        pictures = list_pictures(row)
         if "content" in row:  # a prompt alone
             yield Prompt(ids, [])
             continue

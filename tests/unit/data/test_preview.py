@@ -24,7 +24,7 @@ from llm_trainer.data.preview import (
 from llm_trainer.data.report import DataReport
 from llm_trainer.readers.images import ImageRules
 from llm_trainer.readers.thumbnails import is_thumbnail
-from support.image_rows import ROWS, build_vocabulary, prepare_rows, save_pictures
+from support.image_rows import PAIRS, ROWS, build_vocabulary, prepare_rows, save_pictures
 from support.tiny_model import build_tokenizer
 
 RULES = ImageRules(10**7)
@@ -198,10 +198,22 @@ def test_the_sample_is_the_first_row_with_images_and_tells_each(tmp_path):
         ["bytes of the row", "40 x 90 pixels"],
         ["2.png", "30 x 30 pixels"],
     ]
-    assert [f"from token {start} on" in words for start, words in zip(starts, (first_words, second_words), strict=True)]
+    told = zip(starts, (first_words, second_words), strict=True)
+    assert all(f"from token {start} on" in words for start, words in told)
     shown = sample.describe(vocabulary.tokenizer)["sample"]
     assert [is_thumbnail(image["thumbnail"]) for image in shown["images"]] == [True, True]
     assert not shown["text"].endswith(second)
+
+
+def test_the_images_of_a_pair_are_shown_once_in_its_prompt(tmp_path):
+    save_pictures(tmp_path)
+    vocabulary = build_vocabulary("qwen", tmp_path)
+    rows, _ = prepare_rows(vocabulary, PAIRS[:1], tmp_path, method="dpo")
+    sample = choose_sample([rows], RULES)
+    text = sample.mark(vocabulary.tokenizer, in_colour=False)
+    assert text.count("0.png") == 2 and "<|image_pad|>" not in text  # in the text, and below
+    assert text.count("What is it?") == 1
+    assert text.index("[image 1: 0.png") < text.index("⟦A cat.") < text.index("⟪No idea at all.")
 
 
 def test_a_sample_of_texts_is_the_first_row_and_leaves_nothing_in_the_journal(tmp_path):

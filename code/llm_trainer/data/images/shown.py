@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of a row for a person: a few words in place of their tokens, and a thumbnail of each of the first."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -33,6 +33,12 @@ def find_shown_row(datasets: Iterable[Dataset]) -> dict[str, Any] | None:
     return first
 
 
+def list_pictures(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the images of a row; of a pair those of its chosen side, which are the rejected one's, too."""
+    first_length = (row.get("seq_lengths") or [len(row["input_ids"])])[0]
+    return [placed for placed in row.get("pictures") or () if placed["start"] < first_length]
+
+
 def show_images(pictures: Sequence[dict[str, Any]], rules: ImageRules, num_thumbnails: int) -> list[ShownImage]:
     """Return what is told of a row's images: all by name, size and tokens, the first of them with thumbnails."""
     return [
@@ -53,12 +59,19 @@ def show_image(placed: dict[str, Any], rules: ImageRules, with_thumbnail: bool) 
     return shown | {"thumbnail": write_thumbnail(image)} if with_thumbnail else shown
 
 
-def replace_images(tokens: Sequence[Token], images: Sequence[ShownImage], write: Callable[[str], Token]) -> list[Token]:
-    """Return a row's tokens with a few words in place of those of each image. `write` makes a token of words."""
+def replace_images(
+    tokens: Sequence[Token], images: Sequence[ShownImage], write: Callable[[str], Token], first: int = 0
+) -> list[Token]:
+    """Return tokens of a row, from its `first` on, with a few words in place of those of each image.
+
+    `write` makes a token of words.
+    """
     replaced, begin = [], 0
     for number, image in enumerate(images, 1):
-        replaced += [*tokens[begin : image["start"]], write(f"[image {number}: {describe_image(image)}]")]
-        begin = image["start"] + image["tokens"]
+        start = image["start"] - first
+        if 0 <= start < len(tokens):
+            replaced += [*tokens[begin:start], write(f"[image {number}: {describe_image(image)}]")]
+            begin = start + image["tokens"]
     return [*replaced, *tokens[begin:]]
 
 
