@@ -10,7 +10,12 @@ from support.documents import DOCUMENTS, read_blocks
 
 pytest.importorskip("sagemaker.train", reason="the SDK is not installed here: run `make test-notebook`")
 
-BLOCKS = [block for document in DOCUMENTS for block in read_blocks(document) if block.language == "python"]
+BLOCKS = [
+    block
+    for document in DOCUMENTS
+    for block in read_blocks(document)
+    if block.language == "python" and "sagemaker" in block.text
+]
 SHIM = "sagemaker.train.configs"  # deprecated in favour of sagemaker.core.training.configs
 
 

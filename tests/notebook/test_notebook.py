@@ -361,21 +361,66 @@ def test_everything_that_costs_money_is_deleted(run):
     assert sagemaker.list_models()["Models"] == []
 
 
-def test_the_trainer_takes_the_job(run):
-    """llm-trainer validate, with a tiny model in the place of the Hub's."""
-    trainer = REPOSITORY / ".venv/bin/llm-trainer"
-    build = "import pathlib, sys; from support import tiny_model as t; t.build_tiny_model(pathlib.Path(sys.argv[1]))"
-    model, paths = run.folder / "tiny", [str(REPOSITORY / "code"), str(REPOSITORY / "tests")]
+def validate(folder: Path, build: str, *options: Any) -> dict[str, Any]:
+    """What llm-trainer validate finds out about the job below examples/, with a tiny model in the place of the Hub's.
+
+    `build` is a program that writes the model to the folder FOLDER.
+    """
+    trainer, model = REPOSITORY / ".venv/bin/llm-trainer", folder / "tiny"
+    paths = [str(REPOSITORY / "code"), str(REPOSITORY / "tests")]
     variables = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
-        "SAGEMAKER_BASE_DIR": str(run.folder / "examples/job"),
+        "SAGEMAKER_BASE_DIR": str(folder / "examples/job"),
     }
-    subprocess.run([trainer.with_name("python"), "-c", build, model], env=variables, check=True)
-    command = [trainer, "validate", "--json", "--config", run.folder / "examples/job/args.yaml", "--model_id", model]
+    program = f"import pathlib\nFOLDER = pathlib.Path({str(model)!r})\n{build}"
+    subprocess.run([trainer.with_name("python"), "-c", program], env=variables, check=True)
+    command = [trainer, "validate", "--json", "--model_id", model, *options]
     validation = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert validation.returncode == 0, validation.stdout + validation.stderr
-    assert json.loads(validation.stdout)["data"]["train"]["num_rows"] == 15
+    return json.loads(validation.stdout)
+
+
+def test_the_trainer_takes_the_job(run):
+    build = "from support import tiny_model\ntiny_model.build_tiny_model(FOLDER)"
+    found = validate(run.folder, build, "--config", run.folder / "examples/job/args.yaml")
+    assert found["data"]["train"]["num_rows"] == 15
+
+
+BUILD_SEEING_MODEL = """
+from support.tiny_processors import save_processor
+from support.tiny_vision_models import build_vision_model
+build_vision_model("qwen", save_processor("qwen", FOLDER)).save_pretrained(FOLDER)
+"""
+
+
+def read_variant() -> str:
+    """The notebook's program up to its data, with images as the text before that cell tells it."""
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    place = next(number for number, cell in enumerate(cells) if "def to_messages" in cell.source and number)
+    text, cell = cells[place].source, cells[place + 1].source
+    function, line = re.search(r"```python\n(.*?)\n\n\n(\S.*?)\n```", text, re.DOTALL).groups()
+    program = cell.replace(cell[cell.index("def ") : cell.index("rows = load")], f"{function}\n\n\n")
+    program = program.replace(re.search(r"splits\[split\]\.to_json.*", program)[0], line)
+    before = [each.source for each in cells[:place] if each.cell_type == "code"]
+    return "\n".join([before[0], 'dataset_name, num_validation_rows = "cats", 2', *before[1:], program])
+
+
+def test_the_variant_with_images_writes_rows_that_the_trainer_takes(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason=MISSING)
+    cat = base64.b64decode(
+        "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+    )
+    rows = [
+        {"question": f"Cat {number}?", "answer": "Yes.", "image": {"bytes": cat, "path": None}} for number in range(6)
+    ]
+    (tmp_path / "examples/cats").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "examples")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_parquet("cats/rows.parquet")
+    exec(read_variant(), {})
+    report = validate(tmp_path, BUILD_SEEING_MODEL)["data"]["train"]
+    assert (report["num_rows"], report["num_images"], report["num_bad_rows"]) == (4, 4, 0)
 
 
 def test_the_result_comes_to_this_machine(run):
