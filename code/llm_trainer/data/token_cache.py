@@ -22,6 +22,7 @@ from llm_trainer.data.report import REJECTED_ROWS, DataReport
 from llm_trainer.data.streaming import SourceHead
 from llm_trainer.data.tokenize import (
     CHUNK_ROWS,
+    CHUNK_ROWS_WITH_BYTES,
     HUB_IMAGES,
     Preparer,
     choose_features,
@@ -83,7 +84,7 @@ def write_source(source: Source | SourceHead, vocabulary: Vocabulary, settings: 
     Raises UserError where no row of such data could be used.
     """
     report = DataReport(sequences_a_row=settings.sequences_a_row)
-    chunks = read_undamaged(source, report)
+    chunks = read_undamaged(source, report, count_chunk_rows(source, vocabulary, settings))
     seen, row_format, first_place = find_format(chunks, settings)
     preparer = None
     if seen:  # a host's shard may be empty
@@ -118,9 +119,18 @@ def list_images(source: Source | SourceHead) -> list[dict[str, Any]]:
     return [{"folder": str(files.folder.resolve())}, *found]
 
 
-def read_undamaged(source: Source | SourceHead, report: DataReport) -> Iterator[Chunk]:
-    """Yield a source's chunks, and note in the report each file that has no rows or cannot be read to its end."""
-    for names, chunks in zip(name_parts(source), source.read_parts(CHUNK_ROWS), strict=True):
+def count_chunk_rows(source: Source | SourceHead, vocabulary: Vocabulary, settings: DataSettings) -> int:
+    """Return the most rows of a chunk: few where they get the encoded bytes of images, which memory holds for each."""
+    gets_bytes = vocabulary.images is not None and (source.is_sharded or settings.allow_remote_images)
+    return CHUNK_ROWS_WITH_BYTES if gets_bytes else CHUNK_ROWS
+
+
+def read_undamaged(source: Source | SourceHead, report: DataReport, max_rows: int) -> Iterator[Chunk]:
+    """Yield a source's chunks of at most `max_rows` rows.
+
+    The report notes each file that has no rows or cannot be read to its end.
+    """
+    for names, chunks in zip(name_parts(source), source.read_parts(max_rows), strict=True):
         is_empty = True
         try:
             for chunk in chunks:

@@ -49,6 +49,7 @@ from llm_trainer.readers.json import TooDeep, parse_json
 from llm_trainer.readers.rows import BadRow, Chunk
 
 CHUNK_ROWS = 500
+CHUNK_ROWS_WITH_BYTES = 16
 HUB_IMAGES = ImageFolder()
 CHUNKS_A_PROCESS = 3  # chunks under way at once: enough to keep a process busy, few enough for the memory
 MAX_QUOTED_ROW_CHARACTERS = 10_000  # characters of a bad row that rejected_rows.jsonl quotes

@@ -4,6 +4,7 @@
 import ast
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 
@@ -187,3 +188,26 @@ def test_tokens_of_rows_with_images_are_used_again_as_long_as_their_images_are_t
     draw(28, 28).save(channel / "a.png")
     other, smaller = prepare()
     assert other != first and smaller["tokens"] < placed["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("is_sharded", "allow_remote_images", "sees", "expected"),
+    [(False, False, True, 500), (True, False, False, 500), (True, False, True, 16), (False, True, True, 16)],
+)
+def test_rows_that_get_the_bytes_of_images_are_few_at_a_time(
+    tmp_path, monkeypatch, is_sharded, allow_remote_images, sees, expected
+):
+    monkeypatch.setenv("LLM_TRAINER_CACHE", str(tmp_path / "cache"))
+    asked = []
+
+    class Recorder(FileSource):
+        def read_parts(self, max_rows):
+            asked.append(max_rows)
+            return super().read_parts(max_rows)
+
+    vocabulary = build_vocabulary("qwen", tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    source = Recorder("train", tmp_path, (tmp_path / "rows.jsonl",), is_sharded=is_sharded)
+    settings = Settings(dataset_num_proc=1, allow_remote_images=allow_remote_images).data
+    prepare_source(source, vocabulary if sees else replace(vocabulary, images=None), settings)
+    assert asked == [expected]
