@@ -29,11 +29,16 @@ def list_column(fields: Fields) -> list[Any] | None:
     values = [parse_json_text(fields[name]) for name in IMAGE_COLUMNS if name in fields]
     if not values:
         return None
-    given = [value for value in values if value not in (None, "", [])]
+    given = [value for value in values if value not in ("", []) and not is_unfilled(value)]
     if len(given) > 1:
         both = " and ".join(map(repr, IMAGE_COLUMNS))
         raise RowError(f"has images in both columns {both}: put all of them into one.")
     return [own for value in given for own in (value if isinstance(value, list) else [value])]
+
+
+def is_unfilled(value: Any) -> bool:
+    """Tell whether a value is null, or an object of nulls, as some tables have it in its place."""
+    return value is None or (isinstance(value, dict) and all(own is None for own in value.values()))
 
 
 def refuse_marks(value: Any) -> None:
@@ -72,7 +77,7 @@ def take_images(message: Fields) -> Fields:
 
 def read_part(part: Fields) -> Any:
     """Return the value of an image part; None without one. Raises RowError for one of another kind."""
-    given = [(name, part[name]) for name in PART_VALUES if part.get(name) is not None]
+    given = [(name, part[name]) for name in PART_VALUES if not is_unfilled(part.get(name))]
     if not given:
         return None
     name, value = given[0]
@@ -87,6 +92,8 @@ def read_value(value: Any) -> str | bytes | FilePart:
     if isinstance(value, dict):  # datasets' Image feature, or OpenAI's image_url
         data = value.get("bytes")
         value = data or value.get("url") or value.get("path")
+        if not value:
+            raise RowError("has an image that is an object without bytes, url and path: give one of them.")
         if isinstance(data, str) and data:  # bytes that happen to be UTF-8, which a table gives as a text
             value = data.encode()
     if not isinstance(value, str | bytes | FilePart) or not value:

@@ -14,6 +14,7 @@ from llm_trainer.readers.rows import FilePart
 ANSWER = {"role": "assistant", "content": "A cat."}
 SIDES = {side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "Yes."), ("rejected", "No."))}
 BYTES = b"\x89PNG"
+UNFILLED = {"bytes": None, "path": None}
 
 
 def parse(fields, method="sft"):
@@ -75,6 +76,7 @@ def test_a_part_with_an_image_stands_where_it_is(part, value):
         ("Is <image> red?", "Is M red?"),
         ([{"type": "text", "text": "Is "}, {"type": "image"}, {"type": "text", "text": " red?"}], "Is M red?"),
         ([{"type": "image", "text": None, "index": 0}, {"type": "text", "text": "Red?"}], "MRed?"),
+        ([{"type": "image", "image": UNFILLED}, {"type": "text", "text": "Red?"}], "MRed?"),
         ("Red?", "MRed?"),
     ],
 )
@@ -120,7 +122,7 @@ def test_other_formats_have_images_too():
     assert (text.text, text.num_prompt_characters) == (f"{IMAGE_MARK}Red? Yes.", len(f"{IMAGE_MARK}Red? "))
 
 
-@pytest.mark.parametrize("fields", [{"images": []}, {"images": None}, {"image": ""}])
+@pytest.mark.parametrize("fields", [{"images": []}, {"images": None}, {"image": ""}, {"image": UNFILLED}])
 def test_without_images_a_text_stays_as_it_is(fields):
     assert look("Write <image>") == ("Write <image>", ())
     assert look("Write", **fields) == ("Write", ())
@@ -142,8 +144,9 @@ def test_an_empty_column_leaves_no_placeholder(fields):
         ("<image>", ["a", "b"], "has 2 images and 1 placeholders for them"),
         ([{"type": "image"}], None, "has 0 images and 1 placeholders for them"),
         ("<image>", [7], "has an image that is a number"),
-        ("<image>", [{"bytes": None, "path": None}], "has an image that is null"),
-        ([{"type": "image", "image": {"x": 1}}], None, "has an image that is null"),
+        ("<image>", [{"bytes": None, "path": None}], "has an image that is an object without bytes, url and path"),
+        ([{"type": "image", "image": {"x": 1}}], None, "has an image that is an object without bytes, url and path"),
+        ("<image>", [None], "has an image that is null"),
     ],
 )
 def test_images_and_placeholders_that_do_not_match_are_told(content, images, reason):
