@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tensors that a processor makes of the images of rows, as far as memory and time of a step depend on them."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,16 +64,29 @@ def find_row_images(
     if not tokens.max(initial=0):
         return None
     (row,) = table.slice(int(tokens.argmax()), 1).to_pylist()
-    made = RowImages.of(collator([row]))
+    made = RowImages.of(collator(split_row(row)))
     share = float(np.concatenate(counted).mean() / tokens.max())
     (white,) = collator.blank_row["pictures"]
     longest_text = max(map(measure_longest_text, tables, counted))
-    return made and replace(
-        made,
-        num_rows=len(row.get("seq_lengths") or [row]),
-        mean_share=share,
-        longest_text=longest_text + white["tokens"] if longest_text else 0,
-    )
+    longest_text += white["tokens"] if longest_text else 0
+    return made and replace(made, mean_share=share, longest_text=longest_text)
+
+
+def split_row(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return each sequence of a row as a row, with its own images. Rows of one sequence do not tell its length."""
+    edges = itertools.accumulate(row.get("seq_lengths", [len(row["input_ids"])]), initial=0)
+    return [
+        {
+            "input_ids": row["input_ids"][start:end],
+            "labels": row["labels"][start:end],
+            "pictures": [
+                {**placed, "start": placed["start"] - start}
+                for placed in row.get("pictures", ())
+                if start <= placed["start"] < end
+            ],
+        }
+        for start, end in itertools.pairwise(edges)
+    ]
 
 
 @dataclass(frozen=True, eq=False)

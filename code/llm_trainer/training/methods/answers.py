@@ -5,7 +5,6 @@ The answers share sequences like other rows, or are padded. TRL's losses read lo
 first of all rows first. So a batch tells where each of its trained tokens stands there.
 """
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -13,6 +12,7 @@ from typing import Any, Self
 import torch
 
 from llm_trainer.data.formats.examples import IGNORED
+from llm_trainer.data.images.row_images import split_row
 
 ANSWERS = "answers"  # the key of a batch's `Answers`
 DESIRABLE, MISMATCHED = "desirable", "mismatched"  # keys of a batch of KTO
@@ -86,16 +86,16 @@ class AnswerCollator:
         kept = keep_trained(examples)
         is_blank = not is_trained(kept[0])
         answers = list_answers(kept)
-        num_slots = max(len(ids) for ids, _ in answers) - 1
+        num_slots = max(len(answer["input_ids"]) for answer in answers) - 1
         # In place of labels stand numbers, by which each token is found again wherever the other collator puts it.
         numbered = [
-            {"input_ids": ids, "labels": number_labels(labels, row * num_slots - 1), "pictures": pictures}
-            for row, ((ids, labels), pictures) in enumerate(zip(answers, list_pictures(kept), strict=True))
+            {**answer, "labels": number_labels(answer["labels"], row * num_slots - 1)}
+            for row, answer in enumerate(answers)
         ]
         batch = self.collate(numbered)
         numbers = batch["labels"]
         batch["labels"] = torch.where(numbers == IGNORED, IGNORED, batch["input_ids"])
-        places, num_tokens = numbers[numbers != IGNORED], sum(len(ids) for ids, _ in answers)
+        places, num_tokens = numbers[numbers != IGNORED], sum(len(answer["input_ids"]) for answer in answers)
         rows = torch.tensor([example.get("row", 0) for example in kept])
         batch[ANSWERS] = Answers(places, rows, len(answers), num_slots, 0 if is_blank else num_tokens, is_blank)
         return batch
@@ -111,33 +111,9 @@ def keep_trained(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(filter(is_trained, examples)) or examples[:1]
 
 
-def list_answers(examples: list[dict[str, Any]]) -> list[tuple[list[int], list[int]]]:
-    """Return the ids and labels of the rows' sequences: the first of each row, then the second of each."""
-    return [answer for place in zip(*map(cut_row, examples), strict=True) for answer in place]
-
-
-def cut_row(example: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
-    """Return the ids and labels of each sequence of a row."""
-    return [(example["input_ids"][start:end], example["labels"][start:end]) for start, end in list_edges(example)]
-
-
-def list_pictures(examples: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Return the images of each of the rows' sequences, at their places in it. They come as those of `list_answers`."""
-    return [pictures for place in zip(*map(cut_pictures, examples), strict=True) for pictures in place]
-
-
-def cut_pictures(example: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """Return the images of each sequence of a row, at their places in it."""
-    placed = example.get("pictures", ())
-    return [
-        [{**one, "start": one["start"] - start} for one in placed if start <= one["start"] < end]
-        for start, end in list_edges(example)
-    ]
-
-
-def list_edges(example: dict[str, Any]) -> list[tuple[int, int]]:
-    """Return the first token of each sequence of a row, and the one after its last."""
-    return list(itertools.pairwise([0, *itertools.accumulate(example["seq_lengths"])]))
+def list_answers(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows' sequences, each as a row: the first of each row, then the second of each."""
+    return [answer for place in zip(*map(split_row, examples), strict=True) for answer in place]
 
 
 def number_labels(labels: list[int], first: int) -> list[int]:

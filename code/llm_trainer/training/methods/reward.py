@@ -61,7 +61,9 @@ class RewardCollator:
         """
         kept = keep_trained(examples)
         is_blank = not is_trained(kept[0])
-        answers = [ids if len(ids) > 1 else ids * 2 for ids, _ in list_answers(kept)]  # a first token takes no label
+        answers = [
+            ids if len(ids) > 1 else ids * 2 for ids in (answer["input_ids"] for answer in list_answers(kept))
+        ]  # a first token takes no label
         # By its number each answer is found again wherever the other collator puts it.
         numbered = [
             {"input_ids": ids, "labels": [IGNORED] * (len(ids) - 1) + [number]} for number, ids in enumerate(answers)

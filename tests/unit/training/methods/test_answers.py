@@ -38,7 +38,8 @@ def test_each_trained_token_is_found_at_its_place(collator):
     pairs = batch[ANSWERS]
     predicted = batch["labels"][batch["labels"] != IGNORED]  # in the order in which a model computes them
     spread = pairs.spread(predicted)
-    for row, (ids, labels) in enumerate(list_answers(ROWS)):
+    for row, answer in enumerate(list_answers(ROWS)):
+        ids, labels = answer["input_ids"], answer["labels"]
         trained = [token if label != IGNORED else 0 for token, label in zip(ids, labels, strict=True)][1:]
         assert spread[row].tolist() == trained + [0] * (pairs.num_slots - len(trained))
     mask = pairs.describe()["completion_mask"]
