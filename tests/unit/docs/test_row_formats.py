@@ -16,7 +16,9 @@ from llm_trainer.data.report import REJECTED_ROWS
 from llm_trainer.data.token_cache import REPORT, ROWS, write_source
 from llm_trainer.readers.sources import FileSource
 from support.documents import CODE, DOCS
+from support.image_rows import build_vocabulary
 from support.tiny_model import build_tokenizer
+from support.tiny_processors import draw
 
 HEADING = re.compile(r"^#+ (.+)$")
 SETTING = re.compile(r"(\w+)=(\S+)")
@@ -60,13 +62,19 @@ def name_line(line: Line) -> str:
     return f"{line.heading}: {line.habit}"
 
 
-def prepare(line: Line, folder):
-    """Return the tokenizer, each row's trained tokens, the reasons of bad rows, and the fields that nothing reads."""
+def build_text_vocabulary(line: Line) -> Vocabulary:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = None if "without a chat template" in line.heading else TEMPLATE
+    return Vocabulary(tokenizer, frozenset({tokenizer.eos_token_id}), len(tokenizer))
+
+
+def prepare(line: Line, folder):
+    """Return the tokenizer, each row's trained tokens, the reasons of bad rows, and the fields that nothing reads."""
     file = folder / "rows.jsonl"
     file.write_text(line.row, encoding="utf-8")
-    vocabulary = Vocabulary(tokenizer, frozenset({tokenizer.eos_token_id}), len(tokenizer))
+    vocabulary = build_vocabulary("qwen", folder) if "image" in line.row else build_text_vocabulary(line)
+    tokenizer = vocabulary.tokenizer
+    draw(40, 30).save(folder / "cat.png")
     write_source(FileSource("train", folder, (file,)), vocabulary, line.settings.data, folder)
     rejected = map(json.loads, (folder / REJECTED_ROWS).read_text(encoding="utf-8").splitlines())
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
@@ -77,7 +85,7 @@ def prepare(line: Line, folder):
 def test_all_kinds_of_tables_are_found():
     assert len(READ) > 33
     assert len(LINES) - len(READ) > 12
-    assert len({line.heading for line in LINES}) == 11
+    assert len({line.heading for line in LINES}) == 12
 
 
 @pytest.mark.parametrize("line", READ, ids=name_line)

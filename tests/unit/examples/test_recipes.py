@@ -2,13 +2,13 @@
 """Every recipe of examples/recipes/ is free of mistakes, and its model fits the instance that it names, as it says."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, Qwen3Config, Qwen3VLConfig
 
 from llm_trainer.aws.options import read_options
 from llm_trainer.common.units import GIB
@@ -19,6 +19,7 @@ from llm_trainer.config.load import JOB_SECTION, read_settings
 from llm_trainer.config.schema import Settings
 from llm_trainer.config.sections import ALIASES
 from llm_trainer.config.teacher import derive_teacher
+from llm_trainer.data.images.row_images import RowImages
 from llm_trainer.model.device import Device
 from llm_trainer.model.memory.fit import choose_kernels, choose_memory_plan
 from llm_trainer.model.memory.global_batch import split_global_batch
@@ -88,6 +89,16 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "Qwen/Qwen3-4B": qwen3(2560, 9728, 36, 32, is_tied=True),
     "Qwen/Qwen3-8B": qwen3(4096, 12288, 36, 32),
     "Qwen/Qwen3-32B": qwen3(5120, 25600, 64, 64),
+    "Qwen/Qwen3-VL-4B-Instruct": Qwen3VLConfig(
+        text_config={
+            **qwen3(2560, 9728, 36, 32, is_tied=True).to_dict(),
+            "model_type": "qwen3_vl_text",
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+        },
+        vision_config={"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2560}
+        | {"deepstack_visual_indexes": [5, 11, 17]},
+        tie_word_embeddings=True,
+    ),
     "meta-llama/Llama-3.1-8B": llama(4096, 14336, 32, 32),
     "meta-llama/Llama-3.1-8B-Instruct": llama(4096, 14336, 32, 32),
     "meta-llama/Llama-3.3-70B-Instruct": llama(8192, 28672, 80, 64),
@@ -130,6 +141,15 @@ def recipe(request) -> Recipe:
     return Recipe(request.param, options.instance_count, INSTANCES[options.instance_type], memory)
 
 
+def draw_images(settings: Settings) -> RowImages | None:
+    """Return what Qwen3-VL's processor makes of so many images of 1280 x 960 pixels: patches of 16 pixels, twice."""
+    if settings.data.max_images_per_row is None:
+        return None
+    grid = torch.tensor([[1, 60, 80]] * settings.data.max_images_per_row)
+    patches = torch.empty(int(grid.prod(dim=1).sum()), 2 * 3 * 16**2, device="meta")
+    return RowImages({"pixel_values": patches, "image_grid_thw": grid})
+
+
 def describe_teacher(settings: Settings) -> Teacher | None:
     """Return the teacher of a recipe by its config, None where it has none."""
     theirs = derive_teacher(settings.model, settings.methods, {})
@@ -159,6 +179,7 @@ def test_its_model_fits_its_instance_in_the_way_that_it_says(recipe):
     sections = MemorySettings(settings.model, settings.adapter, *work)
     teacher = describe_teacher(settings)
     scenario = MemoryScenario(config, sections, settings.data.max_length, target, "eager", teacher=teacher)
+    scenario = replace(scenario, images=draw_images(settings))
     fit = choose_memory_plan(split_global_batch(choose_kernels(scenario)))
     way = fit.parallelism.describe(target.world_size).partition(" with ")[2]
     size = f"{fit.estimate.total_bytes / GIB:.0f} GiB a {target.unit}"
