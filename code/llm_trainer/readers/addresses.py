@@ -6,6 +6,8 @@ A row may name any address, and a server may lead on to any other. Credentials o
 
 import http.client
 import ipaddress
+import queue
+import threading
 import time
 import urllib.request
 from typing import Any
@@ -14,7 +16,8 @@ from urllib.parse import quote, urlsplit
 from llm_trainer.common.errors import quote_error
 from llm_trainer.common.redaction import hide_queries
 
-SECONDS = 30  # that a server may keep silent, and four times as long for all of a file
+SILENT_SECONDS, MAX_SECONDS = 30, 120  # that a server may keep silent, and that all of a file may take
+TOO_LATE = f"does not come within {MAX_SECONDS} seconds"
 SCHEMES = ("http", "https")
 BLOCK_BYTES = 2**18
 KEPT_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"  # besides letters and digits, in an address that is written as it is asked
@@ -33,34 +36,47 @@ def encode_address(address: str) -> str:
 
 
 def fetch(address: str, max_bytes: int) -> bytes:
-    """Return what is at an encoded address. Raises FetchError where it does not come, or is longer than that.
+    """Return what is at an encoded address. Raises FetchError where it does not come in time, or is longer than that.
 
     A proxy that the environment names for it is asked instead, and decides which addresses to reach.
     """
+    answers: queue.SimpleQueue[bytes | FetchError] = queue.SimpleQueue()
+    # A thread, since a server may also send the head of its answer, and its greeting, a byte at a time.
+    threading.Thread(target=lambda: answers.put(ask(address, max_bytes)), daemon=True).start()
+    try:
+        answer = answers.get(timeout=MAX_SECONDS)
+    except queue.Empty:
+        raise FetchError(TOO_LATE) from None
+    if isinstance(answer, FetchError):
+        raise answer
+    return answer
+
+
+def ask(address: str, max_bytes: int) -> bytes | FetchError:
+    """Return what a server answers, or why it gives nothing."""
     opener = urllib.request.build_opener(OpenHandler, SecureHandler, CheckedRedirects)
+    end = time.monotonic() + MAX_SECONDS
     try:
         check_address(address)
-        end = time.monotonic() + 4 * SECONDS
-        with opener.open(address, timeout=SECONDS) as answer:
+        with opener.open(address, timeout=SILENT_SECONDS) as answer:
             return read_answer(answer, max_bytes, end)
-    except FetchError:
-        raise
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        is_own = isinstance(reason, FetchError)
-        raise FetchError(str(reason) if is_own else f"does not come ({hide_queries(quote_error(error))})") from error
+        if isinstance(reason, FetchError):
+            return reason
+        return FetchError(f"does not come ({hide_queries(quote_error(error))})")
 
 
 def read_answer(answer: http.client.HTTPResponse, max_bytes: int, end: float) -> bytes:
     """Return the body of an answer. Raises FetchError where it is too long, cut off, or late."""
     pieces, size = [], 0
-    while piece := answer.read1(BLOCK_BYTES):  # read would wait for a whole block
+    while piece := answer.read1(BLOCK_BYTES):
         pieces.append(piece)
         size += len(piece)
         if size > max_bytes:
             raise FetchError(f"is longer than {max_bytes // 2**20} MiB")
         if time.monotonic() > end:
-            raise FetchError(f"does not come within {4 * SECONDS} seconds")
+            raise FetchError(TOO_LATE)
     if answer.length:
         raise FetchError("ends too early")
     return b"".join(pieces)

@@ -145,6 +145,15 @@ def test_a_file_that_comes_in_drops_is_told_when_the_time_has_passed():
         addresses.read_answer(answer, 10**4, end=0)
 
 
+def test_a_server_that_never_ends_the_head_of_its_answer_is_left(monkeypatch):
+    is_over = threading.Event()
+    monkeypatch.setattr(addresses, "ask", lambda *_: is_over.wait())
+    monkeypatch.setattr(addresses, "MAX_SECONDS", 0)
+    with pytest.raises(FetchError, match="does not come within 120 seconds"):
+        fetch("https://host/a", 1000)
+    is_over.set()
+
+
 @pytest.mark.parametrize("lead", ["", "/to/"])
 def test_no_user_is_told_to_a_server_or_to_a_person(public, lead):
     address = public.address.replace("//", "//me:pass@")
