@@ -17,7 +17,7 @@ from llm_trainer.config.sections import ADDRESS, DataSettings
 from llm_trainer.readers.discovery import PassedOver, describe_passed_over, find_files, list_unexpected
 from llm_trainer.readers.files import MAX_BYTES, read_chunks
 from llm_trainer.readers.rows import Chunk
-from llm_trainer.readers.tables import read_table
+from llm_trainer.readers.tables import read_table, split_batch
 
 TRAIN_CHANNEL = re.compile(r"train(ing)?([._-].+)?")
 VALIDATION_CHANNEL = re.compile(r"val(idation)?([._-].+)?")
@@ -94,12 +94,17 @@ class HubSource:
         yield self.read_chunks(max_rows)
 
     def read_chunks(self, max_rows: int) -> Iterator[Chunk]:
-        """Yield the split's rows in order, at most `max_rows` at a time, read as those of an Arrow file are."""
+        """Yield the split's rows in order, read as those of an Arrow file are.
+
+        A chunk has at most `max_rows` rows and MAX_BYTES, or one row.
+        """
         first, name = 1, f"{self.name} {self.split}"
-        for table in load_hub_data(self.name, self.config, self.split).with_format("arrow").iter(max_rows):
-            rows = [row for _, row, _ in read_table(iter(table.to_batches()), name, max_rows, MAX_BYTES)]
-            yield Chunk(name, list(range(first, first + len(rows))), rows)
-            first += len(rows)
+        tables = load_hub_data(self.name, self.config, self.split).with_format("arrow").iter(max_rows)
+        for batch in (batch for table in tables for batch in table.to_batches()):
+            for part in split_batch(batch, max_rows, MAX_BYTES):
+                rows = [row for _, row, _ in read_table(iter([part]), name, max_rows, MAX_BYTES)]
+                yield Chunk(name, list(range(first, first + len(rows))), rows)
+                first += len(rows)
 
 
 @cache

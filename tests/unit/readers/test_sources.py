@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict
 
 from llm_trainer.config.environment import read_environment
 from llm_trainer.config.load import read_settings
+from llm_trainer.readers.files import MAX_BYTES
 from llm_trainer.readers.sources import (
     FileSource,
     HubSource,
@@ -147,3 +148,12 @@ def test_an_id_is_a_hub_data_set_unless_it_is_a_path(tree, find):
     tree.change(train_dataset_path="tiny/data", val_dataset_path="tiny/data", dataset_config="cfg")
     assert find() == ([HubSource("tiny/data", "cfg", "train")], [])
     assert find(find_validation_sources) == ([HubSource("tiny/data", "cfg", "test")], [])
+
+
+def test_rows_of_the_hub_come_a_few_bytes_at_a_time(monkeypatch):
+    rows = Dataset.from_dict({"number": list(range(20)), "image": [bytes([255]) * 2**20] * 20})
+    monkeypatch.setattr("llm_trainer.readers.sources.load_hub_data", lambda *_: rows)
+    chunks = list(HubSource("tiny/data", None, "train").read_chunks(500))
+    assert max(sum(len(row["image"]) for row in chunk.rows) for chunk in chunks) <= MAX_BYTES
+    assert [number for chunk in chunks for number in chunk.numbers] == list(range(1, 21))
+    assert [row["number"] for chunk in chunks for row in chunk.rows] == list(range(20))
