@@ -31,7 +31,9 @@ def make_job(make_tree):
     return make
 
 
-@pytest.mark.parametrize("options", [{"merge_weights": "true"}, FULL], ids=["lora and merged", "full"])
+@pytest.mark.parametrize(
+    "options", [{"merge_weights": "true"}, pytest.param(FULL, marks=pytest.mark.long)], ids=["lora and merged", "full"]
+)
 def test_a_job_learns_what_its_teacher_says(make_job, options):
     tree = make_job(num_train_epochs="6", **options)
     log = finish(tree)

@@ -32,7 +32,7 @@ def test_the_page_says_what_becomes_of_a_type(model_type, tmp_path):
     assert str(try_type(model_type, tmp_path)) == read_table()[model_type]
 
 
-@pytest.mark.parametrize("use_peft", ["true", "false"])
+@pytest.mark.parametrize("use_peft", ["true", pytest.param("false", marks=pytest.mark.long)])
 def test_a_job_on_texts_leaves_a_model_that_sees(tree, use_peft):
     folder = tree.base_dir / "input/data/model"
     shutil.rmtree(folder)

@@ -234,6 +234,7 @@ def test_merged_weights_compute_what_the_adapter_does_on_the_base(merged_job):
     check_merge(merged_job)
 
 
+@pytest.mark.long
 def test_merged_weights_of_a_quantized_job_compute_what_the_adapter_does_on_the_base(tree):
     tree.change(merge_weights="true", load_in_4bit="true")
     result = tree.run()

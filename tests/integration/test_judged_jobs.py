@@ -47,6 +47,7 @@ def test_labels_that_are_all_alike_end_the_job_before_weights_load(make_job):
     assert "All 16 rows of the train data are desirable, so there is nothing to compare" in result.stdout
 
 
+@pytest.mark.long
 def test_pairs_are_judged_answers_too_and_uneven_ones_are_weighed(make_job):
     pair = {"prompt": "What is 1 plus 1?", "chosen": "2 it is", "rejected": "3 3 3"}
     tree, uneven = make_job([pair, {**pair, "prompt": "What?"}]), make_job(ROWS[:-8:2] + ROWS[1::8])

@@ -120,7 +120,7 @@ def read_words(file):
     return job["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["args"]
 
 
-@pytest.mark.parametrize("stops", [False, True])
+@pytest.mark.parametrize("stops", [pytest.param(False, marks=pytest.mark.long), True])
 def test_torchrun_itself_starts_a_process_a_device(make_nodes, start, stops):
     """The one that leads trains with as many workers.
 
@@ -214,6 +214,7 @@ def test_an_address_that_drops_packets_ends_in_a_sentence(make_nodes):
     assert "Host node-0 could not be reached from node-1 within 2 s: see its log; and let the hosts" in tree.failure
 
 
+@pytest.mark.long
 def test_a_rank_that_two_machines_have_is_told(make_nodes, start):
     nodes = make_nodes(*map(set_by_torchrun, (1, 1, 0), (0, 0, 0), (3, 3, 3)), host_timeout_seconds="20")
     jobs = [start(node) for node in nodes]
@@ -280,7 +281,7 @@ def test_a_stray_rank_does_no_harm_and_folders_stand_for_opt_ml(make_nodes, tmp_
     assert (tmp_path / "run/output/data/report.html").exists()
 
 
-@pytest.mark.parametrize("command", ["validate", "plan", "doctor"])
+@pytest.mark.parametrize("command", ["validate", "plan", pytest.param("doctor", marks=pytest.mark.long)])
 def test_of_several_processes_on_a_node_the_first_speaks_and_all_end_alike(tmp_path, command):
     """An empty tree has nothing to look at."""
     environment = {**os.environ, "SAGEMAKER_BASE_DIR": str(tmp_path), "LLM_TRAINER_DATA_DIR": "/dev/null/data"}

@@ -36,7 +36,7 @@ METHODS = {
     "reward": ([PAIR], {}),
 }
 
-SMOKE = (("gemma3", "dpo"), ("gemma3", "reward"), ("qwen2_5_vl", "grpo"), ("qwen2_5_vl", "distill"))
+SMOKE = (("gemma3", "dpo"), ("qwen2_5_vl", "grpo"))
 TYPES = {**dict.fromkeys(METHODS, ("gemma3", "qwen2_5_vl", "smolvlm", "llama4")), "reward": ("gemma3", "qwen3_5")}
 LONG = [(each, method) for method, types in TYPES.items() for each in types if (each, method) not in SMOKE]
 IMAGE = {"type": "image", "image": "a.png"}
@@ -86,7 +86,7 @@ def test_rows_of_text_train_more_types(make_job, model_type, method):
     ("method", "row"),
     [
         ("reward", {**PAIR, "images": ["a.png"]}),
-        ("distill", {"messages": [{"role": "user", "content": [IMAGE]}, ANSWER]}),
+        pytest.param("distill", {"messages": [{"role": "user", "content": [IMAGE]}, ANSWER]}, marks=pytest.mark.long),
     ],
 )
 def test_images_are_refused_before_weights_load(make_job, method, row):
@@ -100,6 +100,7 @@ def test_images_are_refused_before_weights_load(make_job, method, row):
     assert "Starting from the base model" not in result.stdout
 
 
+@pytest.mark.long
 def test_a_type_without_a_head_for_rewards_is_refused_in_one_sentence(make_job):
     tree, _ = make_job("reward", "smolvlm")
     assert tree.run().returncode == 1

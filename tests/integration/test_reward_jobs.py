@@ -46,7 +46,9 @@ def compute_reward(model, folder):
 
 
 @pytest.mark.parametrize(
-    "options", [{"merge_weights": "true", "learning_rate": "0.01"}, FULL], ids=["lora and merged", "full"]
+    "options",
+    [{"merge_weights": "true", "learning_rate": "0.01"}, pytest.param(FULL, marks=pytest.mark.long)],
+    ids=["lora and merged", "full"],
 )
 def test_a_job_learns_to_reward_the_chosen_answers(make_job, options):
     tree = make_job(num_train_epochs="4", per_device_train_batch_size="6", **options)

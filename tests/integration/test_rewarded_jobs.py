@@ -41,7 +41,7 @@ def make_job(make_tree):
     return make
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo"])
+@pytest.mark.parametrize("method", ["grpo", pytest.param("rloo", marks=pytest.mark.long)])
 def test_a_job_earns_higher_rewards(make_job, method):
     tree = make_job(method, num_train_epochs="3", lr_scheduler_type="constant", **ALL_WEIGHTS)
     log = finish(tree)
@@ -82,6 +82,7 @@ def test_a_stopped_run_ends_with_the_same_weights(make_job, start, options):
     check_stop_changes_nothing(whole, stopped, start, step=3)
 
 
+@pytest.mark.long
 def test_other_rewards_are_another_run(make_job):
     tree = make_job(max_steps="1", save_steps="1", reward_options='{"rewards.py:letters": {"limit": 8}}')
     finish(tree)
@@ -144,7 +145,7 @@ def test_shards_write_and_learn_what_copies_do(make_job, options):
 @pytest.mark.parametrize(
     ("code", "options", "sentence"),
     [
-        ("    raise ValueError('no')\n", {}, "raised ValueError: no"),
+        pytest.param("    raise ValueError('no')\n", {}, "raised ValueError: no", marks=pytest.mark.long),
         ("    import time\n    time.sleep(1000)\n", {"reward_timeout_seconds": "1"}, "reward_timeout_seconds=1"),
     ],
     ids=["raises", "hangs"],
@@ -169,7 +170,7 @@ def test_a_reward_that_fails_ends_the_job(make_job, code, options, sentence):
             {"reward_functions": '["math"]', "reward_options": '{"math": {"column": "truth"}}'},
             "needs the column 'truth'",
         ),
-        ({"per_device_train_batch_size": "256"}, "The train data has 32 prompts"),
+        pytest.param({"per_device_train_batch_size": "256"}, "The train data has 32 prompts", marks=pytest.mark.long),
         ({"method": "dpo"}, "is a setting of method=grpo or rloo and this job has method=dpo"),
     ],
 )

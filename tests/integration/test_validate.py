@@ -296,7 +296,7 @@ def test_a_hub_model_is_judged_without_its_weights(tree, tiny_model, run_validat
     assert asked == ["HEAD"]  # their size
 
 
-@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("at_once", [pytest.param(True, marks=pytest.mark.long), False])
 def test_a_hub_model_without_room_is_told(tree, tiny_model, run_validate, tmp_path, at_once):
     server = FakeHub(tiny_model)
     server.told_sizes = {"model.safetensors": 2**60}

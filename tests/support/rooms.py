@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 CODE = Path(__file__).parents[2] / "code/llm_trainer"
@@ -266,6 +267,7 @@ def names_whole(tree: ast.Module) -> bool:
     return bool(named & WHOLE)
 
 
+@cache
 def count(folder: Path = CODE) -> dict[str, int]:
     """Return the figures that the module's docstring explains."""
     files = [path for path in folder.rglob("*.py") if names_whole(ast.parse(path.read_text(encoding="utf-8")))]

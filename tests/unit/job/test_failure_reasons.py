@@ -376,7 +376,7 @@ def run_ranks(tmp_path, monkeypatch):
         ("dies", "by peer", False),
         ("hangs", "Timed out waiting", False),  # told by the traces
         ("store", "wait timeout after", True),
-        ("is absent", "store based barrier", True),
+        pytest.param("is absent", "store based barrier", True, marks=pytest.mark.long),  # gloo waits ten seconds
     ],
 )
 def test_a_rank_that(run_ranks, what, text, is_absent):

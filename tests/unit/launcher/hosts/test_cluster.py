@@ -160,6 +160,7 @@ def test_one_that_sends_byte_by_byte_gains_no_time(monkeypatch):
         assert is_closed(line)
 
 
+@pytest.mark.long
 def test_a_thousand_connections_keep_no_host_out(three, monkeypatch):
     hub, second, third = three
     monkeypatch.setattr(greeting, "GREETING_SECONDS", 1.0)

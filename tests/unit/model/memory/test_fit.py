@@ -122,7 +122,10 @@ def test_the_reason_has_the_numbers():
     )
 
 
-@pytest.mark.parametrize(("number", "gib", "options"), [(1, 7, {"use_peft": False}), (2, 2.1, {"distribution": "ddp"})])
+@pytest.mark.parametrize(
+    ("number", "gib", "options"),
+    [(1, 7, {"use_peft": False}), pytest.param(2, 2.1, {"distribution": "ddp"}, marks=pytest.mark.long)],
+)
 def test_what_a_job_that_cannot_fit_is_told_makes_it_fit(number, gib, options):
     target = gpus(number, gib)
     with pytest.raises(UserError) as refusal:

@@ -70,6 +70,7 @@ def test_what_is_proposed_fits_and_the_cheapest_comes_first():
     assert len(proposed) == len(set(proposed))
 
 
+@pytest.mark.long
 def test_several_changes_are_combined_where_one_is_too_little():
     scenario = make_scenario(1, use_peft=False)
     *_, last = list_remedies(scenario.replace_target(free_bytes=count_usable_bytes(16) // 200))

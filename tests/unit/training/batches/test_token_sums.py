@@ -279,7 +279,8 @@ def list_evaluations(memory_plan):
         yield from ((name, ROWS, settings) for name in COLLATORS for settings in SETTINGS[:3])
 
 
-@pytest.mark.parametrize("memory_plan", [None, pytest.param(SHARDED, marks=pytest.mark.long)], ids=["ddp", "fsdp"])
+@pytest.mark.long
+@pytest.mark.parametrize("memory_plan", [None, SHARDED], ids=["ddp", "fsdp"])
 def test_ranks_measure_what_one_process_would(tiny_model, tmp_path, monkeypatch, memory_plan):
     spawn_ranks(work_as_rank, (tiny_model, tmp_path, memory_plan), NUM_RANKS, monkeypatch)
     ranks = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(NUM_RANKS)]

@@ -38,7 +38,7 @@ def build(model, folder, run=None, **options):
 
 
 @pytest.mark.parametrize("options", [{}, SEVERAL, {"gradient_accumulation_steps": 2}], ids=str)
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_a_resumed_run_ends_with_the_same_weights(tiny_model, tmp_path, options, step):
     whole = build(tiny_model, tmp_path / "whole", **options)
     whole.train()
