@@ -20,7 +20,7 @@ from llm_trainer.job.job import Job, read_job
 from llm_trainer.job.rank_traces import REPORT_SECONDS, describe_meeting, find_trace_prefix, write_trace
 from llm_trainer.journal.journal import FILE_NAME, Journal
 from llm_trainer.journal.timeline import Timeline
-from llm_trainer.launcher.quick_imports import ModelSections, hide_package, import_quickly, may_need_bitsandbytes
+from llm_trainer.launcher.quick_imports import import_quickly, leave_out_bitsandbytes
 from llm_trainer.training.lost_batches import end_process_on_lost_batch
 
 
@@ -37,27 +37,21 @@ def main() -> int:
     timeline = Timeline.continue_from_launcher(journal, environment.current_host)
     try:
         configure_trackers(job.settings.tracking, job.settings.output)
-        if not may_need_bitsandbytes(*list_import_needs(job)):
-            hide_package("bitsandbytes")  # nor does the training import it
         timeline.mark("launch")
-        train = import_train(job)
-        timeline.mark("imports")
-        train(job, scratch_dir, timeline)
+        sections, inputs = (job.settings.model, job.settings.methods), job.inputs
+        with leave_out_bitsandbytes(sections, job.settings.training.optim, inputs.model, inputs.teacher):
+            train = import_train(job)
+            timeline.mark("imports")
+            train(job, scratch_dir, timeline)
     except (Exception, SystemExit) as error:  # the last frame: whatever it was, even a library's exit, is told of
         report_worker_failure(error, job, scratch_dir)
         return 1
     return 0
 
 
-def list_import_needs(job: Job) -> tuple[ModelSections, str, str, str]:
-    """Return the arguments of `import_quickly` for a job."""
-    settings, inputs = job.settings, job.inputs
-    return (settings.model, settings.methods), settings.training.optim, inputs.model, inputs.teacher
-
-
 def import_train(job: Job) -> Callable[[Job, Path, Timeline], None]:
     """Return what trains a job. Torch and the rest take seconds to import, and mistakes were told before."""
-    with import_quickly(*list_import_needs(job)):
+    with import_quickly(job.settings.model):
         from llm_trainer.train import train
     return train
 

@@ -41,6 +41,7 @@ def test_a_job_learns_to_tell_desirable_answers_apart(make_job):
     assert "50.0% of the answers are desirable: 16 desirable, tokens mean" in log
 
 
+@pytest.mark.long
 def test_labels_that_are_all_alike_end_the_job_before_weights_load(make_job):
     result = make_job([row for row in ROWS if row["label"]]).run()
     assert result.returncode != 0

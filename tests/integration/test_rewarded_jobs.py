@@ -57,6 +57,7 @@ def test_a_job_earns_higher_rewards(make_job, method):
     assert "What is" in noted[0]["completions"][0]["prompt"]
 
 
+@pytest.mark.long
 def test_an_adapter_is_merged_and_proven(make_job):
     tree = make_job(beta="0.1", merge_weights="true", max_steps="2")
     log = finish(tree)

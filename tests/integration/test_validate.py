@@ -258,8 +258,11 @@ def test_several_mistakes_are_told_at_once_to_a_machine_and_no_secret_is(tree, r
         file.write("{\n")
     tree.write("input/data/validation/validation.json", [{**PRETOKENIZED, "labels": [-100] * 4}])
     tree.change(lora_dropout="1.5", lora_rnak="8", wandb_token="hunter2")
-    result = run_validate("--json", "--token", "hunter2", "stray", HF_TOKEN="hunter2")
+    imports = {"PYTHONPROFILEIMPORTTIME": "1"}  # Python tells them on stderr
+    result = run_validate("--json", "--token", "hunter2", "stray", HF_TOKEN="hunter2", **imports)
     assert result.returncode == 1
+    assert "torch.nn" in result.stderr
+    assert not re.search(r"\b(bitsandbytes|scipy)\.", result.stderr)  # this job has no use for them
     assert "hunter2" not in result.stdout + result.stderr
     values = json.loads(result.stdout)
     assert not values["ok"]

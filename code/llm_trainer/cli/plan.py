@@ -33,7 +33,7 @@ from llm_trainer.config.teacher import derive_teacher
 from llm_trainer.job.earlier_adapter import find_adapter
 from llm_trainer.job.inputs import Inputs, find_inputs, find_model, find_teacher
 from llm_trainer.job.job import Job, collect_settings, fetch_earlier_adapter
-from llm_trainer.launcher.quick_imports import import_quickly
+from llm_trainer.launcher.quick_imports import import_quickly, leave_out_bitsandbytes
 from llm_trainer.launcher.worker_processes import build_library_variables
 from llm_trainer.readers.sources import find_train_sources, find_validation_sources
 
@@ -76,8 +76,8 @@ def examine_loading(words: Sequence[str], options: PlanOptions, validation: Vali
         return
     inputs = Inputs(name, [], [], environment.model_dir, environment.model_dir, adapter, teacher)
     job = Job(environment, settings, inputs)
-    # All of it, as PEFT imports bitsandbytes where it makes an adapter, and a model's many parts are no garbage.
-    with import_quickly((settings.model, settings.methods), settings.training.optim, name, teacher):
+    models = (settings.model, settings.methods), settings.training.optim, name, teacher
+    with leave_out_bitsandbytes(*models), import_quickly(settings.model):  # a model's many parts are no garbage
         examine_job(job, options, basis, validation)
 
 

@@ -29,7 +29,7 @@ from llm_trainer.job.inputs import Inputs, check_model, find_inputs, find_warnin
 from llm_trainer.job.job import Job, collect_settings, fetch_earlier_adapter, take_over_adapter
 from llm_trainer.job.kept_checkpoints import find_damaged_checkpoint
 from llm_trainer.job.model_objects import find_broken_objects
-from llm_trainer.launcher.quick_imports import import_quickly
+from llm_trainer.launcher.quick_imports import import_quickly, leave_out_bitsandbytes
 from llm_trainer.launcher.user_script import names_a_script
 from llm_trainer.launcher.worker_processes import build_library_variables
 from llm_trainer.planning.prices import find_price_file, read_prices
@@ -103,7 +103,9 @@ def examine_tree(words: Sequence[str], in_colour: bool, validation: Validation) 
     if not reads_base_from_hub(inputs):
         validation.findings += inspect_disk_need(sections, inputs, Path(os.environ["LLM_TRAINER_CACHE"]))
     if inputs.model and inputs.train and not any(find_broken_objects(Path(inputs.model))):
-        examine_data(replace(job, settings=keep_valid(settings)), validation, in_colour)
+        models = (settings.model, settings.methods), settings.training.optim, inputs.model, inputs.teacher
+        with leave_out_bitsandbytes(*models):
+            examine_data(replace(job, settings=keep_valid(settings)), validation, in_colour)
 
 
 def examine_machine(settings: Settings, environment: Environment, validation: Validation) -> None:
@@ -168,8 +170,6 @@ def set_variables(settings: Settings, inputs: Inputs, validation: Validation) ->
 
 def examine_data(job: Job, validation: Validation, in_colour: bool) -> None:
     """Prepare the data as the job would, and add what becomes of them, and a sample."""
-    from llm_trainer.data.preview import advise_weights, choose_sample
-
     output_dir = job.environment.output_dir
     is_writable = find_write_problem(output_dir) is None
     with tempfile.TemporaryDirectory(prefix="llm-trainer-") as folder:
@@ -184,6 +184,8 @@ def examine_data(job: Job, validation: Validation, in_colour: bool) -> None:
         except OSError as error:
             validation.add_findings("data", "error", [f"The data could not be prepared: {error}."])
             return
+    from llm_trainer.data.preview import advise_weights, choose_sample  # after what imports quickly
+
     validation.add_findings("data", "error", prepared.problems)
     add_reports(prepared.splits, not prepared.problems, validation)
     if not prepared.problems:
@@ -215,7 +217,7 @@ def prepare_data(job: Job, scratch_dir: Path, rejected_rows: Path, validation: V
     Raises UserError for a model or a tokenizer that cannot be used, and OSError for files that cannot be written.
     """
     settings, inputs = job.settings, job.inputs
-    with import_quickly((settings.model, settings.methods), settings.training.optim, inputs.model, inputs.teacher):
+    with import_quickly(settings.model):
         from llm_trainer.data.images.row_images import find_row_images
         from llm_trainer.data.splits import prepare_splits
         from llm_trainer.model import loading  # Transformers has to find the variables set
@@ -285,7 +287,7 @@ def bound_rows(num_positions: int | None, settings: Settings, validation: Valida
 def examine_arguments(job: Job, validation: Validation) -> None:
     """Add what keeps the training's arguments from being taken. Those of a GPU are left out where there is none."""
     settings, inputs = job.settings, job.inputs
-    with import_quickly((settings.model, settings.methods), settings.training.optim, inputs.model, inputs.teacher):
+    with import_quickly(settings.model):
         import torch
 
         from llm_trainer.training.methods import choose_method

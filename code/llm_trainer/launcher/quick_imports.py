@@ -14,30 +14,31 @@ ModelSections = tuple[ModelSettings, MethodSettings]  # the sections that tell h
 
 
 @contextmanager
-def import_quickly(sections: ModelSections, optim: str, *folders: str) -> Iterator[None]:
-    """Import, within the block, without searching for garbage and without packages that this job has no use for.
-
-    `folders` are where its models lie, or their names on the Hub; "" for one that it has not.
-    """
+def import_quickly(model: ModelSettings) -> Iterator[None]:
+    """Import, within the block, without searching for garbage and without scipy."""
     # Transformers would import scipy, for what finds things in pictures; a model's own code may ask for any package.
-    needless = [] if sections[0].trust_remote_code else ["scipy"]
-    needless += [] if may_need_bitsandbytes(sections, optim, *folders) else ["bitsandbytes"]
-    hidden = [name for name in needless if hide_package(name)]
+    needless = [] if model.trust_remote_code else ["scipy"]
     gc.disable()  # what imports make stays: to search it for garbage would take a sixth of their time
     try:
-        yield
+        with hide_packages(*needless):
+            yield
     finally:
-        for name in hidden:
-            del sys.modules[name]
         gc.freeze()  # nor is it searched later
         gc.enable()
 
 
-def may_need_bitsandbytes(sections: ModelSections, optim: str, *folders: str) -> bool:
-    """Tell whether a job quantizes, has an optimizer that torch lacks, or a model that may be quantized already.
+@contextmanager
+def leave_out_bitsandbytes(sections: ModelSections, optim: str, *folders: str) -> Iterator[None]:
+    """Run the block without bitsandbytes, which PEFT would import for an adapter, where this job has no use for it.
 
-    PEFT would import bitsandbytes, for seconds.
+    `folders` are where its models lie, or their names on the Hub; "" for one that it has not.
     """
+    with hide_packages(*([] if may_need_bitsandbytes(sections, optim, *folders) else ["bitsandbytes"])):
+        yield
+
+
+def may_need_bitsandbytes(sections: ModelSections, optim: str, *folders: str) -> bool:
+    """Tell whether a job quantizes, has an optimizer that torch lacks, or a model that may be quantized already."""
     model, methods = sections
     quantizes = (
         *(model.load_in_4bit, model.load_in_8bit),
@@ -53,9 +54,13 @@ def may_be_quantized(folder: str) -> bool:
     return bool(folder) and (stored is None or ("quantization_config" in stored and '"mxfp4"' not in stored))
 
 
-def hide_package(name: str) -> bool:
-    """Have this process find no such package, and return True. One that was imported or hidden before stays so."""
-    if name in sys.modules:
-        return False
-    sys.modules[name] = None  # type: ignore[assignment] # as Python's documentation of sys.modules describes
-    return True
+@contextmanager
+def hide_packages(*names: str) -> Iterator[None]:
+    """Have this process find none of these packages within the block. One that was imported before stays."""
+    hidden = {name: None for name in names if name not in sys.modules}
+    sys.modules.update(hidden)  # type: ignore[arg-type] # as Python's documentation of sys.modules describes
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]

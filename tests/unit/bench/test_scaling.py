@@ -43,6 +43,7 @@ def rows_of(*words, **options):
     return list(list_rows(scenario))
 
 
+@pytest.mark.long
 def test_the_tables_of_the_document_are_what_the_program_prints():
     document = (BENCH / "scaling.md").read_text(encoding="utf-8")
     tables = document.partition("<!-- tables -->\n")[2].partition("<!-- end of tables -->")[0]

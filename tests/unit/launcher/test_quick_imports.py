@@ -10,14 +10,16 @@ import pytest
 PROGRAM = """
 import gc, importlib.util, sys
 from llm_trainer.config.sections import MethodSettings, ModelSettings
-from llm_trainer.launcher.quick_imports import hide_package, import_quickly
+from llm_trainer.launcher.quick_imports import hide_packages, import_quickly, leave_out_bitsandbytes
 
 def find(): return [name for name in ("scipy", "bitsandbytes") if importlib.util.find_spec(name)]
 before = find()
-hide_package("wave")  # stays hidden, as nothing below hid it
-with import_quickly((ModelSettings(**{settings}), MethodSettings()), {optim!r}, {folder!r}, ""):
-    print([name for name in before if name not in find()], gc.isenabled())
-assert find() == before and gc.isenabled() and gc.get_freeze_count() and sys.modules["wave"] is None
+with hide_packages("scipy"):
+    model = ModelSettings(**{settings})
+    with leave_out_bitsandbytes((model, MethodSettings()), {optim!r}, {folder!r}, ""), import_quickly(model):
+        print([name for name in before if name not in find()], gc.isenabled())
+    assert sys.modules["scipy"] is None  # as nothing above hid it
+assert find() == before and gc.isenabled() and gc.get_freeze_count()
 """
 
 

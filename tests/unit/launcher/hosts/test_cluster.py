@@ -206,7 +206,8 @@ def test_a_host_speaks_for_itself_alone_and_noise_is_passed_over(three):
     assert hub.contacts[NAMES[1]].state.phase == "running"
 
 
-def test_a_second_process_of_a_name_is_turned_away_and_both_sides_know(three):
+def test_a_second_process_of_a_name_is_turned_away_and_both_sides_know(three, monkeypatch):
+    monkeypatch.setattr(cluster, "RECONNECT_SECONDS", 0.5)
     hub, second, _ = three
     second.publish(HostState("ready"))
     wait_until(lambda: hub.state(NAMES[1]).phase == "ready")
