@@ -89,8 +89,7 @@ def try_type(model_type: str, folder: Path) -> Outcome:
     # An expert that no token goes to stays, and an indexer only chooses tokens.
     assert not [name for name in unmoved if ".experts." not in name and ".indexer." not in name]
     expected = compute_logits(trainer.model, ROWS, CPU.torch)
-    if not check_adapter(trainer.model, plan, settings, folder, expected):
-        return Outcome("refused: PEFT loses the names of its adapter's weights, which the proof of a result finds")
+    check_adapter(trainer.model, plan, settings, folder, expected)
     check_merged(model, plan, settings, folder, expected)
     return Outcome("trains", packs)
 
@@ -130,13 +129,13 @@ def build(plan: ModelPlan, settings: Settings, folder: Path) -> tuple[ResumableM
 
 def check_adapter(
     model: PeftModel, plan: ModelPlan, settings: Settings, folder: Path, expected: list[torch.Tensor]
-) -> bool:
-    """Save the adapter, and tell whether it computes the same on a base that is loaded anew."""
+) -> None:
+    """Save the adapter, and assert that it computes the same on a base that is loaded anew."""
     (folder / "adapter").mkdir()
     save_adapter(model, folder / "adapter", BaseReference(str(folder / "base"), None), None)
     base = load_model(plan.folder, settings.model, plan.load_options, CPU.torch)
     adapted = PeftModel.from_pretrained(base, str(folder / "adapter"))
-    return torch.allclose(compute_logits(adapted, ROWS, CPU.torch)[0], expected[0], **CLOSE)
+    torch.testing.assert_close(compute_logits(adapted, ROWS, CPU.torch), expected, **CLOSE)
 
 
 def check_merged(
@@ -156,6 +155,8 @@ def shorten(problem: str) -> str:
     told = re.sub(r" ?\(.*\)| of /\S+", "", problem.partition("\n")[0])
     if told.startswith("TRL's loss"):
         return "refused: its class computes logits in a way that TRL's loss does not know"
+    if "by other names" in told:
+        return "refused: PEFT would read the weights of its adapter by other names than it writes"
     told = re.sub(r"^model_id='\S+' is a \w+, which |^The model ", "it ", told)
     return "refused: " + re.sub(r": (give|it is).*$", "", told)
 

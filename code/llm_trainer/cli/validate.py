@@ -400,8 +400,7 @@ def examine_structure(
         skeleton = build_skeleton(folder, config, settings.model.trust_remote_code)
         check_tower(folder, skeleton, settings.adapter.train_vision)
         validation.add_findings("model", "ok", describe_tower(skeleton, settings.adapter.train_vision))
-        if settings.adapter.use_peft:
-            examine_adapter(folder, skeleton, settings, validation)
+        examine_adapter(folder, skeleton, settings, validation)
     except UserError as error:
         validation.add_findings("model", "error", error.problems)
     return skeleton
@@ -409,15 +408,11 @@ def examine_structure(
 
 def examine_adapter(folder: str, skeleton: "PreTrainedModel", settings: Settings, validation: Validation) -> None:
     """Add what an adapter on this model comes to. Raises UserError where it cannot be put on it."""
-    from llm_trainer.model.adapter_fit import check_earlier_adapter
-    from llm_trainer.model.lora import build_lora_config
+    from llm_trainer.model.plan import plan_adapter
     from llm_trainer.serving.limits import find_placement_refusals
 
-    config = skeleton.config
-    lora = build_lora_config(settings.model, settings.adapter, skeleton)
-    if settings.adapter.goes_on:
-        line = check_earlier_adapter(folder, config, settings.model, settings.adapter)
-        validation.add_findings("adapter", "ok", [line])
-    if not settings.output.merge_weights:
-        refusals = find_placement_refusals(lora, config.get_text_config().model_type)
+    lora, lines = plan_adapter(folder, settings.model, settings.adapter, skeleton)
+    validation.add_findings("adapter", "ok", lines)
+    if lora is not None and not settings.output.merge_weights:
+        refusals = find_placement_refusals(lora, skeleton.config.get_text_config().model_type)
         validation.add_findings("adapter", "warning", refusals)

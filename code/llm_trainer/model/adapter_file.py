@@ -4,16 +4,30 @@
 Only safetensors are read. A tensor that is missing, or that fits nothing, is never passed over.
 """
 
+import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM, PeftModelForSequenceClassification, TaskType
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForSequenceClassification,
+    TaskType,
+    get_peft_model,
+)
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers as convert_names,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from llm_trainer.common.errors import UserError, cut_quote, quote_error
 from llm_trainer.common.safetensors_files import read_header
@@ -52,6 +66,27 @@ def find_untaken_fields(config: LoraConfig, settings: AdapterSettings) -> Iterat
                 f"The adapter in {settings.adapter_path} has {name}={cut_quote(repr(value))}, which is not trained "
                 "here: merge it into its base with PEFT, and give the result as the model."
             )
+
+
+def check_names(config: LoraConfig, settings: AdapterSettings, skeleton: PreTrainedModel) -> None:
+    """Raise UserError where PEFT would read a new adapter by other names than those that it writes.
+
+    It renames weights as Transformers does with those of older checkpoints. Some patterns take new names for old ones.
+    """
+    if get_checkpoint_conversion_mapping(skeleton.config.model_type) is None:
+        return
+    own = replace(copy.deepcopy(config), init_lora_weights=True)  # other ways to begin read the weights
+    with torch.device("meta"):
+        model = get_peft_model(copy.deepcopy(skeleton), own)
+    written = list_adapter_tensors(model)
+    converted = convert_names(model, own, written, ADAPTER)
+    read = {f"{name}.".replace(f".{ADAPTER}.", ".").removesuffix(".") for name in converted}
+    if lost := sorted(written.keys() - read):
+        raise UserError(
+            f"target_modules={cut_quote(repr(settings.target_modules))}: PEFT would read {len(lost)} of the "
+            f"{len(written)} weights of this adapter by other names than it writes, first {lost[0]}: name other layers "
+            "with target_modules, or set use_peft=false."
+        )
 
 
 def load_trained_values(model: PeftModel, settings: AdapterSettings) -> None:

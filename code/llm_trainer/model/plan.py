@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llm_trainer.common.errors import UserError
 from llm_trainer.common.ranks import world_size
 from llm_trainer.config.sections import AdapterSettings, ModelSettings, OutputSettings, ParallelismSettings
+from llm_trainer.model.adapter_file import check_names
 from llm_trainer.model.adapter_fit import check_earlier_adapter
 from llm_trainer.model.attention import AttentionChoice, choose_attention, find_faults, read_needs
 from llm_trainer.model.device import Device
@@ -98,15 +99,29 @@ def plan_model(folder: str, settings: PlanSettings, device: Device, precision: P
     liger = choose_liger(config, model_settings, device, find_known_types(device))
     liger = leave_out_experts(liger, model_settings, has_experts(skeleton))
     liger = try_on(liger, model_settings, skeleton) if device.is_here else liger
-    lora = build_lora_config(model_settings, settings.adapter, skeleton) if settings.adapter.use_peft else None
+    lora, start = plan_adapter(folder, model_settings, settings.adapter, skeleton)
     float8_layers = choose_float8_layers(model_settings, skeleton, device, precision)
-    goes_on = lora is not None and settings.adapter.goes_on
-    start = [check_earlier_adapter(folder, config, model_settings, settings.adapter)] if goes_on else []
     found = find_token_types(skeleton), float8_layers, count_positions(skeleton)
     plan = ModelPlan(folder, config, device, precision, quantization, attention, liger, lora, *found)
     idle = settings.adapter.train_vision or (lora is None and world_size() > 1 and has_idle_layers(skeleton))
     reasons = [*describe_left_out(left_out), *describe_plan(plan, skeleton, settings), *start]
     return replace(plan, leaves_idle=idle, reasons=tuple(reasons))
+
+
+def plan_adapter(
+    folder: str, model_settings: ModelSettings, settings: AdapterSettings, skeleton: PreTrainedModel
+) -> tuple[LoraConfig | None, list[str]]:
+    """Return PEFT's config of the adapter, None for full fine-tuning, and lines for the log on an earlier adapter.
+
+    Raise UserError for an adapter that cannot be put on the model, or could not be read again.
+    """
+    if not settings.use_peft:
+        return None, []
+    lora = build_lora_config(model_settings, settings, skeleton)
+    if settings.goes_on:
+        return lora, [check_earlier_adapter(folder, skeleton.config, model_settings, settings)]
+    check_names(lora, settings, skeleton)
+    return lora, []
 
 
 def choose_float8_layers(

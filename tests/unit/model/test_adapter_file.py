@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
 from llm_trainer.job.earlier_adapter import take_over
-from llm_trainer.model.adapter_file import build_trained_config, load_trained_values
+from llm_trainer.model.adapter_file import build_trained_config, check_names, load_trained_values
+from llm_trainer.model.loading import build_on_meta
+from llm_trainer.model.lora import build_lora_config
+from support import tiny_architectures, tiny_image_models
 from support.adapted_models import LLAMA, TOKENS
 
 TARGETS = ["q_proj", "v_proj"]
@@ -107,3 +110,31 @@ def test_tensors_that_differ_are_never_passed_over(tmp_path, change):
     save_file(tensors, file)
     with pytest.raises(UserError, match="does not fit the model: "):
         go_on(tmp_path)
+
+
+def check_written_names(config, **options):
+    settings, skeleton = Settings(**options), build_on_meta(config, None, trust_remote_code=False)
+    lora = build_lora_config(settings.model, settings.adapter, skeleton)
+    names = [name for name, _ in skeleton.named_parameters()]
+    check_names(lora, settings.adapter, skeleton)
+    assert [name for name, _ in skeleton.named_parameters()] == names
+
+
+def test_an_adapter_whose_weights_would_get_other_names_is_refused():
+    laguna = tiny_architectures.build_tiny_config("laguna")
+    with pytest.raises(UserError, match=r"'auto': PEFT would read 6 of the 36 weights .* set use_peft=false"):
+        check_written_names(laguna)
+    check_written_names(laguna, target_modules=["q_proj", "v_proj"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"train_vision": True},
+        {"train_vision": True, "use_dora": True},
+        {"target_modules": ["q_proj", "embed_tokens"], "init_lora_weights": "gaussian"},
+    ],
+    ids=str,
+)
+def test_an_adapter_that_is_read_as_it_was_written_is_taken(options):
+    check_written_names(tiny_image_models.build_tiny_config("qwen2_5_vl"), **options)
