@@ -22,8 +22,9 @@ from llm_trainer.data.token_cache import (
     build_key,
     prepare_source,
 )
+from llm_trainer.readers import images
 from llm_trainer.readers.sources import FileSource
-from support.image_rows import build_vocabulary
+from support.image_rows import build_vocabulary, encode
 from support.tiny_model import build_tokenizer
 from support.tiny_processors import draw
 from support.waiting import GUARD_SECONDS
@@ -211,3 +212,20 @@ def test_rows_that_get_the_bytes_of_images_are_few_at_a_time(
     settings = Settings(dataset_num_proc=1, allow_remote_images=allow_remote_images).data
     prepare_source(source, vocabulary if sees else replace(vocabulary, images=None), settings)
     assert asked == [expected]
+
+
+def test_what_signs_the_address_of_an_image_is_in_no_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_TRAINER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(images, "fetch", lambda address, _: encode(draw(30, 30)) if "good" in address else b"")
+    messages = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "A cat."}]
+    addresses = [
+        f"https://me:5ec2e7@host/{name}.png?X-Amz-Signature=5ec2e7&x=5ec2e7#5ec2e7" for name in ("good", "bad")
+    ]
+    rows = [{"messages": messages, "images": [address]} for address in addresses]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = FileSource("train", tmp_path, (tmp_path / "rows.jsonl",))
+    settings = Settings(dataset_num_proc=1, allow_remote_images=True).data
+    folder, report = prepare_source(source, build_vocabulary("qwen", tmp_path), settings)
+    assert (report.num_images, report.num_bad_rows) == (1, 1)
+    written = b"".join(file.read_bytes() for file in folder.iterdir())
+    assert b"5ec2e7" not in written and b"https://host/good.png" in written and b"https://host/bad.png" in written
