@@ -69,7 +69,7 @@ PICTURE = {
     "path": Value("string"),
     "offset": Value("int64"),
     "size": Value("int64"),
-    "data": Value("binary"),
+    "data": Value("large_binary"),  # as the images of a chunk of rows may have more than 2 GiB
     "name": Value("string"),
     "start": Value("int32"),
     "tokens": Value("int32"),

@@ -9,6 +9,7 @@ import tarfile
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -579,3 +580,8 @@ def test_a_member_of_a_shard_is_told_by_its_name(seeing, tmp_path):
     (chunk,) = read_chunks(tmp_path / "a.tar", "a.tar", 100)
     _, report = prepare_rows(seeing, chunk.rows, tmp_path)
     assert "has the image a.tar:deep/1.png, which is damaged or cut off" in report.bad_rows[0]
+
+
+def test_a_column_of_images_takes_more_bytes_than_32_bits_count():
+    features = choose_features(Settings().data, SimpleNamespace(images=object()))
+    assert features.arrow_schema.field("pictures").type.value_type.field("data").type == pa.large_binary()

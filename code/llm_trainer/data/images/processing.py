@@ -7,6 +7,7 @@ the processor is run once for each size, on a white image. The first images are 
 
 import hashlib
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -142,7 +143,7 @@ class Placeholders:
         size = (picture.height, picture.width)
         try:
             if size not in self.texts:
-                self.texts[size] = self.write_size(size)
+                self.texts[size] = sys.intern(self.write_size(size))  # kilobytes, for thousands of sizes in some data
             if self.num_compared < NUM_COMPARED:
                 self.num_compared += 1
                 self.compare(picture.ref, self.texts[size], rules)

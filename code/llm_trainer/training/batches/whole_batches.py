@@ -38,10 +38,11 @@ def fill_batches(rows: Dataset, batch_rows: int, num_sequences: int = 1) -> Data
 
     Each of these has `num_sequences` sequences of a token, as attention over none is no number.
     """
-    blank = {"input_ids": rows[0]["input_ids"][:1] * num_sequences, "labels": [IGNORED] * num_sequences}
+    token = next(label for label in rows[0]["labels"] if label != IGNORED)  # as the first may be a piece of an image
+    blank = {"input_ids": [token] * num_sequences, "labels": [IGNORED] * num_sequences}
     blank |= {"length": num_sequences, "seq_lengths": [1] * num_sequences, "row": 0, "desirable": False}
     blank |= {"margin": 0.0, "pictures": []}
-    blank |= {"other_ids": rows[0]["input_ids"][:1], "other_labels": [IGNORED]}
+    blank |= {"other_ids": [token], "other_labels": [IGNORED]}
     return fill_up(rows, batch_rows, {name: blank[name] for name in rows.column_names})
 
 

@@ -36,6 +36,11 @@ def test_the_text_of_a_size_is_that_of_each_image_of_it(placeholders, tmp_path):
     assert placeholders.num_compared == 3
 
 
+def test_sizes_of_the_same_tokens_share_a_text(placeholders, tmp_path):
+    texts = [placeholders.write(save(tmp_path, height, 56, f"{height}.png"), RULES) for height in (56, 57, 58)]
+    assert texts[0] is texts[1] is texts[2]
+
+
 def test_only_equal_tokens_are_counted(tmp_path):
     idefics, qwen = (Placeholders(build_processor(kind)) for kind in KINDS)
     assert (idefics.frame, qwen.frame) == (None, ("", ""))

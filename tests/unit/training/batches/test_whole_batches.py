@@ -26,3 +26,9 @@ def test_such_a_row_has_as_many_sequences_as_others(num_sequences):
     expected = {"input_ids": [7] * num_sequences, "labels": [IGNORED] * num_sequences}
     expected |= {"seq_lengths": [1] * num_sequences, "row": 0}
     assert fill_batches(rows, 2, num_sequences)[1] == expected
+
+
+def test_such_a_row_has_no_piece_of_an_image():
+    image = {"path": "a.png", "start": 0, "tokens": 2}
+    rows = Dataset.from_list([{"input_ids": [5, 5, 7], "labels": [IGNORED, IGNORED, 7], "pictures": [image]}])
+    assert fill_batches(rows, 2)[1] == {"input_ids": [7], "labels": [IGNORED], "pictures": []}
