@@ -552,3 +552,17 @@ def test_images_that_cannot_be_planned_are_told(tiny_model, images, told):
     found = examine_model(["--model_id", str(tiny_model)], PlanOptions(images_per_row=images))
     (problem,) = found.list_texts("error")
     assert told in problem
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--packing", "true"], "with packing=true, which takes no images"),
+        (["--streaming", "true", "--max_steps", "3"], "with streaming=true, which takes no images"),
+        (["--method", "kto"], "with method=kto, whose rows have no images"),
+    ],
+)
+def test_a_plan_counts_no_images_where_a_job_takes_none(tmp_path, given, told):
+    build_config("qwen", save_processor("qwen", tmp_path)).save_pretrained(tmp_path)
+    found = examine_model(["--model_id", str(tmp_path), *given], PlanOptions(images_per_row="1x64x64"))
+    assert [text for text in found.list_texts("error") if told in text]

@@ -28,7 +28,7 @@ from llm_trainer.cli.validation import Validation, collect_findings, print_valid
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.environment import read_environment
 from llm_trainer.config.schema import Settings
-from llm_trainer.config.sections import DataSettings
+from llm_trainer.config.sections import IMAGE_METHODS, DataSettings
 from llm_trainer.config.teacher import derive_teacher
 from llm_trainer.job.earlier_adapter import find_adapter
 from llm_trainer.job.inputs import Inputs, find_inputs, find_model, find_teacher
@@ -148,13 +148,14 @@ def plan_loading(
         teacher = read_teacher(job, planned.config, None, Path(scratch_dir))
         num_written = settings.methods.count_written(settings.data.method)
         data = bound_length(settings.data, planned.num_positions, num_written)
-        return planned, settings.model_copy(update={"data": data}), teacher, draw_images(options, folder, planned)
+        drawn = draw_images(options, planned, data)
+        return planned, settings.model_copy(update={"data": data}), teacher, drawn
 
 
-def draw_images(options: PlanOptions, folder: str, planned: "ModelPlan") -> "DrawnImages":
+def draw_images(options: PlanOptions, planned: "ModelPlan", data: DataSettings) -> "DrawnImages":
     """Return the images of a row as the options tell them.
 
-    Raises UserError where the model sees none, or its folder has no processor.
+    Raises UserError where the model or the settings take none, or the model's folder has no processor.
     """
     from llm_trainer.data.images.processing import ImageProcessing
     from llm_trainer.data.images.row_images import DrawnImages, draw_row_images
@@ -162,13 +163,16 @@ def draw_images(options: PlanOptions, folder: str, planned: "ModelPlan") -> "Dra
 
     if options.images_per_row is None:
         return DrawnImages()
+    given = f"--images-per-row={options.images_per_row}"
     if not sees_images(planned.config):
-        raise UserError(
-            f"--images-per-row={options.images_per_row} and the model takes texts alone: give an image-text model, or "
-            "leave it out."
-        )
+        raise UserError(f"{given} and the model takes texts alone: give an image-text model, or leave it out.")
+    if data.method not in IMAGE_METHODS:
+        raise UserError(f"{given} with method={data.method}, whose rows have no images: leave it out.")
+    for name in ("packing", "streaming"):
+        if data.value(name):
+            raise UserError(f"{given} with {name}=true, which takes no images: leave one of them out.")
     number, *size = map(int, options.images_per_row.split("x"))
-    return draw_row_images(number, (size[0], size[1]), ImageProcessing(folder))
+    return draw_row_images(number, (size[0], size[1]), ImageProcessing(planned.folder))
 
 
 def plan_on_device(folder: str, sections: "PlanSettings", validation: Validation) -> "ModelPlan":
