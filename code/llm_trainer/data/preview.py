@@ -23,6 +23,7 @@ from llm_trainer.data.images.shown import (
 from llm_trainer.data.report import DataReport, compute_mean, list_names
 from llm_trainer.journal.records import SampleRow, ShownImage
 from llm_trainer.readers.images import ImageRules
+from llm_trainer.readers.rows import IMAGE_COLUMNS, PLACEHOLDER
 from llm_trainer.readers.thumbnails import MAX_A_ROW, describe_image
 
 MAX_SAMPLE_TOKENS = 200
@@ -132,6 +133,11 @@ def find_content_warnings(name: str, report: DataReport) -> Iterator[str]:
     """Yield sentences about control tokens in messages, and about fields that nothing reads."""
     if report.control_tokens:
         yield describe_control_tokens(name, report)
+    if report.num_rows_without_column:
+        yield (
+            f"{report.num_rows_without_column} rows of the {name} data have the text {PLACEHOLDER} and no column "
+            f"{' or '.join(map(repr, IMAGE_COLUMNS))}: it is read as text. Rename the column that has their images."
+        )
     if report.unread_fields:
         yield explain_unread_fields(name, report)
 

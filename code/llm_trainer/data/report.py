@@ -42,6 +42,7 @@ class DataReport:
     num_images: int = 0
     num_rows_with_images: int = 0
     most_images_a_row: int = 0
+    num_rows_without_column: int = 0  # of images, and with the text <image>, for a model that sees
     num_duplicate_rows: int = 0  # the same tokens as an earlier row of the data set
     num_rows_in_validation: int = 0
     bad_rows: list[str] = field(default_factory=list)  # sentences about the first of them

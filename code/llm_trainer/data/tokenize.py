@@ -35,6 +35,7 @@ from llm_trainer.data.formats.detection import (
     OtherMethodError,
     UntakenImagesError,
     detect_format,
+    has_placeholder,
     list_read_fields,
     list_sides,
     parse_example,
@@ -174,6 +175,8 @@ class Preparer:
         example = self.parse_fields_as_example(fields)
         report.note_unread_fields(self.list_unread_fields(fields, example))
         report.num_swapped_pairs += isinstance(example, Pair) and example.is_swapped
+        if self.encoder.vocabulary.images is not None:
+            report.num_rows_without_column += any(map(has_placeholder, list_sides(example)))
         return example
 
     def find_pictures(self, example: Example, chunk: Chunk, index: int) -> Example:

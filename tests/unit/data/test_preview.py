@@ -216,6 +216,16 @@ def test_the_images_of_a_pair_are_shown_once_in_its_prompt(tmp_path):
     assert text.index("[image 1: 0.png") < text.index("⟦A cat.") < text.index("⟪No idea at all.")
 
 
+def test_placeholders_without_a_column_of_images_are_told(tmp_path):
+    save_pictures(tmp_path)
+    vocabulary = build_vocabulary("qwen", tmp_path)
+    renamed = {"messages": ROWS[0]["messages"], "pictures": ROWS[0]["images"]}
+    _, report = prepare_rows(vocabulary, [renamed, renamed, ROWS[0], ROWS[1]], tmp_path)
+    (warning, unread) = find_data_warnings("train", report)
+    assert warning.startswith("2 rows of the train data have the text <image> and no column 'images' or 'image'")
+    assert "pictures" in unread
+
+
 def test_a_sample_of_texts_is_the_first_row_and_leaves_nothing_in_the_journal(tmp_path):
     rows = Dataset.from_list([encode_chat(build_tokenizer())])
     sample = choose_sample([rows.select([]), rows], RULES)

@@ -147,22 +147,22 @@ def place_in_side(example: Conversation | Text, column: list[Any] | None) -> Con
 
     Raises RowError.
     """
-    if column == []:
-        refuse_placeholders(example)
+    if column == [] and has_placeholder(example):
+        raise RowError(
+            f"has the text {PLACEHOLDER} and nothing in its column of images: put the image there, or leave the column "
+            "out where this is text."
+        )
     if isinstance(example, Text):
         return place_in_example(example, column) if column else example
     messages, values = place_in_messages(example.messages, column or [])
     return replace(example, messages=messages, images=values) if values else example
 
 
-def refuse_placeholders(example: Conversation | Text) -> None:
-    """Raise RowError where a text waits for an image that its row's column lacks."""
-    texts = [example.text] if isinstance(example, Text) else [message["content"] for message in example.messages]
-    if any(PLACEHOLDER in text for text in texts):
-        raise RowError(
-            f"has the text {PLACEHOLDER} and nothing in its column of images: put the image there, or leave the column "
-            "out where this is text."
-        )
+def has_placeholder(example: Example) -> bool:
+    """Tell whether a text or a message has a placeholder without an image."""
+    if isinstance(example, Text):
+        return PLACEHOLDER in example.text
+    return isinstance(example, Conversation) and any(PLACEHOLDER in each["content"] for each in example.messages)
 
 
 def place_in_example(example: Text, column: list[Any]) -> Text:
