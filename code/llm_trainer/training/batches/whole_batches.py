@@ -39,7 +39,7 @@ def fill_batches(rows: Dataset, batch_rows: int, num_sequences: int = 1) -> Data
     Each of these has `num_sequences` sequences of a token, as attention over none is no number.
     """
     token = next(label for label in rows[0]["labels"] if label != IGNORED)  # as the first may be a piece of an image
-    blank = {"input_ids": [token] * num_sequences, "labels": [IGNORED] * num_sequences}
+    blank: dict[str, Any] = {"input_ids": [token] * num_sequences, "labels": [IGNORED] * num_sequences}
     blank |= {"length": num_sequences, "seq_lengths": [1] * num_sequences, "row": 0, "desirable": False}
     blank |= {"margin": 0.0, "pictures": []}
     blank |= {"other_ids": [token], "other_labels": [IGNORED]}
