@@ -312,13 +312,14 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = reduce_depth(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image, seen = Image.new("RGB", image.size, "white"), image.convert("RGBA")
+        image.paste(seen, mask=seen)
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def reduce_depth(image: Image.Image) -> Image.Image:
     """Return an image of 16 bit, which Pillow may hold in 32, with the upper 8 of them, on white."""
-    values = np.asarray(image).astype(np.int64).clip(0, 2**16 - 1)
-    values[values == image.info.get("transparency", -1)] = 2**16 - 1
-    return Image.fromarray((values >> 8).astype(np.uint8), "L")
+    values = np.asarray(image)
+    upper = (values.clip(0, 2**16 - 1) >> 8).astype(np.uint8)
+    upper[values == image.info.get("transparency", -1)] = 2**8 - 1
+    return Image.fromarray(upper, "L")

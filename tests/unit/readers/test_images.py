@@ -141,6 +141,14 @@ def test_of_sixteen_bit_what_is_transparent_is_white():
     assert [opened.getpixel((place, 0))[0] for place in range(2)] == [255, 0x12]
 
 
+def test_what_is_half_transparent_is_mixed_with_white():
+    values = np.zeros((256, 256, 4), dtype=np.uint8)
+    values[..., :3], values[..., 3] = np.arange(256)[:, None, None], np.arange(256)
+    share = values[..., 3:] / 255
+    opened = np.asarray(open_bytes(encode(Image.fromarray(values))))
+    assert np.array_equal(opened, np.rint(values[..., :3] * share + 255 * (1 - share)))
+
+
 def test_what_is_transparent_is_white():
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
     image.putpixel((1, 0), (0, 0, 0, 0))
