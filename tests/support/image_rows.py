@@ -13,6 +13,7 @@ from llm_trainer.data.images.processors import load_processor
 from llm_trainer.data.tokenize import Preparer
 from llm_trainer.readers.images import ImageFolder
 from llm_trainer.readers.rows import Chunk
+from support.image_families import save_family
 from support.tiny_processors import TURN_ENDS, draw, save_processor
 
 SIZES = [(100, 60), (40, 90), (30, 30)]
@@ -118,6 +119,15 @@ def build_vocabulary(kind, folder, sizes=None, options=None):
     stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_ENDS[kind])}
     images = ImageProcessing(str(folder), processor.image_token_id)
     return Vocabulary(tokenizer, frozenset(stops), len(tokenizer), images)
+
+
+def build_family_vocabulary(name, folder):
+    """What the encoding of rows needs to know of a model of a family, whose processor is put into the folder."""
+    save_family(name, folder)
+    processor = load_processor(str(folder))
+    tokenizer = processor.tokenizer
+    images = ImageProcessing(str(folder), processor.image_token_id)
+    return Vocabulary(tokenizer, frozenset({tokenizer.eos_token_id}), len(tokenizer), images)
 
 
 def prepare_rows(vocabulary, rows, folder, **settings):

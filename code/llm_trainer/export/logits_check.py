@@ -58,21 +58,22 @@ def choose_check_rows(sample: Dataset, collator: ImageCollator | None = None) ->
 
 
 def build_row(row: dict[str, Any], collator: ImageCollator) -> CheckRow:
-    """Return what a model reads of a row and of its first image."""
-    batch = collator([cut_behind_image(row)])
+    """Return what a model reads of a row and of its first image, or of all where they depend on each other."""
+    batch = collator([cut_behind_image(row, collator.images.placeholders.is_joined)])
     return {name: value for name, value in batch.items() if name not in NO_INPUTS}
 
 
-def cut_behind_image(row: dict[str, Any]) -> dict[str, Any]:
+def cut_behind_image(row: dict[str, Any], is_joined: bool = False) -> dict[str, Any]:
     """Return a row's beginning: its first image with the tokens that follow, but no part of a second one.
 
-    Of a pair the chosen answer is taken.
+    Of a pair the chosen answer is taken. `is_joined` keeps all images, since one alone would have other tokens.
     """
     length = row["seq_lengths"][0] if "seq_lengths" in row else len(row["input_ids"])
     pictures = [placed for placed in row["pictures"] if placed["start"] < length]
-    end = CHECKED_TOKENS + (pictures[0]["start"] + pictures[0]["tokens"] if pictures else 0)
-    end = min([end, length, *(placed["start"] for placed in pictures[1:])])
-    return {"input_ids": row["input_ids"][:end], "labels": row["labels"][:end], "pictures": pictures[:1]}
+    kept = pictures if is_joined else pictures[:1]
+    end = CHECKED_TOKENS + (kept[-1]["start"] + kept[-1]["tokens"] if kept else 0)
+    end = min([end, length, *(placed["start"] for placed in pictures[len(kept) :])])
+    return {"input_ids": row["input_ids"][:end], "labels": row["labels"][:end], "pictures": kept}
 
 
 @torch.no_grad()

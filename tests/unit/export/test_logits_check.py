@@ -25,7 +25,7 @@ from llm_trainer.model.kinds.tower import list_tower
 from llm_trainer.model.loading import LoadOptions, load_model
 from llm_trainer.readers.images import ImageRules
 from support.image_rows import ROWS as ROWS_OF_IMAGES
-from support.image_rows import build_vocabulary, prepare_rows, save_pictures
+from support.image_rows import build_family_vocabulary, build_vocabulary, prepare_rows, save_pictures
 from support.tiny_processors import KINDS
 from support.tiny_vision_models import build_vision_model
 
@@ -135,6 +135,14 @@ def test_a_tower_that_was_lost_is_noticed_by_rows_with_images(kind, tmp_path):
             model.get_parameter(name).mul_(2)
     with pytest.raises(UserError, match="does not compute what was trained"):
         compare_logits("Another tower", Expectation(rows, expected, 1e-4), model, WHOLE)
+
+
+def test_a_checked_row_has_all_images_where_they_depend_on_each_other(tmp_path):
+    save_pictures(tmp_path)
+    vocabulary = build_family_vocabulary("llava_onevision", tmp_path)
+    sample, _ = prepare_rows(vocabulary, [ROWS_OF_IMAGES[2]], tmp_path)
+    collator = ImageCollator(vocabulary.images, ImageRules(10**7), vocabulary.tokenizer.pad_token_id)
+    assert all(len(row["pixel_values"]) == 2 for row in choose_check_rows(sample, collator))
 
 
 def test_a_checked_row_ends_before_a_second_image():

@@ -209,12 +209,15 @@ class Placeholders:
     def write_together(self, pieces: list[str], pictures: tuple[Picture, ...]) -> list[str]:
         """Return the texts of images that stand between pieces of a text. Raises RowError where they change these."""
         sizes = list_sizes(pictures)
-        whole = self.process(self.processor.image_token.join(pieces), [blank(size) for size in sizes])
+        images = [blank(size) for size in sizes]
+        if sizes not in self.numbers:
+            apart = self.process(IMAGE_MARK.join([self.processor.image_token] * len(images)), images)
+            self.numbers[sizes] = [text.count(self.piece) for text in apart.split(IMAGE_MARK)]
+        whole = self.process(self.processor.image_token.join(pieces), images)
         between = f"(.*?{re.escape(self.piece)}.*?)"
         found = re.fullmatch(between.join(map(re.escape, pieces)), whole, re.DOTALL)
         if found is None:
             raise RowError("has images whose processor changes the text beside them: put a space around each.")
-        self.numbers[sizes] = [text.count(self.piece) for text in found.groups()]
         return list(found.groups())
 
     def tokenize(self, text: str) -> Ids:

@@ -5,7 +5,7 @@ import copy
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from llm_trainer.common.errors import UserError, quote_error
 FILES = ("*processor_config.json", "*.jinja", "chat_template.json")
 LOADING_ERRORS = (OSError, ValueError, TypeError, ImportError, AttributeError, LookupError, RuntimeError)
 TORCHVISION = "torchvision"
+rescale = PilBackend.rescale
 
 
 def load_processor(folder: str, trust_remote_code: bool = False) -> Any:
@@ -43,22 +44,21 @@ def load_processor(folder: str, trust_remote_code: bool = False) -> Any:
             f"The data has images and {folder} has a {type(processor).__name__}, which writes no token for an image: "
             "give a model whose processor does, or remove the images."
         )
-    lay_out_by_channel(processor.image_processor)
+    lay_out_by_channel()
     return processor
 
 
-def lay_out_by_channel(images: Any) -> None:
-    """Have a processor with Pillow compute on pixels that lie by channel in memory.
+def lay_out_by_channel() -> None:
+    """Have processors with Pillow compute on pixels that lie by channel in memory.
 
     Pillow's lie by pixel. To normalize these takes NumPy six times as long, for the same numbers.
     """
-    if isinstance(images, PilBackend):
-        images.rescale = partial(rescale_by_channel, images.rescale)
+    PilBackend.rescale = rescale_by_channel
 
 
-def rescale_by_channel(rescale: Any, image: np.ndarray[Any, Any], *args: Any, **options: Any) -> Any:
-    """Return what a processor's `rescale` makes of an image [channels, height, width] that lies by channel."""
-    return rescale(np.ascontiguousarray(image), *args, **options)
+def rescale_by_channel(processor: Any, image: np.ndarray[Any, Any], scale: float, **options: Any) -> Any:
+    """Return an image [channels, height, width] as Transformers rescales it, laid out by channel."""
+    return rescale(processor, np.ascontiguousarray(image), scale, **options)
 
 
 def has_torchvision() -> bool:

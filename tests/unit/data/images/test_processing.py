@@ -9,6 +9,7 @@ from llm_trainer.data.formats.examples import RowError
 from llm_trainer.data.formats.pictures import IMAGE_MARK
 from llm_trainer.data.images.processing import ImageProcessing, Placeholders, find_part
 from llm_trainer.readers.images import ImageRef, ImageRules, Picture
+from support.image_rows import build_family_vocabulary
 from support.tiny_processors import KINDS, build_processor, draw, save_processor
 
 RULES = ImageRules(10**7)
@@ -115,6 +116,18 @@ def test_images_are_found_among_the_tokens_of_their_row(placeholders, tmp_path):
     assert tokenizer.decode(ids[kept]) == "xyz"
     with pytest.raises(RowError, match="whose tokens join those of its text"):
         placeholders.locate(ids[:-20], pictures)
+
+
+@pytest.mark.parametrize(("family", "tokens"), [("idefics2", 4), ("llava_onevision", 17)])
+@pytest.mark.parametrize("between", ["", " and "])
+def test_images_that_depend_on_each_other_are_told_apart(family, tokens, between, tmp_path):
+    placeholders = build_family_vocabulary(family, tmp_path).images.placeholders
+    sizes = ((60, 100), (90, 40), (60, 100))
+    pictures = tuple(save(tmp_path, *size, f"{number}.png") for number, size in enumerate(sizes))
+    text, _ = placeholders.expand(between.join([IMAGE_MARK] * 3), None, pictures, RULES)
+    ids = placeholders.tokenize(text)
+    places = placeholders.locate(ids, pictures)
+    assert [int(np.isin(ids[start:end], placeholders.image_tokens).sum()) for start, end in places] == [tokens] * 3
 
 
 def test_a_part_is_found_behind_a_place():

@@ -9,15 +9,12 @@ from datasets import concatenate_datasets
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
-from llm_trainer.data.encoding import Vocabulary
 from llm_trainer.data.images.collator import ImageCollator
 from llm_trainer.data.images.processing import ImageProcessing
-from llm_trainer.data.images.processors import load_processor
 from llm_trainer.data.images.row_images import RowImages, draw_row_images, find_row_images, measure_longest_text
 from llm_trainer.readers.images import ImageRules
 from llm_trainer.training.methods.answers import AnswerCollator
-from support.image_families import save_family
-from support.image_rows import PAIRS, ROWS, build_vocabulary, prepare_rows, save_pictures
+from support.image_rows import PAIRS, ROWS, build_family_vocabulary, build_vocabulary, prepare_rows, save_pictures
 from support.tiny_processors import KINDS
 
 SETTINGS = Settings().data
@@ -52,15 +49,12 @@ def test_the_row_with_the_most_tokens_of_images_stands_for_all(vocabulary, tmp_p
 
 @pytest.mark.parametrize("family", ["llava_onevision", "idefics3"])
 def test_a_pair_stands_for_two_rows_of_a_batch(family, tmp_path):
-    save_family(family, tmp_path)
     save_pictures(tmp_path)
-    processor = load_processor(str(tmp_path))
-    tokenizer = processor.tokenizer
-    images = ImageProcessing(str(tmp_path), processor.image_token_id)
-    vocabulary = Vocabulary(tokenizer, frozenset({tokenizer.eos_token_id}), len(tokenizer), images)
+    vocabulary = build_family_vocabulary(family, tmp_path)
     rows, _ = prepare_rows(vocabulary, PAIRS[:1], tmp_path, method="dpo")
-    found = find_row_images([rows], images, Settings(method="dpo").data)
-    batch = AnswerCollator(ImageCollator(images, ImageRules(10**7), tokenizer.pad_token_id))(list(rows))
+    found = find_row_images([rows], vocabulary.images, Settings(method="dpo").data)
+    pad = vocabulary.tokenizer.pad_token_id
+    batch = AnswerCollator(ImageCollator(vocabulary.images, ImageRules(10**7), pad))(list(rows))
     assert found.num_rows == 2 and "pixel_values" in found.inputs
     assert all(value.shape == batch[name].shape for name, value in found.repeat(2).items())
 
