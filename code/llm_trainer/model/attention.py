@@ -58,7 +58,7 @@ class AttentionNeeds:
     """Demands of a model on an attention kernel."""
 
     model: str  # name of its class
-    supported: frozenset[str]  # kernels that its class declares it can call
+    supported: frozenset[str]  # kernels that the classes of all its parts declare they can call
     head_sizes: frozenset[int]  # in numbers a head; some models have layers of two sizes
     has_sinks: bool  # learned weights in the softmax's sum that no value belongs to, as in gpt-oss
     has_soft_cap: bool  # tanh over the scores, as in Gemma 2
@@ -166,21 +166,27 @@ def read_needs(model: PreTrainedModel) -> AttentionNeeds:
     """Return what a model needs of a kernel. A skeleton without weights will do."""
     text = model.config.get_text_config()
     sizes = [getattr(module, "qk_head_dim", getattr(module, "head_dim", None)) for module in model.modules()]
-    supported = {"eager"}
-    supported |= {"sdpa"} if model._supports_sdpa else set()
-    supported |= {"flex_attention"} if model._supports_flex_attn else set()
-    if model._supports_flash_attn:
-        flash = {kernel for kernel in KERNELS if kernel.startswith("flash_attention")}
-        supported |= flash & set(model._compatible_flash_implementations or flash)
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     dropout = getattr(text, "attention_dropout", getattr(text, "attn_pdrop", 0))
     return AttentionNeeds(
         model=type(model).__name__,
-        supported=frozenset(supported),
+        supported=frozenset.intersection(*map(list_supported, parts)),
         head_sizes=frozenset(size for size in sizes if isinstance(size, int)),  # empty for a model without attention
         has_sinks=any(name.endswith("sinks") for name, _ in model.named_parameters()),
         has_soft_cap=getattr(text, "attn_logit_softcapping", None) is not None,
         dropout=dropout or 0,
     )
+
+
+def list_supported(part: PreTrainedModel) -> frozenset[str]:
+    """Return the kernels that the class of a part declares. Transformers refuses a model with one that a part lacks."""
+    supported = {"eager"}
+    supported |= {"sdpa"} if part._supports_sdpa else set()
+    supported |= {"flex_attention"} if part._supports_flex_attn else set()
+    if part._supports_flash_attn:
+        flash = {kernel for kernel in KERNELS if kernel.startswith("flash_attention")}
+        supported |= flash & set(part._compatible_flash_implementations or flash)
+    return frozenset(supported)
 
 
 def find_faults(device: Device) -> dict[str, str]:

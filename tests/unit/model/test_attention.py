@@ -22,6 +22,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.model.attention import KERNELS, PACKAGES, choose_attention, find_faults, find_obstacle, read_needs
 from llm_trainer.model.device import Device
 from llm_trainer.model.loading import build_skeleton
+from support.tiny_image_models import build_tiny_config
 
 GPU = torch.device("cuda", 0)
 DEVICES = {
@@ -63,6 +64,20 @@ def needs_of(model):
 def choose(model, device, installed, dtype=torch.bfloat16, attn_implementation="auto"):
     faults = dict.fromkeys(ALL - installed, "is not installed")
     return choose_attention(needs_of(model), attn_implementation, dtype, DEVICES[device], faults)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "lacks"),
+    [
+        ("qwen2_5_vl", {"flex_attention"}),
+        ("gemma3", set()),
+        ("aria", {"flex_attention"}),  # of its decoder
+        ("lfm2_vl", {kernel for kernel in KERNELS if "fl" in kernel}),  # of its tower
+    ],
+)
+def test_a_kernel_is_one_of_all_parts_of_a_model_that_sees(model_type, lacks):
+    needs = read_needs(build_skeleton("base", build_tiny_config(model_type), trust_remote_code=False))
+    assert {*KERNELS} - needs.supported == lacks
 
 
 @pytest.mark.parametrize(
