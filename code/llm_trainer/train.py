@@ -82,7 +82,7 @@ from llm_trainer.training.generation.prompts import find_prompt_problems, list_c
 from llm_trainer.training.loss_check import check_loss, check_rewards
 from llm_trainer.training.methods import TrainingMethod, choose_method
 from llm_trainer.training.metric_lines import MetricLines
-from llm_trainer.training.packing import Packing, choose_packing, examine_model, switch_off
+from llm_trainer.training.packing import Packing, choose_packing, examine_model
 from llm_trainer.training.packing_check import build_proxy_model
 from llm_trainer.training.progress import Progress, choose_progress
 from llm_trainer.training.rehearsal import rehearse_step
@@ -478,7 +478,7 @@ def pack_rows(
     settings, arguments, device = context.settings, planned.arguments, prepared.model_plan.device.torch
     group = prepared.consensus.group
     if prepared.data.images is not None:
-        packing = switch_off(settings.data, "rows have images")
+        packing = Packing("off", "rows have images")  # packing=true was refused with the data
     else:
         subject = build_proxy_model(base, device) if planned.memory.sharded else base
         packing = choose_packing(subject, prepared.tokenizer, arguments, settings.data, group)
