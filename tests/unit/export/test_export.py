@@ -24,6 +24,8 @@ from llm_trainer.serving import lmi_files
 from llm_trainer.training.trainer_config import prepare_config
 from support.exports import build_manifest, build_result
 from support.measures import ROOT
+from support.tiny_processors import save_processor
+from support.tiny_vision_models import build_vision_model
 
 ESSENTIALS = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 WRONG = ResultDiffersError("The adapter does not compute what was trained.")
@@ -59,6 +61,18 @@ def test_a_result_is_proven_where_it_lies(trained, tmp_path):
     assert manifest["export"]["checks"][0]["relative_logit_difference"] <= 1e-4
     assert manifest["files"] == sorted(list_files(tmp_path / "model"))
     assert {"README.md", "adapters/trained/adapter_model.safetensors", "serving.env"} <= set(manifest["files"])
+
+
+@pytest.mark.parametrize("train_vision", [False, True])
+def test_an_adapter_on_the_vision_tower_gets_no_files_for_a_server(tmp_path, train_vision):
+    """vLLM would answer without what it learned there."""
+    base = tmp_path / "base"
+    build_vision_model("qwen", save_processor("qwen", base)).save_pretrained(base)
+    trained = build_result(base, tmp_path, train_vision=train_vision)
+    export.finish_result(trained, export.place_result(trained), build_manifest())
+    assert read_manifest(tmp_path / "model")["export"]["served_by_vllm"] is not train_vision
+    assert (tmp_path / "model/serving.env").is_file() is not train_vision
+    assert ("it sits on the vision tower" in (tmp_path / "model/README.md").read_text()) is train_vision
 
 
 @pytest.mark.parametrize("error", [RecursionError(), OSError(errno.ENOSPC, "No space left on device"), KeyError("x")])
