@@ -62,12 +62,17 @@ REASONING_OF_FAMILY = {
     "deepseek_v3": "deepseek_v3",
     "gemma4_text": "gemma4",
     "glm4_moe": "glm45",
+    "glm4v_moe_text": "glm45",
     "gpt_oss": "openai_gptoss",
     "minimax_m2": "minimax_m2",
     "olmo3": "olmo3",
     "qwen3": "qwen3",
+    "qwen3_5_moe_text": "qwen3",
+    "qwen3_5_text": "qwen3",
     "qwen3_moe": "qwen3",
     "qwen3_next": "qwen3",
+    "qwen3_vl_moe_text": "qwen3",
+    "qwen3_vl_text": "qwen3",
     "seed_oss": "seed_oss",
 }
 REASONING_ENDS = ("</think>", "[/THINK]", "</seed:think>", "<|channel|>final", "<channel|>")

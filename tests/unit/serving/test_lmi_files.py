@@ -34,6 +34,7 @@ FAMILIES = {  # model_type, weights, template -> tools, thoughts
     "qwen2": ("qwen2", 7.6e9, HERMES, "hermes", None),
     "qwen3": ("qwen3", 8.2e9, THINKING, "hermes", "qwen3"),
     "qwen3 trained without thoughts": ("qwen3", 8.2e9, HERMES, "hermes", None),
+    "qwen3-vl": ("qwen3_vl", 8.8e9, THINKING, "hermes", "qwen3"),
     "mistral": ("mistral", 7.2e9, MISTRAL, "mistral", None),
     "gpt-oss": ("gpt_oss", 20.9e9, CHANNELS, "openai", "openai_gptoss"),
     "deepseek": ("deepseek_v3", 16e9, DEEPSEEK, "deepseek_v3", None),
