@@ -116,6 +116,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "head_dim": 16,
         },
     },
+    "gemma4_unified": {
+        "vision_config": {
+            "model_type": "gemma4_unified_vision",
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "mm_embed_dim": 64,
+            "mm_posemb_size": 16,
+            "output_proj_dims": 64,
+        }
+    },
     "glm46v": turn([2, 3, 3]),
     "glm4v": turn([2, 3, 3]),
     "glm4v_moe": turn([2, 1, 1], partial_rotary_factor=0.5),
