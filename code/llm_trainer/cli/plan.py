@@ -148,11 +148,11 @@ def plan_loading(
         teacher = read_teacher(job, planned.config, None, Path(scratch_dir))
         num_written = settings.methods.count_written(settings.data.method)
         data = bound_length(settings.data, planned.num_positions, num_written)
-        drawn = draw_images(options, planned, data)
-        return planned, settings.model_copy(update={"data": data}), teacher, drawn
+        settings = settings.model_copy(update={"data": data})
+        return planned, settings, teacher, draw_images(options, planned, settings)
 
 
-def draw_images(options: PlanOptions, planned: "ModelPlan", data: DataSettings) -> "DrawnImages":
+def draw_images(options: PlanOptions, planned: "ModelPlan", settings: Settings) -> "DrawnImages":
     """Return the images of a row as the options tell them.
 
     Raises UserError where the model or the settings take none, or the model's folder has no processor.
@@ -166,13 +166,14 @@ def draw_images(options: PlanOptions, planned: "ModelPlan", data: DataSettings) 
     given = f"--images-per-row={options.images_per_row}"
     if not sees_images(planned.config):
         raise UserError(f"{given} and the model takes texts alone: give an image-text model, or leave it out.")
-    if data.method not in IMAGE_METHODS:
-        raise UserError(f"{given} with method={data.method}, whose rows have no images: leave it out.")
+    if settings.data.method not in IMAGE_METHODS:
+        raise UserError(f"{given} with method={settings.data.method}, whose rows have no images: leave it out.")
     for name in ("packing", "streaming"):
-        if data.value(name):
+        if settings.data.value(name):
             raise UserError(f"{given} with {name}=true, which takes no images: leave one of them out.")
     number, *size = map(int, options.images_per_row.split("x"))
-    return draw_row_images(number, (size[0], size[1]), ImageProcessing(planned.folder))
+    images = ImageProcessing(planned.folder, trust_remote_code=settings.model.trust_remote_code)
+    return draw_row_images(number, (size[0], size[1]), images)
 
 
 def plan_on_device(folder: str, sections: "PlanSettings", validation: Validation) -> "ModelPlan":

@@ -4,15 +4,17 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 from transformers import LlamaConfig
 
-from llm_trainer.cli.plan import examine_model, find_time_warnings
+from llm_trainer.cli.plan import draw_images, examine_model, find_time_warnings
 from llm_trainer.cli.plan_instances import PlanOptions
 from llm_trainer.config.schema import Settings
 from support.adapted_models import SIZES
+from support.tiny_image_models import build_tiny_config
 
 # In a process of its own, as a package that was imported before stays.
 PROGRAM = """
@@ -71,3 +73,12 @@ def test_the_time_of_vllm_is_not_told():
     (told,) = find_time_warnings(Settings(method="grpo", use_vllm=True))
     assert "no time and no price is told" in told
     assert not list(find_time_warnings(Settings()))
+
+
+@pytest.mark.parametrize("trusts", [True, False])
+def test_a_processor_of_its_own_code_draws_images_where_that_is_trusted(trusts):
+    planned = SimpleNamespace(config=build_tiny_config("smolvlm"), folder="base")
+    with patch("llm_trainer.data.images.row_images.draw_row_images") as draw:
+        draw_images(PlanOptions(images_per_row="2x64x32"), planned, Settings(trust_remote_code=trusts))
+    number, size, images = draw.call_args.args
+    assert (number, size, images.folder, images.trust_remote_code) == (2, (64, 32), "base", trusts)
