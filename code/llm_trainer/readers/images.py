@@ -224,9 +224,9 @@ def find_file(name: str, place: ImagePlace) -> Path:
         target = file.resolve(strict=True)
         is_file = stat.S_ISREG(target.stat().st_mode)
     except (OSError, RuntimeError) as error:
-        raise ImageError(
-            f"names the image file {quoted!r}, which is not there: put it beside {place.file.name}, or mend the name."
-        ) from error
+        spread = " on this host, as its channel's files are spread over the hosts: give bytes or tar shards"
+        reason = spread if place.folder.is_sharded else f": put it beside {place.file.name}, or mend the name"
+        raise ImageError(f"names the image file {quoted!r}, which is not there{reason}.") from error
     if not target.is_relative_to(folder.resolve()):
         raise ImageError(f"names the image file {quoted!r}, a link out of its channel: give the file itself.")
     if not is_file:

@@ -247,6 +247,8 @@ def test_the_files_of_a_sharded_channel_come_with_the_row(place, monkeypatch):
     assert find_image("a.png", sharded, RULES) == ImageRef(
         data=place.file.with_name("a.png").read_bytes(), name="a.png"
     )
+    with pytest.raises(ImageError, match="which is not there on this host, as its channel's files are spread over"):
+        find_image("of_another_host.png", sharded, RULES)
     draw(400, 400).save(place.file.with_name("large.bmp"))
     monkeypatch.setattr(images, "MAX_HELD_BYTES", 2**17)
     with pytest.raises(ImageError, match=r"has the image large\.bmp of more than 0 MiB: shrink it"):
