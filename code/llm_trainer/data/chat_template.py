@@ -512,6 +512,16 @@ def limit_rows(seconds: float) -> Iterator[RowClock]:
         signal.signal(signal.SIGVTALRM, handler)
 
 
+@contextmanager
+def without_limit() -> Iterator[None]:
+    """Let the block compute for as long as it takes, within a block of `limit_rows`."""
+    timer = signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
+
+
 def find_turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the token with which the chat template ends an assistant's turn.
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_trainer.common.errors import UserError, cut_quote, quote_error
 from llm_trainer.config.sections import IMAGE_METHODS, DataSettings
-from llm_trainer.data.chat_template import MAX_SECONDS, ChatTemplate, Span, limit_rows
+from llm_trainer.data.chat_template import MAX_SECONDS, ChatTemplate, Span, limit_rows, without_limit
 from llm_trainer.data.control_tokens import ControlTokens, EscapingTokenizer
 from llm_trainer.data.formats.examples import IGNORED, Conversation, Judged, Pair, Prompt, RowError, Text, Tokens
 from llm_trainer.data.formats.pictures import drop_added_marks
@@ -263,7 +263,8 @@ class Encoder:
         text, spans = self.compose(example)
         if example.images:
             assert self.vocabulary.images is not None
-            text, spans = self.vocabulary.images.placeholders.expand(text, spans, example.images, self.image_rules)
+            with without_limit():  # a row may have many images, and a processor runs for each
+                text, spans = self.vocabulary.images.placeholders.expand(text, spans, example.images, self.image_rules)
         if not text.isascii():
             try:
                 text.encode()
@@ -395,13 +396,14 @@ class Encoder:
         return input_ids[:end], labels[:end]
 
     def convert_tokens(self, tokens: Tokens) -> EncodedRow:
-        """Convert a pretokenized row. Raises RowError for ids outside the vocabulary, or two BOS tokens."""
+        """Convert a pretokenized row. Raises RowError for ids out of the vocabulary, two BOS tokens or one of an image."""
         input_ids, labels = np.array(tokens.input_ids), np.array(tokens.labels)
         self.check_ids("input_ids", input_ids)
         self.check_ids("labels", labels[labels != IGNORED])
         bos_id = self.tokenizer.bos_token_id
         if bos_id is not None and tokens.input_ids[:2] == [bos_id, bos_id]:
             raise RowError("begins with two BOS tokens: remove one of them.")
+        self.check_without_images(input_ids)
         return EncodedRow(input_ids.astype(np.int32), labels.astype(np.int32))
 
     def check_ids(self, name: str, ids: npt.NDArray[Any]) -> None:

@@ -2,13 +2,14 @@
 """Where in a conversation's text the assistant speaks, for templates with marks, known to TRL, and of neither kind."""
 
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import trl
 
 from llm_trainer.common.errors import UserError
-from llm_trainer.data.chat_template import ChatTemplate, find_turn_end, limit_rows
+from llm_trainer.data.chat_template import ChatTemplate, TimeUp, find_turn_end, limit_rows, without_limit
 from llm_trainer.data.formats.examples import Conversation, RowError
 from support.tiny_model import CHAT_TEMPLATE, build_tokenizer
 
@@ -219,6 +220,20 @@ def test_a_template_that_fails_with_whatever_it_is_tried_with_is_named_with_its_
     template = build(expression + "{{ messages }}")
     assert not template.renders_tool_calls
     assert problem_of(template, CHAT).startswith("is refused by the model's chat template: ")
+
+
+def compute(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_what_is_not_limited_takes_as_long_as_it_takes():
+    with limit_rows(0.02):
+        with without_limit():
+            compute(0.1)
+        with pytest.raises(TimeUp):
+            compute(60)
 
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

@@ -22,6 +22,7 @@ from llm_trainer.config.schema import Settings
 from llm_trainer.data.encoding import EncodedRow, Encoder, Vocabulary
 from llm_trainer.data.formats.examples import IGNORED, RowError
 from llm_trainer.data.formats.pictures import IMAGE_MARK
+from llm_trainer.data.images.processing import Placeholders
 from llm_trainer.data.report import DataReport
 from llm_trainer.data.streaming import SourceHead
 from llm_trainer.data.tokenize import (
@@ -485,6 +486,27 @@ def test_the_token_of_an_image_in_a_prompt_is_told(seeing, tmp_path):
     rows, report = prepare_rows(seeing, [{"prompt": "Red"}, {"prompt": f"{token} red"}], tmp_path, method="grpo")
     assert len(rows) == 1
     assert report.bad_rows == [f"a.jsonl row 2 has the text {token} and no image: remove the text."]
+
+
+def test_the_token_of_an_image_in_a_pretokenized_row_is_told(seeing, tmp_path):
+    image, token = seeing.images.image_token_id, seeing.images.processor.image_token
+    rows = [{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [5, image, 6], "labels": [5, IGNORED, 6]}]
+    kept, report = prepare_rows(seeing, rows, tmp_path)
+    assert len(kept) == 1
+    assert report.bad_rows == [f"a.jsonl row 2 has the text {token} and no image: give the image, or remove the text."]
+
+
+def test_a_processor_may_take_long_for_the_images_of_a_row(seeing, tmp_path, monkeypatch):
+    limits = []
+    expand = Placeholders.expand
+
+    def look(self, *args):
+        limits.append(signal.getitimer(signal.ITIMER_VIRTUAL))
+        return expand(self, *args)
+
+    monkeypatch.setattr(Placeholders, "expand", look)
+    prepare_rows(seeing, [ask_about("a.png")], tmp_path)
+    assert limits == [(0, 0)]
 
 
 def test_streams_take_no_images(seeing, tmp_path):

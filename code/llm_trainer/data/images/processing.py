@@ -214,8 +214,12 @@ class Placeholders:
             apart = self.process(IMAGE_MARK.join([self.processor.image_token] * len(images)), images)
             self.numbers[sizes] = [text.count(self.piece) for text in apart.split(IMAGE_MARK)]
         whole = self.process(self.processor.image_token.join(pieces), images)
-        between = f"(.*?{re.escape(self.piece)}.*?)"
-        found = re.fullmatch(between.join(map(re.escape, pieces)), whole, re.DOTALL)
+        piece, (first, *others) = re.escape(self.piece), map(re.escape, pieces)
+        ends = [*others[:-1], others[-1] + r"\Z"]
+        between = zip(self.numbers[sizes], ends, strict=True)
+        # Each group is atomic: what it has found is not looked for again where a later one finds nothing.
+        pattern = "".join(f"(?>((?:.*?{piece}){{{number}}}.*?){end})" for number, end in between)
+        found = re.match(first + pattern, whole, re.DOTALL)
         if found is None:
             raise RowError("has images whose processor changes the text beside them: put a space around each.")
         return list(found.groups())

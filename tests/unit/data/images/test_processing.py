@@ -130,6 +130,15 @@ def test_images_that_depend_on_each_other_are_told_apart(family, tokens, between
     assert [int(np.isin(ids[start:end], placeholders.image_tokens).sum()) for start, end in places] == [tokens] * 3
 
 
+def test_a_processor_that_changes_a_text_beside_many_images_is_told(tmp_path):
+    placeholders = build_family_vocabulary("idefics2", tmp_path).images.placeholders
+    pictures = (save(tmp_path, 60, 100),) * 20
+    text = f" {IMAGE_MARK}" * 20
+    assert placeholders.expand(text, None, pictures, RULES)[0].startswith(" <fake_token_around_image>")
+    with pytest.raises(RowError, match="whose processor changes the text beside them: put a space around each"):
+        placeholders.expand(f"{text} {'<fake_token_around_image>' * 2}", None, pictures, RULES)
+
+
 def test_a_part_is_found_behind_a_place():
     ids, part = np.array([1, 2, 1, 2, 3, 1], dtype=np.int32), np.array([1, 2], dtype=np.int32)
     assert [find_part(ids, part, begin) for begin in range(7)] == [0, 2, 2, -1, -1, -1, -1]
