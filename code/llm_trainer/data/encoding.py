@@ -396,7 +396,7 @@ class Encoder:
         return input_ids[:end], labels[:end]
 
     def convert_tokens(self, tokens: Tokens) -> EncodedRow:
-        """Convert a pretokenized row. Raises RowError for ids out of the vocabulary, two BOS tokens or one of an image."""
+        """Convert a pretokenized row. Raises RowError for unknown ids, two BOS tokens, or the token of an image."""
         input_ids, labels = np.array(tokens.input_ids), np.array(tokens.labels)
         self.check_ids("input_ids", input_ids)
         self.check_ids("labels", labels[labels != IGNORED])
