@@ -187,10 +187,7 @@ class Placeholders:
         """
         found = [match.span() for match in self.pattern.finditer(text)]
         if len(found) != len(pictures):
-            raise RowError(
-                f"has {len(pictures)} images, and the model's chat template writes {len(found)} places for them: take "
-                f"the text {self.processor.image_token} out of its messages, or give another chat_template_path."
-            )
+            raise RowError(describe_places(len(pictures), len(found), self.processor.image_token))
         written = [self.write(picture, rules) for picture in pictures]
         if self.is_joined:
             written = self.write_together(self.pattern.split(text), pictures)
@@ -261,6 +258,13 @@ class Placeholders:
         if edges[-1] == len(places):
             for first, last in pairwise(edges):
                 yield int(places[first]), int(places[last - 1]) + 1
+
+
+def describe_places(num_images: int, num_places: int, token: str) -> str:
+    """Return why a text has other than one place for each image, and the fix."""
+    lacks = num_places < num_images
+    fix = "give a chat_template_path whose template writes each" if lacks else f"take the text {token} out of its messages"
+    return f"has {num_images} images, and the model's chat template writes {num_places} places for them: {fix}."
 
 
 def list_sizes(pictures: tuple[Picture, ...]) -> tuple[Size, ...]:
