@@ -262,8 +262,9 @@ class Placeholders:
 
 def describe_places(num_images: int, num_places: int, token: str) -> str:
     """Return why a text has other than one place for each image, and the fix."""
-    lacks = num_places < num_images
-    fix = "give a chat_template_path whose template writes each" if lacks else f"take the text {token} out of its messages"
+    fix = f"take the text {token} out of its messages"
+    if num_places < num_images:
+        fix = "give a chat_template_path whose template writes each"
     return f"has {num_images} images, and the model's chat template writes {num_places} places for them: {fix}."
 
 

@@ -98,7 +98,7 @@ def test_spans_move_with_the_text(placeholders, tmp_path):
 
 def test_a_text_with_other_places_than_images_is_told(placeholders, tmp_path):
     token = placeholders.processor.image_token
-    with pytest.raises(RowError, match="has 1 images, and .* template writes 2 places for them: take the text"):
+    with pytest.raises(RowError, match="template writes 2 places for them: take the text"):
         placeholders.expand(f"{token} {token}", None, (save(tmp_path, 60, 100),), RULES)
     with pytest.raises(RowError, match="writes 0 places for them: give a chat_template_path whose template writes"):
         placeholders.expand("no place", None, (save(tmp_path, 60, 100),), RULES)
