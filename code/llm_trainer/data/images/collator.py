@@ -12,6 +12,7 @@ from PIL import Image
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.data.formats.examples import IGNORED
+from llm_trainer.data.formats.pictures import IMAGE_MARK
 from llm_trainer.data.images.processing import ImageProcessing, Size, blank, find_part
 from llm_trainer.data.images.processors import process_images
 from llm_trainer.readers.images import ImageError, ImageRef, ImageRules, Picture, open_image
@@ -129,9 +130,12 @@ class ImageCollator:
     def run(
         self, images: list[list[Image.Image]], tokens: dict[str, torch.Tensor] | None = None
     ) -> tuple[Any, list[list[int]]]:
-        """Return what the processor makes of each row's images, and the tokens of the text that it writes for them."""
+        """Return what the processor makes of each row's images, and the tokens of the text that it writes for them.
+
+        Marks stand between images: else two that changed places would have the tokens of before.
+        """
         processor = self.images.processor
-        texts = [processor.image_token * len(own) for own in images]
+        texts = [IMAGE_MARK.join([processor.image_token] * len(own)) for own in images]
         made, written = process_images(processor, texts, images, tokens)
         return made, written.own_tokens["input_ids"]
 
@@ -167,5 +171,5 @@ def widen(values: Any) -> Any:
 
 def describe_change(row: Row) -> str:
     """Return the sentence for the user about a row whose images are no longer those that were counted."""
-    names = ", ".join(find_ref(placed).describe() for placed in row["pictures"])
+    names = ", ".join(dict.fromkeys(find_ref(placed).describe() for placed in row["pictures"]))
     return f"A row has {names}, of another size than when the data were read: leave images alone while a job runs."

@@ -93,6 +93,20 @@ def test_an_image_that_has_changed_or_gone_is_told(vocabulary, kind, tmp_path, s
         collate(vocabulary, rows)
 
 
+def test_images_that_have_changed_places_are_told(vocabulary, kind, tmp_path):
+    one, other = tmp_path / "0.png", tmp_path / "1.png"
+    draw(28, 112).save(one)
+    draw(56, 28).save(other)
+    row = {**ROWS[0], "images": ["0.png", "1.png"]}
+    row = {**row, "messages": [{"role": "user", "content": "<image><image>"}, *row["messages"][1:]]}
+    rows, _ = prepare_rows(vocabulary, [row], tmp_path)
+    one.rename(tmp_path / "2.png")
+    other.rename(one)
+    (tmp_path / "2.png").rename(other)
+    with pytest.raises(UserError, match=r"the image 0\.png, the image 1\.png, of another size"):
+        collate(vocabulary, rows)
+
+
 def test_batches_are_made_in_processes_beside(vocabulary, kind, tmp_path):
     rows, _ = prepare_rows(vocabulary, ROWS, tmp_path)
     collator = ImageCollator(vocabulary.images, ImageRules(10**7), vocabulary.tokenizer.pad_token_id)
