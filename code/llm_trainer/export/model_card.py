@@ -32,7 +32,8 @@ REWARD_SERVING = (
     "reward models, so that there are no files for it."
 )
 IMAGE_REQUEST = (
-    "A request may have images, as addresses or data URIs. `limit_mm_per_prompt` in these files says how many:"
+    "A request may have images, as data URIs or as addresses that the server reaches. `limit_mm_per_prompt` in these "
+    "files says how many:"
 )
 MAX_CARD_DEPTH = 32  # of the metadata; the parser's time grows with the depth
 # Characters to which Markdown gives a meaning, and those by which readers of the Hub make links of plain addresses.
