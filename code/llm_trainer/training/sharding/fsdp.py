@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType, fsdp_utils
-from accelerate.utils.modeling import get_non_persistent_buffers
 from peft import PeftModel
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -25,6 +24,8 @@ from llm_trainer.model.loading import load_model
 from llm_trainer.model.lora import find_base_model
 from llm_trainer.model.plan import ModelPlan
 from llm_trainer.model.quantization import build_packed_weight, list_packed_layers, quantize_on
+
+LOAD = fsdp_utils.fsdp2_load_full_state_dict
 
 
 def choose_arguments(fsdp_config: dict[str, Any] | None) -> dict[str, Any]:
@@ -129,19 +130,20 @@ def load_base_for_sharding(
         base = load_model(plan.folder, settings, plan.load_options, device)
     receive_structure(base, group)
     name_units(arguments, base)
+    fsdp_utils.fsdp2_load_full_state_dict = load_with_buffers
     return base
 
 
 def receive_structure(model: PreTrainedModel, group: dist.ProcessGroup) -> None:
     """Make a model without weights ready to get rank 0's from Accelerate. Every rank must call this.
 
-    It gets the number types, since a checkpoint may keep some weights in float32. It gets the buffers that are never
-    saved, such as the frequencies of rotary positions, and the scales of 4-bit layers. Its weights get addresses, by
-    which Accelerate tells them apart, but no memory: the system gives that only to pages that are written to.
+    It gets the number types, since a checkpoint may keep some weights in float32. It gets the buffers, such as the
+    frequencies of rotary positions, and the scales of 4-bit layers. Its weights get addresses, by which Accelerate
+    tells them apart, but no memory: the system gives that only to pages that are written to.
     """
     layers = list(list_packed_layers(model))
-    buffers = {name: model.get_buffer(name) for name in get_non_persistent_buffers(model, recurse=True, fqns=True)}
-    sent: list[Any] = [{name: parameter.dtype for name, parameter in model.named_parameters()}, buffers]
+    sent: list[Any] = [{name: parameter.dtype for name, parameter in model.named_parameters()}]
+    sent.append(dict(model.named_buffers()))
     dist.broadcast_object_list(sent, src=0, group=group)
     if model.device.type == "meta":
         for layer in layers:
@@ -152,14 +154,29 @@ def receive_structure(model: PreTrainedModel, group: dist.ProcessGroup) -> None:
 
 
 def allocate(model: PreTrainedModel, types: dict[str, torch.dtype], buffers: dict[str, torch.Tensor]) -> None:
-    """Give a model on the meta device weights of these types on the CPU, and the buffers that are never saved."""
+    """Give a model on the meta device weights of these types on the CPU, and buffers."""
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(types[name])
     model.to_empty(device="cpu")
     model.tie_weights()
     for name, buffer in buffers.items():
         module, _, own_name = name.rpartition(".")
-        model.get_submodule(module).register_buffer(own_name, buffer, persistent=False)
+        setattr(model.get_submodule(module), own_name, buffer)
+
+
+def load_with_buffers(accelerator: Any, model: nn.Module, whole: dict[str, torch.Tensor], **options: Any) -> Any:
+    """Give a sharded model its weights as Accelerate does, which takes all that is saved for shards.
+
+    Buffers that are saved are whole on each rank, such as Gemma 4's scales of layers and DeepSeek's biases of experts.
+    """
+    buffers = {name: whole[name].to(accelerator.device) for name, _ in model.named_buffers() if name in whole}
+    places = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in buffers}
+    for module, own_name in places.values():
+        module._non_persistent_buffers_set.add(own_name)
+    loaded = LOAD(accelerator, model, whole, **options)
+    for name, (module, own_name) in places.items():
+        module.register_buffer(own_name, buffers[name])
+    return loaded
 
 
 def receive_packed_layer(layer: nn.Module, group: dist.ProcessGroup) -> None:
