@@ -34,7 +34,7 @@ class RowImages:
         tensors = {
             name: value.to("meta") if value.is_floating_point() else value
             for name, value in batch.items()
-            if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape != batch["input_ids"].shape
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape != batch["input_ids"].shape
         }
         return cls(tensors, len(batch["input_ids"])) if any(each.is_meta for each in tensors.values()) else None
 

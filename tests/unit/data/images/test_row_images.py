@@ -59,6 +59,14 @@ def test_a_pair_stands_for_two_rows_of_a_batch(family, tmp_path):
     assert all(value.shape == batch[name].shape for name, value in found.repeat(2).items())
 
 
+def test_what_a_tower_asks_of_each_row_is_there(tmp_path):
+    save_pictures(tmp_path)
+    vocabulary = build_family_vocabulary("llava_onevision", tmp_path)
+    rows, _ = prepare_rows(vocabulary, ROWS[2:], tmp_path)
+    found = find_row_images([rows], vocabulary.images, SETTINGS)
+    assert found.repeat(3)["batch_num_images"].tolist() == [2, 2, 2]
+
+
 def test_rows_are_found_in_many_chunks(vocabulary, tmp_path):
     rows, _ = prepare_rows(vocabulary, ROWS[1:2] * 3 + ROWS[:1], tmp_path)
     joined = concatenate_datasets([rows.select([0, 1]), rows.select([2, 3])])
