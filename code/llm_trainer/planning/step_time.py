@@ -153,9 +153,9 @@ def time_step(
 ) -> StepTime | None:
     """Return what a step takes on so many GPUs. None: the config does not tell how many experts a token goes to.
 
-    None comes back, too, where a teacher's shape is not known. A sharded model is spread over the scenario's
-    `world_size`, and replicated over the others. `row_tokens` is the length of the row that a token stands in. Raise
-    UnknownShapeError where not even the model's parts are known.
+    None comes back, too, where a teacher's shape is not known, or what images take in the tower. A sharded model is
+    spread over the scenario's `world_size`, and replicated over the others. `row_tokens` is the length of the row that
+    a token stands in. Raise UnknownShapeError where not even the model's parts are known.
     """
     trace = find_trace(scenario, plan)
     passes = add_tower(count_passes(scenario, plan, trace, row_tokens), scenario, plan)
@@ -325,9 +325,12 @@ def count_passes(
 def add_tower(
     passes: tuple[Pass, Pass] | None, scenario: MemoryScenario, plan: ParallelismPlan
 ) -> tuple[Pass, Pass] | None:
-    """Return the passes with the work of the tower on the images of a mean row."""
+    """Return the passes with the work of the tower on the images of a mean row. None: that is not known."""
     step = scenario.build_step(plan)
-    tower = trace_tower(scenario.shape, step, accumulates=False)
+    try:
+        tower = trace_tower(scenario.shape, step, accumulates=False)
+    except UnknownShapeError:
+        return None
     if passes is None or tower is None or step.images is None:
         return passes
     share = step.images.mean_share

@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 from llm_trainer.config.schema import Settings
+from llm_trainer.data.images.row_images import RowImages
 from llm_trainer.model.device import Device
 from llm_trainer.model.liger import KERNELS
 from llm_trainer.model.memory.batch import Batch
@@ -244,6 +245,11 @@ def test_a_teacher_adds_a_forward_pass_of_its_own_shape():
     assert 0 < small - without < 0.1 * (large - without)
     assert times[0].untrained_passes == 0
     assert times[1].untrained_passes == times[1].evaluation_passes == pytest.approx(1, rel=0.2)
+
+
+def test_a_tower_that_is_not_followed_leaves_the_time_unknown():
+    images = RowImages({"pixel_values": torch.empty(1, 3, 8, 8, device="meta")})
+    assert time_step(H200, replace(build_scenario("tiny"), images=images), NO_SAVINGS, 1, 1024) is None
 
 
 def test_a_teacher_of_unknown_shape_leaves_the_time_unknown(monkeypatch):
