@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 import xxhash
 from datasets import Features, List, Value
 from datasets.arrow_writer import ArrowWriter
@@ -411,7 +412,7 @@ def prepare_in_pool(
 
     Raises BrokenProcessPool where a process was killed.
     """
-    # Forked processes have tokenizer and libraries at once. They touch neither torch nor a GPU.
+    # Forked processes have tokenizer and libraries at once. They touch no GPU.
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(
         num_processes, context, initializer=begin_process, initargs=(preparer, os.getpid())
@@ -437,6 +438,7 @@ def begin_process(preparer: Preparer, parent: int) -> None:
     bind_to_parent(parent)
     gc.freeze()  # what the fork inherited is not searched for garbage, which would copy its memory
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core leaves no room for threads
+    torch.set_num_threads(1)  # a processor of images would wait forever for threads that the fork left behind
     process_preparer = preparer
 
 

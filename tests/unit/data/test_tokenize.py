@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import tarfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import Dataset, Image, List
 
 from llm_trainer.common.errors import UserError
@@ -34,6 +35,7 @@ from llm_trainer.data.tokenize import (
     find_format,
     parse_fields,
     prepare_chunks,
+    prepare_in_pool,
     write_chunks,
 )
 from llm_trainer.readers.files import read_chunks
@@ -607,3 +609,21 @@ def test_a_member_of_a_shard_is_told_by_its_name(seeing, tmp_path):
 def test_a_column_of_images_takes_more_bytes_than_32_bits_count():
     features = choose_features(Settings().data, SimpleNamespace(images=object()))
     assert features.arrow_schema.field("pictures").type.value_type.field("data").type == pa.large_binary()
+
+
+@dataclass(frozen=True)
+class TellThreads:
+    """A preparer that tells how many threads torch has in its process."""
+
+    def prepare_chunk(self, chunk):
+        return torch.get_num_threads()
+
+
+def test_torch_has_no_threads_in_forked_processes():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert list(prepare_in_pool(TellThreads(), iter([1, 2]), 2)) == [1, 1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
