@@ -137,7 +137,7 @@ class ImageCollator:
         processor = self.images.processor
         texts = [IMAGE_MARK.join([processor.image_token] * len(own)) for own in images]
         made, written = process_images(processor, texts, images, tokens)
-        return made, written.own_tokens["input_ids"]
+        return made, written.ids
 
     def check_alone(self, row: Row, images: list[Image.Image]) -> None:
         """Raise UserError where the images of a row are not those that the row was made of."""

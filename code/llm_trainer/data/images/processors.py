@@ -5,7 +5,6 @@ import copy
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -100,23 +99,21 @@ class TokenizerStandIn:
         self.tokenizer, self.tokens = tokenizer, tokens
         self.begin = tokenizer.bos_token or ""  # of any text, as some processors write it where it is missing
         self.texts: list[str] = []
+        self.ids: list[list[int]] = []  # of the texts, not padded
 
     def __call__(self, text: list[str], **options: Any) -> Any:
-        """Keep the texts, and return their tokens."""
+        """Keep the texts with their ids, and return tokens."""
         self.texts = list(text)
+        own = self.tokenizer(self.texts, add_special_tokens=False)
+        self.ids = own["input_ids"]
         if self.tokens is None:
             return self.tokenizer(text, **options)
         has_tensors = options.get("return_tensors") is not None
-        given = {name: own if has_tensors else own.tolist() for name, own in self.tokens.items()}
-        return BatchEncoding(given, self.own_tokens.encodings)  # which tell which characters a token has
+        given = {name: value if has_tensors else value.tolist() for name, value in self.tokens.items()}
+        return BatchEncoding(given, own.encodings)  # which tell which characters a token has
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["tokenizer"], name)
-
-    @cached_property
-    def own_tokens(self) -> Any:
-        """The tokens of the texts, which are not padded."""
-        return self.tokenizer(self.texts, add_special_tokens=False)
 
     @property
     def plain_texts(self) -> list[str]:

@@ -85,7 +85,7 @@ def test_the_texts_of_a_batch_are_tokenized_once():
     tokens = {name: whole[name] for name in ("input_ids", "attention_mask")}
     made, written = process_images(processor, texts, images, tokens)
     lengths = whole["attention_mask"].sum(-1).tolist()
-    assert [len(ids) for ids in written.own_tokens["input_ids"]] == lengths and len(calls) == 1
+    assert [len(ids) for ids in written.ids] == lengths and len(calls) == 1
     assert all(torch.equal(made[name], value) for name, value in whole.items())
 
 
