@@ -51,18 +51,25 @@ def learns_to_see(model: PreTrainedModel) -> bool:
 
 
 def spare_gradients(model: PreTrainedModel) -> None:
-    """Have frozen parts of a tower compute without gradients, but behind parts that are trained.
+    """Have frozen parts of a tower compute as after the training, and without gradients but behind trained parts.
 
     For recomputed layers, libraries have the output of every embedding ask for a gradient, a tower's too. The training
-    would go back through all of it for nothing. `model` has its adapter already.
+    would go back through all of it for nothing. Norms over batches, as in FastVLM, would go on changing. `model` has
+    its adapter already.
     """
     modules = dict(model.named_modules())
     parts = (modules[name] for name in name_parts(model) if name in modules)
     for part in parts:
         if not any(parameter.requires_grad for parameter in part.parameters()):
+            part.eval().train = partial(stay_as_after_training, part)
             modes: list[bool] = []  # of the calls that go on
             part.register_forward_pre_hook(partial(switch_gradients_off, modes), with_kwargs=True)
             part.register_forward_hook(partial(restore_gradients, modes), always_call=True)
+
+
+def stay_as_after_training(part: nn.Module, mode: bool = True) -> nn.Module:
+    """Return a part as it is, whatever mode the model around it is put in."""
+    return part
 
 
 def switch_gradients_off(modes: list[bool], part: nn.Module, places: Any, names: Any) -> None:

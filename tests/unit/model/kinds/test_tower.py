@@ -93,6 +93,20 @@ def test_gradients_go_through_a_frozen_part_to_a_trained_one_before_it():
     assert model.get_image_features(image).pooler_output.requires_grad
 
 
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_a_frozen_tower_stays_as_after_the_training(is_frozen):
+    """The image tokenizer of Emu3 has norms over batches."""
+    model = build("emu3")
+    if is_frozen:
+        freeze_tower(model)
+    spare_gradients(model)
+    model.train()
+    in_training = {module.training for module in model.get_submodule("model.vqmodel").modules()}
+    assert in_training == {not is_frozen}
+    assert all(module.training for module in model.get_decoder().modules())
+    assert model.eval() is model and not any(module.training for module in model.modules())
+
+
 def test_gradients_are_on_again_after_a_frozen_tower_that_failed():
     model = build("llava_next")
     freeze_tower(model)
