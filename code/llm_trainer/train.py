@@ -443,7 +443,7 @@ def warn_of_side_files(context: Context, plan: ModelPlan, tokenizer: PreTrainedT
         return
     settings = context.settings
     known = begin_manifest(describe_settings(settings), data.reports)
-    parts = KnownParts(Path(plan.folder), plan.config, tokenizer, settings.model.trust_remote_code, known)
+    parts = KnownParts(Path(plan.folder), plan.config, tokenizer, settings.model, known)
     for problem in find_side_file_problems(parts):
         log.warning(problem)
 

@@ -42,7 +42,7 @@ def prepared(request, tmp_path):
     family = request.param
     save_family(family, tmp_path)
     save_pictures(tmp_path)
-    processor = load_processor(str(tmp_path))
+    processor = load_processor(str(tmp_path), False, {})
     model = build_family_model(family, processor.tokenizer)
     token = getattr(model.config, "image_token_id", None) or model.config.image_token_index
     images = ImageProcessing(str(tmp_path), token)

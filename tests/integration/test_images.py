@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from llm_trainer.data.images.processors import load_processor
 from llm_trainer.model.kinds.tower import list_tower
 from llm_trainer.readers.thumbnails import MAX_CHARACTERS
 from support.compared_jobs import check_stop_changes_nothing
@@ -130,8 +131,11 @@ def test_a_stopped_run_of_pairs_with_images_ends_with_the_same_weights(make_tree
 
 def test_a_quantized_language_part_learns_from_images(tree):
     pytest.importorskip("bitsandbytes")
-    give_images(tree, "qwen", load_in_4bit="true", learning_rate="0.01", merge_weights="true")
+    options = {"image_processor_options": '{"max_pixels": 3136}'}
+    give_images(tree, "qwen", load_in_4bit="true", learning_rate="0.01", merge_weights="true", **options)
     log = finish(tree)
+    served = load_processor(str(tree.base_dir / "model"), False, {}).image_processor
+    assert served.size["longest_edge"] == 3136  # as the training saw them
     losses = metrics_of(log, "train_loss")
     assert losses[-1] < losses[0]
     assert tree.manifest["export"]["proven"]

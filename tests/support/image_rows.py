@@ -114,7 +114,7 @@ def build_raw_rows():
 def build_vocabulary(kind, folder, sizes=None, options=None):
     """What the encoding of rows needs to know of a model whose processor is in the folder."""
     save_processor(kind, folder, sizes, options)
-    processor = load_processor(str(folder))
+    processor = load_processor(str(folder), False, {})
     tokenizer = processor.tokenizer
     stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_ENDS[kind])}
     images = ImageProcessing(str(folder), processor.image_token_id)
@@ -124,7 +124,7 @@ def build_vocabulary(kind, folder, sizes=None, options=None):
 def build_family_vocabulary(name, folder):
     """What the encoding of rows needs to know of a model of a family, whose processor is put into the folder."""
     save_family(name, folder)
-    processor = load_processor(str(folder))
+    processor = load_processor(str(folder), False, {})
     tokenizer = processor.tokenizer
     images = ImageProcessing(str(folder), processor.image_token_id)
     return Vocabulary(tokenizer, frozenset({tokenizer.eos_token_id}), len(tokenizer), images)

@@ -172,7 +172,8 @@ def draw_images(options: PlanOptions, planned: "ModelPlan", settings: Settings) 
         if settings.data.value(name):
             raise UserError(f"{given} with {name}=true, which takes no images: leave one of them out.")
     number, *size = map(int, options.images_per_row.split("x"))
-    images = ImageProcessing(planned.folder, trust_remote_code=settings.model.trust_remote_code)
+    model = settings.model
+    images = ImageProcessing(planned.folder, None, model.trust_remote_code, model.image_processor_options)
     return draw_row_images(number, (size[0], size[1]), images)
 
 

@@ -352,7 +352,7 @@ def examine_side_files(prepared: PreparedData, settings: Settings, validation: V
     from llm_trainer.export.side_files import KnownParts, find_side_file_problems
 
     folder, known = Path(prepared.folder), begin_manifest(describe_settings(settings), validation.reports)
-    parts = KnownParts(folder, prepared.config, prepared.tokenizer, settings.model.trust_remote_code, known)
+    parts = KnownParts(folder, prepared.config, prepared.tokenizer, settings.model, known)
     validation.add_findings("result", "warning", find_side_file_problems(parts))
 
 

@@ -326,6 +326,11 @@ class ModelSettings(Section):
         description="The base is an MXFP4 checkpoint such as gpt-oss, and is dequantized for training. Default: as "
         "its config says.",
     )
+    image_processor_options: dict[str, Any] = Field(
+        {},
+        description="Options of the model's image processor in place of those in its files, such as the size that "
+        "images are made smaller to. The result has them, too.",
+    )
 
 
 class AdapterSettings(Section):

@@ -31,6 +31,7 @@ class Fitter:
             return self.fit_prompt(row, report)
         for sequence in row:
             report.lengths[len(sequence.input_ids)] += 1
+            report.note_image_tokens(sum(placed.tokens for placed in sequence.pictures))
         if self.settings.has_answers:
             count_answers(row, report)
         if limit is not None and any(len(sequence.input_ids) > limit for sequence in row):

@@ -114,19 +114,25 @@ def find_data_warnings(name: str, report: DataReport) -> Iterator[str]:
         )
     yield from find_content_warnings(name, report)
     yield from find_pair_warnings(name, report)
-    if report.num_truncated_rows:
-        yield f"{report.num_truncated_rows} rows of the {name} data are longer than max_length and cut."
-    if report.num_dropped_rows:
-        yield f"{report.num_dropped_rows} rows of the {name} data are longer than max_length and left out."
-    if report.num_unsupervised_rows:
-        yield (
-            f"{report.num_unsupervised_rows} rows of the {name} data are left out, since no token within "
-            "max_length is trained on."
-        )
+    yield from find_length_warnings(name, report)
     if report.num_bad_rows:
         yield f"{report.num_bad_rows} bad rows of the {name} data are left out, see output/data/rejected_rows.jsonl."
     if not report.num_supervised_eos and not report.has_prompts:
         yield f"no row of the {name} data trains the end-of-sequence token: all are cut before it."
+
+
+def find_length_warnings(name: str, report: DataReport) -> Iterator[str]:
+    """Yield sentences about rows that `max_length` cuts or leaves out, and about the share of images in that."""
+    images = report.image_share
+    if report.num_truncated_rows:
+        yield f"{report.num_truncated_rows} rows of the {name} data are longer than max_length and cut{images}."
+    if report.num_dropped_rows:
+        yield f"{report.num_dropped_rows} rows of the {name} data are longer than max_length and left out{images}."
+    if report.num_unsupervised_rows:
+        yield (
+            f"{report.num_unsupervised_rows} rows of the {name} data are left out, since no token within "
+            f"max_length is trained on{images}."
+        )
 
 
 def find_content_warnings(name: str, report: DataReport) -> Iterator[str]:

@@ -11,7 +11,7 @@ from llm_trainer.common.errors import MAX_LISTED_PROBLEMS
 MAX_NAMED_FILES = 10
 MAX_COUNTED_FIELDS = 100
 PERCENTILES = (50, 90, 95, 99)
-LARGEST = ("sequences_a_row", "most_images_a_row")  # added up, these stay the largest
+LARGEST = ("sequences_a_row", "most_images_a_row", "most_image_tokens")  # added up, these stay the largest
 PAIR_COUNTS = ("sequences_a_row", "num_equal_pairs", "num_swapped_pairs", "num_cut_answers", "num_desirable_rows")
 # Fields that a summary has in another form, or not at all.
 UNLISTED = frozenset({"lengths", "bad_rows", "damage", "chosen_lengths", "rejected_lengths", *PAIR_COUNTS})
@@ -42,6 +42,7 @@ class DataReport:
     num_images: int = 0
     num_rows_with_images: int = 0
     most_images_a_row: int = 0
+    most_image_tokens: int = 0  # of the images of a sequence, before truncation
     num_rows_without_column: int = 0  # of images, and with the text <image>, for a model that sees
     num_duplicate_rows: int = 0  # the same tokens as an earlier row of the data set
     num_rows_in_validation: int = 0
@@ -65,6 +66,10 @@ class DataReport:
         self.num_bad_rows += 1
         if len(self.bad_rows) < MAX_LISTED_PROBLEMS:
             self.bad_rows.append(problem)
+
+    def note_image_tokens(self, tokens: int) -> None:
+        """Keep the largest number of tokens of a sequence's images."""
+        self.most_image_tokens = max(self.most_image_tokens, tokens)
 
     def note_unread_fields(self, names: Iterable[str]) -> None:
         """Count the fields of a row that nothing reads, as far as they are not very many."""
@@ -119,6 +124,14 @@ class DataReport:
     def has_prompts(self) -> bool:
         """True where rows are prompts, which are not trained on themselves."""
         return "prompt" in self.formats.values()
+
+    @property
+    def image_share(self) -> str:
+        """The end of a clause about rows that are too long: what their images add, and how to lower it."""
+        if not self.most_image_tokens:
+            return ""
+        most = f"{self.most_image_tokens:,} tokens"
+        return f", and the images of one take up to {most}, which image_processor_options can lower"
 
     @property
     def num_left_out(self) -> int:
@@ -191,7 +204,8 @@ class DataReport:
         if not self.num_rows and self.num_dropped_rows:
             cuts = ", or set apply_truncation=true, which cuts rows, but never within an image"
             fix = "" if self.has_prompts else cuts  # prompts are never cut
-            return f"rows left ({self.num_dropped_rows} were longer than max_length): raise max_length{fix}."
+            told = f"{self.num_dropped_rows} were longer than max_length{self.image_share}"
+            return f"rows left ({told}): raise max_length{fix}."
         if not self.num_rows and self.num_equal_pairs:
             return (
                 f"pairs left ({self.num_equal_pairs} have the same chosen and rejected answer within max_length): give "
@@ -214,7 +228,7 @@ class DataReport:
         elif not self.num_supervised_tokens:
             yield (
                 f"No token of the {name} data is trained on: every row needs an assistant message, a completion or a "
-                "label within max_length; raise max_length, or give such rows."
+                f"label within max_length{self.image_share}; raise max_length, or give such rows."
             )
         elif self.num_missed_stops:
             yield (

@@ -122,7 +122,7 @@ def write_tokenizer(trained: TrainingResult, scratch: Path, folder: Path) -> Non
     """
     try:
         scratch.mkdir(exist_ok=True)
-        save_tokenizer(trained.tokenizer, trained.base_folder, scratch, trained.settings.model.trust_remote_code)
+        save_tokenizer(trained.tokenizer, trained.base_folder, scratch, trained.settings.model)
         move_files(list_files(scratch), scratch, folder)
     except Exception as error:
         log.warning(

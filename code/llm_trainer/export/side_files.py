@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llm_trainer.common.errors import quote_error
 from llm_trainer.common.files import write_json
+from llm_trainer.config.sections import ModelSettings
 from llm_trainer.export.base_source import BaseSource
 from llm_trainer.export.model_card import CARD, read_stated_licence, write_model_card
 from llm_trainer.journal.manifest import MANIFEST, Manifest
@@ -34,7 +35,7 @@ class KnownParts:
     base: Path  # the folder of its files; a base that each rank fetches for itself has none
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    trust_remote_code: bool
+    settings: ModelSettings
     manifest: Manifest  # its first fields
 
     def write_card(self, folder: Path) -> None:
@@ -45,13 +46,13 @@ class KnownParts:
 
     def write_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer to a folder by the base's files."""
-        save_tokenizer(self.tokenizer, self.base, folder, self.trust_remote_code)
+        save_tokenizer(self.tokenizer, self.base, folder, self.settings)
 
     def write_serving(self, folder: Path) -> None:
         """Write the files for a server to a folder, as for whole weights: an adapter's are not there yet."""
         template, dtype = self.tokenizer.chat_template, torch.bfloat16
-        is_reward = is_reward_model(self.config)
-        model = ServedModel(self.config, 1, dtype, template, None, None, None, None, self.trust_remote_code, is_reward)
+        trusts, is_reward = self.settings.trust_remote_code, is_reward_model(self.config)
+        model = ServedModel(self.config, 1, dtype, template, None, None, None, None, trusts, is_reward)
         write_serving_files(folder, model, folder)
 
 

@@ -336,11 +336,19 @@ def restore_generation_config(model: PreTrainedModel, folder: Path) -> None:
 def build_vocabulary(
     model: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings
 ) -> Vocabulary:
-    """Return what the encoding of rows has to agree on with the model."""
+    """Return what the encoding of rows has to agree on with the model.
+
+    Raises UserError where a model of texts alone has options for images.
+    """
     images = None
     if sees_images(config):
         token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
-        images = ImageProcessing(model, token, settings.trust_remote_code)
+        images = ImageProcessing(model, token, settings.trust_remote_code, settings.image_processor_options)
+    elif settings.image_processor_options:
+        raise UserError(
+            f"image_processor_options is given and the model is of type {config.model_type}, which takes texts alone: "
+            "leave it out."
+        )
     stop_ids = find_stop_ids(model, tokenizer, settings.model_revision)
     return Vocabulary(tokenizer, stop_ids, config.get_text_config().vocab_size, images)
 

@@ -17,6 +17,7 @@ from llm_trainer.common import log
 from llm_trainer.common.bounded_parsing import read_json
 from llm_trainer.common.errors import quote_error
 from llm_trainer.common.files import remove_path, write_text
+from llm_trainer.config.sections import ModelSettings
 
 CONFIG, NAMED_TOKENS, TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
 NAMED_TEMPLATES = "additional_chat_templates"
@@ -33,11 +34,13 @@ CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast", "PythonBackend": "Pre
 NEW_FIELDS = ("backend", "is_local", "local_files_only")  # of the loading, which Transformers 5 writes down
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path, trust_remote_code: bool) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path, settings: ModelSettings) -> None:
     """Write the tokenizer of a training to a folder that exists, by the files of its base.
 
-    Where special tokens or the chat template are others than the base's, they alone are changed.
+    Where special tokens, the chat template or options of the image processor are others than the base's, they alone
+    are changed.
     """
+    trust_remote_code = settings.trust_remote_code
     try:
         loaded = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:  # the base's folder is not what it was when the job began
@@ -54,7 +57,17 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path,
         for name in PROCESSOR_FILES:
             if (base / name).is_file():
                 shutil.copyfile(base / name, folder / name)
+    change_image_options(folder, settings.image_processor_options)
     make_readable(folder, type(loaded or tokenizer).__name__)
+
+
+def change_image_options(folder: Path, options: dict[str, Any]) -> None:
+    """Give the image processor of a folder other options, in its own file and in the whole processor's."""
+    own, whole = (folder / name for name in PROCESSOR_FILES[:2])
+    if own.is_file():
+        change_object(own, options)
+    if isinstance(images := read_object(whole).get("image_processor"), dict):
+        change_object(whole, {"image_processor": {**images, **options}})
 
 
 def find_changed_tokens(loaded: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:

@@ -31,7 +31,7 @@ from llm_trainer.training.packing import Packing
 
 # Settings and arguments that a checkpoint restores whatever the user says, or that give its step a meaning.
 OWN_SETTINGS = (
-    *("use_peft", "torch_dtype", "max_length"),
+    *("use_peft", "torch_dtype", "max_length", "train_vision", "image_processor_options"),
     *("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "use_mxfp4"),
     "base_compute",
 )

@@ -61,6 +61,11 @@ def test_bad_rows_are_told_unless_that_many_are_allowed(fraction, num_sentences)
     [
         ({}, "The train data has no rows (no file was read): put rows there."),
         ({"num_dropped_rows": 2}, "The train data has no rows left (2 were longer than max_length)"),
+        (
+            {"num_dropped_rows": 2, "most_image_tokens": 5000},
+            "The train data has no rows left (2 were longer than max_length, and the images of one take up to 5,000 "
+            "tokens, which image_processor_options can lower): raise",
+        ),
         ({"num_rows": 2}, "No token of the train data is trained on"),
         ({"num_rows": 2, "num_supervised_tokens": 2, "num_missed_stops": 1}, "1 of 2 rows of the train data train on"),
         ({"num_rows": 2, "num_supervised_tokens": 2}, "No row of the train data trains the end-of-sequence token"),

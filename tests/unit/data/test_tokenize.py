@@ -443,6 +443,14 @@ def test_bad_images_are_bad_rows_with_file_row_and_reason(seeing, tmp_path):
     ]
 
 
+def test_the_tokens_of_images_are_told_where_rows_are_left_out(seeing, tmp_path):
+    settings = {"max_length": 8, "apply_truncation": False}
+    rows, report = prepare_rows(seeing, [ask_about("a.png")], tmp_path, **settings)
+    assert (len(rows), report.num_dropped_rows) == (0, 1)
+    (picture,) = prepare_rows(seeing, [ask_about("a.png")], tmp_path)[0][0]["pictures"]
+    assert report.most_image_tokens == picture["tokens"]
+
+
 def test_rows_of_one_text_and_other_images_are_no_duplicates(seeing, tmp_path):
     rows, _ = prepare_rows(seeing, [ask_about("a.png"), ask_about("b.png"), ask_about("a.png")], tmp_path)
     first, second, third = rows["digest"]

@@ -180,7 +180,7 @@ def test_weights_that_cannot_get_their_place_stay_where_they_were_written(traine
     assert f"Warning: What was written of the result is in {file.parent}." in capsys.readouterr().out
 
 
-def save_half_a_tokenizer(tokenizer, base, folder, trust_remote_code):
+def save_half_a_tokenizer(tokenizer, base, folder, settings):
     (folder / "vocab.json").write_text("half")
     raise RuntimeError("Cannot send a request, as the client has been closed.")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
+from llm_trainer.config.sections import ModelSettings
 from llm_trainer.data.report import DataReport
 from llm_trainer.export.manifest import begin_manifest
 from llm_trainer.export.side_files import KnownParts, find_side_file_problems
@@ -22,7 +23,7 @@ def find(base, name="rows.jsonl"):
     report = DataReport(files=[{"name": name, "bytes": 1}], formats={"train": "messages"}, num_rows=1)
     manifest = begin_manifest({"lora_r": 8}, {"train": report})
     config, tokenizer = AutoConfig.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-    return list(find_side_file_problems(KnownParts(base, config, tokenizer, False, manifest)))
+    return list(find_side_file_problems(KnownParts(base, config, tokenizer, ModelSettings(), manifest)))
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", os.fsdecode(b"r\xf6ws.jsonl"), "a\n# b|c.jsonl"])
@@ -54,4 +55,4 @@ def test_a_licence_and_a_tokenizers_file_that_cannot_be_read_are_told_at_once(ba
 
 def test_a_base_that_each_rank_fetches_for_itself_is_not_looked_at(base):
     config, tokenizer = AutoConfig.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-    assert list(find_side_file_problems(KnownParts(Path("org/base"), config, tokenizer, False, {}))) == []
+    assert list(find_side_file_problems(KnownParts(Path("org/base"), config, tokenizer, ModelSettings(), {}))) == []

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from llm_trainer.config.sections import ModelSettings
 from llm_trainer.model.tokenizer_files import CONFIG, list_tokenizer_files, make_readable, save_tokenizer
 from support.tiny_model import build_tokenizer
 
@@ -67,16 +68,26 @@ def test_each_file_of_a_tokenizer_is_listed_once_and_its_code_where_it_has_some(
 
 def test_without_a_change_every_byte_is_the_bases(base, output):
     (base / "model.safetensors").touch()
-    save_tokenizer(AutoTokenizer.from_pretrained(base), base, output, trust_remote_code=False)
+    save_tokenizer(AutoTokenizer.from_pretrained(base), base, output, ModelSettings())
     (base / "model.safetensors").unlink()
     assert read(output) == read(base)
+
+
+def test_options_of_an_image_processor_stand_in_both_files(base, output):
+    (base / "preprocessor_config.json").write_text(json.dumps({"size": 9, "do_resize": True}))
+    (base / "processor_config.json").write_text(json.dumps({"image_processor": {"size": 9, "patch_size": 14}}))
+    settings = ModelSettings(image_processor_options={"size": {"longest_edge": 784}})
+    save_tokenizer(AutoTokenizer.from_pretrained(base), base, output, settings)
+    own, whole = (json.loads((output / f"{name}_config.json").read_text()) for name in ("preprocessor", "processor"))
+    assert own == {"size": {"longest_edge": 784}, "do_resize": True}
+    assert whole == {"image_processor": {"size": {"longest_edge": 784}, "patch_size": 14}}
 
 
 def test_a_pad_token_and_a_template_are_the_only_change(base, output):
     shutil.rmtree(base / "additional_chat_templates")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.pad_token, tokenizer.chat_template = "<|endoftext|>", NEW_TEMPLATE
-    save_tokenizer(tokenizer, base, output, trust_remote_code=False)
+    save_tokenizer(tokenizer, base, output, ModelSettings())
     before, after = read(base), read(output)
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     assert changed == {CONFIG, "special_tokens_map.json", "chat_template.jinja"}
@@ -92,7 +103,7 @@ def test_a_template_of_the_job_leaves_no_other_one(base, output):
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert isinstance(tokenizer.chat_template, dict)
     tokenizer.chat_template = NEW_TEMPLATE
-    save_tokenizer(tokenizer, base, output, trust_remote_code=False)
+    save_tokenizer(tokenizer, base, output, ModelSettings())
     assert not (output / "additional_chat_templates").exists()
     assert AutoTokenizer.from_pretrained(output).chat_template == NEW_TEMPLATE
 
@@ -101,19 +112,19 @@ def test_templates_with_names_are_all_written(base, output):
     tokenizer = AutoTokenizer.from_pretrained(base)
     named = {"default": NEW_TEMPLATE, "tool_use": "new tools", "rag": "found"}
     tokenizer.chat_template = named
-    save_tokenizer(tokenizer, base, output, trust_remote_code=False)
+    save_tokenizer(tokenizer, base, output, ModelSettings())
     assert AutoTokenizer.from_pretrained(output).chat_template == named
     config = json.loads((output / CONFIG).read_text(encoding="utf-8"))  # where Transformers 4 once looked
     assert {each["name"]: each["template"] for each in config["chat_template"]} == named
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|new|>"]})
-    save_tokenizer(tokenizer, base, output, trust_remote_code=False)
+    save_tokenizer(tokenizer, base, output, ModelSettings())
     assert AutoTokenizer.from_pretrained(output).chat_template == named
 
 
 def test_new_words_in_the_vocabulary_are_written_for_both_versions(base, output):
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|new|>"]})
-    save_tokenizer(tokenizer, base, output, trust_remote_code=False)
+    save_tokenizer(tokenizer, base, output, ModelSettings())
     config = json.loads((output / CONFIG).read_text(encoding="utf-8"))
     assert "extra_special_tokens" not in config
     assert "<|new|>" in config["additional_special_tokens"]
@@ -138,7 +149,7 @@ def test_what_transformers_5_alone_reads_is_said_in_the_older_words(tmp_path):
 
 
 def test_a_base_that_is_gone_costs_no_tokenizer(tmp_path, output):
-    save_tokenizer(build_tokenizer(), tmp_path / "gone", output, trust_remote_code=False)
+    save_tokenizer(build_tokenizer(), tmp_path / "gone", output, ModelSettings())
     assert AutoTokenizer.from_pretrained(output).eos_token == "<|im_end|>"
 
 
@@ -148,6 +159,6 @@ def test_the_files_of_a_processor_come_with_the_tokenizer(base, output, has_new_
     tokenizer = AutoTokenizer.from_pretrained(base)
     if has_new_token:
         tokenizer.add_tokens(["<new>"])
-    save_tokenizer(tokenizer, base, output, trust_remote_code=False)
+    save_tokenizer(tokenizer, base, output, ModelSettings())
     assert (output / "preprocessor_config.json").read_text(encoding="utf-8") == "{}"
     assert not (output / "processor_config.json").exists()

@@ -8,11 +8,15 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing
 import xxhash
+from trl import SFTConfig
 
 from llm_trainer.common.errors import UserError
 from llm_trainer.config.schema import Settings
+from llm_trainer.data.report import DataReport
 from llm_trainer.job import checkpoint_dir
 from llm_trainer.training import resume
+from llm_trainer.training.packing import Packing
+from llm_trainer.training.resume import RunParts
 
 RUN = {"lora_r": 8, "learning_rate": 0.01, "rows a step": 16}
 
@@ -99,6 +103,23 @@ def test_one_of_another_run_is_refused_with_what_differs(folder):
     differs = r"another run \(lora_r was 8 and is 4; rows a step was 16 and is 32\): change that back"
     with pytest.raises(UserError, match=differs):
         choose(folder, run={**RUN, "lora_r": 4, "rows a step": 32})
+
+
+def identify(folder, **given):
+    (folder / "config.json").write_text("{}")
+    settings, arguments = Settings(**given), SFTConfig(output_dir=str(folder), use_cpu=True, report_to="none")
+    sections = (settings.model, settings.adapter, settings.data, str(folder))
+    return resume.identify_run(RunParts(*sections, DataReport(), Packing("off", ""), sharded=False), arguments)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"train_vision": True}, {"image_processor_options": {"max_pixels": 784}}, {"load_in_4bit": True}],
+    ids=str,
+)
+def test_a_model_that_is_trained_or_sees_otherwise_is_another_run(tmp_path, changed):
+    before, after = identify(tmp_path), identify(tmp_path, **changed)
+    assert {name for name in before if before[name] != after[name]} == {*changed}
 
 
 STEP = "checkpoint-3"

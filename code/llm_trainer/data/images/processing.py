@@ -6,6 +6,7 @@ the processor is run once for each size, on a white image. The first images are 
 """
 
 import hashlib
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -41,20 +42,21 @@ class ImageProcessing:
     folder: str
     image_token_id: int | None = None
     trust_remote_code: bool = False
+    options: dict[str, Any] = field(default_factory=dict)  # in place of those in the files
 
     @cached_property
     def fingerprint(self) -> str:
-        """The digest of the files that decide which tokens an image becomes."""
+        """The digest of the files and the options that decide which tokens an image becomes."""
         files = sorted({file for pattern in FILES for file in Path(self.folder).glob(pattern)})
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(json.dumps(self.options, sort_keys=True).encode())
         for file in files:
             digest.update(f"{file.name}\0".encode() + file.read_bytes())
         return digest.hexdigest()
 
     @cached_property
     def processor(self) -> Any:
-        """The processor. Raises UserError where the model's folder has none that can be loaded."""
-        return load_processor(self.folder, self.trust_remote_code)
+        """The processor. Raises UserError where the folder has none that can be loaded, or that takes the options."""
+        return load_processor(self.folder, self.trust_remote_code, self.options)
 
     @cached_property
     def placeholders(self) -> "Placeholders":

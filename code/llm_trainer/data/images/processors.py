@@ -2,13 +2,15 @@
 """The processor of a model's images: loaded from the model's folder, and run beside its tokenizer."""
 
 import copy
+import difflib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from transformers import AutoProcessor, BatchEncoding
 from transformers.image_processing_backends import PilBackend
 from transformers.processing_utils import ProcessorMixin
@@ -18,11 +20,15 @@ from llm_trainer.common.errors import UserError, quote_error
 FILES = ("*processor_config.json", "*.jinja", "chat_template.json")
 LOADING_ERRORS = (OSError, ValueError, TypeError, ImportError, AttributeError, LookupError, RuntimeError)
 TORCHVISION = "torchvision"
+TRIED_SIZE = (640, 480)  # pixels of a picture that options are tried on
 rescale = PilBackend.rescale
 
 
-def load_processor(folder: str, trust_remote_code: bool = False) -> Any:
-    """Return the processor of a model's folder. Raises UserError where there is none that takes images."""
+def load_processor(folder: str, trust_remote_code: bool, options: Mapping[str, Any]) -> Any:
+    """Return the processor of a model's folder, with other options of its part for images.
+
+    Raises UserError where there is none that takes images, or no such option.
+    """
     fix = "put the model's own preprocessor_config.json and processor_config.json there, or remove the images."
     if not any(Path(folder).glob(FILES[0])):
         raise UserError(f"The data has images and {folder} has no processor for them: {fix}")
@@ -43,8 +49,31 @@ def load_processor(folder: str, trust_remote_code: bool = False) -> Any:
             f"The data has images and {folder} has a {type(processor).__name__}, which writes no token for an image: "
             "give a model whose processor does, or remove the images."
         )
+    if options:
+        processor.image_processor = change_options(processor.image_processor, options)
     lay_out_by_channel()
     return processor
+
+
+def change_options(images: Any, options: Mapping[str, Any]) -> Any:
+    """Return a processor's part for images with other options. Raises UserError for those that it does not take."""
+    known, kind = images.valid_kwargs.__annotations__, type(images)
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        (nearest,) = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0)
+        raise UserError(
+            f"image_processor_options has {unknown[0]!r}, which the model's {kind.__name__} does not take: the nearest "
+            f"that it takes is {nearest!r}."
+        )
+    try:
+        changed = kind.from_dict({**images.to_dict(), **options})
+        changed(Image.new("RGB", TRIED_SIZE), return_tensors="pt")
+        return changed
+    except Exception as error:  # the code of any processor runs here
+        raise UserError(
+            f"image_processor_options={dict(options)!r} is refused by the model's {kind.__name__} "
+            f"({quote_error(error)}): give values as its preprocessor_config.json has them."
+        ) from error
 
 
 def lay_out_by_channel() -> None:

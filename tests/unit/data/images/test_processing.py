@@ -150,6 +150,7 @@ def test_the_fingerprint_is_that_of_the_processors_files(tmp_path):
     save_processor("qwen", tmp_path)
     first = ImageProcessing(str(tmp_path)).fingerprint
     assert ImageProcessing(str(tmp_path)).fingerprint == first
+    assert ImageProcessing(str(tmp_path), options={"max_pixels": 784}).fingerprint != first
     config = tmp_path / "processor_config.json"
     config.write_text(config.read_text().replace("14", "16"))
     assert ImageProcessing(str(tmp_path)).fingerprint != first

@@ -36,6 +36,27 @@ def test_pixels_that_lie_by_channel_have_the_same_numbers(kind, monkeypatch):
     assert images.rescale(by_pixel, 0.5).flags.c_contiguous
 
 
+@pytest.mark.parametrize("options", [{"max_pixels": 3136}, {"size": {"shortest_edge": 784, "longest_edge": 3136}}])
+def test_options_have_an_image_take_fewer_tokens(tmp_path, options):
+    save_processor("qwen", tmp_path)
+    sides = [ImageProcessing(str(tmp_path), options=own).placeholders.count((336, 336)) for own in ({}, options)]
+    assert sides == [16, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"max_pixel": 1}, "has 'max_pixel', which .* does not take: the nearest that it takes is 'max_pixels'"),
+        ({"size": {"longest_edge": 784}}, "is refused by the model's Qwen2VLImageProcessor"),
+        ({"size": "large"}, "is refused by the model's Qwen2VLImageProcessor"),
+    ],
+)
+def test_options_that_a_processor_does_not_take_are_told(tmp_path, options, reason):
+    save_processor("qwen", tmp_path)
+    with pytest.raises(UserError, match=f"^image_processor_options.* {reason}"):
+        ImageProcessing(str(tmp_path), options=options).placeholders  # noqa: B018
+
+
 def test_a_folder_without_a_processor_is_told(tmp_path):
     with pytest.raises(UserError, match="has no processor for them"):
         ImageProcessing(str(tmp_path)).placeholders  # noqa: B018
@@ -53,7 +74,7 @@ def test_a_processor_that_needs_torchvision_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("llm_trainer.data.images.processors.AutoProcessor.from_pretrained", refuse)
     (tmp_path / "processor_config.json").write_text("{}")
     with pytest.raises(UserError, match="needs torchvision, which is not installed: install it, or remove the images"):
-        load_processor(str(tmp_path))
+        load_processor(str(tmp_path), False, {})
 
 
 @pytest.mark.parametrize("name", UNAVAILABLE)
@@ -64,7 +85,7 @@ def test_a_family_that_needs_torchvision_is_told(name, tmp_path):
     kind = {"image_processor_type": family.images.split(".")[1], "processor_class": family.processor}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(kind))
     with pytest.raises(UserError, match="needs torchvision, which is not installed"):
-        load_processor(str(tmp_path))
+        load_processor(str(tmp_path), False, {})
 
 
 def test_the_texts_of_a_batch_are_tokenized_once():
