@@ -5,9 +5,11 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from llm_trainer.data.report import DataReport
+from llm_trainer.data.token_cache import list_images
 from llm_trainer.readers.sources import FileSource, Source
 
 MAX_LENGTHS = 200  # different lengths in a record: the most bars that a histogram shows
@@ -16,7 +18,7 @@ DIGEST_CHARACTERS = 36  # the most that MLflow takes for a data set's digest
 
 def describe_split(split: str, report: DataReport, sources: Sequence[Source]) -> dict[str, Any]:
     """Return the fields of a split's `data` record."""
-    places = find_places(sources)
+    places, images = find_places(sources), describe_images(sources) if report.num_images else []
     return {
         "split": split,
         "rows": report.num_rows,
@@ -25,7 +27,7 @@ def describe_split(split: str, report: DataReport, sources: Sequence[Source]) ->
         "lengths": bin_lengths(report.lengths),
         "sequences_a_row": report.sequences_a_row,
         "sources": [{**file, "uri": places.get(file["name"])} for file in report.files],
-        "digest": combine_digests(report.files),
+        "digest": combine_digests([*report.files, *images]),
         "summary": report.summary(),
     }
 
@@ -41,10 +43,16 @@ def find_places(sources: Sequence[Source]) -> dict[str, str]:
     return places
 
 
+def describe_images(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """Return name and size in bytes of each file beside the rows that may be an image of theirs."""
+    found = (image for source in sources for image in list_images(source) if "image" in image)
+    return [{"image": Path(image["image"]).name, "bytes": image["bytes"]} for image in found]
+
+
 def combine_digests(files: Sequence[Mapping[str, Any]]) -> str:
     """Return one digest for all files, whatever their order.
 
-    It comes from their own digests, or from name, size and time where a stream has none.
+    It comes from their own digests, from name, size and time where a stream has none, or from name and size of images.
     """
     contents = sorted(file.get("sha256") or json.dumps(file, sort_keys=True) for file in files)
     return hashlib.sha256("\n".join(contents).encode()).hexdigest()[:DIGEST_CHARACTERS]

@@ -21,6 +21,18 @@ def test_the_digest_depends_on_contents_alone():
     assert combine_digests([streamed]) != combine_digests([{**streamed, "modified": 8}])
 
 
+def test_the_digest_tells_another_image_beside_the_rows(tmp_path):
+    image = tmp_path / "a.png"
+    sources = [FileSource("train", tmp_path, (), passed_over={image: "an image"})]
+    reports = DataReport(files=[A], num_rows=1), DataReport(files=[A], num_rows=1, num_images=1)
+    found = []
+    for content in (b"one", b"two three"):
+        image.write_bytes(content)
+        found.append([describe_split("train", report, sources)["digest"] for report in reports])
+    (text, first), (same_text, second) = found
+    assert text == same_text == combine_digests([A]) and len({text, first, second}) == 3
+
+
 def test_few_lengths_stay_as_they_are():
     assert bin_lengths({7: 1, 3: 2}) == {3: 2, 7: 1}
     assert bin_lengths({}) == {}
