@@ -50,21 +50,17 @@ def load_processor(folder: str, trust_remote_code: bool, options: Mapping[str, A
             "give a model whose processor does, or remove the images."
         )
     if options:
-        processor.image_processor = change_options(processor.image_processor, options)
+        processor.image_processor = change_options(processor, options)
     lay_out_by_channel()
     return processor
 
 
-def change_options(images: Any, options: Mapping[str, Any]) -> Any:
+def change_options(processor: Any, options: Mapping[str, Any]) -> Any:
     """Return a processor's part for images with other options. Raises UserError for those that it does not take."""
-    known, kind = images.valid_kwargs.__annotations__, type(images)
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        (nearest,) = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0)
-        raise UserError(
-            f"image_processor_options has {unknown[0]!r}, which the model's {kind.__name__} does not take: the nearest "
-            f"that it takes is {nearest!r}."
-        )
+    images = processor.image_processor
+    kind = type(images)
+    for name in options:
+        refuse_option(name, processor)
     try:
         changed = kind.from_dict({**images.to_dict(), **options})
         changed(Image.new("RGB", TRIED_SIZE), return_tensors="pt")
@@ -74,6 +70,23 @@ def change_options(images: Any, options: Mapping[str, Any]) -> Any:
             f"image_processor_options={dict(options)!r} is refused by the model's {kind.__name__} "
             f"({quote_error(error)}): give values as its preprocessor_config.json has them."
         ) from error
+
+
+def refuse_option(name: str, processor: Any) -> None:
+    """Raise UserError for an option that a processor's part for images does not know, or never reads."""
+    images = processor.image_processor
+    known = images.valid_kwargs.__annotations__
+    if name not in known:
+        (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
+        raise UserError(
+            f"image_processor_options has {name!r}, which the model's {type(images).__name__} does not take: the "
+            f"nearest that it takes is {nearest!r}."
+        )
+    if name in getattr(processor, "images_kwargs", ()):
+        raise UserError(
+            f"image_processor_options has {name!r}, which the model's {type(processor).__name__} itself sets for every "
+            "image: leave it out."
+        )
 
 
 def lay_out_by_channel() -> None:

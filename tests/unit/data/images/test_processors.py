@@ -12,7 +12,7 @@ from llm_trainer.common.errors import UserError
 from llm_trainer.data.images import processors
 from llm_trainer.data.images.processing import ImageProcessing
 from llm_trainer.data.images.processors import has_torchvision, load_processor, process_images
-from support.image_families import FAMILIES
+from support.image_families import FAMILIES, save_family
 from support.tiny_model import build_tokenizer
 from support.tiny_processors import KINDS, build_processor, draw, save_processor
 
@@ -55,6 +55,12 @@ def test_options_that_a_processor_does_not_take_are_told(tmp_path, options, reas
     save_processor("qwen", tmp_path)
     with pytest.raises(UserError, match=f"^image_processor_options.* {reason}"):
         ImageProcessing(str(tmp_path), options=options).placeholders  # noqa: B018
+
+
+def test_an_option_that_a_processor_sets_itself_is_told(tmp_path):
+    save_family("gemma3", tmp_path)
+    with pytest.raises(UserError, match="'do_pan_and_scan', which the model's Gemma3Processor itself sets"):
+        load_processor(str(tmp_path), False, {"do_pan_and_scan": True})
 
 
 def test_a_folder_without_a_processor_is_told(tmp_path):
