@@ -314,7 +314,7 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image, seen = Image.new("RGB", image.size, "white"), image.convert("RGBA")
         image.paste(seen, mask=seen)
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+    return image.convert("RGB")
 
 
 def reduce_depth(image: Image.Image) -> Image.Image:
