@@ -14,6 +14,7 @@ from llm_trainer.common.safetensors_files import compute_sampled_digest, read_he
 from llm_trainer.config.sections import AdapterSettings, ModelSettings
 from llm_trainer.journal.manifest import MANIFEST, read_leftover_manifest
 from llm_trainer.model.adapter_file import attach_adapter, list_adapter_tensors
+from llm_trainer.model.kinds.tower import list_tower
 from llm_trainer.model.loading import build_skeleton
 from llm_trainer.model.lora import (
     build_lora_config,
@@ -48,6 +49,7 @@ def check_earlier_adapter(
     attached = attach_adapter(skeleton, adapter)  # changes the skeleton
     problems += find_other_targets(attached, settings, asked)
     problems += find_base_weights(attached, adapter)
+    problems += find_other_sight(skeleton, settings)
     if problems:
         raise UserError(*problems)
     return describe_start(lora, adapter)
@@ -95,6 +97,19 @@ def find_other_targets(attached: PeftModel, settings: AdapterSettings, asked: se
                 f"target_parameters={parameters!r}: the adapter in {settings.adapter_path}, {fix} other parameters; "
                 "remove target_parameters."
             )
+
+
+def find_other_sight(attached: PreTrainedModel, settings: AdapterSettings) -> Iterator[str]:
+    """Yield a sentence where an adapter sits on a model's tower and is not to train it, or the other way round."""
+    given = f"train_vision={str(settings.train_vision).lower()}: the adapter in {settings.adapter_path}"
+    sees = any(".lora_" in name for name in list_tower(attached))
+    if sees and not settings.train_vision:
+        yield (
+            f"{given} sits on the part that sees images, too, and would go on training it: set train_vision=true, or "
+            "merge it first with merge_adapter=true."
+        )
+    if settings.train_vision and not sees:
+        yield f"{given} does not sit on the part that sees images: leave train_vision out."
 
 
 def find_base_weights(attached: PeftModel, adapter: Path) -> Iterator[str]:

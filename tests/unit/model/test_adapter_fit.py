@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from llm_trainer.job.earlier_adapter import take_over
 from llm_trainer.model.adapter_fit import check_earlier_adapter
 from llm_trainer.model.memory.shape import read_shape
 from support.adapted_models import SIZES
+from support.image_sweep import write_base
 
 
 @pytest.fixture
@@ -101,3 +103,19 @@ def test_dropout_that_is_asked_for_on_parameters_is_refused(base, tmp_path):
     check(folder, base)
     with pytest.raises(UserError, match="PEFT has no dropout there; set 0"):
         check(folder, base, lora_dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("targets", "train_vision", "reason"),
+    [
+        (r".*(q_proj|v_proj)", False, "train_vision=false: the adapter in .* sits on the part that sees images, too"),
+        (r".*(q_proj|v_proj)", True, None),
+        (r".*text_model.*(q_proj|v_proj)", True, "train_vision=true: the adapter in .* does not sit on the part that"),
+        (r".*text_model.*(q_proj|v_proj)", False, None),
+    ],
+)
+def test_an_adapter_is_trained_where_it_sits(tmp_path, targets, train_vision, reason):
+    model = write_base("smolvlm", tmp_path / "base")
+    get_peft_model(model, LoraConfig(target_modules=targets)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=reason) if reason else nullcontext():
+        check(tmp_path / "adapter", tmp_path / "base", train_vision=train_vision)
