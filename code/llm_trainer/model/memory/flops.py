@@ -6,6 +6,7 @@ Operations that are repeated for the sake of memory do not count (Chowdhery et a
 """
 
 import functools
+import math
 from collections.abc import Mapping
 
 from transformers import PreTrainedConfig
@@ -13,7 +14,7 @@ from transformers import PreTrainedConfig
 from llm_trainer.model.device import Device
 from llm_trainer.model.memory.gpus import find_gpu
 from llm_trainer.model.memory.scenario import MemoryScenario, ParallelismPlan
-from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError
+from llm_trainer.model.memory.shape import ModelShape, UnknownShapeError, list_layer_configs, read_heads
 from llm_trainer.model.memory.tower_trace import trace_tower
 
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # configs differ in the name
@@ -124,17 +125,14 @@ def count_attention(config: PreTrainedConfig, row_tokens: float) -> float:
     That is the paper's formula, which is not halved for what a causal mask hides. Layers with a window count the
     window, and layers without attention count nothing.
     """
-    num_heads = getattr(config, "num_attention_heads", None)
-    if not num_heads:  # a model without attention, such as Mamba
-        return 0.0
-    width = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     seen = {
         "full_attention": row_tokens,
         "sliding_attention": min(row_tokens, getattr(config, "sliding_window", None) or row_tokens),
         "chunked_attention": min(row_tokens, getattr(config, "attention_chunk_size", None) or row_tokens),
     }
-    layers = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return 12 * num_heads * width * sum(seen.get(layer, 0.0) for layer in layers)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    widths = (math.prod(read_heads(layer)) for layer in list_layer_configs(config))
+    return 12 * sum(width * seen.get(kind, 0.0) for width, kind in zip(widths, kinds, strict=False))
 
 
 def find_experts_share(config: PreTrainedConfig) -> float | None:

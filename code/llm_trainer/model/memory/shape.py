@@ -125,13 +125,22 @@ def count_cache_bytes(config: PreTrainedConfig, num_tokens: int, dtype: torch.dt
 
     Layers that keep only a window of them, or a state in their place, take less.
     """
-    text = config.get_text_config()
-    num_heads = getattr(text, "num_attention_heads", 0)
-    if not num_heads:
-        return 0
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // num_heads
-    num_heads = getattr(text, "num_key_value_heads", None) or num_heads
-    return int(2 * text.num_hidden_layers * num_heads * head_size * num_tokens * dtype.itemsize)
+    numbers = 0
+    for layer in list_layer_configs(config.get_text_config()):
+        num_heads, width = read_heads(layer)
+        numbers += 2 * (getattr(layer, "num_key_value_heads", None) or num_heads) * width
+    return numbers * num_tokens * dtype.itemsize
+
+
+def list_layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """Return the config of each layer of a decoder. They differ in Gemma 4, whose own tells no size of a head."""
+    return [*config.per_layer_config] if config.is_heterogeneous else [config] * config.num_hidden_layers
+
+
+def read_heads(config: PreTrainedConfig) -> tuple[int, int]:
+    """Return the number of a layer's heads and the size of one; zeros for one without attention, such as Mamba's."""
+    num_heads = getattr(config, "num_attention_heads", None) or 0
+    return num_heads, (getattr(config, "head_dim", None) or config.hidden_size // num_heads) if num_heads else 0
 
 
 def read_shape(

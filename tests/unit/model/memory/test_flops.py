@@ -10,16 +10,22 @@ import torch
 from peft import get_peft_model
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, GptOssConfig, LlamaConfig, PreTrainedConfig
 
 from llm_trainer.config.schema import Settings
 from llm_trainer.data.images.processors import process_images
 from llm_trainer.data.images.row_images import RowImages
 from llm_trainer.model import lora
 from llm_trainer.model.device import Device
-from llm_trainer.model.memory.flops import count_flops, find_peak_flops, find_peak_tokens_per_second, measure_row_tokens
+from llm_trainer.model.memory.flops import (
+    count_attention,
+    count_flops,
+    find_peak_flops,
+    find_peak_tokens_per_second,
+    measure_row_tokens,
+)
 from llm_trainer.model.memory.scenario import MemoryScenario, MemorySettings, Target
-from llm_trainer.model.memory.shape import UnknownShapeError, read_shape
+from llm_trainer.model.memory.shape import UnknownShapeError, count_cache_bytes, read_shape
 from support.tiny_processors import build_processor
 from support.tiny_vision_models import build_config
 
@@ -84,6 +90,19 @@ def test_a_window_and_layers_without_attention_see_less():
     full = count_flops(shape, config, 1000)
     config.layer_types, config.sliding_window = ["full_attention", "sliding_attention", "linear_attention"], 100
     assert full - count_flops(shape, config, 1000) == 12 * 64 * (900 + 1000)
+
+
+def test_heads_of_layers_may_have_two_sizes():
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = Gemma4TextConfig(
+        num_hidden_layers=3,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        sliding_window=50,
+        per_layer_config={"2": {"head_dim": 32}},
+        **sizes,
+    )
+    assert count_attention(config, 100) == 12 * 4 * (2 * 16 * 50 + 32 * 100)
+    assert count_cache_bytes(config, 7, torch.bfloat16) == 2 * 2 * (2 * 16 + 32) * 7 * 2
 
 
 def test_the_row_of_a_token_weighs_long_rows_by_their_tokens():
