@@ -114,6 +114,12 @@ class ServedModel:
         """The configuration of the language model, which a multimodal model nests."""
         return self.config.get_text_config()
 
+    @property
+    def layers(self) -> "list[PreTrainedConfig]":
+        """The configuration of each layer of the language model: they may differ, as in Gemma 4."""
+        text = self.text_config
+        return [*text.per_layer_config] if text.is_heterogeneous else [text] * text.num_hidden_layers
+
     def find_template(self, name: str) -> str:
         """Return the chat template of a name, as Transformers and vLLM choose it; empty without one."""
         if isinstance(self.chat_template, dict):
@@ -269,27 +275,32 @@ def compute_token_cache_bytes(model: ServedModel) -> int:
 
     Layers with a sliding window do not count, since their cache does not grow with the length.
     """
-    text = model.text_config
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    if getattr(text, "kv_lora_rank", None):  # multi-head latent attention (arXiv:2405.04434)
-        width = text.kv_lora_rank + text.qk_rope_head_dim
-    else:
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        width = 2 * count_key_heads(model) * head_dim
-    return max(1, kinds.count("full_attention")) * width * 2
+    kinds = getattr(model.text_config, "layer_types", None) or ["full_attention"] * len(model.layers)
+    growing = [layer for layer, kind in zip(model.layers, kinds, strict=False) if kind == "full_attention"]
+    return 2 * sum(map(count_cached_numbers, growing or model.layers[:1]))
 
 
-def count_key_heads(model: ServedModel) -> int:
-    """Return the number of key-value heads."""
-    text = model.text_config
-    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+def count_cached_numbers(layer: "PreTrainedConfig") -> int:
+    """Return the numbers that a layer keeps of one token."""
+    if getattr(layer, "kv_lora_rank", None):  # multi-head latent attention (arXiv:2405.04434)
+        return layer.kv_lora_rank + layer.qk_rope_head_dim
+    head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+    return 2 * count_key_heads(layer) * head_dim
+
+
+def count_key_heads(layer: "PreTrainedConfig") -> int:
+    """Return the number of a layer's key-value heads."""
+    return getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
 
 
 def can_split(model: ServedModel, degree: int) -> bool:
     """Tell whether vLLM can split the heads over that many GPUs: evenly, and without cutting a head."""
-    text = model.text_config
-    keys = text.num_attention_heads if getattr(text, "kv_lora_rank", None) else count_key_heads(model)
-    return text.num_attention_heads % degree == 0 and (keys % degree == 0 or degree % keys == 0)
+
+    def can_split_layer(layer: "PreTrainedConfig") -> bool:
+        keys = layer.num_attention_heads if getattr(layer, "kv_lora_rank", None) else count_key_heads(layer)
+        return layer.num_attention_heads % degree == 0 and (keys % degree == 0 or degree % keys == 0)
+
+    return all(map(can_split_layer, model.layers))
 
 
 def compute_free_bytes(model: ServedModel, degree: int, gpu_gb: int) -> float:

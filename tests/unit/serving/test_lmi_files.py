@@ -40,6 +40,7 @@ FAMILIES = {  # model_type, weights, template -> tools, thoughts
     "deepseek": ("deepseek_v3", 16e9, DEEPSEEK, "deepseek_v3", None),
     "gemma3": ("gemma3_text", 4.3e9, TURNS, None, None),
     "smollm2": ("llama", 135e6, TURNS, None, None),
+    "gemma4": ("gemma4_text", 4.3e9, TURNS, None, None),
     "unknown": ("gpt2", 124e6, None, None, None),
 }
 
@@ -58,6 +59,14 @@ def serve(folder, model_type="llama", weights=8e9, shape=None, **fields):
     lines = (folder / "serving.properties").read_text(encoding="ascii").splitlines()
     pairs = [line.split("=", 1) for line in lines if not line.startswith("#")]
     return {key.removeprefix("option."): value for key, value in pairs}, refusals
+
+
+def test_the_cache_of_layers_that_differ_is_that_of_those_which_grow():
+    config = AutoConfig.for_model("gemma4_text", num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2)
+    model = ServedModel(**{**PLAIN, "config": config, "num_weights": 10**9})
+    assert [layer.head_dim for layer in model.layers] == [256] * 5 + [512]
+    assert lmi_files.compute_token_cache_bytes(model) == 2 * 2 * 2 * 512
+    assert [degree for degree in (1, 2, 4, 8) if lmi_files.can_split(model, degree)] == [1, 2, 4]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
