@@ -45,11 +45,12 @@ def build_proxy_model(model: PreTrainedModel, device: torch.device) -> PreTraine
     text.num_hidden_layers = min(num_layers, text.num_hidden_layers)
     if "layer_types" in vars(text):  # else they follow from other numbers
         text.layer_types = kinds[:num_layers]
-    text.vocab_size, text.pad_token_id = PROXY_VOCABULARY, None
+    text.vocab_size, text.pad_token_id = PROXY_VOCABULARY, 0  # some configs take no None
     text.initializer_range = text.hidden_size**-0.5
     for name in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
-        if getattr(text, name, None):
-            setattr(text, name, min(getattr(text, name), PROXY_WIDTH))
+        if sizes := getattr(text, name, None):  # of experts of two kinds, in Ernie 4.5
+            is_list = isinstance(sizes, list)
+            setattr(text, name, [min(size, PROXY_WIDTH) for size in sizes] if is_list else min(sizes, PROXY_WIDTH))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
         return choose_auto_class(config, is_reward_model(config)).from_config(
