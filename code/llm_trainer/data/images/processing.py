@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -32,6 +32,8 @@ Span = tuple[int, int]
 # Sizes that tell whether an image is a number of equal tokens: large ones, of both shapes, and no square alone.
 PROBE_SIZES: tuple[Size, ...] = ((336, 1344), (1344, 336), (700, 930), (64, 96))
 PROBE_TEXT = "a{0}b{0}{0} c\n{0}\n"  # of images beside letters, white space and each other
+# Options that save most of the time of processing an image, whose text depends on no pixel.
+COARSE = {"resample": Image.Resampling.NEAREST, "do_rescale": False, "do_normalize": False}
 NUM_COMPARED = 3  # images of a process that are processed themselves, to compare
 
 
@@ -111,7 +113,7 @@ class Placeholders:
         """True where an image's text depends on what stands beside it, such as a space that Idefics2 writes then."""
         text, size = PROBE_TEXT.format(self.processor.image_token), PROBE_SIZES[-1]
         alone = self.write_blank(size)
-        return self.process(text, [blank(size)] * PROBE_TEXT.count("{0}")) != PROBE_TEXT.format(alone)
+        return self.process_blank(text, [size] * PROBE_TEXT.count("{0}")) != PROBE_TEXT.format(alone)
 
     @cached_property
     def frame(self) -> tuple[str, str] | None:
@@ -169,11 +171,15 @@ class Placeholders:
 
     def write_blank(self, size: Size) -> str:
         """Return the text of a white image of a size."""
-        return self.process(self.processor.image_token, [blank(size)])
+        return self.process_blank(self.processor.image_token, [size])
 
-    def process(self, text: str, images: list[Image.Image]) -> str:
+    def process_blank(self, text: str, sizes: Sequence[Size]) -> str:
+        """Return what the processor makes of a text with placeholders and white images of these sizes."""
+        return self.process(text, [blank(size) for size in sizes], **COARSE)
+
+    def process(self, text: str, images: list[Image.Image], **options: Any) -> str:
         """Return what the processor makes of a text with placeholders and their images."""
-        return process_images(self.processor, [text], [images])[1].plain_texts[0]
+        return process_images(self.processor, [text], [images], **options)[1].plain_texts[0]
 
     def compare(self, ref: ImageRef, text: str, rules: ImageRules) -> None:
         """Raise UserError where the processor writes another text for an image than it writes for its size."""
@@ -208,11 +214,10 @@ class Placeholders:
     def write_together(self, pieces: list[str], pictures: tuple[Picture, ...]) -> list[str]:
         """Return the texts of images that stand between pieces of a text. Raises RowError where they change these."""
         sizes = list_sizes(pictures)
-        images = [blank(size) for size in sizes]
         if sizes not in self.numbers:
-            apart = self.process(IMAGE_MARK.join([self.processor.image_token] * len(images)), images)
+            apart = self.process_blank(IMAGE_MARK.join([self.processor.image_token] * len(sizes)), sizes)
             self.numbers[sizes] = [text.count(self.piece) for text in apart.split(IMAGE_MARK)]
-        whole = self.process(self.processor.image_token.join(pieces), images)
+        whole = self.process_blank(self.processor.image_token.join(pieces), sizes)
         piece, (first, *others) = re.escape(self.piece), map(re.escape, pieces)
         ends = [*others[:-1], others[-1] + r"\Z"]
         between = zip(self.numbers[sizes], ends, strict=True)

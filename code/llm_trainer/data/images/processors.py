@@ -164,14 +164,14 @@ class TokenizerStandIn:
 
 
 def process_images(
-    processor: Any, texts: list[str], images: list[list[Any]], tokens: dict[str, Any] | None = None
+    processor: Any, texts: list[str], images: list[list[Any]], tokens: dict[str, Any] | None = None, **others: Any
 ) -> tuple[Any, TokenizerStandIn]:
     """Return what a processor makes of texts with placeholders and their images, and what keeps the texts it writes.
 
-    `tokens` stand in the result in place of the texts' own.
+    `tokens` stand in the result in place of the texts' own. `others` are options for this call alone.
     """
     own = copy.copy(processor)
     own.tokenizer = written = TokenizerStandIn(processor.tokenizer, tokens)
     options = {"padding": True, "padding_side": "right", "return_tensors": "pt", "add_special_tokens": False}
-    made = own(images=images, text=[written.begin + text for text in texts], **options)
+    made = own(images=images, text=[written.begin + text for text in texts], **options, **others)
     return made, written
