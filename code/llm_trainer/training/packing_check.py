@@ -46,6 +46,8 @@ def build_proxy_model(model: PreTrainedModel, device: torch.device) -> PreTraine
     if "layer_types" in vars(text):  # else they follow from other numbers
         text.layer_types = kinds[:num_layers]
     text.vocab_size, text.pad_token_id = PROXY_VOCABULARY, 0  # some configs take no None
+    if hasattr(text, "vocab_size_per_layer_input"):  # of Gemma 4's second embedding
+        text.vocab_size_per_layer_input = PROXY_VOCABULARY
     text.initializer_range = text.hidden_size**-0.5
     for name in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
         if sizes := getattr(text, name, None):  # of experts of two kinds, in Ernie 4.5

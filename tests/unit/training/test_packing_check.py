@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llm_trainer.model.loading import build_on_meta
-from llm_trainer.training.packing import PackingCollator
+from llm_trainer.training.packing import PackingCollator, list_axes
 from llm_trainer.training.packing_check import build_proxy_model, find_cross_row_attention
 from support.packed_models import KEEP_APART, LEAK, build_model, stack
 from support.tiny_image_models import build_tiny_config
@@ -39,9 +39,8 @@ def test_a_small_proxy_tells_what_the_model_would(name):
 def test_a_proxy_of_a_model_that_sees_is_built_whatever_its_config_takes(model_type):
     """Some take no pad token of None, others have lists of sizes."""
     model = build_on_meta(build_tiny_config(model_type), torch.float32, trust_remote_code=False)
-    proxy = build_proxy_model(model, torch.device("cpu")).eval()
-    with torch.no_grad():
-        assert proxy(input_ids=torch.arange(8)[None], use_cache=False).logits.isfinite().all()
+    proxy = build_proxy_model(model, torch.device("cpu"))
+    assert None in [find_cross_row_attention(proxy, stack(num_axes=axes)) for axes in list_axes(proxy)]
 
 
 def test_a_leak_in_the_batch_itself_is_found_out():
