@@ -6,19 +6,19 @@ import sys
 
 import pytest
 
+from llm_trainer.launcher.quick_imports import hide_packages
+
 # In a process of its own, as a package that was imported before stays.
 PROGRAM = """
 import gc, importlib.util, sys
 from llm_trainer.config.sections import MethodSettings, ModelSettings
-from llm_trainer.launcher.quick_imports import hide_packages, import_quickly, leave_out_bitsandbytes
+from llm_trainer.launcher.quick_imports import import_quickly, leave_out_bitsandbytes
 
 def find(): return [name for name in ("scipy", "bitsandbytes") if importlib.util.find_spec(name)]
 before = find()
-with hide_packages("scipy"):
-    model = ModelSettings(**{settings})
-    with leave_out_bitsandbytes((model, MethodSettings()), {optim!r}, {folder!r}, ""), import_quickly(model):
-        print([name for name in before if name not in find()], gc.isenabled())
-    assert sys.modules["scipy"] is None  # as nothing above hid it
+model = ModelSettings(**{settings})
+with leave_out_bitsandbytes((model, MethodSettings()), {optim!r}, {folder!r}, ""), import_quickly(model):
+    print([name for name in before if name not in find()], gc.isenabled())
 assert find() == before and gc.isenabled() and gc.get_freeze_count()
 """
 
@@ -53,3 +53,11 @@ def test_a_model_in_mxfp4_needs_no_bitsandbytes(folder):
     pytest.importorskip("bitsandbytes")
     (folder / "config.json").write_text('{"quantization_config": {"quant_method": "mxfp4"}}')
     assert list_hidden(folder) == "['scipy', 'bitsandbytes'] False"
+
+
+def test_a_package_stays_hidden_to_the_end_of_the_outer_block():
+    with hide_packages("wave"):
+        with hide_packages("wave"):
+            pass
+        assert sys.modules["wave"] is None
+    assert "wave" not in sys.modules
