@@ -75,14 +75,14 @@ def write_whole(base: Path, folder: Path) -> str:
     model.config.pad_token_id = model.generation_config.pad_token_id = 259
     trained = SimpleNamespace(
         trainer=SimpleNamespace(model=model),
-        plan=SimpleNamespace(precision=SimpleNamespace(compute=torch.float32)),
+        plan=SimpleNamespace(config=model.config, precision=SimpleNamespace(compute=torch.float32)),
         weights=None,
         base_folder=base,
         settings=Settings(),
         tokenizer=AutoTokenizer.from_pretrained(base),
     )
     save_weights(trained, folder)  # type: ignore[arg-type]
-    save_tokenizer(AutoTokenizer.from_pretrained(base), base, folder, trust_remote_code=False)
+    save_tokenizer(AutoTokenizer.from_pretrained(base), base, folder, Settings().model)
     return str(folder)
 
 
@@ -99,7 +99,7 @@ def write_adapter(base: Path, folder: Path) -> str:
     save_adapter(adapted, folder, BaseReference(str(base), None), None)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.pad_token, tokenizer.chat_template = "<|extra|>", TEMPLATE_OF_JOB
-    save_tokenizer(tokenizer, base, folder, trust_remote_code=False)
+    save_tokenizer(tokenizer, base, folder, Settings().model)
     return f"{base}:{folder}"
 
 
