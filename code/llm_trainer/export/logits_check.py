@@ -17,6 +17,7 @@ from llm_trainer.common import log
 from llm_trainer.common.errors import UserError, quote_error
 from llm_trainer.common.units import show_bytes
 from llm_trainer.data.images.collator import ImageCollator
+from llm_trainer.data.images.shown import list_pictures
 from llm_trainer.job.failure_reasons import is_shortage
 from llm_trainer.model.device import Device, find_free_memory
 
@@ -69,7 +70,7 @@ def cut_behind_image(row: dict[str, Any], is_joined: bool = False) -> dict[str, 
     Of a pair the chosen answer is taken. `is_joined` keeps all images, since one alone would have other tokens.
     """
     length = row["seq_lengths"][0] if "seq_lengths" in row else len(row["input_ids"])
-    pictures = [placed for placed in row["pictures"] if placed["start"] < length]
+    pictures = list_pictures(row)
     kept = pictures if is_joined else pictures[:1]
     end = CHECKED_TOKENS + (kept[-1]["start"] + kept[-1]["tokens"] if kept else 0)
     end = min([end, length, *(placed["start"] for placed in pictures[len(kept) :])])

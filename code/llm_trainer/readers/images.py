@@ -154,12 +154,17 @@ def locate_image(value: Any, place: ImagePlace, rules: ImageRules) -> ImageRef:
     if isinstance(value, bytes):
         return ImageRef(data=value)
     assert isinstance(value, str)
-    if value[: len(DATA_URI)].lower() == DATA_URI:
+    if is_data_uri(value):
         return ImageRef(data=decode_uri(value))
     if ADDRESS.match(value):
         address = encode_address(value)
         return ImageRef(data=ask_address(address, rules), name=hide_queries(address))
     return ImageRef(str(find_file(value, place)), name=value)
+
+
+def is_data_uri(value: str) -> bool:
+    """Tell whether a text is a data URI, however its scheme is written."""
+    return value[: len(DATA_URI)].lower() == DATA_URI
 
 
 def decode_uri(uri: str) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 
 from llm_trainer.data.formats.examples import Fields, RowError, Text
 from llm_trainer.data.formats.values import describe_value, parse_json_text
-from llm_trainer.readers.images import DATA_URI
+from llm_trainer.readers.images import DATA_URI, is_data_uri
 from llm_trainer.readers.rows import IMAGE_COLUMNS, PLACEHOLDER, FilePart
 
 # Stands for an image in a text. These characters are for private use.
@@ -81,7 +81,7 @@ def read_part(part: Fields) -> Any:
     if not given:
         return None
     name, value = given[0]
-    if name == "base64" and isinstance(value, str) and value[: len(DATA_URI)].lower() != DATA_URI:
+    if name == "base64" and isinstance(value, str) and not is_data_uri(value):
         value = f"{DATA_URI}image;base64,{value}"
     return read_value(value)
 

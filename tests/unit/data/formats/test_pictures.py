@@ -130,7 +130,7 @@ def test_without_images_a_text_stays_as_it_is(fields):
 
 @pytest.mark.parametrize("fields", [{"images": []}, {"images": None}, {"image": ""}])
 def test_an_empty_column_leaves_no_placeholder(fields):
-    """Such as that of a table in which an image is lost: its question would be trained on without it."""
+    """A table may lose an image. Its question would be trained on without it."""
     assert "has the text <image> and nothing in its column of images" in find_problem(ask("<image>\nRed?", **fields))
     assert "has the text <image>" in find_problem({"text": "A <image>", **fields})
     assert "has the text <image>" in find_problem({"prompt": "<image>?", **SIDES, **fields}, "dpo")
